@@ -1,0 +1,1 @@
+"""Build time only: turns a draft model into an ONNX bundle that a device can load."""

@@ -1,0 +1,157 @@
+"""The manifest of an exported draft model: what ``export`` writes and ``device`` loads.
+
+A bundle is a folder that holds ``manifest.json`` and the files it lists. The
+manifest says all that a device must know, so that nothing is guessed from the
+graph or from a configuration file of another project.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Self
+
+from protocol.errors import BundleError
+
+MANIFEST_NAME = "manifest.json"
+MODEL_NAME = "model.onnx"
+TOKENIZER_NAME = "tokenizer.json"
+CHAT_TEMPLATE_NAME = "chat_template.jinja"
+FORMAT_VERSION = 1
+
+
+class CacheKind(StrEnum):
+    """How a graph keeps its keys and values."""
+
+    SHARED = "shared"
+    """Past and present are one preallocated buffer (GroupQueryAttention)."""
+    GROWING = "growing"
+    """The present is the past and one more: copied at every step."""
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """Size in bytes and SHA-256 (hex) of one file of a bundle."""
+
+    size: int
+    sha256: str
+
+    @classmethod
+    def of(cls, path: Path) -> Self:
+        """Measure the file at ``path``."""
+        with path.open("rb") as file:
+            return cls(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
+
+
+@dataclass(frozen=True)
+class GateFigures:
+    """How like its original an exported model is, over ``positions`` judged positions.
+
+    ``argmax_agreement`` is the share of positions with the same likeliest token,
+    ``overlap`` the mean of Σ_v min(p(v), q(v)) at temperature 1, both in [0, 1].
+    """
+
+    argmax_agreement: float
+    overlap: float
+    positions: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All that a device must know of a draft model.
+
+    ``vocab_size`` counts the tokenizer's ids; a graph may give more logits than
+    that (padding), which are cut off. ``stop_ids`` end an answer.
+    """
+
+    name: str
+    architecture: str
+    converter: str
+    precision: str
+    cache_kind: CacheKind
+    vocab_size: int
+    vocabulary_hash: str
+    stop_ids: tuple[int, ...]
+    bos_token: str
+    eos_token: str
+    context_length: int
+    layers: int
+    kv_heads: int
+    head_size: int
+    gate: GateFigures
+    files: Mapping[str, FileRecord] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+    def write(self, folder: Path) -> None:
+        """Write ``manifest.json`` into ``folder``."""
+        (folder / MANIFEST_NAME).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """Read the manifest of ``folder``.
+
+        Raises:
+            BundleError: there is none, or it is of another format.
+        """
+        path = folder / MANIFEST_NAME
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError):
+            raise BundleError(
+                f"{str(folder)!r} is no bundle: it holds no {MANIFEST_NAME}; "
+                "make one with: edgedraft-export convert MODEL BUNDLE"
+            ) from None
+        except (OSError, ValueError) as error:
+            raise BundleError(f"{str(path)!r} cannot be read: {error}; export the bundle again") from error
+        try:
+            return cls._from_json(values)
+        except (KeyError, TypeError, ValueError) as error:
+            raise BundleError(f"{str(path)!r} is no manifest: {error}; export the bundle again") from error
+
+    @classmethod
+    def _from_json(cls, values: dict[str, Any]) -> Self:
+        version = values.get("format_version")
+        if version != FORMAT_VERSION:
+            raise ValueError(f"format_version is {version!r}; allowed: {FORMAT_VERSION}")
+        missing = {entry.name for entry in fields(cls)} - set(values)
+        if missing:
+            raise ValueError(f"{', '.join(sorted(missing))} missing")
+        return cls(
+            **{
+                **values,
+                "cache_kind": CacheKind(values["cache_kind"]),
+                "stop_ids": tuple(values["stop_ids"]),
+                "gate": GateFigures(**values["gate"]),
+                "files": {name: FileRecord(**record) for name, record in values["files"].items()},
+            }
+        )
+
+    def check_files(self, folder: Path) -> None:
+        """Hold every listed file against its size and hash.
+
+        Raises:
+            BundleError: a file is missing, truncated or altered.
+        """
+        for name, record in self.files.items():
+            path = folder / name
+            if not path.is_file():
+                raise BundleError(f"{str(path)!r} is missing; export the bundle again")
+            size = path.stat().st_size
+            if size != record.size:
+                raise BundleError(
+                    f"{str(path)!r} has {size} bytes; the manifest says {record.size}: export or copy it again"
+                )
+            if FileRecord.of(path) != record:
+                raise BundleError(f"{str(path)!r} was altered (its SHA-256 differs): export or copy it again")
+
+
+def vocabulary_hash(vocabulary: Mapping[str, int]) -> str:
+    """SHA-256 (hex) of a vocabulary, token → id.
+
+    Two models may speculate together when the same id is the same token; how
+    text is cut into tokens happens on the device alone and need not agree.
+    """
+    entries = sorted((token_id, token) for token, token_id in vocabulary.items())
+    return hashlib.sha256(json.dumps(entries, separators=(",", ":")).encode()).hexdigest()

@@ -1,0 +1,113 @@
+"""Every error that a user, a file or a peer can cause.
+
+::
+
+    EdgedraftError
+    ├── SettingsError           a value that somebody chose is not allowed
+    │   └── ContextLengthError  prompt or answer does not fit the model's context
+    ├── ModelError              a model cannot be found, read or used
+    │   ├── BundleError         a bundle is missing, damaged or of another format
+    │   ├── GateError           an exported model is too unlike the one it was made from
+    │   └── MismatchError       draft and target model do not belong together
+    ├── LinkError               the other end cannot be reached
+    └── ProtocolError           what a peer sent is not allowed
+        ├── FrameError          bytes that are no message
+        ├── StateError          a message that may not follow what came before
+        └── FaultError          the peer reported one of these errors to us
+
+A message says the value, what is allowed and what to do; the command line
+prints it in one line and leaves with the error's ``exit_code``.
+"""
+
+from typing import ClassVar
+
+
+class EdgedraftError(Exception):
+    """Root of the tree; ``code`` names the error on the wire."""
+
+    code: ClassVar[str] = "error"
+    exit_code: ClassVar[int] = 1
+
+
+class SettingsError(EdgedraftError):
+    """A value that somebody chose is not allowed.
+
+    Args:
+        name: the setting, as the user knows it.
+        value: what was given.
+        allowed: what would have been accepted.
+    """
+
+    code = "settings"
+    exit_code = 2
+
+    def __init__(self, name: str, value: object, allowed: str) -> None:
+        super().__init__(f"{name} is {value!r}; allowed: {allowed}")
+        self.name = name
+        self.value = value
+        self.allowed = allowed
+
+
+class ContextLengthError(SettingsError):
+    """Prompt or answer does not fit the model's context."""
+
+    code = "context_length"
+
+
+class ModelError(EdgedraftError):
+    """A model cannot be found, read or used."""
+
+    code = "model"
+
+
+class BundleError(ModelError):
+    """A bundle is missing, damaged or of another format."""
+
+    code = "bundle"
+
+
+class GateError(ModelError):
+    """An exported model is too unlike the model it was made from."""
+
+    code = "gate"
+
+
+class MismatchError(ModelError):
+    """Draft and target model do not belong together."""
+
+    code = "mismatch"
+
+
+class LinkError(EdgedraftError):
+    """The other end cannot be reached, or went away."""
+
+    code = "link"
+
+
+class ProtocolError(EdgedraftError):
+    """What a peer sent is not allowed."""
+
+    code = "protocol"
+
+
+class FrameError(ProtocolError):
+    """Bytes that are no message."""
+
+    code = "frame"
+
+
+class StateError(ProtocolError):
+    """A message that may not follow what came before."""
+
+    code = "state"
+
+
+class FaultError(ProtocolError):
+    """The peer reported an error; ``fault_code`` is the ``code`` of one of the classes here."""
+
+    code = "fault"
+
+    def __init__(self, fault_code: str, text: str) -> None:
+        super().__init__(f"the other end answered {fault_code!r}: {text}")
+        self.fault_code = fault_code
+        self.text = text
