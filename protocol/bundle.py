@@ -7,7 +7,7 @@ graph or from a configuration file of another project.
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
 from pathlib import Path
@@ -155,3 +155,12 @@ def vocabulary_hash(vocabulary: Mapping[str, int]) -> str:
     """
     entries = sorted((token_id, token) for token, token_id in vocabulary.items())
     return hashlib.sha256(json.dumps(entries, separators=(",", ":")).encode()).hexdigest()
+
+
+def stop_ids(*settings: int | Sequence[int] | None) -> frozenset[int]:
+    """The ids that end an answer, from what configuration files call ``eos_token_id``: an id, several or none."""
+    ids: set[int] = set()
+    for setting in settings:
+        if setting is not None:
+            ids |= {setting} if isinstance(setting, int) else set(setting)
+    return frozenset(ids)

@@ -1,0 +1,1 @@
+"""The base station: holds the target model, judges the drafts of many devices."""

@@ -1,0 +1,5 @@
+"""``python -m basestation`` is ``edgedraft-basestation``."""
+
+from basestation.cli import main
+
+main()

@@ -1,0 +1,135 @@
+"""Keys and values of many sessions, and attention over them in one forward pass.
+
+A pass is one flat row of tokens from any number of sessions, without padding.
+transformers calls ``packed_attention`` in every layer; it writes the row's new
+keys and values into each session's own stretch and attends over that stretch
+alone. A stretch is shortened by lowering its length: nothing is copied.
+
+Knows shapes and tensors, not sessions, messages or what is judged.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+ATTENTION_NAME = "edgedraft_packed"
+_FIRST_CAPACITY = 256
+
+
+@dataclass(frozen=True)
+class StretchShape:
+    """What one token's keys and values take: ``layers`` × 2 × ``kv_heads`` × ``head_size`` of ``dtype``."""
+
+    layers: int
+    kv_heads: int
+    head_size: int
+    dtype: torch.dtype
+    torch_device: torch.device
+
+    def allocate(self, capacity: int) -> Tensor:
+        """An empty tensor [layers, 2, kv_heads, capacity, head_size]."""
+        return torch.empty(
+            (self.layers, 2, self.kv_heads, capacity, self.head_size), dtype=self.dtype, device=self.torch_device
+        )
+
+
+class Stretch:
+    """The keys and values of one session: the first ``length`` positions count."""
+
+    def __init__(self, shape: StretchShape) -> None:
+        self.length = 0
+        self._shape = shape
+        self._keys_values = shape.allocate(0)
+
+    def reserve(self, length: int) -> None:
+        """Make room for ``length`` positions; room at least doubles, so that growing costs little."""
+        capacity = self._keys_values.shape[3]
+        if length <= capacity:
+            return
+        grown = self._shape.allocate(max(length, 2 * capacity, _FIRST_CAPACITY))
+        grown[:, :, :, : self.length] = self._keys_values[:, :, :, : self.length]
+        self._keys_values = grown
+
+    def rollback(self, length: int) -> None:
+        """Forget all positions from ``length`` on."""
+        self.length = min(self.length, length)
+
+    def store(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Write [kv_heads, n, head_size] behind the counted positions; give all up to there, the new ones included."""
+        end = self.length + keys.shape[1]
+        stored = self._keys_values[layer]
+        stored[0, :, self.length : end] = keys
+        stored[1, :, self.length : end] = values
+        return stored[0, :, :end], stored[1, :, :end]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One session's part of a pass: ``token_ids`` to run, logits of the last ``judged`` of them wanted."""
+
+    stretch: Stretch
+    token_ids: Sequence[int]
+    judged: int
+
+
+class PackedPass:
+    """The layout of one pass, handed by transformers to ``packed_attention`` in every layer."""
+
+    def __init__(self, segments: Sequence[Segment], torch_device: torch.device) -> None:
+        self.segments = segments
+        self.torch_device = torch_device
+        self._masks: dict[tuple[int, int | None], Tensor | None] = {}
+        for segment in segments:
+            segment.stretch.reserve(segment.stretch.length + len(segment.token_ids))
+
+    def mask(self, index: int, window: int | None) -> Tensor | None:
+        """bool[n, past + n] for the segment's n new tokens: all before and itself, at most ``window`` back."""
+        if (index, window) not in self._masks:
+            self._masks[index, window] = self._make_mask(self.segments[index], window)
+        return self._masks[index, window]
+
+    def _make_mask(self, segment: Segment, window: int | None) -> Tensor | None:
+        past, new = segment.stretch.length, len(segment.token_ids)
+        if new == 1 and (window is None or past < window):
+            return None
+        query = torch.arange(past, past + new, device=self.torch_device)[:, None]
+        key = torch.arange(past + new, device=self.torch_device)[None, :]
+        return (key <= query) if window is None else (key <= query) & (key > query - window)
+
+
+def packed_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    packed_pass: PackedPass,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attention of one layer, in the form that ``transformers.AttentionInterface`` calls.
+
+    ``query`` is [1, heads, T, head_size], ``key`` and ``value`` [1, kv_heads, T, head_size]
+    for the T tokens of the whole pass; the result is [1, T, heads, head_size].
+    """
+    rows, start = [], 0
+    for index, segment in enumerate(packed_pass.segments):
+        end = start + len(segment.token_ids)
+        keys, values = segment.stretch.store(module.layer_idx, key[0, :, start:end], value[0, :, start:end])
+        rows.append(
+            scaled_dot_product_attention(
+                query[:, :, start:end],
+                keys[None],
+                values[None],
+                attn_mask=packed_pass.mask(index, sliding_window),
+                scale=scaling,
+                enable_gqa=True,
+            )
+        )
+        start = end
+    return torch.cat(rows, dim=2).transpose(1, 2), None

@@ -1,0 +1,128 @@
+"""One device's session at the base station: what is committed, cached and asked for.
+
+Keeps the round state machine, answers repeated requests with the stored
+replies, and says which tokens the next pass must run. Knows no socket and runs
+no model.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from basestation.kv_arena import Segment, Stretch
+from basestation.verify import judge_greedy, judge_sampled, warp
+from protocol.errors import ContextLengthError, StateError
+from protocol.messages import Decode, Draft, Extend, Open, Opened, Reply, Request, Verdict
+from protocol.rounds import SessionRounds, State
+
+
+class Session:
+    """A session between its Open and its Close.
+
+    Attributes:
+        rounds: this end's view of what may follow.
+        tokens: the committed tokens, the prompt included.
+        heard_at: when its device last asked for something, by the engine's clock.
+    """
+
+    def __init__(self, opening: Open, stretch: Stretch, stop_ids: frozenset[int], context_length: int) -> None:
+        self.rounds = SessionRounds(stop_ids)
+        self.tokens: list[int] = []
+        self.heard_at = 0.0
+        self._opening = opening
+        self._stretch = stretch
+        self._context_length = context_length
+        self._request: Request = opening
+        self._replies: list[Reply] = []
+
+    def take(self, request: Request) -> list[Reply]:
+        """Take a request; give the replies that are due at once.
+
+        A repeated request gets the replies stored for it (invariant 4), and one
+        of a round that is long over gets none.
+
+        Raises:
+            StateError: the request may not come now.
+            ContextLengthError: it does not fit the target's context.
+        """
+        if request == self._request and self.rounds.state is not State.NEW:
+            return list(self._replies)
+        if self.rounds.is_old(request):
+            return []
+        self._check_length(request)
+        self.rounds.advance(request)
+        self._request, self._replies = request, []
+        if isinstance(request, Open):
+            self.tokens = list(request.prompt_ids)
+        elif isinstance(request, Extend):
+            self.tokens[request.start :] = request.token_ids
+            self._stretch.rollback(request.start)
+        else:
+            return []
+        return [self._record(Opened(request.session_id, request.round_id))]
+
+    @property
+    def waiting(self) -> bool:
+        """Whether the session has work for the next pass."""
+        return self._judging or self._stretch.length < len(self.tokens) - 1
+
+    def segment(self) -> Segment:
+        """What the next pass must run: all that is not cached, and the drafted tokens to be judged.
+
+        The last committed token is run only together with what follows it: its
+        logits judge the first drafted token.
+        """
+        uncached = self.tokens[self._stretch.length :]
+        if not self._judging:
+            return Segment(self._stretch, uncached[:-1], judged=0)
+        drafted = self._drafted
+        return Segment(self._stretch, [*uncached, *drafted], judged=len(drafted) + 1)
+
+    def judge(self, logits: torch.Tensor) -> list[Reply]:
+        """Take the logits [judged, V] of this session's segment; give the Verdict, if one was due."""
+        if not self._judging:
+            return []
+        drafted, position, sampling = self._drafted, len(self.tokens), self._opening.sampling
+        if sampling.greedy:
+            judgement = judge_greedy(logits, drafted)
+        else:
+            distributions = self._request.distributions if isinstance(self._request, Draft) else ()
+            target_probs = warp(logits, sampling)
+            judgement = judge_sampled(target_probs, drafted, distributions, sampling.seed, position)
+        self.tokens += [*drafted[: judgement.accepted], judgement.token_id]
+        self._stretch.rollback(len(self.tokens) - 1)
+        return [
+            self._record(
+                Verdict(self._opening.session_id, self.rounds.round_id, judgement.accepted, judgement.token_id)
+            )
+        ]
+
+    @property
+    def _judging(self) -> bool:
+        return self.rounds.state in (State.JUDGING, State.DECODING)
+
+    @property
+    def _drafted(self) -> Sequence[int]:
+        return self._request.token_ids if isinstance(self._request, Draft) else ()
+
+    def _record(self, reply: Reply) -> Reply:
+        self.rounds.advance(reply)
+        self._replies.append(reply)
+        return reply
+
+    def _check_length(self, request: Request) -> None:
+        match request:
+            case Open():
+                needed = len(request.prompt_ids) + 1
+            case Extend():
+                needed = request.start + len(request.token_ids) + 1
+            case Draft():
+                needed = len(self.tokens) + len(request.token_ids) + 1
+            case Decode():
+                needed = len(self.tokens) + request.count
+        if needed > self._context_length:
+            if isinstance(request, Open | Extend):
+                raise ContextLengthError(
+                    "prompt", f"{needed - 1} tokens", f"at most {self._context_length - 1} (the target's context)"
+                )
+            raise StateError(f"a round up to token {needed}; allowed: {self._context_length} (the target's context)")

@@ -1,0 +1,202 @@
+"""The target model: a transformers causal language model that runs packed passes.
+
+Runs on transformers 4.57 and 5.x. Knows tokens and logits; not what a draft is.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.utils import logging as transformers_logging
+
+from basestation.kv_arena import ATTENTION_NAME, PackedPass, Segment, Stretch, StretchShape, packed_attention
+from basestation.packed_linear import pack_linears
+from protocol.bundle import stop_ids, vocabulary_hash
+from protocol.errors import ModelError, SettingsError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What must agree with the draft model: ids, tokens and which of them end an answer."""
+
+    size: int
+    sha256: bytes
+    stop_ids: frozenset[int]
+
+
+class TargetModel:
+    """A loaded target model.
+
+    Attributes:
+        name: for people, the last part of where it came from.
+        vocabulary: see ``Vocabulary``.
+        context_length: positions it was made for.
+    """
+
+    def __init__(self, model: Any, vocabulary: Vocabulary, name: str) -> None:
+        config = model.config.get_text_config()
+        self.name = name
+        self.vocabulary = vocabulary
+        self.context_length = int(config.max_position_embeddings)
+        self.torch_device = next(model.parameters()).device
+        self._model = model
+        heads = config.num_attention_heads
+        self._shape = StretchShape(
+            layers=config.num_hidden_layers,
+            kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+            head_size=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            dtype=model.dtype,
+            torch_device=self.torch_device,
+        )
+
+    @classmethod
+    def load(cls, model: str, dtype: str = "auto", torch_device: str = "auto") -> "TargetModel":
+        """Load a model folder, hub name or ``.gguf`` file.
+
+        Args:
+            model: where it is.
+            dtype: ``float32``, ``bfloat16``, or ``auto``: bfloat16 on CUDA, float32 elsewhere.
+            torch_device: a name PyTorch knows, or ``auto``: CUDA where there is one.
+
+        Raises:
+            SettingsError: no such dtype or device.
+            ModelError: it cannot be found or read, or its attention is of a kind that cannot be packed.
+        """
+        placement = _placement(torch_device)
+        precision = _precision(dtype, placement)
+        _register_attention()
+        with _quiet_transformers(), _named_failures(model):
+            place, options = _source(model)
+            config = AutoConfig.from_pretrained(place, **options)
+            _refuse_unsupported(config)
+            tokenizer = AutoTokenizer.from_pretrained(place, **options)
+            loaded = AutoModelForCausalLM.from_pretrained(
+                place, dtype=precision, attn_implementation=ATTENTION_NAME, **options
+            )
+        loaded.eval().to(placement)
+        if placement.type == "cpu":
+            pack_linears(loaded)
+        return cls(loaded, _vocabulary(tokenizer, loaded), Path(model).stem)
+
+    def new_stretch(self) -> Stretch:
+        """An empty place for one session's keys and values."""
+        return Stretch(self._shape)
+
+    @torch.inference_mode()
+    def forward(self, segments: Sequence[Segment]) -> list[Tensor]:
+        """Run all segments in one pass and count their positions as cached.
+
+        Returns:
+            For each segment the logits [judged, V] of its last ``judged`` tokens, float32.
+        """
+        flat: list[int] = []
+        positions: list[int] = []
+        wanted: list[int] = []
+        for segment in segments:
+            past, new = segment.stretch.length, len(segment.token_ids)
+            flat += segment.token_ids
+            positions += range(past, past + new)
+            wanted += range(len(flat) - segment.judged, len(flat))
+        logits = self._run(flat, positions, wanted or [0], PackedPass(segments, self.torch_device))
+        for segment in segments:
+            segment.stretch.length += len(segment.token_ids)
+        return list(torch.split(logits[: len(wanted)], [segment.judged for segment in segments]))
+
+    def _run(self, flat: list[int], positions: list[int], wanted: list[int], packed_pass: PackedPass) -> Tensor:
+        row = torch.tensor([flat, positions], device=self.torch_device)
+        output = self._model(
+            input_ids=row[:1],
+            position_ids=row[1:],
+            use_cache=False,
+            logits_to_keep=torch.tensor(wanted, device=self.torch_device),
+            packed_pass=packed_pass,
+        )
+        logits: Tensor = output.logits[0, :, : self.vocabulary.size].float()
+        return logits
+
+
+def _placement(torch_device: str) -> torch.device:
+    if torch_device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        placement = torch.device(torch_device)
+        torch.empty(0, device=placement)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise SettingsError(
+            "torch-device", torch_device, f"auto, cpu or a device of this machine ({reason})"
+        ) from error
+    return placement
+
+
+def _precision(dtype: str, placement: torch.device) -> torch.dtype:
+    if dtype == "auto":
+        return torch.bfloat16 if placement.type == "cuda" else torch.float32
+    if dtype not in DTYPES:
+        raise SettingsError("dtype", dtype, f"auto, {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def _source(model: str) -> tuple[str, dict[str, str]]:
+    """Where transformers shall read ``model``, and with which options."""
+    path = Path(model)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ModelError(f"{model!r} does not exist; name a model folder, a hub name or a .gguf file")
+        return str(path.parent), {"gguf_file": path.name}
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ModelError(f"{model!r} is no model folder: it holds no config.json")
+    return model, {}
+
+
+@contextlib.contextmanager
+def _named_failures(model: str) -> Iterator[None]:
+    try:
+        yield
+    except ModelError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ModelError(
+            f"target model {model!r} cannot be loaded: {reason[0]}; name a model folder, a hub name or a .gguf file"
+        ) from error
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Keep transformers' advice to programmers away from operators."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+
+
+def _register_attention() -> None:
+    transformers.AttentionInterface.register(ATTENTION_NAME, packed_attention)
+    AttentionMaskInterface.register(ATTENTION_NAME, lambda *_, **__: None)
+
+
+def _refuse_unsupported(config: Any) -> None:
+    text = config.get_text_config()
+    if getattr(text, "attn_logit_softcapping", None):
+        raise ModelError(f"architecture {text.model_type!r} caps attention logits, which packed passes do not support")
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(f"architecture {text.model_type!r} is no causal language model; name a decoder-only model")
+
+
+def _vocabulary(tokenizer: Any, model: Any) -> Vocabulary:
+    ids: dict[str, int] = tokenizer.get_vocab()
+    stops = stop_ids(model.config.get_text_config().eos_token_id, model.generation_config.eos_token_id)
+    size = min(max(ids.values()) + 1, model.get_output_embeddings().weight.shape[0])
+    return Vocabulary(size, bytes.fromhex(vocabulary_hash(ids)), stops)

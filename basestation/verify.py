@@ -1,0 +1,104 @@
+"""Judging a draft: what stands, and what follows it.
+
+For drafted tokens x_i ~ Q_i and the target's distributions P_i (arXiv:2509.04576,
+after Leviathan et al. 2023):
+
+- x_i is accepted if u_i · Q_i(x_i) < P_i(x_i), u_i uniform in [0, 1);
+- at the first rejection the *recovered* token is drawn from norm(max(0, P_i − Q_i));
+- when all are accepted, the *bonus* token is drawn from P_{γ+1}.
+
+Whatever Q is, the tokens are then distributed as the target's own, on the
+condition that Q is exactly what the device drew from (invariants 1 and 3).
+
+Knows tensors and the seed; not where the logits came from.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from protocol.messages import Sampling
+from protocol.randomness import Stream, uniform
+from protocol.sparse import SparseDistribution
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """The first ``accepted`` drafted tokens stand, ``token_id`` follows them."""
+
+    accepted: int
+    token_id: int
+
+
+def judge_greedy(logits: Tensor, drafted: Sequence[int]) -> Judgement:
+    """Accept what equals the target's argmax. ``logits``: [draft_len + 1, V]."""
+    target_ids: list[int] = logits.argmax(dim=-1).tolist()
+    accepted = 0
+    while accepted < len(drafted) and drafted[accepted] == target_ids[accepted]:
+        accepted += 1
+    return Judgement(accepted, target_ids[accepted])
+
+
+def judge_sampled(
+    target_probs: Tensor,
+    drafted: Sequence[int],
+    distributions: Sequence[SparseDistribution],
+    seed: int,
+    position: int,
+) -> Judgement:
+    """Accept by P/Q, and draw the recovered or bonus token.
+
+    Args:
+        target_probs: [draft_len + 1, V], the target's as ``warp`` gives them, row i for the i-th drafted token.
+        drafted: the draft_len tokens.
+        distributions: what each was drawn from.
+        seed: of the session.
+        position: of the first drafted token in the whole sequence.
+    """
+    for index, (token_id, draft_probs) in enumerate(zip(drafted, distributions, strict=True)):
+        threshold = uniform(seed, position + index, Stream.ACCEPT) * draft_probs.probability(token_id)
+        if threshold < float(target_probs[index, token_id]):
+            continue
+        residual = residual_of(target_probs[index], draft_probs)
+        return Judgement(index, draw(residual, uniform(seed, position + index, Stream.RESULT)))
+    end = len(drafted)
+    return Judgement(end, draw(target_probs[end], uniform(seed, position + end, Stream.RESULT)))
+
+
+def warp(logits: Tensor, sampling: Sampling) -> Tensor:
+    """The distributions the target is sampled from: float64 probabilities [n, V].
+
+    Temperature, then top-k (ties with the k-th are kept), then top-p (the
+    smallest set of likeliest tokens whose mass reaches p).
+    """
+    if sampling.greedy:
+        return torch.nn.functional.one_hot(logits.argmax(dim=-1), logits.shape[-1]).double()
+    scores = logits.double() / sampling.temperature
+    if 0 < sampling.top_k < scores.shape[-1]:
+        smallest = scores.topk(sampling.top_k, dim=-1).values[:, -1:]
+        scores = scores.masked_fill(scores < smallest, -torch.inf)
+    probs = scores.softmax(dim=-1)
+    if sampling.top_p < 1:
+        ordered, order = probs.sort(dim=-1, descending=True)
+        mass_before = ordered.cumsum(dim=-1) - ordered
+        ordered = ordered.masked_fill(mass_before >= sampling.top_p, 0)
+        probs = torch.zeros_like(probs).scatter_(-1, order, ordered)
+        probs = probs / probs.sum(dim=-1, keepdim=True)
+    return probs
+
+
+def residual_of(target_probs: Tensor, draft_probs: SparseDistribution) -> Tensor:
+    """max(0, P − Q), float64 [V], not normalised."""
+    support = torch.from_numpy(draft_probs.support).to(target_probs.device)
+    residual = target_probs.clone()
+    residual[support] -= torch.from_numpy(draft_probs.probs).to(target_probs.device)
+    return residual.clamp_(min=0)
+
+
+def draw(weights: Tensor, uniform_number: float) -> int:
+    """The token that a uniform number in [0, 1) falls on, tokens being as long as their weights [V]."""
+    cumulative = weights.cumsum(dim=0)
+    threshold = cumulative[-1] * uniform_number
+    return int(torch.searchsorted(cumulative, threshold, right=True).clamp(max=len(weights) - 1))

@@ -1,0 +1,4 @@
+"""The device: drafts with a small model on ONNX Runtime, and asks the base station.
+
+Knows no torch and no transformers: this folder and ``protocol`` are what a Raspberry Pi gets.
+"""

@@ -1,0 +1,5 @@
+"""``python -m device`` is ``edgedraft-device``."""
+
+from device.cli import main
+
+main()

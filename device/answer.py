@@ -1,0 +1,159 @@
+"""An answer as people and programs get it: text as it is committed, then the figures."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from device.client import AnswerToken, Client, DeviceSession, DraftSettings, Origin, Tally
+from device.draft_model import DraftModel
+from device.link import Link
+from device.tokenizer import Tokenizer
+from protocol.messages import Mode
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The text that one committed token adds; may be empty."""
+
+    text: str
+    origin: Origin
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A finished answer; the field names are those of ``generate --json``.
+
+    ``finish_reason`` is ``stop`` or ``length``. Bytes are those of the link as they lie
+    in the TCP stream, ``seconds`` the time from the prompt to the last token,
+    ``ttft_seconds`` that to the first.
+    """
+
+    text: str
+    token_ids: list[int]
+    prompt_tokens: int
+    finish_reason: str
+    origins: list[Origin]
+    rounds: int
+    drafted: int
+    accepted: int
+    acceptance_rate: float | None
+    tokens_per_round: float
+    uplink_bytes: int
+    downlink_bytes: int
+    seconds: float
+    ttft_seconds: float
+    tokens_per_second: float
+    mode: str
+    draft_len: int
+
+
+@dataclass(frozen=True)
+class _Marks:
+    """Clock and counters at one moment; an answer's figures are differences of two."""
+
+    seconds: float
+    uplink_bytes: int
+    downlink_bytes: int
+    tally: Tally
+
+
+class Conversation:
+    """Prompts in, answers out; each prompt goes on from the one before as far as they agree.
+
+    Args:
+        link: whose bytes are counted.
+        client: greeted over that link.
+        model: the draft model.
+        tokenizer: of the same bundle.
+        settings: how to draft and sample.
+    """
+
+    def __init__(
+        self, link: Link, client: Client, model: DraftModel, tokenizer: Tokenizer, settings: DraftSettings
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.settings = settings
+        self._link = link
+        self._client = client
+        self._model = model
+        self._session: DeviceSession | None = None
+
+    def ask(self, prompt_ids: list[int], max_new_tokens: int) -> "AnswerStream":
+        """The answer to a prompt, at most ``max_new_tokens`` long; nothing happens until it is iterated."""
+        return AnswerStream(self, prompt_ids, max_new_tokens)
+
+    def begin(self, prompt_ids: list[int]) -> DeviceSession:
+        """The session, opened or extended with the prompt."""
+        if self._session is None:
+            self._session = self._client.open(self.settings, self._model, prompt_ids)
+        else:
+            self._session.extend(prompt_ids)
+        return self._session
+
+    def marks(self) -> _Marks:
+        """Clock and counters now."""
+        tally = replace(self._session.tally) if self._session else Tally()
+        return _Marks(time.monotonic(), self._link.uplink_bytes, self._link.downlink_bytes, tally)
+
+    def close(self) -> None:
+        """End the session, if there is one."""
+        if self._session is not None:
+            self._session.close()
+            self._session = None
+
+
+class AnswerStream:
+    """One answer: iterate over its pieces, then ask for ``answer``."""
+
+    def __init__(self, conversation: Conversation, prompt_ids: list[int], max_new_tokens: int) -> None:
+        self._conversation = conversation
+        self._prompt_ids = prompt_ids
+        self._max_new_tokens = max_new_tokens
+        self._tokens: list[AnswerToken] = []
+        self._finish_reason = "length"
+
+    def __iter__(self) -> Iterator[Piece]:
+        """The pieces of text, each as soon as its token is committed."""
+        self._began = self._conversation.marks()
+        for text in self._conversation.tokenizer.decode_stream(self._token_ids()):
+            yield Piece(text, self._tokens[-1].origin)
+        self._ended = self._conversation.marks()
+
+    @property
+    def answer(self) -> Answer:
+        """The whole answer and its figures, once iteration has ended."""
+        token_ids = [token.token_id for token in self._tokens]
+        settings, began, ended = self._conversation.settings, self._began, self._ended
+        rounds = ended.tally.rounds - began.tally.rounds
+        drafted = ended.tally.drafted - began.tally.drafted
+        accepted = ended.tally.accepted - began.tally.accepted
+        seconds = ended.seconds - began.seconds
+        return Answer(
+            text=self._conversation.tokenizer.decode(token_ids),
+            token_ids=token_ids,
+            prompt_tokens=len(self._prompt_ids),
+            finish_reason=self._finish_reason,
+            origins=[token.origin for token in self._tokens],
+            rounds=rounds,
+            drafted=drafted,
+            accepted=accepted,
+            acceptance_rate=accepted / drafted if drafted else None,
+            tokens_per_round=len(token_ids) / rounds,
+            uplink_bytes=ended.uplink_bytes - began.uplink_bytes,
+            downlink_bytes=ended.downlink_bytes - began.downlink_bytes,
+            seconds=seconds,
+            ttft_seconds=self._first - began.seconds,
+            tokens_per_second=len(token_ids) / seconds,
+            mode=settings.mode,
+            draft_len=0 if settings.mode is Mode.TARGET else settings.draft_len,
+        )
+
+    def _token_ids(self) -> Iterator[int]:
+        session = self._conversation.begin(self._prompt_ids)
+        for token in session.answer(self._max_new_tokens):
+            if not self._tokens:
+                self._first = time.monotonic()
+            self._tokens.append(token)
+            yield token.token_id
+        if self._tokens[-1].token_id in session.stop_ids:
+            self._finish_reason = "stop"

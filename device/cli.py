@@ -1,0 +1,191 @@
+"""``edgedraft-device``: answers by distributed speculative decoding."""
+
+import json
+import secrets
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from device.answer import Answer, AnswerStream, Conversation
+from device.client import Client, DraftSettings, Origin, Patience
+from device.draft_model import DraftModel
+from device.link import Link
+from device.tokenizer import ChatMessage, Tokenizer
+from protocol.command_line import Verbose, run
+from protocol.errors import SettingsError
+from protocol.frames import FrameCodec
+from protocol.messages import Mode, Sampling
+
+DEFAULT_DRAFT_LEN = 8
+ORIGIN_STYLES = {Origin.ACCEPTED: "green", Origin.RECOVERED: "bold red", Origin.BONUS: "bold blue"}
+
+app = typer.Typer(help="The device: drafts, asks the base station, commits what stands.", no_args_is_help=True)
+console = Console(highlight=False, soft_wrap=True)
+
+BundleOption = Annotated[Path, typer.Option(help="Folder that edgedraft-export convert wrote.")]
+ServerOption = Annotated[str, typer.Option(help="Endpoint of the base station.")]
+MaxNewTokens = Annotated[int, typer.Option(help="The answer's length at most, in tokens.")]
+Temperature = Annotated[float, typer.Option(help="0 always takes the likeliest token.")]
+TopK = Annotated[int, typer.Option(help="Sample among the N likeliest tokens; 0: all.")]
+TopP = Annotated[float, typer.Option(help="Sample among the likeliest tokens of this mass; 1: all.")]
+Seed = Annotated[int | None, typer.Option(help="Of all random numbers; left out, a new one each time.")]
+ModeOption = Annotated[str, typer.Option(help="auto, ids, topk, full or target; auto is ids at temperature 0.")]
+UplinkK = Annotated[int, typer.Option(help="Entries sent of each distribution in mode topk.")]
+DraftLen = Annotated[str, typer.Option(help=f"Tokens drafted in a round; auto is {DEFAULT_DRAFT_LEN}.")]
+Threads = Annotated[int, typer.Option(help="Threads of the draft model; 0: all cores.")]
+Provider = Annotated[str, typer.Option(help="Execution provider of ONNX Runtime.")]
+ConnectTimeout = Annotated[float, typer.Option(help="Seconds to wait for the base station's first word.")]
+ShowOrigins = Annotated[bool, typer.Option(help="Colour tokens: accepted green, recovered red, bonus blue.")]
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where draft model and base station are."""
+
+    bundle: Path
+    server: str
+    threads: int
+    provider: str
+    connect_timeout: float
+
+
+@app.callback()
+def options(verbose: Verbose = False) -> None:
+    """The device: drafts, asks the base station, commits what stands."""
+
+
+@app.command()
+def generate(
+    bundle: BundleOption,
+    server: ServerOption,
+    prompt: Annotated[str, typer.Option(help="What to answer; put through the chat template.")],
+    max_new_tokens: MaxNewTokens = 256,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    seed: Seed = None,
+    mode: ModeOption = "auto",
+    uplink_k: UplinkK = 32,
+    draft_len: DraftLen = "auto",
+    threads: Threads = 0,
+    provider: Provider = "CPUExecutionProvider",
+    connect_timeout: ConnectTimeout = 5.0,
+    raw: Annotated[bool, typer.Option("--raw", help="Take the prompt as it is, without chat template.")] = False,
+    origins: ShowOrigins = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the text.")] = False,
+) -> None:
+    """Answer one prompt; the text streams as it is committed."""
+    settings = _settings(_sampling(temperature, top_k, top_p, seed), mode, uplink_k, draft_len)
+    _at_least_one("max-new-tokens", max_new_tokens)
+    with _conversation(_Place(bundle, server, threads, provider, connect_timeout), settings) as conversation:
+        tokenizer = conversation.tokenizer
+        ids = tokenizer.encode(prompt) if raw else tokenizer.encode_chat([{"role": "user", "content": prompt}])
+        answer = _show(conversation.ask(ids, max_new_tokens), origins, quiet=as_json)
+    if as_json:
+        sys.stdout.write(json.dumps(asdict(answer)) + "\n")
+
+
+@app.command()
+def chat(
+    bundle: BundleOption,
+    server: ServerOption,
+    max_new_tokens: MaxNewTokens = 512,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    seed: Seed = None,
+    mode: ModeOption = "auto",
+    uplink_k: UplinkK = 32,
+    draft_len: DraftLen = "auto",
+    threads: Threads = 0,
+    provider: Provider = "CPUExecutionProvider",
+    connect_timeout: ConnectTimeout = 5.0,
+    origins: ShowOrigins = False,
+) -> None:
+    """Talk; each turn sends and runs only what is new. An empty line or Ctrl-D ends."""
+    settings = _settings(_sampling(temperature, top_k, top_p, seed), mode, uplink_k, draft_len)
+    _at_least_one("max-new-tokens", max_new_tokens)
+    messages: list[ChatMessage] = []
+    with _conversation(_Place(bundle, server, threads, provider, connect_timeout), settings) as conversation:
+        for line in _lines():
+            messages.append({"role": "user", "content": line})
+            ids = conversation.tokenizer.encode_chat(messages)
+            answer = _show(conversation.ask(ids, max_new_tokens), origins, quiet=False)
+            messages.append({"role": "assistant", "content": answer.text})
+
+
+def main() -> None:
+    """Run the command line."""
+    run(app)
+
+
+def _sampling(temperature: float, top_k: int, top_p: float, seed: int | None) -> Sampling:
+    return Sampling(temperature, top_k, top_p, secrets.randbits(63) if seed is None else seed)
+
+
+def _settings(sampling: Sampling, mode: str, uplink_k: int, draft_len: str) -> DraftSettings:
+    if mode not in ("auto", *Mode):
+        raise SettingsError("mode", mode, f"auto, {', '.join(Mode)}")
+    chosen = (Mode.IDS if sampling.greedy else Mode.TOPK) if mode == "auto" else Mode(mode)
+    if chosen is Mode.IDS and not sampling.greedy:
+        raise SettingsError("mode", mode, f"topk, full or target at temperature {sampling.temperature:g}")
+    _at_least_one("uplink-k", uplink_k)
+    return DraftSettings(chosen, sampling, uplink_k, _draft_len(draft_len))
+
+
+def _draft_len(value: str) -> int:
+    if value == "auto":
+        return DEFAULT_DRAFT_LEN
+    if not value.isdecimal() or int(value) < 1:
+        raise SettingsError("draft-len", value, "auto, or 1 and more")
+    return int(value)
+
+
+def _at_least_one(name: str, value: int) -> None:
+    if value < 1:
+        raise SettingsError(name, value, "1 and more")
+
+
+@contextmanager
+def _conversation(place: _Place, settings: DraftSettings) -> Iterator[Conversation]:
+    """A conversation over a fresh link; both are closed whatever happens."""
+    model = DraftModel(place.bundle, place.threads, (place.provider,))
+    link = Link.connect(place.server, FrameCodec(model.manifest.vocab_size))
+    try:
+        client = Client(link, model.manifest, Patience(connect=place.connect_timeout))
+        conversation = Conversation(link, client, model, Tokenizer(place.bundle, model.manifest), settings)
+        try:
+            yield conversation
+        finally:
+            conversation.close()
+    finally:
+        link.close()
+
+
+def _show(stream: AnswerStream, origins: bool, quiet: bool) -> Answer:
+    for piece in stream:
+        if not quiet:
+            console.print(Text(piece.text, style=ORIGIN_STYLES[piece.origin] if origins else ""), end="")
+    if not quiet:
+        console.print()
+    return stream.answer
+
+
+def _lines() -> Iterator[str]:
+    """What the user types, until an empty line or the end."""
+    while True:
+        try:
+            line = console.input("[bold]> [/bold]")
+        except EOFError:
+            console.print()
+            return
+        if not line.strip():
+            return
+        yield line

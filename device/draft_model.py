@@ -1,0 +1,176 @@
+"""The draft model on ONNX Runtime: tokens in, logits of the last position out.
+
+Two kinds of cache stand behind one small interface. ``SharedCache`` binds past
+and present to one preallocated buffer, so that a step copies nothing and a
+rollback lowers a number; ``GrowingCache`` takes what the graph returns and
+hands it back, for graphs of any architecture.
+
+Knows arrays and ONNX Runtime; not what is sampled from the logits.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime
+
+from protocol.bundle import MODEL_NAME, CacheKind, Manifest
+from protocol.errors import BundleError, SettingsError
+
+Logits: TypeAlias = npt.NDArray[np.float32]
+Arrays: TypeAlias = dict[str, npt.NDArray[np.generic]]
+_FIRST_CAPACITY = 512
+
+
+class KeyValueCache(Protocol):
+    """Keys and values of the tokens run so far; the first ``length`` count."""
+
+    length: int
+
+    def run(self, inputs: Arrays, count: int) -> Logits:
+        """Run ``count`` more tokens; give the logits [V] of the last."""
+
+    def rollback(self, length: int) -> None:
+        """Forget all tokens from ``length`` on."""
+
+
+class DraftModel:
+    """A loaded bundle.
+
+    Args:
+        bundle: the folder that ``edgedraft-export convert`` wrote.
+        threads: of ONNX Runtime; 0 takes all cores.
+        providers: execution providers of ONNX Runtime, the preferred first.
+
+    Raises:
+        BundleError: the folder is no bundle, is damaged, or cannot be loaded.
+        SettingsError: a provider that this ONNX Runtime does not have.
+    """
+
+    def __init__(self, bundle: Path, threads: int = 0, providers: Sequence[str] = ("CPUExecutionProvider",)) -> None:
+        self.manifest = Manifest.read(bundle)
+        self.manifest.check_files(bundle)
+        session = _load(bundle / MODEL_NAME, threads, providers)
+        self._input_names = {entry.name for entry in session.get_inputs()}
+        shared = self.manifest.cache_kind is CacheKind.SHARED
+        self._cache: KeyValueCache = (SharedCache if shared else GrowingCache)(session, self.manifest)
+
+    @property
+    def length(self) -> int:
+        """How many tokens are cached."""
+        return self._cache.length
+
+    def forward(self, token_ids: Sequence[int]) -> Logits:
+        """Run one or more tokens behind the cached ones.
+
+        Returns:
+            float32 [vocab_size], the logits that follow the last of them.
+        """
+        start, end = self._cache.length, self._cache.length + len(token_ids)
+        inputs: Arrays = {
+            "input_ids": np.array([token_ids], np.int64),
+            "attention_mask": np.ones((1, end), np.int64),
+        }
+        if "position_ids" in self._input_names:
+            inputs["position_ids"] = np.arange(start, end, dtype=np.int64)[None]
+        return self._cache.run(inputs, len(token_ids))[: self.manifest.vocab_size]
+
+    def rollback(self, length: int) -> None:
+        """Forget all tokens from ``length`` on."""
+        self._cache.rollback(min(length, self._cache.length))
+
+
+class SharedCache:
+    """Past and present in one buffer a layer: [1, kv_heads, capacity, head_size], float32."""
+
+    def __init__(self, session: onnxruntime.InferenceSession, manifest: Manifest) -> None:
+        self.length = 0
+        self._session = session
+        self._shape = (1, manifest.kv_heads, 0, manifest.head_size)
+        self._pasts = sorted(_past_names(session))
+        self._buffers: dict[str, onnxruntime.OrtValue] = {}
+        self._capacity = 0
+        self._context_length = manifest.context_length
+        self._binding = session.io_binding()
+
+    def run(self, inputs: Arrays, count: int) -> Logits:
+        """Run ``count`` more tokens; give the logits [V] of the last."""
+        self._reserve(self.length + count)
+        for name, array in inputs.items():
+            self._binding.bind_cpu_input(name, array)
+        self._binding.bind_output("logits", "cpu")
+        self._session.run_with_iobinding(self._binding)
+        self.length += count
+        logits: Logits = self._binding.get_outputs()[0].numpy()[0, -1]
+        return logits
+
+    def rollback(self, length: int) -> None:
+        """Forget all tokens from ``length`` on."""
+        self.length = length
+
+    def _reserve(self, length: int) -> None:
+        """Make room for ``length`` tokens; room at least doubles, so that growing costs little."""
+        if length <= self._capacity:
+            return
+        self._capacity = max(length, min(max(2 * self._capacity, _FIRST_CAPACITY), self._context_length))
+        binding = self._session.io_binding()
+        binding.bind_output("logits", "cpu")
+        for name in self._pasts:
+            grown = np.zeros((*self._shape[:2], self._capacity, self._shape[3]), np.float32)
+            if name in self._buffers:
+                grown[:, :, : self.length] = self._buffers[name].numpy()[:, :, : self.length]
+            value = onnxruntime.OrtValue.ortvalue_from_numpy(grown)
+            self._buffers[name] = value
+            binding.bind_ortvalue_input(name, value)
+            binding.bind_ortvalue_output(_present_name(name), value)
+        self._binding = binding
+
+
+class GrowingCache:
+    """The present of one step is the past of the next: [1, kv_heads, length, head_size] a layer."""
+
+    def __init__(self, session: onnxruntime.InferenceSession, manifest: Manifest) -> None:
+        self.length = 0
+        self._session = session
+        empty = np.zeros((1, manifest.kv_heads, 0, manifest.head_size), np.float32)
+        self._past: Arrays = dict.fromkeys(_past_names(session), empty)
+        self._outputs = ["logits", *map(_present_name, self._past)]
+
+    def run(self, inputs: Arrays, count: int) -> Logits:
+        """Run ``count`` more tokens; give the logits [V] of the last."""
+        logits, *present = self._session.run(self._outputs, {**inputs, **self._past})
+        self._past = dict(zip(self._past, present, strict=True))
+        self.length += count
+        last: Logits = logits[0, -1]
+        return last
+
+    def rollback(self, length: int) -> None:
+        """Forget all tokens from ``length`` on."""
+        self._past = {name: array[:, :, :length] for name, array in self._past.items()}
+        self.length = length
+
+
+def _past_names(session: onnxruntime.InferenceSession) -> list[str]:
+    return [entry.name for entry in session.get_inputs() if entry.name.startswith("past_key_values.")]
+
+
+def _present_name(past_name: str) -> str:
+    return past_name.replace("past_key_values", "present")
+
+
+def _load(path: Path, threads: int, providers: Sequence[str]) -> onnxruntime.InferenceSession:
+    available = onnxruntime.get_available_providers()
+    unknown = [name for name in providers if name not in available]
+    if unknown:
+        raise SettingsError("provider", unknown[0], ", ".join(available))
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=list(providers))
+    except Exception as error:  # ONNX Runtime's errors have no common root of their own
+        reason = str(error).strip().splitlines()[0]
+        raise BundleError(f"{str(path)!r} cannot be loaded: {reason}; export the bundle again") from error

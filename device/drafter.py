@@ -1,0 +1,80 @@
+"""Drafting: the next few tokens, as the draft model guesses them.
+
+The drafter keeps the draft model's cache in step with the committed tokens by
+itself: it rolls back to what both share and runs the rest. Knows no link.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from device.draft_model import DraftModel
+from device.sampling import draft_distribution
+from protocol.messages import Mode, Sampling
+from protocol.randomness import Stream, random_bits
+from protocol.sparse import SparseDistribution
+
+
+@dataclass(frozen=True)
+class Guess:
+    """Drafted tokens and, in sampled modes, the distribution each was drawn from."""
+
+    token_ids: tuple[int, ...]
+    distributions: tuple[SparseDistribution, ...]
+
+
+class Drafter:
+    """Drafts the continuation of a sequence.
+
+    Args:
+        model: the draft model; nothing else may run it.
+        mode: what is sent for each token.
+        sampling: how the target is sampled.
+        uplink_k: entries kept of each distribution in mode ``topk``.
+    """
+
+    def __init__(self, model: DraftModel, mode: Mode, sampling: Sampling, uplink_k: int) -> None:
+        self._model = model
+        self._sampling = sampling
+        self._uplink_k = model.manifest.vocab_size if mode is Mode.FULL else uplink_k
+        self._ids_only = mode is Mode.IDS
+        self._stop_ids = frozenset(model.manifest.stop_ids)
+        self._cached: list[int] = []
+
+    def prefill(self, tokens: Sequence[int]) -> None:
+        """Run all but the last of ``tokens``, so that the first draft need not."""
+        uncached = self._rollback(tokens)[:-1]
+        if uncached:
+            self._model.forward(uncached)
+            self._cached += uncached
+
+    def draft(self, tokens: Sequence[int], draft_len: int) -> Guess:
+        """Guess up to ``draft_len`` tokens that follow ``tokens``; ends after a stop id."""
+        unrun = self._rollback(tokens)
+        drafted: list[int] = []
+        distributions: list[SparseDistribution] = []
+        while len(drafted) < draft_len:
+            logits = self._model.forward(unrun)
+            self._cached += unrun
+            if self._ids_only:
+                token_id = int(logits.argmax())
+            else:
+                position = len(tokens) + len(drafted)
+                distribution = draft_distribution(logits, self._sampling, self._uplink_k)
+                token_id = distribution.sample(random_bits(self._sampling.seed, position, Stream.DRAFT))
+                distributions.append(distribution)
+            drafted.append(token_id)
+            unrun = [token_id]
+            if token_id in self._stop_ids:
+                break
+        return Guess(tuple(drafted), tuple(distributions))
+
+    def _rollback(self, tokens: Sequence[int]) -> list[int]:
+        """Forget what ``tokens`` do not begin with; give those not cached, at least the last."""
+        shared = 0
+        for cached, token in zip(self._cached, tokens[:-1], strict=False):
+            if cached != token:
+                break
+            shared += 1
+        self._model.rollback(shared)
+        del self._cached[shared:]
+        return list(tokens[shared:])

@@ -1,0 +1,5 @@
+"""``python -m export`` is ``edgedraft-export``."""
+
+from export.cli import main
+
+main()

@@ -1,0 +1,121 @@
+"""The command line ``edgedraft-export``.
+
+Knows options and how results and errors are shown. Does not know how a model
+is converted.
+"""
+
+import json
+import sys
+import time
+import traceback
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn, cast
+
+import typer
+from rich.console import Console
+
+from export.quiet import is_verbose, set_verbose
+from protocol.errors import EdgedraftError
+
+_INTERRUPTED = 130
+# Typer brings its own click or uses an installed one: only the class it exports leads to the right parent.
+_UsageError = cast(type[Exception], typer.BadParameter.__base__)
+
+app = typer.Typer(help="Turn a draft model into an ONNX bundle that a device can load.", add_completion=False)
+
+_Verbose = Annotated[
+    bool,
+    typer.Option("-v", "--verbose", callback=set_verbose, help="Show what the tools say, and tracebacks."),
+]
+
+
+@app.callback()
+def options(verbose: _Verbose = False) -> None:
+    """Turn a draft model into an ONNX bundle that a device can load."""
+
+
+@app.command()
+def sample(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The model folder to make.")],
+    verbose: _Verbose = False,
+) -> None:
+    """Make an ordinary model folder of the sample model."""
+    from export.sample import make_sample  # late, as below: torch takes seconds to import
+
+    made = make_sample(folder, _console())
+    typer.echo(f"{folder}: the sample model" + ("" if made else " was there already"))
+    typer.echo(f"next: edgedraft-basestation serve --target {folder}")
+
+
+@app.command()
+def convert(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, a hub name or a .gguf file.")],
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="The folder to make.")],
+    converter: Annotated[
+        Literal["auto", "optimum", "genai"], typer.Option(help="genai is faster, optimum knows more models.")
+    ] = "auto",
+    precision: Annotated[
+        Literal["auto", "fp32", "int8", "int4"], typer.Option(help="Of the weights; auto is int8.")
+    ] = "auto",
+    target: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Refuse a draft model that this one cannot verify.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as one JSON object.")] = False,
+    verbose: _Verbose = False,
+) -> None:
+    """Make a bundle of a draft model, and hold it against the original."""
+    started = time.monotonic()
+    console = _console()
+    with console.status("starting"):
+        from export.convert import ConvertSettings
+        from export.convert import convert as make_bundle
+        from export.converters import Converter
+        from export.quantize import Precision
+
+    chosen = Precision.INT8 if precision == "auto" else Precision(precision)
+    manifest = make_bundle(model, bundle, ConvertSettings(Converter(converter), chosen, target), console)
+    seconds = time.monotonic() - started
+    if as_json:
+        typer.echo(json.dumps({**asdict(manifest), "seconds": round(seconds, 1)}))
+        return
+    size = sum(record.size for record in manifest.files.values())
+    typer.echo(
+        f"{bundle}: {manifest.name}, {manifest.precision} by {manifest.converter}, {size / 1e6:.0f} MB, {seconds:.0f} s"
+    )
+    typer.echo(f'next: edgedraft-device generate --bundle {bundle} --server tcp://127.0.0.1:5755 --prompt "Hello!"')
+
+
+def main() -> NoReturn:
+    """Entry point of ``edgedraft-export``."""
+    run(app)
+
+
+def run(app: typer.Typer) -> NoReturn:
+    """Run a command and leave: errors that a user can cause become one line and an exit code."""
+    try:
+        code = app(standalone_mode=False)
+    except EdgedraftError as error:
+        _leave(str(error), error.exit_code)
+    except _UsageError as error:
+        usage = cast(Any, error)
+        _leave(f"{usage.format_message()} (see --help)", usage.exit_code)
+    except ModuleNotFoundError as error:
+        _leave(f"{error}; this command needs: pip install 'edgedraft[export]'", EdgedraftError.exit_code)
+    except OSError as error:
+        _leave(str(error), EdgedraftError.exit_code)
+    if code == _INTERRUPTED:
+        typer.echo("interrupted", err=True)
+    sys.exit(code)
+
+
+def _leave(message: str, exit_code: int) -> NoReturn:
+    if is_verbose():
+        traceback.print_exc()
+    typer.echo(f"error: {' '.join(message.split())}", err=True)
+    sys.exit(exit_code)
+
+
+def _console() -> Console:
+    # Bound to the real stream: what quiet_tools redirects is the name sys.stderr.
+    return Console(file=sys.stderr)

@@ -1,0 +1,180 @@
+"""From a model folder to a bundle: convert, cut, round, compare, describe.
+
+Knows the order of the steps and what a manifest says. Does not know how any
+step is done.
+"""
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from export import gate, graph, source
+from export.converters import Converter, convert_to_onnx
+from export.folders import is_free, made_whole
+from export.quantize import Precision, quantize
+from export.quiet import quiet_tools
+from protocol.bundle import (
+    CHAT_TEMPLATE_NAME,
+    MANIFEST_NAME,
+    MODEL_NAME,
+    TOKENIZER_NAME,
+    FileRecord,
+    GateFigures,
+    Manifest,
+    vocabulary_hash,
+)
+from protocol.errors import MismatchError, ModelError, SettingsError
+
+
+@dataclass(frozen=True)
+class ConvertSettings:
+    """How a bundle is made; ``target`` names the target model it must belong to."""
+
+    converter: Converter = Converter.AUTO
+    precision: Precision = Precision.INT8
+    target: str | None = None
+
+
+@dataclass(frozen=True)
+class Original:
+    """The model that a bundle is made of, without its weights."""
+
+    name: str
+    folder: Path
+    config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    stop_ids: tuple[int, ...]
+
+    @classmethod
+    def read(cls, name: str, scratch: Path, *, weights: bool) -> "Original":
+        """Read configuration and tokenizer of the model that the user named."""
+        folder = source.model_folder(name, scratch, weights=weights)
+        tokenizer = source.load_tokenizer(folder)
+        return cls(name, folder, source.load_config(folder), tokenizer, source.stop_ids(folder))
+
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """Token → id."""
+        vocabulary: dict[str, int] = self.tokenizer.get_vocab()
+        return vocabulary
+
+
+def convert(model: str, bundle: Path, settings: ConvertSettings, console: Console) -> Manifest:
+    """Make the bundle ``bundle`` of ``model``; its manifest.
+
+    Raises:
+        SettingsError: ``bundle`` is a folder with something else in it.
+        ModelError: a model cannot be read or converted.
+        MismatchError: the target model has other tokens.
+        GateError: the result is too unlike ``model``.
+    """
+    if not is_free(bundle) and not (bundle / MANIFEST_NAME).is_file():
+        raise SettingsError("BUNDLE", str(bundle), "a new or empty folder, or a bundle to be replaced")
+    with made_whole(bundle) as made, tempfile.TemporaryDirectory(dir=made.parent) as scratch:
+        original, other = Path(scratch, "original"), Path(scratch, "target")
+        with console.status("reading the model"):
+            draft = Original.read(model, original, weights=True)
+            if settings.target is not None:
+                check_belong_together(draft, Original.read(settings.target, other, weights=False))
+        return _fill(made, draft, settings, Path(scratch, "graph"), console)
+
+
+def check_belong_together(draft: Original, target: Original) -> None:
+    """Hold the vocabulary and the stop ids of two models against each other.
+
+    Raises:
+        MismatchError: they differ.
+    """
+    if vocabulary_hash(draft.vocabulary) != vocabulary_hash(target.vocabulary):
+        raise MismatchError(
+            f"{draft.name!r} has {len(draft.vocabulary)} tokens and {target.name!r} has "
+            f"{len(target.vocabulary)}, not the same ones; a draft model needs its target's vocabulary"
+        )
+    if draft.stop_ids != target.stop_ids:
+        raise MismatchError(
+            f"{draft.name!r} ends answers with the ids {list(draft.stop_ids)}, {target.name!r} with "
+            f"{list(target.stop_ids)}; both need the same eos_token_id in generation_config.json"
+        )
+
+
+def _fill(made: Path, draft: Original, settings: ConvertSettings, scratch: Path, console: Console) -> Manifest:
+    with console.status("converting to ONNX"):
+        converter = convert_to_onnx(draft.folder, scratch, settings.converter)
+    with console.status(f"rounding the weights to {settings.precision}"):
+        cache = _write_graph(scratch / MODEL_NAME, made / MODEL_NAME, settings.precision)
+        _write_text(made, draft.tokenizer)
+    figures = _pass_gate(made / MODEL_NAME, draft, cache, settings.precision, console)
+    manifest = Manifest(
+        name=Path(draft.name).absolute().name.removesuffix(".gguf"),
+        architecture=draft.config.model_type,
+        converter=converter,
+        precision=settings.precision,
+        cache_kind=cache.kind,
+        vocab_size=_vocab_size(draft),
+        vocabulary_hash=vocabulary_hash(draft.vocabulary),
+        stop_ids=draft.stop_ids,
+        bos_token=draft.tokenizer.bos_token or "",
+        eos_token=draft.tokenizer.eos_token or "",
+        context_length=_context_length(draft),
+        layers=cache.layers,
+        kv_heads=cache.kv_heads,
+        head_size=cache.head_size,
+        gate=figures,
+        files={path.name: FileRecord.of(path) for path in sorted(made.iterdir())},
+    )
+    manifest.write(made)
+    return manifest
+
+
+def _write_graph(converted: Path, shipped: Path, precision: Precision) -> graph.Cache:
+    model = graph.load(converted)
+    graph.keep_last_position(model)
+    with quiet_tools():
+        model = quantize(model, precision)
+    graph.save(model, shipped)
+    return graph.Cache.of(model)
+
+
+def _write_text(made: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.backend_tokenizer.save(str(made / TOKENIZER_NAME))
+    if tokenizer.chat_template is not None:
+        (made / CHAT_TEMPLATE_NAME).write_text(tokenizer.chat_template, encoding="utf-8")
+
+
+def _pass_gate(
+    graph_path: Path, draft: Original, cache: graph.Cache, precision: Precision, console: Console
+) -> GateFigures:
+    model = source.load_model(draft.folder)
+    steps = 2 * gate.NEW_TOKENS * len(gate.PROMPTS)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("comparing with the original", total=steps)
+        figures = gate.measure(
+            model, draft.tokenizer, graph_path, cache, _vocab_size(draft), lambda: progress.advance(task)
+        )
+    limits = gate.LIMITS[precision]
+    console.print(_gate_table(figures, limits))
+    gate.check(figures, limits)
+    return figures
+
+
+def _gate_table(figures: GateFigures, limits: gate.GateLimits) -> Table:
+    table = Table("likeness to the original", "measured", "at least")
+    for label, name in (("same likeliest token", "argmax_agreement"), ("overlap at temperature 1", "overlap")):
+        table.add_row(label, f"{getattr(figures, name):.3f}", f"{getattr(limits, name):.2f}")
+    return table
+
+
+def _vocab_size(draft: Original) -> int:
+    return max(draft.vocabulary.values()) + 1
+
+
+def _context_length(draft: Original) -> int:
+    length = getattr(draft.config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(length, int):
+        raise ModelError(f"the configuration of {draft.name!r} names no max_position_embeddings")
+    return length

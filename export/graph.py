@@ -1,0 +1,163 @@
+"""The graph of a draft model, as a device wants it.
+
+Knows ONNX nodes and tensors. Does not know which converter made the graph, nor
+what its weights are rounded to.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import onnx
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
+
+from protocol.bundle import CacheKind
+from protocol.errors import ModelError
+
+LOGITS = "logits"
+_ELEMENTWISE = frozenset({"Add", "Cast", "Div", "Identity", "Mul", "Tanh"})
+_INT64_MAX = 2**63 - 1
+_EXTERNAL_BYTES = 1024  # smaller tensors stay in the graph's own file
+
+
+@dataclass(frozen=True)
+class Cache:
+    """The keys and values that a graph takes and gives: float32[batch, kv_heads, length, head_size] each."""
+
+    kind: CacheKind
+    layers: int
+    kv_heads: int
+    head_size: int
+
+    @classmethod
+    def of(cls, model: ModelProto) -> Self:
+        """Read the cache from the inputs of a graph.
+
+        Raises:
+            ModelError: the graph keeps no keys and values, or not the same for every layer.
+        """
+        past = {entry.name: entry for entry in model.graph.input if entry.name.startswith("past_key_values.")}
+        shapes = {tuple(dim.dim_value for dim in entry.type.tensor_type.shape.dim) for entry in past.values()}
+        if len(shapes) != 1:
+            raise ModelError(
+                f"the graph keeps {len(shapes)} shapes of keys and values; allowed: 1, the same for every layer"
+            )
+        _, kv_heads, _, head_size = shapes.pop()
+        shared = any(node.op_type == "GroupQueryAttention" for node in model.graph.node)
+        cache = cls(CacheKind.SHARED if shared else CacheKind.GROWING, len(past) // 2, kv_heads, head_size)
+        cache._check_names(model.graph)
+        return cache
+
+    @property
+    def past_names(self) -> list[str]:
+        """Inputs, key and value by layer."""
+        return [f"past_key_values.{layer}.{part}" for layer in range(self.layers) for part in ("key", "value")]
+
+    @property
+    def present_names(self) -> list[str]:
+        """Outputs, in the order of ``past_names``."""
+        return [f"present.{layer}.{part}" for layer in range(self.layers) for part in ("key", "value")]
+
+    def _check_names(self, graph: GraphProto) -> None:
+        wanted = {"input_ids", "attention_mask", *self.past_names}, {LOGITS, *self.present_names}
+        inputs = {entry.name for entry in graph.input} - {"position_ids"}
+        outputs = {entry.name for entry in graph.output}
+        wrong = (inputs ^ wanted[0]) | (outputs ^ wanted[1])
+        if wrong:
+            raise ModelError(f"the graph misses or adds {', '.join(sorted(wrong))}; a device cannot run it")
+
+
+def load(path: Path) -> ModelProto:
+    """The graph at ``path`` with all its weights in memory."""
+    return onnx.load(path)
+
+
+def save(model: ModelProto, path: Path) -> None:
+    """Write ``path`` and, beside it, ``path.data`` with the weights."""
+    onnx.save_model(
+        model,
+        path,
+        save_as_external_data=True,
+        location=f"{path.name}.data",
+        size_threshold=_EXTERNAL_BYTES,
+    )
+
+
+def keep_last_position(model: ModelProto) -> None:
+    """Make ``logits`` [batch, 1, V] of the last position, whatever the number of tokens put in.
+
+    The hidden states are cut before the head, so a prompt of T tokens never
+    costs the [T, V] product; where no head is recognised, the logits are cut.
+    """
+    graph = model.graph
+    head = find_head(graph)
+    del graph.value_info[:]  # shapes that no longer hold
+    if head is None:
+        _rename_output(graph, LOGITS, "all_logits")
+        _append_slice(graph, len(graph.node), "all_logits", LOGITS)
+    else:
+        hidden, head.input[0] = head.input[0], "last_hidden"
+        _append_slice(graph, list(graph.node).index(head), hidden, "last_hidden")
+    output = next(output for output in graph.output if output.name == LOGITS)
+    output.type.tensor_type.shape.dim[1].Clear()
+    output.type.tensor_type.shape.dim[1].dim_value = 1
+
+
+def find_head(graph: GraphProto) -> NodeProto | None:
+    """The product that gives the logits; bias, scaling and soft-capping may follow it."""
+    producers = {name: node for node in graph.node for name in node.output}
+    node = producers.get(LOGITS)
+    while node is not None and node.op_type in _ELEMENTWISE:
+        computed = [producers[name] for name in node.input if _is_computed(producers.get(name))]
+        node = computed[0] if len(computed) == 1 else None
+    return node if node is not None and node.op_type == "MatMul" else None
+
+
+def fold_transposes(model: ModelProto) -> None:
+    """Replace each transposed weight by a weight: tied embeddings share one with the head that way."""
+    graph = model.graph
+    weights = initializers(graph)
+    for node in [node for node in graph.node if node.op_type == "Transpose" and node.input[0] in weights]:
+        permutation = next((list(entry.ints) for entry in node.attribute if entry.name == "perm"), None)
+        folded = numpy_helper.to_array(weights[node.input[0]]).transpose(permutation)
+        graph.initializer.append(numpy_helper.from_array(folded.copy(), node.output[0]))
+        graph.node.remove(node)
+
+
+def remove_unread_weights(model: ModelProto) -> None:
+    """Remove the weights that no node reads."""
+    graph = model.graph
+    used = {name for node in graph.node for name in node.input}
+    for weight in [weight for weight in graph.initializer if weight.name not in used]:
+        graph.initializer.remove(weight)
+
+
+def initializers(graph: GraphProto) -> dict[str, TensorProto]:
+    """The weights of ``graph`` by name."""
+    return {weight.name: weight for weight in graph.initializer}
+
+
+def embedding_lookups(graph: GraphProto) -> Iterator[NodeProto]:
+    """The nodes that look up rows of a weight by ``input_ids``."""
+    weights = initializers(graph)
+    for node in graph.node:
+        if node.op_type == "Gather" and node.input[0] in weights and node.input[1] == "input_ids":
+            yield node
+
+
+def _is_computed(node: NodeProto | None) -> bool:
+    return node is not None and node.op_type != "Constant"
+
+
+def _rename_output(graph: GraphProto, old: str, new: str) -> None:
+    for node in graph.node:
+        node.output[:] = [new if name == old else name for name in node.output]
+
+
+def _append_slice(graph: GraphProto, index: int, source: str, result: str) -> None:
+    bounds = {"last_starts": -1, "last_ends": _INT64_MAX, "last_axes": 1}
+    graph.initializer.extend(
+        helper.make_tensor(name, TensorProto.INT64, [1], [bound]) for name, bound in bounds.items()
+    )
+    graph.node.insert(index, helper.make_node("Slice", [source, *bounds], [result], name="last_position"))

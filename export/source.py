@@ -1,0 +1,173 @@
+"""A model folder, whatever the user named: a folder, a hub name or a GGUF file.
+
+Knows how transformers reads and writes models. Does not know what becomes of
+the model afterwards.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
+from safetensors import SafetensorError, safe_open
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from export.quiet import quiet_tools
+from protocol.errors import ModelError
+
+_DESCRIPTION_FILES = ["*.json", "*.jinja", "*.txt", "tokenizer.model"]
+_WEIGHT_FILES = ["*.safetensors"]
+_SPECIAL_TOKENS = ("bos", "eos", "pad", "unk")
+
+
+def model_folder(name: str, scratch: Path, *, weights: bool = True) -> Path:
+    """The folder of the model that the user named.
+
+    Args:
+        name: a model folder, a hub name or a ``.gguf`` file.
+        scratch: an empty folder in which one may be made of a GGUF file.
+        weights: without them only configuration and tokenizer are fetched.
+
+    Raises:
+        ModelError: there is no such model, or it cannot be read.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"{name!r} is no model folder: it holds no config.json")
+        _check_weights(path)
+        return path
+    if path.suffix == ".gguf":
+        return unpack_gguf(path, scratch, weights=weights)
+    if path.exists():
+        raise ModelError(f"{name!r} is no model; allowed: a model folder, a hub name or a .gguf file")
+    return _fetch(name, weights=weights)
+
+
+def unpack_gguf(path: Path, folder: Path, *, weights: bool = True) -> Path:
+    """Make an ordinary float32 model folder of a GGUF file in the empty folder ``folder``.
+
+    Raises:
+        ModelError: the file is missing, damaged or of an unknown architecture.
+    """
+    if not path.is_file():
+        raise ModelError(f"{str(path)!r} does not exist; allowed: a model folder, a hub name or a .gguf file")
+    with _readable(repr(str(path))):
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        if weights:
+            model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+            _save(folder, tokenizer, model.config, model)
+        else:
+            config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+            _save(folder, tokenizer, config, config)
+    return folder
+
+
+def load_config(folder: Path) -> PretrainedConfig:
+    """The configuration of a model folder.
+
+    Raises:
+        ModelError: it cannot be read.
+    """
+    with _readable(f"the configuration of {str(folder)!r}"):
+        return AutoConfig.from_pretrained(folder)
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder: a fast one, of which ``tokenizer.json`` can be written.
+
+    Raises:
+        ModelError: there is none, or only a slow one.
+    """
+    with _readable(f"the tokenizer of {str(folder)!r}"):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    if not tokenizer.is_fast:
+        raise ModelError(f"{str(folder)!r} has no fast tokenizer (tokenizer.json), which a device needs")
+    return tokenizer
+
+
+def load_model(folder: Path) -> PreTrainedModel:
+    """The model of a model folder, in float32 on the CPU, for inference.
+
+    Raises:
+        ModelError: it cannot be read.
+    """
+    with _readable(f"the model {str(folder)!r}"):
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def stop_ids(folder: Path) -> tuple[int, ...]:
+    """The ids that end an answer, of the generation settings and the configuration, ascending."""
+    configs = [load_config(folder)]
+    if (folder / "generation_config.json").is_file():
+        with _readable(f"the generation settings of {str(folder)!r}"):
+            configs.append(GenerationConfig.from_pretrained(folder))
+    ids: set[int] = set()
+    for eos in (config.eos_token_id for config in configs):
+        ids.update([] if eos is None else [eos] if isinstance(eos, int) else eos)
+    return tuple(sorted(ids))
+
+
+def _save(
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    config: PretrainedConfig,
+    content: PreTrainedModel | PretrainedConfig,
+) -> None:
+    # What a GGUF file calls itself ("Smollm2 135M 8k Lc100K Mix1 Ep2") names no model anywhere.
+    vars(config).pop("_model_name_or_path", None)
+    _agree_on_special_tokens(tokenizer, config)
+    tokenizer.save_pretrained(folder)
+    (folder / "tokenizer.model").unlink(missing_ok=True)  # a copy of the whole GGUF file
+    content.save_pretrained(folder)
+
+
+def _agree_on_special_tokens(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:
+    # A tokenizer read from a GGUF file may claim another token than the model ends with.
+    for name in _SPECIAL_TOKENS:
+        token_id = getattr(config, f"{name}_token_id", None)
+        if isinstance(token_id, int):
+            setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(token_id))
+
+
+def _check_weights(folder: Path) -> None:
+    for path in folder.glob("*.safetensors"):
+        with _readable(repr(str(path))), safe_open(path, framework="np"):
+            pass  # opening holds the header against the length: a truncated file ends here
+
+
+def _fetch(name: str, *, weights: bool) -> Path:
+    patterns = _DESCRIPTION_FILES + (_WEIGHT_FILES if weights else [])
+    try:
+        with quiet_tools():
+            return Path(snapshot_download(name, allow_patterns=patterns))
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise ModelError(
+            f"{name!r} is no folder here and cannot be fetched from the hub ({_first_line(error)}); "
+            "allowed: a model folder, a hub name or a .gguf file"
+        ) from error
+
+
+@contextmanager
+def _readable(what: str) -> Iterator[None]:
+    try:
+        with quiet_tools():
+            yield
+    except (
+        OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError, ImportError,
+    ) as error:  # fmt: skip
+        raise ModelError(f"{what} cannot be read: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -1,0 +1,179 @@
+"""What the two ends say to each other.
+
+A device greets once (Hello, Welcome). In a session every *request* of the
+device carries the next ``round_id``, and every reply names the round it answers:
+
+=========  ==========================================  =======================
+request    says                                        answered by
+=========  ==========================================  =======================
+Open       the prompt and how to sample                Opened
+Draft      guesses of the next tokens                  one Verdict
+Decode     "target, decode alone for a while"          a Verdict for each token
+Extend     the next turn of a conversation             Opened
+=========  ==========================================  =======================
+
+Close and Fault end a session and are not answered.
+"""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TypeAlias
+
+from protocol.errors import SettingsError
+from protocol.sparse import SparseDistribution
+
+PROTOCOL_VERSION = 1
+
+
+class Mode(StrEnum):
+    """What is sent for each drafted token."""
+
+    IDS = "ids"
+    """The id: temperature 0, where verification is a match of argmaxes."""
+    TOPK = "topk"
+    """The id and the K likeliest entries of the distribution it was drawn from."""
+    FULL = "full"
+    """The id and all V probabilities: the baseline the paper compares with."""
+    TARGET = "target"
+    """Nothing: the target decodes alone; the baseline of every comparison."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the target is sampled; the answer is distributed as if it had been so, alone.
+
+    ``temperature`` 0 is argmax. ``top_k`` 0 and ``top_p`` 1 keep every token.
+    They are applied in this order: temperature, top-k, top-p.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature <= 100:
+            raise SettingsError("temperature", self.temperature, "0 (always the likeliest token) to 100")
+        if not 0 <= self.top_k < 2**31:
+            raise SettingsError("top_k", self.top_k, "0 (all tokens) or a count of tokens")
+        if not 0 < self.top_p <= 1:
+            raise SettingsError("top_p", self.top_p, "above 0, up to 1 (all tokens)")
+        if not 0 <= self.seed < 2**63:
+            raise SettingsError("seed", self.seed, "0 to 2**63 - 1")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether only the likeliest token can follow."""
+        return self.temperature == 0
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """First word of a device: which vocabulary its draft model speaks."""
+
+    version: int
+    vocab_size: int
+    vocabulary_hash: bytes
+    stop_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Welcome:
+    """The base station knows that vocabulary, and says what it serves."""
+
+    version: int
+    model: str
+    context_length: int
+    max_draft_len: int
+    modes: tuple[Mode, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Open:
+    """Begin a session: the prompt, once, and how the answer is sampled."""
+
+    session_id: int
+    round_id: int
+    mode: Mode
+    sampling: Sampling
+    prompt_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """An Open or Extend was taken."""
+
+    session_id: int
+    round_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Extend:
+    """Keep the first ``start`` committed tokens and go on with ``token_ids``."""
+
+    session_id: int
+    round_id: int
+    start: int
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """``draft_len`` guessed tokens and, in sampled modes, the distribution each was drawn from.
+
+    No tokens at all ask for one token of the target.
+    """
+
+    session_id: int
+    round_id: int
+    token_ids: tuple[int, ...]
+    distributions: tuple[SparseDistribution, ...] = field(default=())
+
+
+@dataclass(frozen=True, slots=True)
+class Decode:
+    """Ask the target for ``count`` tokens of its own, until a stop id.
+
+    It stands for as many empty Drafts, ``round_id`` being the first one's.
+    """
+
+    session_id: int
+    round_id: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """The first ``accepted`` drafted tokens stand, and ``token_id`` follows them.
+
+    It is *recovered* where a drafted token was rejected and a *bonus* where all stand.
+    """
+
+    session_id: int
+    round_id: int
+    accepted: int
+    token_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Close:
+    """The device has no more use for the session."""
+
+    session_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """Something went wrong: ``code`` of an ``EdgedraftError`` and one line about it.
+
+    ``session_id`` is None where no session can be blamed.
+    """
+
+    session_id: int | None
+    code: str
+    text: str
+
+
+Request: TypeAlias = Open | Draft | Decode | Extend
+Reply: TypeAlias = Opened | Verdict
+Message: TypeAlias = Hello | Welcome | Request | Reply | Close | Fault

@@ -1,0 +1,47 @@
+"""Random numbers that are a function of (seed, position), the same on both ends.
+
+A lost and repeated round, a resumed session or another batch asks for the same
+number and gets it: nothing here has a state. ``position`` counts the tokens of
+the whole sequence, the prompt included, so no position is judged twice with
+different numbers, and rejected drafts of later positions were never looked at.
+"""
+
+from enum import IntEnum
+
+_WORD = 2**64 - 1
+_GOLDEN = 0x9E3779B97F4A7C15  # 2⁶⁴ / golden ratio: the step of the SplitMix64 generator
+UNIFORM_BITS = 53  # what a float64 in [0, 1) can hold exactly
+
+
+class Stream(IntEnum):
+    """What a random number is for; numbers of different streams are independent."""
+
+    DRAFT = 1
+    """The device draws a draft token."""
+    ACCEPT = 2
+    """The base station accepts or rejects it."""
+    RESULT = 3
+    """The base station draws the recovered or the bonus token."""
+
+
+def random_bits(seed: int, position: int, stream: Stream) -> int:
+    """53 uniform random bits, as an integer in [0, 2⁵³).
+
+    SplitMix64's output function (Steele, Lea, Flood 2014), chained over the
+    three words, so that every bit of each reaches every bit of the result.
+    """
+    word = 0
+    for part in (seed, position, stream):
+        word = _mix((word ^ (part & _WORD)) + _GOLDEN & _WORD)
+    return word >> (64 - UNIFORM_BITS)
+
+
+def uniform(seed: int, position: int, stream: Stream) -> float:
+    """A uniform random number in [0, 1), a multiple of 2⁻⁵³."""
+    return random_bits(seed, position, stream) * 2.0**-UNIFORM_BITS
+
+
+def _mix(word: int) -> int:
+    word = (word ^ word >> 30) * 0xBF58476D1CE4E5B9 & _WORD
+    word = (word ^ word >> 27) * 0x94D049BB133111EB & _WORD
+    return word ^ word >> 31

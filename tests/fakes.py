@@ -1,0 +1,138 @@
+"""Models without weights: the next token's logits are a table over the last two tokens.
+
+They keep the whole history as the real ones keep keys and values, so a wrong
+rollback or a token run twice shows in what they say next.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from basestation.kv_arena import Segment, Stretch
+from basestation.target_model import TargetModel, Vocabulary
+from device.draft_model import DraftModel
+from protocol.bundle import CacheKind, GateFigures, Manifest, vocabulary_hash
+
+Table = npt.NDArray[np.float32]  # [vocab_size, vocab_size, vocab_size]: logits after the last two tokens
+
+
+def random_table(vocab_size: int, seed: int, sharpness: float = 1.5) -> Table:
+    return np.random.default_rng(seed).normal(0, sharpness, (vocab_size,) * 3).astype(np.float32)
+
+
+def blend(one: Table, other: Table, share: float) -> Table:
+    """A table somewhere between two, so that a draft is sometimes right."""
+    return (share * one + (1 - share) * other).astype(np.float32)
+
+
+def next_logits(table: Table, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
+    before = tokens[-2] if len(tokens) > 1 else 0
+    return table[before, tokens[-1]]
+
+
+def token_names(vocab_size: int) -> dict[str, int]:
+    return {f"t{token_id}": token_id for token_id in range(vocab_size)}
+
+
+def manifest(vocab_size: int, stop_ids: tuple[int, ...] = (), context_length: int = 4096) -> Manifest:
+    return Manifest(
+        name="table",
+        architecture="table",
+        converter="none",
+        precision="fp32",
+        cache_kind=CacheKind.GROWING,
+        vocab_size=vocab_size,
+        vocabulary_hash=vocabulary_hash(token_names(vocab_size)),
+        stop_ids=stop_ids,
+        bos_token="",
+        eos_token="",
+        context_length=context_length,
+        layers=1,
+        kv_heads=1,
+        head_size=1,
+        gate=GateFigures(1.0, 1.0, 1),
+    )
+
+
+@dataclass
+class FakeDraftModel:
+    table: Table
+    manifest: Manifest
+    tokens: list[int] = field(default_factory=list)
+    passes: list[int] = field(default_factory=list)
+
+    @classmethod
+    def make(cls, table: Table, stop_ids: tuple[int, ...] = (), context_length: int = 4096) -> DraftModel:
+        return cast(DraftModel, cls(table, manifest(len(table), stop_ids, context_length)))
+
+    @property
+    def length(self) -> int:
+        return len(self.tokens)
+
+    def forward(self, token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
+        assert len(token_ids) > 0
+        self.tokens += token_ids
+        self.passes.append(len(token_ids))
+        return next_logits(self.table, self.tokens)
+
+    def rollback(self, length: int) -> None:
+        del self.tokens[length:]
+
+
+@dataclass
+class FakeStretch:
+    tokens: list[int] = field(default_factory=list)
+
+    @property
+    def length(self) -> int:
+        return len(self.tokens)
+
+    def rollback(self, length: int) -> None:
+        del self.tokens[length:]
+
+
+@dataclass
+class FakeTarget:
+    table: Table
+    stop_ids: frozenset[int] = frozenset()
+    context_length: int = 4096
+    name: str = "table"
+    passes: list[int] = field(default_factory=list)
+    """Sessions in each pass so far."""
+
+    @classmethod
+    def make(cls, table: Table, stop_ids: frozenset[int] = frozenset(), context_length: int = 4096) -> TargetModel:
+        return cast(TargetModel, cls(table, stop_ids, context_length))
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        size = len(self.table)
+        return Vocabulary(size, bytes.fromhex(vocabulary_hash(token_names(size))), self.stop_ids)
+
+    def new_stretch(self) -> Stretch:
+        return cast(Stretch, FakeStretch())
+
+    def forward(self, segments: Sequence[Segment]) -> list[torch.Tensor]:
+        self.passes.append(len(segments))
+        return [self._run(segment) for segment in segments]
+
+    def _run(self, segment: Segment) -> torch.Tensor:
+        stretch = cast(FakeStretch, segment.stretch)
+        assert len(segment.token_ids) > 0
+        rows = []
+        for token_id in segment.token_ids:
+            stretch.tokens.append(token_id)
+            rows.append(next_logits(self.table, stretch.tokens))
+        return torch.tensor(np.array(rows[len(rows) - segment.judged :])).reshape(-1, len(self.table))
+
+
+def target_alone(table: Table, prompt: Sequence[int], count: int) -> list[int]:
+    """The slow and obvious twin of every greedy answer."""
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(int(next_logits(table, tokens).argmax()))
+    return tokens[len(prompt) :]

@@ -1,0 +1,87 @@
+"""A device and a base station joined in memory, over a link that can lose and repeat frames."""
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from basestation.engine import Engine
+from basestation.target_model import TargetModel
+from device.client import Client, Patience
+from device.draft_model import DraftModel
+from device.link import Link
+from protocol.errors import FrameError
+from protocol.frames import FrameCodec, FrameLimits
+from protocol.messages import Message
+
+Fate: TypeAlias = Callable[[Message], int]
+"""How many times a message arrives: 0 loses it, 2 repeats it."""
+
+
+def once(_: Message) -> int:
+    return 1
+
+
+class Station:
+    """An engine without a socket: frames of any number of peers in, frames out."""
+
+    def __init__(self, target: TargetModel, limits: FrameLimits | None = None) -> None:
+        self.limits = limits or FrameLimits()
+        self.codec = FrameCodec(target.vocabulary.size, self.limits)
+        self.now = 0.0
+        self.engine = Engine(target, self.limits, self._deliver, clock=lambda: self.now)
+        self.outboxes: dict[bytes, deque[Message]] = {}
+
+    def push(self, peer: bytes, frame: bytes) -> None:
+        self.outboxes.setdefault(peer, deque())
+        try:
+            message = self.codec.decode(frame)
+        except FrameError as error:
+            self.engine.fault(peer, None, error)
+        else:
+            self.engine.receive(peer, message)
+
+    def pull(self, peer: bytes) -> Message | None:
+        while not self.outboxes[peer] and self.engine.busy:
+            self.engine.step()
+        return self.outboxes[peer].popleft() if self.outboxes[peer] else None
+
+    def _deliver(self, peer: bytes, message: Message) -> None:
+        self.outboxes[peer].append(message)
+
+
+@dataclass
+class MemoryTransport:
+    """One device's frames; time passes only while it waits."""
+
+    station: Station
+    peer: bytes = b"a"
+    up: Fate = once
+    down: Fate = once
+    now: float = 0.0
+    uplink: list[bytes] = field(default_factory=list)
+    _arrived: deque[bytes] = field(default_factory=deque)
+
+    def send(self, frame: bytes) -> None:
+        self.uplink.append(frame)
+        for _ in range(self.up(self.station.codec.decode(frame))):
+            self.station.push(self.peer, frame)
+
+    def receive(self, timeout: float) -> bytes | None:
+        while not self._arrived:
+            message = self.station.pull(self.peer)
+            if message is None:
+                self.now += timeout
+                return None
+            self._arrived.extend([self.station.codec.encode(message)] * self.down(message))
+        return self._arrived.popleft()
+
+    def close(self) -> None:
+        pass
+
+
+def join(station: Station, model: DraftModel, transport: MemoryTransport | None = None) -> tuple[Client, Link]:
+    """A greeted client of ``station``."""
+    transport = transport or MemoryTransport(station)
+    link = Link(transport, FrameCodec(model.manifest.vocab_size), "memory")
+    return Client(link, model.manifest, Patience(), clock=lambda: transport.now), link

@@ -1,0 +1,52 @@
+"""Whatever a user does wrong ends in one line and an exit code."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+
+from export.cli import app, run
+
+
+def leave(monkeypatch: pytest.MonkeyPatch, command: typer.Typer, *arguments: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["edgedraft-export", *map(str, arguments)])
+    with pytest.raises(SystemExit) as exit_info:
+        run(command)
+    return int(exit_info.value.code or 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "words", "exit_code"),
+    [
+        (["--converter", "magic"], ["--converter", "magic", "optimum"], 2),
+        (["--precision", "int3"], ["--precision", "int3", "int4"], 2),
+        ([], ["holds no config.json"], 1),
+    ],
+)
+def test_an_error_is_one_line(
+    options: list[str],
+    words: list[str],
+    exit_code: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    assert leave(monkeypatch, app, "convert", tmp_path, tmp_path / "bundle", *options) == exit_code
+    output, errors = capfd.readouterr()
+    assert output == ""
+    assert errors.startswith("error: ")
+    assert errors.count("\n") == 1
+    assert all(word in errors for word in words)
+    assert not list(tmp_path.iterdir())
+
+
+def test_interrupting_is_one_line(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    interrupted = typer.Typer()
+
+    @interrupted.command()
+    def wait() -> None:
+        raise KeyboardInterrupt
+
+    assert leave(monkeypatch, interrupted) == 130
+    assert capfd.readouterr() == ("", "interrupted\n")

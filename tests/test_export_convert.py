@@ -1,0 +1,226 @@
+"""Bundles of a tiny random model: what ships is like the original, or nothing ships."""
+
+import io
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from rich.console import Console
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from export import convert as convert_module
+from export import gate, graph
+from export.convert import ConvertSettings, convert
+from export.converters import Converter
+from export.quantize import Precision, quantize
+from protocol.bundle import CacheKind, GateFigures, Manifest
+from protocol.errors import GateError, MismatchError, ModelError, SettingsError
+
+CONSOLE = Console(file=io.StringIO())
+CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
+SPECIAL_TOKENS = ["<s>", "</s>"]
+SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+FP32_GENAI = ConvertSettings(Converter.GENAI, Precision.FP32)
+FP32_OPTIMUM = ConvertSettings(Converter.OPTIMUM, Precision.FP32)
+
+
+def save_tokenizer(folder: Path, special_tokens: list[str] = SPECIAL_TOKENS) -> int:
+    """A byte tokenizer; the number of its ids."""
+    tokens = special_tokens + sorted(pre_tokenizers.ByteLevel.alphabet())
+    bytes_only = Tokenizer(models.BPE({token: index for index, token in enumerate(tokens)}, []))
+    bytes_only.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bytes_only, bos_token=special_tokens[0], eos_token=special_tokens[1]
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(folder)
+    return len(tokens)
+
+
+def save_model(folder: Path, eos_token_id: int = 1) -> Path:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        **SMALL,
+        vocab_size=320,  # more logits than the tokenizer has ids, as large models have
+        intermediate_size=128,
+        max_position_embeddings=512,
+        initializer_range=0.3,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=eos_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("models") / "tiny-0.1B")
+
+
+@pytest.fixture(scope="session", params=[FP32_GENAI, FP32_OPTIMUM], ids=["genai", "optimum"])
+def fp32_bundle(request: pytest.FixtureRequest, original: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    bundle = tmp_path_factory.mktemp("bundles") / "fp32"
+    convert(str(original), bundle, request.param, CONSOLE)
+    return bundle
+
+
+def greedy_tokens_of_graph(bundle: Path, prompt_ids: list[int], count: int) -> list[int]:
+    """The slow twin: the whole sequence goes through the graph for every token."""
+    session = onnxruntime.InferenceSession(bundle / "model.onnx", providers=["CPUExecutionProvider"])
+    cache = graph.Cache.of(onnx.load(bundle / "model.onnx", load_external_data=False))
+    empty = np.zeros((1, cache.kv_heads, 0, cache.head_size), np.float32)
+    ids = list(prompt_ids)
+    for _ in range(count):
+        feeds = {
+            **dict.fromkeys(cache.past_names, empty),
+            "input_ids": np.array([ids]),
+            "attention_mask": np.ones((1, len(ids)), np.int64),
+            "position_ids": np.arange(len(ids))[None],
+        }
+        known = {entry.name for entry in session.get_inputs()}
+        (logits,) = session.run(["logits"], {name: feed for name, feed in feeds.items() if name in known})
+        assert logits.shape == (1, 1, 320)
+        ids.append(int(logits[0, 0].argmax()))
+    return ids[len(prompt_ids) :]
+
+
+def greedy_tokens_of_pytorch(model: PreTrainedModel, prompt_ids: list[int], count: int) -> list[int]:
+    ids = list(prompt_ids)
+    with torch.inference_mode():
+        for _ in range(count):
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    return ids[len(prompt_ids) :]
+
+
+def test_fp32_graph_gives_the_original_s_tokens_from_the_last_position_alone(original: Path, fp32_bundle: Path) -> None:
+    prompt_ids = [0, 40, 41, 42, 99, 7]
+    expected = greedy_tokens_of_pytorch(LlamaForCausalLM.from_pretrained(original), prompt_ids, 12)
+    assert len(set(expected)) > 2
+    assert greedy_tokens_of_graph(fp32_bundle, prompt_ids, 12) == expected
+
+
+def test_manifest_describes_the_bundle(fp32_bundle: Path) -> None:
+    manifest = Manifest.read(fp32_bundle)
+    manifest.check_files(fp32_bundle)
+    kinds = {"genai": CacheKind.SHARED, "optimum": CacheKind.GROWING}
+    assert manifest.cache_kind is kinds[manifest.converter]
+    assert (manifest.name, manifest.precision, manifest.context_length) == ("tiny-0.1B", "fp32", 512)
+    assert (manifest.layers, manifest.kv_heads, manifest.head_size) == (2, 2, 16)
+    assert (manifest.vocab_size, manifest.stop_ids) == (258, (1,))
+    assert (manifest.bos_token, manifest.eos_token) == ("<s>", "</s>")
+    assert manifest.gate.positions == gate.NEW_TOKENS * len(gate.PROMPTS)
+    assert {path.name for path in fp32_bundle.iterdir()} == {*manifest.files, "manifest.json"}
+    assert (fp32_bundle / "chat_template.jinja").read_text() == CHAT_TEMPLATE
+
+
+def test_int8_bundle_passes_its_gate_and_keeps_no_float_matrix(original: Path, tmp_path: Path) -> None:
+    manifest = convert(str(original), tmp_path / "bundle", ConvertSettings(precision=Precision.INT8), CONSOLE)
+    assert manifest.precision == "int8"
+    weights = onnx.load(tmp_path / "bundle" / "model.onnx").graph.initializer
+    floats = [weight for weight in weights if weight.data_type == onnx.TensorProto.FLOAT]
+    assert max(np.prod(weight.dims) for weight in floats) <= 512 * 8  # cosines of the rotary embedding
+
+
+def test_int4_leaves_embedding_and_head_8_bits(fp32_bundle: Path) -> None:
+    model = quantize(graph.load(fp32_bundle / "model.onnx"), Precision.INT4)
+    bits = {
+        (node.op_type, onnx.helper.get_node_attr_value(node, "bits"), "logits" in node.output)
+        for node in model.graph.node
+        if node.op_type in ("MatMulNBits", "GatherBlockQuantized")
+    }
+    assert bits == {("MatMulNBits", 4, False), ("MatMulNBits", 8, True), ("GatherBlockQuantized", 8, False)}
+
+
+def test_auto_takes_optimum_for_what_genai_does_not_know(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=258, n_embd=64, n_layer=2, n_head=4, n_positions=256, initializer_range=0.3,
+        bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    save_tokenizer(tmp_path / "gpt2")
+    with pytest.raises(ModelError, match="--converter optimum"):
+        convert(str(tmp_path / "gpt2"), tmp_path / "bundle", FP32_GENAI, CONSOLE)
+    auto = ConvertSettings(Converter.AUTO, Precision.FP32)
+    assert convert(str(tmp_path / "gpt2"), tmp_path / "bundle", auto, CONSOLE).converter == "optimum"
+
+
+def refused(
+    error: type[Exception], match: str, model: Path, place: Path, settings: ConvertSettings = FP32_GENAI
+) -> None:
+    """Converting fails as said, and leaves ``place`` as it was."""
+    before = sorted(place.rglob("*"))
+    with pytest.raises(error, match=match):
+        convert(str(model), place / "bundle", settings, CONSOLE)
+    assert sorted(place.rglob("*")) == before
+
+
+def test_unusable_models_are_named(tmp_path: Path) -> None:
+    place = tmp_path / "place"
+    place.mkdir()
+    refused(ModelError, "does not exist", tmp_path / "none.gguf", place)
+    refused(ModelError, "holds no config.json", place, place)
+    truncated = save_model(tmp_path / "truncated")
+    weights = truncated / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    refused(ModelError, "model.safetensors", truncated, place)
+    wordless = save_model(tmp_path / "wordless")
+    for path in wordless.glob("*token*"):
+        path.unlink()
+    refused(ModelError, "the tokenizer of .*wordless", wordless, place)
+
+
+def test_a_folder_with_something_else_is_not_replaced(original: Path, tmp_path: Path) -> None:
+    (tmp_path / "bundle").mkdir()
+    (tmp_path / "bundle" / "thesis.tex").touch()
+    refused(SettingsError, "BUNDLE", original, tmp_path)
+
+
+def test_another_target_is_refused_before_any_work(
+    original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(convert_module, "convert_to_onnx")
+    place = tmp_path / "place"
+    place.mkdir()
+    other_stop = save_model(tmp_path / "other-stop", eos_token_id=2)
+    refused(MismatchError, "eos", original, place, replace(FP32_GENAI, target=str(other_stop)))
+    other_tokens = save_model(tmp_path / "other-tokens")
+    save_tokenizer(other_tokens, ["<a>", "<b>"])
+    refused(MismatchError, "vocabulary", original, place, replace(FP32_GENAI, target=str(other_tokens)))
+
+
+def test_a_graph_unlike_its_original_never_ships(
+    original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def corrupt(model: onnx.ModelProto, precision: Precision) -> onnx.ModelProto:
+        for weight in model.graph.initializer:
+            if weight.name.endswith("down_proj.MatMul.weight"):
+                noise = np.random.default_rng(0).normal(size=tuple(weight.dims)).astype(np.float32)
+                weight.CopyFrom(onnx.numpy_helper.from_array(noise, weight.name))
+        return model
+
+    settings = ConvertSettings(Converter.GENAI, Precision.FP32)
+    good = convert(str(original), tmp_path / "bundle", settings, CONSOLE)
+    monkeypatch.setattr(convert_module, "quantize", corrupt)
+    refused(GateError, "argmax_agreement .* allowed: 0.99", original, tmp_path, settings)
+    assert Manifest.read(tmp_path / "bundle") == good
+    good.check_files(tmp_path / "bundle")
+
+
+def test_a_figure_that_is_no_number_fails_the_gate() -> None:
+    with pytest.raises(GateError, match="overlap"):
+        gate.check(GateFigures(1.0, float("nan"), 1), gate.LIMITS[Precision.INT4])
