@@ -44,4 +44,4 @@ def serve(
 
 def main() -> None:
     """Run the command line."""
-    run(app)
+    run(app, "basestation")

@@ -4,6 +4,7 @@ Runs on transformers 4.57 and 5.x. Knows tokens and logits; not what a draft is.
 """
 
 import contextlib
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,7 +75,7 @@ class TargetModel:
         placement = _placement(torch_device)
         precision = _precision(dtype, placement)
         _register_attention()
-        with _quiet_transformers(), _named_failures(model):
+        with _quiet_tools(), _named_failures(model):
             place, options = _source(model)
             config = AutoConfig.from_pretrained(place, **options)
             _refuse_unsupported(config)
@@ -172,13 +173,16 @@ def _named_failures(model: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Keep transformers' advice to programmers away from operators."""
-    verbosity = transformers_logging.get_verbosity()
+def _quiet_tools() -> Iterator[None]:
+    """Keep the advice and retries of transformers and the hub away from operators."""
+    hub = logging.getLogger("huggingface_hub")
+    level, verbosity = hub.level, transformers_logging.get_verbosity()
+    hub.setLevel(logging.CRITICAL)
     transformers_logging.set_verbosity_error()
     try:
         yield
     finally:
+        hub.setLevel(level)
         transformers_logging.set_verbosity(verbosity)
 
 

@@ -1,0 +1,1 @@
+"""Measurements: this system against its alternatives, side by side in one run."""

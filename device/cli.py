@@ -26,7 +26,9 @@ from protocol.messages import Mode, Sampling
 DEFAULT_DRAFT_LEN = 8
 ORIGIN_STYLES = {Origin.ACCEPTED: "green", Origin.RECOVERED: "bold red", Origin.BONUS: "bold blue"}
 
-app = typer.Typer(help="The device: drafts, asks the base station, commits what stands.", no_args_is_help=True)
+app = typer.Typer(
+    add_completion=False, help="The device: drafts, asks the base station, commits what stands.", no_args_is_help=True
+)
 console = Console(highlight=False, soft_wrap=True)
 
 BundleOption = Annotated[Path, typer.Option(help="Folder that edgedraft-export convert wrote.")]
@@ -123,7 +125,7 @@ def chat(
 
 def main() -> None:
     """Run the command line."""
-    run(app)
+    run(app, "device")
 
 
 def _sampling(temperature: float, top_k: int, top_p: float, seed: int | None) -> Sampling:

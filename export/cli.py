@@ -7,38 +7,28 @@ is converted.
 import json
 import sys
 import time
-import traceback
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, cast
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
 
-from export.quiet import is_verbose, set_verbose
-from protocol.errors import EdgedraftError
+from protocol.command_line import Verbose, run
 
-_INTERRUPTED = 130
-# Typer brings its own click or uses an installed one: only the class it exports leads to the right parent.
-_UsageError = cast(type[Exception], typer.BadParameter.__base__)
-
-app = typer.Typer(help="Turn a draft model into an ONNX bundle that a device can load.", add_completion=False)
-
-_Verbose = Annotated[
-    bool,
-    typer.Option("-v", "--verbose", callback=set_verbose, help="Show what the tools say, and tracebacks."),
-]
+app = typer.Typer(
+    add_completion=False, help="Turn a draft model into an ONNX bundle that a device can load.", no_args_is_help=True
+)
 
 
 @app.callback()
-def options(verbose: _Verbose = False) -> None:
+def options(verbose: Verbose = False) -> None:
     """Turn a draft model into an ONNX bundle that a device can load."""
 
 
 @app.command()
 def sample(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="The model folder to make.")],
-    verbose: _Verbose = False,
 ) -> None:
     """Make an ordinary model folder of the sample model."""
     from export.sample import make_sample  # late, as below: torch takes seconds to import
@@ -62,7 +52,6 @@ def convert(
         str | None, typer.Option(metavar="MODEL", help="Refuse a draft model that this one cannot verify.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as one JSON object.")] = False,
-    verbose: _Verbose = False,
 ) -> None:
     """Make a bundle of a draft model, and hold it against the original."""
     started = time.monotonic()
@@ -86,34 +75,9 @@ def convert(
     typer.echo(f'next: edgedraft-device generate --bundle {bundle} --server tcp://127.0.0.1:5755 --prompt "Hello!"')
 
 
-def main() -> NoReturn:
-    """Entry point of ``edgedraft-export``."""
-    run(app)
-
-
-def run(app: typer.Typer) -> NoReturn:
-    """Run a command and leave: errors that a user can cause become one line and an exit code."""
-    try:
-        code = app(standalone_mode=False)
-    except EdgedraftError as error:
-        _leave(str(error), error.exit_code)
-    except _UsageError as error:
-        usage = cast(Any, error)
-        _leave(f"{usage.format_message()} (see --help)", usage.exit_code)
-    except ModuleNotFoundError as error:
-        _leave(f"{error}; this command needs: pip install 'edgedraft[export]'", EdgedraftError.exit_code)
-    except OSError as error:
-        _leave(str(error), EdgedraftError.exit_code)
-    if code == _INTERRUPTED:
-        typer.echo("interrupted", err=True)
-    sys.exit(code)
-
-
-def _leave(message: str, exit_code: int) -> NoReturn:
-    if is_verbose():
-        traceback.print_exc()
-    typer.echo(f"error: {' '.join(message.split())}", err=True)
-    sys.exit(exit_code)
+def main() -> None:
+    """Run the command line."""
+    run(app, "export")
 
 
 def _console() -> Console:

@@ -55,7 +55,7 @@ class Original:
         """Read configuration and tokenizer of the model that the user named."""
         folder = source.model_folder(name, scratch, weights=weights)
         tokenizer = source.load_tokenizer(folder)
-        return cls(name, folder, source.load_config(folder), tokenizer, source.stop_ids(folder))
+        return cls(name, folder, source.load_config(folder), tokenizer, source.stop_ids_of(folder))
 
     @property
     def vocabulary(self) -> dict[str, int]:

@@ -95,10 +95,10 @@ def keep_last_position(model: ModelProto) -> None:
     del graph.value_info[:]  # shapes that no longer hold
     if head is None:
         _rename_output(graph, LOGITS, "all_logits")
-        _append_slice(graph, len(graph.node), "all_logits", LOGITS)
+        _insert_slice(graph, len(graph.node), "all_logits", LOGITS)
     else:
         hidden, head.input[0] = head.input[0], "last_hidden"
-        _append_slice(graph, list(graph.node).index(head), hidden, "last_hidden")
+        _insert_slice(graph, list(graph.node).index(head), hidden, "last_hidden")
     output = next(output for output in graph.output if output.name == LOGITS)
     output.type.tensor_type.shape.dim[1].Clear()
     output.type.tensor_type.shape.dim[1].dim_value = 1
@@ -155,7 +155,7 @@ def _rename_output(graph: GraphProto, old: str, new: str) -> None:
         node.output[:] = [new if name == old else name for name in node.output]
 
 
-def _append_slice(graph: GraphProto, index: int, source: str, result: str) -> None:
+def _insert_slice(graph: GraphProto, index: int, source: str, result: str) -> None:
     bounds = {"last_starts": -1, "last_ends": _INT64_MAX, "last_axes": 1}
     graph.initializer.extend(
         helper.make_tensor(name, TensorProto.INT64, [1], [bound]) for name, bound in bounds.items()

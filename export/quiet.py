@@ -9,19 +9,8 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from contextvars import ContextVar
 
-_verbose = ContextVar("verbose", default=False)
-
-
-def is_verbose() -> bool:
-    """Whether the user wants to hear everything."""
-    return _verbose.get()
-
-
-def set_verbose(value: bool) -> None:
-    """Let everything through from now on, if ``value``; a later False takes nothing back."""
-    _verbose.set(is_verbose() or value)
+from protocol.command_line import is_verbose
 
 
 @contextmanager

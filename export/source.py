@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from export.quiet import quiet_tools
+from protocol.bundle import stop_ids
 from protocol.errors import ModelError
 
 _DESCRIPTION_FILES = ["*.json", "*.jinja", "*.txt", "tokenizer.model"]
@@ -106,16 +107,13 @@ def load_model(folder: Path) -> PreTrainedModel:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def stop_ids(folder: Path) -> tuple[int, ...]:
+def stop_ids_of(folder: Path) -> tuple[int, ...]:
     """The ids that end an answer, of the generation settings and the configuration, ascending."""
     configs = [load_config(folder)]
     if (folder / "generation_config.json").is_file():
         with _readable(f"the generation settings of {str(folder)!r}"):
             configs.append(GenerationConfig.from_pretrained(folder))
-    ids: set[int] = set()
-    for eos in (config.eos_token_id for config in configs):
-        ids.update([] if eos is None else [eos] if isinstance(eos, int) else eos)
-    return tuple(sorted(ids))
+    return tuple(sorted(stop_ids(*(config.eos_token_id for config in configs))))
 
 
 def _save(

@@ -31,7 +31,8 @@ def blend(one: Table, other: Table, share: float) -> Table:
 
 def next_logits(table: Table, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
     before = tokens[-2] if len(tokens) > 1 else 0
-    return table[before, tokens[-1]]
+    logits: npt.NDArray[np.float32] = table[before, tokens[-1]]
+    return logits
 
 
 def token_names(vocab_size: int) -> dict[str, int]:

@@ -159,9 +159,7 @@ class VerifiesUnrounded(Sampler):
     """Verifies against what the device had before rounding, not against what it drew from."""
 
     def judge(self, tokens: Tokens, drafted: Tokens, seed: int) -> Judgement:
-        unrounded = [
-            self.unrounded((*tokens, *drafted[:index]), self.case.uplink_k) for index in range(len(drafted))
-        ]
+        unrounded = [self.unrounded((*tokens, *drafted[:index]), self.case.uplink_k) for index in range(len(drafted))]
         return judge_sampled(self.rows(tokens, drafted), drafted, unrounded, seed, len(tokens))
 
 
@@ -188,6 +186,10 @@ def test_greedy_accepts_up_to_the_first_difference() -> None:
 def test_warp_keeps_the_nucleus_and_no_more() -> None:
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
     assert warp(logits, Sampling(1.0, top_p=0.8))[0].tolist() == pytest.approx([0.625, 0.375, 0, 0])
-    assert warp(logits, Sampling(1.0, top_p=0.81))[0].tolist() == pytest.approx([0.5 / 0.95, 0.3 / 0.95, 0.15 / 0.95, 0])
+    assert warp(logits, Sampling(1.0, top_p=0.81))[0].tolist() == pytest.approx(
+        [0.5 / 0.95, 0.3 / 0.95, 0.15 / 0.95, 0]
+    )
     assert warp(logits, Sampling(1.0, top_k=1))[0].tolist() == [1, 0, 0, 0]
-    assert warp(logits, Sampling(0.5))[0].tolist() == pytest.approx([0.25 / 0.365, 0.09 / 0.365, 0.0225 / 0.365, 0.0025 / 0.365])
+    assert warp(logits, Sampling(0.5))[0].tolist() == pytest.approx(
+        [0.25 / 0.365, 0.09 / 0.365, 0.0225 / 0.365, 0.0025 / 0.365]
+    )

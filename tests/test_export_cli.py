@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 import typer
 
-from export.cli import app, run
+from export.cli import app
+from protocol.command_line import run
 
 
 def leave(monkeypatch: pytest.MonkeyPatch, command: typer.Typer, *arguments: object) -> int:
     monkeypatch.setattr(sys, "argv", ["edgedraft-export", *map(str, arguments)])
     with pytest.raises(SystemExit) as exit_info:
-        run(command)
+        run(command, "export")
     return int(exit_info.value.code or 0)
 
 

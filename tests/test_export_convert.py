@@ -224,3 +224,19 @@ def test_a_graph_unlike_its_original_never_ships(
 def test_a_figure_that_is_no_number_fails_the_gate() -> None:
     with pytest.raises(GateError, match="overlap"):
         gate.check(GateFigures(1.0, float("nan"), 1), gate.LIMITS[Precision.INT4])
+
+
+def test_a_graph_without_a_known_head_gives_the_last_position_too() -> None:
+    hidden, logits = (
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1, "tokens", 4])
+        for name in ("hidden", "logits")
+    )
+    relu = onnx.helper.make_node("Relu", ["hidden"], ["logits"])
+    opset = onnx.helper.make_opsetid("", 18)
+    model = onnx.helper.make_model(
+        onnx.helper.make_graph([relu], "headless", [hidden], [logits]), opset_imports=[opset], ir_version=10
+    )
+    graph.keep_last_position(model)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    states = np.arange(12, dtype=np.float32).reshape(1, 3, 4)
+    assert np.array_equal(session.run(["logits"], {"hidden": states})[0], states[:, -1:])

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from export import sample
 from export.sample import make_sample
-from export.source import load_config, load_tokenizer, stop_ids
+from export.source import load_config, load_tokenizer, stop_ids_of
 from protocol.errors import ModelError, SettingsError
 
 CONSOLE = Console(file=io.StringIO())
@@ -62,5 +62,5 @@ def test_tokenizer_and_model_agree_on_the_end_of_an_answer(failing_pip: list[lis
     assert not failing_pip
     tokenizer = load_tokenizer(SAMPLE)
     assert tokenizer.convert_tokens_to_ids("<|im_end|>") == tokenizer.eos_token_id
-    assert stop_ids(SAMPLE) == (tokenizer.eos_token_id,) == (load_config(SAMPLE).eos_token_id,)
+    assert stop_ids_of(SAMPLE) == (tokenizer.eos_token_id,) == (load_config(SAMPLE).eos_token_id,)
     assert not (SAMPLE / "tokenizer.model").exists()

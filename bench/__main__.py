@@ -1,0 +1,5 @@
+"""``python -m bench`` is ``edgedraft-bench``."""
+
+from bench.cli import main
+
+main()

@@ -1,0 +1,117 @@
+"""``edgedraft-bench``: every figure of the documentation comes from one of these commands."""
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from protocol.command_line import Verbose, run
+
+app = typer.Typer(add_completion=False, help="Measure this system against its alternatives.", no_args_is_help=True)
+console = Console(highlight=False)
+
+BundleOption = Annotated[Path, typer.Option(help="Bundle of the draft model.")]
+TargetOption = Annotated[str, typer.Option(help="The target: model folder, hub name or .gguf file.")]
+PromptsOption = Annotated[Path | None, typer.Option(help="Spec-Bench jsonl file; left out, the project's own prompts.")]
+JsonOption = Annotated[Path | None, typer.Option("--json", help="Write the results to this file.")]
+DtypeOption = Annotated[str, typer.Option(help="Of the target: auto, float32 or bfloat16.")]
+
+
+@app.callback()
+def options(verbose: Verbose = False) -> None:
+    """Measure this system against its alternatives."""
+
+
+@app.command()
+def demo(bundle: BundleOption, target: TargetOption, dtype: DtypeOption = "bfloat16", draft_len: int = 8) -> None:
+    """Stream an answer in colour, then show what drafting was worth."""
+    from bench.demo import show_demo
+    from bench.station import running_station
+    from bench.workplace import workplace
+
+    with ExitStack() as stack:
+        with console.status("starting a base station"):
+            place = stack.enter_context(workplace(bundle, stack.enter_context(running_station(target, dtype))))
+        show_demo(place, draft_len, console)
+    console.print("next: edgedraft-device chat, or edgedraft-bench speedup (see README.md)")
+
+
+@app.command()
+def speedup(
+    bundle: BundleOption,
+    target: TargetOption,
+    dtype: DtypeOption = "bfloat16",
+    prompts: PromptsOption = None,
+    count: Annotated[int, typer.Option(help="How many prompts.")] = 8,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens for each.")] = 128,
+    draft_len: Annotated[int, typer.Option(help="Tokens drafted in a round.")] = 8,
+    temperature: Annotated[float, typer.Option(help="0 takes mode ids, above 0 topk and full.")] = 0.0,
+    uplink_k: Annotated[int, typer.Option(help="Entries sent of each distribution in mode topk.")] = 32,
+    json_file: JsonOption = None,
+) -> None:
+    """Tokens a second with drafting against the target alone, over loopback, both in one run."""
+    from bench.prompts import read_prompts
+    from bench.speedup import SpeedupSettings, measure_speedup, results
+    from bench.station import running_station
+    from bench.workplace import workplace
+
+    chosen = read_prompts(prompts, count)
+    settings = SpeedupSettings(max_new_tokens, draft_len, temperature, uplink_k)
+    with running_station(target, dtype) as address, workplace(bundle, address) as place, _progress() as progress:
+        task = progress.add_task("answers", total=len(chosen) * len(settings.cases()))
+        rows = measure_speedup(place, chosen, settings, lambda: progress.advance(task))
+        measured = results(place, rows, settings, dtype)
+    measured.show(console)
+    measured.write(json_file)
+
+
+@app.command()
+def exact(
+    bundle: BundleOption,
+    target: TargetOption,
+    prompts: PromptsOption = None,
+    count: Annotated[int, typer.Option(help="How many prompts.")] = 20,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens for each.")] = 64,
+    draft_lens: Annotated[str, typer.Option(help="Draft lengths, with commas.")] = "1,4,8",
+    json_file: JsonOption = None,
+) -> None:
+    """Hold greedy answers, token for token, against transformers' own generation, in float32."""
+    from bench.exact import Reference, differences
+    from bench.prompts import read_prompts
+    from bench.results import Results
+    from bench.station import running_station
+    from bench.workplace import workplace
+
+    chosen = read_prompts(prompts, count)
+    lengths = [int(part) for part in draft_lens.split(",")]
+    with running_station(target, "float32") as address, workplace(bundle, address) as place, _progress() as progress:
+        task = progress.add_task("answers", total=len(chosen) * (1 + len(lengths)))
+        found = differences(place, Reference(target), chosen, max_new_tokens, lengths, lambda: progress.advance(task))
+    rows = [
+        {
+            "case": f"draft_len {length}",
+            "prompts": len(chosen),
+            "differ": sum(one.draft_len == length for one in found),
+            "differ_without_tie": sum(one.draft_len == length and not one.is_tie for one in found),
+            "largest_gap": max((one.gap for one in found if one.draft_len == length), default=None),
+        }
+        for length in lengths
+    ]
+    measured = Results({"target": target, "dtype": "float32", "max_new_tokens": max_new_tokens}, rows)
+    measured.show(console)
+    measured.write(json_file)
+    if any(not one.is_tie for one in found) or len({one.prompt for one in found}) * 40 > len(chosen):
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """Run the command line."""
+    run(app, "bench")
+
+
+def _progress() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console, transient=True)

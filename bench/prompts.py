@@ -1,0 +1,51 @@
+"""The prompts that measurements use: a small set of the project's own, or a file of the user's."""
+
+import json
+from pathlib import Path
+
+from protocol.errors import SettingsError
+
+OWN_PROMPTS = (
+    "Explain to a ten-year-old why the sky is blue but sunsets are red.",
+    "Write a short story about a lighthouse keeper who finds a message in a bottle.",
+    "List five practical tips for saving electricity at home, with one sentence on each.",
+    "A train leaves at 9:40 and travels 210 km at 70 km/h. When does it arrive? Show each step.",
+    "Write a Python function that returns the longest word of a sentence, and explain how it works.",
+    "Summarise the main causes of the First World War in three paragraphs.",
+    "Translate into French: The meeting has been moved to Thursday afternoon because the room is taken.",
+    "Describe how a refrigerator keeps food cold.",
+    "Give me a recipe for a simple vegetable soup for four people.",
+    "What are the differences between a virus and a bacterium?",
+    "Write a polite email asking a landlord to repair a leaking tap.",
+    "Compare the advantages of bicycles and buses in a large city.",
+    "Write a poem of eight lines about the first snow of winter.",
+    "How do I prepare for a job interview as a software tester?",
+    "Explain what photosynthesis is and why it matters.",
+    "Three friends share a bill of 84 dollars; one pays twice as much as each of the others. How much does each pay?",
+    "Write a SQL query that lists the ten customers with the most orders, and explain it.",
+    "Give a short biography of Marie Curie.",
+    "What should a visitor see in Rome on a single day? Make a plan by the hour.",
+    "Argue for and against homework in primary schools.",
+)
+
+
+def read_prompts(path: Path | None, count: int) -> list[str]:
+    """The first ``count`` prompts: the project's own, or the first turns of a Spec-Bench file.
+
+    A Spec-Bench file has a JSON object a line, with the user's words in ``turns``.
+
+    Raises:
+        SettingsError: the file is none such, or there are fewer prompts.
+    """
+    prompts = list(OWN_PROMPTS) if path is None else _first_turns(path)
+    if not 1 <= count <= len(prompts):
+        raise SettingsError("count", count, f"1 to {len(prompts)}, as many as there are prompts")
+    return prompts[:count]
+
+
+def _first_turns(path: Path) -> list[str]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        return [str(json.loads(line)["turns"][0]) for line in lines if line.strip()]
+    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        raise SettingsError("prompts", str(path), f"a file of lines like {{'turns': ['…']}} ({error!r})") from error

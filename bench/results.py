@@ -1,0 +1,61 @@
+"""What a measurement leaves: one JSON object with the machine, the versions, the settings and a row a case."""
+
+import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TypeAlias
+
+from rich.console import Console
+from rich.table import Table
+
+Value: TypeAlias = str | int | float | bool | None
+_PACKAGES = ("numpy", "onnxruntime", "torch", "transformers", "pyzmq", "msgpack")
+
+
+@dataclass(frozen=True)
+class Results:
+    """Rows of one measurement; every row has a ``case``."""
+
+    settings: Mapping[str, Value]
+    rows: Sequence[Mapping[str, Value]]
+
+    def write(self, path: Path | None) -> None:
+        """Write the JSON file, if one was asked for."""
+        if path is not None:
+            content = {
+                "machine": machine(),
+                "versions": {name: metadata.version(name) for name in _PACKAGES},
+                "settings": dict(self.settings),
+                "rows": [dict(row) for row in self.rows],
+            }
+            path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+    def show(self, console: Console) -> None:
+        """Print the rows as a table."""
+        table = Table(*self.rows[0])
+        for row in self.rows:
+            table.add_row(*(_cell(value) for value in row.values()))
+        console.print(table)
+
+
+def machine() -> dict[str, Value]:
+    """The processor and how many cores of it this process may use."""
+    return {"processor": _processor(), "cores": len(os.sched_getaffinity(0)), "system": platform.platform()}
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
+
+
+def _cell(value: Value) -> str:
+    if value is None:
+        return "–"
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.3g}" if abs(value) < 100 else f"{value:,.0f}"

@@ -1,0 +1,51 @@
+"""A device and a base station set up for measurement: one draft model, one station, many answers."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from device.answer import Answer, Conversation
+from device.client import Client, DraftSettings
+from device.draft_model import DraftModel
+from device.link import Link
+from device.tokenizer import Tokenizer
+from protocol.frames import FrameCodec
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """A loaded draft model with its tokenizer, greeted at a base station."""
+
+    model: DraftModel
+    tokenizer: Tokenizer
+    link: Link
+    client: Client
+
+    def prompt_ids(self, prompt: str, max_len: int | None = None) -> list[int]:
+        """A user's words through the chat template, cut to ``max_len`` tokens."""
+        return self.tokenizer.encode_chat([{"role": "user", "content": prompt}])[:max_len]
+
+    def conversation(self, settings: DraftSettings) -> Conversation:
+        """A new conversation; close it after use."""
+        return Conversation(self.link, self.client, self.model, self.tokenizer, settings)
+
+    def answer(self, prompt_ids: list[int], max_new_tokens: int, settings: DraftSettings) -> Answer:
+        """One answer in a session of its own."""
+        conversation = self.conversation(settings)
+        stream = conversation.ask(prompt_ids, max_new_tokens)
+        for _ in stream:
+            pass
+        conversation.close()
+        return stream.answer
+
+
+@contextmanager
+def workplace(bundle: Path, address: str) -> Iterator[Workplace]:
+    """Load the bundle and greet the base station at ``address``."""
+    model = DraftModel(bundle)
+    link = Link.connect(address, FrameCodec(model.manifest.vocab_size))
+    try:
+        yield Workplace(model, Tokenizer(bundle, model.manifest), link, Client(link, model.manifest))
+    finally:
+        link.close()

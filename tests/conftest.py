@@ -1,0 +1,21 @@
+"""One base station with the real target in float32, shared by the tests that need it."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from bench.station import running_station
+from bench.workplace import Workplace, workplace
+from tests.sample import BUNDLE, SAMPLE
+
+
+@pytest.fixture(scope="session")
+def station_address() -> Iterator[str]:
+    with running_station(str(SAMPLE), "float32") as address:
+        yield address
+
+
+@pytest.fixture(scope="session")
+def place(station_address: str) -> Iterator[Workplace]:
+    with workplace(BUNDLE, station_address) as ready:
+        yield ready

@@ -1,0 +1,8 @@
+"""The real sample model and its bundle, as ``make models`` leaves them."""
+
+from pathlib import Path
+
+PROJECT = Path(__file__).parents[1]
+SAMPLE = PROJECT / "build" / "sample"
+BUNDLE = PROJECT / "build" / "bundle"
+DEVICE_PYTHON = PROJECT / ".venv-device" / "bin" / "python"

@@ -1,0 +1,200 @@
+"""The whole path with the real sample model: processes, sockets, ONNX Runtime, PyTorch."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import zmq
+
+from bench.exact import Reference, differences
+from bench.prompts import OWN_PROMPTS
+from bench.station import running_station
+from bench.workplace import Workplace, workplace
+from device.client import DraftSettings
+from protocol.errors import ContextLengthError
+from protocol.frames import FrameCodec
+from protocol.messages import Fault, Mode, Sampling
+from tests.sample import BUNDLE, DEVICE_PYTHON, SAMPLE
+
+pytestmark = pytest.mark.model
+
+IDS = DraftSettings(Mode.IDS, Sampling(), uplink_k=1, draft_len=8)
+
+
+def test_greedy_answers_are_what_transformers_generates(place: Workplace) -> None:
+    found = differences(place, Reference(str(SAMPLE)), OWN_PROMPTS[:3], 32, (1, 4, 8), lambda: None)
+    assert [one for one in found if not one.is_tie] == []
+
+
+def test_the_target_alone_gives_the_same_tokens(place: Workplace) -> None:
+    ids = place.prompt_ids(OWN_PROMPTS[3])
+    alone = DraftSettings(Mode.TARGET, Sampling(), uplink_k=1, draft_len=8)
+    assert place.answer(ids, 32, alone).token_ids == place.answer(ids, 32, IDS).token_ids
+
+
+@pytest.mark.parametrize("mode", [Mode.TOPK, Mode.FULL])
+def test_a_sampled_answer_is_a_function_of_prompt_and_seed(place: Workplace, mode: Mode) -> None:
+    ids = place.prompt_ids(OWN_PROMPTS[1])
+    settings = DraftSettings(mode, Sampling(1.2, top_k=5000, seed=7), uplink_k=32, draft_len=4)
+    first = place.answer(ids, 24, settings)
+    assert place.answer(ids, 24, settings).token_ids == first.token_ids
+    assert 0 < first.accepted < first.drafted
+
+
+def test_drafts_fit_their_budget_of_bytes(place: Workplace) -> None:
+    ids = place.prompt_ids(OWN_PROMPTS[0])
+    opening = 2 * len(ids) + 64
+    answer = place.answer(ids, 48, IDS)
+    assert answer.uplink_bytes - opening <= 3 * answer.drafted + 24 * answer.rounds
+    sampled = DraftSettings(Mode.TOPK, Sampling(1.0, seed=1), uplink_k=32, draft_len=4)
+    answer = place.answer(ids, 48, sampled)
+    assert answer.uplink_bytes - opening <= 130 * answer.drafted
+
+
+def test_a_conversation_runs_only_what_is_new(place: Workplace) -> None:
+    conversation = place.conversation(IDS)
+    first = conversation.ask(place.prompt_ids("Name three rivers."), 24)
+    text = "".join(piece.text for piece in first)
+    messages = [
+        {"role": "user", "content": "Name three rivers."},
+        {"role": "assistant", "content": text},
+        {"role": "user", "content": "Which is the longest?"},
+    ]
+    ids = place.tokenizer.encode_chat(messages)  # type: ignore[arg-type]
+    second = conversation.ask(ids, 16)
+    for _ in second:
+        pass
+    conversation.close()
+    assert second.answer.token_ids == place.answer(ids, 16, IDS).token_ids
+    assert second.answer.uplink_bytes < 2 * len(ids) + 3 * second.answer.drafted + 24 * second.answer.rounds
+
+
+def test_a_prompt_longer_than_the_context_is_refused(place: Workplace) -> None:
+    with pytest.raises(ContextLengthError, match="at most 8191"):
+        place.answer([5] * 8192, 8, IDS)
+
+
+def test_invariant_6_bytes_are_counted_as_a_relay_sees_them(station_address: str) -> None:
+    host, port = station_address.removeprefix("tcp://").split(":")
+    with CountingRelay(host, int(port)) as relay, workplace(BUNDLE, f"tcp://127.0.0.1:{relay.port}") as place:
+        before = relay.settled()
+        uplink, downlink = place.link.uplink_bytes, place.link.downlink_bytes
+        place.answer(place.prompt_ids(OWN_PROMPTS[2]), 24, IDS)
+        after = relay.settled()
+        counted = (place.link.uplink_bytes - uplink, place.link.downlink_bytes - downlink)
+    assert counted == (after[0] - before[0], after[1] - before[1])
+
+
+def test_garbage_ends_nobody_elses_session(station_address: str, place: Workplace) -> None:
+    expected = place.answer(place.prompt_ids(OWN_PROMPTS[4]), 16, IDS).token_ids
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    dealer = context.socket(zmq.DEALER)
+    dealer.connect(station_address)
+    conversation = place.conversation(IDS)
+    tokens = conversation.ask(place.prompt_ids(OWN_PROMPTS[4]), 16)
+    for count, _ in enumerate(tokens):
+        dealer.send(b"\xc1garbage" * (count + 1))
+    fault = FrameCodec(place.model.manifest.vocab_size).decode(dealer.recv())
+    context.destroy(linger=0)
+    conversation.close()
+    assert isinstance(fault, Fault)
+    assert fault.code == "frame"
+    assert tokens.answer.token_ids == expected
+
+
+def test_generate_runs_where_only_the_device_is_installed(station_address: str, place: Workplace) -> None:
+    assert DEVICE_PYTHON.exists(), "make test sets up a second environment with [device] alone"
+    script = "import sys, device.cli; print([m for m in ('torch', 'transformers', 'optimum') if m in sys.modules])"
+    assert _run([str(DEVICE_PYTHON), "-c", script]).stdout.strip() == "[]"
+    assert _run([str(DEVICE_PYTHON), "-c", "import torch"]).returncode != 0
+    command = [str(DEVICE_PYTHON), "-m", "device", "generate", "--bundle", str(BUNDLE), "--server", station_address]
+    finished = _run([*command, "--prompt", OWN_PROMPTS[7], "--max-new-tokens", "12", "--json"])
+    assert finished.returncode == 0, finished.stderr
+    answer = json.loads(finished.stdout)
+    expected = place.answer(place.prompt_ids(OWN_PROMPTS[7]), 12, IDS)
+    assert answer["token_ids"] == expected.token_ids
+    assert len(answer["origins"]) == 12
+    assert answer["finish_reason"] == "length"
+
+
+def test_a_device_notices_that_the_base_station_is_stopped() -> None:
+    with running_station(str(SAMPLE), "float32") as address:
+        device = _generate(address, "--max-new-tokens", "4000")
+        assert device.stdout is not None
+        device.stdout.read(20)
+    errors = device.communicate(timeout=30)[1]
+    assert device.returncode == 1
+    assert errors.splitlines() == ["error: the other end answered 'closing': the base station is shutting down"]
+
+
+def test_ctrl_c_ends_a_device_cleanly(station_address: str) -> None:
+    device = _generate(station_address, "--max-new-tokens", "4000")
+    assert device.stdout is not None
+    device.stdout.read(20)
+    device.send_signal(signal.SIGINT)
+    errors = device.communicate(timeout=30)[1]
+    assert (device.returncode, errors) == (130, "interrupted\n")
+
+
+def _generate(address: str, *options: str) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", "device", "generate", "--bundle", str(BUNDLE), "--server", address]
+    return subprocess.Popen(
+        [*command, "--raw", "--prompt", "Once upon a time", *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )
+
+
+def _run(command: list[str]) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, cwd=Path(__file__).parent)
+
+
+class CountingRelay:
+    """A TCP relay to a base station that counts what passes each way."""
+
+    def __init__(self, host: str, port: int) -> None:
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        self._target = (host, port)
+        self._counts = [0, 0]
+        self._sockets: list[socket.socket] = [self._listener]
+
+    def __enter__(self) -> "CountingRelay":
+        threading.Thread(target=self._accept, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for one in self._sockets:
+            one.close()
+
+    def settled(self) -> tuple[int, int]:
+        """Bytes up and down, once nothing has passed for a while."""
+        before = None
+        while before != (now := (self._counts[0], self._counts[1])):
+            before = now
+            time.sleep(0.3)
+        return now
+
+    def _accept(self) -> None:
+        device, _ = self._listener.accept()
+        station = socket.create_connection(self._target)
+        self._sockets += [device, station]
+        threading.Thread(target=self._pump, args=(station, device, 1), daemon=True).start()
+        self._pump(device, station, 0)
+
+    def _pump(self, source: socket.socket, sink: socket.socket, direction: int) -> None:
+        try:
+            while data := source.recv(65536):
+                self._counts[direction] += len(data)
+                sink.sendall(data)
+        except OSError:
+            return  # one end is gone, as at the end of every test

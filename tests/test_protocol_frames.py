@@ -1,0 +1,381 @@
+"""Frames: every message survives the way through bytes; whatever else arrives is a FrameError."""
+
+from dataclasses import fields
+from typing import Any, get_args
+
+import msgpack
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from device.link import socket_bytes
+from protocol.errors import FrameError
+from protocol.frames import FrameCodec, FrameLimits
+from protocol.messages import (
+    Close,
+    Decode,
+    Draft,
+    Extend,
+    Fault,
+    Hello,
+    Message,
+    Mode,
+    Open,
+    Opened,
+    Sampling,
+    Verdict,
+    Welcome,
+)
+from protocol.sparse import SparseDistribution
+
+relaxed = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+VOCAB_SIZES = [2, 300, 49_152, 70_000, 200_000]
+KINDS: tuple[type[Message], ...] = get_args(Message)
+LIMITS = FrameLimits(max_prompt_len=4, max_draft_len=3)
+CODEC = FrameCodec(300, LIMITS)
+TAGS = {Hello: 0, Welcome: 1, Open: 2, Opened: 3, Extend: 4, Draft: 5, Decode: 6, Verdict: 7, Close: 8, Fault: 9}
+BITS_OF_ONE = 0x3C00  # FP16's 1.0: all bit patterns from 1 to here are numbers in (0, 1]
+SAMPLING = Sampling(0.5, 3, 0.9, 7)
+
+
+@st.composite
+def drafts_with_distributions(draw: st.DrawFn, vocab_size: int) -> Draft:
+    token_ids, distributions = [], []
+    for _ in range(draw(st.integers(1, 3))):
+        support = draw(st.lists(st.integers(0, vocab_size - 1), min_size=1, max_size=8, unique=True))
+        bits = draw(st.lists(st.integers(1, BITS_OF_ONE), min_size=len(support), max_size=len(support)))
+        probs = np.array(bits, "<u2").view("<f2").astype(np.float64)
+        distributions.append(SparseDistribution.round_off(vocab_size, np.array(support), probs))
+        token_ids.append(draw(st.sampled_from(support)))
+    return Draft(draw(counters), draw(counters), tuple(token_ids), tuple(distributions))
+
+
+counters = st.integers(0, 2**32 - 1)
+samplings = st.builds(
+    Sampling,
+    temperature=st.floats(0, 100),
+    top_k=st.integers(0, 2**31 - 1),
+    top_p=st.floats(0, 1, exclude_min=True),
+    seed=st.integers(0, 2**63 - 1),
+)
+
+
+def field_strategies(vocab_size: int) -> dict[str, st.SearchStrategy[Any]]:
+    """By the name of the field; all others are counters."""
+    token_ids = st.lists(st.integers(0, vocab_size - 1), max_size=64).map(tuple)
+    return {
+        "vocabulary_hash": st.binary(min_size=32, max_size=32),
+        "stop_ids": st.lists(counters, max_size=20).map(tuple),
+        "model": st.text(max_size=200),
+        "modes": st.lists(st.sampled_from(Mode), max_size=6).map(tuple),
+        "mode": st.sampled_from(Mode),
+        "sampling": samplings,
+        "prompt_ids": token_ids,
+        "token_ids": token_ids,
+        "distributions": st.just(()),
+        "accepted": st.integers(0, 64),
+        "token_id": st.integers(0, vocab_size - 1),
+        "code": st.text(max_size=40),
+        "text": st.text(max_size=1000),
+    }
+
+
+def messages(kind: type[Message], vocab_size: int) -> st.SearchStrategy[Message]:
+    known = field_strategies(vocab_size)
+    plain: st.SearchStrategy[Message] = st.builds(
+        kind, **{entry.name: known.get(entry.name, counters) for entry in fields(kind)}
+    )
+    if kind is Draft:
+        return plain | drafts_with_distributions(vocab_size)
+    if kind is Fault:
+        return plain | st.builds(Fault, st.none(), known["code"], known["text"])
+    return plain
+
+
+def frame_of(*values: object) -> bytes:
+    frame: bytes = msgpack.packb(list(values))
+    return frame
+
+
+def refused(frame: bytes, match: str, codec: FrameCodec = CODEC) -> None:
+    with pytest.raises(FrameError, match=match):
+        codec.decode(frame)
+
+
+def ids_of(*ids: int, width: int = 2) -> bytes:
+    return b"".join(token_id.to_bytes(width, "little") for token_id in ids)
+
+
+@pytest.mark.parametrize("vocab_size", VOCAB_SIZES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_message_arrives_as_it_was_sent(kind: type[Message], vocab_size: int) -> None:
+    codec = FrameCodec(vocab_size)
+
+    @given(messages(kind, vocab_size))
+    @settings(relaxed, max_examples=40)
+    def survives(message: Message) -> None:
+        frame = codec.encode(message)
+        assert codec.decode(frame) == message
+        assert type(codec.decode(frame)) is kind
+        assert len(frame) <= codec.max_frame_bytes
+
+    survives()
+
+
+def test_every_message_has_its_tag() -> None:
+    assert set(TAGS) == set(KINDS)
+    samples: list[Message] = [Opened(0, 1), Decode(0, 1, 2), Verdict(0, 1, 0, 2), Close(4), Fault(None, "link", "gone")]
+    assert [msgpack.unpackb(CODEC.encode(message))[0] for message in samples] == [3, 6, 7, 8, 9]
+
+
+@pytest.mark.parametrize("vocab_size", VOCAB_SIZES)
+def test_ids_take_as_many_bytes_as_the_vocabulary_needs(vocab_size: int) -> None:
+    codec, last = FrameCodec(vocab_size), vocab_size - 1
+    frame = codec.encode(Draft(0, 1, (0, last)))
+    assert ids_of(0, last, width=3 if vocab_size > 2**16 else 2) in frame
+    assert codec.decode(frame) == Draft(0, 1, (0, last))
+
+
+@pytest.mark.parametrize("vocab_size", [2, 300, 70_000])
+def test_whole_distributions_arrive_as_they_were_sent(vocab_size: int) -> None:
+    probs = np.random.default_rng(1).dirichlet(np.ones(vocab_size))
+    whole = SparseDistribution.round_off(vocab_size, np.arange(vocab_size), probs)
+    draft = Draft(0, 1, (int(probs.argmax()),) * 2, (whole, whole))
+    assert FrameCodec(vocab_size).decode(FrameCodec(vocab_size).encode(draft)) == draft
+
+
+def test_the_largest_honest_frames_are_within_the_bound() -> None:
+    whole = SparseDistribution.round_off(300, np.arange(300), np.full(300, 1 / 300))
+    most = SparseDistribution.round_off(300, np.arange(299), np.full(299, 1 / 299))
+    for one in (whole, most):
+        assert len(CODEC.encode(Draft(2**32 - 1, 2**32 - 1, (5,) * 3, (one,) * 3))) <= CODEC.max_frame_bytes
+    codec = FrameCodec(300)
+    assert len(codec.encode(Open(0, 0, Mode.IDS, Sampling(), (299,) * 131_072))) <= codec.max_frame_bytes
+
+
+@given(st.binary(max_size=120))
+@settings(relaxed, max_examples=1500)
+def test_random_bytes_are_a_message_or_a_frame_error(frame: bytes) -> None:
+    decodes_or_raises_frame_error(CODEC, frame)
+
+
+@given(
+    st.recursive(
+        st.none()
+        | st.booleans()
+        | st.integers(-(2**63), 2**64 - 1)
+        | st.floats()
+        | st.binary(max_size=9)
+        | st.text(max_size=5),
+        lambda inner: st.lists(inner, max_size=6),
+        max_leaves=12,
+    ),
+    st.integers(0, 9),
+)
+@settings(relaxed, max_examples=500)
+def test_any_msgpack_values_are_a_message_or_a_frame_error(values: object, tag: int) -> None:
+    decodes_or_raises_frame_error(CODEC, msgpack.packb(values))
+    decodes_or_raises_frame_error(CODEC, frame_of(tag, *(values if isinstance(values, list) else [values])))
+
+
+def decodes_or_raises_frame_error(codec: FrameCodec, frame: bytes) -> bool:
+    try:
+        message = codec.decode(frame)
+    except FrameError:
+        return False
+    assert codec.decode(codec.encode(message)) == message
+    return True
+
+
+def test_damaged_frames_are_a_message_or_a_frame_error() -> None:
+    codec, rng = FrameCodec(300), np.random.default_rng(0)
+    pair = SparseDistribution.round_off(300, np.array([7, 200]), np.array([0.25, 0.75]))
+    whole = SparseDistribution.round_off(300, np.arange(300), np.full(300, 1 / 300))
+    honest: list[Message] = [
+        Hello(1, 300, bytes(range(32)), (2, 7)),
+        Welcome(1, "table", 4096, 64, tuple(Mode)),
+        Open(0, 0, Mode.TOPK, SAMPLING, (1, 2, 299)),
+        Extend(3, 300, 70_000, (1, 2)),
+        Draft(0, 9, (7, 200), (pair, pair)),
+        Draft(0, 9, (7,), (whole,)),
+        Draft(0, 9, (7, 7, 1)),
+        Verdict(0, 9, 3, 299),
+        Decode(1, 2, 3),
+        Fault(None, "state", "no"),
+    ]
+    frames = [codec.encode(message) for message in honest]
+    refusals = 0
+    for _ in range(6000):
+        frame = bytearray(frames[rng.integers(len(frames))])
+        for _ in range(rng.integers(1, 4)):
+            place = int(rng.integers(len(frame)))
+            change = rng.integers(4)
+            if change == 0:
+                frame[place] ^= 1 << int(rng.integers(8))
+            elif change == 1:
+                frame[place] = int(rng.integers(256))
+            elif change == 2:
+                frame.insert(place, int(rng.integers(256)))
+            elif len(frame) > 1:
+                del frame[place:]
+            if not frame:
+                break
+        refusals += not decodes_or_raises_frame_error(codec, bytes(frame) or b"\x00")
+    assert 1000 < refusals < 6000  # some damage makes another honest message
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        b"",
+        b"\xc1",
+        b"\x92\x08",
+        frame_of(8, 0) + b"\x00",
+        b"\xdd\xff\xff\xff\xff",
+        b"\xdf\xff\xff\xff\xff",
+        b"\xc6\xff\xff\xff\xff",
+        b"\x91" * 5000 + b"\x00",
+        msgpack.packb({}),
+        msgpack.packb({8: 0}),
+        msgpack.packb(8),
+        msgpack.packb([]),
+        msgpack.packb(None),
+        msgpack.packb(["Close", 0]),
+        msgpack.packb([True, 0, 1]),
+        msgpack.packb([8.0, 0]),
+        msgpack.packb([[8, 0]]),
+        msgpack.packb([9, None, "a", msgpack.Timestamp(1, 1)]),
+        msgpack.packb([8, msgpack.ExtType(5, b"x")]),
+        b"\x94\x09\xc0\xa1a\xa1\xff",
+        b"\x92\x08\xc7\x0c\xff" + b"\xff" * 12,
+    ],
+    ids=lambda frame: frame[:8].hex() or "empty",
+)
+def test_what_is_no_message_at_all_is_refused(frame: bytes) -> None:
+    refused(frame, ".")
+
+
+def test_an_unknown_tag_is_refused() -> None:
+    for tag in (10, 255, -1, 2**63):
+        refused(frame_of(tag, 0), rf"the tag {tag}; allowed: \[0, 1, 2, 3, 4, 5, 6, 7, 8, 9\]")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_wrong_number_of_fields_is_refused(kind: type[Message]) -> None:
+    due = len(fields(kind))
+    for count in (0, due - 1, due + 1):
+        if count != due and count >= 0:
+            refused(frame_of(TAGS[kind], *[0] * count), f"{kind.__name__} has {count} fields; allowed: {due}")
+
+
+@pytest.mark.parametrize(
+    ("frame", "match"),
+    [
+        (frame_of(8, True), "of type bool; allowed: int"),
+        (frame_of(8, 1.0), "of type float; allowed: int"),
+        (frame_of(8, "1"), "of type str; allowed: int"),
+        (frame_of(8, None), "of type NoneType; allowed: int"),
+        (frame_of(8, [1]), "of type list; allowed: int"),
+        (frame_of(8, -1), "-1; allowed: 0 to 4294967295"),
+        (frame_of(8, 2**32), "4294967296; allowed: 0 to 4294967295"),
+        (frame_of(7, 0, 1, 4, 5), "4; allowed: 0 to 3"),
+        (frame_of(7, 0, 1, 0, 300), "300; allowed: 0 to 299"),
+        (frame_of(7, 0, 1, 0, True), "of type bool; allowed: int"),
+        (frame_of(5, 0, 1, ids_of(300), []), "token id 300; allowed: 0 to 299"),
+        (frame_of(5, 0, 1, ids_of(5, 65_535), []), "token id 65535; allowed: 0 to 299"),
+        (frame_of(5, 0, 1, b"\x01", []), "1 bytes of token ids; allowed: up to 3 ids of 2 bytes"),
+        (frame_of(5, 0, 1, ids_of(1, 2) + b"\x00", []), "5 bytes of token ids; allowed: up to 3 ids of 2 bytes"),
+        (frame_of(5, 0, 1, ids_of(1, 2, 3, 4), []), "8 bytes of token ids; allowed: up to 3 ids of 2 bytes"),
+        (frame_of(5, 0, 1, [1, 2], []), "of type list; allowed: bytes"),
+        (frame_of(5, 0, 1, "ab", []), "of type str; allowed: bytes"),
+        (frame_of(4, 0, 1, 0, ids_of(1, 2, 3, 4, 5)), "10 bytes of token ids; allowed: up to 4 ids of 2 bytes"),
+        (frame_of(0, 1, 300, bytes(31), []), "31 bytes; allowed: 32"),
+        (frame_of(0, 1, 300, bytes(32), [-1]), "-1; allowed: 0 to"),
+        (frame_of(0, 1, 300, bytes(32), [[1]]), "of type list; allowed: int"),
+        (frame_of(0, 1, 300, bytes(32), 2), "of type int; allowed: list"),
+        (frame_of(1, 1, "x" * 201, 1, 1, []), "201 characters; allowed: 200"),
+        (frame_of(1, 1, b"x", 1, 1, []), "of type bytes; allowed: str"),
+        (frame_of(1, 1, "x", 1, 1, [4]), "4; allowed: 0 to 3"),
+        (frame_of(9, None, "x" * 41, ""), "41 characters; allowed: 40"),
+        (frame_of(9, None, "", "x" * 1001), "1001 characters; allowed: 1000"),
+        (frame_of(9, False, "", ""), "of type bool; allowed: int"),
+    ],
+)
+def test_a_field_that_is_not_allowed_is_named_with_what_is(frame: bytes, match: str) -> None:
+    refused(frame, match)
+
+
+def test_a_prompt_that_is_too_long_is_refused() -> None:
+    opening = Open(0, 0, Mode.IDS, Sampling(), (1,) * 5)
+    refused(FrameCodec(300).encode(opening), "10 bytes of token ids; allowed: up to 4 ids of 2 bytes")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        (101.0, 0, 1.0, 0),
+        (-1.0, 0, 1.0, 0),
+        (np.nan, 0, 1.0, 0),
+        (1.0, 2**31, 1.0, 0),
+        (1.0, 0, 0.0, 0),
+        (1.0, 0, 1.1, 0),
+        (1.0, 0, np.nan, 0),
+        (1.0, 0, 1.0, 2**63),
+    ],
+)
+def test_sampling_settings_out_of_range_are_refused(values: tuple[float, int, float, int]) -> None:
+    packed = np.array([values], "<f8,<u4,<f8,<u8").tobytes()
+    assert isinstance(
+        CODEC.decode(frame_of(2, 0, 0, 1, np.array([(1, 0, 1, 0)], "<f8,<u4,<f8,<u8").tobytes(), b"")), Open
+    )
+    refused(frame_of(2, 0, 0, 1, packed, b""), "sampling settings: .*; allowed: ")
+    refused(frame_of(2, 0, 0, 1, packed[:-1], b""), "sampling settings")
+    refused(frame_of(2, 0, 0, 1, list(values), b""), "of type list; allowed: bytes")
+
+
+ONE = SparseDistribution.round_off(300, np.array([7, 200]), np.array([0.5, 0.5]))
+
+
+@pytest.mark.parametrize(
+    ("parts", "match"),
+    [
+        ([2], "1 parts of distributions"),
+        ([2, ONE.encode(), 2], "3 parts of distributions"),
+        ([2, ONE.encode()] * 4, "8 parts of distributions"),
+        ([True, ONE.encode()], "of type bool; allowed: int"),
+        ([2, list(ONE.encode())], "of type list; allowed: bytes"),
+        ([[2, ONE.encode()], [2, ONE.encode()]], "of type list"),
+        (2, "of type int; allowed: list"),
+        ([3, ONE.encode()], "3 entries in"),
+        ([0, b""], "0 entries; allowed: 1 to 300"),
+        ([2**64 - 1, b""], "allowed: 1 to 300"),
+        ([2, ONE.encode()] * 2, "1 drafted tokens with 2 distributions"),
+    ],
+)
+def test_distributions_that_do_not_belong_to_the_draft_are_refused(parts: object, match: str) -> None:
+    refused(frame_of(5, 0, 1, ids_of(7), parts), match)
+
+
+def test_a_token_that_its_distribution_cannot_give_is_refused() -> None:
+    for token_id in (6, 8, 0, 299):
+        refused(CODEC.encode(Draft(0, 1, (7, token_id), (ONE, ONE))), f"token {token_id} .* impossible")
+
+
+def test_every_mode_and_setting_of_a_session_arrives() -> None:
+    for mode in Mode:
+        opening = Open(1, 0, mode, Sampling(0.7, 40, 0.95, 2**63 - 1), (1, 2))
+        assert CODEC.decode(CODEC.encode(opening)) == opening
+
+
+def test_a_long_fault_is_cut_and_not_refused() -> None:
+    fault = CODEC.decode(CODEC.encode(Fault(1, "state", "é" * 5000)))
+    assert fault == Fault(1, "state", "é" * 1000)
+
+
+def test_rounds_take_few_bytes_at_the_socket() -> None:
+    codec = FrameCodec(49_152)
+    for round_id in (1, 300):
+        draft = codec.encode(Draft(0, round_id, tuple(range(49_144, 49_152))))
+        assert socket_bytes(draft) <= 24 + 8 * 3
+        assert socket_bytes(codec.encode(Verdict(0, round_id, 8, 49_151))) <= 12

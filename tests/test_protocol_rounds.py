@@ -1,0 +1,261 @@
+"""The rounds of a session: two machines that see the same messages agree; the rest is refused."""
+
+from dataclasses import replace
+from typing import cast
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from protocol.errors import StateError
+from protocol.messages import Close, Decode, Draft, Extend, Fault, Hello, Mode, Open, Opened, Sampling, Verdict
+from protocol.rounds import SessionMessage, SessionRounds, State
+from protocol.sparse import SparseDistribution
+
+STOP = 9
+PROMPT = (1, 2, 3)
+GREEDY, SAMPLED = Sampling(), Sampling(1.0)
+CERTAIN = SparseDistribution.round_off(12, np.array([3]), np.ones(1))
+
+
+def open_in(mode: Mode, sampling: Sampling = GREEDY) -> Open:
+    return Open(0, 0, mode, sampling, PROMPT)
+
+
+OPENING: list[SessionMessage] = [open_in(Mode.IDS)]
+READY: list[SessionMessage] = [*OPENING, Opened(0, 0)]
+PATHS: dict[State, list[SessionMessage]] = {
+    State.NEW: [],
+    State.OPENING: OPENING,
+    State.READY: READY,
+    State.JUDGING: [*READY, Draft(0, 1, (4, 5))],
+    State.DECODING: [*READY, Decode(0, 1, 3)],
+    State.EXTENDING: [*READY, Extend(0, 1, 3, (7,))],
+    State.CLOSED: [*READY, Close(0)],
+}
+ALLOWED: dict[State, dict[type[SessionMessage], State]] = {
+    State.NEW: {Open: State.OPENING},
+    State.OPENING: {Opened: State.READY},
+    State.READY: {Draft: State.JUDGING, Decode: State.DECODING, Extend: State.EXTENDING},
+    State.JUDGING: {Verdict: State.READY},
+    State.DECODING: {Verdict: State.DECODING},
+    State.EXTENDING: {Opened: State.READY},
+    State.CLOSED: {},
+}
+
+
+def after(*messages: SessionMessage) -> SessionRounds:
+    rounds = SessionRounds(frozenset({STOP}))
+    for message in messages:
+        rounds.advance(message)
+    return rounds
+
+
+def view(rounds: SessionRounds) -> tuple[State, int, int]:
+    return rounds.state, rounds.round_id, rounds.committed_len
+
+
+def refuses(rounds: SessionRounds, message: SessionMessage, match: str) -> None:
+    before = dict(vars(rounds))
+    with pytest.raises(StateError, match=match):
+        rounds.advance(message)
+    assert vars(rounds) == before
+
+
+def candidates(round_id: int) -> list[SessionMessage]:
+    return [
+        replace(open_in(Mode.IDS), round_id=round_id),
+        Opened(0, round_id),
+        Extend(0, round_id, 2, (8,)),
+        Draft(0, round_id, (4, 5)),
+        Decode(0, round_id, 3),
+        Verdict(0, round_id, 0, 6),
+    ]
+
+
+def test_two_ends_that_see_the_same_messages_agree_after_each() -> None:
+    script: list[tuple[SessionMessage, tuple[State, int, int]]] = [
+        (open_in(Mode.IDS), (State.OPENING, 0, 3)),
+        (Opened(0, 0), (State.READY, 1, 3)),
+        (Draft(0, 1, (4, 5)), (State.JUDGING, 1, 3)),
+        (Verdict(0, 1, 1, 6), (State.READY, 2, 5)),
+        (Draft(0, 2, ()), (State.JUDGING, 2, 5)),
+        (Verdict(0, 2, 0, 6), (State.READY, 3, 6)),
+        (Decode(0, 3, 2), (State.DECODING, 3, 6)),
+        (Verdict(0, 3, 0, 6), (State.DECODING, 4, 7)),
+        (Verdict(0, 4, 0, 6), (State.READY, 5, 8)),
+        (Extend(0, 5, 4, (7, 8, 9)), (State.EXTENDING, 5, 7)),
+        (Opened(0, 5), (State.READY, 6, 7)),
+        (Draft(0, 6, (1,)), (State.JUDGING, 6, 7)),
+        (Verdict(0, 6, 1, 2), (State.READY, 7, 9)),
+        (Close(0), (State.CLOSED, 7, 9)),
+    ]
+    device, station = after(), after()
+    for message, expected in script:
+        for end in (device, station):
+            end.advance(message)
+            assert view(end) == expected
+
+
+@st.composite
+def walks(draw: st.DrawFn) -> list[tuple[SessionMessage, int]]:
+    """Requests with their replies, and how many tokens are committed after each."""
+    walk: list[tuple[SessionMessage, int]] = [(open_in(Mode.IDS), 3), (Opened(0, 0), 3)]
+    committed, round_id = 3, 1
+    for _ in range(draw(st.integers(0, 12))):
+        kind = draw(st.sampled_from([Draft, Decode, Extend]))
+        if kind is Extend:
+            start, new = draw(st.integers(0, committed)), draw(st.integers(1, 5))
+            committed = start + new
+            walk += [(Extend(0, round_id, start, (7,) * new), committed), (Opened(0, round_id), committed)]
+            round_id += 1
+        elif kind is Draft:
+            drafted = draw(st.integers(0, 6))
+            walk.append((Draft(0, round_id, (4,) * drafted), committed))
+            accepted = draw(st.integers(0, drafted))
+            committed += accepted + 1
+            walk.append((Verdict(0, round_id, accepted, STOP), committed))
+            round_id += 1
+        else:
+            count, ends = draw(st.integers(1, 5)), draw(st.booleans())
+            walk.append((Decode(0, round_id, count + ends), committed))
+            for index in range(count):
+                committed += 1
+                walk.append((Verdict(0, round_id, 0, STOP if ends and index == count - 1 else 6), committed))
+                round_id += 1
+    return walk
+
+
+@given(walks())
+@settings(deadline=None)
+def test_any_walk_of_rounds_is_counted_alike_at_both_ends(walk: list[tuple[SessionMessage, int]]) -> None:
+    device, station = after(), after()
+    for message, committed in walk:
+        device.advance(message)
+        station.advance(message)
+        assert view(device) == view(station)
+        assert device.committed_len == committed
+    assert device.state is State.READY
+
+
+@pytest.mark.parametrize("state", State)
+def test_what_may_not_follow_is_refused_and_changes_nothing(state: State) -> None:
+    rounds = after(*PATHS[state])
+    assert rounds.state is state
+    taken = 0
+    for message in candidates(rounds.round_id):
+        fresh = after(*PATHS[state])
+        if type(message) in ALLOWED[state]:
+            fresh.advance(message)
+            assert fresh.state is ALLOWED[state][type(message)]
+            taken += 1
+        else:
+            refuses(fresh, message, f"{type(message).__name__} in a session that is {state}; allowed: ")
+    assert taken == len(ALLOWED[state])
+
+
+@pytest.mark.parametrize("state", State)
+@pytest.mark.parametrize("end", [Close(0), Fault(0, "state", "")], ids=["Close", "Fault"])
+def test_close_and_fault_end_a_session_wherever_it_stands_and_but_once(state: State, end: SessionMessage) -> None:
+    rounds = after(*PATHS[state])
+    if state is not State.CLOSED:
+        rounds.advance(end)
+    assert rounds.state is State.CLOSED
+    refuses(rounds, end, "allowed: nothing")
+
+
+def test_a_message_of_no_session_is_refused() -> None:
+    refuses(after(*READY), cast(SessionMessage, Hello(1, 2, bytes(32), ())), "Hello in a session that is ready")
+
+
+@pytest.mark.parametrize("state", [state for state in State if ALLOWED[state]])
+@pytest.mark.parametrize("shift", [-1, 1, 1000])
+def test_another_round_than_the_next_is_refused(state: State, shift: int) -> None:
+    next_round = after(*PATHS[state]).round_id
+    for message in candidates(next_round + shift):
+        if type(message) in ALLOWED[state]:
+            refuses(after(*PATHS[state]), message, f"round {next_round + shift} where {next_round} comes next")
+
+
+def test_messages_of_rounds_that_are_over_are_old() -> None:
+    rounds = after(*READY, Draft(0, 1, ()), Verdict(0, 1, 0, 6))
+    assert [rounds.is_old(Draft(0, round_id, ())) for round_id in range(4)] == [True, True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("state", "drafted"), [(State.JUDGING, 2), (State.DECODING, 0)], ids=["of a Draft", "of a Decode"]
+)
+def test_no_more_tokens_are_accepted_than_drafted(state: State, drafted: int) -> None:
+    rounds = after(*PATHS[state])
+    refuses(rounds, Verdict(0, 1, drafted + 1, 6), f"{drafted + 1} tokens accepted of {drafted} drafted")
+    rounds.advance(Verdict(0, 1, drafted, 6))
+    assert rounds.committed_len == 3 + drafted + 1
+
+
+def test_a_decode_after_a_draft_accepts_nothing() -> None:
+    rounds = after(*PATHS[State.JUDGING], Verdict(0, 1, 2, 6), Decode(0, 2, 1))
+    refuses(rounds, Verdict(0, 2, 1, 6), "1 tokens accepted of 0")
+
+
+def test_a_decode_ends_with_its_count() -> None:
+    rounds = after(*READY, Decode(0, 1, 3))
+    for round_id in (1, 2):
+        rounds.advance(Verdict(0, round_id, 0, 6))
+        assert rounds.state is State.DECODING
+    rounds.advance(Verdict(0, 3, 0, 6))
+    assert view(rounds) == (State.READY, 4, 6)
+
+
+def test_a_decode_ends_with_a_stop_id() -> None:
+    rounds = after(*READY, Decode(0, 1, 3), Verdict(0, 1, 0, 6), Verdict(0, 2, 0, STOP))
+    assert view(rounds) == (State.READY, 3, 5)
+    rounds.advance(Decode(0, 3, 2))
+    rounds.advance(Verdict(0, 3, 0, 6))
+    assert rounds.state is State.DECODING  # the count of the one that stopped is forgotten
+
+
+def test_a_decode_of_no_tokens_is_refused() -> None:
+    refuses(after(*READY), Decode(0, 1, 0), "0 tokens; allowed: 1 or more")
+
+
+@pytest.mark.parametrize(("start", "token_ids"), [(4, (7,)), (1000, (7,)), (3, ()), (0, ())])
+def test_an_extend_that_leaves_a_gap_or_says_nothing_is_refused(start: int, token_ids: tuple[int, ...]) -> None:
+    match = f"Extend of {len(token_ids)} tokens after the first {start}; allowed: 1 or more, after at most 3"
+    refuses(after(*READY), Extend(0, 1, start, token_ids), match)
+
+
+@pytest.mark.parametrize("start", [0, 1, 3])
+def test_an_extend_goes_on_anywhere_in_what_is_committed(start: int) -> None:
+    rounds = after(*READY, Extend(0, 1, start, (7, 8)), Opened(0, 1))
+    assert view(rounds) == (State.READY, 2, start + 2)
+
+
+def test_an_open_without_a_prompt_is_refused() -> None:
+    refuses(after(), replace(open_in(Mode.IDS), prompt_ids=()), "without a prompt; allowed: 1 token or more")
+
+
+def test_ids_alone_are_refused_where_tokens_are_sampled() -> None:
+    refuses(after(), open_in(Mode.IDS, SAMPLED), "mode 'ids' at temperature 1.0; allowed: temperature 0")
+    for mode in (Mode.TOPK, Mode.FULL, Mode.TARGET):
+        assert after(open_in(mode, SAMPLED)).state is State.OPENING
+
+
+def test_distributions_are_sent_in_the_modes_that_have_them_and_in_no_other() -> None:
+    alone, accompanied = Draft(0, 1, (3,)), Draft(0, 1, (3,), (CERTAIN,))
+    for mode in (Mode.TOPK, Mode.FULL):
+        ready = (open_in(mode, SAMPLED), Opened(0, 0))
+        refuses(after(*ready), alone, f"without distributions in mode '{mode}'")
+        assert after(*ready, accompanied).state is State.JUDGING
+    refuses(after(*READY), accompanied, "with distributions in mode 'ids'")
+
+
+@pytest.mark.parametrize("distributions", [(), (CERTAIN,)], ids=["ids", "distributions"])
+def test_nothing_is_drafted_where_the_target_decodes_alone(distributions: tuple[SparseDistribution, ...]) -> None:
+    refuses(after(open_in(Mode.TARGET), Opened(0, 0)), Draft(0, 1, (3,), distributions), "mode 'target'")
+
+
+@pytest.mark.parametrize("mode", Mode)
+def test_an_empty_draft_asks_for_one_token_in_every_mode(mode: Mode) -> None:
+    rounds = after(open_in(mode), Opened(0, 0), Draft(0, 1, ()), Verdict(0, 1, 0, 6))
+    assert view(rounds) == (State.READY, 2, 4)
