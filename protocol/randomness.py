@@ -8,7 +8,8 @@ different numbers, and rejected drafts of later positions were never looked at.
 
 from enum import IntEnum
 
-_WORD = 2**64 - 1
+WORD_BITS = 64
+_WORD = 2**WORD_BITS - 1
 _GOLDEN = 0x9E3779B97F4A7C15  # 2⁶⁴ / golden ratio: the step of the SplitMix64 generator
 UNIFORM_BITS = 53  # what a float64 in [0, 1) can hold exactly
 
@@ -22,10 +23,17 @@ class Stream(IntEnum):
     """The base station accepts or rejects it."""
     RESULT = 3
     """The base station draws the recovered or the bonus token."""
+    NOISE = 4
+    """Both ends make the noise that couples their choices."""
 
 
 def random_bits(seed: int, position: int, stream: Stream) -> int:
-    """53 uniform random bits, as an integer in [0, 2⁵³).
+    """53 uniform random bits, as an integer in [0, 2⁵³)."""
+    return random_word(seed, position, stream) >> (WORD_BITS - UNIFORM_BITS)
+
+
+def random_word(seed: int, position: int, stream: Stream) -> int:
+    """64 uniform random bits, as an integer in [0, 2⁶⁴).
 
     SplitMix64's output function (Steele, Lea, Flood 2014), chained over the
     three words, so that every bit of each reaches every bit of the result.
@@ -33,7 +41,7 @@ def random_bits(seed: int, position: int, stream: Stream) -> int:
     word = 0
     for part in (seed, position, stream):
         word = _mix((word ^ (part & _WORD)) + _GOLDEN & _WORD)
-    return word >> (64 - UNIFORM_BITS)
+    return word
 
 
 def uniform(seed: int, position: int, stream: Stream) -> float:

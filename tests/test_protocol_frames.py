@@ -296,7 +296,7 @@ def test_a_wrong_number_of_fields_is_refused(kind: type[Message]) -> None:
         (frame_of(0, 1, 300, bytes(32), 2), "of type int; allowed: list"),
         (frame_of(1, 1, "x" * 201, 1, 1, []), "201 characters; allowed: 200"),
         (frame_of(1, 1, b"x", 1, 1, []), "of type bytes; allowed: str"),
-        (frame_of(1, 1, "x", 1, 1, [4]), "4; allowed: 0 to 3"),
+        (frame_of(1, 1, "x", 1, 1, [99]), "99; allowed: 0 to"),
         (frame_of(9, None, "x" * 41, ""), "41 characters; allowed: 40"),
         (frame_of(9, None, "", "x" * 1001), "1001 characters; allowed: 1000"),
         (frame_of(9, False, "", ""), "of type bool; allowed: int"),

@@ -1,5 +1,6 @@
 """Random numbers: a function of (seed, position, stream), uniform, and unlike their neighbours."""
 
+import math
 from itertools import combinations, product
 
 import numpy as np
@@ -25,7 +26,7 @@ def numbers(seed: int, stream: Stream, count: int = COUNT, first: int = 0) -> np
 
 def correlation(one: npt.NDArray[np.float64], other: npt.NDArray[np.float64]) -> float:
     """In standard deviations of what independent numbers show."""
-    return abs(float(np.corrcoef(one, other)[0, 1])) * len(one) ** 0.5
+    return abs(float(np.corrcoef(one, other)[0, 1])) * math.sqrt(len(one))
 
 
 @pytest.mark.parametrize(("seed", "position", "stream", "bits"), KEPT)

@@ -1,0 +1,94 @@
+"""Shared noise: both ends add the same Gumbel noise to their scores and take the largest.
+
+``argmax_v(score_v + G_v)`` with independent standard Gumbel G_v is a sample of
+softmax(score). With G a function of (seed, position, token) the base station's
+token depends on its target alone, whatever was drafted, and a device that adds
+the same noise to the draft model's scores mostly comes to the same token
+(Daliri et al., arXiv:2408.07978): only the id needs to be sent.
+
+V logarithms at every position would cost more than drafting. So the noise is
+made from the top down (Maddison et al., arXiv:1411.0030): of each block of
+``BLOCK`` tokens first the largest noise, which is Gumbel(ln BLOCK), and where in
+the block it falls; then, only for blocks that can still win, the noise of the
+other tokens, standard Gumbel numbers below that largest one.
+
+Integers come from a 32-bit hash in operations that NumPy and torch share, and
+are the same on every processor.
+"""
+
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from protocol.randomness import WORD_BITS, Stream, random_word
+
+BLOCK = 256
+_MASK = 2**32 - 1
+SLACK = 1e-3  # more than rounding can lose when sums are compared with their parts
+Integers = TypeVar("Integers")
+"""int64 arrays of NumPy or tensors of torch."""
+
+
+def noise_key(seed: int, position: int) -> tuple[int, int]:
+    """Two 32-bit words that the noise of one position is made from."""
+    word = random_word(seed, position, Stream.NOISE)
+    return word & _MASK, word >> WORD_BITS // 2
+
+
+def hash32(index: Integers, low: Integers | int, high: Integers | int) -> Integers:
+    """32 random bits for each index under a key; int64 in and out, elementwise.
+
+    Two rounds of a 32-bit finaliser (xor-shift and multiply, constants of
+    Wellons' search for low bias), with half of the key before each.
+    """
+    return _mix32(_mix32(index ^ low) ^ high)  # type: ignore[operator]
+
+
+def _mix32(word: Integers) -> Integers:
+    word = (word ^ word >> 16) * 0x7FEB352D & _MASK  # type: ignore[operator]
+    word = (word ^ word >> 15) * 0x846CA68B & _MASK  # type: ignore[operator]
+    return word ^ word >> 16  # type: ignore[operator,no-any-return]
+
+
+class PositionNoise:
+    """The noise of all tokens at one position, made as far as it is needed.
+
+    Indices under the position's key: b < n for the largest noise of block b,
+    n + b for its place in the block, 2n + v for token v, n being the number of blocks.
+    """
+
+    def __init__(self, seed: int, position: int, vocab_size: int) -> None:
+        self._key = noise_key(seed, position)
+        self._starts = np.arange(0, vocab_size, BLOCK)
+        self._sizes = sizes = np.minimum(vocab_size - self._starts, BLOCK)
+        blocks = np.arange(len(sizes))
+        self._maxima = np.log(sizes) - np.log(-np.log(self._uniform(blocks)))
+        self._peaks = self._starts + (hash32(blocks + len(sizes), *self._key) * sizes >> 32)
+
+    def of(self, token_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+        """The noise of some tokens, float64 of the same shape."""
+        blocks = token_ids // BLOCK
+        maxima = self._maxima[blocks]
+        below = -np.log(np.exp(-maxima) - np.log(self._uniform(token_ids + 2 * len(self._starts))))
+        return np.where(token_ids == self._peaks[blocks], maxima, below)
+
+    def argmax(self, scores: npt.NDArray[np.floating]) -> int:
+        """The token with the largest score plus noise.
+
+        The likeliest block gives a sum to beat; only tokens that could, with their
+        block's largest noise, are looked at.
+
+        Args:
+            scores: [V], unnormalised log probabilities, -inf for what may not be drawn.
+        """
+        bounds = np.maximum.reduceat(scores, self._starts) + self._maxima
+        start = int(bounds.argmax()) * BLOCK
+        likely = np.arange(start, min(start + BLOCK, len(scores)))
+        best = (scores[likely] + self.of(likely)).max()
+        needed = (best - self._maxima - SLACK).astype(np.float32)
+        rivals = np.flatnonzero(scores >= np.repeat(needed, self._sizes))
+        return int(rivals[(scores[rivals] + self.of(rivals)).argmax()])
+
+    def _uniform(self, index: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+        return (hash32(index, *self._key) + 0.5) * 2.0**-32

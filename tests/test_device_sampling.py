@@ -1,0 +1,137 @@
+"""The distribution a draft token is drawn from, against its definition in plain steps."""
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from device.sampling import draft_distribution
+from protocol.errors import SettingsError
+from protocol.messages import Sampling
+from protocol.sparse import SparseDistribution
+
+VOCAB = 50
+UNIT = 2.0**-24
+
+
+def logits_of(seed: int, vocab_size: int = VOCAB) -> npt.NDArray[np.float32]:
+    return np.random.default_rng(seed).normal(0, 2, vocab_size).astype(np.float32)
+
+
+def slow_distribution(logits: npt.NDArray[np.float32], sampling: Sampling, uplink_k: int) -> dict[int, float]:
+    """Sort, cut, divide; token by token."""
+    order = sorted(range(len(logits)), key=lambda token_id: -logits[token_id])
+    kept = order[: min(uplink_k, sampling.top_k or len(logits))]
+    weights = [
+        float(np.exp((float(logits[token_id]) - float(logits[kept[0]])) / sampling.temperature)) for token_id in kept
+    ]
+    if sampling.top_p < 1:
+        total, mass = sum(weights), 0.0
+        for index, weight in enumerate(weights):
+            mass += weight / total
+            if mass >= sampling.top_p:
+                kept, weights = kept[: index + 1], weights[: index + 1]
+                break
+    return {token_id: weight / sum(weights) for token_id, weight in zip(kept, weights, strict=True)}
+
+
+def agrees(distribution: SparseDistribution, expected: dict[int, float]) -> None:
+    """Entry by entry, to the precision of FP16 and of the sum that normalises it."""
+    sendable = {token_id for token_id, probability in expected.items() if probability > UNIT}
+    support = set(distribution.support.tolist())
+    assert sendable <= support <= set(expected)
+    for token_id in support:
+        assert distribution.probability(token_id) == pytest.approx(expected[token_id], rel=2**-10, abs=UNIT)
+    assert distribution.probs.sum() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("uplink_k", [1, 2, 7, VOCAB - 1, VOCAB])
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(1.0),
+        Sampling(0.5),
+        Sampling(3.0),
+        Sampling(1.0, top_k=5),
+        Sampling(1.0, top_p=0.8),
+        Sampling(0.7, top_k=5, top_p=0.6),
+        Sampling(1.0, top_k=1000),
+        Sampling(1.0, top_p=1e-9),
+    ],
+    ids=str,
+)
+def test_it_is_what_its_definition_says(seed: int, uplink_k: int, sampling: Sampling) -> None:
+    logits = logits_of(seed)
+    agrees(draft_distribution(logits, sampling, uplink_k), slow_distribution(logits, sampling, uplink_k))
+
+
+@pytest.mark.parametrize("uplink_k", [1, 3, 10])
+def test_the_k_likeliest_entries_are_kept_and_renormalised(uplink_k: int) -> None:
+    logits = logits_of(1)
+    distribution = draft_distribution(logits, Sampling(1.0), uplink_k)
+    assert distribution.support.tolist() == sorted(np.argsort(-logits)[:uplink_k].tolist())
+    probs = np.exp(logits.astype(np.float64))[distribution.support]
+    assert distribution.probs == pytest.approx(probs / probs.sum(), rel=2**-10)
+
+
+def test_all_tokens_are_kept_where_k_is_the_vocabulary_or_more() -> None:
+    for uplink_k in (VOCAB, VOCAB + 1, 10**6):
+        distribution = draft_distribution(logits_of(2), Sampling(1.0), uplink_k)
+        assert distribution.support.tolist() == list(range(VOCAB))
+
+
+def test_temperature_divides_the_logits() -> None:
+    logits = np.log(np.array([0.2, 0.5, 0.3], np.float32))
+    assert draft_distribution(logits, Sampling(1.0), 3).probs == pytest.approx([0.2, 0.5, 0.3], rel=2**-10)
+    assert draft_distribution(logits, Sampling(0.5), 3).probs == pytest.approx(
+        [0.04 / 0.38, 0.25 / 0.38, 0.09 / 0.38], rel=2**-10
+    )
+
+
+def test_top_p_keeps_the_smallest_set_that_reaches_it() -> None:
+    logits = np.log(np.array([0.3, 0.5, 0.15, 0.05], np.float32))
+    for top_p, support in ((0.4, [1]), (0.6, [0, 1]), (0.79, [0, 1]), (0.81, [0, 1, 2]), (0.99, [0, 1, 2, 3])):
+        assert draft_distribution(logits, Sampling(1.0, top_p=top_p), 4).support.tolist() == support
+
+
+def test_top_p_is_taken_of_the_kept_entries() -> None:
+    logits = np.log(np.array([0.3, 0.5, 0.15, 0.05], np.float32))
+    assert draft_distribution(logits, Sampling(1.0, top_p=0.6), 2).support.tolist() == [1]  # 0.5 of 0.8 is 0.625
+
+
+@pytest.mark.parametrize("uplink_k", [1, 5, VOCAB])
+def test_at_temperature_0_the_likeliest_token_is_certain(uplink_k: int) -> None:
+    logits = logits_of(3)
+    distribution = draft_distribution(logits, Sampling(0.0, top_k=4, top_p=0.5), uplink_k)
+    assert distribution.support.tolist() == [int(logits.argmax())]
+    assert distribution.probs.tolist() == [1.0]
+
+
+def test_at_temperature_0_a_tie_goes_to_the_first_as_in_the_target() -> None:
+    assert draft_distribution(np.array([0, 2, 2, 1], np.float32), Sampling(), 4).support.tolist() == [1]
+
+
+def test_a_large_vocabulary_keeps_its_k_likeliest() -> None:
+    logits = logits_of(4, 49_152)
+    distribution = draft_distribution(logits, Sampling(1.0), 32)
+    assert distribution.support.tolist() == sorted(np.argsort(-logits)[:32].tolist())
+
+
+def test_masked_tokens_are_impossible() -> None:
+    logits = logits_of(5)
+    logits[10:] = -np.inf
+    for uplink_k in (4, 20, VOCAB):
+        distribution = draft_distribution(logits, Sampling(1.0), uplink_k)
+        assert distribution.probs[distribution.support >= 10].sum() == 0
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 1e-300, 1e-308, 5e-324])
+def test_a_tiny_temperature_is_nearly_certain_or_refused(temperature: float) -> None:
+    logits = logits_of(6) + 10
+    try:
+        sampling = Sampling(temperature)
+    except SettingsError:
+        return
+    for uplink_k in (4, VOCAB):
+        distribution = draft_distribution(logits, sampling, uplink_k)
+        assert distribution.probability(int(logits.argmax())) == 1
