@@ -1,7 +1,8 @@
 """The socket of the base station: frames in, frames out, and a queue to the engine each way.
 
-The socket thread never touches the model and the engine's thread never touches
-the socket: a full pass delays nobody's greeting, a slow peer delays no pass.
+The socket's thread never touches the model and the engine's thread never
+touches the socket: frames are taken and checked while a pass runs, and a slow
+peer delays no pass.
 """
 
 import contextlib
@@ -34,7 +35,7 @@ class _Arrival:
 
 
 class Server:
-    """A ROUTER socket and the engine's thread behind it.
+    """A ROUTER socket in a thread of its own, and the engine behind it.
 
     Args:
         target: the model to serve.
@@ -65,16 +66,19 @@ class Server:
         return self._router.getsockopt_string(zmq.LAST_ENDPOINT)
 
     def serve(self) -> None:
-        """Serve until ``stop`` is called or the engine fails."""
-        engine = threading.Thread(target=self._run_engine, name="engine", daemon=True)
-        engine.start()
+        """Serve until ``stop`` is called or a thread fails.
+
+        The engine runs in the calling thread, which should be the one that
+        loaded the target: each thread that computes with PyTorch gets a pool of
+        its own, and two pools on the same cores halve each other's speed.
+        """
+        postman = threading.Thread(target=self._exchange_frames, name="socket", daemon=True)
+        postman.start()
         try:
-            while not self._stopping.is_set():
-                self._exchange()
+            self._run_engine()
         finally:
-            self._stopping.set()
-            self._inbox.put(None)
-            engine.join()
+            self.stop()
+            postman.join()
             self._flush()
             self._context.destroy(linger=_LINGER_MS)
         if self._failure is not None:
@@ -83,6 +87,7 @@ class Server:
     def stop(self) -> None:
         """Make ``serve`` return soon; may be called from another thread or a signal handler."""
         self._stopping.set()
+        self._inbox.put(None)
 
     def _bind(self, bind: str) -> "zmq.Socket[bytes]":
         router = self._context.socket(zmq.ROUTER)
@@ -101,15 +106,20 @@ class Server:
             raise LinkError(f"cannot bind {bind!r}: {error}; name a free address like tcp://127.0.0.1:5755") from error
         return router
 
-    def _exchange(self) -> None:
+    def _exchange_frames(self) -> None:
         poller = zmq.Poller()
         poller.register(self._router, zmq.POLLIN)
         poller.register(self._outbox, zmq.POLLIN)
-        ready = dict(poller.poll(_POLL_MS))
-        if self._outbox in ready:
-            self._flush()
-        if self._router in ready:
-            self._take_frames()
+        try:
+            while not self._stopping.is_set():
+                ready = dict(poller.poll(_POLL_MS))
+                if self._outbox in ready:
+                    self._flush()
+                if self._router in ready:
+                    self._take_frames()
+        except Exception as error:  # noqa: BLE001 - handed to the thread that serves, which raises it
+            self._failure = error
+            self.stop()
 
     def _flush(self) -> None:
         with contextlib.suppress(zmq.Again):
@@ -134,16 +144,12 @@ class Server:
         self._replies.send_multipart([peer, self._codec.encode(message)])
 
     def _run_engine(self) -> None:
-        try:
-            while not self._stopping.is_set():
-                for arrival in self._arrivals():
-                    self._take(arrival)
-                self._engine.step()
-                self._engine.drop_idle()
-            self._engine.close()
-        except Exception as error:  # noqa: BLE001 - handed to the thread that serves, which raises it
-            self._failure = error
-            self._stopping.set()
+        while not self._stopping.is_set():
+            for arrival in self._arrivals():
+                self._take(arrival)
+            self._engine.step()
+            self._engine.drop_idle()
+        self._engine.close()
 
     def _arrivals(self) -> Iterator[_Arrival]:
         """All that has arrived; waits for the first where the engine has nothing else to do."""

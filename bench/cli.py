@@ -8,6 +8,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from device.planner import planned_draft_len
+from protocol.bundle import Manifest
 from protocol.command_line import Verbose, run
 
 app = typer.Typer(add_completion=False, help="Measure this system against its alternatives.", no_args_is_help=True)
@@ -26,7 +28,7 @@ def options(verbose: Verbose = False) -> None:
 
 
 @app.command()
-def demo(bundle: BundleOption, target: TargetOption, dtype: DtypeOption = "bfloat16", draft_len: int = 8) -> None:
+def demo(bundle: BundleOption, target: TargetOption, dtype: DtypeOption = "bfloat16") -> None:
     """Stream an answer in colour, then show what drafting was worth."""
     from bench.demo import show_demo
     from bench.station import running_station
@@ -35,7 +37,7 @@ def demo(bundle: BundleOption, target: TargetOption, dtype: DtypeOption = "bfloa
     with ExitStack() as stack:
         with console.status("starting a base station"):
             place = stack.enter_context(workplace(bundle, stack.enter_context(running_station(target, dtype))))
-        show_demo(place, draft_len, console)
+        show_demo(place, console)
     console.print("next: edgedraft-device chat, or edgedraft-bench speedup (see README.md)")
 
 
@@ -47,7 +49,9 @@ def speedup(
     prompts: PromptsOption = None,
     count: Annotated[int, typer.Option(help="How many prompts.")] = 8,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens for each.")] = 128,
-    draft_len: Annotated[int, typer.Option(help="Tokens drafted in a round.")] = 8,
+    draft_len: Annotated[
+        int | None, typer.Option(help="Tokens drafted in a round; left out, as the bundle's likeness suggests.")
+    ] = None,
     temperature: Annotated[float, typer.Option(help="0 takes mode ids, above 0 topk and full.")] = 0.0,
     uplink_k: Annotated[int, typer.Option(help="Entries sent of each distribution in mode topk.")] = 32,
     json_file: JsonOption = None,
@@ -59,7 +63,9 @@ def speedup(
     from bench.workplace import workplace
 
     chosen = read_prompts(prompts, count)
-    settings = SpeedupSettings(max_new_tokens, draft_len, temperature, uplink_k)
+    gate = Manifest.read(bundle).gate
+    length = planned_draft_len(gate, temperature == 0) if draft_len is None else draft_len
+    settings = SpeedupSettings(max_new_tokens, length, temperature, uplink_k)
     with running_station(target, dtype) as address, workplace(bundle, address) as place, _progress() as progress:
         task = progress.add_task("answers", total=len(chosen) * len(settings.cases()))
         rows = measure_speedup(place, chosen, settings, lambda: progress.advance(task))

@@ -9,14 +9,16 @@ from bench.workplace import Workplace
 from device.answer import Answer
 from device.cli import ORIGIN_STYLES
 from device.client import DraftSettings
+from device.planner import planned_draft_len
 from protocol.messages import Mode, Sampling
 
 PROMPT = "Explain in a few sentences why a small and a large language model work well together."
 MAX_NEW_TOKENS = 128
 
 
-def show_demo(place: Workplace, draft_len: int, console: Console) -> None:
+def show_demo(place: Workplace, console: Console) -> None:
     """Stream one answer, repeat it with the target alone, and print both in a table."""
+    draft_len = planned_draft_len(place.model.manifest.gate, greedy=True)
     alone = DraftSettings(Mode.TARGET, Sampling(), 1, draft_len)
     together = DraftSettings(Mode.IDS, Sampling(), 1, draft_len)
     prompt_ids = place.prompt_ids(PROMPT)

@@ -17,13 +17,14 @@ from device.answer import Answer, AnswerStream, Conversation
 from device.client import Client, DraftSettings, Origin, Patience
 from device.draft_model import DraftModel
 from device.link import Link
+from device.planner import planned_draft_len
 from device.tokenizer import ChatMessage, Tokenizer
+from protocol.bundle import Manifest
 from protocol.command_line import Verbose, run
 from protocol.errors import SettingsError
 from protocol.frames import FrameCodec
 from protocol.messages import Mode, Sampling
 
-DEFAULT_DRAFT_LEN = 8
 ORIGIN_STYLES = {Origin.ACCEPTED: "green", Origin.RECOVERED: "bold red", Origin.BONUS: "bold blue"}
 
 app = typer.Typer(
@@ -40,7 +41,9 @@ TopP = Annotated[float, typer.Option(help="Sample among the likeliest tokens of 
 Seed = Annotated[int | None, typer.Option(help="Of all random numbers; left out, a new one each time.")]
 ModeOption = Annotated[str, typer.Option(help="auto, ids, topk, full or target; auto is ids at temperature 0.")]
 UplinkK = Annotated[int, typer.Option(help="Entries sent of each distribution in mode topk.")]
-DraftLen = Annotated[str, typer.Option(help=f"Tokens drafted in a round; auto is {DEFAULT_DRAFT_LEN}.")]
+DraftLen = Annotated[
+    str, typer.Option(help="Tokens drafted in a round; auto plans with the bundle's measured likeness.")
+]
 Threads = Annotated[int, typer.Option(help="Threads of the draft model; 0: all cores.")]
 Provider = Annotated[str, typer.Option(help="Execution provider of ONNX Runtime.")]
 ConnectTimeout = Annotated[float, typer.Option(help="Seconds to wait for the base station's first word.")]
@@ -84,7 +87,7 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the text.")] = False,
 ) -> None:
     """Answer one prompt; the text streams as it is committed."""
-    settings = _settings(_sampling(temperature, top_k, top_p, seed), mode, uplink_k, draft_len)
+    settings = _settings(bundle, _sampling(temperature, top_k, top_p, seed), mode, uplink_k, draft_len)
     _at_least_one("max-new-tokens", max_new_tokens)
     with _conversation(_Place(bundle, server, threads, provider, connect_timeout), settings) as conversation:
         tokenizer = conversation.tokenizer
@@ -112,7 +115,7 @@ def chat(
     origins: ShowOrigins = False,
 ) -> None:
     """Talk; each turn sends and runs only what is new. An empty line or Ctrl-D ends."""
-    settings = _settings(_sampling(temperature, top_k, top_p, seed), mode, uplink_k, draft_len)
+    settings = _settings(bundle, _sampling(temperature, top_k, top_p, seed), mode, uplink_k, draft_len)
     _at_least_one("max-new-tokens", max_new_tokens)
     messages: list[ChatMessage] = []
     with _conversation(_Place(bundle, server, threads, provider, connect_timeout), settings) as conversation:
@@ -132,19 +135,19 @@ def _sampling(temperature: float, top_k: int, top_p: float, seed: int | None) ->
     return Sampling(temperature, top_k, top_p, secrets.randbits(63) if seed is None else seed)
 
 
-def _settings(sampling: Sampling, mode: str, uplink_k: int, draft_len: str) -> DraftSettings:
+def _settings(bundle: Path, sampling: Sampling, mode: str, uplink_k: int, draft_len: str) -> DraftSettings:
     if mode not in ("auto", *Mode):
         raise SettingsError("mode", mode, f"auto, {', '.join(Mode)}")
     chosen = (Mode.IDS if sampling.greedy else Mode.TOPK) if mode == "auto" else Mode(mode)
     if chosen is Mode.IDS and not sampling.greedy:
         raise SettingsError("mode", mode, f"topk, full or target at temperature {sampling.temperature:g}")
     _at_least_one("uplink-k", uplink_k)
-    return DraftSettings(chosen, sampling, uplink_k, _draft_len(draft_len))
+    return DraftSettings(chosen, sampling, uplink_k, _draft_len(draft_len, bundle, sampling))
 
 
-def _draft_len(value: str) -> int:
+def _draft_len(value: str, bundle: Path, sampling: Sampling) -> int:
     if value == "auto":
-        return DEFAULT_DRAFT_LEN
+        return planned_draft_len(Manifest.read(bundle).gate, sampling.greedy)
     if not value.isdecimal() or int(value) < 1:
         raise SettingsError("draft-len", value, "auto, or 1 and more")
     return int(value)

@@ -148,7 +148,7 @@ class Client:
                     sent = now
                 continue
             heard = now
-            _raise_fault(message)
+            _raise_fault(message, getattr(request, "session_id", None))
             yield message
 
     def tell(self, message: Close) -> None:
@@ -164,7 +164,7 @@ class Client:
                 f"no base station answers at {self._link.address} (waited {self._patience.connect:g} s); "
                 "start one with: edgedraft-basestation serve --target MODEL"
             )
-        _raise_fault(message)
+        _raise_fault(message, None)
         if not isinstance(message, Welcome):
             raise StateError(f"the base station answered Hello with {type(message).__name__}; allowed: Welcome")
         return message
@@ -290,6 +290,7 @@ class DeviceSession:
         return reply.session_id != self._session_id or reply.round_id != self._rounds.round_id
 
 
-def _raise_fault(message: Message) -> None:
-    if isinstance(message, Fault):
+def _raise_fault(message: Message, session_id: int | None) -> None:
+    """Raise a Fault that is about this session or about none; one of another session ends that one alone."""
+    if isinstance(message, Fault) and message.session_id in (None, session_id):
         raise FaultError(message.code, message.text)

@@ -16,7 +16,7 @@ Integers come from a 32-bit hash in operations that NumPy and torch share, and
 are the same on every processor.
 """
 
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -42,13 +42,14 @@ def hash32(index: Integers, low: Integers | int, high: Integers | int) -> Intege
     Two rounds of a 32-bit finaliser (xor-shift and multiply, constants of
     Wellons' search for low bias), with half of the key before each.
     """
-    return _mix32(_mix32(index ^ low) ^ high)  # type: ignore[operator]
+    mixed: Integers = _mix32(_mix32(cast(Any, index) ^ low) ^ high)
+    return mixed
 
 
-def _mix32(word: Integers) -> Integers:
-    word = (word ^ word >> 16) * 0x7FEB352D & _MASK  # type: ignore[operator]
-    word = (word ^ word >> 15) * 0x846CA68B & _MASK  # type: ignore[operator]
-    return word ^ word >> 16  # type: ignore[operator,no-any-return]
+def _mix32(word: Any) -> Any:
+    word = (word ^ word >> 16) * 0x7FEB352D & _MASK
+    word = (word ^ word >> 15) * 0x846CA68B & _MASK
+    return word ^ word >> 16
 
 
 class PositionNoise:
@@ -91,4 +92,4 @@ class PositionNoise:
         return int(rivals[(scores[rivals] + self.of(rivals)).argmax()])
 
     def _uniform(self, index: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-        return (hash32(index, *self._key) + 0.5) * 2.0**-32
+        return np.asarray((hash32(index, *self._key) + 0.5) * 2.0**-32, np.float64)

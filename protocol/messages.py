@@ -23,6 +23,8 @@ from protocol.errors import SettingsError
 from protocol.sparse import SparseDistribution
 
 PROTOCOL_VERSION = 1
+MIN_TEMPERATURE = 1e-3
+MAX_TEMPERATURE = 100.0
 
 
 class Mode(StrEnum):
@@ -52,8 +54,12 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature <= 100:
-            raise SettingsError("temperature", self.temperature, "0 (always the likeliest token) to 100")
+        if self.temperature != 0 and not MIN_TEMPERATURE <= self.temperature <= MAX_TEMPERATURE:
+            raise SettingsError(
+                "temperature",
+                self.temperature,
+                f"0 (always the likeliest token), or {MIN_TEMPERATURE:g} to {MAX_TEMPERATURE:g}",
+            )
         if not 0 <= self.top_k < 2**31:
             raise SettingsError("top_k", self.top_k, "0 (all tokens) or a count of tokens")
         if not 0 < self.top_p <= 1:

@@ -10,7 +10,7 @@ Layout of the bytes, for K of V tokens kept:
 1. the support, a set of K ids in Elias–Fano form: K low parts of
    ``r = ⌊log2(V/K)⌋`` bits each, then the high parts in unary, K ones among at
    most K + ⌊(V−1)/2ʳ⌋ bits; each section padded to a byte. Absent where K = V.
-   Within 5 % of the bound ⌈log2 C(V, K)⌉ for K = 32 of V = 49152 (51 B).
+   Within 5 % of the bound ⌈log2 C(V, K)⌉ for K = 32 of V = 49152 (50 B).
 2. K probabilities in FP16, little-endian, in the order of the ids.
 """
 
