@@ -13,6 +13,8 @@ from device.link import socket_bytes
 from protocol.errors import FrameError
 from protocol.frames import FrameCodec, FrameLimits
 from protocol.messages import (
+    MAX_TEMPERATURE,
+    MIN_TEMPERATURE,
     Close,
     Decode,
     Draft,
@@ -54,7 +56,7 @@ def drafts_with_distributions(draw: st.DrawFn, vocab_size: int) -> Draft:
 counters = st.integers(0, 2**32 - 1)
 samplings = st.builds(
     Sampling,
-    temperature=st.floats(0, 100),
+    temperature=st.just(0.0) | st.floats(MIN_TEMPERATURE, MAX_TEMPERATURE),
     top_k=st.integers(0, 2**31 - 1),
     top_p=st.floats(0, 1, exclude_min=True),
     seed=st.integers(0, 2**63 - 1),
