@@ -83,10 +83,11 @@ class TargetModel:
             loaded = AutoModelForCausalLM.from_pretrained(
                 place, dtype=precision, attn_implementation=ATTENTION_NAME, **options
             )
+        vocabulary = _vocabulary(tokenizer, loaded)
         loaded.eval().to(placement)
         if placement.type == "cpu":
             pack_linears(loaded)
-        return cls(loaded, _vocabulary(tokenizer, loaded), Path(model).stem)
+        return cls(loaded, vocabulary, Path(model).stem)
 
     def new_stretch(self) -> Stretch:
         """An empty place for one session's keys and values."""
