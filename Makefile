@@ -15,7 +15,7 @@ demo: models  ## a real answer across the link, in colour, then what drafting wa
 	@$(BIN)/edgedraft-bench demo --bundle $(BUNDLE) --target $(SAMPLE)
 
 test: lint types models $(DEVICE_VENV)/ready  ## all tests, with the real sample model
-	$(BIN)/pytest -q -n 2 -m "not model"
+	$(BIN)/pytest -q -n 2 --dist worksteal -m "not model"
 	$(BIN)/pytest -q -m model
 
 lint: $(VENV)/ready  ## ruff and the import rules

@@ -21,12 +21,12 @@ def coupled_choice(scores: Tensor, seed: int, positions: Sequence[int]) -> Tenso
         positions: of the n tokens in the whole sequence.
     """
     rows, vocab_size = scores.shape
-    blocks = -(-vocab_size // BLOCK)
+    width, blocks = min(BLOCK, vocab_size), -(-vocab_size // BLOCK)
     noise = _Noise(seed, positions, vocab_size, scores.device)
-    padded = torch.nn.functional.pad(scores, (0, blocks * BLOCK - vocab_size), value=-torch.inf)
-    grid = padded.view(rows, blocks, BLOCK)
+    padded = torch.nn.functional.pad(scores, (0, blocks * width - vocab_size), value=-torch.inf)
+    grid = padded.view(rows, blocks, width)
     bounds = grid.amax(dim=2) + noise.maxima
-    likely = bounds.argmax(dim=1, keepdim=True) * BLOCK + torch.arange(BLOCK, device=scores.device)
+    likely = bounds.argmax(dim=1, keepdim=True) * BLOCK + torch.arange(width, device=scores.device)
     row = torch.arange(rows, device=scores.device)
     sums = padded.gather(1, likely) + noise.of(row[:, None], likely.clamp(max=vocab_size - 1))
     needed = sums.amax(dim=1, keepdim=True) - noise.maxima - SLACK  # [n, blocks]

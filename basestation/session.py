@@ -10,9 +10,9 @@ from collections.abc import Sequence
 import torch
 
 from basestation.kv_arena import Segment, Stretch
-from basestation.verify import judge_greedy, judge_sampled, warp
+from basestation.verify import judge_coupled, judge_greedy, judge_sampled, warp, warp_scores
 from protocol.errors import ContextLengthError, StateError
-from protocol.messages import Decode, Draft, Extend, Open, Opened, Reply, Request, Verdict
+from protocol.messages import Decode, Draft, Extend, Mode, Open, Opened, Reply, Request, Verdict
 from protocol.rounds import SessionRounds, State
 
 
@@ -85,6 +85,8 @@ class Session:
         drafted, position, sampling = self._drafted, len(self.tokens), self._opening.sampling
         if sampling.greedy:
             judgement = judge_greedy(logits, drafted)
+        elif self._opening.mode in (Mode.COUPLED, Mode.TARGET):
+            judgement = judge_coupled(warp_scores(logits, sampling), drafted, sampling.seed, position)
         else:
             distributions = self._request.distributions if isinstance(self._request, Draft) else ()
             target_probs = warp(logits, sampling)

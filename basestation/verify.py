@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from basestation.coupling import coupled_choice
 from protocol.messages import Sampling
 from protocol.randomness import Stream, uniform
 from protocol.sparse import SparseDistribution
@@ -34,11 +35,29 @@ class Judgement:
 
 def judge_greedy(logits: Tensor, drafted: Sequence[int]) -> Judgement:
     """Accept what equals the target's argmax. ``logits``: [draft_len + 1, V]."""
-    target_ids: list[int] = logits.argmax(dim=-1).tolist()
+    return _match(logits.argmax(dim=-1).tolist(), drafted)
+
+
+def _match(target_ids: Sequence[int], drafted: Sequence[int]) -> Judgement:
     accepted = 0
     while accepted < len(drafted) and drafted[accepted] == target_ids[accepted]:
         accepted += 1
     return Judgement(accepted, target_ids[accepted])
+
+
+def judge_coupled(scores: Tensor, drafted: Sequence[int], seed: int, position: int) -> Judgement:
+    """Accept what equals the target's own choice under the shared noise (``protocol.coupling``).
+
+    The answer is then a function of target, settings and seed alone, whatever was drafted.
+
+    Args:
+        scores: [draft_len + 1, V] as ``warp_scores`` gives them, row i for the i-th drafted token.
+        drafted: the draft_len tokens.
+        seed: of the session.
+        position: of the first drafted token in the whole sequence.
+    """
+    choices = coupled_choice(scores, seed, range(position, position + len(scores)))
+    return _match(choices.tolist(), drafted)
 
 
 def judge_sampled(
@@ -68,25 +87,27 @@ def judge_sampled(
 
 
 def warp(logits: Tensor, sampling: Sampling) -> Tensor:
-    """The distributions the target is sampled from: float64 probabilities [n, V].
-
-    Temperature, then top-k (ties with the k-th are kept), then top-p (the
-    smallest set of likeliest tokens whose mass reaches p).
-    """
+    """The distributions the target is sampled from: float64 probabilities [n, V]."""
     if sampling.greedy:
         return torch.nn.functional.one_hot(logits.argmax(dim=-1), logits.shape[-1]).double()
+    return warp_scores(logits, sampling).softmax(dim=-1)
+
+
+def warp_scores(logits: Tensor, sampling: Sampling) -> Tensor:
+    """Unnormalised log probabilities of what the target is sampled from: float64 [n, V], -inf for what is not.
+
+    Temperature above 0, then top-k (ties with the k-th are kept), then top-p (the
+    smallest set of likeliest tokens whose mass reaches p).
+    """
     scores = logits.double() / sampling.temperature
     if 0 < sampling.top_k < scores.shape[-1]:
         smallest = scores.topk(sampling.top_k, dim=-1).values[:, -1:]
         scores = scores.masked_fill(scores < smallest, -torch.inf)
-    probs = scores.softmax(dim=-1)
     if sampling.top_p < 1:
-        ordered, order = probs.sort(dim=-1, descending=True)
-        mass_before = ordered.cumsum(dim=-1) - ordered
-        ordered = ordered.masked_fill(mass_before >= sampling.top_p, 0)
-        probs = torch.zeros_like(probs).scatter_(-1, order, ordered)
-        probs = probs / probs.sum(dim=-1, keepdim=True)
-    return probs
+        ordered, order = scores.softmax(dim=-1).sort(dim=-1, descending=True)
+        outside = ordered.cumsum(dim=-1) - ordered >= sampling.top_p
+        scores = scores.masked_fill(torch.zeros_like(outside).scatter_(-1, order, outside), -torch.inf)
+    return scores
 
 
 def residual_of(target_probs: Tensor, draft_probs: SparseDistribution) -> Tensor:

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from device.planner import planned_draft_len
 from protocol.bundle import Manifest
 from protocol.command_line import Verbose, run
+from protocol.messages import Sampling
 
 app = typer.Typer(add_completion=False, help="Measure this system against its alternatives.", no_args_is_help=True)
 console = Console(highlight=False)
@@ -52,7 +53,7 @@ def speedup(
     draft_len: Annotated[
         int | None, typer.Option(help="Tokens drafted in a round; left out, as the bundle's likeness suggests.")
     ] = None,
-    temperature: Annotated[float, typer.Option(help="0 takes mode ids, above 0 topk and full.")] = 0.0,
+    temperature: Annotated[float, typer.Option(help="0 takes mode ids, above 0 coupled, topk and full.")] = 0.0,
     uplink_k: Annotated[int, typer.Option(help="Entries sent of each distribution in mode topk.")] = 32,
     json_file: JsonOption = None,
 ) -> None:
@@ -81,32 +82,36 @@ def exact(
     prompts: PromptsOption = None,
     count: Annotated[int, typer.Option(help="How many prompts.")] = 20,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens for each.")] = 64,
-    draft_lens: Annotated[str, typer.Option(help="Draft lengths, with commas.")] = "1,4,8",
+    draft_lens: Annotated[list[int] | None, typer.Option("--draft-len", help="May be repeated.")] = None,
+    temperature: Annotated[float, typer.Option(help="0 takes mode ids, above 0 coupled.")] = 0.0,
     json_file: JsonOption = None,
 ) -> None:
-    """Hold greedy answers, token for token, against transformers' own generation, in float32."""
-    from bench.exact import Reference, differences
+    """Hold answers, token for token, against transformers' own or the target alone, in float32."""
+    from bench.exact import TargetAlone, Transformers, differences
     from bench.prompts import read_prompts
     from bench.results import Results
     from bench.station import running_station
     from bench.workplace import workplace
 
     chosen = read_prompts(prompts, count)
-    lengths = [int(part) for part in draft_lens.split(",")]
+    lengths, sampling = draft_lens or [1, 4, 8], Sampling(temperature, seed=1)
     with running_station(target, "float32") as address, workplace(bundle, address) as place, _progress() as progress:
         task = progress.add_task("answers", total=len(chosen) * (1 + len(lengths)))
-        found = differences(place, Reference(target), chosen, max_new_tokens, lengths, lambda: progress.advance(task))
+        reference = Transformers(target) if sampling.greedy else TargetAlone(place, sampling)
+        found = differences(place, reference, chosen, max_new_tokens, sampling, lengths, lambda: progress.advance(task))
     rows = [
         {
             "case": f"draft_len {length}",
             "prompts": len(chosen),
             "differ": sum(one.draft_len == length for one in found),
             "differ_without_tie": sum(one.draft_len == length and not one.is_tie for one in found),
-            "largest_gap": max((one.gap for one in found if one.draft_len == length), default=None),
+            "largest_gap": max((one.gap for one in found if one.draft_len == length and one.gap), default=None),
         }
         for length in lengths
     ]
-    measured = Results({"target": target, "dtype": "float32", "max_new_tokens": max_new_tokens}, rows)
+    measured = Results(
+        {"target": target, "dtype": "float32", "temperature": temperature, "max_new_tokens": max_new_tokens}, rows
+    )
     measured.show(console)
     measured.write(json_file)
     if any(not one.is_tie for one in found) or len({one.prompt for one in found}) * 40 > len(chosen):

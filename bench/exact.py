@@ -1,8 +1,12 @@
-"""Is the answer the target's own, token for token? Held against transformers' own greedy generation."""
+"""Is the answer the target's own, token for token?
+
+At temperature 0 it is held against transformers' own greedy generation, above it
+in mode ``coupled`` against the target alone with the same seed.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -18,27 +22,52 @@ TIE = 1e-3
 
 @dataclass(frozen=True)
 class Difference:
-    """Where an answer leaves the reference: its two leading logits there are ``gap`` apart."""
+    """Where an answer leaves the reference; ``gap`` lies between its two leading logits there, where known."""
 
     prompt: int
     draft_len: int
     position: int
-    gap: float
+    gap: float | None
 
     @property
     def is_tie(self) -> bool:
         """Whether the reference itself was undecided."""
-        return self.gap <= TIE
+        return self.gap is not None and self.gap <= TIE
 
 
-class Reference:
+class Reference(Protocol):
+    """What an answer must equal."""
+
+    def generate(self, prompt_ids: list[int], max_new_tokens: int) -> list[int]:
+        """The ids that follow the prompt."""
+
+    def gap(self, ids: Sequence[int]) -> float | None:
+        """How far apart the two leading logits after ``ids`` are, where that is known."""
+
+
+class TargetAlone:
+    """The target decoding alone at the same base station, with the same seed."""
+
+    def __init__(self, place: Workplace, sampling: Sampling) -> None:
+        self._place = place
+        self._settings = DraftSettings(Mode.TARGET, sampling, uplink_k=1, draft_len=1)
+
+    def generate(self, prompt_ids: list[int], max_new_tokens: int) -> list[int]:
+        """The ids that follow the prompt."""
+        return self._place.answer(prompt_ids, max_new_tokens, self._settings).token_ids
+
+    def gap(self, ids: Sequence[int]) -> None:
+        """Not known at this end."""
+
+
+class Transformers:
     """``transformers`` generating greedily on the target, float32."""
 
     def __init__(self, target: str) -> None:
         self._model: Any = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).eval()
 
     @torch.inference_mode()
-    def generate(self, prompt_ids: Sequence[int], max_new_tokens: int) -> list[int]:
+    def generate(self, prompt_ids: list[int], max_new_tokens: int) -> list[int]:
         """The ids that follow the prompt."""
         row = torch.tensor([prompt_ids])
         output = self._model.generate(
@@ -59,17 +88,19 @@ def differences(
     reference: Reference,
     prompts: Sequence[str],
     max_new_tokens: int,
+    sampling: Sampling,
     draft_lens: Sequence[int],
     advance: Callable[[], object],
 ) -> list[Difference]:
-    """Every answer in mode ``ids`` that is not the reference's, at its first differing token."""
+    """Every answer in mode ``ids`` or ``coupled`` that is not the reference's, at its first differing token."""
+    mode = Mode.IDS if sampling.greedy else Mode.COUPLED
     found = []
     for index, prompt in enumerate(prompts):
         prompt_ids = place.prompt_ids(prompt, PROMPT_LEN)
         expected = reference.generate(prompt_ids, max_new_tokens)
         advance()
         for draft_len in draft_lens:
-            settings = DraftSettings(Mode.IDS, Sampling(), uplink_k=1, draft_len=draft_len)
+            settings = DraftSettings(mode, sampling, uplink_k=1, draft_len=draft_len)
             actual = place.answer(prompt_ids, max_new_tokens, settings).token_ids
             advance()
             if actual != expected:

@@ -22,7 +22,7 @@ class SpeedupSettings:
     def cases(self) -> list[DraftSettings]:
         """The target alone, then every mode that the temperature allows."""
         sampling = Sampling(self.temperature, seed=1)
-        modes = [Mode.TARGET, Mode.IDS] if sampling.greedy else [Mode.TARGET, Mode.TOPK, Mode.FULL]
+        modes = [Mode.TARGET, Mode.IDS] if sampling.greedy else [Mode.TARGET, Mode.COUPLED, Mode.TOPK, Mode.FULL]
         return [DraftSettings(mode, sampling, self.uplink_k, self.draft_len) for mode in modes]
 
 

@@ -39,7 +39,9 @@ Temperature = Annotated[float, typer.Option(help="0 always takes the likeliest t
 TopK = Annotated[int, typer.Option(help="Sample among the N likeliest tokens; 0: all.")]
 TopP = Annotated[float, typer.Option(help="Sample among the likeliest tokens of this mass; 1: all.")]
 Seed = Annotated[int | None, typer.Option(help="Of all random numbers; left out, a new one each time.")]
-ModeOption = Annotated[str, typer.Option(help="auto, ids, topk, full or target; auto is ids at temperature 0.")]
+ModeOption = Annotated[
+    str, typer.Option(help="auto, ids, coupled, topk, full or target; auto is ids at temperature 0, else coupled.")
+]
 UplinkK = Annotated[int, typer.Option(help="Entries sent of each distribution in mode topk.")]
 DraftLen = Annotated[
     str, typer.Option(help="Tokens drafted in a round; auto plans with the bundle's measured likeness.")
@@ -138,9 +140,9 @@ def _sampling(temperature: float, top_k: int, top_p: float, seed: int | None) ->
 def _settings(bundle: Path, sampling: Sampling, mode: str, uplink_k: int, draft_len: str) -> DraftSettings:
     if mode not in ("auto", *Mode):
         raise SettingsError("mode", mode, f"auto, {', '.join(Mode)}")
-    chosen = (Mode.IDS if sampling.greedy else Mode.TOPK) if mode == "auto" else Mode(mode)
+    chosen = (Mode.IDS if sampling.greedy else Mode.COUPLED) if mode == "auto" else Mode(mode)
     if chosen is Mode.IDS and not sampling.greedy:
-        raise SettingsError("mode", mode, f"topk, full or target at temperature {sampling.temperature:g}")
+        raise SettingsError("mode", mode, f"coupled, topk, full or target at temperature {sampling.temperature:g}")
     _at_least_one("uplink-k", uplink_k)
     return DraftSettings(chosen, sampling, uplink_k, _draft_len(draft_len, bundle, sampling))
 

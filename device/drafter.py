@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from device.draft_model import DraftModel
-from device.sampling import draft_distribution
+from device.sampling import coupled_guess, draft_distribution
 from protocol.messages import Mode, Sampling
 from protocol.randomness import Stream, random_bits
 from protocol.sparse import SparseDistribution
@@ -36,7 +36,7 @@ class Drafter:
         self._model = model
         self._sampling = sampling
         self._uplink_k = model.manifest.vocab_size if mode is Mode.FULL else uplink_k
-        self._ids_only = mode is Mode.IDS
+        self._ids_alone = mode.sends_ids_alone
         self._stop_ids = frozenset(model.manifest.stop_ids)
         self._cached: list[int] = []
 
@@ -55,10 +55,10 @@ class Drafter:
         while len(drafted) < draft_len:
             logits = self._model.forward(unrun)
             self._cached += unrun
-            if self._ids_only:
-                token_id = int(logits.argmax())
+            position = len(tokens) + len(drafted)
+            if self._ids_alone:
+                token_id = coupled_guess(logits, self._sampling, position)
             else:
-                position = len(tokens) + len(drafted)
                 distribution = draft_distribution(logits, self._sampling, self._uplink_k)
                 token_id = distribution.sample(random_bits(self._sampling.seed, position, Stream.DRAFT))
                 distributions.append(distribution)

@@ -9,9 +9,11 @@ import numpy as np
 import numpy.typing as npt
 
 from device.draft_model import Logits
+from protocol.coupling import PositionNoise
 from protocol.messages import Sampling
 from protocol.sparse import SparseDistribution
 
+COUPLED_CANDIDATES = 1024
 Ids: TypeAlias = npt.NDArray[np.int64]
 Probs: TypeAlias = npt.NDArray[np.float64]
 
@@ -39,6 +41,21 @@ def draft_distribution(logits: Logits, sampling: Sampling, uplink_k: int) -> Spa
     if sampling.top_p < 1:
         support, probs = _nucleus(support, probs, sampling.top_p)
     return SparseDistribution.round_off(vocab_size, support, probs)
+
+
+def coupled_guess(logits: Logits, sampling: Sampling, position: int) -> int:
+    """The token that the draft model's scores and the shared noise of a position lead to.
+
+    With top-k or top-p the choice is among the ``COUPLED_CANDIDATES`` likeliest tokens at most.
+    """
+    if sampling.greedy:
+        return int(logits.argmax())
+    noise = PositionNoise(sampling.seed, position, len(logits))
+    if sampling.top_k == 0 and sampling.top_p == 1:
+        return noise.argmax(logits / np.float32(sampling.temperature))
+    candidates = draft_distribution(logits, sampling, COUPLED_CANDIDATES)
+    scores = np.log(candidates.probs) + noise.of(candidates.support)
+    return int(candidates.support[scores.argmax()])
 
 
 def _nucleus(support: Ids, probs: Probs, mass: float) -> tuple[Ids, Probs]:

@@ -9,7 +9,10 @@
     │   ├── BundleError         a bundle is missing, damaged or of another format
     │   ├── GateError           an exported model is too unlike the one it was made from
     │   └── MismatchError       draft and target model do not belong together
+    ├── KeyFileError            a key is missing, damaged or open to others
     ├── LinkError               the other end cannot be reached
+    │   ├── AdmissionError      the two ends do not know each other's keys
+    │   └── RevokedError        a device's key was taken back
     └── ProtocolError           what a peer sent is not allowed
         ├── FrameError          bytes that are no message
         ├── StateError          a message that may not follow what came before
@@ -78,10 +81,28 @@ class MismatchError(ModelError):
     code = "mismatch"
 
 
+class KeyFileError(EdgedraftError):
+    """A key is missing, damaged or open to others."""
+
+    code = "key_file"
+
+
 class LinkError(EdgedraftError):
     """The other end cannot be reached, or went away."""
 
     code = "link"
+
+
+class AdmissionError(LinkError):
+    """The two ends do not know each other's keys."""
+
+    code = "admission"
+
+
+class RevokedError(LinkError):
+    """A device's key was taken back while it was in use."""
+
+    code = "revoked"
 
 
 class ProtocolError(EdgedraftError):

@@ -210,7 +210,7 @@ def _array_of(inner: _Field) -> _Field:
     )
 
 
-_MODES = (Mode.IDS, Mode.TOPK, Mode.FULL, Mode.TARGET)  # a mode's number on the wire is its place here
+_MODES = (Mode.IDS, Mode.TOPK, Mode.FULL, Mode.TARGET, Mode.COUPLED)  # a mode's number on the wire is its place here
 
 
 def _unpack_mode(value: object) -> Mode:

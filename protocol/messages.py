@@ -32,12 +32,19 @@ class Mode(StrEnum):
 
     IDS = "ids"
     """The id: temperature 0, where verification is a match of argmaxes."""
+    COUPLED = "coupled"
+    """The id: both ends add the same noise to their scores, and the base station's choice is the answer."""
     TOPK = "topk"
     """The id and the K likeliest entries of the distribution it was drawn from."""
     FULL = "full"
     """The id and all V probabilities: the baseline the paper compares with."""
     TARGET = "target"
     """Nothing: the target decodes alone; the baseline of every comparison."""
+
+    @property
+    def sends_ids_alone(self) -> bool:
+        """Whether a Draft has no distributions."""
+        return self in (Mode.IDS, Mode.COUPLED)
 
 
 @dataclass(frozen=True, slots=True)

@@ -108,9 +108,9 @@ class SessionRounds:
     def _check_draft(self, draft: Draft) -> None:
         if self._mode is Mode.TARGET and draft.token_ids:
             raise StateError("a Draft with tokens in mode 'target', in which the target decodes alone")
-        sampled = self._mode in (Mode.TOPK, Mode.FULL)
-        if sampled != bool(draft.distributions) and draft.token_ids:
-            raise StateError(f"a Draft {'without' if sampled else 'with'} distributions in mode {self._mode.value!r}")
+        if draft.token_ids and self._mode.sends_ids_alone == bool(draft.distributions):
+            kind = "with" if draft.distributions else "without"
+            raise StateError(f"a Draft {kind} distributions in mode {self._mode.value!r}")
 
     def _take(self, message: SessionMessage) -> None:
         match message:

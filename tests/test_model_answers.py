@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import zmq
 
-from bench.exact import Reference, differences
+from bench.exact import TargetAlone, Transformers, differences
 from bench.prompts import OWN_PROMPTS
 from bench.station import running_station
 from bench.workplace import Workplace, workplace
@@ -29,8 +29,13 @@ IDS = DraftSettings(Mode.IDS, Sampling(), uplink_k=1, draft_len=8)
 
 
 def test_greedy_answers_are_what_transformers_generates(place: Workplace) -> None:
-    found = differences(place, Reference(str(SAMPLE)), OWN_PROMPTS[:3], 32, (1, 4, 8), lambda: None)
+    found = differences(place, Transformers(str(SAMPLE)), OWN_PROMPTS[:3], 32, Sampling(), (1, 4, 8), lambda: None)
     assert [one for one in found if not one.is_tie] == []
+
+
+def test_coupled_answers_are_what_the_target_alone_samples_with_that_seed(place: Workplace) -> None:
+    sampling = Sampling(1.0, seed=5)
+    assert differences(place, TargetAlone(place, sampling), OWN_PROMPTS[:2], 32, sampling, (1, 8), lambda: None) == []
 
 
 def test_the_target_alone_gives_the_same_tokens(place: Workplace) -> None:

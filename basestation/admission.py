@@ -1,0 +1,67 @@
+"""Who gets in: the base station's answer to each handshake, and to what comes after it.
+
+ZeroMQ asks at every handshake, after the device has proved that it has its
+secret key (ZAP, RFC 27; CURVE, RFC 26), and then tells the key with each message.
+"""
+
+import logging
+
+import zmq
+from zmq.utils import z85
+
+from basestation.keys import KeyFolder
+from protocol.errors import RevokedError
+
+logger = logging.getLogger(__name__)
+
+_ENDPOINT = "inproc://zeromq.zap.01"
+_DOMAIN = b"edgedraft"
+
+
+class Admission:
+    """Lets enrolled keys in, and takes back what it allowed when they are revoked.
+
+    Attributes:
+        socket: where ZeroMQ asks; whoever polls it calls ``answer``.
+    """
+
+    def __init__(self, keys: KeyFolder, context: "zmq.Context[zmq.Socket[bytes]]") -> None:
+        self._keys = keys
+        self._admitted: set[str] = set()
+        self.socket = context.socket(zmq.REP)
+        self.socket.bind(_ENDPOINT)
+
+    def guard(self, router: "zmq.Socket[bytes]") -> None:
+        """Make a socket ask here about every device; before it is bound."""
+        router.setsockopt(zmq.CURVE_SERVER, 1)
+        router.setsockopt(zmq.CURVE_SECRETKEY, self._keys.secret_key.encode())
+        router.setsockopt(zmq.ZAP_DOMAIN, _DOMAIN)
+        router.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)  # without it everybody gets in where nobody answers
+
+    def answer(self) -> None:
+        """Answer one question: version, request, domain, address, identity, mechanism, credentials."""
+        version, request, _, address, _, mechanism, *credentials = self.socket.recv_multipart()
+        key = z85.encode(credentials[0]).decode() if mechanism == b"CURVE" else ""
+        name = self._keys.name_of(key) if key else None
+        if name is None:
+            logger.warning("refused a device at %s: key %r is not enrolled", address.decode(), key)
+            self.socket.send_multipart([version, request, b"400", b"not enrolled", b"", b""])
+            return
+        logger.info("peer %s is %s, at %s", key[:8], name, address.decode())
+        self._admitted.add(key)
+        self.socket.send_multipart([version, request, b"200", b"", key.encode(), b""])
+
+    def admits(self, key: str) -> bool:
+        """Whether messages of a key are taken; its connection outlives its enrolment."""
+        return key in self._admitted
+
+    def revoked(self) -> list[str]:
+        """The keys that were let in and are not enrolled any more, each told once."""
+        gone = [key for key in self._admitted if self._keys.name_of(key) is None]
+        self._admitted.difference_update(gone)
+        return gone
+
+
+def revocation() -> RevokedError:
+    """What a device is told whose key was taken back."""
+    return RevokedError("this device's key was revoked; ask the base station's operator to enroll a new one")

@@ -1,0 +1,84 @@
+"""Mode ``coupled``: the answer is the target's own sampling with that seed, whatever was drafted."""
+
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import chisquare
+
+from basestation.coupling import coupled_choice
+from basestation.verify import judge_coupled, warp, warp_scores
+from device.client import DraftSettings
+from protocol.messages import Mode, Sampling
+from tests.fakes import FakeDraftModel, FakeTarget, Table, blend, next_logits, random_table
+from tests.link_pair import MemoryTransport, Station, join
+
+VOCAB = 40
+TARGET = random_table(VOCAB, seed=3)
+DRAFTS = {"alike": blend(TARGET, random_table(VOCAB, seed=4), 0.9), "unlike": random_table(VOCAB, seed=5)}
+SAMPLINGS = (
+    Sampling(1.0, seed=1),
+    Sampling(0.6, seed=2),
+    Sampling(1.2, top_k=20, seed=3),
+    Sampling(1.0, top_p=0.7, seed=4),
+)
+SAMPLES = 200_000
+
+
+def answer(draft: Table, mode: Mode, sampling: Sampling, draft_len: int = 4) -> tuple[list[int], int, int]:
+    model = FakeDraftModel.make(draft)
+    station = Station(FakeTarget.make(TARGET))
+    client, _ = join(station, model, MemoryTransport(station))
+    session = client.open(DraftSettings(mode, sampling, 8, draft_len), model, [3, 1, 4])
+    tokens = [token.token_id for token in session.answer(40)]
+    return tokens, session.tally.accepted, session.tally.drafted
+
+
+@pytest.mark.parametrize(("kind", "sampling", "draft_len"), list(product(DRAFTS, SAMPLINGS, (1, 4, 8))))
+def test_coupled_answers_are_the_target_alone_with_that_seed(kind: str, sampling: Sampling, draft_len: int) -> None:
+    coupled, _, _ = answer(DRAFTS[kind], Mode.COUPLED, sampling, draft_len)
+    assert coupled == answer(DRAFTS[kind], Mode.TARGET, sampling)[0]
+
+
+def test_another_seed_gives_another_answer() -> None:
+    draft = DRAFTS["alike"]
+    assert answer(draft, Mode.COUPLED, Sampling(1.0, seed=1)) != answer(draft, Mode.COUPLED, Sampling(1.0, seed=2))
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
+def test_a_good_draft_is_mostly_accepted(sampling: Sampling) -> None:
+    _, accepted, drafted = answer(TARGET, Mode.COUPLED, sampling)
+    assert accepted > 0.95 * drafted
+    _, accepted, drafted = answer(DRAFTS["unlike"], Mode.COUPLED, sampling)
+    assert accepted < 0.5 * drafted
+
+
+def test_judging_stops_at_the_first_difference() -> None:
+    scores = warp_scores(torch.tensor(np.array([next_logits(TARGET, (1, token)) for token in range(4)])), SAMPLINGS[0])
+    choices = coupled_choice(scores, 6, range(10, 14)).tolist()
+    assert judge_coupled(scores, choices[:3], 6, 10).accepted == 3
+    wrong = [choices[0], (choices[1] + 1) % VOCAB, choices[2]]
+    judgement = judge_coupled(scores, wrong, 6, 10)
+    assert (judgement.accepted, judgement.token_id) == (1, choices[1])
+
+
+@pytest.mark.parametrize("sampling", [Sampling(1.0), Sampling(0.6), Sampling(1.3, top_p=0.8)], ids=str)
+def test_coupled_sequences_are_distributed_as_the_targets_own(sampling: Sampling) -> None:
+    """Three tokens, ``SAMPLES`` sequences, all at positions of their own; against the exact distribution."""
+    size = 6
+    table = random_table(size, seed=1)
+    rows = warp_scores(torch.tensor(table.reshape(-1, size)), sampling)
+    exact = warp(torch.tensor(table.reshape(-1, size)), sampling).numpy().reshape(size, size, size)
+    before, last = torch.zeros(SAMPLES, dtype=torch.int64), torch.ones(SAMPLES, dtype=torch.int64)
+    cells, expected = torch.zeros(SAMPLES, dtype=torch.int64), np.ones(1)
+    for step in range(3):
+        positions = range(step * SAMPLES, (step + 1) * SAMPLES)
+        choices = coupled_choice(rows[before * size + last], 5, positions)
+        before, last, cells = last, choices, cells * size + choices
+    first = exact[0, 1]
+    expected = np.einsum("a,ab,abc->abc", first, exact[1], exact).ravel() * SAMPLES
+    counts = np.bincount(cells.numpy(), minlength=size**3)
+    assert counts[expected == 0].sum() == 0
+    possible = expected > 0
+    assert chisquare(counts[possible], expected[possible]).pvalue > 1e-4

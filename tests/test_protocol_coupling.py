@@ -1,0 +1,77 @@
+"""The shared noise: Gumbel numbers, the same on both ends, and a choice distributed as softmax."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import chisquare, kstest
+
+from basestation.coupling import coupled_choice
+from protocol.coupling import BLOCK, PositionNoise, hash32
+
+KEPT = [3405767568, 3507691905, 3568491650, 1864612511]
+SIZES = (2, 5, BLOCK - 1, BLOCK, BLOCK + 1, 700, 5000)
+
+
+def scores_of(vocab_size: int, seed: int, rows: int = 4) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
+    return np.random.default_rng(seed).normal(0, 3, (rows, vocab_size)).astype(np.float32)
+
+
+def obvious_choice(scores: np.ndarray[tuple[int], np.dtype[np.float32]], seed: int, position: int) -> int:
+    noise = PositionNoise(seed, position, len(scores)).of(np.arange(len(scores)))
+    return int((scores + noise).argmax())
+
+
+def test_the_noise_is_standard_gumbel() -> None:
+    drawn = np.concatenate([PositionNoise(3, position, 1000).of(np.arange(1000)) for position in range(200)])
+    assert kstest(drawn, "gumbel_r").pvalue > 1e-4
+
+
+def test_the_largest_noise_of_a_block_is_where_it_is_said_to_be() -> None:
+    for position in range(50):
+        noise = PositionNoise(1, position, 700).of(np.arange(700))
+        for start in range(0, 700, BLOCK):
+            block = noise[start : start + BLOCK]
+            assert np.sort(block)[-1] > np.sort(block)[-2]
+
+
+@pytest.mark.parametrize("vocab_size", SIZES)
+def test_looking_at_few_tokens_finds_the_choice_of_looking_at_all(vocab_size: int) -> None:
+    for position in range(40):
+        scores = scores_of(vocab_size, position)[0]
+        assert PositionNoise(9, position, vocab_size).argmax(scores) == obvious_choice(scores, 9, position)
+
+
+@pytest.mark.parametrize("vocab_size", SIZES)
+def test_both_ends_choose_the_same(vocab_size: int) -> None:
+    scores = scores_of(vocab_size, 1, rows=30)
+    scores[:, ::3] = -np.inf
+    scores[:, 0] = 0
+    choices = coupled_choice(torch.tensor(scores).double(), 7, range(100, 130)).tolist()
+    assert choices == [obvious_choice(row, 7, 100 + index) for index, row in enumerate(scores)]
+
+
+def test_nothing_of_probability_zero_is_chosen() -> None:
+    scores = np.full((50, 600), -np.inf, np.float32)
+    scores[:, 599] = -5.0
+    assert set(coupled_choice(torch.tensor(scores).double(), 1, range(50)).tolist()) == {599}
+    assert {PositionNoise(1, position, 600).argmax(scores[0]) for position in range(50)} == {599}
+
+
+def test_choices_are_distributed_as_softmax() -> None:
+    probs = np.array([0.4, 0.3, 0.2, 0.07, 0.03])
+    scores = torch.tensor(np.log(probs)).expand(20_000, 5)
+    counts = np.bincount(coupled_choice(scores, 11, range(20_000)).tolist(), minlength=5)
+    assert chisquare(counts, probs * 20_000).pvalue > 1e-4
+
+
+@given(st.integers(0, 2**31), st.integers(0, 2**32 - 1), st.integers(0, 2**32 - 1))
+def test_the_hash_gives_the_same_bits_in_numpy_and_torch(index: int, low: int, high: int) -> None:
+    numbers = hash32(np.array([index]), low, high)
+    assert numbers.tolist() == hash32(torch.tensor([index]), low, high).tolist()
+    assert 0 <= numbers[0] < 2**32
+
+
+def test_the_hash_has_kept_values() -> None:
+    assert hash32(np.array([0, 1, 2, 49151]), 1, 2).tolist() == KEPT
