@@ -19,7 +19,7 @@ import zmq
 from zmq.utils import z85
 
 from protocol.errors import KeyFileError, SettingsError
-from protocol.keys import read_secret, write_pair
+from protocol.keys import public_path, read_secret, write_pair
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +47,7 @@ class KeyFolder:
 
     def __init__(self, path: Path) -> None:
         self.secret_key = read_secret(path / "station")
+        self.public_path = public_path(path / "station")
         self.public_key = zmq.curve_public(self.secret_key.encode()).decode()
         self._devices = path / "devices"
 

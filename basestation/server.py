@@ -6,32 +6,37 @@ peer delays no pass.
 """
 
 import contextlib
+import ipaddress
 import logging
 import queue
 import threading
-from collections.abc import Iterator
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import TypeAlias
+from urllib.parse import urlsplit
 
 import zmq
 
+from basestation.admission import Admission, revocation
 from basestation.engine import Engine, Peer
+from basestation.keys import KeyFolder
 from basestation.target_model import TargetModel
-from protocol.errors import FrameError, LinkError
+from protocol.errors import FrameError, LinkError, SettingsError
 from protocol.frames import FrameCodec, FrameLimits
+from protocol.keys import ENVELOPE_BYTES
 from protocol.messages import Message
 
 logger = logging.getLogger(__name__)
+
+Task: TypeAlias = Callable[[], None]
+"""Something for the engine to do, in its own thread."""
 
 _POLL_MS = 200
 _LINGER_MS = 500
 _IDLE_SECONDS = 5.0
 _HEARTBEAT_MS = 5000
-
-
-@dataclass(frozen=True)
-class _Arrival:
-    peer: Peer
-    message: Message | FrameError
+_REVIEW_SECONDS = 0.5
 
 
 class Server:
@@ -41,24 +46,37 @@ class Server:
         target: the model to serve.
         bind: a ZeroMQ endpoint, ``tcp://127.0.0.1:5755``; port 0 takes a free one.
         limits: what frames may hold.
+        keys: let in nobody but the devices enrolled here; without, everybody.
+        insecure: serve everybody at an address that other machines can reach.
 
     Raises:
+        SettingsError: other machines can reach the address, and neither ``keys`` nor ``insecure`` is given.
         LinkError: the address cannot be bound.
     """
 
-    def __init__(self, target: TargetModel, bind: str, limits: FrameLimits | None = None) -> None:
+    def __init__(
+        self,
+        target: TargetModel,
+        bind: str,
+        limits: FrameLimits | None = None,
+        keys: KeyFolder | None = None,
+        insecure: bool = False,
+    ) -> None:
+        check_bind(bind, keys is not None or insecure)
         limits = limits or FrameLimits()
         self._codec = FrameCodec(target.vocabulary.size, limits)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._admission = Admission(keys, self._context) if keys else None
         self._router = self._bind(bind)
         self._outbox = self._context.socket(zmq.PULL)
         self._outbox.bind("inproc://replies")
         self._replies = self._context.socket(zmq.PUSH)
         self._replies.connect("inproc://replies")
-        self._inbox: queue.SimpleQueue[_Arrival | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
         self._engine = Engine(target, limits, self._deliver)
         self._stopping = threading.Event()
         self._failure: Exception | None = None
+        self._next_review = 0.0
 
     @property
     def address(self) -> str:
@@ -92,13 +110,17 @@ class Server:
     def _bind(self, bind: str) -> "zmq.Socket[bytes]":
         router = self._context.socket(zmq.ROUTER)
         for option, value in (
-            (zmq.ROUTER_HANDOVER, 1),
-            (zmq.MAXMSGSIZE, self._codec.max_frame_bytes),
+            # Without keys, the address is the peer and a reconnected device must get it back. With
+            # keys, each connection has one of its own, and nobody may take it while it lasts.
+            (zmq.ROUTER_HANDOVER, int(self._admission is None)),
+            (zmq.MAXMSGSIZE, self._codec.max_frame_bytes + (ENVELOPE_BYTES if self._admission else 0)),
             (zmq.HEARTBEAT_IVL, _HEARTBEAT_MS),
             (zmq.TCP_KEEPALIVE, 1),
             (zmq.LINGER, _LINGER_MS),
         ):
             router.setsockopt(option, value)
+        if self._admission:
+            self._admission.guard(router)
         try:
             router.bind(bind)
         except zmq.ZMQError as error:
@@ -110,9 +132,13 @@ class Server:
         poller = zmq.Poller()
         poller.register(self._router, zmq.POLLIN)
         poller.register(self._outbox, zmq.POLLIN)
+        if self._admission:
+            poller.register(self._admission.socket, zmq.POLLIN)
         try:
             while not self._stopping.is_set():
                 ready = dict(poller.poll(_POLL_MS))
+                if self._admission:
+                    self._admit(self._admission, self._admission.socket in ready)
                 if self._outbox in ready:
                     self._flush()
                 if self._router in ready:
@@ -120,6 +146,15 @@ class Server:
         except Exception as error:  # noqa: BLE001 - handed to the thread that serves, which raises it
             self._failure = error
             self.stop()
+
+    def _admit(self, admission: Admission, asked: bool) -> None:
+        """Answer a handshake, and now and then see whose key was revoked."""
+        if asked:
+            admission.answer()
+        if time.monotonic() >= self._next_review:
+            self._next_review = time.monotonic() + _REVIEW_SECONDS
+            for key in admission.revoked():
+                self._inbox.put(partial(self._engine.expel, key, revocation()))
 
     def _flush(self) -> None:
         with contextlib.suppress(zmq.Again):
@@ -129,38 +164,64 @@ class Server:
     def _take_frames(self) -> None:
         with contextlib.suppress(zmq.Again):
             while True:
-                peer, *parts = self._router.recv_multipart(zmq.NOBLOCK)
-                self._inbox.put(_Arrival(peer, self._decode(parts)))
+                address, *parts = self._router.recv_multipart(zmq.NOBLOCK, copy=False)
+                self._inbox.put(self._task(address.bytes, parts))
 
-    def _decode(self, parts: list[bytes]) -> Message | FrameError:
-        if len(parts) != 1:
-            return FrameError(f"a message of {len(parts)} ZeroMQ frames; allowed: 1")
+    def _task(self, address: bytes, parts: list[zmq.Frame]) -> Task:
+        """What the engine has to do about a message."""
+        peer = Peer.without_key(address)
+        if self._admission:
+            peer = Peer(str(parts[0].get("User-Id")), address)
+            if not self._admission.admits(peer.owner):
+                return partial(self._engine.fault, peer, None, revocation())
         try:
-            return self._codec.decode(parts[0])
+            return partial(self._engine.receive, peer, self._decode(parts))
         except FrameError as error:
-            return error
+            return partial(self._engine.fault, peer, None, error)
 
-    def _deliver(self, peer: Peer, message: Message) -> None:
-        self._replies.send_multipart([peer, self._codec.encode(message)])
+    def _decode(self, parts: list[zmq.Frame]) -> Message:
+        if len(parts) != 1:
+            raise FrameError(f"a message of {len(parts)} ZeroMQ frames; allowed: 1")
+        return self._codec.decode(parts[0].bytes)
+
+    def _deliver(self, address: bytes, message: Message) -> None:
+        self._replies.send_multipart([address, self._codec.encode(message)])
 
     def _run_engine(self) -> None:
         while not self._stopping.is_set():
-            for arrival in self._arrivals():
-                self._take(arrival)
+            for task in self._tasks():
+                task()
             self._engine.step()
             self._engine.drop_idle()
         self._engine.close()
 
-    def _arrivals(self) -> Iterator[_Arrival]:
+    def _tasks(self) -> Iterator[Task]:
         """All that has arrived; waits for the first where the engine has nothing else to do."""
         block = not self._engine.busy
         with contextlib.suppress(queue.Empty):
-            while (arrival := self._inbox.get(block, _IDLE_SECONDS)) is not None:
-                yield arrival
+            while (task := self._inbox.get(block, _IDLE_SECONDS)) is not None:
+                yield task
                 block = False
 
-    def _take(self, arrival: _Arrival) -> None:
-        if isinstance(arrival.message, FrameError):
-            self._engine.fault(arrival.peer, None, arrival.message)
-        else:
-            self._engine.receive(arrival.peer, arrival.message)
+
+def check_bind(bind: str, allowed: bool) -> None:
+    """Refuse an address that other machines can reach, unless that is ``allowed``.
+
+    Raises:
+        SettingsError: it is one.
+    """
+    if not allowed and not _is_local(bind):
+        raise SettingsError(
+            "bind", bind, "tcp://127.0.0.1:PORT; for other machines say --keys DIR, or --insecure to let everybody in"
+        )
+
+
+def _is_local(bind: str) -> bool:
+    """Whether no other machine can reach an address. Other names than ``localhost`` are not trusted to be local."""
+    try:
+        parts = urlsplit(bind)
+        if parts.scheme in ("ipc", "inproc") or parts.hostname == "localhost":
+            return True
+        return ipaddress.ip_address(parts.hostname or "").is_loopback
+    except ValueError:  # no address in numbers
+        return False

@@ -23,12 +23,14 @@ class Session:
         rounds: this end's view of what may follow.
         tokens: the committed tokens, the prompt included.
         heard_at: when its device last asked for something, by the engine's clock.
+        address: where it asked from, and is answered.
     """
 
     def __init__(self, opening: Open, stretch: Stretch, stop_ids: frozenset[int], context_length: int) -> None:
         self.rounds = SessionRounds(stop_ids)
         self.tokens: list[int] = []
         self.heard_at = 0.0
+        self.address = b""
         self._opening = opening
         self._stretch = stretch
         self._context_length = context_length

@@ -2,6 +2,7 @@
 
 import json
 import secrets
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from rich.text import Text
 from device.answer import Answer, AnswerStream, Conversation
 from device.client import Client, DraftSettings, Origin, Patience
 from device.draft_model import DraftModel
+from device.keys import LinkKeys, new_key
 from device.link import Link
 from device.planner import planned_draft_len
 from device.tokenizer import ChatMessage, Tokenizer
@@ -23,6 +25,7 @@ from protocol.bundle import Manifest
 from protocol.command_line import Verbose, run
 from protocol.errors import SettingsError
 from protocol.frames import FrameCodec
+from protocol.keys import public_path
 from protocol.messages import Mode, Sampling
 
 ORIGIN_STYLES = {Origin.ACCEPTED: "green", Origin.RECOVERED: "bold red", Origin.BONUS: "bold blue"}
@@ -30,6 +33,8 @@ ORIGIN_STYLES = {Origin.ACCEPTED: "green", Origin.RECOVERED: "bold red", Origin.
 app = typer.Typer(
     add_completion=False, help="The device: drafts, asks the base station, commits what stands.", no_args_is_help=True
 )
+keys_app = typer.Typer(help="The keys of this device.", no_args_is_help=True)
+app.add_typer(keys_app, name="keys")
 console = Console(highlight=False, soft_wrap=True)
 
 BundleOption = Annotated[Path, typer.Option(help="Folder that edgedraft-export convert wrote.")]
@@ -49,6 +54,8 @@ DraftLen = Annotated[
 Threads = Annotated[int, typer.Option(help="Threads of the draft model; 0: all cores.")]
 Provider = Annotated[str, typer.Option(help="Execution provider of ONNX Runtime.")]
 ConnectTimeout = Annotated[float, typer.Option(help="Seconds to wait for the base station's first word.")]
+KeyOption = Annotated[Path | None, typer.Option("--key", metavar="FILE", help="This device's key, of keys new.")]
+StationKey = Annotated[str | None, typer.Option(help="The base station's public key, or the file that holds it.")]
 ShowOrigins = Annotated[bool, typer.Option(help="Colour tokens: accepted green, recovered red, bonus blue.")]
 
 
@@ -61,6 +68,7 @@ class _Place:
     threads: int
     provider: str
     connect_timeout: float
+    keys: LinkKeys | None
 
 
 @app.callback()
@@ -84,6 +92,8 @@ def generate(
     threads: Threads = 0,
     provider: Provider = "CPUExecutionProvider",
     connect_timeout: ConnectTimeout = 5.0,
+    key: KeyOption = None,
+    station_key: StationKey = None,
     raw: Annotated[bool, typer.Option("--raw", help="Take the prompt as it is, without chat template.")] = False,
     origins: ShowOrigins = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the text.")] = False,
@@ -91,7 +101,8 @@ def generate(
     """Answer one prompt; the text streams as it is committed."""
     settings = _settings(bundle, _sampling(temperature, top_k, top_p, seed), mode, uplink_k, draft_len)
     _at_least_one("max-new-tokens", max_new_tokens)
-    with _conversation(_Place(bundle, server, threads, provider, connect_timeout), settings) as conversation:
+    place = _Place(bundle, server, threads, provider, connect_timeout, _keys(key, station_key))
+    with _conversation(place, settings) as conversation:
         tokenizer = conversation.tokenizer
         ids = tokenizer.encode(prompt) if raw else tokenizer.encode_chat([{"role": "user", "content": prompt}])
         answer = _show(conversation.ask(ids, max_new_tokens), origins, quiet=as_json)
@@ -114,18 +125,29 @@ def chat(
     threads: Threads = 0,
     provider: Provider = "CPUExecutionProvider",
     connect_timeout: ConnectTimeout = 5.0,
+    key: KeyOption = None,
+    station_key: StationKey = None,
     origins: ShowOrigins = False,
 ) -> None:
     """Talk; each turn sends and runs only what is new. An empty line or Ctrl-D ends."""
     settings = _settings(bundle, _sampling(temperature, top_k, top_p, seed), mode, uplink_k, draft_len)
     _at_least_one("max-new-tokens", max_new_tokens)
     messages: list[ChatMessage] = []
-    with _conversation(_Place(bundle, server, threads, provider, connect_timeout), settings) as conversation:
+    place = _Place(bundle, server, threads, provider, connect_timeout, _keys(key, station_key))
+    with _conversation(place, settings) as conversation:
         for line in _lines():
             messages.append({"role": "user", "content": line})
             ids = conversation.tokenizer.encode_chat(messages)
             answer = _show(conversation.ask(ids, max_new_tokens), origins, quiet=False)
             messages.append({"role": "assistant", "content": answer.text})
+
+
+@keys_app.command()
+def new(file: Annotated[Path, typer.Argument(metavar="FILE", help="File to write the secret key to.")]) -> None:
+    """Make a key pair for this device: FILE for it alone, FILE.pub for the base station."""
+    public_key = new_key(file)
+    typer.echo(f"public key: {public_key}\nit is also in {public_path(file)}; at the base station, run:")
+    typer.echo(f"edgedraft-basestation keys enroll DIR NAME {shlex.quote(public_key)}")
 
 
 def main() -> None:
@@ -147,6 +169,17 @@ def _settings(bundle: Path, sampling: Sampling, mode: str, uplink_k: int, draft_
     return DraftSettings(chosen, sampling, uplink_k, _draft_len(draft_len, bundle, sampling))
 
 
+def _keys(key: Path | None, station_key: str | None) -> LinkKeys | None:
+    """Both keys or none: without the station's, anybody could pose as it."""
+    if key is None and station_key is None:
+        return None
+    if key is None:
+        raise SettingsError("--key", None, "a file that keys new made, together with --station-key")
+    if station_key is None:
+        raise SettingsError("--station-key", None, "a public key or its file, together with --key")
+    return LinkKeys.read(key, station_key)
+
+
 def _draft_len(value: str, bundle: Path, sampling: Sampling) -> int:
     if value == "auto":
         return planned_draft_len(Manifest.read(bundle).gate, sampling.greedy)
@@ -164,9 +197,11 @@ def _at_least_one(name: str, value: int) -> None:
 def _conversation(place: _Place, settings: DraftSettings) -> Iterator[Conversation]:
     """A conversation over a fresh link; both are closed whatever happens."""
     model = DraftModel(place.bundle, place.threads, (place.provider,))
-    link = Link.connect(place.server, FrameCodec(model.manifest.vocab_size))
+    link = Link.connect(place.server, FrameCodec(model.manifest.vocab_size), place.keys)
     try:
-        client = Client(link, model.manifest, Patience(connect=place.connect_timeout))
+        # a device may run several times at once with one key
+        first_session = secrets.randbits(31) if place.keys else 0
+        client = Client(link, model.manifest, Patience(connect=place.connect_timeout), first_session=first_session)
         conversation = Conversation(link, client, model, Tokenizer(place.bundle, model.manifest), settings)
         try:
             yield conversation

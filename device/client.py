@@ -6,14 +6,14 @@ nothing else. Knows tokens, not text.
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from device.draft_model import DraftModel
 from device.drafter import Drafter
 from device.link import Link
 from protocol.bundle import Manifest
-from protocol.errors import ContextLengthError, FaultError, LinkError, SettingsError, StateError
+from protocol.errors import ContextLengthError, FaultError, LinkError, SettingsError, UnknownSessionError
 from protocol.messages import (
     PROTOCOL_VERSION,
     Close,
@@ -91,6 +91,7 @@ class Client:
         manifest: of the draft model; the base station refuses one that is not its target's kin.
         patience: how long to wait.
         clock: seconds, monotonic.
+        first_session: id of the first session; clients that share a key must not share ids.
 
     Raises:
         LinkError: nobody answers within ``patience.connect``.
@@ -103,12 +104,16 @@ class Client:
         manifest: Manifest,
         patience: Patience | None = None,
         clock: Callable[[], float] = time.monotonic,
+        first_session: int = 0,
     ) -> None:
         self._link = link
         self._patience = patience or Patience()
         self._clock = clock
-        self._sessions = 0
-        self.welcome = self._greet(manifest)
+        self._next_session = first_session
+        self._hello = Hello(
+            PROTOCOL_VERSION, manifest.vocab_size, bytes.fromhex(manifest.vocabulary_hash), manifest.stop_ids
+        )
+        self.welcome = self.greet(self._patience.connect)
 
     def open(self, settings: DraftSettings, model: DraftModel, prompt_ids: list[int]) -> "DeviceSession":
         """Open a session on a prompt.
@@ -122,27 +127,40 @@ class Client:
         if settings.draft_len > self.welcome.max_draft_len:
             raise SettingsError("draft-len", settings.draft_len, f"1 to {self.welcome.max_draft_len}")
         context_length = min(self.welcome.context_length, model.manifest.context_length)
-        self._sessions += 1
-        return DeviceSession(self, settings, model, self._sessions - 1, context_length, prompt_ids)
+        return DeviceSession(self, settings, model, context_length, prompt_ids)
 
-    def exchange(self, request: Hello | Request) -> Iterator[Message]:
+    def new_session_id(self) -> int:
+        """A number that no session of this client has had."""
+        self._next_session += 1
+        return self._next_session - 1
+
+    def greet(self, patience: float | None = None) -> Welcome:
+        """Greet the base station, anew where it has forgotten this device.
+
+        Args:
+            patience: seconds to wait; left out, as long as for any reply.
+        """
+        try:
+            return next(message for message in self.exchange(self._hello, patience) if isinstance(message, Welcome))
+        except LinkError as error:
+            raise LinkError(f"{error}; start one with: edgedraft-basestation serve --target MODEL") from error
+
+    def exchange(self, request: Hello | Request, patience: float | None = None) -> Iterator[Message]:
         """Send a request and give what comes back, repeating it whenever the base station is silent.
 
         Raises:
-            LinkError: the base station is silent for ``patience.reply`` seconds.
+            LinkError: the base station is silent for ``patience`` (else ``patience.reply``) seconds.
             FaultError: it answers with a Fault.
         """
+        limit = self._patience.reply if patience is None else patience
         self._link.send(request)
         heard = sent = self._clock()
         while True:
-            message = self._link.receive(min(self._patience.repeat, self._patience.reply))
+            message = self._link.receive(min(self._patience.repeat, limit))
             now = self._clock()
             if message is None:
-                if now - heard >= self._patience.reply:
-                    raise LinkError(
-                        f"the base station at {self._link.address} has been silent for {now - heard:.0f} s; "
-                        "check that it runs and that the network is up"
-                    )
+                if now - heard >= limit:
+                    raise LinkError(f"no base station answers at {self._link.address} (waited {now - heard:.0f} s)")
                 if now - sent >= self._patience.repeat:
                     self._link.send(request)
                     sent = now
@@ -154,20 +172,6 @@ class Client:
     def tell(self, message: Close) -> None:
         """Send what needs no answer."""
         self._link.send(message)
-
-    def _greet(self, manifest: Manifest) -> Welcome:
-        hello = Hello(PROTOCOL_VERSION, manifest.vocab_size, bytes.fromhex(manifest.vocabulary_hash), manifest.stop_ids)
-        self._link.send(hello)
-        message = self._link.receive(self._patience.connect)
-        if message is None:
-            raise LinkError(
-                f"no base station answers at {self._link.address} (waited {self._patience.connect:g} s); "
-                "start one with: edgedraft-basestation serve --target MODEL"
-            )
-        _raise_fault(message, None)
-        if not isinstance(message, Welcome):
-            raise StateError(f"the base station answered Hello with {type(message).__name__}; allowed: Welcome")
-        return message
 
 
 class DeviceSession:
@@ -184,7 +188,6 @@ class DeviceSession:
         client: Client,
         settings: DraftSettings,
         model: DraftModel,
-        session_id: int,
         context_length: int,
         prompt_ids: list[int],
     ) -> None:
@@ -194,12 +197,12 @@ class DeviceSession:
         self._settings = settings
         self._target_alone = settings.mode is Mode.TARGET
         self._drafter = Drafter(model, settings.mode, settings.sampling, settings.uplink_k)
-        self._session_id = session_id
+        self._session_id = client.new_session_id()
         self._context_length = context_length
         self.stop_ids = frozenset(model.manifest.stop_ids)
         self._rounds = SessionRounds(self.stop_ids)
         self._check_prompt(prompt_ids)
-        self._ask(Open(session_id, 0, settings.mode, settings.sampling, tuple(prompt_ids)))
+        self._ask(self._opening(prompt_ids))
         self._commit_prompt(prompt_ids)
 
     def extend(self, prompt_ids: list[int]) -> None:
@@ -275,6 +278,23 @@ class DeviceSession:
         return next(self._replies(request))
 
     def _replies(self, request: Request) -> Iterator[Reply]:
+        """The replies to one request, whatever the base station forgets meanwhile."""
+        answered = 0
+        while True:
+            try:
+                for reply in self._attempt(self._remaining(request, answered)):
+                    answered += 1
+                    yield reply
+            except FaultError as fault:
+                if fault.fault_code != UnknownSessionError.code:
+                    raise
+                self._begin_again()
+                if not isinstance(request, Open):
+                    self._ask(self._opening(self.tokens))
+            else:
+                return
+
+    def _attempt(self, request: Request) -> Iterator[Reply]:
         """The replies to one request, until the state machine says that it is answered."""
         self._rounds.advance(request)
         for message in self._client.exchange(request):
@@ -284,6 +304,20 @@ class DeviceSession:
             yield message
             if self._rounds.state is State.READY:
                 return
+
+    def _remaining(self, request: Request, answered: int) -> Request:
+        """What is left of a request in the session as it is now."""
+        here = replace(request, session_id=self._session_id, round_id=self._rounds.round_id)
+        return replace(here, count=here.count - answered) if isinstance(here, Decode) else here
+
+    def _begin_again(self) -> None:
+        """Greet, and start a new session; as randomness follows the position, the answer stays the same."""
+        self._client.greet()
+        self._session_id = self._client.new_session_id()
+        self._rounds = SessionRounds(self.stop_ids)
+
+    def _opening(self, prompt_ids: list[int]) -> Open:
+        return Open(self._session_id, 0, self._settings.mode, self._settings.sampling, tuple(prompt_ids))
 
     def _is_stale(self, reply: Reply) -> bool:
         """A reply of another session, of a round that is over, or behind one that was lost."""

@@ -5,12 +5,16 @@ frames; the tests put one in memory in its place.
 """
 
 import os
+import time
 from typing import Protocol
 
 import zmq
+from zmq.utils.monitor import recv_monitor_message
 
-from protocol.errors import FrameError, LinkError
+from device.keys import LinkKeys
+from protocol.errors import AdmissionError, FrameError, LinkError
 from protocol.frames import FrameCodec
+from protocol.keys import ENVELOPE_BYTES
 from protocol.messages import Message
 
 _LINGER_MS = 500
@@ -18,6 +22,16 @@ _HEARTBEAT_MS = 5000
 _RECONNECT_MS = 100
 _RECONNECT_MAX_MS = 2000
 _SHORT_FRAME = 255
+_MAX_BROKEN_HANDSHAKES = 3
+
+
+_HANDSHAKES = (
+    zmq.EVENT_HANDSHAKE_SUCCEEDED
+    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+    | zmq.EVENT_DISCONNECTED
+)
 
 
 class Transport(Protocol):
@@ -36,19 +50,24 @@ class Transport(Protocol):
 class SocketTransport:
     """A DEALER socket.
 
-    Its routing id is chosen at random and kept, so that a reconnected socket is
-    the same peer to the base station.
+    Without keys, its routing id makes it the same peer to the base station when
+    it is connected again. With keys the key does, and each connection has a
+    routing id of its own: the base station lets nobody have one that is in use,
+    and may notice only later than the device that a connection is gone.
 
     Raises:
         LinkError: ``address`` is no ZeroMQ endpoint.
     """
 
-    def __init__(self, address: str, max_frame_bytes: int) -> None:
+    def __init__(self, address: str, max_frame_bytes: int, keys: LinkKeys | None = None) -> None:
+        self._address = address
+        self._keys = keys
+        self._established = False
+        self._broken_handshakes = 0
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._dealer = self._context.socket(zmq.DEALER)
         for option, value in (
-            (zmq.ROUTING_ID, b"\x01" + os.urandom(7)),  # a first byte 0 is reserved
-            (zmq.MAXMSGSIZE, max_frame_bytes),
+            (zmq.MAXMSGSIZE, max_frame_bytes + (ENVELOPE_BYTES if keys else 0)),
             (zmq.HEARTBEAT_IVL, _HEARTBEAT_MS),
             (zmq.RECONNECT_IVL, _RECONNECT_MS),
             (zmq.RECONNECT_IVL_MAX, _RECONNECT_MAX_MS),
@@ -56,26 +75,94 @@ class SocketTransport:
             (zmq.LINGER, _LINGER_MS),
         ):
             self._dealer.setsockopt(option, value)
+        if keys:
+            keys.protect(self._dealer)
+        self._monitor = self._dealer.get_monitor_socket(_HANDSHAKES)
+        self._poller = zmq.Poller()
+        self._poller.register(self._dealer, zmq.POLLIN)
+        self._poller.register(self._monitor, zmq.POLLIN)
         try:
-            self._dealer.connect(address)
+            self._connect()
         except zmq.ZMQError as error:
             self._context.destroy(linger=0)
             raise LinkError(f"{address!r} is no address: {error}; allowed: tcp://HOST:PORT") from error
 
     def send(self, frame: bytes) -> None:
-        """Send one frame; lost where nobody has been reachable for long."""
+        """Send one frame; lost where nobody has been reachable for long.
+
+        Raises:
+            AdmissionError: the two ends do not know each other's keys.
+        """
+        self._heed_handshakes()
         try:
             self._dealer.send(frame, zmq.NOBLOCK)
         except zmq.Again:
             return  # the request is repeated until its reply is there
 
     def receive(self, timeout: float) -> bytes | None:
-        """The next frame, or None after ``timeout`` seconds."""
-        return self._dealer.recv() if self._dealer.poll(max(0, round(timeout * 1000))) else None
+        """The next frame, or None after ``timeout`` seconds.
+
+        Raises:
+            AdmissionError: the two ends do not know each other's keys.
+        """
+        end = time.monotonic() + timeout
+        while True:
+            ready = dict(self._poller.poll(max(0, round((end - time.monotonic()) * 1000))))
+            if self._dealer in ready:
+                return self._dealer.recv()
+            if not ready:
+                return None
+            self._heed_handshakes()
 
     def close(self) -> None:
         """Send what is on its way, and end."""
+        self._dealer.disable_monitor()
         self._context.destroy(linger=_LINGER_MS)
+
+    def _connect(self) -> None:
+        self._dealer.setsockopt(zmq.ROUTING_ID, b"\x01" + os.urandom(15 if self._keys else 7))  # 0 first is reserved
+        self._dealer.connect(self._address)
+
+    def _heed_handshakes(self) -> None:
+        """Take note of all that happened to the connection."""
+        while self._monitor.poll(0):
+            event = recv_monitor_message(self._monitor)
+            match event["event"]:
+                case zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                    self._established = True
+                case zmq.EVENT_DISCONNECTED if self._keys and self._established:
+                    self._dealer.disconnect(self._address)
+                    self._connect()
+                case zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+                    raise AdmissionError(
+                        f"the base station at {self._address} does not know this device's key; "
+                        "enroll it there with: edgedraft-basestation keys enroll DIR NAME KEY"
+                    )
+                case zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
+                    self._heed_mismatch(event["value"])
+                case zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
+                    self._heed_broken_handshake()
+
+    def _heed_mismatch(self, reason: int) -> None:
+        if reason != zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH:
+            return  # no base station answers there: told when the device has waited for one
+        if self._keys:
+            raise AdmissionError(
+                f"the base station at {self._address} uses no keys, so it cannot prove who it is; "
+                "start it with --keys, or leave out --key and --station-key"
+            )
+        raise AdmissionError(
+            f"the base station at {self._address} lets in only devices with keys; name them: --key and --station-key"
+        )
+
+    def _heed_broken_handshake(self) -> None:
+        """A station with another key just hangs up, as does a station that is being stopped."""
+        self._broken_handshakes += 1
+        if self._keys and not self._established and self._broken_handshakes >= _MAX_BROKEN_HANDSHAKES:
+            raise AdmissionError(
+                f"the base station at {self._address} is another one than the station key says "
+                f"(it ended {self._broken_handshakes} handshakes); compare with its: edgedraft-basestation keys list DIR"
+            )
 
 
 class Link:
@@ -86,22 +173,24 @@ class Link:
         downlink_bytes: received so far, likewise.
     """
 
-    def __init__(self, transport: Transport, codec: FrameCodec, address: str) -> None:
+    def __init__(self, transport: Transport, codec: FrameCodec, address: str, envelope_bytes: int = 0) -> None:
         self.address = address
         self.uplink_bytes = 0
         self.downlink_bytes = 0
         self._transport = transport
         self._codec = codec
+        self._envelope_bytes = envelope_bytes
 
     @classmethod
-    def connect(cls, address: str, codec: FrameCodec) -> "Link":
-        """A link over TCP. Nobody needs to be there yet."""
-        return cls(SocketTransport(address, codec.max_frame_bytes), codec, address)
+    def connect(cls, address: str, codec: FrameCodec, keys: LinkKeys | None = None) -> "Link":
+        """A link over TCP, encrypted where there are keys. Nobody needs to be there yet."""
+        transport = SocketTransport(address, codec.max_frame_bytes, keys)
+        return cls(transport, codec, address, ENVELOPE_BYTES if keys else 0)
 
     def send(self, message: Message) -> None:
         """Send one message, or lose it."""
         frame = self._codec.encode(message)
-        self.uplink_bytes += socket_bytes(frame)
+        self.uplink_bytes += socket_bytes(frame, self._envelope_bytes)
         self._transport.send(frame)
 
     def receive(self, timeout: float) -> Message | None:
@@ -113,7 +202,7 @@ class Link:
         frame = self._transport.receive(timeout)
         if frame is None:
             return None
-        self.downlink_bytes += socket_bytes(frame)
+        self.downlink_bytes += socket_bytes(frame, self._envelope_bytes)
         try:
             return self._codec.decode(frame)
         except FrameError as error:
@@ -124,6 +213,7 @@ class Link:
         self._transport.close()
 
 
-def socket_bytes(frame: bytes) -> int:
-    """What a frame takes in the TCP stream: ZMTP 3 adds flags and a length of 1 or 8 bytes."""
-    return len(frame) + (2 if len(frame) <= _SHORT_FRAME else 9)
+def socket_bytes(frame: bytes, envelope_bytes: int = 0) -> int:
+    """What a frame takes in the TCP stream: ZMTP 3 adds flags and a length of 1 or 8 bytes to it and its envelope."""
+    size = len(frame) + envelope_bytes
+    return size + (2 if size <= _SHORT_FRAME else 9)

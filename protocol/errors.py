@@ -16,6 +16,7 @@
     └── ProtocolError           what a peer sent is not allowed
         ├── FrameError          bytes that are no message
         ├── StateError          a message that may not follow what came before
+        │   └── UnknownSessionError  a request in a session that the base station does not have
         └── FaultError          the peer reported one of these errors to us
 
 A message says the value, what is allowed and what to do; the command line
@@ -121,6 +122,15 @@ class StateError(ProtocolError):
     """A message that may not follow what came before."""
 
     code = "state"
+
+
+class UnknownSessionError(StateError):
+    """A request in a session that the base station does not have, or no longer.
+
+    A device answers it by greeting again and opening a new session on all committed tokens.
+    """
+
+    code = "unknown_session"
 
 
 class FaultError(ProtocolError):

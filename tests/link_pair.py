@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from basestation.engine import Engine
+from basestation.engine import Engine, Peer
 from basestation.target_model import TargetModel
 from device.client import Client, Patience
 from device.draft_model import DraftModel
@@ -37,9 +37,9 @@ class Station:
         try:
             message = self.codec.decode(frame)
         except FrameError as error:
-            self.engine.fault(peer, None, error)
+            self.engine.fault(Peer.without_key(peer), None, error)
         else:
-            self.engine.receive(peer, message)
+            self.engine.receive(Peer.without_key(peer), message)
 
     def pull(self, peer: bytes) -> Message | None:
         while not self.outboxes[peer] and self.engine.busy:

@@ -1,0 +1,95 @@
+"""Numbers in as many bits as they need: of fixed width, and sets of them in Elias–Fano form.
+
+Bits are uint8 arrays of 0 and 1, the lowest bit of a number first. The set of
+``count`` numbers below ``universe`` takes ``r = ⌊log2(universe / count)⌋`` low
+bits of each, then the high parts in unary: ``count`` ones among
+``count + ⌊(universe − 1) / 2ʳ⌋`` bits. Its length is a function of the two
+numbers, and within 5 % of the bound ⌈log2 C(universe, count)⌉ for 32 of 49152.
+"""
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from protocol.errors import FrameError
+
+Bits: TypeAlias = npt.NDArray[np.uint8]
+Numbers: TypeAlias = npt.NDArray[np.int64]
+_WORD = 32
+
+
+def number_bits(numbers: Numbers | Sequence[int], width: int) -> Bits:
+    """Each of ``numbers``, below 2**width, in ``width`` bits, up to 32."""
+    words = np.asarray(numbers, "<u4").reshape(-1, 1).view(np.uint8)
+    return np.unpackbits(words, axis=1, bitorder="little")[:, :width].ravel()
+
+
+def set_bits(members: Numbers, universe: int) -> Bits:
+    """The set of ``members``, ascending numbers below ``universe``."""
+    if not len(members):
+        return np.zeros(0, np.uint8)
+    low_width = _low_width(len(members), universe)
+    unary = np.zeros(len(members) + (universe - 1 >> low_width), np.uint8)
+    unary[(members >> low_width) + np.arange(len(members))] = 1
+    return np.concatenate([number_bits(members & (1 << low_width) - 1, low_width), unary])
+
+
+def pack(sections: Sequence[Bits]) -> bytes:
+    """All bits of ``sections``, filled up with zeros to whole bytes."""
+    return np.packbits(np.concatenate(sections)).tobytes()
+
+
+class BitReader:
+    """Takes from packed bits what was put in, in the same order.
+
+    Every method raises FrameError where the bits are not what was asked for,
+    before it makes anything larger than the bits that are there.
+    """
+
+    def __init__(self, data: bytes) -> None:
+        self._data = np.frombuffer(data, np.uint8)
+        self._start = 0
+
+    def numbers(self, count: int, width: int) -> Numbers:
+        """``count`` numbers of ``width`` bits, int64."""
+        words = np.zeros((count, _WORD), np.uint8) if count * width <= self._left else None
+        bits = self._take(count * width)
+        assert words is not None
+        words[:, :width] = bits.reshape(count, width)
+        return np.packbits(words, axis=1, bitorder="little").view("<u4").ravel().astype(np.int64)
+
+    def members(self, count: int, universe: int) -> Numbers:
+        """A set of ``count`` ascending numbers below ``universe``, int64."""
+        if count == 0:
+            return np.zeros(0, np.int64)
+        low_width = _low_width(count, universe)
+        low = self.numbers(count, low_width)
+        high = np.flatnonzero(self._take(count + (universe - 1 >> low_width)))
+        if len(high) != count:
+            raise FrameError(f"a set of {len(high)} members; the message says {count}")
+        members: Numbers = (high - np.arange(count) << low_width) + low
+        if (members[1:] <= members[:-1]).any() or members[-1] >= universe:
+            raise FrameError(f"the members of a set are not ascending numbers below {universe}")
+        return members
+
+    def finish(self) -> None:
+        """Nothing may follow but the zeros of the last byte."""
+        if self._left >= 8 or self._take(self._left).any():
+            raise FrameError("a field has more bits than the message says")
+
+    @property
+    def _left(self) -> int:
+        return 8 * len(self._data) - self._start
+
+    def _take(self, count: int) -> Bits:
+        if count > self._left:
+            raise FrameError(f"a field has {8 * len(self._data)} bits; the message says {self._start + count} or more")
+        first, end = self._start, self._start + count
+        self._start = end
+        return np.unpackbits(self._data[first >> 3 : end + 7 >> 3])[first & 7 : (first & 7) + count]
+
+
+def _low_width(count: int, universe: int) -> int:
+    return (universe // count).bit_length() - 1

@@ -1,0 +1,60 @@
+"""A base station that forgets everything in the middle of an answer changes nothing in it."""
+
+import random
+from collections import deque
+
+import pytest
+
+from device.client import DraftSettings
+from protocol.messages import Draft, Mode, Sampling, Verdict
+from tests.fakes import FakeDraftModel, FakeTarget, blend, random_table
+from tests.link_pair import MemoryTransport, Station, join
+
+TARGET = random_table(20, seed=1)
+DRAFT = blend(TARGET, random_table(20, seed=2), 0.7)
+PROMPTS = ([3, 1, 4, 1, 5], [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5])
+SETTINGS = [
+    DraftSettings(mode, sampling, uplink_k=4, draft_len=4)
+    for mode in Mode
+    for sampling in (Sampling(), Sampling(1.0, seed=3))
+    if mode is not Mode.IDS or sampling.greedy
+]
+
+
+class ForgetfulTransport(MemoryTransport):
+    """Now and then the base station behind it is another one, which has heard nothing."""
+
+    restarts = 0
+
+    def start_anew(self) -> None:
+        self.station = Station(FakeTarget.make(TARGET))
+        self.station.outboxes[self.peer] = deque()
+        self.restarts += 1
+
+
+def answer(settings: DraftSettings, forgets: float) -> tuple[list[int], int]:
+    chance = random.Random(1)  # noqa: S311 - a fixed choice of moments
+    transport = ForgetfulTransport(Station(FakeTarget.make(TARGET)))
+
+    def fate(message: object) -> int:
+        if isinstance(message, Draft | Verdict) and chance.random() < forgets:
+            transport.start_anew()
+            return 0
+        return 1
+
+    transport.up = transport.down = fate
+    model = FakeDraftModel.make(DRAFT)
+    session = join(transport.station, model, transport)[0].open(settings, model, PROMPTS[0])
+    tokens = [token.token_id for token in session.answer(30)]
+    session.extend(PROMPTS[1])
+    tokens += [token.token_id for token in session.answer(30)]
+    session.close()
+    return tokens, transport.restarts
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda one: f"{one.mode}-{one.sampling.temperature:g}")
+def test_the_answer_is_the_undisturbed_one(settings: DraftSettings) -> None:
+    undisturbed, _ = answer(settings, forgets=0)
+    disturbed, restarts = answer(settings, forgets=0.2)
+    assert restarts > 2
+    assert disturbed == undisturbed
