@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from basestation.admission import check_bind
 from basestation.keys import KeyFolder
 from protocol.command_line import Verbose, run
 from protocol.keys import read_public
@@ -46,12 +47,12 @@ def serve(
 ) -> None:
     """Serve a target model until interrupted."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    from basestation.server import Server, check_bind
-    from basestation.target_model import TargetModel
-
     logger = logging.getLogger("basestation")
     folder = KeyFolder(keys) if keys else None
-    check_bind(bind, folder is not None or insecure)  # before the model is loaded, which takes long
+    check_bind(bind, folder is not None or insecure)  # before what takes long
+    from basestation.server import Server
+    from basestation.target_model import TargetModel
+
     logger.info("loading %s", target)
     server = Server(TargetModel.load(target, dtype, torch_device), bind, keys=folder, insecure=insecure)
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -6,7 +6,6 @@ peer delays no pass.
 """
 
 import contextlib
-import ipaddress
 import logging
 import queue
 import threading
@@ -14,15 +13,14 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TypeAlias
-from urllib.parse import urlsplit
 
 import zmq
 
-from basestation.admission import Admission, revocation
+from basestation.admission import Admission, check_bind, revocation
 from basestation.engine import Engine, Peer
 from basestation.keys import KeyFolder
 from basestation.target_model import TargetModel
-from protocol.errors import FrameError, LinkError, SettingsError
+from protocol.errors import FrameError, LinkError
 from protocol.frames import FrameCodec, FrameLimits
 from protocol.keys import ENVELOPE_BYTES
 from protocol.messages import Message
@@ -202,26 +200,3 @@ class Server:
             while (task := self._inbox.get(block, _IDLE_SECONDS)) is not None:
                 yield task
                 block = False
-
-
-def check_bind(bind: str, allowed: bool) -> None:
-    """Refuse an address that other machines can reach, unless that is ``allowed``.
-
-    Raises:
-        SettingsError: it is one.
-    """
-    if not allowed and not _is_local(bind):
-        raise SettingsError(
-            "bind", bind, "tcp://127.0.0.1:PORT; for other machines say --keys DIR, or --insecure to let everybody in"
-        )
-
-
-def _is_local(bind: str) -> bool:
-    """Whether no other machine can reach an address. Other names than ``localhost`` are not trusted to be local."""
-    try:
-        parts = urlsplit(bind)
-        if parts.scheme in ("ipc", "inproc") or parts.hostname == "localhost":
-            return True
-        return ipaddress.ip_address(parts.hostname or "").is_loopback
-    except ValueError:  # no address in numbers
-        return False

@@ -118,6 +118,36 @@ def exact(
         raise typer.Exit(1)
 
 
+@app.command()
+def encodings(
+    bundle: BundleOption,
+    target: TargetOption,
+    dtype: DtypeOption = "float32",
+    prompts: PromptsOption = None,
+    count: Annotated[int, typer.Option(help="How many prompts.")] = 20,
+    rounds: Annotated[int, typer.Option(help="Rounds of 8 tokens for each.")] = 2,
+    uplink_k: Annotated[int, typer.Option(help="Entries kept of each distribution.")] = 32,
+    json_file: JsonOption = None,
+) -> None:
+    """Bytes of a drafted token against what its rounding costs in acceptance, for each encoding."""
+    from basestation.target_model import TargetModel
+    from bench.encodings import collect, measure, results
+    from bench.prompts import read_prompts
+    from device.draft_model import DraftModel
+    from device.tokenizer import Tokenizer
+
+    chosen = read_prompts(prompts, count)
+    model, judge = DraftModel(bundle), TargetModel.load(target, dtype)
+    tokenizer = Tokenizer(bundle, model.manifest)
+    prompt_ids = [tokenizer.encode_chat([{"role": "user", "content": prompt}]) for prompt in chosen]
+    with _progress() as progress:
+        task = progress.add_task("prompts", total=len(chosen))
+        corpus = collect(model, judge, prompt_ids, rounds, lambda: progress.advance(task))
+    measured = results(measure(corpus, uplink_k), corpus, model.manifest.name, judge.name)
+    measured.show(console)
+    measured.write(json_file)
+
+
 def main() -> None:
     """Run the command line."""
     run(app, "bench")

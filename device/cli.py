@@ -28,6 +28,7 @@ from protocol.frames import FrameCodec
 from protocol.keys import public_path
 from protocol.messages import Mode, Sampling
 
+TOPP_CAP = 256
 ORIGIN_STYLES = {Origin.ACCEPTED: "green", Origin.RECOVERED: "bold red", Origin.BONUS: "bold blue"}
 
 app = typer.Typer(
@@ -45,9 +46,14 @@ TopK = Annotated[int, typer.Option(help="Sample among the N likeliest tokens; 0:
 TopP = Annotated[float, typer.Option(help="Sample among the likeliest tokens of this mass; 1: all.")]
 Seed = Annotated[int | None, typer.Option(help="Of all random numbers; left out, a new one each time.")]
 ModeOption = Annotated[
-    str, typer.Option(help="auto, ids, coupled, topk, full or target; auto is ids at temperature 0, else coupled.")
+    str,
+    typer.Option(help="auto, ids, coupled, topk, topp, full or target; auto is ids at temperature 0, else coupled."),
 ]
-UplinkK = Annotated[int, typer.Option(help="Entries sent of each distribution in mode topk.")]
+UplinkK = Annotated[
+    int | None, typer.Option(help="Entries sent of each distribution; left out, 32 in mode topk, up to 256 in topp.")
+]
+UplinkP = Annotated[float, typer.Option(help="Probability that the entries sent in mode topp reach.")]
+UplinkSteps = Annotated[int, typer.Option(help="Probabilities are sent in steps of 1/N; 0: as the mode needs.")]
 DraftLen = Annotated[
     str, typer.Option(help="Tokens drafted in a round; auto plans with the bundle's measured likeness.")
 ]
@@ -87,7 +93,9 @@ def generate(
     top_p: TopP = 1.0,
     seed: Seed = None,
     mode: ModeOption = "auto",
-    uplink_k: UplinkK = 32,
+    uplink_k: UplinkK = None,
+    uplink_p: UplinkP = 0.95,
+    uplink_steps: UplinkSteps = 0,
     draft_len: DraftLen = "auto",
     threads: Threads = 0,
     provider: Provider = "CPUExecutionProvider",
@@ -99,7 +107,9 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the text.")] = False,
 ) -> None:
     """Answer one prompt; the text streams as it is committed."""
-    settings = _settings(bundle, _sampling(temperature, top_k, top_p, seed), mode, uplink_k, draft_len)
+    settings = _settings(
+        bundle, _sampling(temperature, top_k, top_p, seed), mode, (uplink_k, uplink_p, uplink_steps), draft_len
+    )
     _at_least_one("max-new-tokens", max_new_tokens)
     place = _Place(bundle, server, threads, provider, connect_timeout, _keys(key, station_key))
     with _conversation(place, settings) as conversation:
@@ -120,7 +130,9 @@ def chat(
     top_p: TopP = 1.0,
     seed: Seed = None,
     mode: ModeOption = "auto",
-    uplink_k: UplinkK = 32,
+    uplink_k: UplinkK = None,
+    uplink_p: UplinkP = 0.95,
+    uplink_steps: UplinkSteps = 0,
     draft_len: DraftLen = "auto",
     threads: Threads = 0,
     provider: Provider = "CPUExecutionProvider",
@@ -130,7 +142,9 @@ def chat(
     origins: ShowOrigins = False,
 ) -> None:
     """Talk; each turn sends and runs only what is new. An empty line or Ctrl-D ends."""
-    settings = _settings(bundle, _sampling(temperature, top_k, top_p, seed), mode, uplink_k, draft_len)
+    settings = _settings(
+        bundle, _sampling(temperature, top_k, top_p, seed), mode, (uplink_k, uplink_p, uplink_steps), draft_len
+    )
     _at_least_one("max-new-tokens", max_new_tokens)
     messages: list[ChatMessage] = []
     place = _Place(bundle, server, threads, provider, connect_timeout, _keys(key, station_key))
@@ -159,14 +173,20 @@ def _sampling(temperature: float, top_k: int, top_p: float, seed: int | None) ->
     return Sampling(temperature, top_k, top_p, secrets.randbits(63) if seed is None else seed)
 
 
-def _settings(bundle: Path, sampling: Sampling, mode: str, uplink_k: int, draft_len: str) -> DraftSettings:
+def _settings(
+    bundle: Path, sampling: Sampling, mode: str, uplink: tuple[int | None, float, int], draft_len: str
+) -> DraftSettings:
     if mode not in ("auto", *Mode):
         raise SettingsError("mode", mode, f"auto, {', '.join(Mode)}")
     chosen = (Mode.IDS if sampling.greedy else Mode.COUPLED) if mode == "auto" else Mode(mode)
     if chosen is Mode.IDS and not sampling.greedy:
-        raise SettingsError("mode", mode, f"coupled, topk, full or target at temperature {sampling.temperature:g}")
-    _at_least_one("uplink-k", uplink_k)
-    return DraftSettings(chosen, sampling, uplink_k, _draft_len(draft_len, bundle, sampling))
+        raise SettingsError(
+            "mode", mode, f"coupled, topk, topp, full or target at temperature {sampling.temperature:g}"
+        )
+    uplink_k, uplink_p, uplink_steps = uplink
+    if uplink_k is None:
+        uplink_k = TOPP_CAP if chosen is Mode.TOPP else 32
+    return DraftSettings(chosen, sampling, uplink_k, _draft_len(draft_len, bundle, sampling), uplink_p, uplink_steps)
 
 
 def _keys(key: Path | None, station_key: str | None) -> LinkKeys | None:

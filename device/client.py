@@ -12,6 +12,7 @@ from enum import StrEnum
 from device.draft_model import DraftModel
 from device.drafter import Drafter
 from device.link import Link
+from device.sampling import Uplink
 from protocol.bundle import Manifest
 from protocol.errors import ContextLengthError, FaultError, LinkError, SettingsError, UnknownSessionError
 from protocol.messages import (
@@ -64,7 +65,9 @@ class Patience:
 class DraftSettings:
     """How the device drafts.
 
-    ``uplink_k`` entries of each distribution are sent in mode ``topk``;
+    Of each distribution ``uplink_k`` entries are sent in mode ``topk``, and in mode
+    ``topp`` as many as reach the probability ``uplink_p``, up to ``uplink_k``; both in
+    ``uplink_steps`` steps, 0 taking as many as the mode needs;
     ``draft_len`` tokens are drafted in a round, at most.
     """
 
@@ -72,6 +75,20 @@ class DraftSettings:
     sampling: Sampling
     uplink_k: int
     draft_len: int
+    uplink_p: float = 0.95
+    uplink_steps: int = 0
+
+    def __post_init__(self) -> None:
+        _ = self.uplink  # raises what is wrong with it
+
+    @property
+    def uplink(self) -> Uplink:
+        """How much of each distribution is sent.
+
+        Raises:
+            SettingsError: a value is not allowed.
+        """
+        return Uplink.of_mode(self.mode, self.uplink_k, self.uplink_p, self.uplink_steps)
 
 
 @dataclass
@@ -196,7 +213,7 @@ class DeviceSession:
         self._client = client
         self._settings = settings
         self._target_alone = settings.mode is Mode.TARGET
-        self._drafter = Drafter(model, settings.mode, settings.sampling, settings.uplink_k)
+        self._drafter = Drafter(model, settings.mode, settings.sampling, settings.uplink)
         self._session_id = client.new_session_id()
         self._context_length = context_length
         self.stop_ids = frozenset(model.manifest.stop_ids)

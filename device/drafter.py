@@ -7,8 +7,8 @@ itself: it rolls back to what both share and runs the rest. Knows no link.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from device.draft_model import DraftModel
-from device.sampling import coupled_guess, draft_distribution
+from device.draft_model import DraftModel, Logits
+from device.sampling import Uplink, coupled_guess, draft_distribution, whole_distribution
 from protocol.messages import Mode, Sampling
 from protocol.randomness import Stream, random_bits
 from protocol.sparse import SparseDistribution
@@ -29,13 +29,13 @@ class Drafter:
         model: the draft model; nothing else may run it.
         mode: what is sent for each token.
         sampling: how the target is sampled.
-        uplink_k: entries kept of each distribution in mode ``topk``.
+        uplink: how much of each distribution is sent in modes ``topk`` and ``topp``.
     """
 
-    def __init__(self, model: DraftModel, mode: Mode, sampling: Sampling, uplink_k: int) -> None:
+    def __init__(self, model: DraftModel, mode: Mode, sampling: Sampling, uplink: Uplink) -> None:
         self._model = model
         self._sampling = sampling
-        self._uplink_k = model.manifest.vocab_size if mode is Mode.FULL else uplink_k
+        self._uplink = None if mode is Mode.FULL else uplink
         self._ids_alone = mode.sends_ids_alone
         self._stop_ids = frozenset(model.manifest.stop_ids)
         self._cached: list[int] = []
@@ -59,7 +59,7 @@ class Drafter:
             if self._ids_alone:
                 token_id = coupled_guess(logits, self._sampling, position)
             else:
-                distribution = draft_distribution(logits, self._sampling, self._uplink_k)
+                distribution = self._distribution(logits)
                 token_id = distribution.sample(random_bits(self._sampling.seed, position, Stream.DRAFT))
                 distributions.append(distribution)
             drafted.append(token_id)
@@ -67,6 +67,11 @@ class Drafter:
             if token_id in self._stop_ids:
                 break
         return Guess(tuple(drafted), tuple(distributions))
+
+    def _distribution(self, logits: Logits) -> SparseDistribution:
+        if self._uplink is None:
+            return whole_distribution(logits, self._sampling)
+        return draft_distribution(logits, self._sampling, self._uplink)
 
     def _rollback(self, tokens: Sequence[int]) -> list[int]:
         """Forget what ``tokens`` do not begin with; give those not cached, at least the last."""

@@ -156,12 +156,13 @@ class SocketTransport:
         )
 
     def _heed_broken_handshake(self) -> None:
-        """A station with another key just hangs up, as does a station that is being stopped."""
+        """A station with another key just hangs up, as may one without keys or one that is being stopped."""
         self._broken_handshakes += 1
         if self._keys and not self._established and self._broken_handshakes >= _MAX_BROKEN_HANDSHAKES:
             raise AdmissionError(
-                f"the base station at {self._address} is another one than the station key says "
-                f"(it ended {self._broken_handshakes} handshakes); compare with its: edgedraft-basestation keys list DIR"
+                f"the base station at {self._address} is another one than the station key says, or uses no keys: "
+                f"it hung up on {self._broken_handshakes} handshakes; compare the key with what it says there: "
+                "edgedraft-basestation keys list DIR"
             )
 
 

@@ -3,44 +3,93 @@
 Sparsify, round, then sample: what is sent is what was drawn from (invariant 1).
 """
 
-from typing import TypeAlias
+from dataclasses import dataclass
+from typing import Self, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from device.draft_model import Logits
 from protocol.coupling import PositionNoise
-from protocol.messages import Sampling
-from protocol.sparse import SparseDistribution
+from protocol.errors import SettingsError
+from protocol.messages import Mode, Sampling
+from protocol.sparse import MAX_STEPS, SparseDistribution
 
 COUPLED_CANDIDATES = 1024
 Ids: TypeAlias = npt.NDArray[np.int64]
 Probs: TypeAlias = npt.NDArray[np.float64]
 
 
-def draft_distribution(logits: Logits, sampling: Sampling, uplink_k: int) -> SparseDistribution:
-    """The ``uplink_k`` likeliest tokens at the user's temperature, top-k and top-p, rounded as sent.
+STEPS_PER_ENTRY = {Mode.TOPK: 24, Mode.TOPP: 16}
+"""Chosen by ``edgedraft-bench encodings``; a support of topp is mostly far smaller than its cap."""
+
+
+@dataclass(frozen=True)
+class Uplink:
+    """How much of a distribution is sent.
+
+    ``k`` entries at most; of those the likeliest that reach the probability
+    ``p``; in steps of 1/``steps``.
+    """
+
+    k: int
+    p: float
+    steps: int
+
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise SettingsError("uplink-k", self.k, "1 and more")
+        if not 0 < self.p <= 1:
+            raise SettingsError("uplink-p", self.p, "above 0, up to 1 (all of the K entries)")
+        if not 1 <= self.steps <= MAX_STEPS:
+            raise SettingsError("uplink-steps", self.steps, f"1 to {MAX_STEPS}")
+
+    @classmethod
+    def of_mode(cls, mode: Mode, k: int, p: float, steps: int) -> Self:
+        """What a mode sends; ``p`` is for ``topp`` alone, and ``steps`` 0 leaves them to the mode."""
+        chosen = steps or min(STEPS_PER_ENTRY.get(mode, 1) * k, MAX_STEPS)
+        return cls(k, p if mode is Mode.TOPP else 1.0, chosen)
+
+
+def draft_distribution(logits: Logits, sampling: Sampling, uplink: Uplink) -> SparseDistribution:
+    """The likeliest tokens at the user's temperature, top-k and top-p, as many as the uplink takes, rounded as sent.
 
     Any distribution is allowed here, since verification makes up for it; this
-    one is as near to the target's as the K entries permit. The top-p set is
-    taken of the kept entries.
+    one is as near to the target's as the entries permit. The user's top-p set is
+    taken of the kept entries where ``uplink.p`` is 1.
 
     Args:
         logits: float32 [V].
         sampling: what the target is sampled with.
-        uplink_k: entries kept, 1 to V.
+        uplink: how much is sent.
     """
+    support, probs = _likeliest(logits, sampling, uplink.k if uplink.p == 1 else len(logits))
+    if uplink.p < 1:
+        support, probs = _nucleus(support, probs, uplink.p, uplink.k)
+    return SparseDistribution.round_off(len(logits), support, probs, uplink.steps)
+
+
+def whole_distribution(logits: Logits, sampling: Sampling) -> SparseDistribution:
+    """All V probabilities at the user's temperature, top-k and top-p, rounded to FP16."""
+    support, probs = _likeliest(logits, sampling, len(logits))
+    whole = np.zeros(len(logits))
+    whole[support] = probs
+    return SparseDistribution.round_to_halves(whole)
+
+
+def _likeliest(logits: Logits, sampling: Sampling, most: int) -> tuple[Ids, Probs]:
+    """What the user's settings leave of the ``most`` likeliest tokens, renormalised."""
     vocab_size = len(logits)
     if sampling.greedy:
-        return SparseDistribution.round_off(vocab_size, logits.argmax(axis=0, keepdims=True), np.ones(1))
-    count = min(uplink_k, sampling.top_k or vocab_size, vocab_size)
+        return logits.argmax(axis=0, keepdims=True), np.ones(1)
+    count = min(most, sampling.top_k or vocab_size, vocab_size)
     support = np.arange(vocab_size) if count == vocab_size else np.argpartition(logits, -count)[-count:]
     scores = logits[support].astype(np.float64) / sampling.temperature
     weights = np.exp(scores - scores.max())
     probs = weights / weights.sum()
     if sampling.top_p < 1:
-        support, probs = _nucleus(support, probs, sampling.top_p)
-    return SparseDistribution.round_off(vocab_size, support, probs)
+        support, probs = _nucleus(support, probs, sampling.top_p, count)
+    return support, probs
 
 
 def coupled_guess(logits: Logits, sampling: Sampling, position: int) -> int:
@@ -53,14 +102,15 @@ def coupled_guess(logits: Logits, sampling: Sampling, position: int) -> int:
     noise = PositionNoise(sampling.seed, position, len(logits))
     if sampling.top_k == 0 and sampling.top_p == 1:
         return noise.argmax(logits / np.float32(sampling.temperature))
-    candidates = draft_distribution(logits, sampling, COUPLED_CANDIDATES)
-    scores = np.log(candidates.probs) + noise.of(candidates.support)
-    return int(candidates.support[scores.argmax()])
+    support, probs = _likeliest(logits, sampling, COUPLED_CANDIDATES)
+    support, probs = support[probs > 0], probs[probs > 0]
+    return int(support[(np.log(probs) + noise.of(support)).argmax()])
 
 
-def _nucleus(support: Ids, probs: Probs, mass: float) -> tuple[Ids, Probs]:
-    """The smallest set of likeliest tokens whose mass reaches ``mass``."""
-    order = np.argsort(-probs)
+def _nucleus(support: Ids, probs: Probs, mass: float, most: int) -> tuple[Ids, Probs]:
+    """The smallest set of likeliest tokens whose mass reaches ``mass``, or the ``most`` likeliest."""
+    largest = np.argpartition(probs, -most)[-most:] if most < len(probs) else np.arange(len(probs))
+    order = largest[np.argsort(-probs[largest])]
     before = np.cumsum(probs[order]) - probs[order]
     kept = order[before < mass]
     return support[kept], probs[kept] / probs[kept].sum()

@@ -1,10 +1,10 @@
 """Numbers in as many bits as they need: of fixed width, and sets of them in Elias–Fano form.
 
 Bits are uint8 arrays of 0 and 1, the lowest bit of a number first. The set of
-``count`` numbers below ``universe`` takes ``r = ⌊log2(universe / count)⌋`` low
-bits of each, then the high parts in unary: ``count`` ones among
-``count + ⌊(universe − 1) / 2ʳ⌋`` bits. Its length is a function of the two
-numbers, and within 5 % of the bound ⌈log2 C(universe, count)⌉ for 32 of 49152.
+``count`` numbers below ``universe`` is split at ``r = ⌊log2(universe / count)⌋``
+bits: first the high parts in unary, ``count`` ones among
+``count + ⌊(universe − 1) / 2ʳ⌋`` bits, then the low parts. Its length is a function
+of the two numbers, and within 5 % of the bound ⌈log2 C(universe, count)⌉ for 32 of 49152.
 """
 
 from collections.abc import Sequence
@@ -33,7 +33,7 @@ def set_bits(members: Numbers, universe: int) -> Bits:
     low_width = _low_width(len(members), universe)
     unary = np.zeros(len(members) + (universe - 1 >> low_width), np.uint8)
     unary[(members >> low_width) + np.arange(len(members))] = 1
-    return np.concatenate([number_bits(members & (1 << low_width) - 1, low_width), unary])
+    return np.concatenate([unary, number_bits(members & (1 << low_width) - 1, low_width)])
 
 
 def pack(sections: Sequence[Bits]) -> bytes:
@@ -54,9 +54,8 @@ class BitReader:
 
     def numbers(self, count: int, width: int) -> Numbers:
         """``count`` numbers of ``width`` bits, int64."""
-        words = np.zeros((count, _WORD), np.uint8) if count * width <= self._left else None
         bits = self._take(count * width)
-        assert words is not None
+        words = np.zeros((count, _WORD), np.uint8)
         words[:, :width] = bits.reshape(count, width)
         return np.packbits(words, axis=1, bitorder="little").view("<u4").ravel().astype(np.int64)
 
@@ -65,11 +64,10 @@ class BitReader:
         if count == 0:
             return np.zeros(0, np.int64)
         low_width = _low_width(count, universe)
-        low = self.numbers(count, low_width)
         high = np.flatnonzero(self._take(count + (universe - 1 >> low_width)))
         if len(high) != count:
             raise FrameError(f"a set of {len(high)} members; the message says {count}")
-        members: Numbers = (high - np.arange(count) << low_width) + low
+        members: Numbers = (high - np.arange(count) << low_width) + self.numbers(count, low_width)
         if (members[1:] <= members[:-1]).any() or members[-1] >= universe:
             raise FrameError(f"the members of a set are not ascending numbers below {universe}")
         return members

@@ -11,7 +11,7 @@
     │   └── MismatchError       draft and target model do not belong together
     ├── KeyFileError            a key is missing, damaged or open to others
     ├── LinkError               the other end cannot be reached
-    │   ├── AdmissionError      the two ends do not know each other's keys
+    ├── AdmissionError          the two ends do not know each other's keys
     │   └── RevokedError        a device's key was taken back
     └── ProtocolError           what a peer sent is not allowed
         ├── FrameError          bytes that are no message
@@ -94,13 +94,13 @@ class LinkError(EdgedraftError):
     code = "link"
 
 
-class AdmissionError(LinkError):
+class AdmissionError(EdgedraftError):
     """The two ends do not know each other's keys."""
 
     code = "admission"
 
 
-class RevokedError(LinkError):
+class RevokedError(AdmissionError):
     """A device's key was taken back while it was in use."""
 
     code = "revoked"

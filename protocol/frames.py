@@ -1,9 +1,16 @@
 """Messages to bytes and back; the only file that knows msgpack.
 
 A frame is a msgpack array: a tag that names the message, then its fields in
-order. Token ids travel as one binary field of fixed width. Decoding is
+order. Token ids travel as one binary field of ⌈log2 V⌉ bits each. Decoding is
 validation: what it returns is a message both ends may rely on, and whatever is
 wrong with the bytes raises FrameError before anything large is allocated.
+
+After its session and round a Draft has one of these:
+
+- nothing, where nothing was drafted;
+- the ids, in modes that send ids alone;
+- how many tokens, entries and steps there are, and their bits (``drafted.py``);
+- the ids, and all V probabilities of each in FP16.
 """
 
 import struct
@@ -12,8 +19,9 @@ from dataclasses import dataclass, fields
 from typing import Any, TypeAlias, TypeVar
 
 import msgpack
-import numpy as np
 
+from protocol.bits import BitReader, number_bits, pack
+from protocol.drafted import Drawn, PackedDraft, pack_drawn, unpack_drawn
 from protocol.errors import FrameError, SettingsError
 from protocol.messages import (
     Close,
@@ -33,6 +41,8 @@ from protocol.messages import (
 from protocol.sparse import SparseDistribution
 
 MAX_FAULT_TEXT = 1000
+_MAX_ARRAY_LEN = 256
+_MIN_ID_BITS = 8  # so that what fills the last byte is no id
 _MAX_COUNTER = 2**32 - 1
 _Value = TypeVar("_Value")
 
@@ -62,7 +72,8 @@ class FrameCodec:
     def __init__(self, vocab_size: int, limits: FrameLimits | None = None) -> None:
         self.vocab_size = vocab_size
         self.limits = limits or FrameLimits()
-        self._id_bytes = max(2, -(-(vocab_size - 1).bit_length() // 8))
+        self._id_bits = max(_MIN_ID_BITS, (vocab_size - 1).bit_length())
+        self._draft_ids = self._ids(self.limits.max_draft_len)
         self._schema = self._make_schema()
         self._by_tag = {tag: (kind, codecs) for kind, (tag, codecs) in self._schema.items()}
 
@@ -70,13 +81,15 @@ class FrameCodec:
     def max_frame_bytes(self) -> int:
         """No honest frame is longer; a socket should refuse what is."""
         draft = self.limits.max_draft_len * (3 * self.vocab_size + 16)
-        return max(draft, self.limits.max_prompt_len * self._id_bytes) + 1024
+        return max(draft, self.limits.max_prompt_len * self._id_bits // 8) + 1024
 
     def encode(self, message: Message) -> bytes:
         """The frame of ``message``."""
         tag, codecs = self._schema[type(message)]
-        values = (getattr(message, entry.name) for entry in fields(message))
-        frame: bytes = msgpack.packb([tag, *(codec.pack(value) for codec, value in zip(codecs, values, strict=True))])
+        values = (getattr(message, entry.name) for entry in fields(message)[: len(codecs)])
+        packed = [codec.pack(value) for codec, value in zip(codecs, values, strict=True)]
+        drawn = self._pack_drawn(message) if isinstance(message, Draft) else []
+        frame: bytes = msgpack.packb([tag, *packed, *drawn])
         return frame
 
     def decode(self, frame: bytes) -> Message:
@@ -86,7 +99,7 @@ class FrameCodec:
             FrameError: the bytes are no message, or a field of it is not allowed.
         """
         try:
-            values = msgpack.unpackb(frame, max_array_len=4 * self.limits.max_draft_len + 16, max_map_len=0)
+            values = msgpack.unpackb(frame, max_array_len=_MAX_ARRAY_LEN, max_map_len=0)
         except (ValueError, msgpack.UnpackException, RecursionError) as error:
             raise FrameError(f"{len(frame)} bytes are no msgpack array: {error}") from error
         if not isinstance(values, list) or not values or type(values[0]) is not int:
@@ -94,17 +107,15 @@ class FrameCodec:
         if values[0] not in self._by_tag:
             raise FrameError(f"a frame has the tag {values[0]}; allowed: {sorted(self._by_tag)}")
         kind, codecs = self._by_tag[values[0]]
-        if len(values) - 1 != len(codecs):
+        if len(values) - 1 != len(codecs) and not (kind is Draft and len(values) > len(codecs)):
             raise FrameError(f"{kind.__name__} has {len(values) - 1} fields; allowed: {len(codecs)}")
-        message = kind(*(codec.unpack(value) for codec, value in zip(codecs, values[1:], strict=True)))
-        if isinstance(message, Draft):
-            _check_draft(message)
-        return message
+        unpacked = [codec.unpack(value) for codec, value in zip(codecs, values[1:], strict=False)]
+        drawn = self._unpack_drawn(values[1 + len(codecs) :]) if kind is Draft else ()
+        return kind(*unpacked, *drawn)
 
     def _make_schema(self) -> _Schema:
         counter, prompt = _integer(_MAX_COUNTER), self._ids(self.limits.max_prompt_len)
-        token, draft = _integer(self.vocab_size - 1), self._ids(self.limits.max_draft_len)
-        distributions = _Field(self._pack_distributions, self._unpack_distributions)
+        token = _integer(self.vocab_size - 1)
         stop_ids = _array_of(_integer(_MAX_COUNTER))
         return {
             Hello: (0, (counter, counter, _binary(32), stop_ids)),
@@ -112,7 +123,7 @@ class FrameCodec:
             Open: (2, (counter, counter, _MODE, _SAMPLING, prompt)),
             Opened: (3, (counter, counter)),
             Extend: (4, (counter, counter, counter, prompt)),
-            Draft: (5, (counter, counter, draft, distributions)),
+            Draft: (5, (counter, counter)),  # and what was drawn
             Decode: (6, (counter, counter, counter)),
             Verdict: (7, (counter, counter, _integer(self.limits.max_draft_len), token)),
             Close: (8, (counter,)),
@@ -120,44 +131,60 @@ class FrameCodec:
         }
 
     def _ids(self, max_count: int) -> _Field:
-        width = self._id_bytes
-
-        def pack(ids: tuple[int, ...]) -> bytes:
-            return np.array(ids, "<u4").view(np.uint8).reshape(-1, 4)[:, :width].tobytes()
+        width = self._id_bits
 
         def unpack(value: object) -> tuple[int, ...]:
             data = _expect(bytes, value)
-            if len(data) % width or len(data) > width * max_count:
-                raise FrameError(f"{len(data)} bytes of token ids; allowed: up to {max_count} ids of {width} bytes")
-            padded = np.zeros((len(data) // width, 4), np.uint8)
-            padded[:, :width] = np.frombuffer(data, np.uint8).reshape(-1, width)
-            ids = padded.view("<u4")
-            if ids.size and int(ids.max()) >= self.vocab_size:
-                raise FrameError(f"token id {int(ids.max())}; allowed: 0 to {self.vocab_size - 1}")
-            return tuple(ids.ravel().tolist())
+            count = 8 * len(data) // width
+            if count > max_count:
+                raise FrameError(f"{len(data)} bytes of token ids; allowed: up to {max_count} ids of {width} bits")
+            reader = BitReader(data)
+            ids = reader.numbers(count, width)
+            reader.finish()
+            if count and ids.max() >= self.vocab_size:
+                raise FrameError(f"token id {ids.max()}; allowed: 0 to {self.vocab_size - 1}")
+            return tuple(ids.tolist())
 
-        return _Field(pack, unpack)
+        return _Field(lambda ids: pack([number_bits(ids, width)]), unpack)
 
-    @staticmethod
-    def _pack_distributions(distributions: tuple[SparseDistribution, ...]) -> list[int | bytes]:
-        return [part for one in distributions for part in (len(one), one.encode())]
+    def _pack_drawn(self, draft: Draft) -> list[int | bytes]:
+        if not draft.token_ids:
+            return []
+        if not draft.distributions:
+            return [self._draft_ids.pack(draft.token_ids)]
+        if draft.distributions[0].whole:
+            halves = b"".join(one.encode_halves() for one in draft.distributions)
+            return [self._draft_ids.pack(draft.token_ids), halves]
+        packed = pack_drawn(draft.token_ids, draft.distributions)
+        return [packed.draft_len, packed.entries, packed.steps, packed.data]
 
-    def _unpack_distributions(self, value: object) -> tuple[SparseDistribution, ...]:
-        parts = _expect(list, value)
-        if len(parts) % 2 or len(parts) > 2 * self.limits.max_draft_len:
-            raise FrameError(f"{len(parts)} parts of distributions; allowed: a count and bytes for each of them")
-        return tuple(
-            SparseDistribution.decode(_expect(bytes, data), self.vocab_size, _expect(int, count))
-            for count, data in zip(parts[::2], parts[1::2], strict=True)
+    def _unpack_drawn(self, values: list[object]) -> Drawn:
+        match values:
+            case []:
+                return (), ()
+            case [ids]:
+                return self._draft_ids.unpack(ids), ()
+            case [ids, halves]:
+                return self._unpack_whole(self._draft_ids.unpack(ids), _expect(bytes, halves))
+            case [draft_len, entries, steps, data]:
+                sizes = [_expect(int, value) for value in (draft_len, entries, steps)]
+                packed = PackedDraft(sizes[0], sizes[1], sizes[2], _expect(bytes, data))
+                return unpack_drawn(packed, self.vocab_size, self.limits.max_draft_len)
+        raise FrameError(f"Draft has {2 + len(values)} fields; allowed: 2, 3, 4 or 6")
+
+    def _unpack_whole(self, token_ids: tuple[int, ...], halves: bytes) -> Drawn:
+        size = 2 * self.vocab_size
+        if len(halves) != len(token_ids) * size:
+            raise FrameError(
+                f"{len(halves)} bytes of probabilities for {len(token_ids)} drafted tokens; allowed: {size} for each"
+            )
+        distributions = tuple(
+            SparseDistribution.decode_halves(halves[start : start + size]) for start in range(0, len(halves), size)
         )
-
-
-def _check_draft(draft: Draft) -> None:
-    if draft.distributions and len(draft.distributions) != len(draft.token_ids):
-        raise FrameError(f"{len(draft.token_ids)} drafted tokens with {len(draft.distributions)} distributions")
-    for token_id, distribution in zip(draft.token_ids, draft.distributions, strict=False):
-        if distribution.probability(token_id) == 0:
-            raise FrameError(f"token {token_id} was drafted from a distribution in which it is impossible")
+        for token_id, one in zip(token_ids, distributions, strict=True):
+            if one.probability(token_id) == 0:
+                raise FrameError(f"token {token_id} was drafted from a distribution in which it is impossible")
+        return token_ids, distributions
 
 
 def _expect(kind: type[_Value], value: object) -> _Value:
@@ -210,7 +237,8 @@ def _array_of(inner: _Field) -> _Field:
     )
 
 
-_MODES = (Mode.IDS, Mode.TOPK, Mode.FULL, Mode.TARGET, Mode.COUPLED)  # a mode's number on the wire is its place here
+# A mode's number on the wire is its place here.
+_MODES = (Mode.IDS, Mode.TOPK, Mode.FULL, Mode.TARGET, Mode.COUPLED, Mode.TOPP)
 
 
 def _unpack_mode(value: object) -> Mode:

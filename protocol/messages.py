@@ -36,6 +36,8 @@ class Mode(StrEnum):
     """The id: both ends add the same noise to their scores, and the base station's choice is the answer."""
     TOPK = "topk"
     """The id and the K likeliest entries of the distribution it was drawn from."""
+    TOPP = "topp"
+    """The id and the likeliest entries that together reach a probability, as many as that takes."""
     FULL = "full"
     """The id and all V probabilities: the baseline the paper compares with."""
     TARGET = "target"

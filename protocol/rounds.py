@@ -41,6 +41,12 @@ TRANSITIONS: Mapping[tuple[State, type[SessionMessage]], State] = {
 }
 
 
+def diagram() -> str:
+    """The transition table as a Mermaid state diagram, one arrow a row, as docs/protocol.md shows it."""
+    arrows = [f"    {origin} --> {goal}: {kind.__name__}" for (origin, kind), goal in TRANSITIONS.items()]
+    return "\n".join(["stateDiagram-v2", *sorted(arrows)])
+
+
 class SessionRounds:
     """One end's view of a session.
 

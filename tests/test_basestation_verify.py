@@ -16,10 +16,11 @@ import torch
 from scipy.stats import chisquare
 
 from basestation.verify import Judgement, draw, judge_greedy, judge_sampled, residual_of, warp
-from device.sampling import draft_distribution
-from protocol.messages import Sampling
+from device.sampling import Uplink, draft_distribution, whole_distribution
+from protocol.frames import FrameCodec
+from protocol.messages import Draft, Sampling
 from protocol.randomness import Stream, random_bits, uniform
-from protocol.sparse import SparseDistribution
+from protocol.sparse import MAX_STEPS, SparseDistribution
 from tests.fakes import blend, next_logits, random_table
 
 VOCAB = 6
@@ -30,18 +31,21 @@ FALSE_ALARM = 1e-4  # a planted defect must be far below it
 TARGET = random_table(VOCAB, seed=1)
 DRAFT = blend(TARGET, random_table(VOCAB, seed=2), 0.5)
 
+CODEC = FrameCodec(VOCAB)
+
 Tokens = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Case:
-    """How to draft and sample; ``coarse`` rounds draft probabilities to multiples of 1/coarse."""
+    """How to draft and sample; what is drafted is sent in steps of 1/``steps``, 0 being all V in FP16."""
 
     uplink_k: int
     temperature: float = 1.0
     top_p: float = 1.0
     draft_len: int = 2
-    coarse: int = 0
+    steps: int = MAX_STEPS
+    uplink_p: float = 1.0
 
     @property
     def sampling(self) -> Sampling:
@@ -52,7 +56,12 @@ CASES = [
     *(Case(k, temperature) for k, temperature in product((1, 4, VOCAB), (0.6, 1.0))),
     Case(4, 1.0, top_p=0.8),
     Case(VOCAB, 1.3, top_p=0.8, draft_len=3),
-    Case(4, 1.0, coarse=8),
+    Case(VOCAB, steps=0),
+    Case(4, steps=96),
+    Case(4, steps=8),
+    Case(VOCAB, steps=2),
+    Case(VOCAB, uplink_p=0.7, steps=40),
+    Case(4, 0.6, top_p=0.9, uplink_p=0.95, steps=5),
 ]
 
 
@@ -65,8 +74,11 @@ class Sampler:
         self.target_probs = lru_cache(maxsize=None)(self._target_probs)
         self.rows = lru_cache(maxsize=None)(self._rows)
 
-    def unrounded(self, tokens: Tokens, uplink_k: int) -> SparseDistribution:
-        return draft_distribution(next_logits(DRAFT, tokens), self.case.sampling, uplink_k)
+    def drafted(self, tokens: Tokens, uplink: Uplink) -> SparseDistribution:
+        return draft_distribution(next_logits(DRAFT, tokens), self.case.sampling, uplink)
+
+    def unrounded(self, tokens: Tokens) -> SparseDistribution:
+        return self.drafted(tokens, Uplink(self.case.uplink_k, self.case.uplink_p, MAX_STEPS))
 
     def draft(self, tokens: Tokens, seed: int) -> int:
         return self.sent(tokens).sample(random_bits(seed, len(tokens), Stream.DRAFT))
@@ -113,11 +125,14 @@ class Sampler:
             yield from self.exact((*tokens, token_id), probability * float(row[token_id]))
 
     def _sent(self, tokens: Tokens) -> SparseDistribution:
-        distribution = self.unrounded(tokens, self.case.uplink_k)
-        if self.case.coarse:
-            steps = np.maximum(np.round(distribution.probs * self.case.coarse), 1)
-            distribution = SparseDistribution.round_off(VOCAB, distribution.support, steps / 2 / self.case.coarse)
-        return SparseDistribution.decode(distribution.encode(), VOCAB, len(distribution))
+        if self.case.steps == 0:
+            distribution = whole_distribution(next_logits(DRAFT, tokens), self.case.sampling)
+        else:
+            distribution = self.drafted(tokens, Uplink(self.case.uplink_k, self.case.uplink_p, self.case.steps))
+        draft = Draft(0, 1, (int(distribution.support[distribution.weights.argmax()]),), (distribution,))
+        arrived = CODEC.decode(CODEC.encode(draft))
+        assert isinstance(arrived, Draft)
+        return arrived.distributions[0]
 
     def _target_probs(self, tokens: Tokens) -> torch.Tensor:
         return warp(torch.tensor(next_logits(TARGET, tokens))[None], self.case.sampling)
@@ -132,7 +147,7 @@ class CutAfterSampling(Sampler):
     """Draws from all of Q and cuts afterwards; the verifier takes the cut Q for what was drawn from."""
 
     def draft(self, tokens: Tokens, seed: int) -> int:
-        return self.unrounded(tokens, VOCAB).sample(random_bits(seed, len(tokens), Stream.DRAFT))
+        return self.drafted(tokens, Uplink(VOCAB, 1.0, MAX_STEPS)).sample(random_bits(seed, len(tokens), Stream.DRAFT))
 
 
 class RecoversFromTarget(Sampler):
@@ -160,7 +175,7 @@ class VerifiesUnrounded(Sampler):
     """Verifies against what the device had before rounding, not against what it drew from."""
 
     def judge(self, tokens: Tokens, drafted: Tokens, seed: int) -> Judgement:
-        unrounded = [self.unrounded((*tokens, *drafted[:index]), self.case.uplink_k) for index in range(len(drafted))]
+        unrounded = [self.unrounded((*tokens, *drafted[:index])) for index in range(len(drafted))]
         return judge_sampled(self.rows(tokens, drafted), drafted, unrounded, seed, len(tokens))
 
 
@@ -170,7 +185,7 @@ class VerifiesUnrounded(Sampler):
         (CutAfterSampling, Case(4)),
         (RecoversFromTarget, Case(4)),
         (AcceptsByInverse, Case(4)),
-        (VerifiesUnrounded, Case(4, coarse=8)),
+        (VerifiesUnrounded, Case(4, steps=8)),
     ],
 )
 def test_planted_defects_are_caught(defect: type[Sampler], case: Case) -> None:

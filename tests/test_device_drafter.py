@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from device.drafter import Drafter, Guess
-from device.sampling import draft_distribution
+from device.sampling import Uplink, draft_distribution, whole_distribution
 from protocol.messages import Mode, Sampling
 from protocol.randomness import Stream, random_bits
 from tests.fakes import FakeDraftModel, next_logits, random_table, target_alone
@@ -17,7 +17,7 @@ VOCAB = 6
 TABLE = random_table(VOCAB, seed=4)
 PROMPT = [1, 2, 3, 4]
 GREEDY, SAMPLED = Sampling(), Sampling(1.0, seed=5)
-MODES = [(Mode.IDS, GREEDY), (Mode.TOPK, GREEDY), (Mode.TOPK, SAMPLED), (Mode.FULL, SAMPLED)]
+MODES = [(Mode.IDS, GREEDY), (Mode.TOPK, GREEDY), (Mode.TOPK, SAMPLED), (Mode.TOPP, SAMPLED), (Mode.FULL, SAMPLED)]
 
 every_mode = pytest.mark.parametrize(("mode", "sampling"), MODES)
 token_ids = st.integers(0, VOCAB - 1)
@@ -31,16 +31,25 @@ class Fresh:
     model: FakeDraftModel
 
 
+def uplink_of(mode: Mode) -> Uplink:
+    return Uplink.of_mode(mode, 3, 0.7, 0)
+
+
 def fresh(mode: Mode, sampling: Sampling, stop_ids: tuple[int, ...] = ()) -> Fresh:
     model = FakeDraftModel.make(TABLE, stop_ids)
-    return Fresh(Drafter(model, mode, sampling, 3), cast(FakeDraftModel, model))
+    return Fresh(Drafter(model, mode, sampling, uplink_of(mode)), cast(FakeDraftModel, model))
 
 
 def slow_draft(mode: Mode, sampling: Sampling, tokens: list[int], draft_len: int) -> Guess:
     """Without a cache: the whole sequence is looked at for each token."""
     drafted, distributions = list(tokens), []
     for _ in range(draft_len):
-        one = draft_distribution(next_logits(TABLE, drafted), sampling, VOCAB if mode is Mode.FULL else 3)
+        logits = next_logits(TABLE, drafted)
+        one = (
+            whole_distribution(logits, sampling)
+            if mode is Mode.FULL
+            else draft_distribution(logits, sampling, uplink_of(mode))
+        )
         distributions.append(one)
         drafted.append(one.sample(random_bits(sampling.seed, len(drafted), Stream.DRAFT)))
     return Guess(tuple(drafted[len(tokens) :]), () if mode is Mode.IDS else tuple(distributions))

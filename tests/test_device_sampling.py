@@ -4,13 +4,17 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from device.sampling import draft_distribution
+from device.sampling import Uplink, draft_distribution, whole_distribution
 from protocol.errors import SettingsError
-from protocol.messages import Sampling
-from protocol.sparse import SparseDistribution
+from protocol.messages import Mode, Sampling
+from protocol.sparse import MAX_STEPS, SparseDistribution
 
 VOCAB = 50
-UNIT = 2.0**-24
+UNIT = 1 / MAX_STEPS
+
+
+def finest(uplink_k: int, uplink_p: float = 1.0) -> Uplink:
+    return Uplink(uplink_k, uplink_p, MAX_STEPS)
 
 
 def logits_of(seed: int, vocab_size: int = VOCAB) -> npt.NDArray[np.float32]:
@@ -35,12 +39,12 @@ def slow_distribution(logits: npt.NDArray[np.float32], sampling: Sampling, uplin
 
 
 def agrees(distribution: SparseDistribution, expected: dict[int, float]) -> None:
-    """Entry by entry, to the precision of FP16 and of the sum that normalises it."""
+    """Entry by entry, to the precision of the finest steps."""
     sendable = {token_id for token_id, probability in expected.items() if probability > UNIT}
     support = set(distribution.support.tolist())
     assert sendable <= support <= set(expected)
     for token_id in support:
-        assert distribution.probability(token_id) == pytest.approx(expected[token_id], rel=2**-10, abs=UNIT)
+        assert distribution.probability(token_id) == pytest.approx(expected[token_id], rel=0, abs=UNIT)
     assert distribution.probs.sum() == pytest.approx(1)
 
 
@@ -62,13 +66,13 @@ def agrees(distribution: SparseDistribution, expected: dict[int, float]) -> None
 )
 def test_it_is_what_its_definition_says(seed: int, uplink_k: int, sampling: Sampling) -> None:
     logits = logits_of(seed)
-    agrees(draft_distribution(logits, sampling, uplink_k), slow_distribution(logits, sampling, uplink_k))
+    agrees(draft_distribution(logits, sampling, finest(uplink_k)), slow_distribution(logits, sampling, uplink_k))
 
 
 @pytest.mark.parametrize("uplink_k", [1, 3, 10])
 def test_the_k_likeliest_entries_are_kept_and_renormalised(uplink_k: int) -> None:
     logits = logits_of(1)
-    distribution = draft_distribution(logits, Sampling(1.0), uplink_k)
+    distribution = draft_distribution(logits, Sampling(1.0), finest(uplink_k))
     assert distribution.support.tolist() == sorted(np.argsort(-logits)[:uplink_k].tolist())
     probs = np.exp(logits.astype(np.float64))[distribution.support]
     assert distribution.probs == pytest.approx(probs / probs.sum(), rel=2**-10)
@@ -76,14 +80,14 @@ def test_the_k_likeliest_entries_are_kept_and_renormalised(uplink_k: int) -> Non
 
 def test_all_tokens_are_kept_where_k_is_the_vocabulary_or_more() -> None:
     for uplink_k in (VOCAB, VOCAB + 1, 10**6):
-        distribution = draft_distribution(logits_of(2), Sampling(1.0), uplink_k)
+        distribution = draft_distribution(logits_of(2), Sampling(1.0), finest(uplink_k))
         assert distribution.support.tolist() == list(range(VOCAB))
 
 
 def test_temperature_divides_the_logits() -> None:
     logits = np.log(np.array([0.2, 0.5, 0.3], np.float32))
-    assert draft_distribution(logits, Sampling(1.0), 3).probs == pytest.approx([0.2, 0.5, 0.3], rel=2**-10)
-    assert draft_distribution(logits, Sampling(0.5), 3).probs == pytest.approx(
+    assert draft_distribution(logits, Sampling(1.0), finest(3)).probs == pytest.approx([0.2, 0.5, 0.3], rel=2**-10)
+    assert draft_distribution(logits, Sampling(0.5), finest(3)).probs == pytest.approx(
         [0.04 / 0.38, 0.25 / 0.38, 0.09 / 0.38], rel=2**-10
     )
 
@@ -91,29 +95,31 @@ def test_temperature_divides_the_logits() -> None:
 def test_top_p_keeps_the_smallest_set_that_reaches_it() -> None:
     logits = np.log(np.array([0.3, 0.5, 0.15, 0.05], np.float32))
     for top_p, support in ((0.4, [1]), (0.6, [0, 1]), (0.79, [0, 1]), (0.81, [0, 1, 2]), (0.99, [0, 1, 2, 3])):
-        assert draft_distribution(logits, Sampling(1.0, top_p=top_p), 4).support.tolist() == support
+        assert draft_distribution(logits, Sampling(1.0, top_p=top_p), finest(4)).support.tolist() == support
 
 
 def test_top_p_is_taken_of_the_kept_entries() -> None:
     logits = np.log(np.array([0.3, 0.5, 0.15, 0.05], np.float32))
-    assert draft_distribution(logits, Sampling(1.0, top_p=0.6), 2).support.tolist() == [1]  # 0.5 of 0.8 is 0.625
+    assert draft_distribution(logits, Sampling(1.0, top_p=0.6), finest(2)).support.tolist() == [
+        1
+    ]  # 0.5 of 0.8 is 0.625
 
 
 @pytest.mark.parametrize("uplink_k", [1, 5, VOCAB])
 def test_at_temperature_0_the_likeliest_token_is_certain(uplink_k: int) -> None:
     logits = logits_of(3)
-    distribution = draft_distribution(logits, Sampling(0.0, top_k=4, top_p=0.5), uplink_k)
+    distribution = draft_distribution(logits, Sampling(0.0, top_k=4, top_p=0.5), finest(uplink_k))
     assert distribution.support.tolist() == [int(logits.argmax())]
     assert distribution.probs.tolist() == [1.0]
 
 
 def test_at_temperature_0_a_tie_goes_to_the_first_as_in_the_target() -> None:
-    assert draft_distribution(np.array([0, 2, 2, 1], np.float32), Sampling(), 4).support.tolist() == [1]
+    assert draft_distribution(np.array([0, 2, 2, 1], np.float32), Sampling(), finest(4)).support.tolist() == [1]
 
 
 def test_a_large_vocabulary_keeps_its_k_likeliest() -> None:
     logits = logits_of(4, 49_152)
-    distribution = draft_distribution(logits, Sampling(1.0), 32)
+    distribution = draft_distribution(logits, Sampling(1.0), finest(32))
     assert distribution.support.tolist() == sorted(np.argsort(-logits)[:32].tolist())
 
 
@@ -121,7 +127,7 @@ def test_masked_tokens_are_impossible() -> None:
     logits = logits_of(5)
     logits[10:] = -np.inf
     for uplink_k in (4, 20, VOCAB):
-        distribution = draft_distribution(logits, Sampling(1.0), uplink_k)
+        distribution = draft_distribution(logits, Sampling(1.0), finest(uplink_k))
         assert distribution.probs[distribution.support >= 10].sum() == 0
 
 
@@ -133,5 +139,55 @@ def test_a_tiny_temperature_is_nearly_certain_or_refused(temperature: float) -> 
     except SettingsError:
         return
     for uplink_k in (4, VOCAB):
-        distribution = draft_distribution(logits, sampling, uplink_k)
+        distribution = draft_distribution(logits, sampling, finest(uplink_k))
         assert distribution.probability(int(logits.argmax())) == 1
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("sampling", [Sampling(1.0), Sampling(2.0, top_k=20), Sampling(2.0, top_p=0.7)], ids=str)
+@pytest.mark.parametrize("uplink_p", [1e-9, 0.3, 0.8, 0.95, 0.999])
+@pytest.mark.parametrize("uplink_k", [1, 5, VOCAB, 10**6])
+def test_topp_is_the_smallest_set_of_likeliest_tokens_that_reaches_p(
+    seed: int, sampling: Sampling, uplink_p: float, uplink_k: int
+) -> None:
+    ordered = list(slow_distribution(logits_of(seed), sampling, VOCAB).items())
+    reached, kept = 0.0, {}
+    for token_id, probability in ordered[:uplink_k]:
+        if reached >= uplink_p:
+            break
+        kept[token_id] = probability
+        reached += probability
+    expected = {token_id: probability / reached for token_id, probability in kept.items()}
+    agrees(draft_distribution(logits_of(seed), sampling, finest(uplink_k, uplink_p)), expected)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0), Sampling(0.7, top_k=5, top_p=0.6)], ids=str)
+def test_a_whole_distribution_has_all_tokens_in_fp16(sampling: Sampling) -> None:
+    whole = whole_distribution(logits_of(7), sampling)
+    expected = slow_distribution(logits_of(7), Sampling(1.0, top_k=1) if sampling.greedy else sampling, VOCAB)
+    assert whole.support.tolist() == list(range(VOCAB))
+    for token_id in range(VOCAB):
+        assert whole.probability(token_id) == pytest.approx(expected.get(token_id, 0), rel=2**-10, abs=2.0**-24)
+
+
+def test_a_mode_takes_its_own_steps_unless_told() -> None:
+    assert Uplink.of_mode(Mode.TOPK, 32, 0.5, 0) == Uplink(32, 1.0, 768)
+    assert Uplink.of_mode(Mode.TOPP, 256, 0.5, 0) == Uplink(256, 0.5, 4096)
+    assert Uplink.of_mode(Mode.TOPK, 32, 0.5, 10) == Uplink(32, 1.0, 10)
+    assert Uplink.of_mode(Mode.TOPK, 10**7, 0.5, 0).steps == MAX_STEPS
+
+
+@pytest.mark.parametrize(
+    ("values", "match"),
+    [
+        ((0, 0.5, 1), "uplink-k is 0; allowed: 1 and more"),
+        ((1, 0.0, 1), "uplink-p is 0.0; allowed: above 0"),
+        ((1, 1.1, 1), "uplink-p is 1.1; allowed: above 0"),
+        ((1, float("nan"), 1), "uplink-p is nan; allowed: above 0"),
+        ((1, 0.5, -1), "uplink-steps is -1; allowed: 1 to 16777216"),
+        ((1, 0.5, 2**24 + 1), "uplink-steps is 16777217; allowed: 1 to 16777216"),
+    ],
+)
+def test_an_uplink_that_cannot_be_is_refused(values: tuple[int, float, int], match: str) -> None:
+    with pytest.raises(SettingsError, match=match):
+        Uplink(*values)

@@ -44,14 +44,17 @@ COUNT = 40
 GREEDY, SAMPLED = Sampling(), Sampling(0.9, seed=7)
 CODEC = FrameCodec(VOCAB)
 SETTINGS = [
-    *(DraftSettings(mode, GREEDY, 4, 4) for mode in (Mode.IDS, Mode.TOPK, Mode.FULL, Mode.TARGET)),
+    *(DraftSettings(mode, GREEDY, 4, 4) for mode in (Mode.IDS, Mode.TOPK, Mode.TOPP, Mode.FULL, Mode.TARGET)),
+    DraftSettings(Mode.TOPK, SAMPLED, 4, 4, uplink_steps=5),
+    DraftSettings(Mode.TOPP, SAMPLED, VOCAB, 4, uplink_p=0.8),
     *(DraftSettings(mode, SAMPLED, 4, 4) for mode in (Mode.TOPK, Mode.FULL, Mode.TARGET)),
 ]
-SAMPLED_SETTINGS = SETTINGS[-3:-1]
+SAMPLED_SETTINGS = SETTINGS[-5:-1]
 
 
 def settings_name(settings: DraftSettings) -> str:
-    return f"{settings.mode}-{'greedy' if settings.sampling.greedy else 'sampled'}"
+    coarse = "-coarse" if settings.uplink_steps else ""
+    return f"{settings.mode}-{'greedy' if settings.sampling.greedy else 'sampled'}{coarse}"
 
 
 every_setting = pytest.mark.parametrize("settings", SETTINGS, ids=settings_name)
@@ -93,7 +96,7 @@ def test_invariant_3_a_greedy_answer_is_the_targets_own(mode: Mode, draft_len: i
     assert answer(settings, prompt=prompt) == target_alone(TARGET, prompt, COUNT)
 
 
-@pytest.mark.parametrize("settings", SETTINGS[:3], ids=settings_name)
+@pytest.mark.parametrize("settings", SETTINGS[:4], ids=settings_name)
 def test_a_draft_is_sometimes_right_and_sometimes_wrong(settings: DraftSettings) -> None:
     """Without this the tests here would show little."""
     station, model = new_station(), draft_model()
@@ -263,7 +266,7 @@ def test_invariant_2_an_answer_does_not_depend_on_who_else_is_served(settings: D
     assert answers[2] == answer(others[1], prompt=[2, 2])
 
 
-@pytest.mark.parametrize("settings", SETTINGS[-3:], ids=settings_name)
+@pytest.mark.parametrize("settings", SETTINGS[-5:], ids=settings_name)
 def test_invariant_2_a_sampled_answer_is_a_function_of_its_seed(settings: DraftSettings) -> None:
     other = replace(settings, sampling=replace(SAMPLED, seed=8))
     assert answer(settings) == answer(settings)

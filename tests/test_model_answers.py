@@ -3,11 +3,8 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -21,6 +18,7 @@ from device.client import DraftSettings
 from protocol.errors import ContextLengthError
 from protocol.frames import FrameCodec
 from protocol.messages import Fault, Mode, Sampling
+from tests.relay import CountingRelay
 from tests.sample import BUNDLE, DEVICE_PYTHON, SAMPLE
 
 pytestmark = pytest.mark.model
@@ -161,45 +159,3 @@ def _generate(address: str, *options: str) -> "subprocess.Popen[str]":
 
 def _run(command: list[str]) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, cwd=Path(__file__).parent)
-
-
-class CountingRelay:
-    """A TCP relay to a base station that counts what passes each way."""
-
-    def __init__(self, host: str, port: int) -> None:
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port = self._listener.getsockname()[1]
-        self._target = (host, port)
-        self._counts = [0, 0]
-        self._sockets: list[socket.socket] = [self._listener]
-
-    def __enter__(self) -> "CountingRelay":
-        threading.Thread(target=self._accept, daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for one in self._sockets:
-            one.close()
-
-    def settled(self) -> tuple[int, int]:
-        """Bytes up and down, once nothing has passed for a while."""
-        before = None
-        while before != (now := (self._counts[0], self._counts[1])):
-            before = now
-            time.sleep(0.3)
-        return now
-
-    def _accept(self) -> None:
-        device, _ = self._listener.accept()
-        station = socket.create_connection(self._target)
-        self._sockets += [device, station]
-        threading.Thread(target=self._pump, args=(station, device, 1), daemon=True).start()
-        self._pump(device, station, 0)
-
-    def _pump(self, source: socket.socket, sink: socket.socket, direction: int) -> None:
-        try:
-            while data := source.recv(65536):
-                self._counts[direction] += len(data)
-                sink.sendall(data)
-        except OSError:
-            return  # one end is gone, as at the end of every test

@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from device.link import socket_bytes
+from protocol.drafted import pack_drawn
 from protocol.errors import FrameError
 from protocol.frames import FrameCodec, FrameLimits
 from protocol.messages import (
@@ -29,7 +30,7 @@ from protocol.messages import (
     Verdict,
     Welcome,
 )
-from protocol.sparse import SparseDistribution
+from protocol.sparse import MAX_STEPS, SparseDistribution
 
 relaxed = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 VOCAB_SIZES = [2, 300, 49_152, 70_000, 200_000]
@@ -37,19 +38,18 @@ KINDS: tuple[type[Message], ...] = get_args(Message)
 LIMITS = FrameLimits(max_prompt_len=4, max_draft_len=3)
 CODEC = FrameCodec(300, LIMITS)
 TAGS = {Hello: 0, Welcome: 1, Open: 2, Opened: 3, Extend: 4, Draft: 5, Decode: 6, Verdict: 7, Close: 8, Fault: 9}
-BITS_OF_ONE = 0x3C00  # FP16's 1.0: all bit patterns from 1 to here are numbers in (0, 1]
 SAMPLING = Sampling(0.5, 3, 0.9, 7)
 
 
 @st.composite
 def drafts_with_distributions(draw: st.DrawFn, vocab_size: int) -> Draft:
     token_ids, distributions = [], []
+    steps = draw(st.sampled_from([1, 10, 768, MAX_STEPS]))
     for _ in range(draw(st.integers(1, 3))):
         support = draw(st.lists(st.integers(0, vocab_size - 1), min_size=1, max_size=8, unique=True))
-        bits = draw(st.lists(st.integers(1, BITS_OF_ONE), min_size=len(support), max_size=len(support)))
-        probs = np.array(bits, "<u2").view("<f2").astype(np.float64)
-        distributions.append(SparseDistribution.round_off(vocab_size, np.array(support), probs))
-        token_ids.append(draw(st.sampled_from(support)))
+        parts = draw(st.lists(st.integers(1, 999), min_size=len(support), max_size=len(support)))
+        distributions.append(SparseDistribution.round_off(vocab_size, np.array(support), np.array(parts) / 999, steps))
+        token_ids.append(draw(st.sampled_from(distributions[-1].support.tolist())))
     return Draft(draw(counters), draw(counters), tuple(token_ids), tuple(distributions))
 
 
@@ -105,8 +105,10 @@ def refused(frame: bytes, match: str, codec: FrameCodec = CODEC) -> None:
         codec.decode(frame)
 
 
-def ids_of(*ids: int, width: int = 2) -> bytes:
-    return b"".join(token_id.to_bytes(width, "little") for token_id in ids)
+def ids_of(*ids: int, width: int = 9) -> bytes:
+    """Each id's lowest bit first, as one string of bits."""
+    bits = "".join(f"{token_id:0{width}b}"[::-1] for token_id in ids)
+    return bytes(int(bits[start : start + 8].ljust(8, "0"), 2) for start in range(0, len(bits), 8))
 
 
 @pytest.mark.parametrize("vocab_size", VOCAB_SIZES)
@@ -132,26 +134,31 @@ def test_every_message_has_its_tag() -> None:
 
 
 @pytest.mark.parametrize("vocab_size", VOCAB_SIZES)
-def test_ids_take_as_many_bytes_as_the_vocabulary_needs(vocab_size: int) -> None:
+def test_ids_take_as_many_bits_as_the_vocabulary_needs(vocab_size: int) -> None:
     codec, last = FrameCodec(vocab_size), vocab_size - 1
-    frame = codec.encode(Draft(0, 1, (0, last)))
-    assert ids_of(0, last, width=3 if vocab_size > 2**16 else 2) in frame
-    assert codec.decode(frame) == Draft(0, 1, (0, last))
+    for ids in ((0, last), (last,) * 7, tuple(range(2)) * 32):
+        frame = codec.encode(Draft(0, 1, ids))
+        assert frame.endswith(ids_of(*ids, width=max(8, last.bit_length())))
+        assert codec.decode(frame) == Draft(0, 1, ids)
 
 
 @pytest.mark.parametrize("vocab_size", [2, 300, 70_000])
 def test_whole_distributions_arrive_as_they_were_sent(vocab_size: int) -> None:
     probs = np.random.default_rng(1).dirichlet(np.ones(vocab_size))
-    whole = SparseDistribution.round_off(vocab_size, np.arange(vocab_size), probs)
+    whole = SparseDistribution.round_to_halves(probs)
     draft = Draft(0, 1, (int(probs.argmax()),) * 2, (whole, whole))
     assert FrameCodec(vocab_size).decode(FrameCodec(vocab_size).encode(draft)) == draft
 
 
 def test_the_largest_honest_frames_are_within_the_bound() -> None:
-    whole = SparseDistribution.round_off(300, np.arange(300), np.full(300, 1 / 300))
-    most = SparseDistribution.round_off(300, np.arange(299), np.full(299, 1 / 299))
-    for one in (whole, most):
-        assert len(CODEC.encode(Draft(2**32 - 1, 2**32 - 1, (5,) * 3, (one,) * 3))) <= CODEC.max_frame_bytes
+    for vocab_size in (2, 6, 15, 16, 300):
+        codec = FrameCodec(vocab_size)
+        spread, whole = np.full(vocab_size, 1 / vocab_size), (2**32 - 1, 2**32 - 1, (1,) * 64)
+        for one in (
+            SparseDistribution.round_to_halves(spread),
+            SparseDistribution.round_off(vocab_size, np.arange(vocab_size), spread, MAX_STEPS),
+        ):
+            assert len(codec.encode(Draft(*whole, (one,) * 64))) <= codec.max_frame_bytes
     codec = FrameCodec(300)
     assert len(codec.encode(Open(0, 0, Mode.IDS, Sampling(), (299,) * 131_072))) <= codec.max_frame_bytes
 
@@ -192,8 +199,8 @@ def decodes_or_raises_frame_error(codec: FrameCodec, frame: bytes) -> bool:
 
 def test_damaged_frames_are_a_message_or_a_frame_error() -> None:
     codec, rng = FrameCodec(300), np.random.default_rng(0)
-    pair = SparseDistribution.round_off(300, np.array([7, 200]), np.array([0.25, 0.75]))
-    whole = SparseDistribution.round_off(300, np.arange(300), np.full(300, 1 / 300))
+    pair = SparseDistribution.round_off(300, np.array([7, 200]), np.array([0.25, 0.75]), 12)
+    whole = SparseDistribution.round_to_halves(np.full(300, 1 / 300))
     honest: list[Message] = [
         Hello(1, 300, bytes(range(32)), (2, 7)),
         Welcome(1, "table", 4096, 64, tuple(Mode)),
@@ -265,6 +272,10 @@ def test_an_unknown_tag_is_refused() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_wrong_number_of_fields_is_refused(kind: type[Message]) -> None:
+    if kind is Draft:
+        for count, allowed in ((0, "2"), (1, "2"), (5, "2, 3, 4 or 6"), (7, "2, 3, 4 or 6")):
+            refused(frame_of(TAGS[kind], *[0] * count), f"Draft has {count} fields; allowed: {allowed}")
+        return
     due = len(fields(kind))
     for count in (0, due - 1, due + 1):
         if count != due and count >= 0:
@@ -284,14 +295,15 @@ def test_a_wrong_number_of_fields_is_refused(kind: type[Message]) -> None:
         (frame_of(7, 0, 1, 4, 5), "4; allowed: 0 to 3"),
         (frame_of(7, 0, 1, 0, 300), "300; allowed: 0 to 299"),
         (frame_of(7, 0, 1, 0, True), "of type bool; allowed: int"),
-        (frame_of(5, 0, 1, ids_of(300), []), "token id 300; allowed: 0 to 299"),
-        (frame_of(5, 0, 1, ids_of(5, 65_535), []), "token id 65535; allowed: 0 to 299"),
-        (frame_of(5, 0, 1, b"\x01", []), "1 bytes of token ids; allowed: up to 3 ids of 2 bytes"),
-        (frame_of(5, 0, 1, ids_of(1, 2) + b"\x00", []), "5 bytes of token ids; allowed: up to 3 ids of 2 bytes"),
-        (frame_of(5, 0, 1, ids_of(1, 2, 3, 4), []), "8 bytes of token ids; allowed: up to 3 ids of 2 bytes"),
-        (frame_of(5, 0, 1, [1, 2], []), "of type list; allowed: bytes"),
-        (frame_of(5, 0, 1, "ab", []), "of type str; allowed: bytes"),
-        (frame_of(4, 0, 1, 0, ids_of(1, 2, 3, 4, 5)), "10 bytes of token ids; allowed: up to 4 ids of 2 bytes"),
+        (frame_of(5, 0, 1, ids_of(300)), "token id 300; allowed: 0 to 299"),
+        (frame_of(5, 0, 1, ids_of(5, 511)), "token id 511; allowed: 0 to 299"),
+        (frame_of(5, 0, 1, b"\x01"), "more bits than the message says"),
+        (frame_of(5, 0, 1, b"\x00"), "more bits than the message says"),
+        (frame_of(5, 0, 1, ids_of(1)[:-1] + b"\x01"), "more bits than the message says"),
+        (frame_of(5, 0, 1, ids_of(1, 2, 3, 4)), "5 bytes of token ids; allowed: up to 3 ids of 9 bits"),
+        (frame_of(5, 0, 1, [1, 2]), "of type list; allowed: bytes"),
+        (frame_of(5, 0, 1, "ab"), "of type str; allowed: bytes"),
+        (frame_of(4, 0, 1, 0, ids_of(1, 2, 3, 4, 5)), "6 bytes of token ids; allowed: up to 4 ids of 9 bits"),
         (frame_of(0, 1, 300, bytes(31), []), "31 bytes; allowed: 32"),
         (frame_of(0, 1, 300, bytes(32), [-1]), "-1; allowed: 0 to"),
         (frame_of(0, 1, 300, bytes(32), [[1]]), "of type list; allowed: int"),
@@ -310,7 +322,7 @@ def test_a_field_that_is_not_allowed_is_named_with_what_is(frame: bytes, match: 
 
 def test_a_prompt_that_is_too_long_is_refused() -> None:
     opening = Open(0, 0, Mode.IDS, Sampling(), (1,) * 5)
-    refused(FrameCodec(300).encode(opening), "10 bytes of token ids; allowed: up to 4 ids of 2 bytes")
+    refused(FrameCodec(300).encode(opening), "6 bytes of token ids; allowed: up to 4 ids of 9 bits")
 
 
 @pytest.mark.parametrize(
@@ -336,32 +348,32 @@ def test_sampling_settings_out_of_range_are_refused(values: tuple[float, int, fl
     refused(frame_of(2, 0, 0, 1, list(values), b""), "of type list; allowed: bytes")
 
 
-ONE = SparseDistribution.round_off(300, np.array([7, 200]), np.array([0.5, 0.5]))
+ONE = pack_drawn((7,), (SparseDistribution.round_off(300, np.array([7, 200]), np.array([0.5, 0.5]), 10),))
+HALVES = SparseDistribution.round_to_halves(np.eye(300)[7]).encode_halves()
 
 
 @pytest.mark.parametrize(
-    ("parts", "match"),
+    ("drawn", "match"),
     [
-        ([2], "1 parts of distributions"),
-        ([2, ONE.encode(), 2], "3 parts of distributions"),
-        ([2, ONE.encode()] * 4, "8 parts of distributions"),
-        ([True, ONE.encode()], "of type bool; allowed: int"),
-        ([2, list(ONE.encode())], "of type list; allowed: bytes"),
-        ([[2, ONE.encode()], [2, ONE.encode()]], "of type list"),
-        (2, "of type int; allowed: list"),
-        ([3, ONE.encode()], "3 entries in"),
-        ([0, b""], "0 entries; allowed: 1 to 300"),
-        ([2**64 - 1, b""], "allowed: 1 to 300"),
-        ([2, ONE.encode()] * 2, "1 drafted tokens with 2 distributions"),
+        ([1, 2, 10, ONE.data, 0], "Draft has 7 fields; allowed: 2, 3, 4 or 6"),
+        ([1, 2, 10], "Draft has 5 fields; allowed: 2, 3, 4 or 6"),
+        ([True, 2, 10, ONE.data], "of type bool; allowed: int"),
+        ([1, 2.0, 10, ONE.data], "of type float; allowed: int"),
+        ([1, 2, 10, list(ONE.data)], "of type list; allowed: bytes"),
+        ([4, 4, 10, ONE.data], "4 drafted tokens; allowed: 1 to 3"),
+        ([1, 2**64 - 1, 10, ONE.data], "entries of distributions; allowed: 1 to 10"),
+        ([1, 2, 2**64 - 1, ONE.data], "steps of 1/18446744073709551615"),
+        ([ids_of(7), HALVES + HALVES], "1200 bytes of probabilities for 1 drafted tokens; allowed: 600 for each"),
+        ([ids_of(7), b""], "0 bytes of probabilities for 1 drafted tokens"),
+        ([ids_of(7), [HALVES]], "of type list; allowed: bytes"),
+        ([ids_of(6), HALVES], "token 6 .* impossible"),
+        ([ids_of(7, 299), HALVES + HALVES], "token 299 .* impossible"),
     ],
 )
-def test_distributions_that_do_not_belong_to_the_draft_are_refused(parts: object, match: str) -> None:
-    refused(frame_of(5, 0, 1, ids_of(7), parts), match)
-
-
-def test_a_token_that_its_distribution_cannot_give_is_refused() -> None:
-    for token_id in (6, 8, 0, 299):
-        refused(CODEC.encode(Draft(0, 1, (7, token_id), (ONE, ONE))), f"token {token_id} .* impossible")
+def test_what_was_drawn_must_belong_together(drawn: list[object], match: str) -> None:
+    assert isinstance(CODEC.decode(frame_of(5, 0, 1, 1, 2, 10, ONE.data)), Draft)
+    assert isinstance(CODEC.decode(frame_of(5, 0, 1, ids_of(7), HALVES)), Draft)
+    refused(frame_of(5, 0, 1, *drawn), match)
 
 
 def test_every_mode_and_setting_of_a_session_arrives() -> None:
@@ -378,6 +390,8 @@ def test_a_long_fault_is_cut_and_not_refused() -> None:
 def test_rounds_take_few_bytes_at_the_socket() -> None:
     codec = FrameCodec(49_152)
     for round_id in (1, 300):
-        draft = codec.encode(Draft(0, round_id, tuple(range(49_144, 49_152))))
-        assert socket_bytes(draft) <= 24 + 8 * 3
+        for count in (1, 4, 8, 16):
+            draft = codec.encode(Draft(0, round_id, tuple(range(49_152 - count, 49_152))))
+            assert socket_bytes(draft) <= 2.2 * count + 12
+        assert socket_bytes(codec.encode(Draft(0, round_id, ()))) <= 8
         assert socket_bytes(codec.encode(Verdict(0, round_id, 8, 49_151))) <= 12

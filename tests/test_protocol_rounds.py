@@ -16,7 +16,7 @@ from protocol.sparse import SparseDistribution
 STOP = 9
 PROMPT = (1, 2, 3)
 GREEDY, SAMPLED = Sampling(), Sampling(1.0)
-CERTAIN = SparseDistribution.round_off(12, np.array([3]), np.ones(1))
+CERTAIN = SparseDistribution.round_off(12, np.array([3]), np.ones(1), 1)
 
 
 def open_in(mode: Mode, sampling: Sampling = GREEDY) -> Open:

@@ -1,0 +1,199 @@
+"""Key files, the folder of a base station, and the commands that make them."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+
+from basestation.cli import app as station_app
+from basestation.keys import KeyFolder
+from device.cli import app as device_app
+from device.keys import LinkKeys, new_key
+from protocol.command_line import run
+from protocol.errors import KeyFileError, SettingsError
+from protocol.keys import read_public, read_secret, write_pair
+
+
+def test_a_pair_is_read_as_it_was_written(tmp_path: Path) -> None:
+    public = new_key(tmp_path / "phone")
+    assert read_public(public) == read_public(str(tmp_path / "phone.pub")) == public
+    keys = LinkKeys.read(tmp_path / "phone", public)
+    assert keys.secret not in repr(keys)
+    assert keys.secret not in (tmp_path / "phone.pub").read_text()
+
+
+def test_a_secret_is_its_owners_alone(tmp_path: Path) -> None:
+    new_key(tmp_path / "phone")
+    KeyFolder.create(tmp_path / "keys")
+    for path in (tmp_path / "phone", tmp_path / "keys" / "station"):
+        assert path.stat().st_mode & 0o777 == 0o600
+    assert (tmp_path / "keys").stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("mode", [0o640, 0o604, 0o620, 0o601])
+def test_a_secret_that_is_open_to_others_is_refused(tmp_path: Path, mode: int) -> None:
+    new_key(tmp_path / "phone")
+    (tmp_path / "phone").chmod(mode)
+    with pytest.raises(KeyFileError, match="chmod 600"):
+        read_secret(tmp_path / "phone")
+
+
+def test_no_key_is_overwritten(tmp_path: Path) -> None:
+    new_key(tmp_path / "phone")
+    with pytest.raises(KeyFileError, match="exists already"):
+        new_key(tmp_path / "phone")
+    (tmp_path / "phone").unlink()
+    with pytest.raises(KeyFileError, match=r"phone\.pub' exists already"):
+        new_key(tmp_path / "phone")
+
+
+@pytest.mark.parametrize("key", ["", "a" * 39, "a" * 41, "a" * 39 + " ", "#" * 40, "~" * 40, "é" * 40])
+def test_what_is_no_key_is_refused(tmp_path: Path, key: str) -> None:
+    with pytest.raises(SettingsError, match="40 characters of Z85") if key else pytest.raises(KeyFileError):
+        read_public(key)
+    write_pair(tmp_path / "pair", "a" * 40, "b" * 40)
+    (tmp_path / "pair.pub").write_text(f"edgedraft-public-key {key}\n", encoding="utf-8")
+    with pytest.raises(KeyFileError):
+        read_public(str(tmp_path / "pair.pub"))
+
+
+def test_a_secret_key_is_no_public_one_and_the_other_way_round(tmp_path: Path) -> None:
+    new_key(tmp_path / "phone")
+    with pytest.raises(KeyFileError, match="edgedraft-public-key"):
+        read_public(str(tmp_path / "phone"))
+    (tmp_path / "phone.pub").chmod(0o600)
+    with pytest.raises(KeyFileError, match="edgedraft-secret-key"):
+        read_secret(tmp_path / "phone.pub")
+
+
+def test_devices_come_and_go(tmp_path: Path) -> None:
+    folder = KeyFolder.create(tmp_path / "keys")
+    keys = {name: new_key(tmp_path / name) for name in ("phone", "camera")}
+    for name, key in keys.items():
+        folder.enroll(name, key)
+    assert [(device.name, device.public_key) for device in folder.devices()] == sorted(keys.items())
+    assert folder.name_of(keys["phone"]) == "phone"
+    folder.revoke("phone")
+    assert folder.name_of(keys["phone"]) is None
+    assert [device.name for device in KeyFolder(tmp_path / "keys").devices()] == ["camera"]
+
+
+def test_names_and_keys_are_enrolled_once(tmp_path: Path) -> None:
+    folder = KeyFolder.create(tmp_path / "keys")
+    first, second = new_key(tmp_path / "one"), new_key(tmp_path / "two")
+    folder.enroll("phone", first)
+    with pytest.raises(SettingsError, match="revoke this one first"):
+        folder.enroll("phone", second)
+    with pytest.raises(SettingsError, match="this one is 'phone'"):
+        folder.enroll("camera", first)
+    with pytest.raises(SettingsError, match="allowed: phone"):
+        folder.revoke("camera")
+
+
+@pytest.mark.parametrize("name", ["", "-x", "a b", "a/b", "../x", "a\n", "x" * 65])
+def test_a_name_is_one_plain_word(tmp_path: Path, name: str) -> None:
+    folder = KeyFolder.create(tmp_path / "keys")
+    with pytest.raises(SettingsError, match="the device's name"):
+        folder.enroll(name, new_key(tmp_path / "phone"))
+
+
+def test_a_new_pair_of_the_station_keeps_its_devices(tmp_path: Path) -> None:
+    folder = KeyFolder.create(tmp_path / "keys")
+    folder.enroll("phone", new_key(tmp_path / "phone"))
+    with pytest.raises(KeyFileError, match="exists already"):
+        KeyFolder.create(tmp_path / "keys")
+    for name in ("station", "station.pub"):
+        (tmp_path / "keys" / name).unlink()
+    renewed = KeyFolder.create(tmp_path / "keys")
+    assert renewed.public_key != folder.public_key
+    assert renewed.devices() == folder.devices()
+
+
+# -- the commands --
+
+
+class Commands:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+        self.monkeypatch = monkeypatch
+        self.capfd = capfd
+
+    def run(self, app: typer.Typer, *arguments: object) -> tuple[int, str, str]:
+        self.monkeypatch.setattr(sys, "argv", ["edgedraft", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_info:
+            run(app, "x")
+        return int(exit_info.value.code or 0), *self.capfd.readouterr()
+
+
+@pytest.fixture
+def commands(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Commands:
+    return Commands(monkeypatch, capfd)
+
+
+def test_the_commands_from_new_to_revoke(commands: Commands, tmp_path: Path) -> None:
+    keys, phone = tmp_path / "keys", tmp_path / "phone"
+    code, output, errors = commands.run(device_app, "keys", "new", phone)
+    assert (code, errors) == (0, "")
+    assert read_public(f"{phone}.pub") in output
+    assert "edgedraft-basestation keys enroll DIR NAME" in output
+    code, output, errors = commands.run(station_app, "keys", "new", keys)
+    assert (code, errors) == (0, "")
+    assert read_public(str(keys / "station.pub")) in output
+    assert commands.run(station_app, "keys", "enroll", keys, "phone", f"{phone}.pub")[:2] == (0, "enrolled phone\n")
+    public = read_public(f"{phone}.pub")
+    listed = json.loads(commands.run(station_app, "keys", "list", keys, "--json")[1])
+    assert listed == {
+        "station": read_public(str(keys / "station.pub")),
+        "devices": [{"name": "phone", "public_key": public}],
+    }
+    assert f"{public}  phone\n" in commands.run(station_app, "keys", "list", keys)[1]
+    assert commands.run(station_app, "keys", "revoke", keys, "phone")[:2] == (0, "revoked phone\n")
+    assert json.loads(commands.run(station_app, "keys", "list", keys, "--json")[1])["devices"] == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words", "exit_code"),
+    [
+        (["new", "HERE/keys"], ["exists already"], 1),
+        (["new", "/dev/null/keys"], ["/dev/null", "cannot be made"], 1),
+        (["enroll", "HERE/keys", "phone", "nonsense"], ["'nonsense'", "40 characters of Z85"], 2),
+        (["enroll", "HERE/keys", "phone", "HERE/keys/station"], ["edgedraft-public-key"], 1),
+        (["enroll", "HERE", "phone", "HERE/keys/station.pub"], ["station'", "cannot be read as a key file"], 1),
+        (["revoke", "HERE/keys", "phone"], ["'phone'", "no device is enrolled"], 2),
+        (["list", "HERE/none"], ["cannot be read as a key file"], 1),
+    ],
+)
+def test_an_error_of_the_station_is_one_line(
+    arguments: list[str], words: list[str], exit_code: int, commands: Commands, tmp_path: Path
+) -> None:
+    KeyFolder.create(tmp_path / "keys")
+    filled = [argument.replace("HERE", str(tmp_path)) for argument in arguments]
+    code, output, errors = commands.run(station_app, "keys", *filled)
+    assert (code, output) == (exit_code, "")
+    assert errors.startswith("error: ")
+    assert errors.count("\n") == 1
+    assert all(word in errors for word in words), errors
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--key", "HERE/phone"], ["--station-key", "together with --key"]),
+        (["--station-key", "HERE/phone.pub"], ["--key", "together with --station-key"]),
+        (["--key", "HERE/none", "--station-key", "HERE/phone.pub"], ["none'", "cannot be read"]),
+        (["--key", "HERE/phone", "--station-key", "HERE/none"], ["none'", "40 characters"]),
+        (["--key", "HERE/phone.pub", "--station-key", "HERE/phone.pub"], ["edgedraft-secret-key"]),
+    ],
+)
+def test_an_error_of_the_device_is_one_line(
+    options: list[str], words: list[str], commands: Commands, tmp_path: Path
+) -> None:
+    new_key(tmp_path / "phone")
+    filled = [option.replace("HERE", str(tmp_path)) for option in options]
+    base = ["generate", "--bundle", tmp_path, "--server", "tcp://127.0.0.1:1", "--prompt", "x", "--draft-len", "4"]
+    code, output, errors = commands.run(device_app, *base, *filled)
+    assert (code, output) in ((1, ""), (2, ""))
+    assert errors.startswith("error: ")
+    assert errors.count("\n") == 1
+    assert all(word in errors for word in words), errors

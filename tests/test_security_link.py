@@ -1,0 +1,339 @@
+"""Keys on real sockets: who gets in, whose sessions are whose, and how a revoked device ends."""
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import zmq
+
+from basestation.admission import check_bind
+from basestation.keys import KeyFolder
+from basestation.server import Server
+from device.client import Client, DeviceSession, DraftSettings, Patience
+from device.draft_model import DraftModel
+from device.keys import LinkKeys, new_key
+from device.link import Link
+from protocol.errors import AdmissionError, FaultError, SettingsError
+from protocol.frames import FrameCodec
+from protocol.messages import (
+    PROTOCOL_VERSION,
+    Close,
+    Draft,
+    Fault,
+    Hello,
+    Message,
+    Mode,
+    Open,
+    Opened,
+    Sampling,
+    Verdict,
+)
+from tests.fakes import FakeDraftModel, FakeTarget, blend, random_table, target_alone
+from tests.relay import CountingRelay
+
+VOCAB = 12
+TARGET = random_table(VOCAB, seed=1)
+DRAFT = blend(TARGET, random_table(VOCAB, seed=2), 0.7)
+PROMPT = [3, 1, 4, 1, 5]
+IDS = DraftSettings(Mode.IDS, Sampling(), 4, 4)
+CODEC = FrameCodec(VOCAB)
+PATIENCE = Patience(connect=5, repeat=0.2, reply=10)
+OPEN = Open(0, 0, Mode.IDS, Sampling(), tuple(PROMPT))
+
+
+def draft_model() -> DraftModel:
+    return FakeDraftModel.make(DRAFT)
+
+
+def hello() -> Hello:
+    manifest = draft_model().manifest
+    return Hello(PROTOCOL_VERSION, VOCAB, bytes.fromhex(manifest.vocabulary_hash), manifest.stop_ids)
+
+
+def answer_of(session: DeviceSession, count: int) -> list[int]:
+    return [token.token_id for token in session.answer(count)]
+
+
+@contextmanager
+def serving(server: Server) -> Iterator[Server]:
+    thread = threading.Thread(target=server.serve)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.stop()
+        thread.join()
+
+
+@dataclass
+class Site:
+    """A base station with keys, and as many devices as a test likes."""
+
+    path: Path
+    folder: KeyFolder
+    address: str
+    cleanup: ExitStack = field(default_factory=ExitStack)
+
+    def keys(self, name: str, enroll: bool = True, station: str | None = None) -> LinkKeys:
+        path = self.path / name
+        public = new_key(path)
+        if enroll:
+            self.folder.enroll(name, public)
+        return LinkKeys.read(path, station or self.folder.public_key)
+
+    def link(self, keys: LinkKeys | None, address: str | None = None) -> Link:
+        link = Link.connect(address or self.address, CODEC, keys)
+        self.cleanup.callback(link.close)
+        return link
+
+    def client(self, keys: LinkKeys | None, address: str | None = None) -> Client:
+        return Client(self.link(keys, address), draft_model().manifest, PATIENCE)
+
+    def dealer(self, keys: LinkKeys, routing_id: bytes) -> "Dealer":
+        """A device with software of its own, which claims any routing id it likes."""
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self.cleanup.callback(context.destroy, linger=0)
+        socket = context.socket(zmq.DEALER)
+        self.cleanup.callback(socket.close, linger=0)
+        socket.setsockopt(zmq.ROUTING_ID, routing_id)
+        keys.protect(socket)
+        socket.connect(self.address)
+        return Dealer(socket)
+
+
+@dataclass
+class Dealer:
+    socket: "zmq.Socket[bytes]"
+
+    def say(self, message: Message) -> None:
+        self.socket.send(CODEC.encode(message))
+
+    def hear(self, seconds: float = 5) -> Message | None:
+        return CODEC.decode(self.socket.recv()) if self.socket.poll(round(seconds * 1000)) else None
+
+    def opened(self) -> "Dealer":
+        self.say(hello())
+        assert self.hear() is not None
+        self.say(OPEN)
+        assert self.hear() == Opened(0, 0)
+        return self
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[Site]:
+    folder = KeyFolder.create(tmp_path / "keys")
+    with serving(Server(FakeTarget.make(TARGET), "tcp://127.0.0.1:0", keys=folder)) as server:
+        place = Site(tmp_path, folder, server.address)
+        with place.cleanup:
+            yield place
+
+
+# -- who gets in --
+
+
+def test_an_enrolled_device_is_served(site: Site) -> None:
+    session = site.client(site.keys("phone")).open(IDS, draft_model(), PROMPT)
+    assert answer_of(session, 30) == target_alone(TARGET, PROMPT, 30)
+
+
+def test_devices_of_any_number_are_served_apart(site: Site) -> None:
+    sessions = [site.client(site.keys(f"phone{i}")).open(IDS, draft_model(), PROMPT[i:]) for i in range(3)]
+    streams = [session.answer(10) for session in sessions]
+    answers = list(zip(*([token.token_id for token in stream] for stream in streams), strict=True))
+    expected = (target_alone(TARGET, PROMPT[i:], 10) for i in range(3))
+    assert answers == list(zip(*expected, strict=True))
+
+
+def refused(call: Callable[[], object]) -> str:
+    """The message of a refusal, which comes sooner than the patience of a device ends."""
+    with pytest.raises(AdmissionError) as caught:
+        call()
+    return str(caught.value)
+
+
+def test_a_device_that_is_not_enrolled_is_refused(site: Site) -> None:
+    keys = site.keys("phone", enroll=False)
+    text = refused(lambda: site.client(keys))
+    assert site.address in text
+    assert "does not know this device's key" in text
+
+
+def test_a_device_can_be_enrolled_while_the_station_runs(site: Site) -> None:
+    keys = site.keys("phone", enroll=False)
+    refused(lambda: site.client(keys))
+    site.folder.enroll("phone", zmq.curve_public(keys.secret.encode()).decode())
+    assert site.client(keys).welcome.model == "table"
+
+
+def test_a_station_with_another_key_is_refused(site: Site) -> None:
+    keys = site.keys("phone", station=KeyFolder.create(site.path / "other").public_key)
+    assert "is another one than the station key says" in refused(lambda: site.client(keys))
+
+
+def test_a_device_without_keys_is_refused(site: Site) -> None:
+    assert "--key and --station-key" in refused(lambda: site.client(None))
+
+
+def test_a_station_without_keys_is_refused_by_a_device_with_keys(site: Site) -> None:
+    with serving(Server(FakeTarget.make(TARGET), "tcp://127.0.0.1:0")) as server:
+        text = refused(lambda: site.client(site.keys("phone"), server.address))
+    assert "uses no keys" in text
+
+
+def test_a_public_key_alone_opens_nothing(site: Site) -> None:
+    victim, thief = site.keys("phone"), site.keys("thief", enroll=False)
+    dealer = site.dealer(thief, b"\x01thief")
+    dealer.socket.setsockopt(zmq.CURVE_PUBLICKEY, zmq.curve_public(victim.secret.encode()))
+    dealer.socket.disconnect(site.address)
+    dealer.socket.connect(site.address)
+    dealer.say(hello())
+    assert dealer.hear(1) is None
+
+
+# -- whose session is whose --
+
+
+def test_another_key_neither_reads_nor_steers_nor_ends_a_session(site: Site) -> None:
+    victim = site.dealer(site.keys("victim"), b"\x01same").opened()
+    other = site.dealer(site.keys("other"), b"\x01same")
+    expected = target_alone(TARGET, PROMPT, 5)
+    for round_id in range(1, 6):
+        for message in (hello(), Close(0), Draft(0, round_id, (1, 2)), Fault(0, "state", "no"), Close(0)):
+            other.say(message)
+        time.sleep(0.05)
+        victim.say(Draft(0, round_id, ()))
+        assert victim.hear() == Verdict(0, round_id, 0, expected[round_id - 1])
+    while (heard := other.hear(0.3)) is not None:
+        assert not isinstance(heard, Verdict | Opened)
+
+
+def test_the_number_of_a_session_is_of_no_use_to_another_key(site: Site) -> None:
+    victim = site.dealer(site.keys("victim"), b"\x01victim").opened()
+    other = site.dealer(site.keys("other"), b"\x01other")
+    other.say(hello())
+    other.hear()
+    for message in (Draft(0, 1, ()), Close(0), Draft(0, 1, ())):
+        other.say(message)
+    assert [isinstance(other.hear(), Fault) for _ in range(2)] == [True, True]
+    victim.say(Draft(0, 1, ()))
+    assert victim.hear() == Verdict(0, 1, 0, target_alone(TARGET, PROMPT, 1)[0])
+
+
+def test_a_session_goes_on_over_another_connection_of_the_same_key(site: Site) -> None:
+    keys = site.keys("phone")
+    first = site.dealer(keys, b"\x01one").opened()
+    first.socket.close(linger=0)
+    second = site.dealer(keys, b"\x01two")
+    second.say(Draft(0, 1, ()))
+    assert second.hear() == Verdict(0, 1, 0, target_alone(TARGET, PROMPT, 1)[0])
+
+
+def test_an_answer_survives_a_broken_connection(site: Site) -> None:
+    port = int(site.address.rpartition(":")[2])
+    with CountingRelay("127.0.0.1", port) as first:
+        keys = site.keys("phone")
+        session = site.client(keys, f"tcp://127.0.0.1:{first.port}").open(IDS, draft_model(), PROMPT)
+        stream = session.answer(20)
+        tokens = [next(stream).token_id]
+        first.hang_up()
+        tokens += [token.token_id for token in stream]
+    assert tokens == target_alone(TARGET, PROMPT, 20)
+
+
+# -- revoking --
+
+
+def test_revoking_ends_the_live_session_and_no_other(site: Site) -> None:
+    revoked, kept = (site.client(site.keys(name)).open(IDS, draft_model(), PROMPT) for name in ("revoked", "kept"))
+    streams = revoked.answer(10_000), kept.answer(1000)
+    tokens = [next(streams[1]).token_id]
+    next(streams[0])
+    site.folder.revoke("revoked")
+    with pytest.raises(FaultError, match="key was revoked") as caught:
+        list(streams[0])
+    assert caught.value.fault_code == "revoked"
+    tokens += [token.token_id for token in streams[1]]
+    assert tokens == target_alone(TARGET, PROMPT, 1000)
+
+
+def test_a_silent_session_of_a_revoked_device_is_told(site: Site) -> None:
+    dealer = site.dealer(site.keys("phone"), b"\x01phone").opened()
+    site.folder.revoke("phone")
+    message = dealer.hear()
+    assert isinstance(message, Fault)
+    assert (message.session_id, message.code) == (0, "revoked")
+
+
+def test_a_revoked_device_is_refused_on_old_and_new_connections(site: Site) -> None:
+    keys = site.keys("phone")
+    dealer = site.dealer(keys, b"\x01phone").opened()
+    site.folder.revoke("phone")
+    dealer.hear()
+    for request in (hello(), OPEN, Draft(0, 1, ())):
+        dealer.say(request)
+        message = dealer.hear()
+        assert isinstance(message, Fault)
+        assert (message.session_id, message.code) == (None, "revoked")
+    refused(lambda: site.client(keys))
+
+
+def test_a_device_with_a_new_key_takes_the_name_of_the_revoked_one(site: Site) -> None:
+    keys = site.keys("phone")
+    site.folder.revoke("phone")
+    (site.path / "phone").unlink()
+    (site.path / "phone.pub").unlink()
+    assert site.client(site.keys("phone")).welcome.model == "table"
+    refused(lambda: site.client(keys))
+
+
+# -- what is counted, and where a station listens --
+
+
+def test_invariant_6_bytes_in_their_envelopes_are_counted_as_a_relay_sees_them(site: Site) -> None:
+    port = int(site.address.rpartition(":")[2])
+    with CountingRelay("127.0.0.1", port) as relay:
+        link = site.link(site.keys("phone"), f"tcp://127.0.0.1:{relay.port}")
+        client = Client(link, draft_model().manifest, PATIENCE)
+        before, counted = relay.settled(), (link.uplink_bytes, link.downlink_bytes)
+        answer_of(client.open(IDS, draft_model(), PROMPT * 60), 20)
+        after = relay.settled()
+        counted = link.uplink_bytes - counted[0], link.downlink_bytes - counted[1]
+    assert counted == (after[0] - before[0], after[1] - before[1])
+
+
+@pytest.mark.parametrize(
+    "bind",
+    ["tcp://0.0.0.0:0", "tcp://*:0", "tcp://[::]:0", "tcp://192.0.2.1:0", "tcp://eth0:0", "tcp://127.0.0.1.example:0"],
+)
+def test_an_address_for_other_machines_needs_keys_or_a_word(bind: str) -> None:
+    with pytest.raises(SettingsError, match="--keys DIR, or --insecure"):
+        Server(FakeTarget.make(TARGET), bind)
+    check_bind(bind, allowed=True)
+
+
+@pytest.mark.parametrize(
+    "bind", ["tcp://127.0.0.1:0", "tcp://127.1.2.3:0", "tcp://[::1]:0", "tcp://localhost:0", "ipc://x"]
+)
+def test_an_address_for_this_machine_needs_neither(bind: str) -> None:
+    check_bind(bind, allowed=False)
+
+
+def test_an_insecure_station_serves_everybody() -> None:
+    with serving(Server(FakeTarget.make(TARGET), "tcp://0.0.0.0:0", insecure=True)) as server:
+        link = Link.connect(server.address.replace("0.0.0.0", "127.0.0.1"), CODEC)  # noqa: S104
+        assert Client(link, draft_model().manifest, PATIENCE).welcome.model == "table"
+        link.close()
+
+
+def test_the_command_refuses_before_it_loads_the_target() -> None:
+    command = [sys.executable, "-m", "basestation", "serve", "--target", "nowhere", "--bind", "tcp://0.0.0.0:5755"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: bind is 'tcp://0.0.0.0:5755'; allowed: ")
