@@ -140,6 +140,7 @@ class Engine:
             case Open() | Draft() | Decode() | Extend():
                 self._request(peer, message)
             case Close():
+                logger.info("peer %s, session %s: closed by its device", peer, message.session_id)
                 self._sessions.pop((peer.owner, message.session_id), None)
             case Fault():
                 logger.warning("peer %s reports %s: %s", peer, message.code, message.text)
@@ -186,6 +187,8 @@ class Engine:
             session = self._open(request)
             replies = session.take(request)
             self._sessions[peer.owner, request.session_id] = session
+            prompt_len = len(request.prompt_ids)
+            logger.info("peer %s, session %s: %s, %d tokens", peer, request.session_id, request.mode, prompt_len)
         else:
             replies = session.take(request)
         session.heard_at, session.address = self._clock(), peer.address
