@@ -57,6 +57,8 @@ CASES = [
     Case(4, 1.0, top_p=0.8),
     Case(VOCAB, 1.3, top_p=0.8, draft_len=3),
     Case(VOCAB, steps=0),
+    Case(VOCAB, 0.6, steps=0),
+    Case(VOCAB, 1.0, top_p=0.8, steps=0),
     Case(4, steps=96),
     Case(4, steps=8),
     Case(VOCAB, steps=2),
