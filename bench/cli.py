@@ -8,8 +8,6 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from device.planner import planned_draft_len
-from protocol.bundle import Manifest
 from protocol.command_line import Verbose, run
 from protocol.messages import Sampling
 
@@ -51,7 +49,7 @@ def speedup(
     count: Annotated[int, typer.Option(help="How many prompts.")] = 8,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens for each.")] = 128,
     draft_len: Annotated[
-        int | None, typer.Option(help="Tokens drafted in a round; left out, as the bundle's likeness suggests.")
+        int | None, typer.Option(help="Tokens drafted in a round; left out, planned anew after each.")
     ] = None,
     temperature: Annotated[float, typer.Option(help="0 takes mode ids, above 0 coupled, topk and full.")] = 0.0,
     uplink_k: Annotated[int, typer.Option(help="Entries sent of each distribution in mode topk.")] = 32,
@@ -64,9 +62,7 @@ def speedup(
     from bench.workplace import workplace
 
     chosen = read_prompts(prompts, count)
-    gate = Manifest.read(bundle).gate
-    length = planned_draft_len(gate, temperature == 0) if draft_len is None else draft_len
-    settings = SpeedupSettings(max_new_tokens, length, temperature, uplink_k)
+    settings = SpeedupSettings(max_new_tokens, draft_len, temperature, uplink_k)
     with running_station(target, dtype) as address, workplace(bundle, address) as place, _progress() as progress:
         task = progress.add_task("answers", total=len(chosen) * len(settings.cases()))
         rows = measure_speedup(place, chosen, settings, lambda: progress.advance(task))

@@ -4,12 +4,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from bench.speedup import full_vocabulary_bytes
+from bench.speedup import WARM_UP_TOKENS, full_vocabulary_bytes
 from bench.workplace import Workplace
 from device.answer import Answer
 from device.cli import ORIGIN_STYLES
 from device.client import DraftSettings
-from device.planner import planned_draft_len
 from protocol.messages import Mode, Sampling
 
 PROMPT = "Explain in a few sentences why a small and a large language model work well together."
@@ -18,11 +17,10 @@ MAX_NEW_TOKENS = 128
 
 def show_demo(place: Workplace, console: Console) -> None:
     """Stream one answer, repeat it with the target alone, and print both in a table."""
-    draft_len = planned_draft_len(place.model.manifest.gate, greedy=True)
-    alone = DraftSettings(Mode.TARGET, Sampling(), 1, draft_len)
-    together = DraftSettings(Mode.IDS, Sampling(), 1, draft_len)
+    alone = DraftSettings(Mode.TARGET, Sampling(), 1, None)
+    together = DraftSettings(Mode.IDS, Sampling(), 1, None)
     prompt_ids = place.prompt_ids(PROMPT)
-    place.answer(prompt_ids, draft_len, together)  # first passes are slow
+    place.answer(prompt_ids, WARM_UP_TOKENS, together)  # first passes are slow
     console.print(f"[bold]{PROMPT}[/bold]\n")
     drafted = _stream(place, prompt_ids, together, console)
     console.print(_legend())

@@ -36,7 +36,7 @@ class Results:
 
     def show(self, console: Console) -> None:
         """Print the rows as a table."""
-        table = Table(*self.rows[0])
+        table = Table(*(name.replace("_", " ") for name in self.rows[0]))
         for row in self.rows:
             table.add_row(*(_cell(value) for value in row.values()))
         console.print(table)

@@ -9,13 +9,15 @@ from device.answer import Answer
 from device.client import DraftSettings
 from protocol.messages import Mode, Sampling
 
+WARM_UP_TOKENS = 16
+
 
 @dataclass(frozen=True)
 class SpeedupSettings:
-    """What is measured: ``max_new_tokens`` for each prompt, ``draft_len`` tokens a round."""
+    """What is measured: ``max_new_tokens`` for each prompt, ``draft_len`` tokens a round, None planned."""
 
     max_new_tokens: int
-    draft_len: int
+    draft_len: int | None
     temperature: float
     uplink_k: int
 
@@ -32,7 +34,7 @@ def measure_speedup(
     """A row a case. Cases take turns on each prompt, so that a drift of the machine's speed meets all alike."""
     cases = settings.cases()
     answers: dict[Mode, list[Answer]] = {case.mode: [] for case in cases}
-    place.answer(place.prompt_ids(prompts[0]), settings.draft_len, cases[-1])  # first passes are slow
+    place.answer(place.prompt_ids(prompts[0]), WARM_UP_TOKENS, cases[-1])  # first passes are slow
     for prompt in prompts:
         for case in cases:
             answers[case.mode].append(place.answer(place.prompt_ids(prompt), settings.max_new_tokens, case))
@@ -52,7 +54,7 @@ def results(place: Workplace, rows: list[dict[str, Value]], settings: SpeedupSet
             "target_dtype": dtype,
             "draft": manifest.name,
             "draft_precision": manifest.precision,
-            "draft_len": settings.draft_len,
+            "draft_len": settings.draft_len or "auto",
             "temperature": settings.temperature,
             "max_new_tokens": settings.max_new_tokens,
             "link": "loopback",

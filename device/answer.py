@@ -8,7 +8,6 @@ from device.client import AnswerToken, Client, DeviceSession, DraftSettings, Ori
 from device.draft_model import DraftModel
 from device.link import Link
 from device.tokenizer import Tokenizer
-from protocol.messages import Mode
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,8 @@ class Answer:
 
     ``finish_reason`` is ``stop`` or ``length``. Bytes are those of the link as they lie
     in the TCP stream, ``seconds`` the time from the prompt to the last token,
-    ``ttft_seconds`` that to the first.
+    ``ttft_seconds`` that to the first. ``draft_len`` is as it was set, or else the
+    mean of the rounds, rounded.
     """
 
     text: str
@@ -145,7 +145,7 @@ class AnswerStream:
             ttft_seconds=self._first - began.seconds,
             tokens_per_second=len(token_ids) / seconds,
             mode=settings.mode,
-            draft_len=0 if settings.mode is Mode.TARGET else settings.draft_len,
+            draft_len=(settings.draft_len if drafted else 0) or round(drafted / rounds),
         )
 
     def _token_ids(self) -> Iterator[int]:

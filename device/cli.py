@@ -19,9 +19,7 @@ from device.client import Client, DraftSettings, Origin, Patience
 from device.draft_model import DraftModel
 from device.keys import LinkKeys, new_key
 from device.link import Link
-from device.planner import planned_draft_len
 from device.tokenizer import ChatMessage, Tokenizer
-from protocol.bundle import Manifest
 from protocol.command_line import Verbose, run
 from protocol.errors import SettingsError
 from protocol.frames import FrameCodec
@@ -55,7 +53,7 @@ UplinkK = Annotated[
 UplinkP = Annotated[float, typer.Option(help="Probability that the entries sent in mode topp reach.")]
 UplinkSteps = Annotated[int, typer.Option(help="Probabilities are sent in steps of 1/N; 0: as the mode needs.")]
 DraftLen = Annotated[
-    str, typer.Option(help="Tokens drafted in a round; auto plans with the bundle's measured likeness.")
+    str, typer.Option(help="Tokens drafted in a round; auto drafts while another is worth its time, as measured.")
 ]
 Threads = Annotated[int, typer.Option(help="Threads of the draft model; 0: all cores.")]
 Provider = Annotated[str, typer.Option(help="Execution provider of ONNX Runtime.")]
@@ -108,7 +106,7 @@ def generate(
 ) -> None:
     """Answer one prompt; the text streams as it is committed."""
     settings = _settings(
-        bundle, _sampling(temperature, top_k, top_p, seed), mode, (uplink_k, uplink_p, uplink_steps), draft_len
+        _sampling(temperature, top_k, top_p, seed), mode, (uplink_k, uplink_p, uplink_steps), draft_len
     )
     _at_least_one("max-new-tokens", max_new_tokens)
     place = _Place(bundle, server, threads, provider, connect_timeout, _keys(key, station_key))
@@ -143,7 +141,7 @@ def chat(
 ) -> None:
     """Talk; each turn sends and runs only what is new. An empty line or Ctrl-D ends."""
     settings = _settings(
-        bundle, _sampling(temperature, top_k, top_p, seed), mode, (uplink_k, uplink_p, uplink_steps), draft_len
+        _sampling(temperature, top_k, top_p, seed), mode, (uplink_k, uplink_p, uplink_steps), draft_len
     )
     _at_least_one("max-new-tokens", max_new_tokens)
     messages: list[ChatMessage] = []
@@ -173,9 +171,7 @@ def _sampling(temperature: float, top_k: int, top_p: float, seed: int | None) ->
     return Sampling(temperature, top_k, top_p, secrets.randbits(63) if seed is None else seed)
 
 
-def _settings(
-    bundle: Path, sampling: Sampling, mode: str, uplink: tuple[int | None, float, int], draft_len: str
-) -> DraftSettings:
+def _settings(sampling: Sampling, mode: str, uplink: tuple[int | None, float, int], draft_len: str) -> DraftSettings:
     if mode not in ("auto", *Mode):
         raise SettingsError("mode", mode, f"auto, {', '.join(Mode)}")
     chosen = (Mode.IDS if sampling.greedy else Mode.COUPLED) if mode == "auto" else Mode(mode)
@@ -186,7 +182,7 @@ def _settings(
     uplink_k, uplink_p, uplink_steps = uplink
     if uplink_k is None:
         uplink_k = TOPP_CAP if chosen is Mode.TOPP else 32
-    return DraftSettings(chosen, sampling, uplink_k, _draft_len(draft_len, bundle, sampling), uplink_p, uplink_steps)
+    return DraftSettings(chosen, sampling, uplink_k, _draft_len(draft_len), uplink_p, uplink_steps)
 
 
 def _keys(key: Path | None, station_key: str | None) -> LinkKeys | None:
@@ -200,9 +196,9 @@ def _keys(key: Path | None, station_key: str | None) -> LinkKeys | None:
     return LinkKeys.read(key, station_key)
 
 
-def _draft_len(value: str, bundle: Path, sampling: Sampling) -> int:
+def _draft_len(value: str) -> int | None:
     if value == "auto":
-        return planned_draft_len(Manifest.read(bundle).gate, sampling.greedy)
+        return None
     if not value.isdecimal() or int(value) < 1:
         raise SettingsError("draft-len", value, "auto, or 1 and more")
     return int(value)

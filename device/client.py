@@ -12,6 +12,7 @@ from enum import StrEnum
 from device.draft_model import DraftModel
 from device.drafter import Drafter
 from device.link import Link
+from device.planner import DraftLenPlanner
 from device.sampling import Uplink
 from protocol.bundle import Manifest
 from protocol.errors import ContextLengthError, FaultError, LinkError, SettingsError, UnknownSessionError
@@ -68,13 +69,13 @@ class DraftSettings:
     Of each distribution ``uplink_k`` entries are sent in mode ``topk``, and in mode
     ``topp`` as many as reach the probability ``uplink_p``, up to ``uplink_k``; both in
     ``uplink_steps`` steps, 0 taking as many as the mode needs;
-    ``draft_len`` tokens are drafted in a round, at most.
+    ``draft_len`` tokens are drafted in a round, at most; None plans it as rounds are measured.
     """
 
     mode: Mode
     sampling: Sampling
     uplink_k: int
-    draft_len: int
+    draft_len: int | None
     uplink_p: float = 0.95
     uplink_steps: int = 0
 
@@ -125,8 +126,9 @@ class Client:
     ) -> None:
         self._link = link
         self._patience = patience or Patience()
-        self._clock = clock
+        self.clock = clock
         self._next_session = first_session
+        self._planners: dict[tuple[Mode, float], DraftLenPlanner] = {}
         self._hello = Hello(
             PROTOCOL_VERSION, manifest.vocab_size, bytes.fromhex(manifest.vocabulary_hash), manifest.stop_ids
         )
@@ -141,10 +143,15 @@ class Client:
         """
         if settings.mode not in self.welcome.modes:
             raise SettingsError("mode", str(settings.mode), ", ".join(self.welcome.modes))
-        if settings.draft_len > self.welcome.max_draft_len:
+        if settings.draft_len is not None and settings.draft_len > self.welcome.max_draft_len:
             raise SettingsError("draft-len", settings.draft_len, f"1 to {self.welcome.max_draft_len}")
         context_length = min(self.welcome.context_length, model.manifest.context_length)
         return DeviceSession(self, settings, model, context_length, prompt_ids)
+
+    def planner(self, settings: DraftSettings, manifest: Manifest) -> DraftLenPlanner:
+        """What has been learnt about draft lengths, here and with such settings."""
+        key = (settings.mode, settings.sampling.temperature)
+        return self._planners.setdefault(key, DraftLenPlanner(manifest.gate, settings.sampling.greedy))
 
     def new_session_id(self) -> int:
         """A number that no session of this client has had."""
@@ -171,10 +178,10 @@ class Client:
         """
         limit = self._patience.reply if patience is None else patience
         self._link.send(request)
-        heard = sent = self._clock()
+        heard = sent = self.clock()
         while True:
             message = self._link.receive(min(self._patience.repeat, limit))
-            now = self._clock()
+            now = self.clock()
             if message is None:
                 if now - heard >= limit:
                     raise LinkError(f"no base station answers at {self._link.address} (waited {now - heard:.0f} s)")
@@ -214,6 +221,7 @@ class DeviceSession:
         self._settings = settings
         self._target_alone = settings.mode is Mode.TARGET
         self._drafter = Drafter(model, settings.mode, settings.sampling, settings.uplink)
+        self._planner = client.planner(settings, model.manifest)
         self._session_id = client.new_session_id()
         self._context_length = context_length
         self.stop_ids = frozenset(model.manifest.stop_ids)
@@ -258,10 +266,16 @@ class DeviceSession:
 
     def _round(self, room: int) -> list[AnswerToken]:
         """Draft up to ``room`` tokens, have them judged, commit what stands and what follows."""
-        guess = self._drafter.draft(self.tokens, min(self._settings.draft_len, room))
+        began = self._client.clock()
+        fixed = self._settings.draft_len
+        most = self._client.welcome.max_draft_len if fixed is None else fixed
+        goes_on = self._planner.goes_on if fixed is None else None
+        guess = self._drafter.draft(self.tokens, min(most, room), goes_on)
         draft = Draft(self._session_id, self._rounds.round_id, guess.token_ids, guess.distributions)
+        sent = self._client.clock()
         verdict = self._ask(draft)
         assert isinstance(verdict, Verdict)
+        self._planner.observe(guess.leads, verdict.accepted, sent - began, self._client.clock() - sent)
         self.tally.drafted += len(guess.token_ids)
         self.tally.accepted += verdict.accepted
         return self._commit(guess.token_ids, verdict)

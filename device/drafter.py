@@ -4,7 +4,7 @@ The drafter keeps the draft model's cache in step with the committed tokens by
 itself: it rolls back to what both share and runs the rest. Knows no link.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from device.draft_model import DraftModel, Logits
@@ -16,10 +16,15 @@ from protocol.sparse import SparseDistribution
 
 @dataclass(frozen=True)
 class Guess:
-    """Drafted tokens and, in sampled modes, the distribution each was drawn from."""
+    """Drafted tokens and, in sampled modes, the distribution each was drawn from.
+
+    ``leads`` says of each token by how much its score exceeded the next one's,
+    where the largest score was taken; None where the token was drawn.
+    """
 
     token_ids: tuple[int, ...]
     distributions: tuple[SparseDistribution, ...]
+    leads: tuple[float | None, ...]
 
 
 class Drafter:
@@ -47,26 +52,34 @@ class Drafter:
             self._model.forward(uncached)
             self._cached += uncached
 
-    def draft(self, tokens: Sequence[int], draft_len: int) -> Guess:
-        """Guess up to ``draft_len`` tokens that follow ``tokens``; ends after a stop id."""
+    def draft(
+        self, tokens: Sequence[int], draft_len: int, goes_on: Callable[[Sequence[float | None]], bool] | None = None
+    ) -> Guess:
+        """Guess up to ``draft_len`` tokens that follow ``tokens``; ends after a stop id.
+
+        Where there is ``goes_on``, it is asked before each token, with the leads of those before.
+        """
         unrun = self._rollback(tokens)
         drafted: list[int] = []
+        leads: list[float | None] = []
         distributions: list[SparseDistribution] = []
-        while len(drafted) < draft_len:
+        while len(drafted) < draft_len and (goes_on is None or goes_on(leads)):
             logits = self._model.forward(unrun)
             self._cached += unrun
             position = len(tokens) + len(drafted)
             if self._ids_alone:
-                token_id = coupled_guess(logits, self._sampling, position)
+                token_id, lead = coupled_guess(logits, self._sampling, position)
             else:
+                lead = None
                 distribution = self._distribution(logits)
                 token_id = distribution.sample(random_bits(self._sampling.seed, position, Stream.DRAFT))
                 distributions.append(distribution)
             drafted.append(token_id)
+            leads.append(lead)
             unrun = [token_id]
             if token_id in self._stop_ids:
                 break
-        return Guess(tuple(drafted), tuple(distributions))
+        return Guess(tuple(drafted), tuple(distributions), tuple(leads))
 
     def _distribution(self, logits: Logits) -> SparseDistribution:
         if self._uplink is None:

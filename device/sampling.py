@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from device.draft_model import Logits
-from protocol.coupling import PositionNoise
+from protocol.coupling import PositionNoise, leader
 from protocol.errors import SettingsError
 from protocol.messages import Mode, Sampling
 from protocol.sparse import MAX_STEPS, SparseDistribution
@@ -92,19 +92,20 @@ def _likeliest(logits: Logits, sampling: Sampling, most: int) -> tuple[Ids, Prob
     return support, probs
 
 
-def coupled_guess(logits: Logits, sampling: Sampling, position: int) -> int:
-    """The token that the draft model's scores and the shared noise of a position lead to.
+def coupled_guess(logits: Logits, sampling: Sampling, position: int) -> tuple[int, float]:
+    """The token that the draft model's scores and the shared noise of a position lead to, and its lead over the next.
 
     With top-k or top-p the choice is among the ``COUPLED_CANDIDATES`` likeliest tokens at most.
     """
     if sampling.greedy:
-        return int(logits.argmax())
+        return leader(logits)
     noise = PositionNoise(sampling.seed, position, len(logits))
     if sampling.top_k == 0 and sampling.top_p == 1:
-        return noise.argmax(logits / np.float32(sampling.temperature))
+        return noise.choose(logits / np.float32(sampling.temperature))
     support, probs = _likeliest(logits, sampling, COUPLED_CANDIDATES)
     support, probs = support[probs > 0], probs[probs > 0]
-    return int(support[(np.log(probs) + noise.of(support)).argmax()])
+    place, lead = leader(np.log(probs) + noise.of(support))
+    return int(support[place]), lead
 
 
 def _nucleus(support: Ids, probs: Probs, mass: float, most: int) -> tuple[Ids, Probs]:

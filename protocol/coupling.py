@@ -25,6 +25,7 @@ from protocol.randomness import WORD_BITS, Stream, random_word
 
 BLOCK = 256
 _MASK = 2**32 - 1
+MAX_LEAD = 2.0
 SLACK = 1e-3  # more than rounding can lose when sums are compared with their parts
 Integers = TypeVar("Integers")
 """int64 arrays of NumPy or tensors of torch."""
@@ -52,6 +53,13 @@ def _mix32(word: Any) -> Any:
     return word ^ word >> 16
 
 
+def leader(sums: npt.NDArray[np.floating]) -> tuple[int, float]:
+    """Where the largest of some numbers is, and by how much it exceeds the next, ``MAX_LEAD`` at most."""
+    place = int(sums.argmax())
+    rest = max(sums[:place].max(initial=-np.inf), sums[place + 1 :].max(initial=-np.inf))
+    return place, min(float(sums[place] - rest), MAX_LEAD)
+
+
 class PositionNoise:
     """The noise of all tokens at one position, made as far as it is needed.
 
@@ -74,8 +82,8 @@ class PositionNoise:
         below = -np.log(np.exp(-maxima) - np.log(self._uniform(token_ids + 2 * len(self._starts))))
         return np.where(token_ids == self._peaks[blocks], maxima, below)
 
-    def argmax(self, scores: npt.NDArray[np.floating]) -> int:
-        """The token with the largest score plus noise.
+    def choose(self, scores: npt.NDArray[np.floating]) -> tuple[int, float]:
+        """The token with the largest score plus noise, and its lead over the next, ``MAX_LEAD`` at most.
 
         The likeliest block gives a sum to beat; only tokens that could, with their
         block's largest noise, are looked at.
@@ -87,9 +95,10 @@ class PositionNoise:
         start = int(bounds.argmax()) * BLOCK
         likely = np.arange(start, min(start + BLOCK, len(scores)))
         best = (scores[likely] + self.of(likely)).max()
-        needed = (best - self._maxima - SLACK).astype(np.float32)
+        needed = (best - self._maxima - MAX_LEAD - SLACK).astype(np.float32)
         rivals = np.flatnonzero(scores >= np.repeat(needed, self._sizes))
-        return int(rivals[(scores[rivals] + self.of(rivals)).argmax()])
+        place, lead = leader(scores[rivals] + self.of(rivals))
+        return int(rivals[place]), lead
 
     def _uniform(self, index: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
         return np.asarray((hash32(index, *self._key) + 0.5) * 2.0**-32, np.float64)

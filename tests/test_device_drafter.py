@@ -1,5 +1,6 @@
 """The drafter keeps the draft model's cache in step with whatever is committed, and runs nothing twice."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 from device.drafter import Drafter, Guess
 from device.sampling import Uplink, draft_distribution, whole_distribution
+from protocol.coupling import MAX_LEAD
 from protocol.messages import Mode, Sampling
 from protocol.randomness import Stream, random_bits
 from tests.fakes import FakeDraftModel, next_logits, random_table, target_alone
@@ -42,7 +44,7 @@ def fresh(mode: Mode, sampling: Sampling, stop_ids: tuple[int, ...] = ()) -> Fre
 
 def slow_draft(mode: Mode, sampling: Sampling, tokens: list[int], draft_len: int) -> Guess:
     """Without a cache: the whole sequence is looked at for each token."""
-    drafted, distributions = list(tokens), []
+    drafted, distributions, leads = list(tokens), [], []
     for _ in range(draft_len):
         logits = next_logits(TABLE, drafted)
         one = (
@@ -51,8 +53,10 @@ def slow_draft(mode: Mode, sampling: Sampling, tokens: list[int], draft_len: int
             else draft_distribution(logits, sampling, uplink_of(mode))
         )
         distributions.append(one)
+        second, first = sorted(logits)[-2:]
+        leads.append(min(first - second, MAX_LEAD) if mode is Mode.IDS else None)
         drafted.append(one.sample(random_bits(sampling.seed, len(drafted), Stream.DRAFT)))
-    return Guess(tuple(drafted[len(tokens) :]), () if mode is Mode.IDS else tuple(distributions))
+    return Guess(tuple(drafted[len(tokens) :]), () if mode is Mode.IDS else tuple(distributions), tuple(leads))
 
 
 @dataclass(frozen=True)
@@ -133,7 +137,7 @@ def test_prefill_of_one_token_or_of_what_is_cached_runs_nothing() -> None:
 
 def test_a_draft_of_no_tokens_runs_nothing() -> None:
     one = fresh(Mode.TOPK, SAMPLED)
-    assert one.drafter.draft(PROMPT, 0) == Guess((), ())
+    assert one.drafter.draft(PROMPT, 0) == Guess((), (), ())
     assert one.model.passes == []
 
 
@@ -166,3 +170,17 @@ def test_a_draft_depends_on_the_seed_and_on_the_positions_before_it_alone() -> N
     assert fresh(Mode.TOPK, SAMPLED).drafter.draft(tokens, 5).token_ids == guess.token_ids[3:]
     others = [fresh(Mode.TOPK, Sampling(1.0, seed=seed)).drafter.draft(PROMPT, 8).token_ids for seed in range(10)]
     assert len(set(others)) > 5
+
+
+@every_mode
+def test_drafting_ends_where_it_is_told_to(mode: Mode, sampling: Sampling) -> None:
+    whole = fresh(mode, sampling).drafter.draft(PROMPT, 5)
+    asked: list[tuple[float | None, ...]] = []
+
+    def goes_on(leads: Sequence[float | None]) -> bool:
+        asked.append(tuple(leads))
+        return len(leads) < 3
+
+    guess = fresh(mode, sampling).drafter.draft(PROMPT, 5, goes_on)
+    assert guess.token_ids == whole.token_ids[:3]
+    assert asked == [whole.leads[:count] for count in range(4)]

@@ -309,7 +309,7 @@ def test_invariant_5_the_prompt_goes_up_once_and_then_only_drafts(settings: Draf
     drafted = 0
     for message in rounds:
         assert isinstance(message, Draft)
-        assert len(message.token_ids) <= settings.draft_len
+        assert len(message.token_ids) <= (settings.draft_len or 0)
         assert len(message.distributions) == (0 if settings.mode is Mode.IDS else len(message.token_ids))
         drafted += len(message.token_ids)
     assert drafted == session.tally.drafted

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare, kstest
 
 from basestation.coupling import coupled_choice
-from protocol.coupling import BLOCK, PositionNoise, hash32
+from protocol.coupling import BLOCK, MAX_LEAD, PositionNoise, hash32
 
 KEPT = [3405767568, 3507691905, 3568491650, 1864612511]
 SIZES = (2, 5, BLOCK - 1, BLOCK, BLOCK + 1, 700, 5000)
@@ -18,9 +18,10 @@ def scores_of(vocab_size: int, seed: int, rows: int = 4) -> np.ndarray[tuple[int
     return np.random.default_rng(seed).normal(0, 3, (rows, vocab_size)).astype(np.float32)
 
 
-def obvious_choice(scores: np.ndarray[tuple[int], np.dtype[np.float32]], seed: int, position: int) -> int:
-    noise = PositionNoise(seed, position, len(scores)).of(np.arange(len(scores)))
-    return int((scores + noise).argmax())
+def obvious_choice(scores: np.ndarray[tuple[int], np.dtype[np.float32]], seed: int, position: int) -> tuple[int, float]:
+    sums = scores + PositionNoise(seed, position, len(scores)).of(np.arange(len(scores)))
+    second, first = np.sort(sums)[-2:]
+    return int(sums.argmax()), min(float(first - second), MAX_LEAD)
 
 
 def test_the_noise_is_standard_gumbel() -> None:
@@ -40,7 +41,7 @@ def test_the_largest_noise_of_a_block_is_where_it_is_said_to_be() -> None:
 def test_looking_at_few_tokens_finds_the_choice_of_looking_at_all(vocab_size: int) -> None:
     for position in range(40):
         scores = scores_of(vocab_size, position)[0]
-        assert PositionNoise(9, position, vocab_size).argmax(scores) == obvious_choice(scores, 9, position)
+        assert PositionNoise(9, position, vocab_size).choose(scores) == obvious_choice(scores, 9, position)
 
 
 @pytest.mark.parametrize("vocab_size", SIZES)
@@ -49,14 +50,14 @@ def test_both_ends_choose_the_same(vocab_size: int) -> None:
     scores[:, ::3] = -np.inf
     scores[:, 0] = 0
     choices = coupled_choice(torch.tensor(scores).double(), 7, range(100, 130)).tolist()
-    assert choices == [obvious_choice(row, 7, 100 + index) for index, row in enumerate(scores)]
+    assert choices == [obvious_choice(row, 7, 100 + index)[0] for index, row in enumerate(scores)]
 
 
 def test_nothing_of_probability_zero_is_chosen() -> None:
     scores = np.full((50, 600), -np.inf, np.float32)
     scores[:, 599] = -5.0
     assert set(coupled_choice(torch.tensor(scores).double(), 1, range(50)).tolist()) == {599}
-    assert {PositionNoise(1, position, 600).argmax(scores[0]) for position in range(50)} == {599}
+    assert {PositionNoise(1, position, 600).choose(scores[0]) for position in range(50)} == {(599, MAX_LEAD)}
 
 
 def test_choices_are_distributed_as_softmax() -> None:
