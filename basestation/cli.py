@@ -14,6 +14,7 @@ from basestation.admission import check_bind
 from basestation.keys import KeyFolder
 from protocol.command_line import Verbose, run
 from protocol.keys import read_public
+from protocol.limits import Limits
 
 app = typer.Typer(
     help="The base station: holds the target model and judges the drafts of devices.", no_args_is_help=True
@@ -21,6 +22,7 @@ app = typer.Typer(
 keys_app = typer.Typer(help="The keys of the base station, and of the devices it lets in.", no_args_is_help=True)
 app.add_typer(keys_app, name="keys")
 
+LIMITS = "What a device may ask for"
 KeyFolderArgument = Annotated[Path, typer.Argument(metavar="DIR", help="Folder that keys new made.")]
 DeviceName = Annotated[str, typer.Argument(metavar="NAME", help="What the device is called here.")]
 
@@ -44,17 +46,41 @@ def serve(
     insecure: Annotated[
         bool, typer.Option("--insecure", help="Without keys, serve everybody who can reach the address.")
     ] = False,
+    max_prompt_len: Annotated[int, typer.Option(help="Tokens of a prompt.", rich_help_panel=LIMITS)] = (
+        Limits.max_prompt_len
+    ),
+    max_draft_len: Annotated[int, typer.Option(help="Tokens of a Draft.", rich_help_panel=LIMITS)] = (
+        Limits.max_draft_len
+    ),
+    max_uplink_k: Annotated[
+        int, typer.Option(help="Entries of a sent distribution, mode full aside.", rich_help_panel=LIMITS)
+    ] = Limits.max_uplink_k,
+    max_sessions: Annotated[int, typer.Option(help="Open sessions of one device.", rich_help_panel=LIMITS)] = (
+        Limits.max_sessions
+    ),
+    max_requests_per_second: Annotated[int, typer.Option(help="Of one device.", rich_help_panel=LIMITS)] = (
+        Limits.max_requests_per_second
+    ),
+    window: Annotated[int, typer.Option(help="Drafts under way in a session.", rich_help_panel=LIMITS)] = (
+        Limits.window
+    ),
+    keep_seconds: Annotated[
+        int, typer.Option(help="How long a session is kept when its device is silent.", rich_help_panel=LIMITS)
+    ] = Limits.keep_seconds,
 ) -> None:
     """Serve a target model until interrupted."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     logger = logging.getLogger("basestation")
     folder = KeyFolder(keys) if keys else None
     check_bind(bind, folder is not None or insecure)  # before what takes long
+    limits = Limits(
+        max_prompt_len, max_draft_len, max_uplink_k, max_sessions, max_requests_per_second, window, keep_seconds
+    )
     from basestation.server import Server
     from basestation.target_model import TargetModel
 
     logger.info("loading %s", target)
-    server = Server(TargetModel.load(target, dtype, torch_device), bind, keys=folder, insecure=insecure)
+    server = Server(TargetModel.load(target, dtype, torch_device), bind, limits, folder, insecure)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: server.stop())
     logger.info("serving %s at %s", target, server.address)

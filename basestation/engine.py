@@ -7,14 +7,15 @@ gather, run, judge, deliver.
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from basestation.session import Session
 from basestation.target_model import TargetModel
 from protocol.errors import EdgedraftError, MismatchError, StateError, UnknownSessionError
-from protocol.frames import FrameLimits
+from protocol.limits import Limits
 from protocol.messages import (
+    OLDEST_VERSION,
     PROTOCOL_VERSION,
     Close,
     Decode,
@@ -26,12 +27,15 @@ from protocol.messages import (
     Mode,
     Open,
     Request,
+    Resume,
     Welcome,
 )
 
 Deliver: TypeAlias = Callable[[bytes, Message], None]
 
 logger = logging.getLogger(__name__)
+
+_MAX_GREETED = 10_000  # who is forgotten is told so, and greets again
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,26 +64,23 @@ class Engine:
 
     Args:
         target: the model; nothing else may run it.
-        limits: what the frames of this station may hold.
+        limits: what a device may ask for.
         deliver: called with an address and every message for it.
-        idle_seconds: a session is forgotten when its device is silent for so long.
         clock: seconds, monotonic.
     """
 
     def __init__(
         self,
         target: TargetModel,
-        limits: FrameLimits,
+        limits: Limits,
         deliver: Deliver,
-        idle_seconds: float = 600,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._target = target
         self._limits = limits
         self._deliver = deliver
-        self._idle_seconds = idle_seconds
         self._clock = clock
-        self._greeted: set[str] = set()
+        self._greeted: dict[str, None] = {}
         self._sessions: dict[tuple[str, int], Session] = {}
 
     @property
@@ -104,7 +105,7 @@ class Engine:
     def expel(self, owner: str, error: EdgedraftError) -> None:
         """End all sessions of an owner, who has to greet again."""
         logger.warning("peer %s: %s", owner[:8], error)
-        self._greeted.discard(owner)
+        self._greeted.pop(owner, None)
         for key in [key for key in self._sessions if key[0] == owner]:
             self._deliver(self._sessions.pop(key).address, Fault(key[1], error.code, str(error)))
 
@@ -119,12 +120,15 @@ class Engine:
                 self._deliver(session.address, reply)
 
     def drop_idle(self) -> None:
-        """Forget sessions whose device has been silent for ``idle_seconds``."""
-        oldest = self._clock() - self._idle_seconds
+        """Forget sessions whose device has been silent for ``limits.keep_seconds``."""
+        kept = self._limits.keep_seconds
+        oldest = self._clock() - kept
         for key, session in list(self._sessions.items()):
             if session.heard_at < oldest:
                 owner, session_id = key
-                logger.info("peer %s, session %s: silent for %g s, dropped", owner[:8], session_id, self._idle_seconds)
+                logger.info(
+                    "peer %s, session %s: silent for %d s, dropped", owner[:8], session_id, self._limits.keep_seconds
+                )
                 del self._sessions[key]
 
     def close(self) -> None:
@@ -139,6 +143,8 @@ class Engine:
                 self._greet(peer, message)
             case Open() | Draft() | Decode() | Extend():
                 self._request(peer, message)
+            case Resume():
+                self._resume(peer, message)
             case Close():
                 logger.info("peer %s, session %s: closed by its device", peer, message.session_id)
                 self._sessions.pop((peer.owner, message.session_id), None)
@@ -151,22 +157,35 @@ class Engine:
 
     def _greet(self, peer: Peer, hello: Hello) -> None:
         self._check_hello(hello)
-        self._greeted.add(peer.owner)
-        self._deliver(
-            peer.address,
-            Welcome(
-                PROTOCOL_VERSION,
-                self._target.name,
-                self._target.context_length,
-                self._limits.max_draft_len,
-                tuple(Mode),
-            ),
+        self._greeted.pop(peer.owner, None)
+        self._greeted[peer.owner] = None
+        if len(self._greeted) > _MAX_GREETED:
+            del self._greeted[next(iter(self._greeted))]
+        limits = self._limits
+        welcome = Welcome(
+            min(hello.version, PROTOCOL_VERSION),
+            self._target.name,
+            self._target.context_length,
+            limits.max_draft_len,
+            tuple(Mode),
         )
+        if welcome.version > OLDEST_VERSION:
+            welcome = replace(
+                welcome,
+                max_prompt_len=limits.max_prompt_len,
+                max_uplink_k=limits.max_uplink_k,
+                max_sessions=limits.max_sessions,
+                max_requests_per_second=limits.max_requests_per_second,
+                window=limits.window,
+            )
+        self._deliver(peer.address, welcome)
 
     def _check_hello(self, hello: Hello) -> None:
         vocabulary = self._target.vocabulary
-        if hello.version != PROTOCOL_VERSION:
-            raise MismatchError(f"protocol version {hello.version}; this base station speaks {PROTOCOL_VERSION}")
+        if hello.version < OLDEST_VERSION:
+            raise MismatchError(
+                f"protocol version {hello.version}; this base station speaks {OLDEST_VERSION} to {PROTOCOL_VERSION}"
+            )
         if hello.vocab_size != vocabulary.size:
             raise MismatchError(f"a draft model of {hello.vocab_size} tokens; the target has {vocabulary.size}")
         if hello.vocabulary_hash != vocabulary.sha256:
@@ -184,7 +203,7 @@ class Engine:
         if session is None:
             if not isinstance(request, Open):
                 raise UnknownSessionError(f"session {request.session_id} is not open")
-            session = self._open(request)
+            session = self._open(peer, request)
             replies = session.take(request)
             self._sessions[peer.owner, request.session_id] = session
             prompt_len = len(request.prompt_ids)
@@ -195,6 +214,16 @@ class Engine:
         for reply in replies:
             self._deliver(peer.address, reply)
 
-    def _open(self, request: Open) -> Session:
+    def _open(self, peer: Peer, request: Open) -> Session:
+        self._limits.check("max_sessions", 1 + sum(owner == peer.owner for owner, _ in self._sessions))
         target = self._target
-        return Session(request, target.new_stretch(), target.vocabulary.stop_ids, target.context_length)
+        return Session(
+            request, target.new_stretch(), target.vocabulary.stop_ids, target.context_length, self._limits.window
+        )
+
+    def _resume(self, peer: Peer, message: Resume) -> None:
+        session = self._sessions.get((peer.owner, message.session_id))
+        if session is None:
+            raise UnknownSessionError(f"session {message.session_id} is not open")
+        self._deliver(peer.address, session.resume(message))
+        session.heard_at, session.address = self._clock(), peer.address

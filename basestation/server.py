@@ -18,11 +18,13 @@ import zmq
 
 from basestation.admission import Admission, check_bind, revocation
 from basestation.engine import Engine, Peer
+from basestation.flow import Flow
 from basestation.keys import KeyFolder
 from basestation.target_model import TargetModel
-from protocol.errors import FrameError, LinkError
-from protocol.frames import FrameCodec, FrameLimits
+from protocol.errors import FrameError, LimitError, LinkError, ProtocolError
+from protocol.frames import FrameCodec
 from protocol.keys import ENVELOPE_BYTES
+from protocol.limits import Limits, option_name
 from protocol.messages import Message
 
 logger = logging.getLogger(__name__)
@@ -35,6 +37,7 @@ _LINGER_MS = 500
 _IDLE_SECONDS = 5.0
 _HEARTBEAT_MS = 5000
 _REVIEW_SECONDS = 0.5
+_MAX_WAITING_TASKS = 20_000
 
 
 class Server:
@@ -43,7 +46,7 @@ class Server:
     Args:
         target: the model to serve.
         bind: a ZeroMQ endpoint, ``tcp://127.0.0.1:5755``; port 0 takes a free one.
-        limits: what frames may hold.
+        limits: what a device may ask for.
         keys: let in nobody but the devices enrolled here; without, everybody.
         insecure: serve everybody at an address that other machines can reach.
 
@@ -56,12 +59,12 @@ class Server:
         self,
         target: TargetModel,
         bind: str,
-        limits: FrameLimits | None = None,
+        limits: Limits | None = None,
         keys: KeyFolder | None = None,
         insecure: bool = False,
     ) -> None:
         check_bind(bind, keys is not None or insecure)
-        limits = limits or FrameLimits()
+        self._limits = limits = limits or Limits()
         self._codec = FrameCodec(target.vocabulary.size, limits)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._admission = Admission(keys, self._context) if keys else None
@@ -72,6 +75,7 @@ class Server:
         self._replies.connect("inproc://replies")
         self._inbox: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
         self._engine = Engine(target, limits, self._deliver)
+        self._flow = Flow(limits.max_requests_per_second)
         self._stopping = threading.Event()
         self._failure: Exception | None = None
         self._next_review = 0.0
@@ -163,19 +167,28 @@ class Server:
         with contextlib.suppress(zmq.Again):
             while True:
                 address, *parts = self._router.recv_multipart(zmq.NOBLOCK, copy=False)
-                self._inbox.put(self._task(address.bytes, parts))
+                task = self._task(address.bytes, parts)
+                if task is not None and self._inbox.qsize() < _MAX_WAITING_TASKS:  # a request that is lost is repeated
+                    self._inbox.put(task)
 
-    def _task(self, address: bytes, parts: list[zmq.Frame]) -> Task:
-        """What the engine has to do about a message."""
+    def _task(self, address: bytes, parts: list[zmq.Frame]) -> Task | None:
+        """What the engine has to do about a message, if anything."""
         peer = Peer.without_key(address)
         if self._admission:
             peer = Peer(str(parts[0].get("User-Id")), address)
             if not self._admission.admits(peer.owner):
                 return partial(self._engine.fault, peer, None, revocation())
+        if not self._flow.allows(peer.owner):
+            return self._refusal(peer) if self._flow.tells(peer.owner) else None
         try:
             return partial(self._engine.receive, peer, self._decode(parts))
-        except FrameError as error:
+        except ProtocolError as error:
             return partial(self._engine.fault, peer, None, error)
+
+    def _refusal(self, peer: Peer) -> Task:
+        allowed = self._limits.max_requests_per_second
+        error = LimitError(option_name("max_requests_per_second"), "more requests a second", allowed)
+        return partial(self._engine.fault, peer, None, error)
 
     def _decode(self, parts: list[zmq.Frame]) -> Message:
         if len(parts) != 1:

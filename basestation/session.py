@@ -11,8 +11,8 @@ import torch
 
 from basestation.kv_arena import Segment, Stretch
 from basestation.verify import judge_coupled, judge_greedy, judge_sampled, warp, warp_scores
-from protocol.errors import ContextLengthError, StateError
-from protocol.messages import Decode, Draft, Extend, Mode, Open, Opened, Reply, Request, Verdict
+from protocol.errors import ContextLengthError, StateError, UnknownSessionError
+from protocol.messages import Decode, Draft, Extend, Mode, Open, Opened, Reply, Request, Resume, Resumed, Verdict
 from protocol.rounds import SessionRounds, State
 
 
@@ -26,34 +26,37 @@ class Session:
         address: where it asked from, and is answered.
     """
 
-    def __init__(self, opening: Open, stretch: Stretch, stop_ids: frozenset[int], context_length: int) -> None:
-        self.rounds = SessionRounds(stop_ids)
+    def __init__(
+        self, opening: Open, stretch: Stretch, stop_ids: frozenset[int], context_length: int, window: int
+    ) -> None:
+        self.rounds = SessionRounds(stop_ids, window)
         self.tokens: list[int] = []
         self.heard_at = 0.0
         self.address = b""
         self._opening = opening
         self._stretch = stretch
         self._context_length = context_length
-        self._request: Request = opening
-        self._replies: list[Reply] = []
+        self._window = window
+        self._answered: dict[int, tuple[Request, list[Reply]]] = {}
 
     def take(self, request: Request) -> list[Reply]:
         """Take a request; give the replies that are due at once.
 
-        A repeated request gets the replies stored for it (invariant 4), and one
-        of a round that is long over gets none.
+        A repeated request gets the replies stored for it (invariant 4). One of a
+        round that is long over gets none, and neither does a void Draft.
 
         Raises:
             StateError: the request may not come now.
             ContextLengthError: it does not fit the target's context.
         """
-        if request == self._request and self.rounds.state is not State.NEW:
-            return list(self._replies)
-        if self.rounds.is_old(request):
+        known, replies = self._answered.get(request.round_id, (None, []))
+        if request == known:
+            return list(replies)
+        if self.rounds.is_old(request) or (isinstance(request, Draft) and self.rounds.is_void(request)):
             return []
         self._check_length(request)
         self.rounds.advance(request)
-        self._request, self._replies = request, []
+        self._remember(request)
         if isinstance(request, Open):
             self.tokens = list(request.prompt_ids)
         elif isinstance(request, Extend):
@@ -62,6 +65,16 @@ class Session:
         else:
             return []
         return [self._record(Opened(request.session_id, request.round_id))]
+
+    def resume(self, message: Resume) -> Resumed:
+        """Say where the session stands, to a device that stands in the same place or a little behind.
+
+        Raises:
+            UnknownSessionError: it is another session than the device's.
+        """
+        if not message.agrees(self.tokens) or message.round_id < min(self._answered):
+            raise UnknownSessionError(f"session {message.session_id} has other tokens here")
+        return Resumed(message.session_id, self.rounds.round_id, len(self.tokens))
 
     @property
     def waiting(self) -> bool:
@@ -90,7 +103,7 @@ class Session:
         elif self._opening.mode in (Mode.COUPLED, Mode.TARGET):
             judgement = judge_coupled(warp_scores(logits, sampling), drafted, sampling.seed, position)
         else:
-            distributions = self._request.distributions if isinstance(self._request, Draft) else ()
+            distributions = self.rounds.under_way[0].distributions if drafted else ()
             target_probs = warp(logits, sampling)
             judgement = judge_sampled(target_probs, drafted, distributions, sampling.seed, position)
         self.tokens += [*drafted[: judgement.accepted], judgement.token_id]
@@ -107,11 +120,19 @@ class Session:
 
     @property
     def _drafted(self) -> Sequence[int]:
-        return self._request.token_ids if isinstance(self._request, Draft) else ()
+        return self.rounds.under_way[0].token_ids if self.rounds.under_way else ()
+
+    def _remember(self, request: Request) -> None:
+        """Keep a request with its replies for as long as it may be repeated."""
+        self._answered[request.round_id] = request, []
+        while len(self._answered) > self._window + 1:
+            del self._answered[min(self._answered)]
 
     def _record(self, reply: Reply) -> Reply:
+        under_way = self.rounds.under_way
+        request_round = under_way[0].round_id if under_way else max(self._answered)
         self.rounds.advance(reply)
-        self._replies.append(reply)
+        self._answered[request_round][1].append(reply)
         return reply
 
     def _check_length(self, request: Request) -> None:
@@ -121,7 +142,8 @@ class Session:
             case Extend():
                 needed = request.start + len(request.token_ids) + 1
             case Draft():
-                needed = len(self.tokens) + len(request.token_ids) + 1
+                rounds = (*self.rounds.under_way, request)
+                needed = len(self.tokens) + sum(len(draft.token_ids) + 1 for draft in rounds)
             case Decode():
                 needed = len(self.tokens) + request.count
         if needed > self._context_length:

@@ -17,10 +17,12 @@ from device.sampling import Uplink
 from protocol.bundle import Manifest
 from protocol.errors import ContextLengthError, FaultError, LinkError, SettingsError, UnknownSessionError
 from protocol.messages import (
+    OLDEST_VERSION,
     PROTOCOL_VERSION,
     Close,
     Decode,
     Draft,
+    Encoding,
     Extend,
     Fault,
     Hello,
@@ -30,6 +32,7 @@ from protocol.messages import (
     Opened,
     Reply,
     Request,
+    Resume,
     Sampling,
     Verdict,
     Welcome,
@@ -138,13 +141,16 @@ class Client:
         """Open a session on a prompt.
 
         Raises:
-            SettingsError: the base station does not serve the mode or the draft length.
+            SettingsError: the base station does not serve the mode, the draft length or as many entries.
             ContextLengthError: the prompt does not fit the context of both models.
         """
-        if settings.mode not in self.welcome.modes:
-            raise SettingsError("mode", str(settings.mode), ", ".join(self.welcome.modes))
-        if settings.draft_len is not None and settings.draft_len > self.welcome.max_draft_len:
-            raise SettingsError("draft-len", settings.draft_len, f"1 to {self.welcome.max_draft_len}")
+        welcome, encoding = self.welcome, settings.mode.encoding
+        if settings.mode not in welcome.modes or (encoding and encoding not in welcome.encodings):
+            raise SettingsError("mode", str(settings.mode), ", ".join(welcome.modes))
+        if settings.draft_len is not None and settings.draft_len > welcome.max_draft_len:
+            raise SettingsError("draft-len", settings.draft_len, f"1 to {welcome.max_draft_len}")
+        if encoding is Encoding.SETS and settings.uplink_k > welcome.max_uplink_k:
+            raise SettingsError("uplink-k", settings.uplink_k, f"1 to {welcome.max_uplink_k}")
         context_length = min(self.welcome.context_length, model.manifest.context_length)
         return DeviceSession(self, settings, model, context_length, prompt_ids)
 
@@ -169,8 +175,13 @@ class Client:
         except LinkError as error:
             raise LinkError(f"{error}; start one with: edgedraft-basestation serve --target MODEL") from error
 
-    def exchange(self, request: Hello | Request, patience: float | None = None) -> Iterator[Message]:
-        """Send a request and give what comes back, repeating it whenever the base station is silent.
+    def exchange(
+        self, request: Hello | Request, patience: float | None = None, resume: Callable[[], Resume] | None = None
+    ) -> Iterator[Message]:
+        """Send a request and give what comes back.
+
+        It is repeated whenever the base station is silent or the link is connected
+        again, behind a Resume where there is one and the base station knows it.
 
         Raises:
             LinkError: the base station is silent for ``patience`` (else ``patience.reply``) seconds.
@@ -178,6 +189,7 @@ class Client:
         """
         limit = self._patience.reply if patience is None else patience
         self._link.send(request)
+        connections = max(1, self._link.connections)
         heard = sent = self.clock()
         while True:
             message = self._link.receive(min(self._patience.repeat, limit))
@@ -185,9 +197,11 @@ class Client:
             if message is None:
                 if now - heard >= limit:
                     raise LinkError(f"no base station answers at {self._link.address} (waited {now - heard:.0f} s)")
-                if now - sent >= self._patience.repeat:
+                if now - sent >= self._patience.repeat or self._link.connections > connections:
+                    if resume and self.welcome.version > OLDEST_VERSION:
+                        self._link.send(resume())
                     self._link.send(request)
-                    sent = now
+                    sent, connections = now, max(1, self._link.connections)
                 continue
             heard = now
             _raise_fault(message, getattr(request, "session_id", None))
@@ -328,7 +342,8 @@ class DeviceSession:
     def _attempt(self, request: Request) -> Iterator[Reply]:
         """The replies to one request, until the state machine says that it is answered."""
         self._rounds.advance(request)
-        for message in self._client.exchange(request):
+        resume = None if isinstance(request, Open) else self._resume
+        for message in self._client.exchange(request, resume=resume):
             if not isinstance(message, Opened | Verdict) or self._is_stale(message):
                 continue
             self._rounds.advance(message)
@@ -346,6 +361,9 @@ class DeviceSession:
         self._client.greet()
         self._session_id = self._client.new_session_id()
         self._rounds = SessionRounds(self.stop_ids)
+
+    def _resume(self) -> Resume:
+        return Resume.of(self._session_id, self._rounds.round_id, self.tokens)
 
     def _opening(self, prompt_ids: list[int]) -> Open:
         return Open(self._session_id, 0, self._settings.mode, self._settings.sampling, tuple(prompt_ids))

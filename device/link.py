@@ -12,7 +12,7 @@ import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from device.keys import LinkKeys
-from protocol.errors import AdmissionError, FrameError, LinkError
+from protocol.errors import AdmissionError, FrameError, LinkError, ProtocolError
 from protocol.frames import FrameCodec
 from protocol.keys import ENVELOPE_BYTES
 from protocol.messages import Message
@@ -35,13 +35,19 @@ _HANDSHAKES = (
 
 
 class Transport(Protocol):
-    """Moves frames between a device and a base station, or loses them."""
+    """Moves frames between a device and a base station, or loses them.
+
+    Attributes:
+        connections: how many there have been, one after the other.
+    """
+
+    connections: int
 
     def send(self, frame: bytes) -> None:
         """Send one frame, or lose it."""
 
     def receive(self, timeout: float) -> bytes | None:
-        """The next frame, or None after ``timeout`` seconds."""
+        """The next frame, or None after ``timeout`` seconds or with a new connection."""
 
     def close(self) -> None:
         """Send what is on its way, and end."""
@@ -62,7 +68,7 @@ class SocketTransport:
     def __init__(self, address: str, max_frame_bytes: int, keys: LinkKeys | None = None) -> None:
         self._address = address
         self._keys = keys
-        self._established = False
+        self.connections = 0
         self._broken_handshakes = 0
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._dealer = self._context.socket(zmq.DEALER)
@@ -100,19 +106,20 @@ class SocketTransport:
             return  # the request is repeated until its reply is there
 
     def receive(self, timeout: float) -> bytes | None:
-        """The next frame, or None after ``timeout`` seconds.
+        """The next frame, or None after ``timeout`` seconds or with a new connection.
 
         Raises:
             AdmissionError: the two ends do not know each other's keys.
         """
-        end = time.monotonic() + timeout
-        while True:
+        end, connections = time.monotonic() + timeout, self.connections
+        while self.connections == connections:
             ready = dict(self._poller.poll(max(0, round((end - time.monotonic()) * 1000))))
             if self._dealer in ready:
                 return self._dealer.recv()
             if not ready:
-                return None
+                break
             self._heed_handshakes()
+        return None
 
     def close(self) -> None:
         """Send what is on its way, and end."""
@@ -129,8 +136,8 @@ class SocketTransport:
             event = recv_monitor_message(self._monitor)
             match event["event"]:
                 case zmq.EVENT_HANDSHAKE_SUCCEEDED:
-                    self._established = True
-                case zmq.EVENT_DISCONNECTED if self._keys and self._established:
+                    self.connections += 1
+                case zmq.EVENT_DISCONNECTED if self._keys and self.connections:
                     self._dealer.disconnect(self._address)
                     self._connect()
                 case zmq.EVENT_HANDSHAKE_FAILED_AUTH:
@@ -158,7 +165,7 @@ class SocketTransport:
     def _heed_broken_handshake(self) -> None:
         """A station with another key just hangs up, as may one without keys or one that is being stopped."""
         self._broken_handshakes += 1
-        if self._keys and not self._established and self._broken_handshakes >= _MAX_BROKEN_HANDSHAKES:
+        if self._keys and not self.connections and self._broken_handshakes >= _MAX_BROKEN_HANDSHAKES:
             raise AdmissionError(
                 f"the base station at {self._address} is another one than the station key says, or uses no keys: "
                 f"it hung up on {self._broken_handshakes} handshakes; compare the key with what it says there: "
@@ -194,8 +201,13 @@ class Link:
         self.uplink_bytes += socket_bytes(frame, self._envelope_bytes)
         self._transport.send(frame)
 
+    @property
+    def connections(self) -> int:
+        """How many connections there have been, one after the other."""
+        return self._transport.connections
+
     def receive(self, timeout: float) -> Message | None:
-        """The next message, or None after ``timeout`` seconds.
+        """The next message, or None after ``timeout`` seconds or with a new connection.
 
         Raises:
             FrameError: the base station sent something else than a message.
@@ -206,7 +218,7 @@ class Link:
         self.downlink_bytes += socket_bytes(frame, self._envelope_bytes)
         try:
             return self._codec.decode(frame)
-        except FrameError as error:
+        except ProtocolError as error:
             raise FrameError(f"{self.address} sent what is no message: {error}") from error
 
     def close(self) -> None:

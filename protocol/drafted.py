@@ -56,13 +56,13 @@ def pack_drawn(token_ids: Sequence[int], distributions: Sequence[SparseDistribut
     return PackedDraft(draft_len, len(entries), steps, pack(sections))
 
 
-def unpack_drawn(packed: PackedDraft, vocab_size: int, max_draft_len: int) -> Drawn:
+def unpack_drawn(packed: PackedDraft, vocab_size: int) -> Drawn:
     """The drafted tokens and their distributions.
 
     Raises:
         FrameError: the numbers or the bits are not those of a draft.
     """
-    _check_sizes(packed, vocab_size, max_draft_len)
+    _check_sizes(packed, vocab_size)
     reader = BitReader(packed.data)
     entries = reader.members(packed.entries, packed.draft_len * vocab_size)
     owners = entries // vocab_size
@@ -80,9 +80,9 @@ def unpack_drawn(packed: PackedDraft, vocab_size: int, max_draft_len: int) -> Dr
     return tuple(support[ends - counts + places].tolist()), distributions
 
 
-def _check_sizes(packed: PackedDraft, vocab_size: int, max_draft_len: int) -> None:
-    if not 1 <= packed.draft_len <= max_draft_len:
-        raise FrameError(f"{packed.draft_len} drafted tokens; allowed: 1 to {max_draft_len}")
+def _check_sizes(packed: PackedDraft, vocab_size: int) -> None:
+    if packed.draft_len < 1:
+        raise FrameError(f"{packed.draft_len} drafted tokens; allowed: 1 and more")
     if not 1 <= packed.steps <= MAX_STEPS:
         raise FrameError(f"probabilities in steps of 1/{packed.steps}; allowed: 1 to {MAX_STEPS}")
     most = packed.draft_len * min(vocab_size, packed.steps)

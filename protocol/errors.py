@@ -15,6 +15,7 @@
     │   └── RevokedError        a device's key was taken back
     └── ProtocolError           what a peer sent is not allowed
         ├── FrameError          bytes that are no message
+        ├── LimitError          more than the base station allows
         ├── StateError          a message that may not follow what came before
         │   └── UnknownSessionError  a request in a session that the base station does not have
         └── FaultError          the peer reported one of these errors to us
@@ -116,6 +117,21 @@ class FrameError(ProtocolError):
     """Bytes that are no message."""
 
     code = "frame"
+
+
+class LimitError(ProtocolError):
+    """More than the base station allows.
+
+    Args:
+        option: the base station's setting.
+        value: what was asked for.
+        allowed: what it is set to.
+    """
+
+    code = "limit"
+
+    def __init__(self, option: str, value: object, allowed: int) -> None:
+        super().__init__(f"{value} where the base station's {option} allows {allowed}")
 
 
 class StateError(ProtocolError):

@@ -5,7 +5,11 @@ order. Token ids travel as one binary field of ⌈log2 V⌉ bits each. Decoding 
 validation: what it returns is a message both ends may rely on, and whatever is
 wrong with the bytes raises FrameError before anything large is allocated.
 
-After its session and round a Draft has one of these:
+Fields are only ever appended. A field that holds its default is left out at the
+end of a frame, and what follows the known fields is ignored: so each end may
+know more than the other.
+
+After its session and round, and its guess where it has one, a Draft has one of these:
 
 - nothing, where nothing was drafted;
 - the ids, in modes that send ids alone;
@@ -14,19 +18,22 @@ After its session and round a Draft has one of these:
 """
 
 import struct
-from collections.abc import Callable
-from dataclasses import dataclass, fields
-from typing import Any, TypeAlias, TypeVar
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, Field, dataclass, fields
+from typing import Any, TypeVar
 
 import msgpack
 
 from protocol.bits import BitReader, number_bits, pack
 from protocol.drafted import Drawn, PackedDraft, pack_drawn, unpack_drawn
 from protocol.errors import FrameError, SettingsError
+from protocol.limits import Limits
 from protocol.messages import (
+    HASH_BYTES,
     Close,
     Decode,
     Draft,
+    Encoding,
     Extend,
     Fault,
     Hello,
@@ -34,6 +41,8 @@ from protocol.messages import (
     Mode,
     Open,
     Opened,
+    Resume,
+    Resumed,
     Sampling,
     Verdict,
     Welcome,
@@ -42,17 +51,10 @@ from protocol.sparse import SparseDistribution
 
 MAX_FAULT_TEXT = 1000
 _MAX_ARRAY_LEN = 256
+_DRAFT_TAGS = _DRAFT_TAG, _GUESSED_DRAFT_TAG = 5, 10
 _MIN_ID_BITS = 8  # so that what fills the last byte is no id
 _MAX_COUNTER = 2**32 - 1
 _Value = TypeVar("_Value")
-
-
-@dataclass(frozen=True)
-class FrameLimits:
-    """What a frame may hold: tokens of a prompt, tokens of a Draft."""
-
-    max_prompt_len: int = 131_072
-    max_draft_len: int = 64
 
 
 @dataclass(frozen=True)
@@ -63,19 +65,44 @@ class _Field:
     unpack: Callable[[Any], Any]
 
 
-_Schema: TypeAlias = dict[type[Message], tuple[int, tuple[_Field, ...]]]
+@dataclass(frozen=True)
+class _Layout:
+    """A message's tag, its fields, and the default of each field that may be left out."""
+
+    kind: type[Message]
+    tag: int
+    fields: tuple[_Field, ...]
+
+    def pack(self, message: Message) -> list[Any]:
+        entries = self._entries()
+        while entries and getattr(message, entries[-1].name) == entries[-1].default:
+            entries.pop()
+        values = (getattr(message, entry.name) for entry in entries)
+        return [self.tag, *(codec.pack(value) for codec, value in zip(self.fields, values, strict=False))]
+
+    def unpack(self, values: list[object]) -> Message:
+        required = sum(entry.default is MISSING for entry in self._entries())
+        if len(values) < required:
+            raise FrameError(f"{self.kind.__name__} has {len(values)} fields; allowed: {required} or more")
+        return self.kind(*(codec.unpack(value) for codec, value in zip(self.fields, values, strict=False)))
+
+    def _entries(self) -> list[Field[Any]]:
+        return list(fields(self.kind)[: len(self.fields)])
 
 
 class FrameCodec:
     """Bytes of messages about models with ``vocab_size`` tokens."""
 
-    def __init__(self, vocab_size: int, limits: FrameLimits | None = None) -> None:
+    def __init__(self, vocab_size: int, limits: Limits | None = None) -> None:
         self.vocab_size = vocab_size
-        self.limits = limits or FrameLimits()
+        self.limits = limits or Limits()
         self._id_bits = max(_MIN_ID_BITS, (vocab_size - 1).bit_length())
-        self._draft_ids = self._ids(self.limits.max_draft_len)
-        self._schema = self._make_schema()
-        self._by_tag = {tag: (kind, codecs) for kind, (tag, codecs) in self._schema.items()}
+        self._draft_ids = self._ids("max_draft_len")
+        self._counter = _integer(_MAX_COUNTER)
+        self._token = _integer(vocab_size - 1)
+        layouts = self._make_layouts()
+        self._by_kind = {layout.kind: layout for layout in layouts}
+        self._by_tag = {layout.tag: layout for layout in layouts}
 
     @property
     def max_frame_bytes(self) -> int:
@@ -85,11 +112,8 @@ class FrameCodec:
 
     def encode(self, message: Message) -> bytes:
         """The frame of ``message``."""
-        tag, codecs = self._schema[type(message)]
-        values = (getattr(message, entry.name) for entry in fields(message)[: len(codecs)])
-        packed = [codec.pack(value) for codec, value in zip(codecs, values, strict=True)]
-        drawn = self._pack_drawn(message) if isinstance(message, Draft) else []
-        frame: bytes = msgpack.packb([tag, *packed, *drawn])
+        values = self._pack_draft(message) if isinstance(message, Draft) else self._by_kind[type(message)].pack(message)
+        frame: bytes = msgpack.packb(values)
         return frame
 
     def decode(self, frame: bytes) -> Message:
@@ -97,6 +121,7 @@ class FrameCodec:
 
         Raises:
             FrameError: the bytes are no message, or a field of it is not allowed.
+            LimitError: it is more than this codec's limits allow.
         """
         try:
             values = msgpack.unpackb(frame, max_array_len=_MAX_ARRAY_LEN, max_map_len=0)
@@ -104,40 +129,38 @@ class FrameCodec:
             raise FrameError(f"{len(frame)} bytes are no msgpack array: {error}") from error
         if not isinstance(values, list) or not values or type(values[0]) is not int:
             raise FrameError("a frame must be an array that starts with its tag")
-        if values[0] not in self._by_tag:
-            raise FrameError(f"a frame has the tag {values[0]}; allowed: {sorted(self._by_tag)}")
-        kind, codecs = self._by_tag[values[0]]
-        if len(values) - 1 != len(codecs) and not (kind is Draft and len(values) > len(codecs)):
-            raise FrameError(f"{kind.__name__} has {len(values) - 1} fields; allowed: {len(codecs)}")
-        unpacked = [codec.unpack(value) for codec, value in zip(codecs, values[1:], strict=False)]
-        drawn = self._unpack_drawn(values[1 + len(codecs) :]) if kind is Draft else ()
-        return kind(*unpacked, *drawn)
+        tag, *rest = values
+        if tag in (_DRAFT_TAG, _GUESSED_DRAFT_TAG):
+            return self._unpack_draft(rest, guessed=tag == _GUESSED_DRAFT_TAG)
+        if tag not in self._by_tag:
+            raise FrameError(f"a frame has the tag {tag}; allowed: {sorted([*self._by_tag, *_DRAFT_TAGS])}")
+        return self._by_tag[tag].unpack(rest)
 
-    def _make_schema(self) -> _Schema:
-        counter, prompt = _integer(_MAX_COUNTER), self._ids(self.limits.max_prompt_len)
-        token = _integer(self.vocab_size - 1)
-        stop_ids = _array_of(_integer(_MAX_COUNTER))
-        return {
-            Hello: (0, (counter, counter, _binary(32), stop_ids)),
-            Welcome: (1, (counter, _text(200), counter, counter, _array_of(_MODE))),
-            Open: (2, (counter, counter, _MODE, _SAMPLING, prompt)),
-            Opened: (3, (counter, counter)),
-            Extend: (4, (counter, counter, counter, prompt)),
-            Draft: (5, (counter, counter)),  # and what was drawn
-            Decode: (6, (counter, counter, counter)),
-            Verdict: (7, (counter, counter, _integer(self.limits.max_draft_len), token)),
-            Close: (8, (counter,)),
-            Fault: (9, (_optional(counter), _text(40), _text(MAX_FAULT_TEXT))),
-        }
+    def _make_layouts(self) -> list[_Layout]:
+        counter, prompt = self._counter, self._ids("max_prompt_len")
+        verdict = (counter, counter, _integer(self.limits.max_draft_len), self._token)
+        limits = (_array_of(_ENCODING), counter, counter, counter, counter, counter)
+        return [
+            _Layout(Hello, 0, (counter, counter, _binary(32), _array_of(counter))),
+            _Layout(Welcome, 1, (counter, _text(200), counter, counter, _array_of(_MODE), *limits)),
+            _Layout(Open, 2, (counter, counter, _MODE, _SAMPLING, prompt)),
+            _Layout(Opened, 3, (counter, counter)),
+            _Layout(Extend, 4, (counter, counter, counter, prompt)),
+            _Layout(Decode, 6, (counter, counter, counter)),
+            _Layout(Verdict, 7, verdict),
+            _Layout(Close, 8, (counter,)),
+            _Layout(Fault, 9, (_optional(counter), _text(40), _text(MAX_FAULT_TEXT))),
+            _Layout(Resume, 11, (counter, counter, counter, _binary(HASH_BYTES))),
+            _Layout(Resumed, 12, (counter, counter, counter)),
+        ]
 
-    def _ids(self, max_count: int) -> _Field:
+    def _ids(self, limit: str) -> _Field:
         width = self._id_bits
 
         def unpack(value: object) -> tuple[int, ...]:
             data = _expect(bytes, value)
             count = 8 * len(data) // width
-            if count > max_count:
-                raise FrameError(f"{len(data)} bytes of token ids; allowed: up to {max_count} ids of {width} bits")
+            self.limits.check(limit, count)
             reader = BitReader(data)
             ids = reader.numbers(count, width)
             reader.finish()
@@ -146,6 +169,12 @@ class FrameCodec:
             return tuple(ids.tolist())
 
         return _Field(lambda ids: pack([number_bits(ids, width)]), unpack)
+
+    def _pack_draft(self, draft: Draft) -> list[Any]:
+        head = [_DRAFT_TAG, draft.session_id, draft.round_id]
+        if draft.guess is not None:
+            head = [_GUESSED_DRAFT_TAG, draft.session_id, draft.round_id, draft.guess]
+        return [*head, *self._pack_drawn(draft)]
 
     def _pack_drawn(self, draft: Draft) -> list[int | bytes]:
         if not draft.token_ids:
@@ -158,6 +187,14 @@ class FrameCodec:
         packed = pack_drawn(draft.token_ids, draft.distributions)
         return [packed.draft_len, packed.entries, packed.steps, packed.data]
 
+    def _unpack_draft(self, values: list[object], guessed: bool) -> Draft:
+        head = (self._counter, self._counter, self._token)[: 2 + guessed]
+        if len(values) < len(head):
+            raise FrameError(f"Draft has {len(values)} fields; allowed: {len(head)} or more")
+        session_id, round_id, *guess = (codec.unpack(value) for codec, value in zip(head, values, strict=False))
+        token_ids, distributions = self._unpack_drawn(values[len(head) :])
+        return Draft(session_id, round_id, token_ids, distributions, guess[0] if guess else None)
+
     def _unpack_drawn(self, values: list[object]) -> Drawn:
         match values:
             case []:
@@ -168,9 +205,15 @@ class FrameCodec:
                 return self._unpack_whole(self._draft_ids.unpack(ids), _expect(bytes, halves))
             case [draft_len, entries, steps, data]:
                 sizes = [_expect(int, value) for value in (draft_len, entries, steps)]
-                packed = PackedDraft(sizes[0], sizes[1], sizes[2], _expect(bytes, data))
-                return unpack_drawn(packed, self.vocab_size, self.limits.max_draft_len)
-        raise FrameError(f"Draft has {2 + len(values)} fields; allowed: 2, 3, 4 or 6")
+                return self._unpack_sets(PackedDraft(sizes[0], sizes[1], sizes[2], _expect(bytes, data)))
+        raise FrameError(f"Draft has {len(values)} fields of drafted tokens; allowed: 0, 1, 2 or 4")
+
+    def _unpack_sets(self, packed: PackedDraft) -> Drawn:
+        self.limits.check("max_draft_len", packed.draft_len)
+        self.limits.check("max_uplink_k", -(-packed.entries // max(1, packed.draft_len)))
+        token_ids, distributions = unpack_drawn(packed, self.vocab_size)
+        self.limits.check("max_uplink_k", max(map(len, distributions)))
+        return token_ids, distributions
 
     def _unpack_whole(self, token_ids: tuple[int, ...], halves: bytes) -> Drawn:
         size = 2 * self.vocab_size
@@ -241,8 +284,13 @@ def _array_of(inner: _Field) -> _Field:
 _MODES = (Mode.IDS, Mode.TOPK, Mode.FULL, Mode.TARGET, Mode.COUPLED, Mode.TOPP)
 
 
-def _unpack_mode(value: object) -> Mode:
-    return _MODES[int(_integer(len(_MODES) - 1).unpack(value))]
+# And so is an encoding's.
+_ENCODINGS = (Encoding.SETS, Encoding.HALVES)
+
+
+def _one_of(choices: Sequence[Any]) -> _Field:
+    place = _integer(len(choices) - 1)
+    return _Field(choices.index, lambda value: choices[place.unpack(value)])
 
 
 def _unpack_sampling(value: object) -> Sampling:
@@ -253,7 +301,8 @@ def _unpack_sampling(value: object) -> Sampling:
         raise FrameError(f"sampling settings: {error}") from error
 
 
-_MODE = _Field(_MODES.index, _unpack_mode)
+_MODE = _one_of(_MODES)
+_ENCODING = _one_of(_ENCODINGS)
 _SAMPLING = _Field(
     lambda value: struct.pack("<dIdQ", value.temperature, value.top_k, value.top_p, value.seed),
     _unpack_sampling,

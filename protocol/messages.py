@@ -12,19 +12,40 @@ Decode     "target, decode alone for a while"          a Verdict for each token
 Extend     the next turn of a conversation             Opened
 =========  ==========================================  =======================
 
-Close and Fault end a session and are not answered.
+Close and Fault end a session and are not answered. Resume asks whether a session
+is still there, changes nothing in it, and is answered by Resumed.
+
+Fields are only ever appended, with defaults: who speaks an older version ignores
+or leaves out what it does not know.
 """
 
-from dataclasses import dataclass, field
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import StrEnum
-from typing import TypeAlias
+from typing import Self, TypeAlias
+
+import numpy as np
 
 from protocol.errors import SettingsError
+from protocol.limits import Limits
 from protocol.sparse import SparseDistribution
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
+OLDEST_VERSION = 1
+"""Without Resume, windows and encodings."""
+HASH_BYTES = 8
 MIN_TEMPERATURE = 1e-3
 MAX_TEMPERATURE = 100.0
+
+
+class Encoding(StrEnum):
+    """How the distributions of a Draft are packed."""
+
+    SETS = "sets"
+    """Supports and weights of the whole round, each as one set of integers (``drafted.py``)."""
+    HALVES = "halves"
+    """All V probabilities in FP16."""
 
 
 class Mode(StrEnum):
@@ -47,6 +68,13 @@ class Mode(StrEnum):
     def sends_ids_alone(self) -> bool:
         """Whether a Draft has no distributions."""
         return self in (Mode.IDS, Mode.COUPLED)
+
+    @property
+    def encoding(self) -> Encoding | None:
+        """Of its distributions, where it sends any."""
+        if self is Mode.FULL:
+            return Encoding.HALVES
+        return Encoding.SETS if self in (Mode.TOPK, Mode.TOPP) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,13 +122,23 @@ class Hello:
 
 @dataclass(frozen=True, slots=True)
 class Welcome:
-    """The base station knows that vocabulary, and says what it serves."""
+    """The base station knows that vocabulary, and says what it serves.
+
+    ``version`` is what both ends speak from now on. The limits are those of
+    ``limits.py``; an older base station tells none but the draft length.
+    """
 
     version: int
     model: str
     context_length: int
     max_draft_len: int
     modes: tuple[Mode, ...]
+    encodings: tuple[Encoding, ...] = tuple(Encoding)
+    max_prompt_len: int = Limits.max_prompt_len
+    max_uplink_k: int = Limits.max_uplink_k
+    max_sessions: int = Limits.max_sessions
+    max_requests_per_second: int = Limits.max_requests_per_second
+    window: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,13 +174,16 @@ class Extend:
 class Draft:
     """``draft_len`` guessed tokens and, in sampled modes, the distribution each was drawn from.
 
-    No tokens at all ask for one token of the target.
+    No tokens at all ask for one token of the target. A Draft with a ``guess`` is
+    sent before the Verdict of the round before it: it is right where all tokens
+    of that round stand and ``guess`` follows them, and otherwise void.
     """
 
     session_id: int
     round_id: int
     token_ids: tuple[int, ...]
-    distributions: tuple[SparseDistribution, ...] = field(default=())
+    distributions: tuple[SparseDistribution, ...] = ()
+    guess: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +212,39 @@ class Verdict:
 
 
 @dataclass(frozen=True, slots=True)
+class Resume:
+    """Is the session still there, with these tokens?
+
+    ``round_id`` is the round that the device awaits or begins next; the hash is of
+    the first ``committed_len`` tokens.
+    """
+
+    session_id: int
+    round_id: int
+    committed_len: int
+    committed_hash: bytes
+
+    @classmethod
+    def of(cls, session_id: int, round_id: int, tokens: Sequence[int]) -> Self:
+        """For a session in which ``tokens`` are committed."""
+        return cls(session_id, round_id, len(tokens), _hash(tokens))
+
+    def agrees(self, tokens: Sequence[int]) -> bool:
+        """Whether ``tokens`` begin as the device's do."""
+        known = tokens[: self.committed_len]
+        return len(known) == self.committed_len and _hash(known) == self.committed_hash
+
+
+@dataclass(frozen=True, slots=True)
+class Resumed:
+    """The session is there; the base station stands at ``round_id`` and has committed so many tokens."""
+
+    session_id: int
+    round_id: int
+    committed_len: int
+
+
+@dataclass(frozen=True, slots=True)
 class Close:
     """The device has no more use for the session."""
 
@@ -191,4 +265,9 @@ class Fault:
 
 Request: TypeAlias = Open | Draft | Decode | Extend
 Reply: TypeAlias = Opened | Verdict
-Message: TypeAlias = Hello | Welcome | Request | Reply | Close | Fault
+Message: TypeAlias = Hello | Welcome | Request | Reply | Resume | Resumed | Close | Fault
+
+
+def _hash(tokens: Sequence[int]) -> bytes:
+    """The first ``HASH_BYTES`` bytes of SHA-256 of the ids as little-endian 32-bit numbers."""
+    return hashlib.sha256(np.asarray(tokens, "<u4").tobytes()).digest()[:HASH_BYTES]

@@ -32,9 +32,10 @@ TRANSITIONS: Mapping[tuple[State, type[SessionMessage]], State] = {
     (State.NEW, Open): State.OPENING,
     (State.OPENING, Opened): State.READY,
     (State.READY, Draft): State.JUDGING,
-    (State.JUDGING, Verdict): State.READY,
+    (State.JUDGING, Draft): State.JUDGING,
+    (State.JUDGING, Verdict): State.READY,  # JUDGING while another Draft is under way: see _take_verdict
     (State.READY, Decode): State.DECODING,
-    (State.DECODING, Verdict): State.DECODING,  # READY with the last token: see _take_verdict
+    (State.DECODING, Verdict): State.DECODING,  # READY with the last token: see _take_decoded
     (State.READY, Extend): State.EXTENDING,
     (State.EXTENDING, Opened): State.READY,
     **{(state, end): State.CLOSED for state in State if state is not State.CLOSED for end in (Close, Fault)},
@@ -50,24 +51,49 @@ def diagram() -> str:
 class SessionRounds:
     """One end's view of a session.
 
+    Several Drafts may be under way, each but the first on a guess. Where a Verdict
+    shows a guess to be wrong, that Draft and all after it are void on both ends:
+    nobody judges or answers them, and their rounds are skipped.
+
+    Args:
+        stop_ids: the ids that end a Decode.
+        window: how many Drafts may be under way.
+
     Attributes:
         state: where the session stands.
-        round_id: of the next request, or of the reply that is awaited.
+        next_round: ``round_id`` of the next request.
         committed_len: tokens both ends agree on, the prompt included.
+        under_way: the Drafts that wait for their Verdicts, the oldest first.
     """
 
-    def __init__(self, stop_ids: frozenset[int]) -> None:
+    def __init__(self, stop_ids: frozenset[int], window: int = 1) -> None:
         self.state = State.NEW
-        self.round_id = 0
+        self.next_round = 0
         self.committed_len = 0
+        self.under_way: tuple[Draft, ...] = ()
         self._stop_ids = stop_ids
+        self._window = window
         self._mode = Mode.TARGET
-        self._draft_len = 0
+        self._awaited: int | None = None
         self._left = 0
+        self._foundation: tuple[int, int] | None = None
 
-    def is_old(self, message: Request | Reply) -> bool:
-        """Whether a message belongs to a round that is over: a repetition, nothing to act upon."""
-        return message.round_id < self.round_id
+    @property
+    def round_id(self) -> int:
+        """Of the reply that is awaited, or of the next request."""
+        return self.next_round if self._awaited is None else self._awaited
+
+    def is_old(self, request: Request) -> bool:
+        """Whether a request belongs to a round that is over or under way: a repetition, nothing to act upon."""
+        return request.round_id < self.next_round
+
+    def is_void(self, draft: Draft) -> bool:
+        """Whether a Draft builds on a wrong guess, or on one that has not arrived."""
+        if draft.guess is None:
+            return False
+        if self.under_way:
+            return draft.round_id != self.under_way[-1].round_id + 1
+        return self._foundation != (draft.round_id - 1, draft.guess)
 
     def advance(self, message: SessionMessage) -> None:
         """Take one message, sent or received.
@@ -83,17 +109,26 @@ class SessionRounds:
                 f"allowed: {', '.join(allowed) or 'nothing'}"
             )
         if not isinstance(message, Close | Fault):
-            if message.round_id != self.round_id:
-                raise StateError(f"round {message.round_id} where {self.round_id} comes next")
+            self._check_round(message)
             self._check(message)
         self.state = state
         self._take(message)
 
+    def _check_round(self, message: Request | Reply) -> None:
+        """A reply is the awaited one. A request is the next, or behind void Drafts that got lost."""
+        ahead = 0
+        if isinstance(message, Opened | Verdict):
+            expected = self.round_id
+        else:
+            expected, ahead = self.next_round, self._window - 1 if self.state is State.READY else 0
+        if not expected <= message.round_id <= expected + ahead:
+            raise StateError(f"round {message.round_id} where {expected} comes next")
+
     def _check(self, message: Request | Reply) -> None:
         if isinstance(message, Draft):
             self._check_draft(message)
-        elif isinstance(message, Verdict) and message.accepted > self._draft_len:
-            raise StateError(f"{message.accepted} tokens accepted of {self._draft_len} drafted")
+        elif isinstance(message, Verdict) and message.accepted > self._drafted:
+            raise StateError(f"{message.accepted} tokens accepted of {self._drafted} drafted")
         elif isinstance(message, Decode) and message.count == 0:
             raise StateError("a Decode of 0 tokens; allowed: 1 or more")
         elif isinstance(message, Open):
@@ -117,6 +152,17 @@ class SessionRounds:
         if draft.token_ids and self._mode.sends_ids_alone == bool(draft.distributions):
             kind = "with" if draft.distributions else "without"
             raise StateError(f"a Draft {kind} distributions in mode {self._mode.value!r}")
+        if self.is_void(draft):
+            raise StateError(f"a Draft on the guess {draft.guess}, which is void")
+        if self.under_way and draft.guess is None:
+            raise StateError("a Draft without a guess while another is under way")
+        if len(self.under_way) >= self._window:
+            raise StateError(f"{len(self.under_way) + 1} Drafts under way; allowed: {self._window} (--window)")
+
+    @property
+    def _drafted(self) -> int:
+        """Tokens of the Draft whose Verdict is awaited; 0 in a Decode."""
+        return len(self.under_way[0].token_ids) if self.under_way else 0
 
     def _take(self, message: SessionMessage) -> None:
         match message:
@@ -126,18 +172,36 @@ class SessionRounds:
             case Extend():
                 self.committed_len = message.start + len(message.token_ids)
             case Draft():
-                self._draft_len = len(message.token_ids)
+                self.under_way += (message,)
             case Decode():
-                self._draft_len, self._left = 0, message.count
+                self._left = message.count
             case Opened():
-                self.round_id += 1
+                self._awaited = None
             case Verdict():
                 self._take_verdict(message)
+        if isinstance(message, Open | Extend | Draft | Decode):
+            self.next_round = message.round_id + 1
+            self._awaited = self.under_way[0].round_id if self.under_way else message.round_id
 
     def _take_verdict(self, verdict: Verdict) -> None:
-        self.round_id += 1
         self.committed_len += verdict.accepted + 1
+        all_stand = verdict.accepted == self._drafted
+        self._foundation = (verdict.round_id, verdict.token_id) if all_stand else None
         if self.state is State.DECODING:
-            self._left -= 1
-            if self._left == 0 or verdict.token_id in self._stop_ids:
-                self.state = State.READY
+            self._take_decoded(verdict)
+            return
+        self.under_way = self.under_way[1:]
+        if self.under_way and self._foundation == (verdict.round_id, self.under_way[0].guess):
+            self.state = State.JUDGING
+            self._awaited = self.under_way[0].round_id
+        else:
+            self.under_way = ()
+            self._awaited = None
+
+    def _take_decoded(self, verdict: Verdict) -> None:
+        self.next_round = verdict.round_id + 1
+        self._left -= 1
+        self._awaited = self.next_round
+        if self._left == 0 or verdict.token_id in self._stop_ids:
+            self.state = State.READY
+            self._awaited = None

@@ -10,8 +10,9 @@ from basestation.target_model import TargetModel
 from device.client import Client, Patience
 from device.draft_model import DraftModel
 from device.link import Link
-from protocol.errors import FrameError
-from protocol.frames import FrameCodec, FrameLimits
+from protocol.errors import ProtocolError
+from protocol.frames import FrameCodec
+from protocol.limits import Limits
 from protocol.messages import Message
 
 Fate: TypeAlias = Callable[[Message], int]
@@ -25,8 +26,8 @@ def once(_: Message) -> int:
 class Station:
     """An engine without a socket: frames of any number of peers in, frames out."""
 
-    def __init__(self, target: TargetModel, limits: FrameLimits | None = None) -> None:
-        self.limits = limits or FrameLimits()
+    def __init__(self, target: TargetModel, limits: Limits | None = None) -> None:
+        self.limits = limits or Limits()
         self.codec = FrameCodec(target.vocabulary.size, self.limits)
         self.now = 0.0
         self.engine = Engine(target, self.limits, self._deliver, clock=lambda: self.now)
@@ -36,7 +37,7 @@ class Station:
         self.outboxes.setdefault(peer, deque())
         try:
             message = self.codec.decode(frame)
-        except FrameError as error:
+        except ProtocolError as error:
             self.engine.fault(Peer.without_key(peer), None, error)
         else:
             self.engine.receive(Peer.without_key(peer), message)
@@ -59,6 +60,7 @@ class MemoryTransport:
     up: Fate = once
     down: Fate = once
     now: float = 0.0
+    connections: int = 1
     uplink: list[bytes] = field(default_factory=list)
     _arrived: deque[bytes] = field(default_factory=deque)
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from device.link import socket_bytes
 from protocol.drafted import pack_drawn
 from protocol.errors import FrameError
-from protocol.frames import FrameCodec, FrameLimits
+from protocol.frames import FrameCodec
+from protocol.limits import Limits
 from protocol.messages import (
     MAX_TEMPERATURE,
     MIN_TEMPERATURE,
@@ -35,7 +36,7 @@ from protocol.sparse import MAX_STEPS, SparseDistribution
 relaxed = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 VOCAB_SIZES = [2, 300, 49_152, 70_000, 200_000]
 KINDS: tuple[type[Message], ...] = get_args(Message)
-LIMITS = FrameLimits(max_prompt_len=4, max_draft_len=3)
+LIMITS = Limits(max_prompt_len=4, max_draft_len=3)
 CODEC = FrameCodec(300, LIMITS)
 TAGS = {Hello: 0, Welcome: 1, Open: 2, Opened: 3, Extend: 4, Draft: 5, Decode: 6, Verdict: 7, Close: 8, Fault: 9}
 SAMPLING = Sampling(0.5, 3, 0.9, 7)

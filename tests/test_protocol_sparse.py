@@ -48,7 +48,7 @@ def sent(distribution: SparseDistribution) -> SparseDistribution:
     if distribution.whole:
         return SparseDistribution.decode_halves(distribution.encode_halves())
     packed = pack_drawn(distribution.support[:1].tolist(), [distribution])
-    _, (arrived,) = unpack_drawn(packed, distribution.vocab_size, 1)
+    _, (arrived,) = unpack_drawn(packed, distribution.vocab_size)
     return arrived
 
 
