@@ -8,10 +8,14 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import chain, islice
 from typing import TypeAlias
+
+import torch
 
 from basestation.session import Session
 from basestation.target_model import TargetModel
+from basestation.verify import choose_tokens
 from protocol.errors import EdgedraftError, MismatchError, StateError, UnknownSessionError
 from protocol.limits import Limits
 from protocol.messages import (
@@ -114,9 +118,14 @@ class Engine:
         waiting = [session for session in self._sessions.values() if session.waiting]
         if not waiting:
             return
-        logits = self._target.forward([session.segment() for session in waiting])
-        for session, rows in zip(waiting, logits, strict=True):
-            for reply in session.judge(rows):
+        segments, draws = [session.segment() for session in waiting], [session.draws for session in waiting]
+        logits = self._target.forward(segments)
+        wanted = [bool(drawn) for segment, drawn in zip(segments, draws, strict=True) for _ in range(segment.judged)]
+        rows = logits if all(wanted) else logits[torch.tensor(wanted)]
+        target_ids = iter(choose_tokens(rows, list(chain(*draws))))
+        parts = torch.split(logits, [segment.judged for segment in segments])
+        for session, part, drawn in zip(waiting, parts, draws, strict=True):
+            for reply in session.judge(part, list(islice(target_ids, len(drawn)))):
                 self._deliver(session.address, reply)
 
     def drop_idle(self) -> None:

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 import torch
 
 from basestation.kv_arena import Segment, Stretch
-from basestation.verify import judge_coupled, judge_greedy, judge_sampled, warp, warp_scores
+from basestation.verify import Draw, judge_sampled, match, warp
 from protocol.errors import ContextLengthError, StateError, UnknownSessionError
-from protocol.messages import Decode, Draft, Extend, Mode, Open, Opened, Reply, Request, Resume, Resumed, Verdict
+from protocol.messages import Decode, Draft, Extend, Open, Opened, Reply, Request, Resume, Resumed, Verdict
 from protocol.rounds import SessionRounds, State
 
 
@@ -93,19 +93,30 @@ class Session:
         drafted = self._drafted
         return Segment(self._stretch, [*uncached, *drafted], judged=len(drafted) + 1)
 
-    def judge(self, logits: torch.Tensor) -> list[Reply]:
-        """Take the logits [judged, V] of this session's segment; give the Verdict, if one was due."""
+    @property
+    def draws(self) -> list[Draw]:
+        """What the judged rows of this session's segment are for, where the target's own tokens are wanted."""
+        if not self._judging or self._by_distributions:
+            return []
+        sampling, start = self._opening.sampling, len(self.tokens)
+        return [Draw(sampling, start + row) for row in range(len(self._drafted) + 1)]
+
+    def judge(self, logits: torch.Tensor, target_ids: Sequence[int]) -> list[Reply]:
+        """Take what the pass gave for this session's segment; give the Verdict, if one was due.
+
+        Args:
+            logits: [judged, V].
+            target_ids: for each of ``draws`` the target's token.
+        """
         if not self._judging:
             return []
-        drafted, position, sampling = self._drafted, len(self.tokens), self._opening.sampling
-        if sampling.greedy:
-            judgement = judge_greedy(logits, drafted)
-        elif self._opening.mode in (Mode.COUPLED, Mode.TARGET):
-            judgement = judge_coupled(warp_scores(logits, sampling), drafted, sampling.seed, position)
-        else:
+        drafted, sampling = self._drafted, self._opening.sampling
+        if self._by_distributions:
             distributions = self.rounds.under_way[0].distributions if drafted else ()
             target_probs = warp(logits, sampling)
-            judgement = judge_sampled(target_probs, drafted, distributions, sampling.seed, position)
+            judgement = judge_sampled(target_probs, drafted, distributions, sampling.seed, len(self.tokens))
+        else:
+            judgement = match(target_ids, drafted)
         self.tokens += [*drafted[: judgement.accepted], judgement.token_id]
         self._stretch.rollback(len(self.tokens) - 1)
         return [
@@ -117,6 +128,11 @@ class Session:
     @property
     def _judging(self) -> bool:
         return self.rounds.state in (State.JUDGING, State.DECODING)
+
+    @property
+    def _by_distributions(self) -> bool:
+        """Whether drafts are judged by what they were drawn from, and not by the target's own tokens."""
+        return not self._opening.sampling.greedy and self._opening.mode.encoding is not None
 
     @property
     def _drafted(self) -> Sequence[int]:

@@ -94,11 +94,11 @@ class TargetModel:
         return Stretch(self._shape)
 
     @torch.inference_mode()
-    def forward(self, segments: Sequence[Segment]) -> list[Tensor]:
+    def forward(self, segments: Sequence[Segment]) -> Tensor:
         """Run all segments in one pass and count their positions as cached.
 
         Returns:
-            For each segment the logits [judged, V] of its last ``judged`` tokens, float32.
+            The logits [rows, V], float32, of the last ``judged`` tokens of each segment, one segment after the other.
         """
         flat: list[int] = []
         positions: list[int] = []
@@ -111,7 +111,7 @@ class TargetModel:
         logits = self._run(flat, positions, wanted or [0], PackedPass(segments, self.torch_device))
         for segment in segments:
             segment.stretch.length += len(segment.token_ids)
-        return list(torch.split(logits[: len(wanted)], [segment.judged for segment in segments]))
+        return logits[: len(wanted)]
 
     def _run(self, flat: list[int], positions: list[int], wanted: list[int], packed_pass: PackedPass) -> Tensor:
         row = torch.tensor([flat, positions], device=self.torch_device)

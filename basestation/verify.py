@@ -14,7 +14,7 @@ Knows tensors and the seed; not where the logits came from.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,6 +23,8 @@ from basestation.coupling import coupled_choice
 from protocol.messages import Sampling
 from protocol.randomness import Stream, uniform
 from protocol.sparse import SparseDistribution
+
+PLAIN = Sampling(1.0)
 
 
 @dataclass(frozen=True)
@@ -33,31 +35,56 @@ class Judgement:
     token_id: int
 
 
-def judge_greedy(logits: Tensor, drafted: Sequence[int]) -> Judgement:
-    """Accept what equals the target's argmax. ``logits``: [draft_len + 1, V]."""
-    return _match(logits.argmax(dim=-1).tolist(), drafted)
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """What a row of logits is for: the token at ``position`` of a sequence."""
+
+    sampling: Sampling
+    position: int
 
 
-def _match(target_ids: Sequence[int], drafted: Sequence[int]) -> Judgement:
+def choose_tokens(logits: Tensor, draws: Sequence[Draw]) -> list[int]:
+    """The target's own tokens, of any number of sessions at once.
+
+    At temperature 0 the argmax; above, the choice that the shared noise leads to
+    (``protocol.coupling``), a function of target, settings and seed alone.
+
+    Args:
+        logits: [n, V], a row for each draw.
+        draws: what the rows are for.
+    """
+    chosen = logits.new_empty(len(draws), dtype=torch.int64)
+    groups: dict[Sampling, list[int]] = {}
+    for row, draw in enumerate(draws):
+        groups.setdefault(_shape_of(draw.sampling), []).append(row)
+    for shape, rows in groups.items():
+        part = logits if len(rows) == len(draws) else logits[rows]
+        if shape.greedy:
+            chosen[rows] = part.argmax(dim=-1)
+            continue
+        samplings = [draws[row].sampling for row in rows]
+        temperatures = torch.tensor([one.temperature for one in samplings], dtype=torch.float64, device=part.device)
+        if shape != PLAIN:
+            part = warp_scores(part, shape)
+            temperatures = torch.ones_like(temperatures)
+        keys = [(one.seed, draws[row].position) for one, row in zip(samplings, rows, strict=True)]
+        chosen[rows] = coupled_choice(part, temperatures, keys)
+    return chosen.tolist()
+
+
+def _shape_of(sampling: Sampling) -> Sampling:
+    """What rows must share to be chosen together: everything but the seed, and the temperature if that is all."""
+    if not sampling.greedy and sampling.top_k == 0 and sampling.top_p == 1:
+        return PLAIN
+    return replace(sampling, seed=0)
+
+
+def match(target_ids: Sequence[int], drafted: Sequence[int]) -> Judgement:
+    """Accept what equals the target's own tokens: one for each drafted token, and one more."""
     accepted = 0
     while accepted < len(drafted) and drafted[accepted] == target_ids[accepted]:
         accepted += 1
     return Judgement(accepted, target_ids[accepted])
-
-
-def judge_coupled(scores: Tensor, drafted: Sequence[int], seed: int, position: int) -> Judgement:
-    """Accept what equals the target's own choice under the shared noise (``protocol.coupling``).
-
-    The answer is then a function of target, settings and seed alone, whatever was drafted.
-
-    Args:
-        scores: [draft_len + 1, V] as ``warp_scores`` gives them, row i for the i-th drafted token.
-        drafted: the draft_len tokens.
-        seed: of the session.
-        position: of the first drafted token in the whole sequence.
-    """
-    choices = coupled_choice(scores, seed, range(position, position + len(scores)))
-    return _match(choices.tolist(), drafted)
 
 
 def judge_sampled(
@@ -90,16 +117,16 @@ def warp(logits: Tensor, sampling: Sampling) -> Tensor:
     """The distributions the target is sampled from: float64 probabilities [n, V]."""
     if sampling.greedy:
         return torch.nn.functional.one_hot(logits.argmax(dim=-1), logits.shape[-1]).double()
-    return warp_scores(logits, sampling).softmax(dim=-1)
+    return warp_scores(logits.double(), sampling).softmax(dim=-1)
 
 
 def warp_scores(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Unnormalised log probabilities of what the target is sampled from: float64 [n, V], -inf for what is not.
+    """Unnormalised log probabilities of what the target is sampled from: like ``logits`` [n, V], -inf for what is not.
 
     Temperature above 0, then top-k (ties with the k-th are kept), then top-p (the
     smallest set of likeliest tokens whose mass reaches p).
     """
-    scores = logits.double() / sampling.temperature
+    scores = logits / sampling.temperature
     if 0 < sampling.top_k < scores.shape[-1]:
         smallest = scores.topk(sampling.top_k, dim=-1).values[:, -1:]
         scores = scores.masked_fill(scores < smallest, -torch.inf)

@@ -144,6 +144,37 @@ def encodings(
     measured.write(json_file)
 
 
+@app.command()
+def overheads(
+    bundle: BundleOption,
+    target: TargetOption,
+    dtype: DtypeOption = "bfloat16",
+    prompts: PromptsOption = None,
+    sessions: Annotated[int, typer.Option(help="In one pass of the target, each with a prompt.")] = 16,
+    tokens: Annotated[int, typer.Option(help="Drafted for each.")] = 40,
+    json_file: JsonOption = None,
+) -> None:
+    """What the noise of mode coupled and the encoding of drafts cost, against drafting and a pass."""
+    from basestation.target_model import TargetModel
+    from bench.overheads import device_rows, station_rows
+    from bench.prompts import read_prompts
+    from bench.results import Results
+    from device.draft_model import DraftModel
+    from device.tokenizer import Tokenizer
+
+    chosen = read_prompts(prompts, sessions)
+    model = DraftModel(bundle)
+    tokenizer = Tokenizer(bundle, model.manifest)
+    prompt_ids = [tokenizer.encode_chat([{"role": "user", "content": prompt}]) for prompt in chosen]
+    with _progress() as progress:
+        task = progress.add_task("prompts", total=len(chosen))
+        rows, texts = device_rows(model, prompt_ids, tokens, lambda: progress.advance(task))
+    rows += station_rows(TargetModel.load(target, dtype), texts)
+    measured = Results({"draft": model.manifest.name, "target": target, "dtype": dtype, "sessions": sessions}, rows)
+    measured.show(console)
+    measured.write(json_file)
+
+
 def main() -> None:
     """Run the command line."""
     run(app, "bench")

@@ -104,7 +104,7 @@ def _answer_positions(
         seconds.append(time.perf_counter() - start)
         drawn = _unrounded(rows[-1], len(rows[-1]), 1.0)
         tokens.append(drawn.sample(random_bits(SAMPLING.seed, len(tokens), Stream.DRAFT)))
-    (logits,) = target.forward([Segment(target.new_stretch(), tokens[:-1], judged=count)])
+    logits = target.forward([Segment(target.new_stretch(), tokens[:-1], judged=count)])
     for row, probs in zip(rows, warp(logits, SAMPLING), strict=True):
         yield Position(row, probs.float().cpu().numpy())
 

@@ -101,7 +101,7 @@ def coupled_guess(logits: Logits, sampling: Sampling, position: int) -> tuple[in
         return leader(logits)
     noise = PositionNoise(sampling.seed, position, len(logits))
     if sampling.top_k == 0 and sampling.top_p == 1:
-        return noise.choose(logits / np.float32(sampling.temperature))
+        return noise.choose(logits, sampling.temperature)
     support, probs = _likeliest(logits, sampling, COUPLED_CANDIDATES)
     support, probs = support[probs > 0], probs[probs > 0]
     place, lead = leader(np.log(probs) + noise.of(support))

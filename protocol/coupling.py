@@ -16,7 +16,8 @@ Integers come from a 32-bit hash in operations that NumPy and torch share, and
 are the same on every processor.
 """
 
-from typing import Any, TypeVar, cast
+from functools import cache
+from typing import Any, TypeAlias, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +28,7 @@ BLOCK = 256
 _MASK = 2**32 - 1
 MAX_LEAD = 2.0
 SLACK = 1e-3  # more than rounding can lose when sums are compared with their parts
+Integers64: TypeAlias = npt.NDArray[np.int64]
 Integers = TypeVar("Integers")
 """int64 arrays of NumPy or tensors of torch."""
 
@@ -60,6 +62,14 @@ def leader(sums: npt.NDArray[np.floating]) -> tuple[int, float]:
     return place, min(float(sums[place] - rest), MAX_LEAD)
 
 
+@cache
+def _blocks(vocab_size: int) -> tuple[Integers64, Integers64, npt.NDArray[np.float64], Integers64]:
+    """What all positions share: where blocks start, their sizes and the logarithms of these, two indices a block."""
+    starts = np.arange(0, vocab_size, BLOCK)
+    sizes = np.minimum(vocab_size - starts, BLOCK)
+    return starts, sizes, np.log(sizes), np.arange(2 * len(sizes))
+
+
 class PositionNoise:
     """The noise of all tokens at one position, made as far as it is needed.
 
@@ -69,36 +79,41 @@ class PositionNoise:
 
     def __init__(self, seed: int, position: int, vocab_size: int) -> None:
         self._key = noise_key(seed, position)
-        self._starts = np.arange(0, vocab_size, BLOCK)
-        self._sizes = sizes = np.minimum(vocab_size - self._starts, BLOCK)
-        blocks = np.arange(len(sizes))
-        self._maxima = np.log(sizes) - np.log(-np.log(self._uniform(blocks)))
-        self._peaks = self._starts + (hash32(blocks + len(sizes), *self._key) * sizes >> 32)
+        self._starts, sizes, log_sizes, indices = _blocks(vocab_size)
+        hashes = hash32(indices, *self._key)
+        count = len(sizes)
+        self._maxima = log_sizes - np.log(-np.log((hashes[:count] + 0.5) * 2.0**-32))
+        self._peaks = self._starts + (hashes[count:] * sizes >> 32)
 
-    def of(self, token_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    def of(self, token_ids: Integers64) -> npt.NDArray[np.float64]:
         """The noise of some tokens, float64 of the same shape."""
         blocks = token_ids // BLOCK
         maxima = self._maxima[blocks]
-        below = -np.log(np.exp(-maxima) - np.log(self._uniform(token_ids + 2 * len(self._starts))))
+        hashes = hash32(token_ids + 2 * len(self._maxima), *self._key)
+        below: npt.NDArray[np.float64] = -np.log(np.exp(-maxima) - np.log((hashes + 0.5) * 2.0**-32))
         return np.where(token_ids == self._peaks[blocks], maxima, below)
 
-    def choose(self, scores: npt.NDArray[np.floating]) -> tuple[int, float]:
+    def choose(self, logits: npt.NDArray[np.floating], temperature: float = 1.0) -> tuple[int, float]:
         """The token with the largest score plus noise, and its lead over the next, ``MAX_LEAD`` at most.
 
         The likeliest block gives a sum to beat; only tokens that could, with their
         block's largest noise, are looked at.
 
         Args:
-            scores: [V], unnormalised log probabilities, -inf for what may not be drawn.
+            logits: [V], -inf for what may not be drawn.
+            temperature: scores are logits over it.
         """
-        bounds = np.maximum.reduceat(scores, self._starts) + self._maxima
+        bounds = np.maximum.reduceat(logits, self._starts) / temperature + self._maxima
         start = int(bounds.argmax()) * BLOCK
-        likely = np.arange(start, min(start + BLOCK, len(scores)))
-        best = (scores[likely] + self.of(likely)).max()
-        needed = (best - self._maxima - MAX_LEAD - SLACK).astype(np.float32)
-        rivals = np.flatnonzero(scores >= np.repeat(needed, self._sizes))
-        place, lead = leader(scores[rivals] + self.of(rivals))
+        likely = np.arange(start, min(start + BLOCK, len(logits)))
+        best = (logits[likely] / temperature + self.of(likely)).max()
+        needed = ((best - self._maxima - MAX_LEAD - SLACK) * temperature).astype(np.float32)
+        rivals = np.flatnonzero(self._blocks_of(logits) >= needed[:, None])
+        place, lead = leader(logits[rivals] / temperature + self.of(rivals))
         return int(rivals[place]), lead
 
-    def _uniform(self, index: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-        return np.asarray((hash32(index, *self._key) + 0.5) * 2.0**-32, np.float64)
+    @staticmethod
+    def _blocks_of(logits: npt.NDArray[np.floating]) -> npt.NDArray[np.floating]:
+        """The logits a block a row, behind the last of them -inf."""
+        missing = -len(logits) % BLOCK
+        return (np.pad(logits, (0, missing), constant_values=-np.inf) if missing else logits).reshape(-1, BLOCK)

@@ -117,9 +117,9 @@ class FakeTarget:
     def new_stretch(self) -> Stretch:
         return cast(Stretch, FakeStretch())
 
-    def forward(self, segments: Sequence[Segment]) -> list[torch.Tensor]:
+    def forward(self, segments: Sequence[Segment]) -> torch.Tensor:
         self.passes.append(len(segments))
-        return [self._run(segment) for segment in segments]
+        return torch.cat([self._run(segment) for segment in segments])
 
     def _run(self, segment: Segment) -> torch.Tensor:
         stretch = cast(FakeStretch, segment.stretch)

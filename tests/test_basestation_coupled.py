@@ -7,8 +7,7 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from basestation.coupling import coupled_choice
-from basestation.verify import judge_coupled, warp, warp_scores
+from basestation.verify import Draw, Judgement, choose_tokens, match, warp
 from device.client import DraftSettings
 from protocol.messages import Mode, Sampling
 from tests.fakes import FakeDraftModel, FakeTarget, Table, blend, next_logits, random_table
@@ -55,12 +54,17 @@ def test_a_good_draft_is_mostly_accepted(sampling: Sampling) -> None:
 
 
 def test_judging_stops_at_the_first_difference() -> None:
-    scores = warp_scores(torch.tensor(np.array([next_logits(TARGET, (1, token)) for token in range(4)])), SAMPLINGS[0])
-    choices = coupled_choice(scores, 6, range(10, 14)).tolist()
-    assert judge_coupled(scores, choices[:3], 6, 10).accepted == 3
-    wrong = [choices[0], (choices[1] + 1) % VOCAB, choices[2]]
-    judgement = judge_coupled(scores, wrong, 6, 10)
-    assert (judgement.accepted, judgement.token_id) == (1, choices[1])
+    assert match([3, 1, 4, 1], [3, 1, 4]) == Judgement(3, 1)
+    assert match([3, 1, 4, 1], [3, 0, 4]) == Judgement(1, 1)
+    assert match([3], []) == Judgement(0, 3)
+
+
+def test_sessions_of_all_settings_are_chosen_for_as_each_alone() -> None:
+    logits = torch.tensor(np.array([next_logits(TARGET, (1, token)) for token in range(VOCAB)]))
+    samplings = [*SAMPLINGS, Sampling(), Sampling(0.6, seed=9), Sampling(1.2, top_k=20, seed=8)]
+    draws = [Draw(samplings[row % len(samplings)], row) for row in range(VOCAB)]
+    alone = [choose_tokens(logits[row : row + 1], [draw])[0] for row, draw in enumerate(draws)]
+    assert choose_tokens(logits, draws) == alone
 
 
 @pytest.mark.parametrize("sampling", [Sampling(1.0), Sampling(0.6), Sampling(1.3, top_p=0.8)], ids=str)
@@ -68,13 +72,14 @@ def test_coupled_sequences_are_distributed_as_the_targets_own(sampling: Sampling
     """Three tokens, ``SAMPLES`` sequences, all at positions of their own; against the exact distribution."""
     size = 6
     table = random_table(size, seed=1)
-    rows = warp_scores(torch.tensor(table.reshape(-1, size)), sampling)
+    rows = torch.tensor(table.reshape(-1, size))
     exact = warp(torch.tensor(table.reshape(-1, size)), sampling).numpy().reshape(size, size, size)
     before, last = torch.zeros(SAMPLES, dtype=torch.int64), torch.ones(SAMPLES, dtype=torch.int64)
     cells, expected = torch.zeros(SAMPLES, dtype=torch.int64), np.ones(1)
     for step in range(3):
         positions = range(step * SAMPLES, (step + 1) * SAMPLES)
-        choices = coupled_choice(rows[before * size + last], 5, positions)
+        draws = [Draw(sampling, position) for position in positions]
+        choices = torch.tensor(choose_tokens(rows[before * size + last], draws))
         before, last, cells = last, choices, cells * size + choices
     first = exact[0, 1]
     expected = np.einsum("a,ab,abc->abc", first, exact[1], exact).ravel() * SAMPLES

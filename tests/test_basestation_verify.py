@@ -15,7 +15,7 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from basestation.verify import Judgement, draw, judge_greedy, judge_sampled, residual_of, warp
+from basestation.verify import Draw, Judgement, choose_tokens, draw, judge_sampled, match, residual_of, warp
 from device.sampling import Uplink, draft_distribution, whole_distribution
 from protocol.frames import FrameCodec
 from protocol.messages import Draft, Sampling
@@ -196,9 +196,10 @@ def test_planted_defects_are_caught(defect: type[Sampler], case: Case) -> None:
 
 def test_greedy_accepts_up_to_the_first_difference() -> None:
     logits = torch.tensor([[0.0, 1, 0], [0, 0, 1], [1, 0, 0]])
-    assert judge_greedy(logits, [1, 2]) == Judgement(2, 0)
-    assert judge_greedy(logits, [1, 1]) == Judgement(1, 2)
-    assert judge_greedy(logits, [0, 2]) == Judgement(0, 1)
+    target_ids = choose_tokens(logits, [Draw(Sampling(), position) for position in range(3)])
+    assert match(target_ids, [1, 2]) == Judgement(2, 0)
+    assert match(target_ids, [1, 1]) == Judgement(1, 2)
+    assert match(target_ids, [0, 2]) == Judgement(0, 1)
 
 
 def test_warp_keeps_the_nucleus_and_no_more() -> None:

@@ -1,5 +1,7 @@
 """The shared noise: Gumbel numbers, the same on both ends, and a choice distributed as softmax."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 import torch
@@ -16,6 +18,13 @@ SIZES = (2, 5, BLOCK - 1, BLOCK, BLOCK + 1, 700, 5000)
 
 def scores_of(vocab_size: int, seed: int, rows: int = 4) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
     return np.random.default_rng(seed).normal(0, 3, (rows, vocab_size)).astype(np.float32)
+
+
+def tensor_choice(scores: torch.Tensor, seed: int, positions: Sequence[int]) -> list[int]:
+    """The base station's, at temperature 1."""
+    draws = [(seed, position) for position in positions]
+    choices: list[int] = coupled_choice(scores, torch.ones(len(scores)).double(), draws).tolist()
+    return choices
 
 
 def obvious_choice(scores: np.ndarray[tuple[int], np.dtype[np.float32]], seed: int, position: int) -> tuple[int, float]:
@@ -49,21 +58,21 @@ def test_both_ends_choose_the_same(vocab_size: int) -> None:
     scores = scores_of(vocab_size, 1, rows=30)
     scores[:, ::3] = -np.inf
     scores[:, 0] = 0
-    choices = coupled_choice(torch.tensor(scores).double(), 7, range(100, 130)).tolist()
+    choices = tensor_choice(torch.tensor(scores), 7, range(100, 130))
     assert choices == [obvious_choice(row, 7, 100 + index)[0] for index, row in enumerate(scores)]
 
 
 def test_nothing_of_probability_zero_is_chosen() -> None:
     scores = np.full((50, 600), -np.inf, np.float32)
     scores[:, 599] = -5.0
-    assert set(coupled_choice(torch.tensor(scores).double(), 1, range(50)).tolist()) == {599}
+    assert set(tensor_choice(torch.tensor(scores), 1, range(50))) == {599}
     assert {PositionNoise(1, position, 600).choose(scores[0]) for position in range(50)} == {(599, MAX_LEAD)}
 
 
 def test_choices_are_distributed_as_softmax() -> None:
     probs = np.array([0.4, 0.3, 0.2, 0.07, 0.03])
     scores = torch.tensor(np.log(probs)).expand(20_000, 5)
-    counts = np.bincount(coupled_choice(scores, 11, range(20_000)).tolist(), minlength=5)
+    counts = np.bincount(tensor_choice(scores, 11, range(20_000)), minlength=5)
     assert chisquare(counts, probs * 20_000).pvalue > 1e-4
 
 
@@ -76,3 +85,13 @@ def test_the_hash_gives_the_same_bits_in_numpy_and_torch(index: int, low: int, h
 
 def test_the_hash_has_kept_values() -> None:
     assert hash32(np.array([0, 1, 2, 49151]), 1, 2).tolist() == KEPT
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
+def test_both_ends_choose_the_same_at_any_temperature(temperature: float) -> None:
+    logits = scores_of(700, seed=2, rows=30)
+    draws = [(seed, 10 + seed) for seed in range(30)]
+    choices = coupled_choice(torch.tensor(logits), torch.full((30,), temperature).double(), draws).tolist()
+    for row, (seed, position), choice in zip(logits, draws, choices, strict=True):
+        assert PositionNoise(seed, position, 700).choose(row, temperature)[0] == choice
+        assert obvious_choice(row / np.float32(temperature), seed, position)[0] == choice
