@@ -121,8 +121,7 @@ HONEST = pack_drawn((7, 200), (even(300, [7, 9, 200], 10), even(300, [100, 200],
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"draft_len": 0}, "0 drafted tokens; allowed: 1 to 8"),
-        ({"draft_len": 9}, "9 drafted tokens; allowed: 1 to 8"),
+        ({"draft_len": 0}, "0 drafted tokens; allowed: 1 and more"),
         ({"steps": 0}, "steps of 1/0; allowed: 1 to 16777216"),
         ({"steps": 2**24 + 1}, "steps of 1/16777217; allowed: 1 to 16777216"),
         ({"entries": 1}, "1 entries of distributions; allowed: 2 to 20"),

@@ -1,6 +1,7 @@
 """Frames: every message survives the way through bytes; whatever else arrives is a FrameError."""
 
-from dataclasses import fields
+import struct
+from dataclasses import MISSING, fields, replace
 from typing import Any, get_args
 
 import msgpack
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from device.link import socket_bytes
 from protocol.drafted import pack_drawn
-from protocol.errors import FrameError
+from protocol.errors import FrameError, LimitError, ProtocolError
 from protocol.frames import FrameCodec
 from protocol.limits import Limits
 from protocol.messages import (
@@ -20,6 +21,7 @@ from protocol.messages import (
     Close,
     Decode,
     Draft,
+    Encoding,
     Extend,
     Fault,
     Hello,
@@ -27,6 +29,8 @@ from protocol.messages import (
     Mode,
     Open,
     Opened,
+    Resume,
+    Resumed,
     Sampling,
     Verdict,
     Welcome,
@@ -36,9 +40,23 @@ from protocol.sparse import MAX_STEPS, SparseDistribution
 relaxed = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 VOCAB_SIZES = [2, 300, 49_152, 70_000, 200_000]
 KINDS: tuple[type[Message], ...] = get_args(Message)
-LIMITS = Limits(max_prompt_len=4, max_draft_len=3)
+LIMITS = Limits(max_prompt_len=4, max_draft_len=3, max_uplink_k=5)
 CODEC = FrameCodec(300, LIMITS)
-TAGS = {Hello: 0, Welcome: 1, Open: 2, Opened: 3, Extend: 4, Draft: 5, Decode: 6, Verdict: 7, Close: 8, Fault: 9}
+TAGS = {
+    Hello: 0,
+    Welcome: 1,
+    Open: 2,
+    Opened: 3,
+    Extend: 4,
+    Draft: 5,
+    Decode: 6,
+    Verdict: 7,
+    Close: 8,
+    Fault: 9,
+    Resume: 11,
+    Resumed: 12,
+}
+GUESSED_DRAFT_TAG = 10
 SAMPLING = Sampling(0.5, 3, 0.9, 7)
 
 
@@ -51,7 +69,8 @@ def drafts_with_distributions(draw: st.DrawFn, vocab_size: int) -> Draft:
         parts = draw(st.lists(st.integers(1, 999), min_size=len(support), max_size=len(support)))
         distributions.append(SparseDistribution.round_off(vocab_size, np.array(support), np.array(parts) / 999, steps))
         token_ids.append(draw(st.sampled_from(distributions[-1].support.tolist())))
-    return Draft(draw(counters), draw(counters), tuple(token_ids), tuple(distributions))
+    guess = draw(st.none() | st.integers(0, vocab_size - 1))
+    return Draft(draw(counters), draw(counters), tuple(token_ids), tuple(distributions), guess)
 
 
 counters = st.integers(0, 2**32 - 1)
@@ -69,6 +88,9 @@ def field_strategies(vocab_size: int) -> dict[str, st.SearchStrategy[Any]]:
     token_ids = st.lists(st.integers(0, vocab_size - 1), max_size=64).map(tuple)
     return {
         "vocabulary_hash": st.binary(min_size=32, max_size=32),
+        "committed_hash": st.binary(min_size=8, max_size=8),
+        "encodings": st.lists(st.sampled_from(Encoding), max_size=2).map(tuple),
+        "guess": st.none() | st.integers(0, vocab_size - 1),
         "stop_ids": st.lists(counters, max_size=20).map(tuple),
         "model": st.text(max_size=200),
         "modes": st.lists(st.sampled_from(Mode), max_size=6).map(tuple),
@@ -101,9 +123,9 @@ def frame_of(*values: object) -> bytes:
     return frame
 
 
-def refused(frame: bytes, match: str, codec: FrameCodec = CODEC) -> None:
-    with pytest.raises(FrameError, match=match):
-        codec.decode(frame)
+def refused(frame: bytes, match: str, error: type[ProtocolError] = FrameError) -> None:
+    with pytest.raises(error, match=match):
+        CODEC.decode(frame)
 
 
 def ids_of(*ids: int, width: int = 9) -> bytes:
@@ -131,7 +153,8 @@ def test_every_message_arrives_as_it_was_sent(kind: type[Message], vocab_size: i
 def test_every_message_has_its_tag() -> None:
     assert set(TAGS) == set(KINDS)
     samples: list[Message] = [Opened(0, 1), Decode(0, 1, 2), Verdict(0, 1, 0, 2), Close(4), Fault(None, "link", "gone")]
-    assert [msgpack.unpackb(CODEC.encode(message))[0] for message in samples] == [3, 6, 7, 8, 9]
+    samples += [Resume.of(0, 1, (1, 2)), Resumed(0, 1, 2), Draft(0, 1, (), guess=3)]
+    assert [msgpack.unpackb(CODEC.encode(message))[0] for message in samples] == [3, 6, 7, 8, 9, 11, 12, 10]
 
 
 @pytest.mark.parametrize("vocab_size", VOCAB_SIZES)
@@ -181,7 +204,7 @@ def test_random_bytes_are_a_message_or_a_frame_error(frame: bytes) -> None:
         lambda inner: st.lists(inner, max_size=6),
         max_leaves=12,
     ),
-    st.integers(0, 9),
+    st.integers(0, 12),
 )
 @settings(relaxed, max_examples=500)
 def test_any_msgpack_values_are_a_message_or_a_frame_error(values: object, tag: int) -> None:
@@ -192,7 +215,7 @@ def test_any_msgpack_values_are_a_message_or_a_frame_error(values: object, tag: 
 def decodes_or_raises_frame_error(codec: FrameCodec, frame: bytes) -> bool:
     try:
         message = codec.decode(frame)
-    except FrameError:
+    except (FrameError, LimitError):
         return False
     assert codec.decode(codec.encode(message)) == message
     return True
@@ -210,6 +233,8 @@ def test_damaged_frames_are_a_message_or_a_frame_error() -> None:
         Draft(0, 9, (7, 200), (pair, pair)),
         Draft(0, 9, (7,), (whole,)),
         Draft(0, 9, (7, 7, 1)),
+        Draft(0, 9, (7, 1), guess=5),
+        Resume.of(3, 70, (1, 2, 3)),
         Verdict(0, 9, 3, 299),
         Decode(1, 2, 3),
         Fault(None, "state", "no"),
@@ -267,20 +292,39 @@ def test_what_is_no_message_at_all_is_refused(frame: bytes) -> None:
 
 
 def test_an_unknown_tag_is_refused() -> None:
-    for tag in (10, 255, -1, 2**63):
-        refused(frame_of(tag, 0), rf"the tag {tag}; allowed: \[0, 1, 2, 3, 4, 5, 6, 7, 8, 9\]")
+    known = ", ".join(map(str, sorted([*TAGS.values(), GUESSED_DRAFT_TAG])))
+    for tag in (13, 255, -1, 2**63):
+        refused(frame_of(tag, 0), rf"the tag {tag}; allowed: \[{known}\]")
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_wrong_number_of_fields_is_refused(kind: type[Message]) -> None:
+def test_too_few_fields_are_refused(kind: type[Message]) -> None:
     if kind is Draft:
-        for count, allowed in ((0, "2"), (1, "2"), (5, "2, 3, 4 or 6"), (7, "2, 3, 4 or 6")):
-            refused(frame_of(TAGS[kind], *[0] * count), f"Draft has {count} fields; allowed: {allowed}")
+        for tag, due in ((TAGS[Draft], 2), (GUESSED_DRAFT_TAG, 3)):
+            refused(frame_of(tag, *[0] * (due - 1)), f"Draft has {due - 1} fields; allowed: {due} or more")
         return
-    due = len(fields(kind))
-    for count in (0, due - 1, due + 1):
-        if count != due and count >= 0:
-            refused(frame_of(TAGS[kind], *[0] * count), f"{kind.__name__} has {count} fields; allowed: {due}")
+    due = sum(entry.default is MISSING for entry in fields(kind))
+    for count in {0, due - 1}:
+        refused(frame_of(TAGS[kind], *[0] * count), f"{kind.__name__} has {count} fields; allowed: {due} or more")
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind is not Draft])
+@given(st.data())
+@settings(relaxed, max_examples=20)
+def test_fields_behind_the_known_ones_are_ignored(kind: type[Message], data: st.DataObject) -> None:
+    message = data.draw(messages(kind, 300))
+    values = msgpack.unpackb(FrameCodec(300).encode(message))
+    left_out = len(fields(kind)) - len(values) + 1
+    if left_out == 0:
+        assert FrameCodec(300).decode(frame_of(*values, 7, [None], "new")) == message
+
+
+def test_fields_that_hold_their_defaults_are_left_out_at_the_end() -> None:
+    welcome = Welcome(2, "table", 4096, 64, (Mode.IDS,))
+    assert msgpack.unpackb(CODEC.encode(welcome)) == [1, 2, "table", 4096, 64, [0]]
+    wider = replace(welcome, max_uplink_k=9)
+    assert len(msgpack.unpackb(CODEC.encode(wider))) == 9
+    assert CODEC.decode(CODEC.encode(wider)) == wider
 
 
 @pytest.mark.parametrize(
@@ -301,10 +345,8 @@ def test_a_wrong_number_of_fields_is_refused(kind: type[Message]) -> None:
         (frame_of(5, 0, 1, b"\x01"), "more bits than the message says"),
         (frame_of(5, 0, 1, b"\x00"), "more bits than the message says"),
         (frame_of(5, 0, 1, ids_of(1)[:-1] + b"\x01"), "more bits than the message says"),
-        (frame_of(5, 0, 1, ids_of(1, 2, 3, 4)), "5 bytes of token ids; allowed: up to 3 ids of 9 bits"),
         (frame_of(5, 0, 1, [1, 2]), "of type list; allowed: bytes"),
         (frame_of(5, 0, 1, "ab"), "of type str; allowed: bytes"),
-        (frame_of(4, 0, 1, 0, ids_of(1, 2, 3, 4, 5)), "6 bytes of token ids; allowed: up to 4 ids of 9 bits"),
         (frame_of(0, 1, 300, bytes(31), []), "31 bytes; allowed: 32"),
         (frame_of(0, 1, 300, bytes(32), [-1]), "-1; allowed: 0 to"),
         (frame_of(0, 1, 300, bytes(32), [[1]]), "of type list; allowed: int"),
@@ -321,9 +363,29 @@ def test_a_field_that_is_not_allowed_is_named_with_what_is(frame: bytes, match: 
     refused(frame, match)
 
 
-def test_a_prompt_that_is_too_long_is_refused() -> None:
-    opening = Open(0, 0, Mode.IDS, Sampling(), (1,) * 5)
-    refused(FrameCodec(300).encode(opening), "6 bytes of token ids; allowed: up to 4 ids of 9 bits")
+@pytest.mark.parametrize(
+    ("frame", "match"),
+    [
+        (
+            frame_of(2, 0, 0, 1, struct.pack("<dIdQ", 0, 0, 1, 0), ids_of(*[1] * 5)),
+            "5 where .*--max-prompt-len allows 4",
+        ),
+        (frame_of(4, 0, 1, 0, ids_of(1, 2, 3, 4, 5)), "5 where the base station's --max-prompt-len allows 4"),
+        (frame_of(5, 0, 1, ids_of(1, 2, 3, 4)), "4 where the base station's --max-draft-len allows 3"),
+        (frame_of(10, 0, 1, 7, ids_of(1, 2, 3, 4)), "4 where the base station's --max-draft-len allows 3"),
+        (frame_of(5, 0, 1, 4, 4, 10, b""), "4 where the base station's --max-draft-len allows 3"),
+        (frame_of(5, 0, 1, 1, 6, 10, b""), "6 where the base station's --max-uplink-k allows 5"),
+        (frame_of(5, 0, 1, 3, 2**64 - 1, 10, b""), "--max-uplink-k allows 5"),
+    ],
+)
+def test_what_is_more_than_allowed_is_refused_by_the_name_of_the_limit(frame: bytes, match: str) -> None:
+    refused(frame, match, LimitError)
+
+
+def test_one_distribution_among_small_ones_is_not_too_large() -> None:
+    small = SparseDistribution.round_off(300, np.array([7]), np.ones(1), 12)
+    large = SparseDistribution.round_off(300, np.arange(6), np.full(6, 1 / 6), 12)
+    refused(FrameCodec(300).encode(Draft(0, 1, (7, 5), (small, large))), "6 where .*--max-uplink-k", LimitError)
 
 
 @pytest.mark.parametrize(
@@ -356,13 +418,14 @@ HALVES = SparseDistribution.round_to_halves(np.eye(300)[7]).encode_halves()
 @pytest.mark.parametrize(
     ("drawn", "match"),
     [
-        ([1, 2, 10, ONE.data, 0], "Draft has 7 fields; allowed: 2, 3, 4 or 6"),
-        ([1, 2, 10], "Draft has 5 fields; allowed: 2, 3, 4 or 6"),
+        ([1, 2, 10, ONE.data, 0], "Draft has 5 fields of drafted tokens; allowed: 0, 1, 2 or 4"),
+        ([1, 2, 10], "Draft has 3 fields of drafted tokens; allowed: 0, 1, 2 or 4"),
         ([True, 2, 10, ONE.data], "of type bool; allowed: int"),
         ([1, 2.0, 10, ONE.data], "of type float; allowed: int"),
         ([1, 2, 10, list(ONE.data)], "of type list; allowed: bytes"),
-        ([4, 4, 10, ONE.data], "4 drafted tokens; allowed: 1 to 3"),
-        ([1, 2**64 - 1, 10, ONE.data], "entries of distributions; allowed: 1 to 10"),
+        ([0, 1, 10, ONE.data], "0 drafted tokens; allowed: 1 and more"),
+        ([-1, 1, 10, ONE.data], "-1 drafted tokens; allowed: 1 and more"),
+        ([1, 0, 10, ONE.data], "0 entries of distributions; allowed: 1 to 10"),
         ([1, 2, 2**64 - 1, ONE.data], "steps of 1/18446744073709551615"),
         ([ids_of(7), HALVES + HALVES], "1200 bytes of probabilities for 1 drafted tokens; allowed: 600 for each"),
         ([ids_of(7), b""], "0 bytes of probabilities for 1 drafted tokens"),

@@ -1,6 +1,7 @@
 """The rounds of a session: two machines that see the same messages agree; the rest is refused."""
 
 from dataclasses import replace
+from random import Random
 from typing import cast
 
 import numpy as np
@@ -38,7 +39,7 @@ ALLOWED: dict[State, dict[type[SessionMessage], State]] = {
     State.NEW: {Open: State.OPENING},
     State.OPENING: {Opened: State.READY},
     State.READY: {Draft: State.JUDGING, Decode: State.DECODING, Extend: State.EXTENDING},
-    State.JUDGING: {Verdict: State.READY},
+    State.JUDGING: {Verdict: State.READY, Draft: State.JUDGING},
     State.DECODING: {Verdict: State.DECODING},
     State.EXTENDING: {Opened: State.READY},
     State.CLOSED: {},
@@ -47,6 +48,13 @@ ALLOWED: dict[State, dict[type[SessionMessage], State]] = {
 
 def after(*messages: SessionMessage) -> SessionRounds:
     rounds = SessionRounds(frozenset({STOP}))
+    for message in messages:
+        rounds.advance(message)
+    return rounds
+
+
+def windowed(*messages: SessionMessage, window: int = 3) -> SessionRounds:
+    rounds = SessionRounds(frozenset({STOP}), window)
     for message in messages:
         rounds.advance(message)
     return rounds
@@ -63,14 +71,16 @@ def refuses(rounds: SessionRounds, message: SessionMessage, match: str) -> None:
     assert vars(rounds) == before
 
 
-def candidates(round_id: int) -> list[SessionMessage]:
+def candidates(rounds: SessionRounds, shift: int = 0) -> list[SessionMessage]:
+    """A message of each kind, of the round that is due (or ``shift`` rounds away)."""
+    following, awaited = rounds.next_round + shift, rounds.round_id + shift
     return [
-        replace(open_in(Mode.IDS), round_id=round_id),
-        Opened(0, round_id),
-        Extend(0, round_id, 2, (8,)),
-        Draft(0, round_id, (4, 5)),
-        Decode(0, round_id, 3),
-        Verdict(0, round_id, 0, 6),
+        replace(open_in(Mode.IDS), round_id=following),
+        Opened(0, awaited),
+        Extend(0, following, 2, (8,)),
+        Draft(0, following, (4, 5), guess=6 if rounds.state is State.JUDGING else None),
+        Decode(0, following, 3),
+        Verdict(0, awaited, 0, 6),
     ]
 
 
@@ -141,11 +151,11 @@ def test_any_walk_of_rounds_is_counted_alike_at_both_ends(walk: list[tuple[Sessi
 
 @pytest.mark.parametrize("state", State)
 def test_what_may_not_follow_is_refused_and_changes_nothing(state: State) -> None:
-    rounds = after(*PATHS[state])
+    rounds = windowed(*PATHS[state])
     assert rounds.state is state
     taken = 0
-    for message in candidates(rounds.round_id):
-        fresh = after(*PATHS[state])
+    for message in candidates(rounds):
+        fresh = windowed(*PATHS[state])
         if type(message) in ALLOWED[state]:
             fresh.advance(message)
             assert fresh.state is ALLOWED[state][type(message)]
@@ -172,10 +182,11 @@ def test_a_message_of_no_session_is_refused() -> None:
 @pytest.mark.parametrize("state", [state for state in State if ALLOWED[state]])
 @pytest.mark.parametrize("shift", [-1, 1, 1000])
 def test_another_round_than_the_next_is_refused(state: State, shift: int) -> None:
-    next_round = after(*PATHS[state]).round_id
-    for message in candidates(next_round + shift):
+    rounds = after(*PATHS[state])
+    for message in candidates(rounds, shift):
         if type(message) in ALLOWED[state]:
-            refuses(after(*PATHS[state]), message, f"round {next_round + shift} where {next_round} comes next")
+            due = message.round_id - shift  # type: ignore[union-attr]
+            refuses(after(*PATHS[state]), message, f"round {due + shift} where {due} comes next")
 
 
 def test_messages_of_rounds_that_are_over_are_old() -> None:
@@ -259,3 +270,97 @@ def test_nothing_is_drafted_where_the_target_decodes_alone(distributions: tuple[
 def test_an_empty_draft_asks_for_one_token_in_every_mode(mode: Mode) -> None:
     rounds = after(open_in(mode), Opened(0, 0), Draft(0, 1, ()), Verdict(0, 1, 0, 6))
     assert view(rounds) == (State.READY, 2, 4)
+
+
+# -- the window --
+
+
+FIRST = Draft(0, 1, (4, 5))
+SECOND = Draft(0, 2, (6,), guess=7)
+THIRD = Draft(0, 3, (8, 8), guess=9)
+
+
+def test_drafts_on_right_guesses_are_judged_in_turn() -> None:
+    rounds = windowed(*READY, FIRST, SECOND, THIRD)
+    assert (rounds.under_way, rounds.next_round) == ((FIRST, SECOND, THIRD), 4)
+    rounds.advance(Verdict(0, 1, 2, 7))
+    assert view(rounds) == (State.JUDGING, 2, 6)
+    rounds.advance(Verdict(0, 2, 1, 9))
+    assert view(rounds) == (State.JUDGING, 3, 8)
+    rounds.advance(Verdict(0, 3, 0, 1))
+    assert view(rounds) == (State.READY, 4, 9)
+
+
+@pytest.mark.parametrize(
+    "verdict", [Verdict(0, 1, 1, 7), Verdict(0, 1, 2, 8), Verdict(0, 1, 0, 4)], ids=["rejected", "other token", "both"]
+)
+def test_a_wrong_guess_voids_all_that_builds_on_it(verdict: Verdict) -> None:
+    rounds = windowed(*READY, FIRST, SECOND, THIRD, verdict)
+    assert rounds.under_way == ()
+    assert view(rounds) == (State.READY, 4, 3 + verdict.accepted + 1)
+    for void in (SECOND, THIRD, Draft(0, 4, (1,), guess=1)):
+        assert rounds.is_void(void)
+    rounds.advance(Draft(0, 4, (1,)))
+    assert view(rounds)[:2] == (State.JUDGING, 4)
+
+
+def test_a_station_that_missed_void_drafts_takes_the_next_one() -> None:
+    for lost in range(3):
+        rounds = windowed(*READY, *(FIRST, SECOND, THIRD)[: 3 - lost], Verdict(0, 1, 0, 3))
+        rounds.advance(Draft(0, 4, (1,)))
+        assert rounds.round_id == 4
+    refuses(windowed(*READY, FIRST, Verdict(0, 1, 0, 3)), Draft(0, 5, (1,)), "round 5 where 2 comes next")
+
+
+def test_a_draft_on_a_guess_may_come_after_the_verdict_it_guesses() -> None:
+    rounds = windowed(*READY, FIRST, Verdict(0, 1, 2, 7))
+    assert not rounds.is_void(SECOND)
+    rounds.advance(SECOND)
+    assert view(rounds)[:2] == (State.JUDGING, 2)
+    for verdict in (Verdict(0, 1, 2, 6), Verdict(0, 1, 1, 7)):
+        late = windowed(*READY, FIRST, verdict)
+        assert late.is_void(SECOND)
+        refuses(late, SECOND, "a Draft on the guess 7, which is void")
+
+
+def test_a_draft_whose_predecessor_is_not_here_is_not_taken() -> None:
+    rounds = windowed(*READY, FIRST)
+    assert rounds.is_void(THIRD)
+    rounds.advance(SECOND)
+    assert not rounds.is_void(THIRD)
+
+
+def test_no_more_drafts_than_the_window_are_under_way() -> None:
+    refuses(
+        windowed(*READY, FIRST, SECOND, THIRD), Draft(0, 4, (), guess=1), r"4 Drafts under way; allowed: 3 \(--window"
+    )
+    refuses(after(*READY, FIRST), SECOND, r"2 Drafts under way; allowed: 1")
+    refuses(windowed(*READY, FIRST), Draft(0, 2, (6,)), "without a guess while another is under way")
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 2)), max_size=30), st.randoms(use_true_random=False))
+@settings(deadline=None)
+def test_two_ends_agree_whatever_is_lost_of_a_window(steps: list[tuple[bool, int]], chance: Random) -> None:
+    """A device drafts ahead, the station judges; Drafts get lost, are late and come again; both commit the same."""
+    device, station = windowed(*READY), windowed(*READY)
+    air: list[Draft] = []
+    unheard: list[Verdict] = []
+    for drafts_ahead, accepted in steps:
+        if device.state is State.READY or (drafts_ahead and len(device.under_way) < 3):
+            guess = None if device.state is State.READY else 7
+            device.advance(Draft(0, device.next_round, (4, 5), guess=guess))
+        air = [*air, *device.under_way]
+        chance.shuffle(air)
+        for draft in air[: chance.randint(0, len(air))]:
+            if draft.round_id >= station.next_round and not station.is_void(draft):
+                station.advance(draft)
+        if station.under_way:
+            verdict = Verdict(0, station.round_id, accepted, 7 if accepted == 2 else 3)
+            station.advance(verdict)
+            unheard.append(verdict)
+        while unheard and unheard[0].round_id == device.round_id and device.under_way and chance.random() < 0.7:
+            device.advance(unheard.pop(0))
+    for verdict in unheard:
+        device.advance(verdict)
+    assert device.committed_len == station.committed_len
+    assert not device.under_way or device.under_way[0].round_id >= station.round_id

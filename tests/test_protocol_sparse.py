@@ -19,6 +19,7 @@ from protocol.bundle import Manifest
 from protocol.drafted import pack_drawn, unpack_drawn
 from protocol.errors import FrameError
 from protocol.frames import FrameCodec
+from protocol.limits import Limits
 from protocol.messages import Draft, Mode, Sampling
 from protocol.randomness import UNIFORM_BITS, Stream, random_bits
 from protocol.sparse import MAX_STEPS, SparseDistribution
@@ -194,7 +195,7 @@ def unrounded_sample(length: int, bits: int) -> int:
     ids=["full", "topk", "topp"],
 )
 def test_invariant_1_the_device_samples_from_what_the_bytes_say(mode: Mode, uplink: Uplink) -> None:
-    prompt, draft_len, codec, differs = [1, 2], 8, FrameCodec(20_000), 0
+    prompt, draft_len, codec, differs = [1, 2], 8, FrameCodec(20_000, Limits(max_uplink_k=20_000)), 0
     for seed in range(3):
         model = cast(DraftModel, WideModel())
         guess = Drafter(model, mode, Sampling(1.0, seed=seed), uplink).draft(prompt, draft_len)
