@@ -15,7 +15,7 @@ from device.link import Link
 from device.planner import DraftLenPlanner
 from device.sampling import Uplink
 from protocol.bundle import Manifest
-from protocol.errors import ContextLengthError, FaultError, LinkError, SettingsError, UnknownSessionError
+from protocol.errors import ContextLengthError, FaultError, LinkError, MismatchError, SettingsError, UnknownSessionError
 from protocol.messages import (
     OLDEST_VERSION,
     PROTOCOL_VERSION,
@@ -165,15 +165,23 @@ class Client:
         return self._next_session - 1
 
     def greet(self, patience: float | None = None) -> Welcome:
-        """Greet the base station, anew where it has forgotten this device.
+        """Greet the base station, anew where it has forgotten this device; one of an older version in its own.
 
         Args:
             patience: seconds to wait; left out, as long as for any reply.
         """
         try:
-            return next(message for message in self.exchange(self._hello, patience) if isinstance(message, Welcome))
+            return self._greet_in(PROTOCOL_VERSION, patience)
+        except FaultError as fault:
+            if fault.fault_code != MismatchError.code:
+                raise
+            return self._greet_in(OLDEST_VERSION, patience)
         except LinkError as error:
             raise LinkError(f"{error}; start one with: edgedraft-basestation serve --target MODEL") from error
+
+    def _greet_in(self, version: int, patience: float | None) -> Welcome:
+        hello = replace(self._hello, version=version)
+        return next(message for message in self.exchange(hello, patience) if isinstance(message, Welcome))
 
     def exchange(
         self, request: Hello | Request, patience: float | None = None, resume: Callable[[], Resume] | None = None

@@ -1,6 +1,6 @@
 """A device and a base station joined in memory, over a link that can lose and repeat frames."""
 
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeAlias
@@ -31,10 +31,9 @@ class Station:
         self.codec = FrameCodec(target.vocabulary.size, self.limits)
         self.now = 0.0
         self.engine = Engine(target, self.limits, self._deliver, clock=lambda: self.now)
-        self.outboxes: dict[bytes, deque[Message]] = {}
+        self.outboxes: defaultdict[bytes, deque[Message]] = defaultdict(deque)
 
     def push(self, peer: bytes, frame: bytes) -> None:
-        self.outboxes.setdefault(peer, deque())
         try:
             message = self.codec.decode(frame)
         except ProtocolError as error:

@@ -1,7 +1,6 @@
 """A base station that forgets everything in the middle of an answer changes nothing in it."""
 
 import random
-from collections import deque
 
 import pytest
 
@@ -28,7 +27,6 @@ class ForgetfulTransport(MemoryTransport):
 
     def start_anew(self) -> None:
         self.station = Station(FakeTarget.make(TARGET))
-        self.station.outboxes[self.peer] = deque()
         self.restarts += 1
 
 

@@ -1,0 +1,223 @@
+"""Test vectors of the protocol: what a client in another language must reproduce.
+
+``docs/vectors/version-N.json`` holds what version N of the protocol said. A file is
+written once, with the code of its version (``python -m tests.vectors FILE``), and
+then kept: what is read from it must stay so.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from protocol.bundle import vocabulary_hash
+from protocol.coupling import PositionNoise
+from protocol.frames import FrameCodec
+from protocol.messages import (
+    PROTOCOL_VERSION,
+    Close,
+    Decode,
+    Draft,
+    Encoding,
+    Extend,
+    Fault,
+    Hello,
+    Message,
+    Mode,
+    Open,
+    Opened,
+    Resume,
+    Resumed,
+    Sampling,
+    Verdict,
+    Welcome,
+)
+from protocol.randomness import Stream, random_bits, random_word
+from protocol.sparse import SparseDistribution
+from tests.fakes import FakeTarget, Table, token_names
+from tests.link_pair import Station
+
+FOLDER = Path(__file__).parents[1] / "docs" / "vectors"
+Vector: TypeAlias = dict[str, Any]
+MANY = 49_152
+SIZES = (300, MANY)
+SEEDS = (0, 7, 2**63 - 1)
+VOCAB = 12
+CODEC = FrameCodec(VOCAB)
+SAID: list[Message] = [
+    Open(5, 0, Mode.IDS, Sampling(), (2, 7)),
+    Draft(5, 1, (0, 1, 6)),
+    Draft(5, 2, (0, 8)),
+    Draft(5, 2, (0, 8)),
+    Draft(5, 3, (6,)),
+    Draft(5, 4, (0,), guess=3),
+    Draft(5, 4, (0,), guess=7),
+    Draft(5, 5, (7,), guess=1),
+    Resume.of(5, 5, (2, 7, 0, 1, 6, 7, 0, 1, 6, 7, 0, 1)),
+    Decode(5, 6, 2),
+    Extend(5, 8, 4, (0,)),
+    Draft(5, 9, (1, 4)),
+    Close(5),
+    Draft(5, 10, ()),
+]
+
+
+def messages(vocab_size: int) -> list[Message]:
+    """One or more of every kind."""
+    last = vocab_size - 1
+    support = np.array([3, 17, 40, last])
+    one = SparseDistribution.round_off(vocab_size, support, np.array([0.5, 0.25, 0.15, 0.1]), 96)
+    other = SparseDistribution.round_off(vocab_size, np.array([5]), np.ones(1), 96)
+    halves = np.zeros(vocab_size)
+    halves[[2, 9, last]] = 0.5, 0.375, 0.125
+    whole = SparseDistribution.round_to_halves(halves)
+    modes = (Mode.IDS, Mode.TOPK, Mode.FULL, Mode.TARGET, Mode.COUPLED, Mode.TOPP)
+    return [
+        Hello(PROTOCOL_VERSION, vocab_size, bytes(range(32)), (2, 7)),
+        Welcome(PROTOCOL_VERSION, "target", 8192, 64, modes),
+        Welcome(PROTOCOL_VERSION, "target", 8192, 64, modes, (Encoding.SETS,), 4096, 512, 4, 100, 4),
+        *(Open(1, 0, mode, Sampling(0.7, 40, 0.9, SEEDS[-1]), (1, last, 0)) for mode in modes[1:]),
+        Open(0, 0, Mode.IDS, Sampling(), (1, 2, 3, 4, 5)),
+        Opened(1, 0),
+        Extend(1, 9, 300, (4, 5)),
+        Draft(1, 2, ()),
+        Draft(1, 2, (5, 0, last)),
+        Draft(1, 2, (5, 0, last), guess=17),
+        Draft(1, 3, (40, 5), (one, other)),
+        Draft(1, 3, (40, 5), (one, other), guess=0),
+        *([Draft(1, 4, (9,), (whole,))] if vocab_size < MANY else []),
+        Decode(1, 5, 70_000),
+        Verdict(1, 2, 3, last),
+        Resume.of(1, 2, (1, last, 0)),
+        Resumed(1, 2, 3),
+        Close(1),
+        Fault(None, "mismatch", "other tokens"),
+        Fault(1, "unknown_session", "session 1 is not open"),
+    ]
+
+
+def counting_table() -> Table:
+    """Logits of the target of ``conversation``."""
+    table = np.zeros((VOCAB,) * 3, np.float32)
+    for last in range(VOCAB):
+        table[:, last, (5 * last + 1) % VOCAB] = 1
+    return table
+
+
+def describe(value: object) -> Any:
+    """A message as JSON: its kind and fields, bytes in hexadecimal."""
+    if isinstance(value, SparseDistribution):
+        kept = np.flatnonzero(value.weights)
+        return {"support": value.support[kept].tolist(), "weights": value.weights[kept].tolist(), "total": value.total}
+    if is_dataclass(value):
+        named = {entry.name: describe(getattr(value, entry.name)) for entry in fields(value)}
+        return named if isinstance(value, Sampling) else {"kind": type(value).__name__, **named}
+    if isinstance(value, bytes):
+        return value.hex()
+    return [describe(entry) for entry in value] if isinstance(value, tuple) else value
+
+
+def frame_vectors() -> list[Vector]:
+    """Messages and their bytes."""
+    return [
+        {
+            "vocab_size": size,
+            "frame": FrameCodec(size).encode(message).hex(),
+            "message": describe(message),
+        }
+        for size in SIZES
+        for message in messages(size)
+    ]
+
+
+def word_vectors() -> list[Vector]:
+    """The 64-bit words behind all random numbers, in hexadecimal."""
+    return [
+        {"seed": seed, "position": position, "stream": stream, "word": f"{random_word(seed, position, stream):016x}"}
+        for seed in SEEDS
+        for position in (0, 1, 100_000)
+        for stream in Stream
+    ]
+
+
+def drawn_vectors() -> list[Vector]:
+    """The token that a drafting device draws from a distribution."""
+    one = SparseDistribution.round_off(300, np.array([3, 17, 299]), np.array([0.5, 0.3, 0.2]), 100)
+    return [
+        {
+            "distribution": describe(one),
+            "seed": seed,
+            "position": position,
+            "token_id": one.sample(random_bits(seed, position, Stream.DRAFT)),
+        }
+        for seed in SEEDS
+        for position in range(8)
+    ]
+
+
+def noise_vectors() -> list[Vector]:
+    """The noise of some tokens in mode ``coupled``, and the choice among logits that fall evenly: −id / 64."""
+    ids = np.array([0, 1, 255, 256, 299])
+    return [
+        {
+            "vocab_size": 300,
+            "seed": seed,
+            "position": position,
+            "token_ids": ids.tolist(),
+            "noise": PositionNoise(seed, position, 300).of(ids).tolist(),
+            "chosen": PositionNoise(seed, position, 300).choose(np.arange(300, dtype=np.float32) / -64)[0],
+        }
+        for seed in SEEDS
+        for position in range(4)
+    ]
+
+
+def conversation() -> list[Vector]:
+    """What a device and a base station say, whose target always has (5 · last token + 1) mod 12 follow."""
+    hello = Hello(PROTOCOL_VERSION, VOCAB, bytes.fromhex(vocabulary_hash(token_names(VOCAB))), ())
+    answers = replies_of(Station(FakeTarget.make(counting_table())))
+    frames = [CODEC.encode(message) for message in (hello, *SAID)]
+    return [{"device": frame.hex(), "station": answers(frame)} for frame in frames]
+
+
+def replies_of(station: Station) -> Callable[[bytes], list[str]]:
+    """What a base station answers to each frame of one device."""
+
+    def replies(frame: bytes) -> list[str]:
+        station.push(b"a", frame)
+        return [CODEC.encode(message).hex() for message in iter(lambda: station.pull(b"a"), None)]
+
+    return replies
+
+
+def all_vectors() -> Vector:
+    """All that a file holds."""
+    return {
+        "version": PROTOCOL_VERSION,
+        "frames": frame_vectors(),
+        "random_words": word_vectors(),
+        "drawn_tokens": drawn_vectors(),
+        "noise": noise_vectors(),
+        "conversation": conversation(),
+    }
+
+
+def kept(version: int) -> Vector:
+    """The vectors of a version, by what they are about."""
+    vectors: Vector = json.loads((FOLDER / f"version-{version}.json").read_text("utf-8"))
+    return vectors
+
+
+def write(path: Path) -> None:
+    """Write a file with one vector a line."""
+    version, *lists = all_vectors().items()
+    parts = [f' "{name}": [\n  ' + ",\n  ".join(map(json.dumps, vectors)) + "\n ]" for name, vectors in lists]
+    path.write_text("{\n" + ",\n".join([f' "version": {version[1]}', *parts]) + "\n}\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write(Path(sys.argv[1]))
