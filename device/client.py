@@ -16,6 +16,7 @@ from device.planner import DraftLenPlanner
 from device.sampling import Uplink
 from protocol.bundle import Manifest
 from protocol.errors import ContextLengthError, FaultError, LinkError, MismatchError, SettingsError, UnknownSessionError
+from protocol.limits import option_name
 from protocol.messages import (
     OLDEST_VERSION,
     PROTOCOL_VERSION,
@@ -142,7 +143,7 @@ class Client:
 
         Raises:
             SettingsError: the base station does not serve the mode, the draft length or as many entries.
-            ContextLengthError: the prompt does not fit the context of both models.
+            ContextLengthError: the prompt does not fit both models' contexts, or is more than the base station takes.
         """
         welcome, encoding = self.welcome, settings.mode.encoding
         if settings.mode not in welcome.modes or (encoding and encoding not in welcome.encodings):
@@ -256,14 +257,14 @@ class DeviceSession:
         """Go on with a prompt that begins as the committed tokens do; only the rest is sent and run.
 
         Raises:
-            ContextLengthError: it does not fit the context of both models.
+            ContextLengthError: it does not fit both models' contexts, or is more than the base station takes.
         """
-        self._check_prompt(prompt_ids)
         start = 0
         for old, new in zip(self.tokens, prompt_ids[:-1], strict=False):
             if old != new:
                 break
             start += 1
+        self._check_prompt(prompt_ids, start)
         self._ask(Extend(self._session_id, self._rounds.round_id, start, tuple(prompt_ids[start:])))
         self._commit_prompt(prompt_ids)
 
@@ -321,11 +322,15 @@ class DeviceSession:
         if not self._target_alone:
             self._drafter.prefill(self.tokens)
 
-    def _check_prompt(self, prompt_ids: list[int]) -> None:
+    def _check_prompt(self, prompt_ids: list[int], start: int = 0) -> None:
         if len(prompt_ids) >= self._context_length:
             raise ContextLengthError(
                 "prompt", f"{len(prompt_ids)} tokens", f"at most {self._context_length - 1} (the models' context)"
             )
+        new, most = len(prompt_ids) - start, self._client.welcome.max_prompt_len
+        if new > most:
+            allowed = f"at most {most} at once (the base station's {option_name('max_prompt_len')})"
+            raise ContextLengthError("prompt", f"{new} new tokens", allowed)
 
     def _ask(self, request: Request) -> Reply:
         return next(self._replies(request))

@@ -138,7 +138,6 @@ class FrameCodec:
 
     def _make_layouts(self) -> list[_Layout]:
         counter, prompt = self._counter, self._ids("max_prompt_len")
-        verdict = (counter, counter, _integer(self.limits.max_draft_len), self._token)
         limits = (_array_of(_ENCODING), counter, counter, counter, counter, counter)
         return [
             _Layout(Hello, 0, (counter, counter, _binary(32), _array_of(counter))),
@@ -147,7 +146,7 @@ class FrameCodec:
             _Layout(Opened, 3, (counter, counter)),
             _Layout(Extend, 4, (counter, counter, counter, prompt)),
             _Layout(Decode, 6, (counter, counter, counter)),
-            _Layout(Verdict, 7, verdict),
+            _Layout(Verdict, 7, (counter, counter, counter, self._token)),
             _Layout(Close, 8, (counter,)),
             _Layout(Fault, 9, (_optional(counter), _text(40), _text(MAX_FAULT_TEXT))),
             _Layout(Resume, 11, (counter, counter, counter, _binary(HASH_BYTES))),

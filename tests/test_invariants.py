@@ -37,6 +37,7 @@ from protocol.messages import (
 )
 from tests.fakes import FakeDraftModel, FakeTarget, blend, random_table, target_alone
 from tests.link_pair import Fate, MemoryTransport, Station, join, once
+from tests.raw_device import RawDevice, hello
 
 VOCAB = 12
 TARGET = random_table(VOCAB, seed=1)
@@ -193,27 +194,6 @@ def test_lost_frames_are_indeed_lost() -> None:
     assert transport.now == session.tally.rounds * Patience().repeat
 
 
-class Device:
-    """A device that says exactly what it is told to."""
-
-    def __init__(self, station: Station, peer: bytes, greet: bool = True) -> None:
-        self.station, self.peer = station, peer
-        if greet:
-            assert isinstance(self.say(hello()), Welcome)
-
-    def say(self, message: Message) -> Message | None:
-        return self.send(CODEC.encode(message))
-
-    def send(self, frame: bytes) -> Message | None:
-        self.station.push(self.peer, frame)
-        return self.station.pull(self.peer)
-
-
-def hello() -> Hello:
-    manifest = draft_model().manifest
-    return Hello(PROTOCOL_VERSION, VOCAB, bytes.fromhex(manifest.vocabulary_hash), manifest.stop_ids)
-
-
 def opening(sampling: Sampling = GREEDY, session_id: int = 0) -> Open:
     return Open(session_id, 0, Mode.IDS if sampling.greedy else Mode.TARGET, sampling, tuple(PROMPT))
 
@@ -221,7 +201,7 @@ def opening(sampling: Sampling = GREEDY, session_id: int = 0) -> Open:
 def test_invariant_4_a_repeated_draft_gets_the_stored_verdict_and_runs_nothing() -> None:
     target = FakeTarget(TARGET)
     station = Station(cast(TargetModel, target))
-    device = Device(station, b"a")
+    device = RawDevice(station, b"a")
     device.say(opening())
     draft = Draft(0, 1, tuple(target_alone(TARGET, PROMPT, 2)))
     verdict = device.say(draft)
@@ -241,7 +221,7 @@ def test_invariant_4_a_repeated_draft_gets_the_stored_verdict_and_runs_nothing()
 def test_invariant_4_a_repeated_decode_gets_all_stored_verdicts() -> None:
     target = FakeTarget(TARGET)
     station = Station(cast(TargetModel, target))
-    device = Device(station, b"a")
+    device = RawDevice(station, b"a")
     device.say(opening(SAMPLED))
     verdicts = [device.say(Decode(0, 1, 3)), station.pull(b"a"), station.pull(b"a")]
     assert [type(verdict) for verdict in verdicts] == [Verdict] * 3
@@ -437,9 +417,9 @@ def test_invariant_7_bad_input_ends_one_session_at_worst(
     client, _ = join(station, model)
     stream = client.open(settings, model, PROMPT).answer(COUNT)
     tokens = [next(stream).token_id]
-    bad = Device(station, b"b")
+    bad = RawDevice(station, b"b")
     assert bad.say(opening()) == Opened(0, 0)
-    bystander = Device(station, b"c")
+    bystander = RawDevice(station, b"c")
     assert bystander.say(opening()) == Opened(0, 0)
     with caplog.at_level(logging.WARNING, "basestation.engine"):
         fault = bad.send(frame)
@@ -517,8 +497,8 @@ def test_invariant_8_another_vocabulary_is_refused_at_hello(change: dict[str, ob
 
 
 def test_invariant_8_a_version_that_is_too_old_is_refused_at_hello() -> None:
-    device = Device(new_station(), b"a", greet=False)
-    fault = device.say(replace(hello(), version=OLDEST_VERSION - 1))
+    device = RawDevice(new_station(), b"a", greet=False)
+    fault = device.say(replace(hello(VOCAB), version=OLDEST_VERSION - 1))
     assert isinstance(fault, Fault)
     assert fault.code == "mismatch"
     assert (
@@ -526,12 +506,14 @@ def test_invariant_8_a_version_that_is_too_old_is_refused_at_hello() -> None:
     )
 
 
-@pytest.mark.parametrize("refused_hello", [None, replace(hello(), vocabulary_hash=bytes(32))], ids=["none", "refused"])
+@pytest.mark.parametrize(
+    "refused_hello", [None, replace(hello(VOCAB), vocabulary_hash=bytes(32))], ids=["none", "refused"]
+)
 @pytest.mark.parametrize("request_", [opening(), Draft(0, 1, ()), Decode(0, 1, 1), Extend(0, 1, 0, (1,))], ids=repr)
 def test_invariant_8_requests_before_hello_are_refused(request_: Message, refused_hello: Hello | None) -> None:
     station = new_station()
-    Device(station, b"b")  # another one's greeting does not count
-    device = Device(station, b"a", greet=False)
+    RawDevice(station, b"b")  # another one's greeting does not count
+    device = RawDevice(station, b"a", greet=False)
     if refused_hello is not None:
         device.say(refused_hello)
     fault = device.say(request_)

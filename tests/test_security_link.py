@@ -22,11 +22,9 @@ from device.link import Link
 from protocol.errors import AdmissionError, FaultError, SettingsError
 from protocol.frames import FrameCodec
 from protocol.messages import (
-    PROTOCOL_VERSION,
     Close,
     Draft,
     Fault,
-    Hello,
     Message,
     Mode,
     Open,
@@ -35,6 +33,7 @@ from protocol.messages import (
     Verdict,
 )
 from tests.fakes import FakeDraftModel, FakeTarget, blend, random_table, target_alone
+from tests.raw_device import hello
 from tests.relay import CountingRelay
 
 VOCAB = 12
@@ -49,11 +48,6 @@ OPEN = Open(0, 0, Mode.IDS, Sampling(), tuple(PROMPT))
 
 def draft_model() -> DraftModel:
     return FakeDraftModel.make(DRAFT)
-
-
-def hello() -> Hello:
-    manifest = draft_model().manifest
-    return Hello(PROTOCOL_VERSION, VOCAB, bytes.fromhex(manifest.vocabulary_hash), manifest.stop_ids)
 
 
 def answer_of(session: DeviceSession, count: int) -> list[int]:
@@ -118,7 +112,7 @@ class Dealer:
         return CODEC.decode(self.socket.recv()) if self.socket.poll(round(seconds * 1000)) else None
 
     def opened(self) -> "Dealer":
-        self.say(hello())
+        self.say(hello(VOCAB))
         assert self.hear() is not None
         self.say(OPEN)
         assert self.hear() == Opened(0, 0)
@@ -192,7 +186,7 @@ def test_a_public_key_alone_opens_nothing(site: Site) -> None:
     dealer.socket.setsockopt(zmq.CURVE_PUBLICKEY, zmq.curve_public(victim.secret.encode()))
     dealer.socket.disconnect(site.address)
     dealer.socket.connect(site.address)
-    dealer.say(hello())
+    dealer.say(hello(VOCAB))
     assert dealer.hear(1) is None
 
 
@@ -204,7 +198,7 @@ def test_another_key_neither_reads_nor_steers_nor_ends_a_session(site: Site) -> 
     other = site.dealer(site.keys("other"), b"\x01same")
     expected = target_alone(TARGET, PROMPT, 5)
     for round_id in range(1, 6):
-        for message in (hello(), Close(0), Draft(0, round_id, (1, 2)), Fault(0, "state", "no"), Close(0)):
+        for message in (hello(VOCAB), Close(0), Draft(0, round_id, (1, 2)), Fault(0, "state", "no"), Close(0)):
             other.say(message)
         time.sleep(0.05)
         victim.say(Draft(0, round_id, ()))
@@ -216,7 +210,7 @@ def test_another_key_neither_reads_nor_steers_nor_ends_a_session(site: Site) -> 
 def test_the_number_of_a_session_is_of_no_use_to_another_key(site: Site) -> None:
     victim = site.dealer(site.keys("victim"), b"\x01victim").opened()
     other = site.dealer(site.keys("other"), b"\x01other")
-    other.say(hello())
+    other.say(hello(VOCAB))
     other.hear()
     for message in (Draft(0, 1, ()), Close(0), Draft(0, 1, ())):
         other.say(message)
@@ -275,7 +269,7 @@ def test_a_revoked_device_is_refused_on_old_and_new_connections(site: Site) -> N
     dealer = site.dealer(keys, b"\x01phone").opened()
     site.folder.revoke("phone")
     dealer.hear()
-    for request in (hello(), OPEN, Draft(0, 1, ())):
+    for request in (hello(VOCAB), OPEN, Draft(0, 1, ())):
         dealer.say(request)
         message = dealer.hear()
         assert isinstance(message, Fault)

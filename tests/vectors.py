@@ -14,7 +14,6 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from protocol.bundle import vocabulary_hash
 from protocol.coupling import PositionNoise
 from protocol.frames import FrameCodec
 from protocol.messages import (
@@ -38,8 +37,9 @@ from protocol.messages import (
 )
 from protocol.randomness import Stream, random_bits, random_word
 from protocol.sparse import SparseDistribution
-from tests.fakes import FakeTarget, Table, token_names
+from tests.fakes import FakeTarget, Table
 from tests.link_pair import Station
+from tests.raw_device import hello
 
 FOLDER = Path(__file__).parents[1] / "docs" / "vectors"
 Vector: TypeAlias = dict[str, Any]
@@ -178,9 +178,8 @@ def noise_vectors() -> list[Vector]:
 
 def conversation() -> list[Vector]:
     """What a device and a base station say, whose target always has (5 · last token + 1) mod 12 follow."""
-    hello = Hello(PROTOCOL_VERSION, VOCAB, bytes.fromhex(vocabulary_hash(token_names(VOCAB))), ())
     answers = replies_of(Station(FakeTarget.make(counting_table())))
-    frames = [CODEC.encode(message) for message in (hello, *SAID)]
+    frames = [CODEC.encode(hello(VOCAB)), *map(CODEC.encode, SAID)]
     return [{"device": frame.hex(), "station": answers(frame)} for frame in frames]
 
 
