@@ -188,7 +188,10 @@ def replies_of(station: Station) -> Callable[[bytes], list[str]]:
 
     def replies(frame: bytes) -> list[str]:
         station.push(b"a", frame)
-        return [CODEC.encode(message).hex() for message in iter(lambda: station.pull(b"a"), None)]
+        heard = []
+        while (message := station.pull(b"a")) is not None:
+            heard.append(CODEC.encode(message).hex())
+        return heard
 
     return replies
 

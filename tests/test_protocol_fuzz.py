@@ -1,0 +1,131 @@
+"""Mutated frames: a message or a ProtocolError, in memory and time that the frame's own size bounds.
+
+Frames of all versions are mutated as bytes and as values. Each generation is
+seeded, so that what fails once fails again: keep its seed in ``SEEDS``.
+"""
+
+import random
+import tracemalloc
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import msgpack
+import pytest
+
+from protocol.drafted import PackedDraft, unpack_drawn
+from protocol.errors import ProtocolError
+from protocol.frames import FrameCodec
+from protocol.limits import Limits
+from protocol.messages import OLDEST_VERSION, PROTOCOL_VERSION
+from tests.vectors import kept
+
+FRAMES_A_SEED = 50_000
+HANGS_AFTER = 120  # seconds for all frames of a seed, which take a few
+SEEDS = range(20)
+TIGHT = Limits(max_prompt_len=64, max_draft_len=8, max_uplink_k=32)
+ODD_NUMBERS = (0, 1, -1, 2, 127, 128, 255, 256, 2**16, 2**31, 2**32 - 1, 2**32, 2**63, 2**64 - 1, -(2**63))
+ODD_VALUES = (None, True, 1.5, float("nan"), "", b"", [], {}, "a" * 300, bytes(300), [[[]]], msgpack.Timestamp(1))
+CORPUS = [
+    (vector["vocab_size"], bytes.fromhex(vector["frame"]))
+    for version in range(OLDEST_VERSION, PROTOCOL_VERSION + 1)
+    for vector in kept(version)["frames"]
+]
+
+
+class Mutator:
+    """Makes frames out of the corpus; a function of its seed."""
+
+    def __init__(self, seed: int) -> None:
+        self.chance = random.Random(seed)  # noqa: S311
+        self.bytewise: list[Callable[[bytearray], None]] = [self.flip, self.cut, self.insert, self.repeat, self.splice]
+
+    def frame(self) -> tuple[int, bytes]:
+        """A vocabulary size, and a frame for it."""
+        vocab_size, frame = self.chance.choice(CORPUS)
+        if self.chance.random() < 0.5:
+            values = msgpack.unpackb(frame)
+            for _ in range(self.chance.randint(1, 3)):
+                values = self.alter(values)
+            return vocab_size, msgpack.packb(values)
+        mutated = bytearray(frame)
+        for _ in range(self.chance.randint(1, 4)):
+            self.chance.choice(self.bytewise)(mutated)
+        return vocab_size, bytes(mutated)
+
+    def flip(self, frame: bytearray) -> None:
+        if frame:
+            frame[self.chance.randrange(len(frame))] ^= 1 << self.chance.randrange(8)
+
+    def cut(self, frame: bytearray) -> None:
+        start = self.chance.randint(0, len(frame))
+        del frame[start : start + self.chance.randint(1, 16)]
+
+    def insert(self, frame: bytearray) -> None:
+        place = self.chance.randint(0, len(frame))
+        frame[place:place] = self.chance.randbytes(self.chance.randint(1, 8))
+
+    def repeat(self, frame: bytearray) -> None:
+        start = self.chance.randint(0, len(frame))
+        frame[start:start] = frame[start : start + self.chance.randint(1, 64)]
+
+    def splice(self, frame: bytearray) -> None:
+        other = self.chance.choice(CORPUS)[1]
+        frame[self.chance.randint(0, len(frame)) :] = other[self.chance.randint(0, len(other)) :]
+
+    def alter(self, value: Any) -> Any:
+        """Another value in one place, however deep, or another number of values."""
+        if isinstance(value, list) and value and self.chance.random() < 0.9:
+            place = self.chance.randrange(len(value))
+            if self.chance.random() < 0.1:
+                return self.chance.choice([value[:place], [*value, value[place]], value[place:]])
+            return [*value[:place], self.alter(value[place]), *value[place + 1 :]]
+        if isinstance(value, bytes) and self.chance.random() < 0.7:
+            mutated = bytearray(value)
+            self.chance.choice(self.bytewise)(mutated)
+            return bytes(mutated)
+        if isinstance(value, int) and self.chance.random() < 0.5:
+            return min(max(value + self.chance.randint(-3, 3), -(2**63)), 2**64 - 1)
+        return self.chance.choice([*ODD_NUMBERS, *ODD_VALUES])
+
+
+CODECS = {size: (FrameCodec(size), FrameCodec(size, TIGHT)) for size, _ in CORPUS}
+
+
+def decode(vocab_size: int, frame: bytes) -> None:
+    """As a device and as a base station with tight limits; and what it may hold of distributions by itself."""
+    for codec in CODECS[vocab_size]:
+        with suppress(ProtocolError):
+            message = codec.decode(frame)
+            assert codec.decode(codec.encode(message)) == message
+    with suppress(ProtocolError):
+        draft_len, entries, steps = (1 + byte for byte in frame[:3].ljust(3, b"\0"))
+        unpack_drawn(PackedDraft(draft_len, entries, steps, frame[3:]), vocab_size)
+
+
+def run(seed: int) -> None:
+    mutator = Mutator(seed)
+    for _ in range(FRAMES_A_SEED):
+        decode(*mutator.frame())
+
+
+@pytest.mark.timeout(HANGS_AFTER)
+@pytest.mark.parametrize("seed", SEEDS)
+def test_one_million_mutated_frames_are_messages_or_protocol_errors(seed: int) -> None:
+    run(seed)
+
+
+def test_decoding_takes_memory_in_proportion_to_the_frame() -> None:
+    mutator = Mutator(seed=9)
+    frames = [mutator.frame() for _ in range(2000)]
+    for frame in frames:
+        decode(*frame)  # what is made once
+    tracemalloc.start()
+    try:
+        for vocab_size, frame in frames:
+            tracemalloc.reset_peak()
+            before, _ = tracemalloc.get_traced_memory()
+            decode(vocab_size, frame)
+            assert tracemalloc.get_traced_memory()[1] - before < 300_000 + 400 * len(frame)  # msgpack writes into 256 KB
+    finally:
+        tracemalloc.stop()
