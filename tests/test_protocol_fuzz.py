@@ -25,7 +25,20 @@ HANGS_AFTER = 120  # seconds for all frames of a seed, which take a few
 SEEDS = range(20)
 TIGHT = Limits(max_prompt_len=64, max_draft_len=8, max_uplink_k=32)
 ODD_NUMBERS = (0, 1, -1, 2, 127, 128, 255, 256, 2**16, 2**31, 2**32 - 1, 2**32, 2**63, 2**64 - 1, -(2**63))
-ODD_VALUES = (None, True, 1.5, float("nan"), "", b"", [], {}, "a" * 300, bytes(300), [[[]]], msgpack.Timestamp(1))
+ODD_VALUES: tuple[Any, ...] = (
+    None,
+    True,
+    1.5,
+    float("nan"),
+    "",
+    b"",
+    [],
+    {},
+    "a" * 300,
+    bytes(300),
+    [[[]]],
+    msgpack.Timestamp(1),
+)
 CORPUS = [
     (vector["vocab_size"], bytes.fromhex(vector["frame"]))
     for version in range(OLDEST_VERSION, PROTOCOL_VERSION + 1)
@@ -118,14 +131,16 @@ def test_one_million_mutated_frames_are_messages_or_protocol_errors(seed: int) -
 def test_decoding_takes_memory_in_proportion_to_the_frame() -> None:
     mutator = Mutator(seed=9)
     frames = [mutator.frame() for _ in range(2000)]
-    for frame in frames:
-        decode(*frame)  # what is made once
+    for vocab_size, frame in frames:
+        decode(vocab_size, frame)  # what is made once
     tracemalloc.start()
     try:
         for vocab_size, frame in frames:
             tracemalloc.reset_peak()
             before, _ = tracemalloc.get_traced_memory()
             decode(vocab_size, frame)
-            assert tracemalloc.get_traced_memory()[1] - before < 300_000 + 400 * len(frame)  # msgpack writes into 256 KB
+            assert tracemalloc.get_traced_memory()[1] - before < 300_000 + 400 * len(
+                frame
+            )  # msgpack writes into 256 KB
     finally:
         tracemalloc.stop()
