@@ -6,7 +6,7 @@ DEVICE_VENV := .venv-device
 SAMPLE := build/sample
 BUNDLE := build/bundle
 
-.PHONY: help demo test lint types bench models clean
+.PHONY: help demo test endurance lint types bench models clean
 
 help:  ## show this
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -15,8 +15,11 @@ demo: models  ## a real answer across the link, in colour, then what drafting wa
 	@$(BIN)/edgedraft-bench demo --bundle $(BUNDLE) --target $(SAMPLE)
 
 test: lint types models $(DEVICE_VENV)/ready  ## all tests, with the real sample model
-	$(BIN)/pytest -q -n 2 --dist worksteal -m "not model"
-	$(BIN)/pytest -q -m model
+	$(BIN)/pytest -q -n 2 --dist worksteal -m "not model and not endurance"
+	$(BIN)/pytest -q -m "model and not endurance"
+
+endurance: models  ## runs of minutes: links broken, stations killed, hostile peers
+	$(BIN)/pytest -q -m endurance
 
 lint: $(VENV)/ready  ## ruff and the import rules
 	$(BIN)/ruff check .

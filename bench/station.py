@@ -3,6 +3,8 @@
 import re
 import subprocess
 import sys
+import threading
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -25,7 +27,9 @@ def running_station(target: str, dtype: str) -> Iterator[str]:
     )
     assert process.stderr is not None
     try:
-        yield _address(process.stderr)
+        address = _address(process.stderr)
+        threading.Thread(target=deque, args=(process.stderr, 0), daemon=True).start()  # a full pipe would stop it
+        yield address
     finally:
         process.terminate()
         try:

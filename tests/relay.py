@@ -7,12 +7,16 @@ import time
 
 
 class CountingRelay:
-    """Listens at ``port`` of loopback and passes everything on to a base station."""
+    """Listens at ``port`` of loopback and passes everything on to a base station.
 
-    def __init__(self, host: str, port: int) -> None:
+    Attributes:
+        station_port: of loopback, where new connections lead.
+    """
+
+    def __init__(self, station_port: int) -> None:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = self._listener.getsockname()[1]
-        self._target = (host, port)
+        self.station_port = station_port
         self._counts = [0, 0]
         self._sockets: list[socket.socket] = []
 
@@ -44,7 +48,7 @@ class CountingRelay:
         with contextlib.suppress(OSError):  # the listener is closed, as at the end of every test
             while True:
                 device, _ = self._listener.accept()
-                station = socket.create_connection(self._target)
+                station = socket.create_connection(("127.0.0.1", self.station_port))
                 self._sockets += [device, station]
                 for source, sink, direction in ((device, station, 0), (station, device, 1)):
                     threading.Thread(target=self._pump, args=(source, sink, direction), daemon=True).start()

@@ -2,10 +2,9 @@
 
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,6 +32,7 @@ from protocol.messages import (
     Verdict,
 )
 from tests.fakes import FakeDraftModel, FakeTarget, blend, random_table, target_alone
+from tests.live_station import serving
 from tests.raw_device import hello
 from tests.relay import CountingRelay
 
@@ -52,17 +52,6 @@ def draft_model() -> DraftModel:
 
 def answer_of(session: DeviceSession, count: int) -> list[int]:
     return [token.token_id for token in session.answer(count)]
-
-
-@contextmanager
-def serving(server: Server) -> Iterator[Server]:
-    thread = threading.Thread(target=server.serve)
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.stop()
-        thread.join()
 
 
 @dataclass
@@ -230,7 +219,7 @@ def test_a_session_goes_on_over_another_connection_of_the_same_key(site: Site) -
 
 def test_an_answer_survives_a_broken_connection(site: Site) -> None:
     port = int(site.address.rpartition(":")[2])
-    with CountingRelay("127.0.0.1", port) as first:
+    with CountingRelay(port) as first:
         keys = site.keys("phone")
         session = site.client(keys, f"tcp://127.0.0.1:{first.port}").open(IDS, draft_model(), PROMPT)
         stream = session.answer(20)
@@ -291,7 +280,7 @@ def test_a_device_with_a_new_key_takes_the_name_of_the_revoked_one(site: Site) -
 
 def test_invariant_6_bytes_in_their_envelopes_are_counted_as_a_relay_sees_them(site: Site) -> None:
     port = int(site.address.rpartition(":")[2])
-    with CountingRelay("127.0.0.1", port) as relay:
+    with CountingRelay(port) as relay:
         link = site.link(site.keys("phone"), f"tcp://127.0.0.1:{relay.port}")
         client = Client(link, draft_model().manifest, PATIENCE)
         before, counted = relay.settled(), (link.uplink_bytes, link.downlink_bytes)
