@@ -1,5 +1,6 @@
 """Mode ``coupled``: the answer is the target's own sampling with that seed, whatever was drafted."""
 
+from collections.abc import Callable
 from itertools import product
 
 import numpy as np
@@ -7,8 +8,10 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
+from basestation import coupling
 from basestation.verify import Draw, Judgement, choose_tokens, match, warp
 from device.client import DraftSettings
+from protocol.coupling import noise_key
 from protocol.messages import Mode, Sampling
 from tests.fakes import FakeDraftModel, FakeTarget, Table, blend, next_logits, random_table
 from tests.link_pair import MemoryTransport, Station, join
@@ -67,23 +70,52 @@ def test_sessions_of_all_settings_are_chosen_for_as_each_alone() -> None:
     assert choose_tokens(logits, draws) == alone
 
 
-@pytest.mark.parametrize("sampling", [Sampling(1.0), Sampling(0.6), Sampling(1.3, top_p=0.8)], ids=str)
-def test_coupled_sequences_are_distributed_as_the_targets_own(sampling: Sampling) -> None:
-    """Three tokens, ``SAMPLES`` sequences, all at positions of their own; against the exact distribution."""
+def p_value(sampling: Sampling, samples: int) -> float:
+    """Of the chi-squared test of sequences of three tokens, each token at a position of its own."""
     size = 6
     table = random_table(size, seed=1)
     rows = torch.tensor(table.reshape(-1, size))
-    exact = warp(torch.tensor(table.reshape(-1, size)), sampling).numpy().reshape(size, size, size)
-    before, last = torch.zeros(SAMPLES, dtype=torch.int64), torch.ones(SAMPLES, dtype=torch.int64)
-    cells, expected = torch.zeros(SAMPLES, dtype=torch.int64), np.ones(1)
+    exact = warp(rows, sampling).numpy().reshape(size, size, size)
+    before, last = torch.zeros(samples, dtype=torch.int64), torch.ones(samples, dtype=torch.int64)
+    cells = torch.zeros(samples, dtype=torch.int64)
     for step in range(3):
-        positions = range(step * SAMPLES, (step + 1) * SAMPLES)
-        draws = [Draw(sampling, position) for position in positions]
+        draws = [Draw(sampling, position) for position in range(step * samples, (step + 1) * samples)]
         choices = torch.tensor(choose_tokens(rows[before * size + last], draws))
         before, last, cells = last, choices, cells * size + choices
-    first = exact[0, 1]
-    expected = np.einsum("a,ab,abc->abc", first, exact[1], exact).ravel() * SAMPLES
+    expected = np.einsum("a,ab,abc->abc", exact[0, 1], exact[1], exact).ravel() * samples
     counts = np.bincount(cells.numpy(), minlength=size**3)
-    assert counts[expected == 0].sum() == 0
     possible = expected > 0
-    assert chisquare(counts[possible], expected[possible]).pvalue > 1e-4
+    assert counts[~possible].sum() == 0
+    return float(chisquare(counts[possible], expected[possible]).pvalue)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(1.0), Sampling(0.6), Sampling(1.3, top_p=0.8)], ids=str)
+def test_coupled_sequences_are_distributed_as_the_targets_own(sampling: Sampling) -> None:
+    assert p_value(sampling, SAMPLES) > 1e-4
+
+
+def same_noise_at_every_token(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(coupling, "noise_key", lambda seed, position: noise_key(seed, position % (SAMPLES // 10)))
+
+
+def largest_of_a_block_as_of_one_token(patch: pytest.MonkeyPatch) -> None:
+    make = coupling._Noise.__init__
+
+    def init(noise: coupling._Noise, draws: list[tuple[int, int]], vocab_size: int, place: torch.device) -> None:
+        make(noise, draws, vocab_size, place)
+        noise.maxima -= np.log(vocab_size)  # one block here
+
+    patch.setattr(coupling._Noise, "__init__", init)
+
+
+def coarse_noise(patch: pytest.MonkeyPatch) -> None:
+    uniform = coupling._Noise._uniform
+    patch.setattr(coupling._Noise, "_uniform", lambda *place: ((uniform(*place) * 4).floor() + 0.5) / 4)
+
+
+@pytest.mark.parametrize("defect", [same_noise_at_every_token, largest_of_a_block_as_of_one_token, coarse_noise])
+def test_planted_defects_of_the_noise_are_caught(
+    defect: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    defect(monkeypatch)
+    assert p_value(Sampling(1.0), SAMPLES // 10) < 1e-7
