@@ -19,7 +19,9 @@ from device.client import Client, DraftSettings, Origin, Patience
 from device.draft_model import DraftModel
 from device.keys import LinkKeys, new_key
 from device.link import Link
+from device.sampling import best_mode
 from device.tokenizer import ChatMessage, Tokenizer
+from protocol.bundle import Manifest
 from protocol.command_line import Verbose, run
 from protocol.errors import SettingsError
 from protocol.frames import FrameCodec
@@ -45,7 +47,9 @@ TopP = Annotated[float, typer.Option(help="Sample among the likeliest tokens of 
 Seed = Annotated[int | None, typer.Option(help="Of all random numbers; left out, a new one each time.")]
 ModeOption = Annotated[
     str,
-    typer.Option(help="auto, ids, coupled, topk, topp, full or target; auto is ids at temperature 0, else coupled."),
+    typer.Option(
+        help="auto, ids, coupled, topk, topp, full or target; auto: ids at temperature 0, else coupled or topk."
+    ),
 ]
 UplinkK = Annotated[
     int | None, typer.Option(help="Entries sent of each distribution; left out, 32 in mode topk, up to 256 in topp.")
@@ -106,7 +110,7 @@ def generate(
 ) -> None:
     """Answer one prompt; the text streams as it is committed."""
     settings = _settings(
-        _sampling(temperature, top_k, top_p, seed), mode, (uplink_k, uplink_p, uplink_steps), draft_len
+        bundle, _sampling(temperature, top_k, top_p, seed), mode, (uplink_k, uplink_p, uplink_steps), draft_len
     )
     _at_least_one("max-new-tokens", max_new_tokens)
     place = _Place(bundle, server, threads, provider, connect_timeout, _keys(key, station_key))
@@ -141,7 +145,7 @@ def chat(
 ) -> None:
     """Talk; each turn sends and runs only what is new. An empty line or Ctrl-D ends."""
     settings = _settings(
-        _sampling(temperature, top_k, top_p, seed), mode, (uplink_k, uplink_p, uplink_steps), draft_len
+        bundle, _sampling(temperature, top_k, top_p, seed), mode, (uplink_k, uplink_p, uplink_steps), draft_len
     )
     _at_least_one("max-new-tokens", max_new_tokens)
     messages: list[ChatMessage] = []
@@ -171,10 +175,12 @@ def _sampling(temperature: float, top_k: int, top_p: float, seed: int | None) ->
     return Sampling(temperature, top_k, top_p, secrets.randbits(63) if seed is None else seed)
 
 
-def _settings(sampling: Sampling, mode: str, uplink: tuple[int | None, float, int], draft_len: str) -> DraftSettings:
+def _settings(
+    bundle: Path, sampling: Sampling, mode: str, uplink: tuple[int | None, float, int], draft_len: str
+) -> DraftSettings:
     if mode not in ("auto", *Mode):
         raise SettingsError("mode", mode, f"auto, {', '.join(Mode)}")
-    chosen = (Mode.IDS if sampling.greedy else Mode.COUPLED) if mode == "auto" else Mode(mode)
+    chosen = best_mode(Manifest.read(bundle).gate, sampling) if mode == "auto" else Mode(mode)
     if chosen is Mode.IDS and not sampling.greedy:
         raise SettingsError(
             "mode", mode, f"coupled, topk, topp, full or target at temperature {sampling.temperature:g}"

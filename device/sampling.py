@@ -10,12 +10,15 @@ import numpy as np
 import numpy.typing as npt
 
 from device.draft_model import Logits
+from protocol.bundle import GateFigures
 from protocol.coupling import PositionNoise, leader
 from protocol.errors import SettingsError
 from protocol.messages import Mode, Sampling
 from protocol.sparse import MAX_STEPS, SparseDistribution
 
 COUPLED_CANDIDATES = 1024
+_TOPK_IS_WORTH = 0.02
+"""So much more must ``topk`` accept to be worth thirty times the bytes; less, the gate can hardly tell from chance."""
 Ids: TypeAlias = npt.NDArray[np.int64]
 Probs: TypeAlias = npt.NDArray[np.float64]
 
@@ -49,6 +52,18 @@ class Uplink:
         """What a mode sends; ``p`` is for ``topp`` alone, and ``steps`` 0 leaves them to the mode."""
         chosen = steps or min(STEPS_PER_ENTRY.get(mode, 1) * k, MAX_STEPS)
         return cls(k, p if mode is Mode.TOPP else 1.0, chosen)
+
+
+def best_mode(gate: GateFigures, sampling: Sampling) -> Mode:
+    """What mode ``auto`` stands for.
+
+    Above temperature 0 the one of ``coupled`` and ``topk`` that accepts more, as measured
+    at the gate; what lies within ``_TOPK_IS_WORTH`` is decided by the bytes.
+    """
+    if sampling.greedy:
+        return Mode.IDS
+    gain = gate.topk_acceptance - gate.coupled_acceptance
+    return Mode.TOPK if gain > _TOPK_IS_WORTH else Mode.COUPLED
 
 
 def draft_distribution(logits: Logits, sampling: Sampling, uplink: Uplink) -> SparseDistribution:

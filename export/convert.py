@@ -20,6 +20,7 @@ from export.quantize import Precision, quantize
 from export.quiet import quiet_tools
 from protocol.bundle import (
     CHAT_TEMPLATE_NAME,
+    GATE_UPLINK_K,
     MANIFEST_NAME,
     MODEL_NAME,
     TOKENIZER_NAME,
@@ -166,6 +167,8 @@ def _gate_table(figures: GateFigures, limits: gate.GateLimits) -> Table:
     table = Table("likeness to the original", "measured", "at least")
     for label, name in (("same likeliest token", "argmax_agreement"), ("overlap at temperature 1", "overlap")):
         table.add_row(label, f"{getattr(figures, name):.3f}", f"{getattr(limits, name):.2f}")
+    table.add_row(f"accepted in mode topk, K = {GATE_UPLINK_K}", f"{figures.topk_acceptance:.3f}", "")
+    table.add_row("accepted in mode coupled", f"{figures.coupled_acceptance:.3f}", "")
     return table
 
 

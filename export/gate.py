@@ -8,7 +8,7 @@ and obvious on purpose: nothing here is shared with the device's fast path.
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from export.graph import Cache
 from export.quantize import Precision
-from protocol.bundle import GateFigures
+from protocol.bundle import GATE_UPLINK_K, GateFigures
+from protocol.coupling import PositionNoise
 from protocol.errors import GateError
 
 PROMPTS = (
@@ -28,9 +29,13 @@ PROMPTS = (
     "Tell a short story about a lighthouse keeper and a fox.",
 )
 NEW_TOKENS = 48
+NOISES = 32
+"""At each position, to see how often two models choose the same."""
 _SEED = 20
 
-Distributions = npt.NDArray[np.float64]
+Distribution: TypeAlias = npt.NDArray[np.float64]  # [vocab_size]
+Distributions: TypeAlias = npt.NDArray[np.float64]  # [tokens, vocab_size]
+Shares: TypeAlias = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)
@@ -72,16 +77,36 @@ def measure(
     """Compare the graph at ``graph_path`` with ``model``; ``on_position`` is called after each step of either."""
     generator = torch.Generator().manual_seed(_SEED)
     session = onnxruntime.InferenceSession(graph_path, providers=["CPUExecutionProvider"])
-    agreements, overlaps = [], []
+    shares: list[Shares] = []
     for prompt in PROMPTS:
         expected = _continue(model, _prompt_ids(tokenizer, prompt), vocab_size, generator, on_position)
         rows = zip(expected.probs, _follow(session, cache, expected), strict=True)
         for target_probs, logits in rows:
-            draft_probs = _softmax(logits[:vocab_size])
-            agreements.append(draft_probs.argmax() == target_probs.argmax())
-            overlaps.append(np.minimum(draft_probs, target_probs).sum())
+            shares.append(_likeness(_softmax(logits[:vocab_size]), target_probs, len(shares)))
             on_position()
-    return GateFigures(float(np.mean(agreements)), float(np.mean(overlaps)), len(overlaps))
+    agreement, overlap, topk, coupled = np.mean(shares, axis=0).tolist()
+    return GateFigures(agreement, overlap, topk, coupled, len(shares))
+
+
+def _likeness(
+    draft_probs: Distribution, target_probs: Distribution, position: int
+) -> tuple[float, float, float, float]:
+    """One position's share in each of ``GateFigures``."""
+    if np.isnan(draft_probs).any():
+        return (np.nan,) * 4
+    count = min(GATE_UPLINK_K, len(draft_probs))
+    kept = np.argpartition(draft_probs, -count)[-count:]
+    sent = draft_probs[kept] / draft_probs[kept].sum()
+    with np.errstate(divide="ignore"):
+        draft_scores, target_scores = np.log(draft_probs), np.log(target_probs)
+    noises = [PositionNoise(seed, position, len(draft_probs)) for seed in range(NOISES)]
+    same = [noise.choose(draft_scores)[0] == noise.choose(target_scores)[0] for noise in noises]
+    return (
+        float(draft_probs.argmax() == target_probs.argmax()),
+        float(np.minimum(draft_probs, target_probs).sum()),
+        float(np.minimum(sent, target_probs[kept]).sum()),
+        float(np.mean(same)),
+    )
 
 
 def check(figures: GateFigures, limits: GateLimits) -> None:

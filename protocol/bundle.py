@@ -19,7 +19,8 @@ MANIFEST_NAME = "manifest.json"
 MODEL_NAME = "model.onnx"
 TOKENIZER_NAME = "tokenizer.json"
 CHAT_TEMPLATE_NAME = "chat_template.jinja"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+GATE_UPLINK_K = 32
 
 
 class CacheKind(StrEnum):
@@ -49,12 +50,16 @@ class FileRecord:
 class GateFigures:
     """How like its original an exported model is, over ``positions`` judged positions.
 
-    ``argmax_agreement`` is the share of positions with the same likeliest token,
-    ``overlap`` the mean of Σ_v min(p(v), q(v)) at temperature 1, both in [0, 1].
+    All shares are in [0, 1]: ``argmax_agreement`` of positions with the same likeliest
+    token; at temperature 1, ``overlap`` is the mean of Σ_v min(p(v), q(v)), which mode
+    ``full`` accepts, ``topk_acceptance`` the same with the ``GATE_UPLINK_K`` likeliest entries, and
+    ``coupled_acceptance`` how often both models choose the same under the same noise.
     """
 
     argmax_agreement: float
     overlap: float
+    topk_acceptance: float
+    coupled_acceptance: float
     positions: int
 
 

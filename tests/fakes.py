@@ -55,7 +55,7 @@ def manifest(vocab_size: int, stop_ids: tuple[int, ...] = (), context_length: in
         layers=1,
         kv_heads=1,
         head_size=1,
-        gate=GateFigures(1.0, 1.0, 1),
+        gate=GateFigures(1.0, 1.0, 1.0, 1.0, positions=1),
     )
 
 

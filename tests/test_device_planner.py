@@ -13,7 +13,7 @@ from protocol.messages import Mode, Sampling
 from tests.fakes import FakeDraftModel, FakeTarget, random_table
 from tests.link_pair import MemoryTransport, Station, join
 
-GATE = GateFigures(argmax_agreement=0.9, overlap=0.8, positions=100)
+GATE = GateFigures(argmax_agreement=0.9, overlap=0.8, topk_acceptance=0.7, coupled_acceptance=0.8, positions=100)
 ALPHAS = (0.0, 0.3, 0.7, 0.95, 1.0)
 
 

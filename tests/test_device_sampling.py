@@ -4,13 +4,30 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from device.sampling import Uplink, draft_distribution, whole_distribution
+from device.sampling import Uplink, best_mode, draft_distribution, whole_distribution
+from protocol.bundle import GateFigures
 from protocol.errors import SettingsError
 from protocol.messages import Mode, Sampling
 from protocol.sparse import MAX_STEPS, SparseDistribution
 
 VOCAB = 50
 UNIT = 1 / MAX_STEPS
+
+
+@pytest.mark.parametrize(
+    ("temperature", "topk", "coupled", "mode"),
+    [
+        (0, 0.9, 0.1, Mode.IDS),
+        (1, 0.86, 0.95, Mode.COUPLED),
+        (1, 0.64, 0.63, Mode.COUPLED),  # not worth its bytes
+        (1, 0.64, 0.55, Mode.TOPK),
+    ],
+)
+def test_auto_is_the_mode_that_accepts_most_for_its_bytes(
+    temperature: float, topk: float, coupled: float, mode: Mode
+) -> None:
+    gate = GateFigures(0.9, 0.9, topk_acceptance=topk, coupled_acceptance=coupled, positions=1)
+    assert best_mode(gate, Sampling(temperature)) is mode
 
 
 def finest(uplink_k: int, uplink_p: float = 1.0) -> Uplink:

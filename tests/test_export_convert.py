@@ -223,7 +223,30 @@ def test_a_graph_unlike_its_original_never_ships(
 
 def test_a_figure_that_is_no_number_fails_the_gate() -> None:
     with pytest.raises(GateError, match="overlap"):
-        gate.check(GateFigures(1.0, float("nan"), 1), gate.LIMITS[Precision.INT4])
+        gate.check(GateFigures(1.0, float("nan"), 1.0, 1.0, positions=1), gate.LIMITS[Precision.INT4])
+
+
+def test_the_gate_measures_what_each_mode_would_accept() -> None:
+    rng = np.random.default_rng(1)
+    draft, target = (rng.dirichlet(np.full(100, 0.3)) for _ in range(2))
+    kept = np.sort(draft)[-32]
+    sent = np.where(draft >= kept, draft, 0) / draft[draft >= kept].sum()
+    coupled = [1 / np.maximum(draft / draft[v], target / target[v]).sum() for v in range(100)]  # both choose token v
+    shares = np.mean([gate._likeness(draft, target, position) for position in range(300)], axis=0)
+    expected = [
+        float(draft.argmax() == target.argmax()),
+        np.minimum(draft, target).sum(),
+        np.minimum(sent, target).sum(),
+    ]
+    assert shares[:3].tolist() == pytest.approx(expected)
+    assert shares[3] == pytest.approx(sum(coupled), abs=0.02)
+    assert np.mean([gate._likeness(draft, draft, position) for position in range(9)], axis=0)[[0, 1, 3]].tolist() == (
+        pytest.approx([1, 1, 1])
+    )
+
+
+def test_a_graph_that_gives_no_numbers_is_unlike_anything() -> None:
+    assert np.isnan(gate._likeness(np.full(100, np.nan), np.full(100, 0.01), 0)).all()
 
 
 def test_a_graph_without_a_known_head_gives_the_last_position_too() -> None:
