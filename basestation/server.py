@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import islice
 from typing import TypeAlias
 
 import zmq
@@ -38,6 +39,8 @@ _IDLE_SECONDS = 5.0
 _HEARTBEAT_MS = 5000
 _REVIEW_SECONDS = 0.5
 _MAX_WAITING_TASKS = 20_000
+_AT_ONCE = 500
+"""Frames taken before replies are sent, and tasks done before a pass: a flood delays both, and stops neither."""
 
 
 class Server:
@@ -165,7 +168,7 @@ class Server:
 
     def _take_frames(self) -> None:
         with contextlib.suppress(zmq.Again):
-            while True:
+            for _ in range(_AT_ONCE):
                 address, *parts = self._router.recv_multipart(zmq.NOBLOCK, copy=False)
                 task = self._task(address.bytes, parts)
                 if task is not None and self._inbox.qsize() < _MAX_WAITING_TASKS:  # a request that is lost is repeated
@@ -200,7 +203,7 @@ class Server:
 
     def _run_engine(self) -> None:
         while not self._stopping.is_set():
-            for task in self._tasks():
+            for task in islice(self._tasks(), _AT_ONCE):
                 task()
             self._engine.step()
             self._engine.drop_idle()

@@ -1,10 +1,17 @@
 """What a device may ask for: each limit has its name, and is told before it is crossed."""
 
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import cast
 
 import pytest
+import torch
 
+from basestation.engine import Peer
 from basestation.flow import Flow
+from basestation.kv_arena import Segment
+from basestation.server import Server
+from basestation.target_model import TargetModel
 from device.client import DraftSettings
 from protocol.errors import ContextLengthError, SettingsError
 from protocol.frames import FrameCodec
@@ -116,3 +123,24 @@ def test_forgotten_senders_take_no_memory() -> None:
     for number in range(10_100):
         flow.allows(str(number))
     assert len(vars(flow)["_senders"]) == 10_000
+
+
+@pytest.mark.timeout(30)
+def test_an_endless_stream_of_requests_does_not_stop_the_passes() -> None:
+    target = FakeTarget(TARGET)
+    server = Server(cast(TargetModel, target), "tcp://127.0.0.1:0")
+    peer, forward = Peer.without_key(b"a"), target.forward
+
+    def last_pass(segments: Sequence[Segment]) -> torch.Tensor:
+        server.stop()
+        return forward(segments)
+
+    def again() -> None:
+        server._inbox.put(again)
+
+    target.forward = last_pass  # type: ignore[method-assign]
+    for message in (hello(VOCAB), opening(0), Draft(0, 1, ())):
+        server._engine.receive(peer, message)
+    server._inbox.put(again)
+    server.serve()
+    assert target.passes == [1]
