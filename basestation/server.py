@@ -7,12 +7,12 @@ peer delays no pass.
 
 import contextlib
 import logging
+import math
 import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import islice
 from typing import TypeAlias
 
 import zmq
@@ -39,8 +39,10 @@ _IDLE_SECONDS = 5.0
 _HEARTBEAT_MS = 5000
 _REVIEW_SECONDS = 0.5
 _MAX_WAITING_TASKS = 20_000
-_AT_ONCE = 500
-"""Frames taken before replies are sent, and tasks done before a pass: a flood delays both, and stops neither."""
+_FRAMES_AT_ONCE = 500
+"""Taken before replies are sent: a flood delays these, and stops them not."""
+_TAKING_SECONDS = 0.05
+"""Time for what has arrived, before a pass: likewise."""
 
 
 class Server:
@@ -168,7 +170,7 @@ class Server:
 
     def _take_frames(self) -> None:
         with contextlib.suppress(zmq.Again):
-            for _ in range(_AT_ONCE):
+            for _ in range(_FRAMES_AT_ONCE):
                 address, *parts = self._router.recv_multipart(zmq.NOBLOCK, copy=False)
                 task = self._task(address.bytes, parts)
                 if task is not None and self._inbox.qsize() < _MAX_WAITING_TASKS:  # a request that is lost is repeated
@@ -203,16 +205,16 @@ class Server:
 
     def _run_engine(self) -> None:
         while not self._stopping.is_set():
-            for task in islice(self._tasks(), _AT_ONCE):
+            for task in self._tasks():
                 task()
             self._engine.step()
             self._engine.drop_idle()
         self._engine.close()
 
     def _tasks(self) -> Iterator[Task]:
-        """All that has arrived; waits for the first where the engine has nothing else to do."""
-        block = not self._engine.busy
+        """What has arrived, as far as there is time; waits for the first where the engine has nothing else to do."""
+        block, end = not self._engine.busy, math.inf
         with contextlib.suppress(queue.Empty):
-            while (task := self._inbox.get(block, _IDLE_SECONDS)) is not None:
+            while time.monotonic() < end and (task := self._inbox.get(block, _IDLE_SECONDS)) is not None:
+                block, end = False, min(end, time.monotonic() + _TAKING_SECONDS)
                 yield task
-                block = False
