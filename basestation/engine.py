@@ -8,14 +8,11 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import chain, islice
 from typing import TypeAlias
-
-import torch
 
 from basestation.session import Session
 from basestation.target_model import TargetModel
-from basestation.verify import choose_tokens
+from basestation.verify import judge_rounds
 from protocol.errors import EdgedraftError, MismatchError, StateError, UnknownSessionError
 from protocol.limits import Limits
 from protocol.messages import (
@@ -118,15 +115,12 @@ class Engine:
         waiting = [session for session in self._sessions.values() if session.waiting]
         if not waiting:
             return
-        segments, draws = [session.segment() for session in waiting], [session.draws for session in waiting]
+        segments = [session.segment() for session in waiting]
         logits = self._target.forward(segments)
-        wanted = [bool(drawn) for segment, drawn in zip(segments, draws, strict=True) for _ in range(segment.judged)]
-        rows = logits if all(wanted) else logits[torch.tensor(wanted)]
-        target_ids = iter(choose_tokens(rows, list(chain(*draws))))
-        parts = torch.split(logits, [segment.judged for segment in segments])
-        for session, part, drawn in zip(waiting, parts, draws, strict=True):
-            for reply in session.judge(part, list(islice(target_ids, len(drawn)))):
-                self._deliver(session.address, reply)
+        judged = [session for session, segment in zip(waiting, segments, strict=True) if segment.judged]
+        judgements = judge_rounds(logits, [session.round for session in judged])
+        for session, judgement in zip(judged, judgements, strict=True):
+            self._deliver(session.address, session.commit(judgement))
 
     def drop_idle(self) -> None:
         """Forget sessions whose device has been silent for ``limits.keep_seconds``."""

@@ -7,10 +7,8 @@ no model.
 
 from collections.abc import Sequence
 
-import torch
-
 from basestation.kv_arena import Segment, Stretch
-from basestation.verify import Draw, judge_sampled, match, warp
+from basestation.verify import Judgement, Round
 from protocol.errors import ContextLengthError, StateError, UnknownSessionError
 from protocol.messages import Decode, Draft, Extend, Open, Opened, Reply, Request, Resume, Resumed, Verdict
 from protocol.rounds import SessionRounds, State
@@ -94,36 +92,22 @@ class Session:
         return Segment(self._stretch, [*uncached, *drafted], judged=len(drafted) + 1)
 
     @property
-    def draws(self) -> list[Draw]:
-        """What the judged rows of this session's segment are for, where the target's own tokens are wanted."""
-        if not self._judging or self._by_distributions:
-            return []
-        sampling, start = self._opening.sampling, len(self.tokens)
-        return [Draw(sampling, start + row) for row in range(len(self._drafted) + 1)]
+    def round(self) -> Round:
+        """What the judged rows of this session's segment are for."""
+        draft = self.rounds.under_way[0] if self.rounds.under_way else None
+        sampling, position, by_distributions = self._opening.sampling, len(self.tokens), self._by_distributions
+        if draft is None:
+            return Round(sampling, position, by_distributions=by_distributions)
+        return Round(
+            sampling, position, draft.token_ids, draft.distributions if by_distributions else (), by_distributions
+        )
 
-    def judge(self, logits: torch.Tensor, target_ids: Sequence[int]) -> list[Reply]:
-        """Take what the pass gave for this session's segment; give the Verdict, if one was due.
-
-        Args:
-            logits: [judged, V].
-            target_ids: for each of ``draws`` the target's token.
-        """
-        if not self._judging:
-            return []
-        drafted, sampling = self._drafted, self._opening.sampling
-        if self._by_distributions:
-            distributions = self.rounds.under_way[0].distributions if drafted else ()
-            target_probs = warp(logits, sampling)
-            judgement = judge_sampled(target_probs, drafted, distributions, sampling.seed, len(self.tokens))
-        else:
-            judgement = match(target_ids, drafted)
-        self.tokens += [*drafted[: judgement.accepted], judgement.token_id]
+    def commit(self, judgement: Judgement) -> Reply:
+        """Take the judgement of the round under way; give its Verdict."""
+        accepted, token_id = judgement.accepted, judgement.token_id
+        self.tokens += [*self._drafted[:accepted], token_id]
         self._stretch.rollback(len(self.tokens) - 1)
-        return [
-            self._record(
-                Verdict(self._opening.session_id, self.rounds.round_id, judgement.accepted, judgement.token_id)
-            )
-        ]
+        return self._record(Verdict(self._opening.session_id, self.rounds.round_id, accepted, token_id))
 
     @property
     def _judging(self) -> bool:

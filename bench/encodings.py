@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from basestation.kv_arena import Segment
 from basestation.target_model import TargetModel
-from basestation.verify import warp
+from basestation.verify import target_weights
 from bench.results import Results, Value
 from device.draft_model import DraftModel, Logits
 from device.link import socket_bytes
@@ -105,8 +105,9 @@ def _answer_positions(
         drawn = _unrounded(rows[-1], len(rows[-1]), 1.0)
         tokens.append(drawn.sample(random_bits(SAMPLING.seed, len(tokens), Stream.DRAFT)))
     logits = target.forward([Segment(target.new_stretch(), tokens[:-1], judged=count)])
-    for row, probs in zip(rows, warp(logits, SAMPLING), strict=True):
-        yield Position(row, probs.float().cpu().numpy())
+    weights, totals = target_weights(logits, [SAMPLING], [count])
+    for row, probs in zip(rows, (weights / totals).float().cpu().numpy(), strict=True):
+        yield Position(row, probs)
 
 
 def _unrounded(logits: Logits, k: int, p: float) -> SparseDistribution:

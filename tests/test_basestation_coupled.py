@@ -7,11 +7,12 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from basestation.verify import Draw, Judgement, choose_tokens, match, warp
+from basestation.verify import Draw, Judgement, Round, choose_tokens, judge_rounds
 from device.client import DraftSettings
 from protocol.messages import Mode, Sampling
 from tests.fakes import FakeDraftModel, FakeTarget, Table, blend, next_logits, random_table
 from tests.link_pair import MemoryTransport, Station, join
+from tests.slow_verify import target_probs
 
 VOCAB = 40
 TARGET = random_table(VOCAB, seed=3)
@@ -54,17 +55,19 @@ def test_a_good_draft_is_mostly_accepted(sampling: Sampling) -> None:
 
 
 def test_judging_stops_at_the_first_difference() -> None:
-    assert match([3, 1, 4, 1], [3, 1, 4]) == Judgement(3, 1)
-    assert match([3, 1, 4, 1], [3, 0, 4]) == Judgement(1, 1)
-    assert match([3], []) == Judgement(0, 3)
+    own, sampling = [3, 1, 4, 1], Sampling(1.0)
+    logits = torch.nn.functional.one_hot(torch.tensor(own), VOCAB).float() * 1e6
+    for drafted, judgement in (([3, 1, 4], (3, 1)), ([3, 0, 4], (1, 1)), ([], (0, 3))):
+        rows = logits[: len(drafted) + 1]
+        assert judge_rounds(rows, [Round(sampling, 9, drafted)]) == [Judgement(*judgement)]
 
 
 def test_sessions_of_all_settings_are_chosen_for_as_each_alone() -> None:
     logits = torch.tensor(np.array([next_logits(TARGET, (1, token)) for token in range(VOCAB)]))
     samplings = [*SAMPLINGS, Sampling(), Sampling(0.6, seed=9), Sampling(1.2, top_k=20, seed=8)]
     draws = [Draw(samplings[row % len(samplings)], row) for row in range(VOCAB)]
-    alone = [choose_tokens(logits[row : row + 1], [draw])[0] for row, draw in enumerate(draws)]
-    assert choose_tokens(logits, draws) == alone
+    alone = [int(choose_tokens(logits[row : row + 1], [draw])) for row, draw in enumerate(draws)]
+    assert choose_tokens(logits, draws).tolist() == alone
 
 
 @pytest.mark.parametrize("sampling", [Sampling(1.0), Sampling(0.6), Sampling(1.3, top_p=0.8)], ids=str)
@@ -73,13 +76,13 @@ def test_coupled_sequences_are_distributed_as_the_targets_own(sampling: Sampling
     size = 6
     table = random_table(size, seed=1)
     rows = torch.tensor(table.reshape(-1, size))
-    exact = warp(torch.tensor(table.reshape(-1, size)), sampling).numpy().reshape(size, size, size)
+    exact = np.array([target_probs(row, sampling) for row in table.reshape(-1, size)]).reshape(size, size, size)
     before, last = torch.zeros(SAMPLES, dtype=torch.int64), torch.ones(SAMPLES, dtype=torch.int64)
     cells, expected = torch.zeros(SAMPLES, dtype=torch.int64), np.ones(1)
     for step in range(3):
         positions = range(step * SAMPLES, (step + 1) * SAMPLES)
         draws = [Draw(sampling, position) for position in positions]
-        choices = torch.tensor(choose_tokens(rows[before * size + last], draws))
+        choices = choose_tokens(rows[before * size + last], draws)
         before, last, cells = last, choices, cells * size + choices
     first = exact[0, 1]
     expected = np.einsum("a,ab,abc->abc", first, exact[1], exact).ravel() * SAMPLES
