@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 ATTENTION_NAME = "edgedraft_packed"
-_FIRST_CAPACITY = 256
+_STEP = 128
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,11 @@ class StretchShape:
     dtype: torch.dtype
     torch_device: torch.device
 
+    @property
+    def position_bytes(self) -> int:
+        """Bytes of one position."""
+        return self.layers * 2 * self.kv_heads * self.head_size * self.dtype.itemsize
+
     def allocate(self, capacity: int) -> Tensor:
         """An empty tensor [layers, 2, kv_heads, capacity, head_size]."""
         return torch.empty(
@@ -37,22 +42,58 @@ class StretchShape:
         )
 
 
-class Stretch:
-    """The keys and values of one session: the first ``length`` positions count."""
+class Arena:
+    """Room for the keys and values of all sessions, bounded by a budget.
 
-    def __init__(self, shape: StretchShape) -> None:
+    Args:
+        shape: what a position takes.
+        capacity: positions in all.
+
+    Attributes:
+        used: positions that stretches hold room for.
+    """
+
+    def __init__(self, shape: StretchShape, capacity: int) -> None:
+        self.capacity = capacity
+        self.used = 0
+        self.shape = shape
+
+    @property
+    def free(self) -> int:
+        """Positions that no stretch holds."""
+        return self.capacity - self.used
+
+    @staticmethod
+    def rounded(length: int) -> int:
+        """The room that ``length`` positions take: stretches grow by steps."""
+        return -(-length // _STEP) * _STEP
+
+
+class Stretch:
+    """The keys and values of one session: the first ``length`` positions count.
+
+    Attributes:
+        capacity: positions it holds room for.
+    """
+
+    def __init__(self, arena: Arena) -> None:
         self.length = 0
-        self._shape = shape
-        self._keys_values = shape.allocate(0)
+        self.capacity = 0
+        self._arena = arena
+        self._keys_values = arena.shape.allocate(0)
 
     def reserve(self, length: int) -> None:
-        """Make room for ``length`` positions; room at least doubles, so that growing costs little."""
-        capacity = self._keys_values.shape[3]
-        if length <= capacity:
+        """Make room for ``length`` positions."""
+        if length <= self.capacity:
             return
-        grown = self._shape.allocate(max(length, 2 * capacity, _FIRST_CAPACITY))
+        grown = self._arena.shape.allocate(Arena.rounded(length))
         grown[:, :, :, : self.length] = self._keys_values[:, :, :, : self.length]
-        self._keys_values = grown
+        self._keep(grown)
+
+    def release(self) -> None:
+        """Forget everything and give the room back."""
+        self.length = 0
+        self._keep(self._arena.shape.allocate(0))
 
     def rollback(self, length: int) -> None:
         """Forget all positions from ``length`` on."""
@@ -65,6 +106,11 @@ class Stretch:
         stored[0, :, self.length : end] = keys
         stored[1, :, self.length : end] = values
         return stored[0, :, :end], stored[1, :, :end]
+
+    def _keep(self, keys_values: Tensor) -> None:
+        capacity = keys_values.shape[3]
+        self._arena.used += capacity - self.capacity
+        self._keys_values, self.capacity = keys_values, capacity
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from basestation.kv_arena import Segment, Stretch
 from basestation.verify import Judgement, Round
 from protocol.errors import ContextLengthError, StateError, UnknownSessionError
-from protocol.messages import Decode, Draft, Extend, Open, Opened, Reply, Request, Resume, Resumed, Verdict
+from protocol.messages import Decode, Draft, Extend, Mode, Open, Opened, Reply, Request, Resume, Resumed, Verdict
 from protocol.rounds import SessionRounds, State
 
 
@@ -20,7 +20,10 @@ class Session:
     Attributes:
         rounds: this end's view of what may follow.
         tokens: the committed tokens, the prompt included.
+        stretch: its keys and values.
         heard_at: when its device last asked for something, by the engine's clock.
+        waiting_since: when what it waits for could first have been run.
+        owner: whose it is.
         address: where it asked from, and is answered.
     """
 
@@ -29,10 +32,13 @@ class Session:
     ) -> None:
         self.rounds = SessionRounds(stop_ids, window)
         self.tokens: list[int] = []
+        self.stretch = stretch
         self.heard_at = 0.0
+        self.waiting_since = 0.0
+        self.owner = ""
         self.address = b""
         self._opening = opening
-        self._stretch = stretch
+        self._evicted = False
         self._context_length = context_length
         self._window = window
         self._answered: dict[int, tuple[Request, list[Reply]]] = {}
@@ -54,12 +60,13 @@ class Session:
             return []
         self._check_length(request)
         self.rounds.advance(request)
+        self._evicted = False
         self._remember(request)
         if isinstance(request, Open):
             self.tokens = list(request.prompt_ids)
         elif isinstance(request, Extend):
             self.tokens[request.start :] = request.token_ids
-            self._stretch.rollback(request.start)
+            self.stretch.rollback(request.start)
         else:
             return []
         return [self._record(Opened(request.session_id, request.round_id))]
@@ -75,21 +82,41 @@ class Session:
         return Resumed(message.session_id, self.rounds.round_id, len(self.tokens))
 
     @property
-    def waiting(self) -> bool:
-        """Whether the session has work for the next pass."""
-        return self._judging or self._stretch.length < len(self.tokens) - 1
+    def mode(self) -> Mode:
+        """What its device sends."""
+        return self._opening.mode
 
-    def segment(self) -> Segment:
-        """What the next pass must run: all that is not cached, and the drafted tokens to be judged.
+    @property
+    def waiting(self) -> bool:
+        """Whether the session has work for a pass; an evicted one has none until its device's next word."""
+        return self._judging or (self.backlog > 0 and not self._evicted)
+
+    @property
+    def backlog(self) -> int:
+        """How many committed tokens are to be run before a round can be judged."""
+        return max(0, len(self.tokens) - 1 - self.stretch.length)
+
+    @property
+    def round_len(self) -> int:
+        """How many tokens are run to judge the round under way, if there is one."""
+        return len(self._drafted) + 1 if self._judging else 0
+
+    def segment(self, limit: int) -> Segment:
+        """What a pass must run next, at most ``limit`` tokens: the backlog, and with all of that the round.
 
         The last committed token is run only together with what follows it: its
         logits judge the first drafted token.
         """
-        uncached = self.tokens[self._stretch.length :]
-        if not self._judging:
-            return Segment(self._stretch, uncached[:-1], judged=0)
-        drafted = self._drafted
-        return Segment(self._stretch, [*uncached, *drafted], judged=len(drafted) + 1)
+        if self._judging and self.backlog + self.round_len <= limit:
+            token_ids = [*self.tokens[self.stretch.length :], *self._drafted]
+            return Segment(self.stretch, token_ids, judged=self.round_len)
+        start = self.stretch.length
+        return Segment(self.stretch, self.tokens[start : start + min(limit, self.backlog)], judged=0)
+
+    def evict(self) -> None:
+        """Give back the room of the keys and values; they are made again from the tokens when they are needed."""
+        self.stretch.release()
+        self._evicted = not self._judging
 
     @property
     def round(self) -> Round:
@@ -102,12 +129,14 @@ class Session:
             sampling, position, draft.token_ids, draft.distributions if by_distributions else (), by_distributions
         )
 
-    def commit(self, judgement: Judgement) -> Reply:
+    def commit(self, judgement: Judgement) -> Verdict:
         """Take the judgement of the round under way; give its Verdict."""
         accepted, token_id = judgement.accepted, judgement.token_id
         self.tokens += [*self._drafted[:accepted], token_id]
-        self._stretch.rollback(len(self.tokens) - 1)
-        return self._record(Verdict(self._opening.session_id, self.rounds.round_id, accepted, token_id))
+        self.stretch.rollback(len(self.tokens) - 1)
+        verdict = Verdict(self._opening.session_id, self.rounds.round_id, accepted, token_id)
+        self._record(verdict)
+        return verdict
 
     @property
     def _judging(self) -> bool:

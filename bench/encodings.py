@@ -22,7 +22,6 @@ from basestation.target_model import TargetModel
 from basestation.verify import target_weights
 from bench.results import Results, Value
 from device.draft_model import DraftModel, Logits
-from device.link import socket_bytes
 from device.sampling import Uplink, draft_distribution
 from protocol.bits import set_bits
 from protocol.drafted import pack_drawn
@@ -30,6 +29,7 @@ from protocol.frames import FrameCodec
 from protocol.messages import Draft, Mode, Sampling
 from protocol.randomness import Stream, random_bits
 from protocol.sparse import MAX_STEPS, SparseDistribution
+from protocol.stream import socket_bytes
 
 SAMPLING = Sampling(1.0, seed=1)
 DRAFT_LEN = 8

@@ -2,10 +2,9 @@
 
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,6 +35,7 @@ from protocol.messages import (
 )
 from tests.fakes import FakeDraftModel, FakeTarget, blend, random_table, target_alone
 from tests.relay import CountingRelay
+from tests.serving import serving
 
 VOCAB = 12
 TARGET = random_table(VOCAB, seed=1)
@@ -58,17 +58,6 @@ def hello() -> Hello:
 
 def answer_of(session: DeviceSession, count: int) -> list[int]:
     return [token.token_id for token in session.answer(count)]
-
-
-@contextmanager
-def serving(server: Server) -> Iterator[Server]:
-    thread = threading.Thread(target=server.serve)
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.stop()
-        thread.join()
 
 
 @dataclass
