@@ -35,6 +35,7 @@ class Metrics:
         self._uplink = self._counter("uplink_bytes", "Received, as they lie in the TCP stream.", "mode")
         self._downlink = self._counter("downlink_bytes", "Sent, as they lie in the TCP stream.", "mode")
         self._faults = self._counter("faults", "Faults told to devices.", "code")
+        self._idle = Counter("edgedraft_idle_seconds", "In which the engine had nothing to do.", registry=self.registry)
         self._evictions = Counter(
             "edgedraft_evictions", "Sessions that lost their keys and values to others.", registry=self.registry
         )
@@ -81,6 +82,10 @@ class Metrics:
     def count_eviction(self) -> None:
         """A session lost its keys and values."""
         self._evictions.inc()
+
+    def count_idle(self, seconds: float) -> None:
+        """The engine waited for something to do."""
+        self._idle.inc(seconds)
 
     def count_shortage(self) -> None:
         """A pass did not fit into the memory."""

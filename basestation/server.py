@@ -90,7 +90,8 @@ class Server:
         self._replies = self._context.socket(zmq.PUSH)
         self._replies.connect("inproc://replies")
         self._inbox: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
-        self._engine = Engine(target, limits, budget or PassBudget(), self._deliver, metrics, records)
+        self._metrics = metrics or Metrics()
+        self._engine = Engine(target, limits, budget or PassBudget(), self._deliver, self._metrics, records)
         self._envelope_bytes = ENVELOPE_BYTES if keys else 0
         self._flow = Flow(limits.max_requests_per_second)
         self._profiler = profiler
@@ -253,8 +254,21 @@ class Server:
 
     def _tasks(self) -> Iterator[Task]:
         """All that has arrived; waits for the first where the engine has nothing else to do."""
-        block, patience = not self._engine.busy, _DRAIN_POLL_SECONDS if self.draining else _IDLE_SECONDS
-        with contextlib.suppress(queue.Empty):
-            while (task := self._inbox.get(block, patience)) is not None:
-                yield task
-                block = False
+        try:
+            if not self._engine.busy:
+                yield from self._first_task()
+            while True:
+                task = self._inbox.get_nowait()
+                if task is not None:
+                    yield task
+        except queue.Empty:
+            pass
+
+    def _first_task(self) -> Iterator[Task]:
+        began = time.monotonic()
+        try:
+            task = self._inbox.get(timeout=_DRAIN_POLL_SECONDS if self.draining else _IDLE_SECONDS)
+        finally:
+            self._metrics.count_idle(time.monotonic() - began)
+        if task is not None:
+            yield task
