@@ -146,7 +146,7 @@ class TargetModel:
             flat += segment.token_ids
             positions += range(past, past + new)
             wanted += range(len(flat) - segment.judged, len(flat))
-        logits = self._run(flat, positions, wanted or [0], PackedPass(segments, self.torch_device))
+        logits = self._run(flat, positions, wanted or [0], PackedPass(segments))
         for segment in segments:
             segment.stretch.length += len(segment.token_ids)
         return logits[: len(wanted)]
