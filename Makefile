@@ -20,7 +20,7 @@ test: lint types models $(DEVICE_VENV)/ready  ## all tests, with the real sample
 	$(BIN)/pytest -q -m model
 
 test-next: models $(DEVICE_VENV)/ready $(NEXT_VENV)/ready  ## what touches the target model, on the newest transformers 5
-	$(NEXT_VENV)/bin/pytest -q -m "not model" tests/test_basestation_*.py tests/test_bench_replay.py tests/test_invariants.py
+	$(NEXT_VENV)/bin/pytest -q -m "not model" tests/test_basestation_target_model.py tests/test_basestation_operation.py
 	$(NEXT_VENV)/bin/pytest -q -m model tests/test_model_*.py
 
 lint: $(VENV)/ready  ## ruff and the import rules

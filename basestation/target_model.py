@@ -111,6 +111,7 @@ class TargetModel:
         """
         placement = _placement(torch_device)
         precision = _precision(dtype, placement)
+        kv_budget(kv_memory, placement)  # what is no size is refused before what takes long
         register_attention()
         with _quiet_tools(), _named_failures(model):
             place, options = _source(model)
