@@ -181,6 +181,23 @@ def overheads(
 
 
 @app.command()
+def theory(json_file: JsonOption = None) -> None:
+    """The paper's tables recomputed, its closed form against brute force, and simulated rounds."""
+    from bench import theory as paper
+    from bench.results import Results
+
+    with _progress() as progress:
+        task = progress.add_task("values of alpha", total=len(paper.FINE_ALPHAS))
+        found = paper.disagreements(lambda: progress.advance(task))
+    tables = [*paper.draft_len_rows(), *paper.cost_rows(), *paper.round_trip_rows()]
+    shown = Results({}, [*tables, paper.grid_row(found), *paper.simulated_rows()])
+    shown.show(console)
+    Results({}, [*shown.rows, *paper.map_rows()]).write(json_file)
+    if any(not one.is_tie for one in found):
+        raise typer.Exit(1)
+
+
+@app.command()
 def relay(
     server: Annotated[str, typer.Option(help="The base station, as tcp://HOST:PORT.")],
     up_mbit: RateOption = math.inf,

@@ -6,6 +6,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
+from itertools import groupby
 from pathlib import Path
 from typing import TypeAlias
 
@@ -35,11 +36,12 @@ class Results:
             path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
     def show(self, console: Console) -> None:
-        """Print the rows as a table."""
-        table = Table(*(name.replace("_", " ") for name in self.rows[0]))
-        for row in self.rows:
-            table.add_row(*(_cell(value) for value in row.values()))
-        console.print(table)
+        """Print the rows, those of like columns as one table."""
+        for names, rows in groupby(self.rows, key=tuple):
+            table = Table(*(name.replace("_", " ") for name in names))
+            for row in rows:
+                table.add_row(*(format_value(value) for value in row.values()))
+            console.print(table)
 
 
 def machine() -> dict[str, Value]:
@@ -53,7 +55,8 @@ def _processor() -> str:
     return next(names, platform.machine())
 
 
-def _cell(value: Value) -> str:
+def format_value(value: Value) -> str:
+    """Three digits of a number, a dash where there is none."""
     if value is None:
         return "–"
     if not isinstance(value, float):
