@@ -3,14 +3,18 @@
 import math
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from protocol.command_line import Verbose, run
+from protocol.errors import SettingsError
 from protocol.messages import Sampling
+
+if TYPE_CHECKING:  # the libraries behind it load when a command needs them
+    from bench.pace import Length
 
 app = typer.Typer(add_completion=False, help="Measure this system against its alternatives.", no_args_is_help=True)
 console = Console(highlight=False)
@@ -22,6 +26,7 @@ JsonOption = Annotated[Path | None, typer.Option("--json", help="Write the resul
 RateOption = Annotated[float, typer.Option(help="Mbit/s.")]
 DelayOption = Annotated[float, typer.Option(help="Milliseconds, one way.")]
 JitterOption = Annotated[float, typer.Option(help="Up to so many milliseconds more, at random.")]
+GRID = "A grid of links"
 OUTAGE = "START:SECONDS, from the relay's start; may be repeated."
 DtypeOption = Annotated[str, typer.Option(help="Of the target: auto, float32 or bfloat16.")]
 
@@ -51,29 +56,82 @@ def speedup(
     target: TargetOption,
     dtype: DtypeOption = "bfloat16",
     prompts: PromptsOption = None,
-    count: Annotated[int, typer.Option(help="How many prompts.")] = 8,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens for each.")] = 128,
+    count: Annotated[int | None, typer.Option(help="How many prompts; 8, in a grid 2.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Tokens for each; 128, in a grid 48.")] = None,
     draft_len: Annotated[
         int | None, typer.Option(help="Tokens drafted in a round; left out, planned anew after each.")
     ] = None,
-    temperature: Annotated[float, typer.Option(help="0 takes mode ids, above 0 coupled, topk and full.")] = 0.0,
+    temperatures: Annotated[
+        list[float] | None,
+        typer.Option("--temperature", help="0 takes mode ids, above 0 coupled, topk, full; a grid takes several."),
+    ] = None,
     uplink_k: Annotated[int, typer.Option(help="Entries sent of each distribution in mode topk.")] = 32,
+    grid: Annotated[bool, typer.Option("--grid", help="Measure over a grid of links.", rich_help_panel=GRID)] = False,
+    round_trips: Annotated[
+        list[float] | None, typer.Option("--round-trip-ms", help="0, 10, 20, 50 and 100.", rich_help_panel=GRID)
+    ] = None,
+    uplinks: Annotated[
+        list[float] | None, typer.Option("--uplink-mbit", help="1, 5 and 50.", rich_help_panel=GRID)
+    ] = None,
+    answer_seconds: Annotated[
+        float, typer.Option(help="For each answer at most, but two rounds.", rich_help_panel=GRID)
+    ] = 3.0,
     json_file: JsonOption = None,
 ) -> None:
-    """Tokens a second with drafting against the target alone, over loopback, both in one run."""
+    """Tokens a second with drafting against the target alone, both in one run: over loopback, or a grid of links.
+
+    A grid is written to the JSON file cell by cell; the same command goes on where the file ends.
+    """
+    from bench.pace import Length
     from bench.prompts import read_prompts
+
+    if grid or round_trips or uplinks:
+        chosen = read_prompts(prompts, count or 2)
+        length = Length(max_new_tokens or 48, answer_seconds)
+        _measure_grid(bundle, target, dtype, chosen, length, (temperatures, round_trips, uplinks), json_file)
+        return
     from bench.speedup import SpeedupSettings, measure_speedup, results
     from bench.station import running_station
     from bench.workplace import workplace
 
-    chosen = read_prompts(prompts, count)
-    settings = SpeedupSettings(max_new_tokens, draft_len, temperature, uplink_k)
+    if temperatures and len(temperatures) > 1:
+        raise SettingsError("temperature", temperatures, "one, or several together with --grid")
+    chosen = read_prompts(prompts, count or 8)
+    settings = SpeedupSettings(max_new_tokens or 128, draft_len, temperatures[0] if temperatures else 0.0, uplink_k)
     with running_station(target, dtype) as address, workplace(bundle, address) as place, _progress() as progress:
         task = progress.add_task("answers", total=len(chosen) * len(settings.cases()))
         rows = measure_speedup(place, chosen, settings, lambda: progress.advance(task))
         measured = results(place, rows, settings, dtype)
     measured.show(console)
     measured.write(json_file)
+
+
+def _measure_grid(
+    bundle: Path,
+    target: str,
+    dtype: str,
+    prompts: list[str],
+    length: "Length",
+    chosen: tuple[list[float] | None, list[float] | None, list[float] | None],
+    json_file: Path | None,
+) -> None:
+    from bench.cell_file import CellFile
+    from bench.grid import ROUND_TRIPS_MS, TEMPERATURES, UPLINKS_MBIT, Cell, cases, cells
+    from bench.grid_run import GridRun, GridSettings
+    from bench.grid_summary import shown
+    from bench.results import Results
+
+    temperatures, round_trips, uplinks = chosen
+    wanted = cells(temperatures or TEMPERATURES, round_trips or ROUND_TRIPS_MS, uplinks or UPLINKS_MBIT)
+    settings = GridSettings(target, dtype, prompts, length)
+    with _progress() as progress, GridRun(bundle, settings, lambda: progress.advance(task)) as run:
+        kept = CellFile(json_file, run.described())
+        missing = [cell for cell in wanted if not kept.is_done(cell)]
+        task = progress.add_task("answers", total=len(prompts) * sum(len(cases(cell)) for cell in missing))
+        for cell in missing:
+            loopback = kept.rows_of(Cell(cell.temperature)) if cell.round_trip_ms is not None else []
+            kept.add(cell, run.cell_rows(cell, loopback))
+    Results({}, shown([row for cell in wanted for row in kept.rows_of(cell)])).show(console)
 
 
 @app.command()
@@ -132,7 +190,8 @@ def encodings(
 ) -> None:
     """Bytes of a drafted token against what its rounding costs in acceptance, for each encoding."""
     from basestation.target_model import TargetModel
-    from bench.encodings import collect, measure, results
+    from bench.encodings import SAMPLING, measure, results
+    from bench.positions import collect
     from bench.prompts import read_prompts
     from device.draft_model import DraftModel
     from device.tokenizer import Tokenizer
@@ -143,7 +202,7 @@ def encodings(
     prompt_ids = [tokenizer.encode_chat([{"role": "user", "content": prompt}]) for prompt in chosen]
     with _progress() as progress:
         task = progress.add_task("prompts", total=len(chosen))
-        corpus = collect(model, judge, prompt_ids, rounds, lambda: progress.advance(task))
+        corpus = collect(model, judge, prompt_ids, rounds, SAMPLING, lambda: progress.advance(task))
     measured = results(measure(corpus, uplink_k), corpus, model.manifest.name, judge.name)
     measured.show(console)
     measured.write(json_file)
@@ -181,6 +240,50 @@ def overheads(
 
 
 @app.command()
+def uplink(
+    bundle: BundleOption,
+    target: TargetOption,
+    dtype: DtypeOption = "float32",
+    prompts: PromptsOption = None,
+    count: Annotated[int, typer.Option(help="How many prompts.")] = 20,
+    rounds: Annotated[int, typer.Option(help="Rounds of 8 tokens for each.")] = 2,
+    uplink_ks: Annotated[
+        list[int] | None, typer.Option("--uplink-k", help="May be repeated; 1, 3, 8, 32, 128, 320, 3200 and all.")
+    ] = None,
+    temperatures: Annotated[
+        list[float] | None, typer.Option("--temperature", help="May be repeated; 0, 0.7 and 1.")
+    ] = None,
+    json_file: JsonOption = None,
+) -> None:
+    """Bytes of a drafted token and how likely it stands, for each mode and K, at several temperatures."""
+    from basestation.target_model import TargetModel
+    from bench.positions import collect
+    from bench.prompts import read_prompts
+    from bench.results import Results
+    from bench.uplink import TEMPERATURES, UPLINK_K, check_uplink_k, uplink_rows
+    from device.draft_model import DraftModel
+    from device.tokenizer import Tokenizer
+
+    chosen = read_prompts(prompts, count)
+    model = DraftModel(bundle)
+    vocab_size = model.manifest.vocab_size
+    kept = check_uplink_k(uplink_ks or [*UPLINK_K, vocab_size], vocab_size)
+    samplings = [Sampling(temperature, seed=1) for temperature in temperatures or TEMPERATURES]
+    judge, tokenizer = TargetModel.load(target, dtype), Tokenizer(bundle, model.manifest)
+    prompt_ids = [tokenizer.encode_chat([{"role": "user", "content": prompt}]) for prompt in chosen]
+    measured = Results(
+        {"draft": model.manifest.name, "target": judge.name, "dtype": dtype, "vocab_size": vocab_size}, []
+    )
+    with _progress() as progress:
+        task = progress.add_task("prompts", total=len(chosen) * len(samplings))
+        for sampling in samplings:
+            corpus = collect(model, judge, prompt_ids, rounds, sampling, lambda: progress.advance(task))
+            measured = Results(measured.settings, [*measured.rows, *uplink_rows(corpus, kept)])
+            measured.write(json_file)
+    measured.show(console)
+
+
+@app.command()
 def theory(json_file: JsonOption = None) -> None:
     """The paper's tables recomputed, its closed form against brute force, and simulated rounds."""
     from bench import theory as paper
@@ -195,6 +298,19 @@ def theory(json_file: JsonOption = None) -> None:
     Results({}, [*shown.rows, *paper.map_rows()]).write(json_file)
     if any(not one.is_tie for one in found):
         raise typer.Exit(1)
+
+
+@app.command()
+def report(
+    results: Annotated[Path, typer.Option(help="Folder with the JSON files of theory, link, uplink and speedup.")] = (
+        Path("docs/results")
+    ),
+    docs: Annotated[Path, typer.Option(help="Folder to write results.md and plots/ into.")] = Path("docs"),
+) -> None:
+    """Write docs/results.md and its plots from result files alone."""
+    from bench.report import write_report
+
+    console.print(f"wrote {write_report(results, docs)}")
 
 
 @app.command()

@@ -4,17 +4,25 @@ import json
 import os
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from itertools import groupby
 from pathlib import Path
-from typing import TypeAlias
+from typing import Self, TypeAlias
 
 from rich.console import Console
 from rich.table import Table
 
-Value: TypeAlias = str | int | float | bool | None
+from protocol.errors import SettingsError
+
+Value: TypeAlias = str | int | float | bool | list[int] | None
+Row: TypeAlias = dict[str, Value]
 _PACKAGES = ("numpy", "onnxruntime", "torch", "transformers", "pyzmq", "msgpack")
+
+
+def machine() -> dict[str, Value]:
+    """The processor and how many cores of it this process may use."""
+    return {"processor": _processor(), "cores": len(os.sched_getaffinity(0)), "system": platform.platform()}
 
 
 @dataclass(frozen=True)
@@ -23,17 +31,33 @@ class Results:
 
     settings: Mapping[str, Value]
     rows: Sequence[Mapping[str, Value]]
+    machine: Mapping[str, Value] = field(default_factory=machine)
 
     def write(self, path: Path | None) -> None:
         """Write the JSON file, if one was asked for."""
         if path is not None:
             content = {
-                "machine": machine(),
+                "machine": dict(self.machine),
                 "versions": {name: metadata.version(name) for name in _PACKAGES},
                 "settings": dict(self.settings),
                 "rows": [dict(row) for row in self.rows],
             }
-            path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            whole = path.with_name(f"{path.name}.part")
+            whole.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            whole.replace(path)  # whoever interrupts this finds the old file or the new one
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """What ``write`` wrote.
+
+        Raises:
+            SettingsError: the file is none such.
+        """
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            return cls(content["settings"], content["rows"], content["machine"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise SettingsError("json", str(path), f"results of edgedraft-bench ({error!r})") from error
 
     def show(self, console: Console) -> None:
         """Print the rows, those of like columns as one table."""
@@ -44,9 +68,18 @@ class Results:
             console.print(table)
 
 
-def machine() -> dict[str, Value]:
-    """The processor and how many cores of it this process may use."""
-    return {"processor": _processor(), "cores": len(os.sched_getaffinity(0)), "system": platform.platform()}
+def number(row: Mapping[str, Value], name: str) -> float:
+    """A column that holds a number."""
+    value = row[name]
+    assert isinstance(value, int | float), name
+    return float(value)
+
+
+def numbers(row: Mapping[str, Value], name: str) -> list[int]:
+    """A column that holds counts."""
+    value = row[name]
+    assert isinstance(value, list), name
+    return value
 
 
 def _processor() -> str:
@@ -59,6 +92,8 @@ def format_value(value: Value) -> str:
     """Three digits of a number, a dash where there is none."""
     if value is None:
         return "–"
+    if isinstance(value, list):
+        return " ".join(map(str, value))
     if not isinstance(value, float):
         return str(value)
     return f"{value:.3g}" if abs(value) < 100 else f"{value:,.0f}"

@@ -1,0 +1,77 @@
+"""What the model of ``device/planner.py`` says of a cell, from figures that were measured without a link.
+
+Acceptance is taken position by position, times as the mean over rounds: to
+draft a token, from a Draft to its Verdict, and between tokens of the target
+alone. The link adds its round trip and the bytes over its rates.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+import numpy as np
+
+from bench.pace import Pace
+from device.planner import Direction, RoundTimes
+
+LONGEST = 24
+"""Draft lengths that a prediction for ``auto`` looks at."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Of one mode, measured with fixed draft lengths over loopback.
+
+    Attributes:
+        standing: for each draft length, in how many rounds at least 0, 1, 2, … tokens stood.
+        draft_seconds: for each, to draft one token.
+        reply_seconds: for each, from a Draft to its Verdict.
+        round_bytes: for each, sent in a round.
+    """
+
+    standing: Mapping[int, Sequence[int]]
+    draft_seconds: Mapping[int, float]
+    reply_seconds: Mapping[int, float]
+    round_bytes: Mapping[int, float]
+
+    def acceptance(self) -> list[float]:
+        """α at each position, over all draft lengths that reach it."""
+        alphas = []
+        for position in range(1, max(self.standing) + 1):
+            reached = [counts for draft_len, counts in self.standing.items() if draft_len >= position]
+            trials = sum(counts[position - 1] for counts in reached)
+            if not trials:
+                break
+            alphas.append(sum(counts[position] for counts in reached) / trials)
+        return alphas
+
+    def times(
+        self, target_seconds: float, round_trip_seconds: float, bytes_per_second: float, downlink: Direction
+    ) -> RoundTimes:
+        """Of a round over a link."""
+        lengths = sorted(self.reply_seconds)
+
+        def verify_seconds(draft_len: int) -> float:
+            if draft_len == 0:
+                return target_seconds
+            return _at(draft_len, lengths, [self.reply_seconds[one] for one in lengths])
+
+        sent = [self.round_bytes[one] for one in lengths]
+        slope = (sent[-1] - sent[0]) / (lengths[-1] - lengths[0]) if len(lengths) > 1 else sent[0] / lengths[0]
+        uplink = Direction(max(0.0, sent[0] - slope * lengths[0]), slope, bytes_per_second)
+        draft_seconds = fmean(self.draft_seconds.values())
+        return RoundTimes(draft_seconds, verify_seconds, round_trip_seconds, uplink, downlink)
+
+
+def standing(pace: Pace, draft_len: int) -> list[int]:
+    """In how many of its rounds at least 0, 1, … ``draft_len`` tokens stood; rounds cut short by a stop id aside."""
+    whole = [one.accepted for one in pace.rounds if one.drafted == draft_len]
+    return [sum(accepted >= count for accepted in whole) for count in range(draft_len + 1)]
+
+
+def _at(place: int, places: Sequence[int], values: Sequence[float]) -> float:
+    """The line through the points, its last piece going on beyond them."""
+    if place <= places[-1] or len(places) == 1:
+        return float(np.interp(place, places, values))
+    slope = (values[-1] - values[-2]) / (places[-1] - places[-2])
+    return values[-1] + slope * (place - places[-1])
