@@ -257,12 +257,17 @@ class DeviceSession:
             ContextLengthError: it does not fit the context of both models.
         """
         self._check_prompt(prompt_ids)
-        start = 0
-        for old, new in zip(self.tokens, prompt_ids[:-1], strict=False):
-            if old != new:
-                break
-            start += 1
-        self._ask(Extend(self._session_id, self._rounds.round_id, start, tuple(prompt_ids[start:])))
+        if self._rounds.state is State.READY:
+            start = 0
+            for old, new in zip(self.tokens, prompt_ids[:-1], strict=False):
+                if old != new:
+                    break
+                start += 1
+            self._ask(Extend(self._session_id, self._rounds.round_id, start, tuple(prompt_ids[start:])))
+        else:  # the answer before was left while the target still decodes it
+            self.close()
+            self._begin_again()
+            self._ask(self._opening(prompt_ids))
         self._commit_prompt(prompt_ids)
 
     def answer(self, max_new_tokens: int) -> Iterator[AnswerToken]:

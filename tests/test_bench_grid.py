@@ -129,11 +129,9 @@ def test_standing_counts_rounds_by_how_many_tokens_stood() -> None:
 
 
 def test_auto_is_held_against_the_best_fixed_length_and_the_target_alone() -> None:
-    shares = [
-        (pace.best_draft_len, pace.share)
-        for pace in auto_paces([*rows_of(CELL), *rows_of(Cell(0.0, 50.0, 1.0), 15, 16)])
-    ]
-    assert shares == [(4, pytest.approx(30 / 28)), (2, pytest.approx(15 / 20.5))]
+    paces = list(auto_paces([*rows_of(CELL), *rows_of(Cell(0.0, 50.0, 1.0), auto=15, best=16)]))
+    assert [pace.best_draft_len for pace in paces] == [4, 2]
+    assert [pace.share for pace in paces] == pytest.approx([30 / 28, 15 / 20.5])
     assert list(auto_paces(rows_of(CELL, auto=None))) == []
 
 

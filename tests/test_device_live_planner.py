@@ -219,3 +219,16 @@ def test_a_device_whose_drafts_are_slow_lets_the_target_decode_and_tries_drafts_
     assert sum(decodes) > 500
     last_decode = max(place for place, message in enumerate(sent) if isinstance(message, Decode))
     assert any(isinstance(message, Draft) for message in sent[last_decode - 2 : last_decode])
+
+
+@pytest.mark.parametrize("mode", [Mode.IDS, Mode.TARGET])
+def test_an_answer_that_is_left_while_the_target_decodes_does_not_spoil_the_next(mode: Mode) -> None:
+    table = random_table(20, seed=1)
+    station, model = Station(FakeTarget.make(table)), FakeDraftModel.make(random_table(20, seed=2))
+    client, _ = join(station, model, MemoryTransport(station))
+    session = client.open(DraftSettings(mode, Sampling(), uplink_k=1, draft_len=None), model, [3, 1, 4])
+    left = session.answer(200)
+    next(left)  # the first tokens are the target's own
+    del left
+    session.extend([3, 1, 5])
+    assert [token.token_id for token in session.answer(20)] == target_alone(table, [3, 1, 5], 20)
