@@ -7,7 +7,6 @@ alone. The link adds its round trip and the bytes over its rates.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean
 
 import numpy as np
 
@@ -48,18 +47,18 @@ class Calibration:
     def times(
         self, target_seconds: float, round_trip_seconds: float, bytes_per_second: float, downlink: Direction
     ) -> RoundTimes:
-        """Of a round over a link."""
+        """Of a round over a link; what drafting takes once a round counts with the reply."""
         lengths = sorted(self.reply_seconds)
+        draft_seconds = min(self.draft_seconds.values())
+        once = {one: one * (self.draft_seconds[one] - draft_seconds) for one in lengths}
+        replies = [self.reply_seconds[one] + once[one] for one in lengths]
 
         def verify_seconds(draft_len: int) -> float:
-            if draft_len == 0:
-                return target_seconds
-            return _at(draft_len, lengths, [self.reply_seconds[one] for one in lengths])
+            return _at(draft_len, lengths, replies) if draft_len else target_seconds
 
         sent = [self.round_bytes[one] for one in lengths]
         slope = (sent[-1] - sent[0]) / (lengths[-1] - lengths[0]) if len(lengths) > 1 else sent[0] / lengths[0]
         uplink = Direction(max(0.0, sent[0] - slope * lengths[0]), slope, bytes_per_second)
-        draft_seconds = fmean(self.draft_seconds.values())
         return RoundTimes(draft_seconds, verify_seconds, round_trip_seconds, uplink, downlink)
 
 

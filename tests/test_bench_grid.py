@@ -123,6 +123,14 @@ def test_a_reply_beyond_the_longest_measured_goes_on_along_the_line() -> None:
     assert [verify(draft_len) for draft_len in (0, 4, 6, 12)] == pytest.approx([0.05, 0.06, 0.07, 0.1])
 
 
+def test_what_drafting_takes_once_a_round_counts_once() -> None:
+    per_round, per_token = 0.020, 0.010
+    drafting = {draft_len: per_token + per_round / draft_len for draft_len in (2, 4, 200)}
+    calibration = Calibration({2: [1] * 3}, drafting, dict.fromkeys(drafting, 0.05), dict.fromkeys(drafting, 1.0))
+    times = calibration.times(0.05, 0.0, 1e9, Direction())
+    assert [times.seconds(draft_len) for draft_len in (2, 4)] == pytest.approx([0.090, 0.110], rel=1e-3)
+
+
 def test_standing_counts_rounds_by_how_many_tokens_stood() -> None:
     figures = [RoundFigures(3, accepted, 0.01, 0.05) for accepted in (0, 1, 3, 3)] + [RoundFigures(1, 1, 0.01, 0.05)]
     assert standing(Pace(10, 1.0, 0.1, 50, figures), 3) == [4, 3, 2, 2]
