@@ -9,11 +9,12 @@ from statistics import fmean
 from types import TracebackType
 from typing import Self
 
+from bench.auto_prediction import JudgedRound, auto_speedup
 from bench.cores import Cores, running_on
 from bench.grid import COLOCATED, DOWNLINK_MBIT, FULL, FULL_DRAFT_LENS, TARGET, UPLINK_K, Case, Cell, cases
 from bench.link import relay_command
 from bench.pace import Length, Pace, measure_pace, together
-from bench.prediction import LONGEST, Calibration, standing
+from bench.prediction import Calibration, standing
 from bench.recording import RecordingClient
 from bench.results import Row, Value, number, numbers
 from bench.serving import Served, serving
@@ -23,6 +24,7 @@ from device.client import DraftSettings
 from device.draft_model import DraftModel
 from device.planner import Direction
 from device.tokenizer import Tokenizer
+from protocol.bundle import GateFigures
 from protocol.errors import EdgedraftError
 from protocol.messages import Mode, Sampling
 
@@ -88,16 +90,16 @@ class GridRun:
 
     def cell_rows(self, cell: Cell, loopback: Sequence[Row]) -> list[Row]:
         """A row for each case of a cell; ``loopback`` are those of its temperature without a link, if not these."""
-        calibrations = calibrations_of(loopback)
-        planned = [_chosen(case, cell, calibrations, loopback) for case in cases(cell)]
+        model = Model.of(loopback, self.model.manifest.gate)
+        planned = [_chosen(case, cell, model) for case in cases(cell)]
         paces, failures = self._paces(cell, planned)
         rows = [_row(case, cell, together(paces[case.name]) if paces[case.name] else None) for case in planned]
         for row in rows:
             row["failed"] = failures.get(str(row["case"]))
         if loopback:
-            _compare(rows, cell, calibrations, _target_seconds(loopback))
+            _compare(rows, cell, model)
             return [*rows, *({**row, **cell.columns()} for row in loopback if row["case"] == COLOCATED)]
-        _compare(rows, cell, calibrations_of(rows), _target_seconds(rows))
+        _compare(rows, cell, Model.of(rows, self.model.manifest.gate))
         return rows
 
     def _paces(self, cell: Cell, planned: Sequence[Case]) -> tuple[Mapping[str, list[Pace]], Mapping[str, str]]:
@@ -174,28 +176,52 @@ def calibrations_of(loopback: Sequence[Row]) -> dict[Mode, Calibration]:
             {draft_len: number(row, "draft_milliseconds") / 1e3 for draft_len, row in of_mode.items()},
             {draft_len: number(row, "reply_milliseconds") / 1e3 for draft_len, row in of_mode.items()},
             {draft_len: number(row, "uplink_bytes_per_round") for draft_len, row in of_mode.items()},
+            _judged(of_mode[max(of_mode)]),
         )
     return found
 
 
-def predicted(mode: Mode, draft_len: int | None, cell: Cell, calibration: Calibration, target_seconds: float) -> float:
-    """Speedup of a mode in a cell by the extended model; without a draft length that of the best, 0 included."""
-    rate = cell.up.bits_per_second / 8
-    downlink = Direction(round_bytes=_VERDICT_BYTES, bytes_per_second=1e6 * DOWNLINK_MBIT / 8)
-    times = calibration.times(target_seconds, cell.round_trip_seconds, rate, downlink)
-    alphas = calibration.acceptance()
-    best = times.best_draft_len(alphas, range(LONGEST + 1)) if draft_len is None else draft_len
-    return times.speedup(alphas, best)
+def _judged(row: Row) -> list[JudgedRound]:
+    rounds = row["rounds"]
+    assert isinstance(rounds, list)
+    return [JudgedRound(one[1:], int(one[0] or 0)) for one in rounds if isinstance(one, list)]
 
 
-def _chosen(case: Case, cell: Cell, calibrations: Mapping[Mode, Calibration], loopback: Sequence[Row]) -> Case:
+@dataclass(frozen=True)
+class Model:
+    """What predicts: figures of loopback by mode, the target's pace there, and where the live plan begins."""
+
+    calibrations: Mapping[Mode, Calibration]
+    target_seconds: float | None
+    gate: GateFigures
+
+    @classmethod
+    def of(cls, loopback: Sequence[Row], gate: GateFigures) -> Self:
+        """Of the rows that were measured over loopback; of none, it predicts nothing."""
+        return cls(calibrations_of(loopback), _target_seconds(loopback), gate)
+
+    def speedup(self, mode: Mode, draft_len: int | None, cell: Cell) -> float | None:
+        """Of a mode in a cell, without a draft length that of the live plan; None without figures."""
+        if mode is Mode.TARGET:
+            return 1.0
+        calibration = self.calibrations.get(mode)
+        if calibration is None or self.target_seconds is None:
+            return None
+        rate = cell.up.bits_per_second / 8
+        downlink = Direction(round_bytes=_VERDICT_BYTES, bytes_per_second=1e6 * DOWNLINK_MBIT / 8)
+        times = calibration.times(self.target_seconds, cell.round_trip_seconds, rate, downlink)
+        if draft_len is not None:
+            return times.speedup(calibration.acceptance(), draft_len)
+        if not calibration.rounds:
+            return None
+        return auto_speedup(self.gate, cell.temperature == 0, calibration.rounds, times)
+
+
+def _chosen(case: Case, cell: Cell, model: Model) -> Case:
     """The case; of the full vocabulary as many tokens a round as the model says is best."""
-    target_seconds = _target_seconds(loopback)
-    if case is not FULL or Mode.FULL not in calibrations or target_seconds is None:
+    if case is not FULL:
         return case
-    speedups = {
-        one: predicted(Mode.FULL, one, cell, calibrations[Mode.FULL], target_seconds) for one in FULL_DRAFT_LENS
-    }
+    speedups = {one: model.speedup(Mode.FULL, one, cell) or 0.0 for one in FULL_DRAFT_LENS}
     return replace(case, draft_len=max(speedups, key=lambda draft_len: speedups[draft_len]))
 
 
@@ -223,6 +249,7 @@ def _row(case: Case, cell: Cell, pace: Pace | None) -> Row:
         pace.uplink_bytes / pace.tokens,
         pace.uplink_bytes / (len(timed) - pace.answers) if len(timed) > pace.answers else None,
         standing(pace, case.draft_len) if case.draft_len else None,
+        [[one.accepted, *one.leads] for one in timed] if case.draft_len and cell.round_trip_ms is None else None,
     )
     return row | dict(zip(_FIGURES, figures, strict=True))
 
@@ -238,24 +265,19 @@ _FIGURES = (
     "uplink_bytes_per_token",
     "uplink_bytes_per_round",
     "standing",
+    "rounds",
 )
 
 
-def _compare(
-    rows: Sequence[Row], cell: Cell, calibrations: Mapping[Mode, Calibration], target_seconds: float | None
-) -> None:
+def _compare(rows: Sequence[Row], cell: Cell, model: Model) -> None:
     """Add to every row its speedup, the predicted one and the error of that; None where something is missing."""
     alone = _target_seconds(rows)
     for row in rows:
-        mode, draft_len = Mode(str(row["mode"])), row["draft_len"]
-        row["speedup"] = row["predicted_speedup"] = row["prediction_error"] = None
+        draft_len = row["draft_len"] if isinstance(row["draft_len"], int) else None
+        row["speedup"] = row["prediction_error"] = None
         if alone and row["tokens_per_second"]:
             row["speedup"] = number(row, "tokens_per_second") * alone
-        if mode is Mode.TARGET:
-            row["predicted_speedup"] = 1.0
-        elif mode in calibrations and target_seconds:
-            length = draft_len if isinstance(draft_len, int) else None
-            row["predicted_speedup"] = predicted(mode, length, cell, calibrations[mode], target_seconds)
+        row["predicted_speedup"] = model.speedup(Mode(str(row["mode"])), draft_len, cell)
         if row["speedup"] and row["predicted_speedup"]:
             row["prediction_error"] = number(row, "predicted_speedup") / number(row, "speedup") - 1
 

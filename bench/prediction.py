@@ -10,11 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from bench.auto_prediction import JudgedRound
 from bench.pace import Pace
 from device.planner import Direction, RoundTimes
-
-LONGEST = 24
-"""Draft lengths that a prediction for ``auto`` looks at."""
 
 
 @dataclass(frozen=True)
@@ -26,12 +24,14 @@ class Calibration:
         draft_seconds: for each, to draft one token.
         reply_seconds: for each, from a Draft to its Verdict.
         round_bytes: for each, sent in a round.
+        rounds: of the longest.
     """
 
     standing: Mapping[int, Sequence[int]]
     draft_seconds: Mapping[int, float]
     reply_seconds: Mapping[int, float]
     round_bytes: Mapping[int, float]
+    rounds: Sequence[JudgedRound] = ()
 
     def acceptance(self) -> list[float]:
         """α at each position, over all draft lengths that reach it."""

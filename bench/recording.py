@@ -13,12 +13,17 @@ _GIVE_UP_SECONDS = 20.0
 
 @dataclass(frozen=True)
 class RoundFigures:
-    """Of one round: tokens, and seconds; the reply's are None where the base station may still have read the prompt."""
+    """Of one round, as a planner observes it."""
 
-    drafted: int
+    leads: tuple[float | None, ...]
     accepted: int
     draft_seconds: float
     reply_seconds: float | None
+
+    @property
+    def drafted(self) -> int:
+        """How many tokens."""
+        return len(self.leads)
 
 
 class RecordingClient(Client):
@@ -45,5 +50,5 @@ class _RecordingPlanner(LivePlanner):
         self, leads: Sequence[float | None], accepted: int, draft_seconds: float, reply_seconds: float | None
     ) -> None:
         """Take the figures of a round, and keep them."""
-        self._kept.append(RoundFigures(len(leads), accepted, draft_seconds, reply_seconds))
+        self._kept.append(RoundFigures(tuple(leads), accepted, draft_seconds, reply_seconds))
         super().observe(leads, accepted, draft_seconds, reply_seconds)

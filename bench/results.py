@@ -15,7 +15,7 @@ from rich.table import Table
 
 from protocol.errors import SettingsError
 
-Value: TypeAlias = str | int | float | bool | list[int] | None
+Value: TypeAlias = str | int | float | bool | list[int] | list[list[float | None]] | None
 Row: TypeAlias = dict[str, Value]
 _PACKAGES = ("numpy", "onnxruntime", "torch", "transformers", "pyzmq", "msgpack")
 
@@ -79,7 +79,7 @@ def numbers(row: Mapping[str, Value], name: str) -> list[int]:
     """A column that holds counts."""
     value = row[name]
     assert isinstance(value, list), name
-    return value
+    return [count for count in value if isinstance(count, int)]
 
 
 def _processor() -> str:

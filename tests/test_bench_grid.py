@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from bench import grid_run
+from bench.auto_prediction import JudgedRound, auto_speedup
 from bench.cell_file import CellFile
 from bench.grid import COLOCATED, FULL, TARGET, Cell, cases, cells
-from bench.grid_run import GridRun, GridSettings, calibrations_of, predicted
+from bench.grid_run import GridRun, GridSettings, Model
 from bench.grid_summary import auto_paces, predicted_rows, share_near
 from bench.pace import Length, Pace, measure_pace
 from bench.prediction import Calibration, standing
@@ -23,6 +24,7 @@ from device.client import DraftSettings
 from device.link import Link
 from device.planner import Direction, expected_tokens
 from device.tokenizer import Tokenizer
+from protocol.bundle import GateFigures
 from protocol.errors import SettingsError
 from protocol.frames import FrameCodec
 from protocol.messages import Mode, Sampling
@@ -30,6 +32,7 @@ from tests.fakes import FakeDraftModel, FakeTarget, blend, random_table
 from tests.link_pair import MemoryTransport, Station
 from tests.sample import BUNDLE, SAMPLE
 
+GATE = GateFigures(argmax_agreement=0.9, overlap=0.8, positions=100)
 CELL = Cell(0.0, 20.0, 5.0)
 TARGET_SECONDS = 0.05
 
@@ -49,6 +52,7 @@ def row(case: str, mode: Mode, draft_len: int | str | None, cell: Cell, tokens_p
         "standing": [round(100_000 * 0.8**place) for place in range(draft_len + 1)]
         if isinstance(draft_len, int)
         else None,
+        "rounds": [[float(accepted), *[None] * fixed] for accepted in range(fixed + 1)] if fixed else None,
         "failed": None if tokens_per_second else "the base station died",
         "speedup": tokens_per_second * TARGET_SECONDS if tokens_per_second else None,
         "predicted_speedup": 1.0,
@@ -106,15 +110,30 @@ def test_a_file_of_other_settings_or_of_something_else_is_not_gone_on_with(tmp_p
 
 
 def test_predictions_are_the_models_with_what_was_measured_without_a_link() -> None:
-    calibration = calibrations_of(rows_of(Cell(0.0)))[Mode.IDS]
-    assert calibration.acceptance() == pytest.approx([0.8] * 4, rel=1e-4)
+    model = Model.of(rows_of(Cell(0.0)), GATE)
+    assert model.calibrations[Mode.IDS].acceptance() == pytest.approx([0.8] * 4, rel=1e-4)
     cell = Cell(0.0, 100.0, 0.001)
     for draft_len in (2, 3, 4):
         airtime = (20 + 2 * draft_len) / 125 + 12 / 6.25e6
         seconds = 0.010 * draft_len + (0.050 + 0.002 * draft_len) + 0.100 + airtime
         expected = expected_tokens(0.8, draft_len) * TARGET_SECONDS / seconds
-        assert predicted(Mode.IDS, draft_len, cell, calibration, TARGET_SECONDS) == pytest.approx(expected, rel=1e-4)
-    assert predicted(Mode.IDS, None, cell, calibration, TARGET_SECONDS) == 1.0  # the target alone is best there
+        assert model.speedup(Mode.IDS, draft_len, cell) == pytest.approx(expected, rel=1e-4)
+    assert model.speedup(Mode.IDS, None, cell) == pytest.approx(1, abs=0.05)  # the target alone is best there
+    assert model.speedup(Mode.TARGET, None, cell) == 1
+    assert model.speedup(Mode.TOPK, 4, cell) is None
+    assert Model.of([], GATE).speedup(Mode.IDS, 4, cell) is None
+
+
+def test_the_plan_is_predicted_to_do_as_well_as_a_fixed_length_and_better_with_leads_that_tell() -> None:
+    times = Calibration({8: [1] * 9}, {8: 0.01}, {8: 0.06}, {8: 1.0}).times(0.05, 0.02, 1e9, Direction())
+    blind = [JudgedRound([None] * 8, accepted) for accepted in (0, 2, 3, 5, 8, 8, 8)]
+    telling = [JudgedRound([*[2.0] * one.accepted, 0.05, *[1.0] * 8][:8], one.accepted) for one in blind]
+    best = max(
+        sum(min(one.accepted, draft_len) + 1 for one in blind) / 7 * 0.05 / times.seconds(draft_len)
+        for draft_len in range(1, 9)
+    )
+    assert auto_speedup(GATE, True, blind, times) > 0.93 * best
+    assert auto_speedup(GATE, True, telling, times) > 1.05 * best
 
 
 def test_a_reply_beyond_the_longest_measured_goes_on_along_the_line() -> None:
@@ -132,7 +151,9 @@ def test_what_drafting_takes_once_a_round_counts_once() -> None:
 
 
 def test_standing_counts_rounds_by_how_many_tokens_stood() -> None:
-    figures = [RoundFigures(3, accepted, 0.01, 0.05) for accepted in (0, 1, 3, 3)] + [RoundFigures(1, 1, 0.01, 0.05)]
+    figures = [RoundFigures((None,) * 3, accepted, 0.01, 0.05) for accepted in (0, 1, 3, 3)] + [
+        RoundFigures((None,), 1, 0.01, 0.05)
+    ]
     assert standing(Pace(10, 1.0, 0.1, 50, figures), 3) == [4, 3, 2, 2]
 
 
