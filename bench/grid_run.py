@@ -89,18 +89,22 @@ class GridRun:
         }
 
     def cell_rows(self, cell: Cell, loopback: Sequence[Row]) -> list[Row]:
-        """A row for each case of a cell; ``loopback`` are those of its temperature without a link, if not these."""
+        """A row for each case of a cell.
+
+        Args:
+            cell: to measure.
+            loopback: the rows of its temperature without a link; without any, nothing is predicted.
+        """
         model = Model.of(loopback, self.model.manifest.gate)
         planned = [_chosen(case, cell, model) for case in cases(cell)]
         paces, failures = self._paces(cell, planned)
         rows = [_row(case, cell, together(paces[case.name]) if paces[case.name] else None) for case in planned]
         for row in rows:
             row["failed"] = failures.get(str(row["case"]))
-        if loopback:
-            _compare(rows, cell, model)
-            return [*rows, *({**row, **cell.columns()} for row in loopback if row["case"] == COLOCATED)]
-        _compare(rows, cell, Model.of(rows, self.model.manifest.gate))
-        return rows
+        if cell.round_trip_ms is None:
+            model = Model.of(rows, self.model.manifest.gate)
+        _compare(rows, cell, model)
+        return rows + [{**row, **cell.columns()} for row in loopback if row["case"] == COLOCATED]
 
     def _paces(self, cell: Cell, planned: Sequence[Case]) -> tuple[Mapping[str, list[Pace]], Mapping[str, str]]:
         """Of every case an answer a prompt, taken in turns, and why the others have none."""
