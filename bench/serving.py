@@ -4,6 +4,8 @@ import os
 import re
 import subprocess
 import sys
+import threading
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,15 +43,21 @@ def serving(arguments: Sequence[str], core: int | None = None) -> Iterator[Serve
     if core is not None:
         os.sched_setaffinity(process.pid, {core})  # before it has threads, which then inherit it
     assert process.stderr is not None
+    reader = threading.Thread(target=deque, args=(process.stderr, 0), daemon=True)
     try:
-        yield Served(_address(process.stderr, arguments[0]), process)
+        address = _address(process.stderr, arguments[0])
+        reader.start()  # a pipe that nobody reads fills up, and the process stands still
+        yield Served(address, process)
     finally:
         process.terminate()
         try:
-            process.communicate(timeout=_STOP_SECONDS)
+            process.wait(_STOP_SECONDS)
         except subprocess.TimeoutExpired:
             process.kill()
-            process.communicate()
+            process.wait()
+        if reader.is_alive():
+            reader.join()
+        process.stderr.close()
 
 
 def _address(lines: IO[str], name: str) -> str:

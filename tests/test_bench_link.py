@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from math import inf
+from pathlib import Path
 from time import monotonic
 
 import pytest
@@ -121,3 +122,13 @@ def test_a_relay_without_a_base_station_hangs_up() -> None:
         assert device.recv(1) == b""
     relay.close()
     thread.join()
+
+
+def test_a_served_command_may_say_as_much_as_it_likes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = "import sys\nprint('serving it at tcp://127.0.0.1:1', file=sys.stderr)\n"
+    module += "[print('x' * 100, file=sys.stderr) for _ in range(3000)]\nprint('done', file=open('done', 'w'))\n"
+    (tmp_path / "talker.py").write_text(module, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    with serving(["talker"]) as served:
+        assert served.process.wait(60) == 0
+    assert (tmp_path / "done").exists()
