@@ -15,13 +15,13 @@ COMMANDS = {
     "uplink": "edgedraft-bench uplink --bundle build/bundle --target build/sample",
     "speedup": "edgedraft-bench speedup --grid --bundle build/bundle --target build/sample",
 }
-WHY = {
-    "auto": "the prediction lets the plan run for thousands of tokens; a measured answer is short, begins with what "
+WHY = (
+    "times are those of a few short answers, and the machine's speed drifts: the target alone, which no link slows, "
+    "ran at {least:.1f} to {most:.1f} tokens a second in cells of one temperature",
+    "`auto`: the prediction lets the plan run for thousands of tokens; a measured answer is short, begins with what "
     "the plan learnt from 24 tokens, and a trial of the other way or one bad stretch moves it",
-    "fixed": "the answers are short, and a machine's speed drifts between the cell and loopback; what the model "
-    "leaves out is the link's queueing, and that a device wakes slower after a longer wait",
-    "full": "a few long rounds: one rejection more or less moves the measured pace",
-}
+    "full vocabulary: few rounds fit into the time of an answer; one rejection more or less moves its pace",
+)
 
 Rows = Sequence[Mapping[str, Value]]
 
@@ -191,7 +191,18 @@ def _verdicts(results: Results) -> Iterator[str]:
             f"{100 * share:.0f} % of {len(predicted)} predictions lie within {100 * NEAR:.0f} % of what was measured."
             f"\n\n{_errors_by_case(predicted)}"
         )
-        yield "Where they are off, and why:\n\n" + "\n".join(f"- {kind}: {text}." for kind, text in WHY.items())
+        least, most = _widest_drift(results.rows)
+        reasons = [text.format(least=least, most=most) for text in WHY]
+        yield "Where they are off, and why:\n\n" + "\n".join(f"- {reason}." for reason in reasons)
+
+
+def _widest_drift(rows: Rows) -> tuple[float, float]:
+    """Least and most tokens a second of the target alone, at the temperature where they lie furthest apart."""
+    paces: dict[float, list[float]] = {}
+    for row in rows:
+        if row["case"] == TARGET.name and row["tokens_per_second"]:
+            paces.setdefault(number(row, "temperature"), []).append(number(row, "tokens_per_second"))
+    return max(((min(one), max(one)) for one in paces.values()), key=lambda ends: ends[1] / ends[0])
 
 
 def _errors_by_case(rows: Rows) -> str:
