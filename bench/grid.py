@@ -12,7 +12,8 @@ from math import inf
 
 from bench.link import Way
 from bench.results import Row
-from protocol.messages import Mode
+from protocol.errors import SettingsError
+from protocol.messages import Mode, Sampling
 
 ROUND_TRIPS_MS = (0.0, 10.0, 20.0, 50.0, 100.0)
 UPLINKS_MBIT = (1.0, 5.0, 50.0)
@@ -25,11 +26,22 @@ UPLINK_K = 32
 
 @dataclass(frozen=True)
 class Cell:
-    """A temperature and a link; without a round trip, loopback."""
+    """A temperature and a link; without a round trip, loopback.
+
+    Raises:
+        SettingsError: a value is not allowed.
+    """
 
     temperature: float
     round_trip_ms: float | None = None
     uplink_mbit: float | None = None
+
+    def __post_init__(self) -> None:
+        _ = Sampling(self.temperature)  # raises what is wrong with it
+        if self.round_trip_ms is not None and not 0 <= self.round_trip_ms < inf:
+            raise SettingsError("round_trip_ms", self.round_trip_ms, "0 and more")
+        if self.uplink_mbit is not None and not self.uplink_mbit > 0:
+            raise SettingsError("uplink_mbit", self.uplink_mbit, "above 0")
 
     def columns(self) -> Row:
         """The cell as every one of its rows says it."""
@@ -47,7 +59,7 @@ class Cell:
     @property
     def up(self) -> Way:
         """From the device."""
-        return Way(1e6 * (self.uplink_mbit or inf), self.round_trip_seconds / 2)
+        return Way(inf if self.uplink_mbit is None else 1e6 * self.uplink_mbit, self.round_trip_seconds / 2)
 
     @property
     def down(self) -> Way:

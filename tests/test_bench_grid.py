@@ -84,6 +84,15 @@ def test_a_grid_begins_each_temperature_without_a_link() -> None:
         assert (COLOCATED in names) == (cell.round_trip_ms is None)
 
 
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [("temperature", (-1.0, 0.0, 5.0)), ("round_trip_ms", (0.0, -1.0, 5.0)), ("uplink_mbit", (0.0, 10.0, 0.0))],
+)
+def test_impossible_cells_are_refused_by_name(name: str, values: tuple[float, float, float]) -> None:
+    with pytest.raises(SettingsError, match=f"^{name} is "):
+        Cell(*values)
+
+
 def test_cells_are_kept_as_they_come_and_a_failed_one_is_measured_again(tmp_path: Path) -> None:
     path, settings = tmp_path / "grid.json", {"tokens": 48}
     kept = CellFile(path, settings)
