@@ -1,5 +1,6 @@
 """Measures the cells of ``grid.py``, one after the other, each row beside its prediction."""
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -89,7 +90,7 @@ class GridRun:
         }
 
     def cell_rows(self, cell: Cell, loopback: Sequence[Row]) -> list[Row]:
-        """A row for each case of a cell.
+        """A row for each case of a cell; the load average is that of its last minute, all processes together.
 
         Args:
             cell: to measure.
@@ -101,6 +102,7 @@ class GridRun:
         rows = [_row(case, cell, together(paces[case.name]) if paces[case.name] else None) for case in planned]
         for row in rows:
             row["failed"] = failures.get(str(row["case"]))
+            row["load_average"] = os.getloadavg()[0]
         if cell.round_trip_ms is None:
             model = Model.of(rows, self.model.manifest.gate)
         _compare(rows, cell, model)

@@ -8,6 +8,8 @@ from bench.results import Row, Value, number
 from protocol.messages import Mode
 
 NEAR = 0.10
+QUIET_LOAD = 2.0
+"""Device and base station take turns and keep one core busy; a load average above says that others ran as well."""
 SHOWN = ("case", "temperature", "round_trip_ms", "uplink_mbit", "tokens_per_second", "speedup")
 PREDICTED = ("predicted_speedup", "failed")
 
@@ -36,6 +38,11 @@ def predicted_rows(rows: Sequence[Mapping[str, Value]]) -> list[Mapping[str, Val
         and row["mode"] != Mode.TARGET
         and row["case"] != COLOCATED
     ]
+
+
+def is_quiet(row: Mapping[str, Value]) -> bool:
+    """Whether its cell had the machine to itself."""
+    return number(row, "load_average") <= QUIET_LOAD
 
 
 def share_near(rows: Sequence[Mapping[str, Value]]) -> float | None:

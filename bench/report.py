@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from bench.grid import ROUND_TRIPS_MS, TARGET, TEMPERATURES, UPLINKS_MBIT, Cell, cells
-from bench.grid_summary import NEAR, auto_paces, cell_of, predicted_rows, share_near
+from bench.grid_summary import NEAR, QUIET_LOAD, auto_paces, cell_of, is_quiet, predicted_rows, share_near
 from bench.plots import plot_draft_lens, plot_speedup, plot_uplink
 from bench.results import Results, Value, format_value, number
 
@@ -147,13 +147,13 @@ def _grid(rows: Rows) -> str:
         return "No cell was measured."
     names = [name for name in dict.fromkeys(str(row["case"]) for row in linked) if name != TARGET.name]
     places = dict.fromkeys((number(row, "round_trip_ms"), number(row, "uplink_mbit")) for row in linked)
-    lines = [["round trip, ms", "uplink, Mbit/s", "target alone, tokens/s", *names]]
+    lines = [["round trip, ms", "uplink, Mbit/s", "load average", "target alone, tokens/s", *names]]
     for round_trip, rate in places:
         of_cell = {
             str(row["case"]): row for row in linked if (row["round_trip_ms"], row["uplink_mbit"]) == (round_trip, rate)
         }
-        alone = format_value(of_cell[TARGET.name]["tokens_per_second"])
-        lines.append([f"{round_trip:g}", f"{rate:g}", alone, *(_speedup_cell(of_cell.get(name)) for name in names)])
+        alone = [format_value(of_cell[TARGET.name][name]) for name in ("load_average", "tokens_per_second")]
+        lines.append([f"{round_trip:g}", f"{rate:g}", *alone, *(_speedup_cell(of_cell.get(name)) for name in names)])
     return _lines(lines)
 
 
@@ -176,6 +176,12 @@ def _verdicts(results: Results) -> Iterator[str]:
     yield f"### As a whole\n\n{len(wanted) - len(missing)} of the {len(wanted)} cells of the grid were measured."
     if missing:
         yield f"Not measured: {_cells(missing)}."
+    busy = {cell_of(row) for row in results.rows if row["round_trip_ms"] is not None and not is_quiet(row)}
+    if busy:
+        yield (
+            f"The load average was above {QUIET_LOAD:g} in {len(busy)} of the cells: other programs ran on the two cores, "
+            "and figures of such a cell say more about them than about the link."
+        )
     if paces:
         least = min(one.share for one in paces)
         yield (
@@ -189,11 +195,18 @@ def _verdicts(results: Results) -> Iterator[str]:
         share = share_near(predicted) or 0.0
         yield (
             f"{100 * share:.0f} % of {len(predicted)} predictions lie within {100 * NEAR:.0f} % of what was measured."
-            f"\n\n{_errors_by_case(predicted)}"
+            f"{_share_quiet(predicted)}\n\n{_errors_by_case(predicted)}"
         )
         least, most = _widest_drift(results.rows)
         reasons = [text.format(least=least, most=most) for text in WHY]
         yield "Where they are off, and why:\n\n" + "\n".join(f"- {reason}." for reason in reasons)
+
+
+def _share_quiet(predicted: Rows) -> str:
+    quiet = [row for row in predicted if is_quiet(row)]
+    if len(quiet) in (0, len(predicted)):
+        return ""
+    return f" Where the machine was quiet it is {100 * (share_near(quiet) or 0):.0f} % of {len(quiet)}."
 
 
 def _widest_drift(rows: Rows) -> tuple[float, float]:

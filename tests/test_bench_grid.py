@@ -54,6 +54,7 @@ def row(case: str, mode: Mode, draft_len: int | str | None, cell: Cell, tokens_p
         else None,
         "rounds": [[float(accepted), *[None] * fixed] for accepted in range(fixed + 1)] if fixed else None,
         "failed": None if tokens_per_second else "the base station died",
+        "load_average": 1.0 + (cell.round_trip_ms or 0) / 25,
         "speedup": tokens_per_second * TARGET_SECONDS if tokens_per_second else None,
         "predicted_speedup": 1.0,
         "prediction_error": 1 / (tokens_per_second * TARGET_SECONDS) - 1 if tokens_per_second else None,
@@ -187,6 +188,7 @@ def test_the_report_says_what_lost_what_failed_and_what_is_missing(tmp_path: Pat
     assert "0.20 (1.00)" in text  # the full vocabulary, which loses
     assert "2 of the 30 cells of the grid were measured" in text
     assert "in 0 of 1 cells; the smallest share is 0.54" in text
+    assert "above 2 in 1 of the cells" in text  # that of 50 ms
     assert text.count("Not measured.") == 3  # theory, link and uplink have no files
     assert (tmp_path / "plots" / "speedup_0.svg").exists()
 
