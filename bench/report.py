@@ -179,8 +179,8 @@ def _verdicts(results: Results) -> Iterator[str]:
     busy = {cell_of(row) for row in results.rows if row["round_trip_ms"] is not None and not is_quiet(row)}
     if busy:
         yield (
-            f"The load average was above {QUIET_LOAD:g} in {len(busy)} of the cells: other programs ran on the two cores, "
-            "and figures of such a cell say more about them than about the link."
+            f"The load average was above {QUIET_LOAD:g} in {len(busy)} of the cells: other programs ran on the two "
+            "cores, and figures of such a cell say more about them than about the link."
         )
     if paces:
         least = min(one.share for one in paces)
