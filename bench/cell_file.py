@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from bench.grid import Cell
+from bench.grid_summary import is_quiet
 from bench.results import Results, Row, Value
 from protocol.errors import SettingsError
 
@@ -38,10 +39,10 @@ class CellFile:
         """The rows of a cell, if it was measured."""
         return [row for row in self._rows if _is_of(row, cell)]
 
-    def is_done(self, cell: Cell) -> bool:
-        """Whether a cell was measured and nothing in it failed."""
+    def is_done(self, cell: Cell, quiet: bool = False) -> bool:
+        """Whether a cell was measured and nothing in it failed; if ``quiet`` counts, on a quiet machine."""
         rows = self.rows_of(cell)
-        return bool(rows) and all(row["failed"] is None for row in rows)
+        return bool(rows) and all(row["failed"] is None and (is_quiet(row) or not quiet) for row in rows)
 
     def add(self, cell: Cell, rows: Sequence[Row]) -> None:
         """Keep the rows of a cell, in place of those it had."""

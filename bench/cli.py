@@ -76,6 +76,10 @@ def speedup(
     answer_seconds: Annotated[
         float, typer.Option(help="For each answer at most, but two rounds.", rich_help_panel=GRID)
     ] = 3.0,
+    repeat_busy: Annotated[
+        bool,
+        typer.Option("--repeat-busy", help="Measure cells again that shared the machine.", rich_help_panel=GRID),
+    ] = False,
     json_file: JsonOption = None,
 ) -> None:
     """Tokens a second with drafting against the target alone, both in one run: over loopback, or a grid of links.
@@ -88,7 +92,9 @@ def speedup(
     if grid or round_trips or uplinks:
         chosen = read_prompts(prompts, count or 2)
         length = Length(max_new_tokens or 48, answer_seconds)
-        _measure_grid(bundle, target, dtype, chosen, length, (temperatures, round_trips, uplinks), json_file)
+        _measure_grid(
+            bundle, target, dtype, chosen, length, (temperatures, round_trips, uplinks), json_file, repeat_busy
+        )
         return
     from bench.speedup import SpeedupSettings, measure_speedup, results
     from bench.station import running_station
@@ -114,6 +120,7 @@ def _measure_grid(
     length: "Length",
     chosen: tuple[list[float] | None, list[float] | None, list[float] | None],
     json_file: Path | None,
+    repeat_busy: bool,
 ) -> None:
     from bench.cell_file import CellFile
     from bench.grid import ROUND_TRIPS_MS, TEMPERATURES, UPLINKS_MBIT, Cell, cases, cells
@@ -126,11 +133,15 @@ def _measure_grid(
     settings = GridSettings(target, dtype, prompts, length)
     with _progress() as progress, GridRun(bundle, settings, lambda: progress.advance(task)) as run:
         kept = CellFile(json_file, run.described())
-        missing = [cell for cell in wanted if not kept.is_done(cell)]
+        missing = [cell for cell in wanted if not kept.is_done(cell, repeat_busy)]
         task = progress.add_task("answers", total=len(prompts) * sum(len(cases(cell)) for cell in missing))
         for cell in missing:
             loopback = kept.rows_of(Cell(cell.temperature)) if cell.round_trip_ms is not None else []
             kept.add(cell, run.cell_rows(cell, loopback))
+        for cell in wanted:  # predictions follow the loopback cell, which may be younger
+            if rows := kept.rows_of(cell):
+                run.compare(rows, cell, kept.rows_of(Cell(cell.temperature)))
+                kept.add(cell, rows)
     Results({}, shown([row for cell in wanted for row in kept.rows_of(cell)])).show(console)
 
 

@@ -12,7 +12,7 @@ from typing import Self
 
 from bench.auto_prediction import JudgedRound, auto_speedup
 from bench.cores import Cores, running_on
-from bench.grid import COLOCATED, DOWNLINK_MBIT, FULL, FULL_DRAFT_LENS, TARGET, UPLINK_K, Case, Cell, cases
+from bench.grid import DOWNLINK_MBIT, FULL, FULL_DRAFT_LENS, TARGET, UPLINK_K, Case, Cell, cases
 from bench.link import relay_command
 from bench.pace import Length, Pace, measure_pace, together
 from bench.prediction import Calibration, standing
@@ -103,10 +103,21 @@ class GridRun:
         for row in rows:
             row["failed"] = failures.get(str(row["case"]))
             row["load_average"] = os.getloadavg()[0]
-        if cell.round_trip_ms is None:
-            model = Model.of(rows, self.model.manifest.gate)
-        _compare(rows, cell, model)
-        return rows + [{**row, **cell.columns()} for row in loopback if row["case"] == COLOCATED]
+        self.compare(rows, cell, loopback or (rows if cell.round_trip_ms is None else []))
+        return rows
+
+    def compare(self, rows: Sequence[Row], cell: Cell, loopback: Sequence[Row]) -> None:
+        """Add to every row of a cell its speedup, the predicted one and the error of that; None without figures."""
+        model = Model.of(loopback, self.model.manifest.gate)
+        alone = _target_seconds(rows)
+        for row in rows:
+            draft_len = row["draft_len"] if isinstance(row["draft_len"], int) else None
+            row["speedup"] = row["prediction_error"] = None
+            if alone and row["tokens_per_second"]:
+                row["speedup"] = number(row, "tokens_per_second") * alone
+            row["predicted_speedup"] = model.speedup(Mode(str(row["mode"])), draft_len, cell)
+            if row["speedup"] and row["predicted_speedup"]:
+                row["prediction_error"] = number(row, "predicted_speedup") / number(row, "speedup") - 1
 
     def _paces(self, cell: Cell, planned: Sequence[Case]) -> tuple[Mapping[str, list[Pace]], Mapping[str, str]]:
         """Of every case an answer a prompt, taken in turns, and why the others have none."""
@@ -217,7 +228,7 @@ class Model:
         downlink = Direction(round_bytes=_VERDICT_BYTES, bytes_per_second=1e6 * DOWNLINK_MBIT / 8)
         times = calibration.times(self.target_seconds, cell.round_trip_seconds, rate, downlink)
         if draft_len is not None:
-            return times.speedup(calibration.acceptance(), draft_len)
+            return times.speedup(calibration.acceptance(draft_len), draft_len)
         if not calibration.rounds:
             return None
         return auto_speedup(self.gate, cell.temperature == 0, calibration.rounds, times)
@@ -273,19 +284,6 @@ _FIGURES = (
     "standing",
     "rounds",
 )
-
-
-def _compare(rows: Sequence[Row], cell: Cell, model: Model) -> None:
-    """Add to every row its speedup, the predicted one and the error of that; None where something is missing."""
-    alone = _target_seconds(rows)
-    for row in rows:
-        draft_len = row["draft_len"] if isinstance(row["draft_len"], int) else None
-        row["speedup"] = row["prediction_error"] = None
-        if alone and row["tokens_per_second"]:
-            row["speedup"] = number(row, "tokens_per_second") * alone
-        row["predicted_speedup"] = model.speedup(Mode(str(row["mode"])), draft_len, cell)
-        if row["speedup"] and row["predicted_speedup"]:
-            row["prediction_error"] = number(row, "predicted_speedup") / number(row, "speedup") - 1
 
 
 def _target_seconds(rows: Sequence[Row]) -> float | None:

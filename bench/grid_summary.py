@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from bench.grid import COLOCATED, Cell
+from bench.grid import Cell
 from bench.results import Row, Value, number
 from protocol.messages import Mode
 
@@ -33,10 +33,7 @@ def predicted_rows(rows: Sequence[Mapping[str, Value]]) -> list[Mapping[str, Val
     return [
         row
         for row in rows
-        if row["round_trip_ms"] is not None
-        and row["prediction_error"] is not None
-        and row["mode"] != Mode.TARGET
-        and row["case"] != COLOCATED
+        if row["round_trip_ms"] is not None and row["prediction_error"] is not None and row["mode"] != Mode.TARGET
     ]
 
 
@@ -63,7 +60,7 @@ def auto_paces(rows: Sequence[Mapping[str, Value]]) -> Iterator[AutoPace]:
         if row["round_trip_ms"] is not None:
             by_cell.setdefault(cell_of(row), []).append(row)
     for cell, of_cell in by_cell.items():
-        own = [row for row in of_cell if row["mode"] in (Mode.IDS, Mode.COUPLED) and row["case"] != COLOCATED]
+        own = [row for row in of_cell if row["mode"] in (Mode.IDS, Mode.COUPLED)]
         auto = [row for row in own if row["draft_len"] == "auto" and row["speedup"]]
         fixed = {
             int(number(row, "draft_len")): number(row, "speedup")

@@ -35,6 +35,11 @@ def plot_uplink(results: Results, path: Path) -> None:
 def plot_speedup(results: Results, temperature: float, path: Path) -> None:
     """Speedup over the round trip, a panel an uplink rate: measured as points, predicted as lines."""
     rows = [row for row in results.rows if row["temperature"] == temperature and row["round_trip_ms"] is not None]
+    colocated = [
+        row
+        for row in results.rows
+        if row["case"] == COLOCATED and row["temperature"] == temperature and row["speedup"] is not None
+    ]
     rates = sorted({number(row, "uplink_mbit") for row in rows})
     figure = Figure((4.0 * len(rates), 4.6), layout="constrained")
     panels: Any = figure.subplots(1, len(rates), sharey=True, squeeze=False)
@@ -43,11 +48,13 @@ def plot_speedup(results: Results, temperature: float, path: Path) -> None:
         for place, name in enumerate(names):
             colour = f"C{place % 10}"
             of_case = [row for row in rows if row["case"] == name and row["uplink_mbit"] == rate]
-            for column, style in (("speedup", "o"), ("predicted_speedup", "--" if name == COLOCATED else "-")):
+            for column, style in (("speedup", "o"), ("predicted_speedup", "-")):
                 known = [row for row in of_case if row[column] is not None]
                 points = [number(row, "round_trip_ms") for row in known], [number(row, column) for row in known]
                 axes.plot(*points, style, color=colour, markersize=4, linewidth=1, label=name if style == "o" else None)
         axes.axhline(1, color="black", linewidth=0.8)
+        if colocated:
+            axes.axhline(number(colocated[0], "speedup"), color="grey", linestyle=":", label=COLOCATED)
         axes.set(title=f"uplink {rate:g} Mbit/s", xlabel="round trip, ms")
     panels[0][0].set_ylabel("tokens a second against the target alone")
     figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7)

@@ -33,11 +33,12 @@ class Calibration:
     round_bytes: Mapping[int, float]
     rounds: Sequence[JudgedRound] = ()
 
-    def acceptance(self) -> list[float]:
-        """α at each position, over all draft lengths that reach it."""
+    def acceptance(self, draft_len: int) -> list[float]:
+        """α at each position: of rounds with this draft length, or where there are none over all that reach it."""
+        lengths = [draft_len] if draft_len in self.standing else list(self.standing)
         alphas = []
-        for position in range(1, max(self.standing) + 1):
-            reached = [counts for draft_len, counts in self.standing.items() if draft_len >= position]
+        for position in range(1, max(lengths) + 1):
+            reached = [self.standing[one] for one in lengths if one >= position]
             trials = sum(counts[position - 1] for counts in reached)
             if not trials:
                 break

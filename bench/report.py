@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from bench.grid import ROUND_TRIPS_MS, TARGET, TEMPERATURES, UPLINKS_MBIT, Cell, cells
+from bench.grid import COLOCATED, ROUND_TRIPS_MS, TARGET, TEMPERATURES, UPLINKS_MBIT, Cell, cells
 from bench.grid_summary import NEAR, QUIET_LOAD, auto_paces, cell_of, is_quiet, predicted_rows, share_near
 from bench.plots import plot_draft_lens, plot_speedup, plot_uplink
 from bench.results import Results, Value, format_value, number
@@ -141,19 +141,21 @@ _LEFT_OUT = (
 
 
 def _grid(rows: Rows) -> str:
-    """A line a cell, a column a case."""
+    """A line a cell, a column a case; what needs no link is the same in every line."""
     linked = [row for row in rows if row["round_trip_ms"] is not None]
+    colocated = next((row for row in rows if row["case"] == COLOCATED), None)
     if not linked:
         return "No cell was measured."
     names = [name for name in dict.fromkeys(str(row["case"]) for row in linked) if name != TARGET.name]
     places = dict.fromkeys((number(row, "round_trip_ms"), number(row, "uplink_mbit")) for row in linked)
-    lines = [["round trip, ms", "uplink, Mbit/s", "load average", "target alone, tokens/s", *names]]
+    lines = [["round trip, ms", "uplink, Mbit/s", "load average", "target alone, tokens/s", *names, COLOCATED]]
     for round_trip, rate in places:
         of_cell = {
             str(row["case"]): row for row in linked if (row["round_trip_ms"], row["uplink_mbit"]) == (round_trip, rate)
         }
         alone = [format_value(of_cell[TARGET.name][name]) for name in ("load_average", "tokens_per_second")]
-        lines.append([f"{round_trip:g}", f"{rate:g}", *alone, *(_speedup_cell(of_cell.get(name)) for name in names)])
+        figures = [_speedup_cell(of_cell.get(name)) for name in names]
+        lines.append([f"{round_trip:g}", f"{rate:g}", *alone, *figures, _speedup_cell(colocated)])
     return _lines(lines)
 
 

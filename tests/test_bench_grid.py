@@ -69,7 +69,7 @@ def rows_of(cell: Cell, auto: float | None = 30.0, best: float = 28.0) -> list[R
         row("ids, 2 a round", Mode.IDS, 2, cell, 20.5),
         row("ids, 4 a round", Mode.IDS, 4, cell, best),
         row("full vocabulary", Mode.FULL, 1, cell, 4.0),
-        row(COLOCATED, Mode.IDS, "auto", cell, 40.0),
+        *([row(COLOCATED, Mode.IDS, "auto", cell, 40.0)] if cell.round_trip_ms is None else []),
     ]
 
 
@@ -105,8 +105,11 @@ def test_cells_are_kept_as_they_come_and_a_failed_one_is_measured_again(tmp_path
     assert not again.is_done(CELL)
     assert not again.is_done(Cell(1.0))
     again.add(CELL, rows_of(CELL))
+    assert CellFile(path, settings).is_done(CELL, quiet=True)
+    again.add(CELL, [{**one, "load_average": 3.0} for one in rows_of(CELL)])
     assert CellFile(path, settings).is_done(CELL)
-    assert len(CellFile(path, settings).results.rows) == 12
+    assert not CellFile(path, settings).is_done(CELL, quiet=True)
+    assert len(CellFile(path, settings).results.rows) == 11
 
 
 def test_a_file_of_other_settings_or_of_something_else_is_not_gone_on_with(tmp_path: Path) -> None:
@@ -121,7 +124,7 @@ def test_a_file_of_other_settings_or_of_something_else_is_not_gone_on_with(tmp_p
 
 def test_predictions_are_the_models_with_what_was_measured_without_a_link() -> None:
     model = Model.of(rows_of(Cell(0.0)), GATE)
-    assert model.calibrations[Mode.IDS].acceptance() == pytest.approx([0.8] * 4, rel=1e-4)
+    assert model.calibrations[Mode.IDS].acceptance(3) == pytest.approx([0.8] * 4, rel=1e-4)
     cell = Cell(0.0, 100.0, 0.001)
     for draft_len in (2, 3, 4):
         airtime = (20 + 2 * draft_len) / 125 + 12 / 6.25e6
@@ -185,6 +188,7 @@ def test_the_report_says_what_lost_what_failed_and_what_is_missing(tmp_path: Pat
     Results({"tokens": 48}, rows).write(tmp_path / "speedup.json")
     text = write_report(tmp_path, tmp_path).read_text(encoding="utf-8")
     assert "failed: the base station died" in text
+    assert text.count("2.00 (1.00)") == 2  # colocated, in every line
     assert "0.20 (1.00)" in text  # the full vocabulary, which loses
     assert "2 of the 30 cells of the grid were measured" in text
     assert "in 0 of 1 cells; the smallest share is 0.54" in text
