@@ -70,7 +70,7 @@ def plot_draft_lens(results: Results, path: Path) -> None:
     grid = np.array([[lengths[alpha, cost] for cost in costs] for alpha in alphas])
     figure, axes = _figure()
     mesh = axes.pcolormesh(
-        costs, alphas, np.ma.masked_equal(np.minimum(grid, 16), 0), cmap="viridis", shading="nearest"
+        costs, alphas, np.ma.masked_equal(np.minimum(grid, 16), 0), cmap="viridis", shading="nearest", rasterized=True
     )
     figure.colorbar(mesh, ax=axes, label="best draft length (16 and more alike)")
     axes.set(xlabel="L: to draft and send a token, in passes of the target", ylabel="α")
