@@ -11,6 +11,7 @@
     │   └── MismatchError       draft and target model do not belong together
     ├── KeyFileError            a key is missing, damaged or open to others
     ├── LinkError               the other end cannot be reached
+    ├── BusyError               more requests wait already than are taken
     ├── AdmissionError          the two ends do not know each other's keys
     │   └── RevokedError        a device's key was taken back
     └── ProtocolError           what a peer sent is not allowed
@@ -93,6 +94,12 @@ class LinkError(EdgedraftError):
     """The other end cannot be reached, or went away."""
 
     code = "link"
+
+
+class BusyError(EdgedraftError):
+    """More requests wait already than are taken."""
+
+    code = "busy"
 
 
 class AdmissionError(EdgedraftError):
