@@ -6,17 +6,24 @@ DEVICE_VENV := .venv-device
 SAMPLE := build/sample
 BUNDLE := build/bundle
 
-.PHONY: help demo test lint types bench models clean
+.PHONY: help demo test images test-images lint types bench models clean
 
 help:  ## show this
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 13
 
 demo: models  ## a real answer across the link, in colour, then what drafting was worth
 	@$(BIN)/edgedraft-bench demo --bundle $(BUNDLE) --target $(SAMPLE)
 
 test: lint types models $(DEVICE_VENV)/ready  ## all tests, with the real sample model
-	$(BIN)/pytest -q -n 2 --dist worksteal -m "not model"
+	$(BIN)/pytest -q -n 2 --dist worksteal -m "not model and not images"
 	$(BIN)/pytest -q -m model
+
+images:  ## the images, with docker or buildah
+	docker/images.sh
+
+test-images: models  ## images without a registry, built and run, for arm64 too; as root, with what docker/offline.sh needs
+	docker/offline.sh $(BIN)/pip
+	$(BIN)/pytest -q -rP -m images
 
 lint: $(VENV)/ready  ## ruff and the import rules
 	$(BIN)/ruff check .

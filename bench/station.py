@@ -13,15 +13,18 @@ _STOP_SECONDS = 10
 
 
 @contextmanager
-def running_station(target: str, dtype: str) -> Iterator[str]:
-    """Start a base station on a free port; gives its address once it serves.
+def running_station(target: str, dtype: str, *options: str) -> Iterator[str]:
+    """Start a base station on a free port, with further options; gives its address once it serves.
 
     Raises:
         LinkError: it ended before it served; its last line says why.
     """
     command = [sys.executable, "-m", "basestation", "serve", "--target", target, "--dtype", dtype]
     process = subprocess.Popen(  # noqa: S603 - our own program
-        [*command, "--bind", "tcp://127.0.0.1:0"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        [*command, "--bind", "tcp://127.0.0.1:0", *options],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     assert process.stderr is not None
     try:

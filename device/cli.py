@@ -196,6 +196,7 @@ def serve(
 
     http.check_bind(bind, insecure)  # before what takes long
     model, tokenizer = _load(place)
+    logging.getLogger("device").info("loaded %s", bundle)
     worker = Worker(model, tokenizer, partial(_connect, place, model.manifest))
     defaults = Defaults(temperature, top_k, top_p, seed, max_new_tokens, settings)
     http.serve(worker, model.manifest.name, defaults, bind, insecure)

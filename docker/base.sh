@@ -17,7 +17,8 @@ main() {
   [ "$arch" = "$(dpkg --print-architecture)" ] || register_emulator
   debootstrap --variant=minbase --arch="$arch" --include="$PACKAGES" "$SUITE" "$root" >&2
   slim "$root"
-  tar --create --one-file-system --exclude=./dev --exclude=./proc --exclude=./sys --directory "$root" --file "$tar.part" .
+  chmod 755 "$root"
+  tar --create --one-file-system --exclude="./dev/*" --exclude="./proc/*" --exclude="./sys/*" --directory "$root" --file "$tar.part" .
   mv "$tar.part" "$tar"
 }
 

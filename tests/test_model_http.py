@@ -26,6 +26,7 @@ def serving(station_address: str) -> Iterator[tuple["subprocess.Popen[str]", str
     command = device("serve", station_address, "--bind", "http://127.0.0.1:0")
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
+        assert "loaded" in process.stderr.readline()
         found = _SERVING.search(process.stderr.readline())
         assert found, process.stderr.read()
         try:
