@@ -84,7 +84,12 @@ send_image() {
     file=build/images/$IMAGE_NAME-$(board_arch).tar
     step "build $image for $(board_arch)"
     run env ARCH="$(board_arch)" docker/images.sh "$IMAGE_NAME"
-    run docker save --output "$file" "$image"
+    if docker info >/dev/null 2>&1; then
+      run docker save --output "$file" "$image"
+    else
+      run rm -f "$file"
+      run buildah push "$image" "docker-archive:$file:$image"
+    fi
   fi
   step "load $file"
   stream "$file" "docker load --quiet"
