@@ -20,14 +20,20 @@ RUN apt-get update \
     && apt-get install --yes --no-install-recommends "${PYTHON}" "${PYTHON}-venv" \
     && rm -rf /var/lib/apt/lists/* \
     && "${PYTHON}" -m venv /opt/edgedraft
-COPY pyproject.toml constraints.txt README.md LICENSE ./
+COPY pyproject.toml constraints.txt docker/requirements.py ./
+# The packages first: they stay as they are while only the code changes.
+RUN --mount=type=bind,from=wheels,target=/wheels \
+    /opt/edgedraft/bin/python requirements.py device >requirements.txt \
+    && /opt/edgedraft/bin/pip install --no-cache-dir --find-links /wheels --constraint constraints.txt \
+        --requirement requirements.txt
+COPY README.md LICENSE ./
 COPY protocol protocol
 COPY device device
 # As in device.Dockerfile; and as both packages of ONNX Runtime hold the same
 # module, the one for CPUs, which the extra asks for, makes room for the other.
 # hadolint ignore=DL3013
 RUN --mount=type=bind,from=wheels,target=/wheels \
-    /opt/edgedraft/bin/pip install --no-cache-dir --find-links /wheels --constraint constraints.txt '.[device]' \
+    /opt/edgedraft/bin/pip install --no-cache-dir --find-links /wheels --no-deps . \
     && /opt/edgedraft/bin/pip uninstall --yes onnxruntime \
     && /opt/edgedraft/bin/pip install --no-cache-dir --find-links /wheels --constraint constraints.txt "${ONNXRUNTIME}" \
     && /opt/edgedraft/bin/pip uninstall --yes \

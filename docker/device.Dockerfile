@@ -12,12 +12,18 @@ FROM ${PYTHON_IMAGE} AS build
 ARG PIP_NO_INDEX
 WORKDIR /build
 RUN python3 -m venv /opt/edgedraft
-COPY pyproject.toml constraints.txt README.md LICENSE ./
+COPY pyproject.toml constraints.txt docker/requirements.py ./
+# The packages first: they stay as they are while only the code changes.
+RUN --mount=type=bind,from=wheels,target=/wheels \
+    python3 requirements.py device >requirements.txt \
+    && /opt/edgedraft/bin/pip install --no-cache-dir --find-links /wheels --constraint constraints.txt \
+        --requirement requirements.txt
+COPY README.md LICENSE ./
 COPY protocol protocol
 COPY device device
 # Left out again: what tokenizers needs to fetch from a hub, and what nothing here runs.
 RUN --mount=type=bind,from=wheels,target=/wheels \
-    /opt/edgedraft/bin/pip install --no-cache-dir --find-links /wheels --constraint constraints.txt '.[device]' \
+    /opt/edgedraft/bin/pip install --no-cache-dir --find-links /wheels --no-deps . \
     && /opt/edgedraft/bin/pip uninstall --yes \
         certifi charset-normalizer filelock fsspec hf-xet huggingface-hub pyyaml requests tqdm urllib3 setuptools pip \
     && find /opt/edgedraft -depth -type d \( -name tests -o -path '*/onnxruntime/transformers' \) -exec rm -rf {} + \

@@ -19,11 +19,17 @@ COPY constraints.txt ./
 RUN --mount=type=bind,from=wheels,target=/wheels \
     /opt/edgedraft/bin/pip install --no-cache-dir --index-url "${TORCH_INDEX}" --find-links /wheels \
         --constraint constraints.txt torch
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml docker/requirements.py ./
+# The packages first: they stay as they are while only the code changes.
+RUN --mount=type=bind,from=wheels,target=/wheels \
+    python3 requirements.py export >requirements.txt \
+    && /opt/edgedraft/bin/pip install --no-cache-dir --find-links /wheels --constraint constraints.txt \
+        --requirement requirements.txt
+COPY README.md LICENSE ./
 COPY protocol protocol
 COPY export export
 RUN --mount=type=bind,from=wheels,target=/wheels \
-    /opt/edgedraft/bin/pip install --no-cache-dir --find-links /wheels --constraint constraints.txt '.[export]' \
+    /opt/edgedraft/bin/pip install --no-cache-dir --find-links /wheels --no-deps . \
     && /opt/edgedraft/bin/pip uninstall --yes pip \
     && rm -f /opt/edgedraft/bin/edgedraft-device /opt/edgedraft/bin/edgedraft-basestation /opt/edgedraft/bin/edgedraft-bench
 
