@@ -4,15 +4,14 @@ ZeroMQ asks at every handshake, after the device has proved that it has its
 secret key (ZAP, RFC 27; CURVE, RFC 26), and then tells the key with each message.
 """
 
-import ipaddress
 import logging
-from urllib.parse import urlsplit
 
 import zmq
 from zmq.utils import z85
 
 from basestation.keys import KeyFolder
 from protocol.errors import RevokedError, SettingsError
+from protocol.loopback import is_loopback
 
 logger = logging.getLogger(__name__)
 
@@ -75,18 +74,7 @@ def check_bind(bind: str, allowed: bool) -> None:
     Raises:
         SettingsError: it is one.
     """
-    if not allowed and not _is_local(bind):
+    if not allowed and not is_loopback(bind):
         raise SettingsError(
             "bind", bind, "tcp://127.0.0.1:PORT; for other machines say --keys DIR, or --insecure to let everybody in"
         )
-
-
-def _is_local(bind: str) -> bool:
-    """Whether no other machine can reach an address. Other names than ``localhost`` are not trusted to be local."""
-    try:
-        parts = urlsplit(bind)
-        if parts.scheme in ("ipc", "inproc") or parts.hostname == "localhost":
-            return True
-        return ipaddress.ip_address(parts.hostname or "").is_loopback
-    except ValueError:  # no address in numbers
-        return False

@@ -4,6 +4,8 @@ import json
 import logging
 import signal
 import sys
+import time
+from contextlib import ExitStack, closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -12,6 +14,7 @@ import typer
 
 from basestation.admission import check_bind
 from basestation.keys import KeyFolder
+from basestation.logs import LogFormat, start_logging
 from protocol.command_line import Verbose, run
 from protocol.keys import read_public
 from protocol.limits import Limits
@@ -23,6 +26,8 @@ keys_app = typer.Typer(help="The keys of the base station, and of the devices it
 app.add_typer(keys_app, name="keys")
 
 LIMITS = "What a device may ask for"
+PASSES = "Passes of the target"
+OPERATION = "Operation"
 KeyFolderArgument = Annotated[Path, typer.Argument(metavar="DIR", help="Folder that keys new made.")]
 DeviceName = Annotated[str, typer.Argument(metavar="NAME", help="What the device is called here.")]
 
@@ -67,25 +72,96 @@ def serve(
     keep_seconds: Annotated[
         int, typer.Option(help="How long a session is kept when its device is silent.", rich_help_panel=LIMITS)
     ] = Limits.keep_seconds,
+    kv_memory: Annotated[
+        str, typer.Option(help="For keys and values: 4GiB, or auto, a share of what is free.", rich_help_panel=PASSES)
+    ] = "auto",
+    pass_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of a pass; 256, or 2048 on CUDA.", rich_help_panel=PASSES)
+    ] = None,
+    prompt_tokens: Annotated[
+        int | None,
+        typer.Option(help="Of these for prompts, while rounds run; 64, or 512 on CUDA.", rich_help_panel=PASSES),
+    ] = None,
+    metrics_bind: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT", help="Answer /metrics, /healthz and /readyz here.", rich_help_panel=OPERATION
+        ),
+    ] = None,
+    record: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Add a JSON line for every round.", rich_help_panel=OPERATION)
+    ] = None,
+    profile: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write a PyTorch trace of some passes.", rich_help_panel=OPERATION),
+    ] = None,
+    log_format: Annotated[LogFormat, typer.Option(help="Of the log on stderr.", rich_help_panel=OPERATION)] = (
+        LogFormat.TEXT
+    ),
+    drain_seconds: Annotated[
+        float,
+        typer.Option(help="How long open sessions may go on after SIGTERM.", min=0, rich_help_panel=OPERATION),
+    ] = 3.0,
 ) -> None:
-    """Serve a target model until interrupted."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    """Serve a target model until interrupted; SIGTERM lets open sessions finish, SIGINT does not."""
+    start_logging(log_format)
     logger = logging.getLogger("basestation")
     folder = KeyFolder(keys) if keys else None
     check_bind(bind, folder is not None or insecure)  # before what takes long
     limits = Limits(
         max_prompt_len, max_draft_len, max_uplink_k, max_sessions, max_requests_per_second, window, keep_seconds
     )
+    from basestation.metrics import Metrics
+    from basestation.monitor import Monitor
+    from basestation.profiler import PassProfiler
+    from basestation.records import Records
+    from basestation.scheduler import PassBudget
     from basestation.server import Server
     from basestation.target_model import TargetModel
 
-    logger.info("loading %s", target)
-    server = Server(TargetModel.load(target, dtype, torch_device), bind, limits, folder, insecure)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: server.stop())
-    logger.info("serving %s at %s", target, server.address)
-    server.serve()
+    metrics = Metrics()
+    with ExitStack() as stack:
+        monitor = stack.enter_context(closing(Monitor(metrics_bind, metrics))) if metrics_bind else None
+        records = stack.enter_context(closing(Records(record))) if record else None
+        profiler = stack.enter_context(PassProfiler(profile)) if profile else None
+        logger.info("loading %s", target)
+        model = TargetModel.load(target, dtype, torch_device, kv_memory)
+        budget = PassBudget.of(pass_tokens, prompt_tokens, model.torch_device.type == "cuda")
+        server = Server(model, bind, limits, folder, insecure, budget, metrics, records, profiler)
+        signal.signal(signal.SIGINT, lambda *_: server.stop())
+        signal.signal(signal.SIGTERM, lambda *_: server.stop(0.0 if server.draining else drain_seconds))
+        if monitor:
+            monitor.alive, monitor.ready = (lambda: server.alive), (lambda: not server.draining)
+            logger.info("metrics at %s/metrics", monitor.url)
+        logger.info("room for keys and values of %d tokens", model.arena.capacity)
+        logger.info("serving %s at %s", target, server.address)
+        server.serve()
     logger.info("stopped")
+
+
+@app.command()
+def top(
+    url: Annotated[str, typer.Option(help="Where a base station's --metrics-bind listens.")] = "http://127.0.0.1:9464",
+    interval: Annotated[float, typer.Option(help="Seconds between two looks.", min=0.1)] = 2.0,
+    once: Annotated[bool, typer.Option("--once", help="Look twice, print, and leave.")] = False,
+) -> None:
+    """A live table of what a base station does."""
+    from rich.console import Console
+    from rich.live import Live
+
+    from basestation.top import read_snapshot, render
+
+    before = read_snapshot(url)
+    if once:
+        time.sleep(interval)
+        Console().print(render(before, read_snapshot(url)))
+        return
+    with Live(render(before, before), screen=True, auto_refresh=False) as live:
+        while True:
+            time.sleep(interval)
+            now = read_snapshot(url)
+            live.update(render(before, now), refresh=True)
+            before = now
 
 
 @keys_app.command()

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from protocol.coupling import BLOCK, SLACK, hash32, noise_key
+from protocol.coupling import BLOCK, SLACK, Integers64, hash32, noise_keys
 
 
-def coupled_choice(logits: Tensor, temperatures: Tensor, draws: Sequence[tuple[int, int]]) -> Tensor:
+def coupled_choice(logits: Tensor, temperatures: Tensor, seeds: Sequence[int], positions: Sequence[int]) -> Tensor:
     """For each row the token with the largest score plus noise: int64 [n].
 
     Blocks and tokens are looked at as ``PositionNoise.choose`` does, all rows at once.
@@ -19,11 +19,12 @@ def coupled_choice(logits: Tensor, temperatures: Tensor, draws: Sequence[tuple[i
     Args:
         logits: [n, V], -inf for what may not be drawn.
         temperatures: [n], float64; scores are logits over it.
-        draws: for each row the seed of its session and the token's position in the whole sequence.
+        seeds: for each row that of its session.
+        positions: for each row that of the token in the whole sequence.
     """
     rows, vocab_size = logits.shape
     width = min(BLOCK, vocab_size)
-    noise = _Noise(draws, vocab_size, logits.device)
+    noise = _Noise(noise_keys(seeds, positions), vocab_size, logits.device)
     missing = -vocab_size % width
     padded = torch.nn.functional.pad(logits, (0, missing), value=-torch.inf) if missing else logits
     grid = padded.view(rows, -1, width)
@@ -46,13 +47,12 @@ def coupled_choice(logits: Tensor, temperatures: Tensor, draws: Sequence[tuple[i
 class _Noise:
     """Noise of n positions; see ``PositionNoise`` for what is hashed."""
 
-    def __init__(self, draws: Sequence[tuple[int, int]], vocab_size: int, torch_device: torch.device) -> None:
-        keys = torch.tensor([noise_key(seed, position) for seed, position in draws], device=torch_device)
-        self._low, self._high = keys[:, 0], keys[:, 1]
+    def __init__(self, keys: Integers64, vocab_size: int, torch_device: torch.device) -> None:
+        self._low, self._high = torch.from_numpy(keys).to(torch_device)
         block = torch.arange(-(-vocab_size // BLOCK), device=torch_device)
         sizes = (vocab_size - block * BLOCK).clamp(max=BLOCK)
         self._blocks = len(block)
-        row = torch.arange(len(draws), device=torch_device)[:, None]
+        row = torch.arange(len(self._low), device=torch_device)[:, None]
         self.maxima = sizes.double().log() - (-self._uniform(row, block).log()).log()  # [n, blocks]
         places = hash32(block + self._blocks, self._low[row], self._high[row]) * sizes >> 32
         self._peaks = block * BLOCK + places
@@ -65,4 +65,5 @@ class _Noise:
         return torch.where(token_ids == self._peaks[row, block], maxima, below)
 
     def _uniform(self, row: Tensor, index: Tensor) -> Tensor:
-        return (hash32(index, self._low[row], self._high[row]).double() + 0.5) * 2.0**-32
+        hashes: Tensor = hash32(index, self._low[row], self._high[row])
+        return (hashes.double() + 0.5) * 2.0**-32

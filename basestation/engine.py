@@ -6,17 +6,19 @@ gather, run, judge, deliver.
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, islice
 from typing import TypeAlias
 
-import torch
-
+from basestation.memory import Shortage, named_shortage
+from basestation.metrics import Metrics
+from basestation.records import Records
+from basestation.reports import PassReport, RoundReport
+from basestation.scheduler import BUSY_SECONDS, PassBudget, Scheduler, Work
 from basestation.session import Session
 from basestation.target_model import TargetModel
-from basestation.verify import choose_tokens
-from protocol.errors import EdgedraftError, MismatchError, StateError, UnknownSessionError
+from basestation.verify import Judgement, judge_rounds
+from protocol.errors import ClosingError, EdgedraftError, FullError, MismatchError, StateError, UnknownSessionError
 from protocol.limits import Limits
 from protocol.messages import (
     OLDEST_VERSION,
@@ -35,10 +37,12 @@ from protocol.messages import (
     Welcome,
 )
 
-Deliver: TypeAlias = Callable[[bytes, Message], None]
+Deliver: TypeAlias = Callable[[bytes, Message], int]
+"""Takes an address and a message for it; gives the bytes it takes."""
 
 logger = logging.getLogger(__name__)
 
+_QUIET_SECONDS = 1.0
 _MAX_GREETED = 10_000  # who is forgotten is told so, and greets again
 
 
@@ -69,7 +73,10 @@ class Engine:
     Args:
         target: the model; nothing else may run it.
         limits: what a device may ask for.
+        budget: how much fits into a pass.
         deliver: called with an address and every message for it.
+        metrics: counts what happens.
+        records: keeps a line for every round.
         clock: seconds, monotonic.
     """
 
@@ -77,56 +84,137 @@ class Engine:
         self,
         target: TargetModel,
         limits: Limits,
+        budget: PassBudget,
         deliver: Deliver,
+        metrics: Metrics | None = None,
+        records: Records | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._target = target
         self._limits = limits
-        self._deliver = deliver
+        self._send = deliver
+        self._metrics = metrics or Metrics()
+        self._records = records
         self._clock = clock
+        self._draining = False
         self._greeted: dict[str, None] = {}
         self._sessions: dict[tuple[str, int], Session] = {}
+        self._scheduler = Scheduler(target.arena, budget, self._note_eviction)
+        self._metrics.watch(self._sessions.__len__, lambda: target.arena.used, target.arena.capacity)
 
     @property
     def busy(self) -> bool:
         """Whether a pass has anything to do."""
         return any(session.waiting for session in self._sessions.values())
 
-    def receive(self, peer: Peer, message: Message) -> None:
-        """Take a message; whatever is wrong with it ends that session alone, with a Fault (invariant 7)."""
+    @property
+    def quiet(self) -> bool:
+        """Whether no session has anything to do, nor had a moment ago."""
+        now = self._clock()
+        return not any(one.waiting or now - one.heard_at < _QUIET_SECONDS for one in self._sessions.values())
+
+    def receive(self, peer: Peer, message: Message, size: int = 0) -> None:
+        """Take a message of ``size`` bytes; what is wrong ends its session alone, with a Fault (invariant 7)."""
+        session_id = getattr(message, "session_id", None)
+        mode = self._mode_of(peer, session_id)
         try:
             self._dispatch(peer, message)
         except EdgedraftError as error:
-            self.fault(peer, getattr(message, "session_id", None), error)
+            self.fault(peer, session_id, error)
+        finally:
+            self._metrics.count_uplink(mode or self._mode_of(peer, session_id), size)
 
     def fault(self, peer: Peer, session_id: int | None, error: EdgedraftError) -> None:
         """Tell a peer what it did wrong, and end the session it did it in."""
-        logger.warning("peer %s, session %s: %s", peer, session_id, error)
+        place = {"peer": peer.owner, "session": session_id, "code": error.code}
+        logger.warning("peer %s, session %s: %s", peer, session_id, error, extra=place)
         if session_id is not None:
-            self._sessions.pop((peer.owner, session_id), None)
-        self._deliver(peer.address, Fault(session_id, error.code, str(error)))
+            self._forget(peer.owner, session_id)
+        self._tell_fault(peer.address, session_id, error)
+
+    def drain(self) -> None:
+        """Open no more sessions; those that are open go on."""
+        self._draining = True
 
     def expel(self, owner: str, error: EdgedraftError) -> None:
         """End all sessions of an owner, who has to greet again."""
         logger.warning("peer %s: %s", owner[:8], error)
         self._greeted.pop(owner, None)
         for key in [key for key in self._sessions if key[0] == owner]:
-            self._deliver(self._sessions.pop(key).address, Fault(key[1], error.code, str(error)))
+            self._tell_fault(self._sessions[key].address, key[1], error)
+            self._forget(*key)
 
     def step(self) -> None:
-        """One pass over every session that waits."""
-        waiting = [session for session in self._sessions.values() if session.waiting]
-        if not waiting:
+        """One pass over what waits: gather, run, judge, deliver."""
+        self._run(self._scheduler.gather(self._sessions.values(), self._clock()))
+
+    def _run(self, works: Sequence[Work]) -> None:
+        if not works:
             return
-        segments, draws = [session.segment() for session in waiting], [session.draws for session in waiting]
-        logits = self._target.forward(segments)
-        wanted = [bool(drawn) for segment, drawn in zip(segments, draws, strict=True) for _ in range(segment.judged)]
-        rows = logits if all(wanted) else logits[torch.tensor(wanted)]
-        target_ids = iter(choose_tokens(rows, list(chain(*draws))))
-        parts = torch.split(logits, [segment.judged for segment in segments])
-        for session, part, drawn in zip(waiting, parts, draws, strict=True):
-            for reply in session.judge(part, list(islice(target_ids, len(drawn)))):
-                self._deliver(session.address, reply)
+        judged = [work.session for work in works if work.segment.judged]
+        lengths = [work.session.stretch.length for work in works]
+        began, shortage = self._clock(), ""
+        try:
+            with named_shortage():
+                logits = self._target.forward([work.segment for work in works])
+                judging = self._clock()
+                judgements = judge_rounds(logits, [session.round for session in judged])
+        except Shortage as error:
+            shortage = str(error)
+        if shortage:  # outside of the handler, where the error would keep the tensors of the pass
+            for work, length in zip(works, lengths, strict=True):
+                work.session.stretch.rollback(length)
+            self._relieve(works, shortage)
+            return
+        ended = self._clock()
+        rounds = [
+            self._conclude(session, judgement, began, ended)
+            for session, judgement in zip(judged, judgements, strict=True)
+        ]
+        tokens = sum(len(work.segment.token_ids) for work in works)
+        self._report(PassReport(len(works), tokens, judging - began, ended - judging, rounds))
+
+    def _conclude(self, session: Session, judgement: Judgement, began: float, ended: float) -> RoundReport:
+        drafted, queue_seconds = session.round_len - 1, began - session.waiting_since
+        verdict = session.commit(judgement)
+        session.waiting_since = session.heard_at = ended
+        self._deliver(session.address, verdict, session)
+        return RoundReport(
+            session.owner,
+            verdict.session_id,
+            verdict.round_id,
+            session.mode,
+            drafted,
+            judgement.accepted,
+            judgement.token_id,
+            queue_seconds,
+        )
+
+    def _report(self, report: PassReport) -> None:
+        self._metrics.count_pass(report)
+        if self._records:
+            self._records.keep(report)
+
+    def _relieve(self, works: Sequence[Work], shortage: str) -> None:
+        """Run in halves what was too much for the memory.
+
+        A session that is too much alone costs the silent their keys and values, and is refused if they have none.
+        """
+        self._metrics.count_shortage()
+        logger.warning("a pass of %d sessions is too much for the memory: %s", len(works), shortage)
+        if len(works) > 1:
+            half = len(works) // 2
+            self._run(works[:half])
+            self._run(works[half:])
+        elif self._scheduler.evict_silent(self._sessions.values()):
+            self._run(works)
+        else:
+            self._refuse(works[0].session)
+
+    def _refuse(self, session: Session) -> None:
+        session_id = next(key[1] for key, one in self._sessions.items() if one is session)
+        error = FullError(f"the base station is out of memory; come back in {BUSY_SECONDS:.0f} s")
+        self.fault(Peer(session.owner, session.address), session_id, error)
 
     def drop_idle(self) -> None:
         """Forget sessions whose device has been silent for ``limits.keep_seconds``."""
@@ -138,12 +226,12 @@ class Engine:
                 logger.info(
                     "peer %s, session %s: silent for %d s, dropped", owner[:8], session_id, self._limits.keep_seconds
                 )
-                del self._sessions[key]
+                self._forget(*key)
 
     def close(self) -> None:
         """Tell every peer that the base station goes away."""
         for (_, session_id), session in self._sessions.items():
-            self._deliver(session.address, Fault(session_id, "closing", "the base station is shutting down"))
+            self._tell_fault(session.address, session_id, ClosingError("the base station is shutting down"))
         self._sessions.clear()
 
     def _dispatch(self, peer: Peer, message: Message) -> None:
@@ -156,11 +244,11 @@ class Engine:
                 self._resume(peer, message)
             case Close():
                 logger.info("peer %s, session %s: closed by its device", peer, message.session_id)
-                self._sessions.pop((peer.owner, message.session_id), None)
+                self._forget(peer.owner, message.session_id)
             case Fault():
                 logger.warning("peer %s reports %s: %s", peer, message.code, message.text)
                 if message.session_id is not None:
-                    self._sessions.pop((peer.owner, message.session_id), None)
+                    self._forget(peer.owner, message.session_id)
             case _:
                 raise StateError(f"{type(message).__name__} is for devices; a base station sends it")
 
@@ -214,16 +302,22 @@ class Engine:
                 raise UnknownSessionError(f"session {request.session_id} is not open")
             session = self._open(peer, request)
             replies = session.take(request)
+            self._scheduler.check_room(len(session.tokens) + 1, self._sessions.values(), self._clock())
+            session.owner, session.waiting_since = peer.owner, self._clock()
             self._sessions[peer.owner, request.session_id] = session
             prompt_len = len(request.prompt_ids)
             logger.info("peer %s, session %s: %s, %d tokens", peer, request.session_id, request.mode, prompt_len)
         else:
+            if not session.waiting:
+                session.waiting_since = self._clock()
             replies = session.take(request)
         session.heard_at, session.address = self._clock(), peer.address
         for reply in replies:
-            self._deliver(peer.address, reply)
+            self._deliver(peer.address, reply, session)
 
     def _open(self, peer: Peer, request: Open) -> Session:
+        if self._draining:
+            raise ClosingError("the base station is shutting down")
         self._limits.check("max_sessions", 1 + sum(owner == peer.owner for owner, _ in self._sessions))
         target = self._target
         return Session(
@@ -234,5 +328,26 @@ class Engine:
         session = self._sessions.get((peer.owner, message.session_id))
         if session is None:
             raise UnknownSessionError(f"session {message.session_id} is not open")
-        self._deliver(peer.address, session.resume(message))
+        self._deliver(peer.address, session.resume(message), session)
         session.heard_at, session.address = self._clock(), peer.address
+
+    def _forget(self, owner: str, session_id: int) -> None:
+        session = self._sessions.pop((owner, session_id), None)
+        if session is not None:
+            session.stretch.release()
+
+    def _note_eviction(self, session: Session) -> None:
+        self._metrics.count_eviction()
+        logger.info("peer %s: keys and values of %d tokens gave way to others", session.owner[:8], len(session.tokens))
+
+    def _tell_fault(self, address: bytes, session_id: int | None, error: EdgedraftError) -> None:
+        self._metrics.count_fault(error.code)
+        self._deliver(address, Fault(session_id, error.code, str(error)))
+
+    def _deliver(self, address: bytes, message: Message, session: Session | None = None) -> None:
+        size = self._send(address, message)
+        self._metrics.count_downlink(session.mode if session else None, size)
+
+    def _mode_of(self, peer: Peer, session_id: int | None) -> Mode | None:
+        session = None if session_id is None else self._sessions.get((peer.owner, session_id))
+        return session.mode if session else None

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 ATTENTION_NAME = "edgedraft_packed"
-_FIRST_CAPACITY = 256
+_STEP = 128
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,11 @@ class StretchShape:
     dtype: torch.dtype
     torch_device: torch.device
 
+    @property
+    def position_bytes(self) -> int:
+        """Bytes of one position."""
+        return self.layers * 2 * self.kv_heads * self.head_size * self.dtype.itemsize
+
     def allocate(self, capacity: int) -> Tensor:
         """An empty tensor [layers, 2, kv_heads, capacity, head_size]."""
         return torch.empty(
@@ -37,22 +42,58 @@ class StretchShape:
         )
 
 
-class Stretch:
-    """The keys and values of one session: the first ``length`` positions count."""
+class Arena:
+    """Room for the keys and values of all sessions, bounded by a budget.
 
-    def __init__(self, shape: StretchShape) -> None:
+    Args:
+        shape: what a position takes.
+        capacity: positions in all.
+
+    Attributes:
+        used: positions that stretches hold room for.
+    """
+
+    def __init__(self, shape: StretchShape, capacity: int) -> None:
+        self.capacity = capacity
+        self.used = 0
+        self.shape = shape
+
+    @property
+    def free(self) -> int:
+        """Positions that no stretch holds."""
+        return self.capacity - self.used
+
+    @staticmethod
+    def rounded(length: int) -> int:
+        """The room that ``length`` positions take: stretches grow by steps."""
+        return -(-length // _STEP) * _STEP
+
+
+class Stretch:
+    """The keys and values of one session: the first ``length`` positions count.
+
+    Attributes:
+        capacity: positions it holds room for.
+    """
+
+    def __init__(self, arena: Arena) -> None:
         self.length = 0
-        self._shape = shape
-        self._keys_values = shape.allocate(0)
+        self.capacity = 0
+        self._arena = arena
+        self._keys_values = arena.shape.allocate(0)
 
     def reserve(self, length: int) -> None:
-        """Make room for ``length`` positions; room at least doubles, so that growing costs little."""
-        capacity = self._keys_values.shape[3]
-        if length <= capacity:
+        """Make room for ``length`` positions."""
+        if length <= self.capacity:
             return
-        grown = self._shape.allocate(max(length, 2 * capacity, _FIRST_CAPACITY))
+        grown = self._arena.shape.allocate(Arena.rounded(length))
         grown[:, :, :, : self.length] = self._keys_values[:, :, :, : self.length]
-        self._keys_values = grown
+        self._keep(grown)
+
+    def release(self) -> None:
+        """Forget everything and give the room back."""
+        self.length = 0
+        self._keep(self._arena.shape.allocate(0))
 
     def rollback(self, length: int) -> None:
         """Forget all positions from ``length`` on."""
@@ -65,6 +106,11 @@ class Stretch:
         stored[0, :, self.length : end] = keys
         stored[1, :, self.length : end] = values
         return stored[0, :, :end], stored[1, :, :end]
+
+    def _keep(self, keys_values: Tensor) -> None:
+        capacity = keys_values.shape[3]
+        self._arena.used += capacity - self.capacity
+        self._keys_values, self.capacity = keys_values, capacity
 
 
 @dataclass(frozen=True)
@@ -79,26 +125,32 @@ class Segment:
 class PackedPass:
     """The layout of one pass, handed by transformers to ``packed_attention`` in every layer."""
 
-    def __init__(self, segments: Sequence[Segment], torch_device: torch.device) -> None:
+    def __init__(self, segments: Sequence[Segment]) -> None:
         self.segments = segments
-        self.torch_device = torch_device
         self._masks: dict[tuple[int, int | None], Tensor | None] = {}
         for segment in segments:
             segment.stretch.reserve(segment.stretch.length + len(segment.token_ids))
 
-    def mask(self, index: int, window: int | None) -> Tensor | None:
-        """bool[n, past + n] for the segment's n new tokens: all before and itself, at most ``window`` back."""
+    def mask(self, index: int, window: int | None, query: Tensor) -> Tensor | None:
+        """What is added to the scores of a segment's ``query`` [kv_heads, group · n, head_size]: [group · n, past + n].
+
+        0 for all positions before a token and its own, at most ``window`` back, -inf
+        for others; None where nothing is hidden.
+        """
         if (index, window) not in self._masks:
-            self._masks[index, window] = self._make_mask(self.segments[index], window)
+            self._masks[index, window] = self._make_mask(self.segments[index], window, query)
         return self._masks[index, window]
 
-    def _make_mask(self, segment: Segment, window: int | None) -> Tensor | None:
+    @staticmethod
+    def _make_mask(segment: Segment, window: int | None, query: Tensor) -> Tensor | None:
         past, new = segment.stretch.length, len(segment.token_ids)
         if new == 1 and (window is None or past < window):
             return None
-        query = torch.arange(past, past + new, device=self.torch_device)[:, None]
-        key = torch.arange(past + new, device=self.torch_device)[None, :]
-        return (key <= query) if window is None else (key <= query) & (key > query - window)
+        position = torch.arange(past, past + new, device=query.device)[:, None]
+        key = torch.arange(past + new, device=query.device)[None, :]
+        hidden = key > position if window is None else (key > position) | (key <= position - window)
+        mask = torch.zeros(hidden.shape, dtype=query.dtype, device=query.device).masked_fill_(hidden, -torch.inf)
+        return mask.repeat(query.shape[1] // new, 1)
 
 
 def packed_attention(
@@ -116,20 +168,16 @@ def packed_attention(
 
     ``query`` is [1, heads, T, head_size], ``key`` and ``value`` [1, kv_heads, T, head_size]
     for the T tokens of the whole pass; the result is [1, T, heads, head_size].
+    The heads that share keys are one head with more rows: so no key is read twice.
     """
+    heads, head_size = query.shape[1], query.shape[3]
     rows, start = [], 0
     for index, segment in enumerate(packed_pass.segments):
         end = start + len(segment.token_ids)
         keys, values = segment.stretch.store(module.layer_idx, key[0, :, start:end], value[0, :, start:end])
-        rows.append(
-            scaled_dot_product_attention(
-                query[:, :, start:end],
-                keys[None],
-                values[None],
-                attn_mask=packed_pass.mask(index, sliding_window),
-                scale=scaling,
-                enable_gqa=True,
-            )
-        )
+        grouped = query[0, :, start:end].reshape(len(keys), -1, head_size)
+        mask = packed_pass.mask(index, sliding_window, grouped)
+        mixed = scaled_dot_product_attention(grouped[None], keys[None], values[None], attn_mask=mask, scale=scaling)
+        rows.append(mixed.reshape(heads, end - start, head_size))
         start = end
-    return torch.cat(rows, dim=2).transpose(1, 2), None
+    return torch.cat(rows, dim=1).transpose(0, 1)[None], None

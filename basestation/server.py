@@ -21,12 +21,17 @@ from basestation.admission import Admission, check_bind, revocation
 from basestation.engine import Engine, Peer
 from basestation.flow import Flow
 from basestation.keys import KeyFolder
+from basestation.metrics import Metrics
+from basestation.profiler import PassProfiler
+from basestation.records import Records
+from basestation.scheduler import PassBudget
 from basestation.target_model import TargetModel
 from protocol.errors import FrameError, LimitError, LinkError, ProtocolError
 from protocol.frames import FrameCodec
 from protocol.keys import ENVELOPE_BYTES
 from protocol.limits import Limits, option_name
 from protocol.messages import Message
+from protocol.stream import socket_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +41,8 @@ Task: TypeAlias = Callable[[], None]
 _POLL_MS = 200
 _LINGER_MS = 500
 _IDLE_SECONDS = 5.0
+_DRAIN_POLL_SECONDS = 0.1
+_DEAD_SECONDS = 60.0
 _HEARTBEAT_MS = 5000
 _REVIEW_SECONDS = 0.5
 _MAX_WAITING_TASKS = 20_000
@@ -54,6 +61,10 @@ class Server:
         limits: what a device may ask for.
         keys: let in nobody but the devices enrolled here; without, everybody.
         insecure: serve everybody at an address that other machines can reach.
+        budget: how much fits into a pass.
+        metrics: counts what happens.
+        records: keeps a line for every round.
+        profiler: traces some passes.
 
     Raises:
         SettingsError: other machines can reach the address, and neither ``keys`` nor ``insecure`` is given.
@@ -67,6 +78,10 @@ class Server:
         limits: Limits | None = None,
         keys: KeyFolder | None = None,
         insecure: bool = False,
+        budget: PassBudget | None = None,
+        metrics: Metrics | None = None,
+        records: Records | None = None,
+        profiler: PassProfiler | None = None,
     ) -> None:
         check_bind(bind, keys is not None or insecure)
         self._limits = limits = limits or Limits()
@@ -79,9 +94,14 @@ class Server:
         self._replies = self._context.socket(zmq.PUSH)
         self._replies.connect("inproc://replies")
         self._inbox: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
-        self._engine = Engine(target, limits, self._deliver)
+        self._metrics = metrics or Metrics()
+        self._engine = Engine(target, limits, budget or PassBudget(), self._deliver, self._metrics, records)
+        self._envelope_bytes = ENVELOPE_BYTES if keys else 0
         self._flow = Flow(limits.max_requests_per_second)
+        self._profiler = profiler
         self._stopping = threading.Event()
+        self._stop_at = math.inf
+        self._beat = time.monotonic()
         self._failure: Exception | None = None
         self._next_review = 0.0
 
@@ -102,17 +122,31 @@ class Server:
         try:
             self._run_engine()
         finally:
-            self.stop()
+            self._stopping.set()
             postman.join()
             self._flush()
             self._context.destroy(linger=_LINGER_MS)
         if self._failure is not None:
             raise self._failure
 
-    def stop(self) -> None:
-        """Make ``serve`` return soon; may be called from another thread or a signal handler."""
-        self._stopping.set()
+    def stop(self, drain_seconds: float = 0.0) -> None:
+        """Make ``serve`` return; may be called from another thread or a signal handler.
+
+        Args:
+            drain_seconds: open no more sessions, and let the open ones go on for so long at most.
+        """
+        self._stop_at = min(self._stop_at, time.monotonic() + drain_seconds)
         self._inbox.put(None)
+
+    @property
+    def alive(self) -> bool:
+        """Whether the engine still takes what arrives."""
+        return time.monotonic() - self._beat < _DEAD_SECONDS
+
+    @property
+    def draining(self) -> bool:
+        """Whether it was told to stop."""
+        return self._stop_at < math.inf
 
     def _bind(self, bind: str) -> "zmq.Socket[bytes]":
         router = self._context.socket(zmq.ROUTER)
@@ -186,7 +220,8 @@ class Server:
         if not self._flow.allows(peer.owner):
             return self._refusal(peer) if self._flow.tells(peer.owner) else None
         try:
-            return partial(self._engine.receive, peer, self._decode(parts))
+            size = sum(socket_bytes(part.bytes, self._envelope_bytes) for part in parts)
+            return partial(self._engine.receive, peer, self._decode(parts), size)
         except ProtocolError as error:
             return partial(self._engine.fault, peer, None, error)
 
@@ -200,21 +235,45 @@ class Server:
             raise FrameError(f"a message of {len(parts)} ZeroMQ frames; allowed: 1")
         return self._codec.decode(parts[0].bytes)
 
-    def _deliver(self, address: bytes, message: Message) -> None:
-        self._replies.send_multipart([address, self._codec.encode(message)])
+    def _deliver(self, address: bytes, message: Message) -> int:
+        frame = self._codec.encode(message)
+        self._replies.send_multipart([address, frame])
+        return socket_bytes(frame, self._envelope_bytes)
 
     def _run_engine(self) -> None:
-        while not self._stopping.is_set():
+        while not self._stopping.is_set() and not self._finished():
             for task in self._tasks():
                 task()
+            if self.draining:
+                self._engine.drain()
+            if self._profiler and self._engine.busy:
+                self._profiler.step()
             self._engine.step()
             self._engine.drop_idle()
+            self._beat = time.monotonic()
         self._engine.close()
+
+    def _finished(self) -> bool:
+        return self.draining and (self._engine.quiet or time.monotonic() >= self._stop_at)
 
     def _tasks(self) -> Iterator[Task]:
         """What has arrived, as far as there is time; waits for the first where the engine has nothing else to do."""
-        block, end = not self._engine.busy, math.inf
-        with contextlib.suppress(queue.Empty):
-            while time.monotonic() < end and (task := self._inbox.get(block, _IDLE_SECONDS)) is not None:
-                block, end = False, min(end, time.monotonic() + _TAKING_SECONDS)
-                yield task
+        try:
+            if not self._engine.busy:
+                yield from self._first_task()
+            end = time.monotonic() + _TAKING_SECONDS
+            while time.monotonic() < end:
+                task = self._inbox.get_nowait()
+                if task is not None:
+                    yield task
+        except queue.Empty:
+            pass
+
+    def _first_task(self) -> Iterator[Task]:
+        began = time.monotonic()
+        try:
+            task = self._inbox.get(timeout=_DRAIN_POLL_SECONDS if self.draining else _IDLE_SECONDS)
+        finally:
+            self._metrics.count_idle(time.monotonic() - began)
+        if task is not None:
+            yield task

@@ -6,13 +6,12 @@ no model.
 """
 
 from collections.abc import Sequence
-
-import torch
+from dataclasses import replace
 
 from basestation.kv_arena import Segment, Stretch
-from basestation.verify import Draw, judge_sampled, match, warp
+from basestation.verify import Judgement, Round
 from protocol.errors import ContextLengthError, StateError, UnknownSessionError
-from protocol.messages import Decode, Draft, Extend, Open, Opened, Reply, Request, Resume, Resumed, Verdict
+from protocol.messages import Decode, Draft, Extend, Mode, Open, Opened, Reply, Request, Resume, Resumed, Verdict
 from protocol.rounds import SessionRounds, State
 
 
@@ -22,7 +21,10 @@ class Session:
     Attributes:
         rounds: this end's view of what may follow.
         tokens: the committed tokens, the prompt included.
-        heard_at: when its device last asked for something, by the engine's clock.
+        stretch: its keys and values.
+        heard_at: when its device last asked for something or was last answered, by the engine's clock.
+        waiting_since: when what it waits for could first have been run.
+        owner: whose it is.
         address: where it asked from, and is answered.
     """
 
@@ -31,10 +33,13 @@ class Session:
     ) -> None:
         self.rounds = SessionRounds(stop_ids, window)
         self.tokens: list[int] = []
+        self.stretch = stretch
         self.heard_at = 0.0
+        self.waiting_since = 0.0
+        self.owner = ""
         self.address = b""
         self._opening = opening
-        self._stretch = stretch
+        self._evicted = False
         self._context_length = context_length
         self._window = window
         self._answered: dict[int, tuple[Request, list[Reply]]] = {}
@@ -50,18 +55,19 @@ class Session:
             ContextLengthError: it does not fit the target's context.
         """
         known, replies = self._answered.get(request.round_id, (None, []))
-        if request == known:
+        if _without_distributions(request) == known:
             return list(replies)
         if self.rounds.is_old(request) or (isinstance(request, Draft) and self.rounds.is_void(request)):
             return []
         self._check_length(request)
         self.rounds.advance(request)
+        self._evicted = False
         self._remember(request)
         if isinstance(request, Open):
             self.tokens = list(request.prompt_ids)
         elif isinstance(request, Extend):
             self.tokens[request.start :] = request.token_ids
-            self._stretch.rollback(request.start)
+            self.stretch.rollback(request.start)
         else:
             return []
         return [self._record(Opened(request.session_id, request.round_id))]
@@ -77,53 +83,61 @@ class Session:
         return Resumed(message.session_id, self.rounds.round_id, len(self.tokens))
 
     @property
-    def waiting(self) -> bool:
-        """Whether the session has work for the next pass."""
-        return self._judging or self._stretch.length < len(self.tokens) - 1
+    def mode(self) -> Mode:
+        """What its device sends."""
+        return self._opening.mode
 
-    def segment(self) -> Segment:
-        """What the next pass must run: all that is not cached, and the drafted tokens to be judged.
+    @property
+    def waiting(self) -> bool:
+        """Whether the session has work for a pass; an evicted one has none until its device's next word."""
+        return self._judging or (self.backlog > 0 and not self._evicted)
+
+    @property
+    def backlog(self) -> int:
+        """How many committed tokens are to be run before a round can be judged."""
+        return max(0, len(self.tokens) - 1 - self.stretch.length)
+
+    @property
+    def round_len(self) -> int:
+        """How many tokens are run to judge the round under way, if there is one."""
+        return len(self._drafted) + 1 if self._judging else 0
+
+    def segment(self, limit: int) -> Segment:
+        """What a pass must run next, at most ``limit`` tokens: the backlog, and with all of that the round.
 
         The last committed token is run only together with what follows it: its
         logits judge the first drafted token.
         """
-        uncached = self.tokens[self._stretch.length :]
-        if not self._judging:
-            return Segment(self._stretch, uncached[:-1], judged=0)
-        drafted = self._drafted
-        return Segment(self._stretch, [*uncached, *drafted], judged=len(drafted) + 1)
+        if self._judging and self.backlog + self.round_len <= limit:
+            token_ids = [*self.tokens[self.stretch.length :], *self._drafted]
+            return Segment(self.stretch, token_ids, judged=self.round_len)
+        start = self.stretch.length
+        return Segment(self.stretch, self.tokens[start : start + min(limit, self.backlog)], judged=0)
+
+    def evict(self) -> None:
+        """Give back the room of the keys and values; they are made again from the tokens when they are needed."""
+        self.stretch.release()
+        self._evicted = not self._judging
 
     @property
-    def draws(self) -> list[Draw]:
-        """What the judged rows of this session's segment are for, where the target's own tokens are wanted."""
-        if not self._judging or self._by_distributions:
-            return []
-        sampling, start = self._opening.sampling, len(self.tokens)
-        return [Draw(sampling, start + row) for row in range(len(self._drafted) + 1)]
+    def round(self) -> Round:
+        """What the judged rows of this session's segment are for."""
+        draft = self.rounds.under_way[0] if self.rounds.under_way else None
+        sampling, position, by_distributions = self._opening.sampling, len(self.tokens), self._by_distributions
+        if draft is None:
+            return Round(sampling, position, by_distributions=by_distributions)
+        return Round(
+            sampling, position, draft.token_ids, draft.distributions if by_distributions else (), by_distributions
+        )
 
-    def judge(self, logits: torch.Tensor, target_ids: Sequence[int]) -> list[Reply]:
-        """Take what the pass gave for this session's segment; give the Verdict, if one was due.
-
-        Args:
-            logits: [judged, V].
-            target_ids: for each of ``draws`` the target's token.
-        """
-        if not self._judging:
-            return []
-        drafted, sampling = self._drafted, self._opening.sampling
-        if self._by_distributions:
-            distributions = self.rounds.under_way[0].distributions if drafted else ()
-            target_probs = warp(logits, sampling)
-            judgement = judge_sampled(target_probs, drafted, distributions, sampling.seed, len(self.tokens))
-        else:
-            judgement = match(target_ids, drafted)
-        self.tokens += [*drafted[: judgement.accepted], judgement.token_id]
-        self._stretch.rollback(len(self.tokens) - 1)
-        return [
-            self._record(
-                Verdict(self._opening.session_id, self.rounds.round_id, judgement.accepted, judgement.token_id)
-            )
-        ]
+    def commit(self, judgement: Judgement) -> Verdict:
+        """Take the judgement of the round under way; give its Verdict."""
+        accepted, token_id = judgement.accepted, judgement.token_id
+        self.tokens += [*self._drafted[:accepted], token_id]
+        self.stretch.rollback(len(self.tokens) - 1)
+        verdict = Verdict(self._opening.session_id, self.rounds.round_id, accepted, token_id)
+        self._record(verdict)
+        return verdict
 
     @property
     def _judging(self) -> bool:
@@ -139,8 +153,8 @@ class Session:
         return self.rounds.under_way[0].token_ids if self.rounds.under_way else ()
 
     def _remember(self, request: Request) -> None:
-        """Keep a request with its replies for as long as it may be repeated."""
-        self._answered[request.round_id] = request, []
+        """Keep a request, but for its distributions, with its replies for as long as it may be repeated."""
+        self._answered[request.round_id] = _without_distributions(request), []
         while len(self._answered) > self._window + 1:
             del self._answered[min(self._answered)]
 
@@ -168,3 +182,8 @@ class Session:
                     "prompt", f"{needed - 1} tokens", f"at most {self._context_length - 1} (the target's context)"
                 )
             raise StateError(f"a round up to token {needed}; allowed: {self._context_length} (the target's context)")
+
+
+def _without_distributions(request: Request) -> Request:
+    """What tells one request from another; they alone are large."""
+    return replace(request, distributions=()) if isinstance(request, Draft) else request

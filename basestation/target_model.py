@@ -17,12 +17,29 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.utils import logging as transformers_logging
 
-from basestation.kv_arena import ATTENTION_NAME, PackedPass, Segment, Stretch, StretchShape, packed_attention
+from basestation.kv_arena import ATTENTION_NAME, Arena, PackedPass, Segment, Stretch, StretchShape, packed_attention
+from basestation.memory import check_fits, kv_budget, readable_size
 from basestation.packed_linear import pack_linears
 from protocol.bundle import stop_ids, vocabulary_hash
 from protocol.errors import ModelError, SettingsError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+SUPPORTED = (
+    "gemma",
+    "gemma3_text",
+    "granite",
+    "llama",
+    "mistral",
+    "olmo2",
+    "phi",
+    "phi3",
+    "qwen2",
+    "qwen3",
+    "smollm3",
+    "starcoder2",
+)
+"""Architectures whose packed passes the tests hold against their own forward passes."""
+_LEAST_CONTEXT = 128
 
 
 @dataclass(frozen=True)
@@ -40,45 +57,67 @@ class TargetModel:
     Attributes:
         name: for people, the last part of where it came from.
         vocabulary: see ``Vocabulary``.
-        context_length: positions it was made for.
+        context_length: positions it was made for, or as many as the arena holds if those are fewer.
+        arena: where the keys and values of its sessions lie.
+
+    Args:
+        model: of transformers, on its device.
+        vocabulary: see ``Vocabulary``.
+        name: see above.
+        kv_bytes: what keys and values may take.
+
+    Raises:
+        SettingsError: that is not enough for one session.
     """
 
-    def __init__(self, model: Any, vocabulary: Vocabulary, name: str) -> None:
+    def __init__(self, model: Any, vocabulary: Vocabulary, name: str, kv_bytes: int) -> None:
         config = model.config.get_text_config()
         self.name = name
         self.vocabulary = vocabulary
-        self.context_length = int(config.max_position_embeddings)
         self.torch_device = next(model.parameters()).device
         self._model = model
         heads = config.num_attention_heads
-        self._shape = StretchShape(
+        shape = StretchShape(
             layers=config.num_hidden_layers,
             kv_heads=getattr(config, "num_key_value_heads", None) or heads,
             head_size=getattr(config, "head_dim", None) or config.hidden_size // heads,
             dtype=model.dtype,
             torch_device=self.torch_device,
         )
+        capacity = kv_bytes // shape.position_bytes
+        least = Arena.rounded(_LEAST_CONTEXT)
+        if capacity < least:
+            needed = readable_size(least * shape.position_bytes)
+            raise SettingsError("kv-memory", readable_size(kv_bytes), f"{needed} and more, for {least} tokens")
+        self.arena = Arena(shape, capacity)
+        self.context_length = min(int(config.max_position_embeddings), capacity // least * least)
 
     @classmethod
-    def load(cls, model: str, dtype: str = "auto", torch_device: str = "auto") -> "TargetModel":
+    def load(
+        cls, model: str, dtype: str = "auto", torch_device: str = "auto", kv_memory: str = "auto"
+    ) -> "TargetModel":
         """Load a model folder, hub name or ``.gguf`` file.
 
         Args:
             model: where it is.
             dtype: ``float32``, ``bfloat16``, or ``auto``: bfloat16 on CUDA, float32 elsewhere.
             torch_device: a name PyTorch knows, or ``auto``: CUDA where there is one.
+            kv_memory: for keys and values, like ``4GiB``, or ``auto``: of what the model leaves
+                nine tenths on CUDA, half elsewhere.
 
         Raises:
-            SettingsError: no such dtype or device.
-            ModelError: it cannot be found or read, or its attention is of a kind that cannot be packed.
+            SettingsError: no such dtype or device, or not enough memory for keys and values.
+            ModelError: it cannot be found or read, does not fit, or is of an architecture that is not supported.
         """
         placement = _placement(torch_device)
         precision = _precision(dtype, placement)
-        _register_attention()
+        kv_budget(kv_memory, placement)  # what is no size is refused before what takes long
+        register_attention()
         with _quiet_tools(), _named_failures(model):
             place, options = _source(model)
             config = AutoConfig.from_pretrained(place, **options)
-            _refuse_unsupported(config)
+            refuse_unsupported(config)
+            check_fits(config, precision, placement)
             tokenizer = AutoTokenizer.from_pretrained(place, **options)
             loaded = AutoModelForCausalLM.from_pretrained(
                 place, dtype=precision, attn_implementation=ATTENTION_NAME, **options
@@ -87,11 +126,11 @@ class TargetModel:
         loaded.eval().to(placement)
         if placement.type == "cpu":
             pack_linears(loaded)
-        return cls(loaded, vocabulary, Path(model).stem)
+        return cls(loaded, vocabulary, Path(model).stem, kv_budget(kv_memory, placement))
 
     def new_stretch(self) -> Stretch:
         """An empty place for one session's keys and values."""
-        return Stretch(self._shape)
+        return Stretch(self.arena)
 
     @torch.inference_mode()
     def forward(self, segments: Sequence[Segment]) -> Tensor:
@@ -108,7 +147,7 @@ class TargetModel:
             flat += segment.token_ids
             positions += range(past, past + new)
             wanted += range(len(flat) - segment.judged, len(flat))
-        logits = self._run(flat, positions, wanted or [0], PackedPass(segments, self.torch_device))
+        logits = self._run(flat, positions, wanted or [0], PackedPass(segments))
         for segment in segments:
             segment.stretch.length += len(segment.token_ids)
         return logits[: len(wanted)]
@@ -187,17 +226,21 @@ def _quiet_tools() -> Iterator[None]:
         transformers_logging.set_verbosity(verbosity)
 
 
-def _register_attention() -> None:
+def register_attention() -> None:
+    """Make packed attention known to transformers."""
     transformers.AttentionInterface.register(ATTENTION_NAME, packed_attention)
     AttentionMaskInterface.register(ATTENTION_NAME, lambda *_, **__: None)
 
 
-def _refuse_unsupported(config: Any) -> None:
-    text = config.get_text_config()
-    if getattr(text, "attn_logit_softcapping", None):
-        raise ModelError(f"architecture {text.model_type!r} caps attention logits, which packed passes do not support")
-    if getattr(config, "is_encoder_decoder", False):
-        raise ModelError(f"architecture {text.model_type!r} is no causal language model; name a decoder-only model")
+def refuse_unsupported(config: Any) -> None:
+    """Refuse what packed passes are not tested with.
+
+    Raises:
+        ModelError: names the architecture, and those that are supported.
+    """
+    architecture = config.get_text_config().model_type
+    if architecture not in SUPPORTED or getattr(config, "is_encoder_decoder", False):
+        raise ModelError(f"architecture {architecture!r} is not supported; supported: {', '.join(SUPPORTED)}")
 
 
 def _vocabulary(tokenizer: Any, model: Any) -> Vocabulary:

@@ -9,67 +9,26 @@ and logarithms of a fixed number of bits, are held against the same support and
 the same frame, their bits counted and not written.
 """
 
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from statistics import median
 
 import numpy as np
-import numpy.typing as npt
 
-from basestation.kv_arena import Segment
-from basestation.target_model import TargetModel
-from basestation.verify import warp
+from bench.positions import DRAFT_LEN, Corpus, Probs, by_round, send, unrounded
 from bench.results import Results, Value
-from device.draft_model import DraftModel, Logits
-from device.link import socket_bytes
 from device.sampling import Uplink, draft_distribution
 from protocol.bits import set_bits
 from protocol.drafted import pack_drawn
 from protocol.frames import FrameCodec
 from protocol.messages import Draft, Mode, Sampling
-from protocol.randomness import Stream, random_bits
-from protocol.sparse import MAX_STEPS, SparseDistribution
+from protocol.sparse import SparseDistribution
+from protocol.stream import socket_bytes
 
 SAMPLING = Sampling(1.0, seed=1)
-DRAFT_LEN = 8
 STEPS = tuple(2**bits for bits in range(5, 13))
 LOG_BITS = range(3, 11)
 LOG_RANGE = 12
 """Binary digits that logarithms reach below the likeliest token."""
-Probs = npt.NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Position:
-    """What both models said about one token: draft logits [V] and target probabilities [V], float32."""
-
-    logits: Logits
-    target_probs: npt.NDArray[np.float32]
-
-    def acceptance(self, support: npt.NDArray[np.int64], probs: Probs) -> float:
-        """Σ min(target, draft): how likely a token drawn from ``probs`` on ``support`` is to stand."""
-        return float(np.minimum(self.target_probs[support], probs).sum())
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """Positions in order, rounds of ``DRAFT_LEN`` to each answer; the draft model took ``draft_seconds`` for each."""
-
-    positions: Sequence[Position]
-    draft_seconds: float
-
-
-def collect(
-    model: DraftModel, target: TargetModel, prompts: Sequence[list[int]], rounds: int, advance: Callable[[], object]
-) -> Corpus:
-    """Positions of ``rounds`` rounds for each of the prompts."""
-    positions: list[Position] = []
-    seconds: list[float] = []
-    for prompt in prompts:
-        positions += _answer_positions(model, target, prompt, rounds * DRAFT_LEN, seconds)
-        advance()
-    return Corpus(positions, median(seconds))
 
 
 def measure(corpus: Corpus, uplink_k: int) -> list[dict[str, Value]]:
@@ -93,33 +52,13 @@ def results(rows: list[dict[str, Value]], corpus: Corpus, draft: str, target: st
     return Results(settings, rows)
 
 
-def _answer_positions(
-    model: DraftModel, target: TargetModel, prompt: list[int], count: int, seconds: list[float]
-) -> Iterator[Position]:
-    tokens, rows = list(prompt), []
-    model.rollback(0)
-    for _ in range(count):
-        start = time.perf_counter()
-        rows.append(model.forward(tokens[model.length :]).copy())
-        seconds.append(time.perf_counter() - start)
-        drawn = _unrounded(rows[-1], len(rows[-1]), 1.0)
-        tokens.append(drawn.sample(random_bits(SAMPLING.seed, len(tokens), Stream.DRAFT)))
-    logits = target.forward([Segment(target.new_stretch(), tokens[:-1], judged=count)])
-    for row, probs in zip(rows, warp(logits, SAMPLING), strict=True):
-        yield Position(row, probs.float().cpu().numpy())
-
-
-def _unrounded(logits: Logits, k: int, p: float) -> SparseDistribution:
-    return draft_distribution(logits, SAMPLING, Uplink(k, p, MAX_STEPS))
-
-
 def _row(name: str, corpus: Corpus, uplink: Uplink) -> dict[str, Value]:
     codec = FrameCodec(len(corpus.positions[0].logits))
-    exact = _mean_acceptance(corpus, [_unrounded(one.logits, uplink.k, uplink.p) for one in corpus.positions])
+    exact = corpus.mean_acceptance([unrounded(one.logits, SAMPLING, uplink.k, uplink.p) for one in corpus.positions])
     sent = [draft_distribution(one.logits, SAMPLING, uplink) for one in corpus.positions]
-    taken = [_send(codec, sent[start : start + DRAFT_LEN]) for start in range(0, len(sent), DRAFT_LEN)]
+    taken = [send(codec, distributions, SAMPLING.seed) for distributions in by_round(sent)]
     sizes, seconds = [size / DRAFT_LEN for size, _ in taken], [duration for _, duration in taken]
-    acceptance = _mean_acceptance(corpus, sent)
+    acceptance = corpus.mean_acceptance(sent)
     return {
         "case": name,
         "bytes_per_token": float(np.mean(sizes)),
@@ -131,25 +70,8 @@ def _row(name: str, corpus: Corpus, uplink: Uplink) -> dict[str, Value]:
     }
 
 
-def _send(codec: FrameCodec, distributions: Sequence[SparseDistribution]) -> tuple[int, float]:
-    """Bytes at the socket, and seconds to encode and decode them."""
-    token_ids = tuple(one.sample(random_bits(SAMPLING.seed, i, Stream.DRAFT)) for i, one in enumerate(distributions))
-    draft = Draft(0, 1, token_ids, tuple(distributions))
-    start = time.perf_counter()
-    frame = codec.encode(draft)
-    decoded = codec.decode(frame)
-    duration = time.perf_counter() - start
-    assert decoded == draft
-    return socket_bytes(frame), duration
-
-
-def _mean_acceptance(corpus: Corpus, distributions: Sequence[SparseDistribution]) -> float:
-    pairs = zip(corpus.positions, distributions, strict=True)
-    return float(np.mean([position.acceptance(one.support, one.probs) for position, one in pairs]))
-
-
 def _rival_rows(corpus: Corpus, uplink_k: int) -> list[dict[str, Value]]:
-    exact = [_unrounded(one.logits, uplink_k, 1.0) for one in corpus.positions]
+    exact = [unrounded(one.logits, SAMPLING, uplink_k, 1.0) for one in corpus.positions]
     rest = _bytes_beside_weights(len(corpus.positions[0].logits), uplink_k)
     rivals: list[tuple[str, float, Callable[[Probs], Probs]]] = [
         ("topk, unrounded", 64.0 * uplink_k, _as_they_are),
@@ -158,7 +80,7 @@ def _rival_rows(corpus: Corpus, uplink_k: int) -> list[dict[str, Value]]:
     for bits in LOG_BITS:  # the likeliest token's place is sent, and its logarithm implied
         size = bits * (uplink_k - 1) + (uplink_k - 1).bit_length()
         rivals.append((f"topk, logarithms of {bits} bits", float(size), _logarithms(bits)))
-    base = _mean_acceptance(corpus, exact)
+    base = corpus.mean_acceptance(exact)
     return [_rival_row(name, rest + size / 8, round_off, corpus, exact, base) for name, size, round_off in rivals]
 
 

@@ -4,16 +4,25 @@ import json
 import os
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
+from itertools import groupby
 from pathlib import Path
-from typing import TypeAlias
+from typing import Self, TypeAlias
 
 from rich.console import Console
 from rich.table import Table
 
-Value: TypeAlias = str | int | float | bool | None
+from protocol.errors import SettingsError
+
+Value: TypeAlias = str | int | float | bool | list[int] | list[list[float | None]] | None
+Row: TypeAlias = dict[str, Value]
 _PACKAGES = ("numpy", "onnxruntime", "torch", "transformers", "pyzmq", "msgpack")
+
+
+def machine() -> dict[str, Value]:
+    """The processor and how many cores of it this process may use."""
+    return {"processor": _processor(), "cores": len(os.sched_getaffinity(0)), "system": platform.platform()}
 
 
 @dataclass(frozen=True)
@@ -22,29 +31,55 @@ class Results:
 
     settings: Mapping[str, Value]
     rows: Sequence[Mapping[str, Value]]
+    machine: Mapping[str, Value] = field(default_factory=machine)
 
     def write(self, path: Path | None) -> None:
         """Write the JSON file, if one was asked for."""
         if path is not None:
             content = {
-                "machine": machine(),
+                "machine": dict(self.machine),
                 "versions": {name: metadata.version(name) for name in _PACKAGES},
                 "settings": dict(self.settings),
                 "rows": [dict(row) for row in self.rows],
             }
-            path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            whole = path.with_name(f"{path.name}.part")
+            whole.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            whole.replace(path)  # whoever interrupts this finds the old file or the new one
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """What ``write`` wrote.
+
+        Raises:
+            SettingsError: the file is none such.
+        """
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            return cls(content["settings"], content["rows"], content["machine"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise SettingsError("json", str(path), f"results of edgedraft-bench ({error!r})") from error
 
     def show(self, console: Console) -> None:
-        """Print the rows as a table."""
-        table = Table(*(name.replace("_", " ") for name in self.rows[0]))
-        for row in self.rows:
-            table.add_row(*(_cell(value) for value in row.values()))
-        console.print(table)
+        """Print the rows, those of like columns as one table."""
+        for names, rows in groupby(self.rows, key=tuple):
+            table = Table(*(name.replace("_", " ") for name in names))
+            for row in rows:
+                table.add_row(*(format_value(value) for value in row.values()))
+            console.print(table)
 
 
-def machine() -> dict[str, Value]:
-    """The processor and how many cores of it this process may use."""
-    return {"processor": _processor(), "cores": len(os.sched_getaffinity(0)), "system": platform.platform()}
+def number(row: Mapping[str, Value], name: str) -> float:
+    """A column that holds a number."""
+    value = row[name]
+    assert isinstance(value, int | float), name
+    return float(value)
+
+
+def numbers(row: Mapping[str, Value], name: str) -> list[int]:
+    """A column that holds counts."""
+    value = row[name]
+    assert isinstance(value, list), name
+    return [count for count in value if isinstance(count, int)]
 
 
 def _processor() -> str:
@@ -53,9 +88,12 @@ def _processor() -> str:
     return next(names, platform.machine())
 
 
-def _cell(value: Value) -> str:
+def format_value(value: Value) -> str:
+    """Three digits of a number, a dash where there is none."""
     if value is None:
         return "–"
+    if isinstance(value, list):
+        return " ".join(map(str, value))
     if not isinstance(value, float):
         return str(value)
     return f"{value:.3g}" if abs(value) < 100 else f"{value:,.0f}"

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from bench.results import Results, Value
+from bench.results import Results, Value, number
 from bench.workplace import Workplace
 from device.answer import Answer
 from device.client import DraftSettings
@@ -41,7 +41,7 @@ def measure_speedup(
             advance()
     rows = [_row(mode, done) for mode, done in answers.items()]
     for row in rows:
-        row["speedup"] = float(row["tokens_per_second"] or 0) / float(rows[0]["tokens_per_second"] or 1)
+        row["speedup"] = number(row, "tokens_per_second") / number(rows[0], "tokens_per_second")
     return rows
 
 

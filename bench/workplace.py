@@ -1,6 +1,6 @@
 """A device and a base station set up for measurement: one draft model, one station, many answers."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +10,7 @@ from device.client import Client, DraftSettings
 from device.draft_model import DraftModel
 from device.link import Link
 from device.tokenizer import Tokenizer
+from protocol.bundle import Manifest
 from protocol.frames import FrameCodec
 
 
@@ -44,8 +45,17 @@ class Workplace:
 def workplace(bundle: Path, address: str) -> Iterator[Workplace]:
     """Load the bundle and greet the base station at ``address``."""
     model = DraftModel(bundle)
+    with connected(model, Tokenizer(bundle, model.manifest), address, Client) as place:
+        yield place
+
+
+@contextmanager
+def connected(
+    model: DraftModel, tokenizer: Tokenizer, address: str, greet: Callable[[Link, Manifest], Client]
+) -> Iterator[Workplace]:
+    """A loaded model, greeted at ``address``."""
     link = Link.connect(address, FrameCodec(model.manifest.vocab_size))
     try:
-        yield Workplace(model, Tokenizer(bundle, model.manifest), link, Client(link, model.manifest))
+        yield Workplace(model, tokenizer, link, greet(link, model.manifest))
     finally:
         link.close()

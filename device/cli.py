@@ -1,12 +1,14 @@
 """``edgedraft-device``: answers by distributed speculative decoding."""
 
 import json
+import logging
 import secrets
 import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -158,6 +160,52 @@ def chat(
             messages.append({"role": "assistant", "content": answer.text})
 
 
+@app.command()
+def serve(
+    bundle: BundleOption,
+    server: ServerOption,
+    bind: Annotated[str, typer.Option(help="Address to listen at; port 0 takes a free one.")] = "http://127.0.0.1:8080",
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Answer everybody who can reach the address, whoever that is.")
+    ] = False,
+    max_new_tokens: MaxNewTokens = 512,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    seed: Seed = None,
+    mode: ModeOption = "auto",
+    uplink_k: UplinkK = None,
+    uplink_p: UplinkP = 0.95,
+    uplink_steps: UplinkSteps = 0,
+    draft_len: DraftLen = "auto",
+    threads: Threads = 0,
+    provider: Provider = "CPUExecutionProvider",
+    connect_timeout: ConnectTimeout = 5.0,
+    key: KeyOption = None,
+    station_key: StationKey = None,
+) -> None:
+    """Answer programs over HTTP, as OpenAI's chat completions, until interrupted.
+
+    Requests may set temperature, top_p, seed, stop and max_tokens; the options hold where they do not.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    uplink = (uplink_k, uplink_p, uplink_steps)
+    settings = partial(_settings, bundle, mode=mode, uplink=uplink, draft_len=draft_len)
+    settings(_sampling(temperature, top_k, top_p, seed))  # raises what is wrong with them
+    _at_least_one("max-new-tokens", max_new_tokens)
+    place = _Place(bundle, server, threads, provider, connect_timeout, _keys(key, station_key))
+    from device import http
+    from device.chat_request import Defaults
+    from device.worker import Worker
+
+    http.check_bind(bind, insecure)  # before what takes long
+    model, tokenizer = _load(place)
+    logging.getLogger("device").info("loaded %s", bundle)
+    worker = Worker(model, tokenizer, partial(_connect, place, model.manifest))
+    defaults = Defaults(temperature, top_k, top_p, seed, max_new_tokens, settings)
+    http.serve(worker, model.manifest.name, defaults, bind, insecure)
+
+
 @keys_app.command()
 def new(file: Annotated[Path, typer.Argument(metavar="FILE", help="File to write the secret key to.")]) -> None:
     """Make a key pair for this device: FILE for it alone, FILE.pub for the base station."""
@@ -218,19 +266,33 @@ def _at_least_one(name: str, value: int) -> None:
 @contextmanager
 def _conversation(place: _Place, settings: DraftSettings) -> Iterator[Conversation]:
     """A conversation over a fresh link; both are closed whatever happens."""
-    model = DraftModel(place.bundle, place.threads, (place.provider,))
-    link = Link.connect(place.server, FrameCodec(model.manifest.vocab_size), place.keys)
+    model, tokenizer = _load(place)
+    link, client = _connect(place, model.manifest)
     try:
-        # a device may run several times at once with one key
-        first_session = secrets.randbits(31) if place.keys else 0
-        client = Client(link, model.manifest, Patience(connect=place.connect_timeout), first_session=first_session)
-        conversation = Conversation(link, client, model, Tokenizer(place.bundle, model.manifest), settings)
+        conversation = Conversation(link, client, model, tokenizer, settings)
         try:
             yield conversation
         finally:
             conversation.close()
     finally:
         link.close()
+
+
+def _load(place: _Place) -> tuple[DraftModel, Tokenizer]:
+    model = DraftModel(place.bundle, place.threads, (place.provider,))
+    return model, Tokenizer(place.bundle, model.manifest)
+
+
+def _connect(place: _Place, manifest: Manifest) -> tuple[Link, Client]:
+    """A link, and the base station greeted over it."""
+    link = Link.connect(place.server, FrameCodec(manifest.vocab_size), place.keys)
+    # a device may run several times at once with one key
+    first_session = secrets.randbits(31) if place.keys else 0
+    try:
+        return link, Client(link, manifest, Patience(connect=place.connect_timeout), first_session=first_session)
+    except BaseException:
+        link.close()
+        raise
 
 
 def _show(stream: AnswerStream, origins: bool, quiet: bool) -> Answer:

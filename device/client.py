@@ -12,7 +12,7 @@ from enum import StrEnum
 from device.draft_model import DraftModel
 from device.drafter import Drafter
 from device.link import Link
-from device.planner import DraftLenPlanner
+from device.live_planner import LivePlanner
 from device.sampling import Uplink
 from protocol.bundle import Manifest
 from protocol.errors import ContextLengthError, FaultError, LinkError, MismatchError, SettingsError, UnknownSessionError
@@ -39,6 +39,9 @@ from protocol.messages import (
     Welcome,
 )
 from protocol.rounds import SessionRounds, State
+
+_READ_ALONG = 8
+"""Tokens of the target alone after which the draft model reads them: together they take it less time."""
 
 
 class Origin(StrEnum):
@@ -132,11 +135,11 @@ class Client:
         self._patience = patience or Patience()
         self.clock = clock
         self._next_session = first_session
-        self._planners: dict[tuple[Mode, float], DraftLenPlanner] = {}
+        self._planners: dict[tuple[Mode, float], LivePlanner] = {}
         self._hello = Hello(
             PROTOCOL_VERSION, manifest.vocab_size, bytes.fromhex(manifest.vocabulary_hash), manifest.stop_ids
         )
-        self.welcome = self.greet(self._patience.connect)
+        self.greet(self._patience.connect)
 
     def open(self, settings: DraftSettings, model: DraftModel, prompt_ids: list[int]) -> "DeviceSession":
         """Open a session on a prompt.
@@ -155,28 +158,28 @@ class Client:
         context_length = min(self.welcome.context_length, model.manifest.context_length)
         return DeviceSession(self, settings, model, context_length, prompt_ids)
 
-    def planner(self, settings: DraftSettings, manifest: Manifest) -> DraftLenPlanner:
+    def planner(self, settings: DraftSettings, manifest: Manifest) -> LivePlanner:
         """What has been learnt about draft lengths, here and with such settings."""
         key = (settings.mode, settings.sampling.temperature)
-        return self._planners.setdefault(key, DraftLenPlanner(manifest.gate, settings.sampling.greedy))
+        return self._planners.setdefault(key, LivePlanner(manifest.gate, settings.sampling.greedy))
 
     def new_session_id(self) -> int:
         """A number that no session of this client has had."""
         self._next_session += 1
         return self._next_session - 1
 
-    def greet(self, patience: float | None = None) -> Welcome:
+    def greet(self, patience: float | None = None) -> None:
         """Greet the base station, anew where it has forgotten this device; one of an older version in its own.
 
         Args:
             patience: seconds to wait; left out, as long as for any reply.
         """
         try:
-            return self._greet_in(PROTOCOL_VERSION, patience)
+            self.welcome = self._greet_in(PROTOCOL_VERSION, patience)
         except FaultError as fault:
             if fault.fault_code != MismatchError.code:
                 raise
-            return self._greet_in(OLDEST_VERSION, patience)
+            self.welcome = self._greet_in(OLDEST_VERSION, patience)
         except LinkError as error:
             raise LinkError(f"{error}; start one with: edgedraft-basestation serve --target MODEL") from error
 
@@ -247,10 +250,13 @@ class DeviceSession:
         self._planner = client.planner(settings, model.manifest)
         self._session_id = client.new_session_id()
         self._context_length = context_length
+        self._reads_prompt = True  # the base station, perhaps: what it answers first may have waited for that
         self.stop_ids = frozenset(model.manifest.stop_ids)
         self._rounds = SessionRounds(self.stop_ids)
         self._check_prompt(prompt_ids)
+        began = client.clock()
         self._ask(self._opening(prompt_ids))
+        self._planner.observe_opened(client.clock() - began)
         self._commit_prompt(prompt_ids)
 
     def extend(self, prompt_ids: list[int]) -> None:
@@ -264,8 +270,13 @@ class DeviceSession:
             if old != new:
                 break
             start += 1
-        self._check_prompt(prompt_ids, start)
-        self._ask(Extend(self._session_id, self._rounds.round_id, start, tuple(prompt_ids[start:])))
+        self._check_prompt(prompt_ids, start if self._rounds.state is State.READY else 0)
+        if self._rounds.state is State.READY:
+            self._ask(Extend(self._session_id, self._rounds.round_id, start, tuple(prompt_ids[start:])))
+        else:  # the answer before was left while the target still decodes it
+            self.close()
+            self._begin_again()
+            self._ask(self._opening(prompt_ids))
         self._commit_prompt(prompt_ids)
 
     def answer(self, max_new_tokens: int) -> Iterator[AnswerToken]:
@@ -276,7 +287,8 @@ class DeviceSession:
         end = min(len(self.tokens) + max_new_tokens, self._context_length)
         while len(self.tokens) < end:
             room = end - len(self.tokens)
-            for token in self._decode(room) if self._target_alone else self._round(room - 1):
+            alone = self._decode_len(room)
+            for token in self._decode(alone) if alone else self._round(room - 1):
                 yield token
                 if token.token_id in self.stop_ids:
                     return
@@ -298,16 +310,37 @@ class DeviceSession:
         sent = self._client.clock()
         verdict = self._ask(draft)
         assert isinstance(verdict, Verdict)
-        self._planner.observe(guess.leads, verdict.accepted, sent - began, self._client.clock() - sent)
+        reply_seconds = None if self._reads_prompt else self._client.clock() - sent
+        self._reads_prompt = False
+        self._planner.observe(guess.leads, verdict.accepted, sent - began, reply_seconds)
         self.tally.drafted += len(guess.token_ids)
         self.tally.accepted += verdict.accepted
         return self._commit(guess.token_ids, verdict)
 
+    def _decode_len(self, room: int) -> int:
+        """How many tokens the target decodes alone now; 0 where a round is due."""
+        if self._target_alone:
+            return room
+        return 0 if self._settings.draft_len else min(self._planner.decode_len(), room)
+
     def _decode(self, count: int) -> Iterator[AnswerToken]:
         """Let the target decode alone, and commit its tokens as they come."""
+        heard = [self._client.clock()]
         for verdict in self._replies(Decode(self._session_id, self._rounds.round_id, count)):
             assert isinstance(verdict, Verdict)
+            heard.append(self._client.clock())
             yield from self._commit((), verdict)
+            if len(heard) % _READ_ALONG == 0:
+                self._read_along()
+        self._read_along()
+        first_seconds = None if self._reads_prompt else heard[1] - heard[0]
+        self._reads_prompt = False
+        self._planner.observe_decoded(len(heard) - 1, first_seconds, heard[-1] - heard[1])
+
+    def _read_along(self) -> None:
+        """Keep the draft model in step while the target decodes, so that drafting can begin at once."""
+        if not self._target_alone:
+            self._drafter.prefill(self.tokens)
 
     def _commit(self, drafted: tuple[int, ...], verdict: Verdict) -> list[AnswerToken]:
         self.tally.rounds += 1
@@ -319,8 +352,8 @@ class DeviceSession:
 
     def _commit_prompt(self, prompt_ids: list[int]) -> None:
         self.tokens = list(prompt_ids)
-        if not self._target_alone:
-            self._drafter.prefill(self.tokens)
+        self._reads_prompt = True
+        self._read_along()
 
     def _check_prompt(self, prompt_ids: list[int], start: int = 0) -> None:
         if len(prompt_ids) >= self._context_length:
@@ -355,7 +388,7 @@ class DeviceSession:
     def _attempt(self, request: Request) -> Iterator[Reply]:
         """The replies to one request, until the state machine says that it is answered."""
         self._rounds.advance(request)
-        resume = None if isinstance(request, Open) else self._resume
+        resume = None if isinstance(request, Open | Extend) else self._resume
         for message in self._client.exchange(request, resume=resume):
             if not isinstance(message, Opened | Verdict) or self._is_stale(message):
                 continue

@@ -16,12 +16,12 @@ from protocol.errors import AdmissionError, FrameError, LinkError, ProtocolError
 from protocol.frames import FrameCodec
 from protocol.keys import ENVELOPE_BYTES
 from protocol.messages import Message
+from protocol.stream import socket_bytes
 
 _LINGER_MS = 500
 _HEARTBEAT_MS = 5000
 _RECONNECT_MS = 100
 _RECONNECT_MAX_MS = 2000
-_SHORT_FRAME = 255
 _MAX_BROKEN_HANDSHAKES = 3
 
 
@@ -224,9 +224,3 @@ class Link:
     def close(self) -> None:
         """Send what is on its way, and end."""
         self._transport.close()
-
-
-def socket_bytes(frame: bytes, envelope_bytes: int = 0) -> int:
-    """What a frame takes in the TCP stream: ZMTP 3 adds flags and a length of 1 or 8 bytes to it and its envelope."""
-    size = len(frame) + envelope_bytes
-    return size + (2 if size <= _SHORT_FRAME else 9)

@@ -1,161 +1,185 @@
-"""How many tokens to draft in a round: the paper's formulas, and a plan that follows what is measured.
+"""The mathematics of draft lengths: what a round yields, how long it takes, and which length is best.
 
-Knows numbers, not models or links.
+The paper's formulas (arXiv:2509.04576), and a model of a round's time with what
+the paper leaves out. Knows numbers, not models or links; the plan that follows
+what is measured stands in ``live_planner.py``.
 """
 
-from bisect import bisect
-from collections.abc import Sequence
-from math import prod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from math import inf
+from operator import mul
+from typing import TypeAlias
 
-from protocol.bundle import GateFigures
+from protocol.errors import SettingsError
 
-ASSUMED_COST = 1 / 4
-"""Time to draft a token over that of a round trip, before either is measured: models of one size on like machines."""
-MAX_DRAFT_LEN = 24
-"""No plan drafts more: the formulas take acceptance to be the same at every position, which fails far out."""
-_KEPT = 0.95
-_PRIOR_TRIALS = 4.0
-_PRIOR_SPREAD = 4.0
-_LEADS = (0.1, 0.25, 0.5, 1.0, 2.0)
-"""Between these leads, in units of the natural logarithm of a probability, tokens count as equally likely to stand."""
+LONGEST = 1024
+"""No draft length beyond is looked at: with an acceptance of 1 the best one is infinite."""
+
+Acceptance: TypeAlias = float | Sequence[float]
+"""The probability that a drafted token is accepted if those before it are: one for all positions, or one for each of
+the first few, the last of them holding for all further ones."""
 
 
-def expected_tokens(alpha: float, draft_len: int) -> float:
-    """Tokens a round yields: (1 − α^(γ+1)) / (1 − α) (arXiv:2509.04576; Leviathan et al. 2023, eq. 1).
+def expected_tokens(alpha: Acceptance, draft_len: int) -> float:
+    """E(γ), tokens that a round yields: 1 + α₁ + α₁α₂ + …, γ + 1 terms.
+
+    With one α it is (1 − α^(γ+1)) / (1 − α) (arXiv:2509.04576; Leviathan et al. 2023, eq. 1).
 
     Args:
-        alpha: probability that a drafted token is accepted, in [0, 1].
-        draft_len: γ, tokens drafted.
+        alpha: α, each in [0, 1].
+        draft_len: γ, tokens drafted, 0 and more.
+
+    Raises:
+        SettingsError: a value is not allowed.
     """
-    return sum(alpha**position for position in range(draft_len + 1))
+    _check_count("draft_len", draft_len)
+    return _yields(alpha, draft_len)[-1]
 
 
-def speedup(alpha: float, cost: float, draft_len: int) -> float:
+def speedup(alpha: Acceptance, cost: float, draft_len: int) -> float:
     """S(γ) = E(γ) / (1 + γL): tokens a second against the target alone (arXiv:2509.04576).
 
     Args:
-        alpha: probability that a drafted token is accepted, in [0, 1].
-        cost: L, the time to draft and send one token.
-        draft_len: γ, tokens drafted.
+        alpha: α, each in [0, 1].
+        cost: L, the time to draft and send one token over that of a pass of the target.
+        draft_len: γ, tokens drafted, 0 and more.
+
+    Raises:
+        SettingsError: a value is not allowed.
     """
+    _check_measure("cost", cost)
     return expected_tokens(alpha, draft_len) / (1 + draft_len * cost)
 
 
-def optimal_draft_len(alpha: float, cost: float) -> int:
-    """γ*, the draft length from 1 to ``MAX_DRAFT_LEN`` with the largest speedup; the shorter of equals."""
-    return max(range(1, MAX_DRAFT_LEN + 1), key=lambda draft_len: speedup(alpha, cost, draft_len))
+def optimal_draft_len(alpha: Acceptance, cost: float) -> int:
+    """γ*, the draft length from 1 to ``LONGEST`` with the largest speedup; the shorter of equals.
+
+    Raises:
+        SettingsError: a value is not allowed.
+    """
+    _check_measure("cost", cost)
+    speedups = [tokens / (1 + draft_len * cost) for draft_len, tokens in enumerate(_yields(alpha, LONGEST))]
+    return max(range(1, LONGEST + 1), key=speedups.__getitem__)
 
 
-class DraftLenPlanner:
-    """Says after each drafted token whether another is worth its time.
+def adaptive_draft_len(alpha: Acceptance, cost: float) -> int:
+    """γ* where it makes answers faster, 0 where the target alone is as fast: the paper's adaptive rule, S(γ*) > 1.
 
-    One more token adds the probability that it stands, and takes the time ``d``
-    to draft it and ``b`` to send and judge it. It is drafted where that gives at
-    least the tokens a second of whole rounds: the rule that makes a ratio
-    largest (Dinkelbach 1967). All figures are running estimates in which each
-    round counts for ``_KEPT`` of the one after it.
+    Raises:
+        SettingsError: a value is not allowed.
+    """
+    best = optimal_draft_len(alpha, cost)
+    return best if speedup(alpha, cost, best) > 1 else 0
 
-    How likely a token stands is learnt from its *lead*: by how much its score
-    exceeds the next one's, in modes that send ids alone. A close call is where
-    two models differ. Other modes have one probability for all tokens.
+
+def drafting_cost(draft_cost: float, full_airtime: float, uplink_k: int, vocab_size: int) -> float:
+    """L = c + b·K/V: the cost of a drafted token of whose V probabilities K are sent (arXiv:2509.04576).
 
     Args:
-        gate: figures of the draft model; its likeness to the target is where estimates start.
-        greedy: whether the target is sampled at temperature 0.
+        draft_cost: c, the time to draft a token over that of a pass of the target.
+        full_airtime: b, the time to send all V probabilities over that of a pass of the target.
+        uplink_k: K, from 1 to V.
+        vocab_size: V.
+
+    Raises:
+        SettingsError: a value is not allowed.
+    """
+    _check_measure("draft_cost", draft_cost)
+    _check_measure("full_airtime", full_airtime)
+    if not 1 <= uplink_k <= vocab_size:
+        raise SettingsError("uplink_k", uplink_k, f"1 to {vocab_size}, the size of the vocabulary")
+    return draft_cost + full_airtime * uplink_k / vocab_size
+
+
+@dataclass(frozen=True)
+class Direction:
+    """What a round sends one way: ``round_bytes``, and ``token_bytes`` for each drafted token."""
+
+    round_bytes: float = 0.0
+    token_bytes: float = 0.0
+    bytes_per_second: float = inf
+
+    def __post_init__(self) -> None:
+        _check_measure("round_bytes", self.round_bytes)
+        _check_measure("token_bytes", self.token_bytes)
+        if not self.bytes_per_second > 0:
+            raise SettingsError("bytes_per_second", self.bytes_per_second, "above 0")
+
+    def seconds(self, draft_len: int) -> float:
+        """Airtime of a round of ``draft_len`` tokens."""
+        return (self.round_bytes + draft_len * self.token_bytes) / self.bytes_per_second
+
+
+@dataclass(frozen=True)
+class RoundTimes:
+    """How long a round takes, in seconds, with all that 1 + γL leaves out.
+
+    A round drafts γ tokens, sends them, has them judged and hears the verdict, one
+    after the other. The target alone streams: its tokens follow each other at the
+    pace of passes, whatever the round trip.
+
+    Attributes:
+        draft_seconds: to draft one token.
+        verify_seconds: of a pass that judges so many drafted tokens.
+        round_trip_seconds: of the link, without airtime.
+        uplink: what is sent to the base station.
+        downlink: what comes back.
     """
 
-    def __init__(self, gate: GateFigures, greedy: bool) -> None:
-        self._all = _Share(gate.argmax_agreement if greedy else gate.overlap)
-        self._by_lead: dict[int, _Share] = {}
-        self._first_draft_len = optimal_draft_len(self._all.mean(), ASSUMED_COST)
-        self._tokens = self._drafted = self._draft_seconds = self._reply_seconds = 0.0
-        self._replies = _Slope()
+    draft_seconds: float
+    verify_seconds: Callable[[int], float]
+    round_trip_seconds: float = 0.0
+    uplink: Direction = field(default_factory=Direction)
+    downlink: Direction = field(default_factory=Direction)
 
-    @property
-    def alpha(self) -> float:
-        """The probability that a drafted token is accepted, as estimated now."""
-        return self._all.mean()
+    def __post_init__(self) -> None:
+        _check_measure("draft_seconds", self.draft_seconds)
+        _check_measure("round_trip_seconds", self.round_trip_seconds)
 
-    def goes_on(self, leads: Sequence[float | None]) -> bool:
-        """Whether to draft another token after those with the ``leads``, None where there is none to know."""
-        if not leads:
-            return True
-        if not self._drafted:
-            return len(leads) < self._first_draft_len
-        stands = self.alpha * prod(map(self._acceptance, leads))
-        tokens_per_second = self._tokens / max(self._draft_seconds + self._reply_seconds, 1e-9)
-        seconds = self._draft_seconds / self._drafted + self._replies.slope
-        return len(leads) < MAX_DRAFT_LEN and stands >= seconds * tokens_per_second
+    def seconds(self, draft_len: int) -> float:
+        """Of a round: γ·draft + airtime up + verify(γ) + airtime down + round trip."""
+        both_ends = draft_len * self.draft_seconds + self.verify_seconds(draft_len)
+        link = self.round_trip_seconds + self.uplink.seconds(draft_len) + self.downlink.seconds(draft_len)
+        return both_ends + link
 
-    def observe(self, leads: Sequence[float | None], accepted: int, draft_seconds: float, reply_seconds: float) -> None:
-        """Take the figures of a round; one that drafted nothing teaches nothing.
+    def target_seconds(self) -> float:
+        """Of a token that the target alone adds to a stream."""
+        return max(self.verify_seconds(0), self.downlink.seconds(0))
 
-        Args:
-            leads: of its drafted tokens.
-            accepted: how many of them stood.
-            draft_seconds: that drafting took.
-            reply_seconds: from sending the Draft to its Verdict.
+    def speedup(self, alpha: Acceptance, draft_len: int) -> float:
+        """Tokens a second in rounds of ``draft_len`` drafted tokens against the target alone; 1 at 0, where it is that.
+
+        Raises:
+            SettingsError: a value is not allowed.
         """
-        if not leads:
-            return
-        self._all.fade()
-        for place, lead in enumerate(leads[: accepted + 1]):
-            self._all.observe(place < accepted)
-            if lead is not None:
-                share = self._by_lead.setdefault(bisect(_LEADS, lead), _Share())
-                share.fade()
-                share.observe(place < accepted)
-        self._tokens = _KEPT * self._tokens + accepted + 1
-        self._drafted = _KEPT * self._drafted + len(leads)
-        self._draft_seconds = _KEPT * self._draft_seconds + draft_seconds
-        self._reply_seconds = _KEPT * self._reply_seconds + reply_seconds
-        self._replies.observe(len(leads), reply_seconds)
+        if draft_len == 0:
+            return 1.0
+        return expected_tokens(alpha, draft_len) * self.target_seconds() / self.seconds(draft_len)
 
-    def _acceptance(self, lead: float | None) -> float:
-        share = None if lead is None else self._by_lead.get(bisect(_LEADS, lead))
-        return share.mean(self.alpha) if share else self.alpha
+    def best_draft_len(self, alpha: Acceptance, lengths: Sequence[int]) -> int:
+        """The one of ``lengths`` with the largest speedup; the first of equals."""
+        return max(lengths, key=lambda draft_len: self.speedup(alpha, draft_len))
 
 
-class _Share:
-    """How often something happened, over trials that fade; begins at ``start``."""
-
-    def __init__(self, start: float = 0.0) -> None:
-        self._start = start
-        self._hits = self._trials = 0.0
-
-    def fade(self) -> None:
-        """Make all trials so far count a little less."""
-        self._hits *= _KEPT
-        self._trials *= _KEPT
-
-    def observe(self, hit: bool) -> None:
-        """Take a trial."""
-        self._hits += hit
-        self._trials += 1
-
-    def mean(self, start: float | None = None) -> float:
-        """The share, its start (or another) counting as ``_PRIOR_TRIALS``."""
-        begin = self._start if start is None else start
-        return (self._hits + _PRIOR_TRIALS * begin) / (self._trials + _PRIOR_TRIALS)
+def _yields(alpha: Acceptance, longest: int) -> list[float]:
+    """E(γ) for γ from 0 to ``longest``."""
+    values = [alpha] if isinstance(alpha, int | float) else list(alpha)
+    for value in values:
+        if not 0 <= value <= 1:  # NaN compares false
+            raise SettingsError("alpha", value, "0 to 1, a probability")
+    if not values:
+        raise SettingsError("alpha", alpha, "a probability, or one and more of them")
+    by_position = (values + values[-1:] * (longest - len(values)))[:longest]
+    return list(accumulate(accumulate(by_position, mul, initial=1.0)))
 
 
-class _Slope:
-    """The slope of a line through points that fade: never negative, and near 0 where they lie close together."""
+def _check_count(name: str, value: int) -> None:
+    if value < 0:
+        raise SettingsError(name, value, "0 and more")
 
-    def __init__(self) -> None:
-        self._weight = self._x = self._y = self._xx = self._xy = 0.0
 
-    def observe(self, x: float, y: float) -> None:
-        """Take a point."""
-        self._weight = _KEPT * self._weight + 1
-        self._x = _KEPT * self._x + x
-        self._y = _KEPT * self._y + y
-        self._xx = _KEPT * self._xx + x * x
-        self._xy = _KEPT * self._xy + x * y
-
-    @property
-    def slope(self) -> float:
-        """How much y grows with x."""
-        mean_x, mean_y = self._x / self._weight, self._y / self._weight
-        spread = self._xx / self._weight - mean_x**2
-        return max(0.0, self._xy / self._weight - mean_x * mean_y) / (spread + _PRIOR_SPREAD)
+def _check_measure(name: str, value: float) -> None:
+    if not 0 <= value < inf:
+        raise SettingsError(name, value, "a number, 0 and more")

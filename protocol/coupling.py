@@ -22,7 +22,7 @@ from typing import Any, TypeAlias, TypeVar, cast
 import numpy as np
 import numpy.typing as npt
 
-from protocol.randomness import WORD_BITS, Stream, random_word
+from protocol.randomness import WORD_BITS, Stream, random_word, random_words
 
 BLOCK = 256
 _MASK = 2**32 - 1
@@ -37,6 +37,12 @@ def noise_key(seed: int, position: int) -> tuple[int, int]:
     """Two 32-bit words that the noise of one position is made from."""
     word = random_word(seed, position, Stream.NOISE)
     return word & _MASK, word >> WORD_BITS // 2
+
+
+def noise_keys(seeds: npt.ArrayLike, positions: npt.ArrayLike) -> Integers64:
+    """``noise_key`` of many positions at once: int64 [2, n]."""
+    words = random_words(seeds, positions, Stream.NOISE)
+    return np.stack([words & np.uint64(_MASK), words >> np.uint64(WORD_BITS // 2)]).astype(np.int64)
 
 
 def hash32(index: Integers, low: Integers | int, high: Integers | int) -> Integers:

@@ -11,6 +11,9 @@
     │   └── MismatchError       draft and target model do not belong together
     ├── KeyFileError            a key is missing, damaged or open to others
     ├── LinkError               the other end cannot be reached
+    ├── ClosingError            the base station is shutting down
+    ├── FullError               the base station has no room for another session
+    ├── BusyError               more requests wait already than are taken
     ├── AdmissionError          the two ends do not know each other's keys
     │   └── RevokedError        a device's key was taken back
     └── ProtocolError           what a peer sent is not allowed
@@ -93,6 +96,24 @@ class LinkError(EdgedraftError):
     """The other end cannot be reached, or went away."""
 
     code = "link"
+
+
+class ClosingError(EdgedraftError):
+    """The base station is shutting down."""
+
+    code = "closing"
+
+
+class FullError(EdgedraftError):
+    """The base station has no room for another session; it says when to come back."""
+
+    code = "full"
+
+
+class BusyError(EdgedraftError):
+    """More requests wait already than are taken."""
+
+    code = "busy"
 
 
 class AdmissionError(EdgedraftError):

@@ -7,6 +7,10 @@ different numbers, and rejected drafts of later positions were never looked at.
 """
 
 from enum import IntEnum
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 WORD_BITS = 64
 _WORD = 2**WORD_BITS - 1
@@ -49,7 +53,22 @@ def uniform(seed: int, position: int, stream: Stream) -> float:
     return random_bits(seed, position, stream) * 2.0**-UNIFORM_BITS
 
 
-def _mix(word: int) -> int:
+def random_words(seeds: npt.ArrayLike, positions: npt.ArrayLike, stream: Stream) -> npt.NDArray[np.uint64]:
+    """``random_word`` of many at once, one stream: uint64 [n]."""
+    words = np.zeros(np.shape(seeds), np.uint64)
+    for part in (seeds, positions, stream):
+        words = _mix((words ^ np.asarray(part, np.uint64)) + np.uint64(_GOLDEN))
+    return words
+
+
+def uniforms(seeds: npt.ArrayLike, positions: npt.ArrayLike, stream: Stream) -> npt.NDArray[np.float64]:
+    """``uniform`` of many at once, one stream: float64 [n]."""
+    bits = random_words(seeds, positions, stream) >> np.uint64(WORD_BITS - UNIFORM_BITS)
+    return bits.astype(np.float64) * 2.0**-UNIFORM_BITS
+
+
+def _mix(word: Any) -> Any:
+    """Of an int, or of uint64 numbers, whose products wrap by themselves."""
     word = (word ^ word >> 30) * 0xBF58476D1CE4E5B9 & _WORD
     word = (word ^ word >> 27) * 0x94D049BB133111EB & _WORD
     return word ^ word >> 31

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from basestation.kv_arena import Segment, Stretch
+from basestation.kv_arena import Arena, Segment, Stretch, StretchShape
 from basestation.target_model import TargetModel, Vocabulary
 from device.draft_model import DraftModel
 from protocol.bundle import CacheKind, GateFigures, Manifest, vocabulary_hash
@@ -84,16 +84,20 @@ class FakeDraftModel:
         del self.tokens[length:]
 
 
-@dataclass
-class FakeStretch:
-    tokens: list[int] = field(default_factory=list)
+class FakeStretch(Stretch):
+    """A stretch that keeps the tokens too."""
 
-    @property
-    def length(self) -> int:
-        return len(self.tokens)
+    def __init__(self, arena: Arena) -> None:
+        super().__init__(arena)
+        self.tokens: list[int] = []
 
     def rollback(self, length: int) -> None:
+        super().rollback(length)
         del self.tokens[length:]
+
+    def release(self) -> None:
+        super().release()
+        self.tokens.clear()
 
 
 @dataclass
@@ -102,12 +106,24 @@ class FakeTarget:
     stop_ids: frozenset[int] = frozenset()
     context_length: int = 4096
     name: str = "table"
+    arena: Arena = field(default_factory=lambda: new_arena(2**20))
+    memory: int | None = None
+    """Tokens that a pass may have, before it is told that there is no memory."""
     passes: list[int] = field(default_factory=list)
     """Sessions in each pass so far."""
+    tokens: list[int] = field(default_factory=list)
+    """Tokens in each."""
 
     @classmethod
-    def make(cls, table: Table, stop_ids: frozenset[int] = frozenset(), context_length: int = 4096) -> TargetModel:
-        return cast(TargetModel, cls(table, stop_ids, context_length))
+    def make(
+        cls,
+        table: Table,
+        stop_ids: frozenset[int] = frozenset(),
+        context_length: int = 4096,
+        capacity: int = 2**20,
+        memory: int | None = None,
+    ) -> TargetModel:
+        return cast(TargetModel, cls(table, stop_ids, context_length, "table", new_arena(capacity), memory))
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -115,20 +131,31 @@ class FakeTarget:
         return Vocabulary(size, bytes.fromhex(vocabulary_hash(token_names(size))), self.stop_ids)
 
     def new_stretch(self) -> Stretch:
-        return cast(Stretch, FakeStretch())
+        return FakeStretch(self.arena)
 
     def forward(self, segments: Sequence[Segment]) -> torch.Tensor:
+        tokens = sum(len(segment.token_ids) for segment in segments)
+        if self.memory is not None and tokens > self.memory:
+            raise torch.OutOfMemoryError("this model says so")
         self.passes.append(len(segments))
+        self.tokens.append(tokens)
         return torch.cat([self._run(segment) for segment in segments])
 
     def _run(self, segment: Segment) -> torch.Tensor:
         stretch = cast(FakeStretch, segment.stretch)
         assert len(segment.token_ids) > 0
+        assert stretch.length == len(stretch.tokens)
+        stretch.reserve(stretch.length + len(segment.token_ids))
         rows = []
         for token_id in segment.token_ids:
             stretch.tokens.append(token_id)
+            stretch.length += 1
             rows.append(next_logits(self.table, stretch.tokens))
         return torch.tensor(np.array(rows[len(rows) - segment.judged :])).reshape(-1, len(self.table))
+
+
+def new_arena(capacity: int) -> Arena:
+    return Arena(StretchShape(1, 1, 1, torch.float32, torch.device("cpu")), capacity)
 
 
 def target_alone(table: Table, prompt: Sequence[int], count: int) -> list[int]:

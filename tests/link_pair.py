@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from basestation.engine import Engine, Peer
+from basestation.scheduler import PassBudget
 from basestation.target_model import TargetModel
 from device.client import Client, Patience
 from device.draft_model import DraftModel
@@ -26,11 +27,11 @@ def once(_: Message) -> int:
 class Station:
     """An engine without a socket: frames of any number of peers in, frames out."""
 
-    def __init__(self, target: TargetModel, limits: Limits | None = None) -> None:
+    def __init__(self, target: TargetModel, limits: Limits | None = None, budget: PassBudget | None = None) -> None:
         self.limits = limits or Limits()
         self.codec = FrameCodec(target.vocabulary.size, self.limits)
         self.now = 0.0
-        self.engine = Engine(target, self.limits, self._deliver, clock=lambda: self.now)
+        self.engine = Engine(target, self.limits, budget or PassBudget(256, 64), self._deliver, clock=lambda: self.now)
         self.outboxes: defaultdict[bytes, deque[Message]] = defaultdict(deque)
 
     def push(self, peer: bytes, frame: bytes) -> None:
@@ -46,8 +47,9 @@ class Station:
             self.engine.step()
         return self.outboxes[peer].popleft() if self.outboxes[peer] else None
 
-    def _deliver(self, peer: bytes, message: Message) -> None:
+    def _deliver(self, peer: bytes, message: Message) -> int:
         self.outboxes[peer].append(message)
+        return len(self.codec.encode(message))
 
 
 @dataclass

@@ -30,11 +30,11 @@ class CountingRelay:
 
     def hang_up(self) -> None:
         """Break all connections; new ones are taken."""
-        for one in self._sockets:
+        while self._sockets:
+            one = self._sockets.pop()
             with contextlib.suppress(OSError):
                 one.shutdown(socket.SHUT_RDWR)
             one.close()
-        self._sockets = []
 
     def settled(self) -> tuple[int, int]:
         """Bytes up and down, once nothing has passed for a while."""

@@ -9,12 +9,13 @@ import torch
 from scipy.stats import chisquare
 
 from basestation import coupling
-from basestation.verify import Draw, Judgement, choose_tokens, match, warp
+from basestation.verify import Draw, Judgement, Round, choose_tokens, judge_rounds
 from device.client import DraftSettings
-from protocol.coupling import noise_key
+from protocol.coupling import Integers64, noise_keys
 from protocol.messages import Mode, Sampling
 from tests.fakes import FakeDraftModel, FakeTarget, Table, blend, next_logits, random_table
 from tests.link_pair import MemoryTransport, Station, join
+from tests.slow_verify import target_probs
 
 VOCAB = 40
 TARGET = random_table(VOCAB, seed=3)
@@ -57,17 +58,19 @@ def test_a_good_draft_is_mostly_accepted(sampling: Sampling) -> None:
 
 
 def test_judging_stops_at_the_first_difference() -> None:
-    assert match([3, 1, 4, 1], [3, 1, 4]) == Judgement(3, 1)
-    assert match([3, 1, 4, 1], [3, 0, 4]) == Judgement(1, 1)
-    assert match([3], []) == Judgement(0, 3)
+    own, sampling = [3, 1, 4, 1], Sampling(1.0)
+    logits = torch.nn.functional.one_hot(torch.tensor(own), VOCAB).float() * 1e6
+    for drafted, judgement in (([3, 1, 4], (3, 1)), ([3, 0, 4], (1, 1)), ([], (0, 3))):
+        rows = logits[: len(drafted) + 1]
+        assert judge_rounds(rows, [Round(sampling, 9, drafted)]) == [Judgement(*judgement)]
 
 
 def test_sessions_of_all_settings_are_chosen_for_as_each_alone() -> None:
     logits = torch.tensor(np.array([next_logits(TARGET, (1, token)) for token in range(VOCAB)]))
     samplings = [*SAMPLINGS, Sampling(), Sampling(0.6, seed=9), Sampling(1.2, top_k=20, seed=8)]
     draws = [Draw(samplings[row % len(samplings)], row) for row in range(VOCAB)]
-    alone = [choose_tokens(logits[row : row + 1], [draw])[0] for row, draw in enumerate(draws)]
-    assert choose_tokens(logits, draws) == alone
+    alone = [int(choose_tokens(logits[row : row + 1], [draw])) for row, draw in enumerate(draws)]
+    assert choose_tokens(logits, draws).tolist() == alone
 
 
 def p_value(sampling: Sampling, samples: int) -> float:
@@ -75,12 +78,12 @@ def p_value(sampling: Sampling, samples: int) -> float:
     size = 6
     table = random_table(size, seed=1)
     rows = torch.tensor(table.reshape(-1, size))
-    exact = warp(rows, sampling).numpy().reshape(size, size, size)
+    exact = np.array([target_probs(row, sampling) for row in table.reshape(-1, size)]).reshape(size, size, size)
     before, last = torch.zeros(samples, dtype=torch.int64), torch.ones(samples, dtype=torch.int64)
     cells = torch.zeros(samples, dtype=torch.int64)
     for step in range(3):
         draws = [Draw(sampling, position) for position in range(step * samples, (step + 1) * samples)]
-        choices = torch.tensor(choose_tokens(rows[before * size + last], draws))
+        choices = choose_tokens(rows[before * size + last], draws)
         before, last, cells = last, choices, cells * size + choices
     expected = np.einsum("a,ab,abc->abc", exact[0, 1], exact[1], exact).ravel() * samples
     counts = np.bincount(cells.numpy(), minlength=size**3)
@@ -95,14 +98,16 @@ def test_coupled_sequences_are_distributed_as_the_targets_own(sampling: Sampling
 
 
 def same_noise_at_every_token(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(coupling, "noise_key", lambda seed, position: noise_key(seed, position % (SAMPLES // 10)))
+    patch.setattr(
+        coupling, "noise_keys", lambda seeds, places: noise_keys(seeds, [place % (SAMPLES // 10) for place in places])
+    )
 
 
 def largest_of_a_block_as_of_one_token(patch: pytest.MonkeyPatch) -> None:
     make = coupling._Noise.__init__
 
-    def init(noise: coupling._Noise, draws: list[tuple[int, int]], vocab_size: int, place: torch.device) -> None:
-        make(noise, draws, vocab_size, place)
+    def init(noise: coupling._Noise, keys: Integers64, vocab_size: int, place: torch.device) -> None:
+        make(noise, keys, vocab_size, place)
         noise.maxima -= np.log(vocab_size)  # one block here
 
     patch.setattr(coupling._Noise, "__init__", init)

@@ -3,6 +3,7 @@
 import pytest
 
 from basestation.engine import Engine, Peer
+from basestation.scheduler import PassBudget
 from device.client import DraftSettings
 from protocol.limits import Limits
 from protocol.messages import Draft, Fault, Message, Mode, Open, Opened, Resume, Resumed, Sampling, Verdict
@@ -63,13 +64,39 @@ def test_a_device_too_far_behind_is_unknown() -> None:
 
 def test_replies_go_to_where_the_device_resumed() -> None:
     delivered: list[tuple[bytes, Message]] = []
-    engine = Engine(FakeTarget.make(TARGET), Limits(), lambda address, message: delivered.append((address, message)))
+
+    def deliver(address: bytes, message: Message) -> int:
+        delivered.append((address, message))
+        return 0
+
+    engine = Engine(FakeTarget.make(TARGET), Limits(), PassBudget(), deliver)
     before, after = Peer("key", b"before"), Peer("key", b"after")
     for message in (hello(VOCAB), OPEN, FIRST):
         engine.receive(before, message)
     engine.receive(after, Resume.of(0, 1, PROMPT))
     engine.step()
     assert delivered[-2:] == [(b"after", Resumed(0, 1, 3)), (b"after", Verdict(0, 1, 1, OWN[1]))]
+
+
+def test_an_extend_whose_reply_is_lost_keeps_the_session() -> None:
+    station, model = Station(FakeTarget.make(TARGET)), FakeDraftModel.make(DRAFT)
+    lost: list[Message] = []
+
+    def down(message: Message) -> int:
+        if isinstance(message, Opened) and message.round_id > 0 and not lost:
+            lost.append(message)
+            transport.connections += 1
+            return 0
+        return 1
+
+    transport = MemoryTransport(station, down=down)
+    client, _ = join(station, model, transport)
+    session = client.open(DraftSettings(Mode.IDS, Sampling(), 4, 4), model, [*PROMPT])
+    list(session.answer(10))
+    session.extend([*PROMPT, 7, 8])
+    assert lost
+    assert sum(isinstance(station.codec.decode(frame), Open) for frame in transport.uplink) == 1
+    assert [token.token_id for token in session.answer(10)] == target_alone(TARGET, [*PROMPT, 7, 8], 10)
 
 
 class BreakingTransport(MemoryTransport):

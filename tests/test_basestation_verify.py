@@ -1,30 +1,33 @@
 """Losslessness: sequences of three tokens against their exact distribution.
 
-Each sample drafts and judges with the functions that device and base station
-use, through the bytes that would be sent. Planted defects show that the test
-can fail.
+Drafts are drawn and judged with the functions that device and base station use,
+through the bytes that would be sent, many seeds at once. Planted defects show
+that the test can fail, and ``judge_one`` is the slow and obvious twin.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, partial
 from itertools import product
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from scipy.stats import chisquare
 
-from basestation.verify import Draw, Judgement, choose_tokens, draw, judge_sampled, match, residual_of, warp
+from basestation.verify import Draw, Judgement, Round, choose_tokens, judge_rounds, target_weights
 from device.sampling import Uplink, draft_distribution, whole_distribution
 from protocol.frames import FrameCodec
 from protocol.messages import Draft, Sampling
-from protocol.randomness import Stream, random_bits, uniform
+from protocol.randomness import UNIFORM_BITS, WORD_BITS, Stream, random_words, uniform
 from protocol.sparse import MAX_STEPS, SparseDistribution
-from tests.fakes import blend, next_logits, random_table
+from tests.fakes import blend, random_table
+from tests.slow_verify import draw_one, judge_one, target_probs
 
 VOCAB = 6
 SAMPLES = 200_000
+AT_ONCE = 50_000
 PROMPT = (1,)
 LENGTH = 3
 FALSE_ALARM = 1e-4  # a planted defect must be far below it
@@ -33,7 +36,9 @@ DRAFT = blend(TARGET, random_table(VOCAB, seed=2), 0.5)
 
 CODEC = FrameCodec(VOCAB)
 
-Tokens = tuple[int, ...]
+Ids = npt.NDArray[np.int64]
+State = tuple[int, int]
+"""The last two tokens, which the next one's logits depend on; 0 before the first."""
 
 
 @dataclass(frozen=True)
@@ -72,43 +77,68 @@ class Sampler:
 
     def __init__(self, case: Case) -> None:
         self.case = case
-        self.sent = lru_cache(maxsize=None)(self._sent)
-        self.target_probs = lru_cache(maxsize=None)(self._target_probs)
-        self.rows = lru_cache(maxsize=None)(self._rows)
+        self.sent = cache(self._sent)
 
-    def drafted(self, tokens: Tokens, uplink: Uplink) -> SparseDistribution:
-        return draft_distribution(next_logits(DRAFT, tokens), self.case.sampling, uplink)
+    def drawn_from(self, state: State) -> SparseDistribution:
+        return self.sent(state)
 
-    def unrounded(self, tokens: Tokens) -> SparseDistribution:
-        return self.drafted(tokens, Uplink(self.case.uplink_k, self.case.uplink_p, MAX_STEPS))
+    def judged_by(self, state: State) -> SparseDistribution:
+        return self.sent(state)
 
-    def draft(self, tokens: Tokens, seed: int) -> int:
-        return self.sent(tokens).sample(random_bits(seed, len(tokens), Stream.DRAFT))
+    def judge(self, logits: npt.NDArray[np.float32], rounds: Sequence[Round]) -> list[Judgement]:
+        return judge_rounds(torch.from_numpy(logits), rounds)
 
-    def judge(self, tokens: Tokens, drafted: Tokens, seed: int) -> Judgement:
-        distributions = [self.sent((*tokens, *drafted[:index])) for index in range(len(drafted))]
-        return judge_sampled(self.rows(tokens, drafted), drafted, distributions, seed, len(tokens))
+    def sequences(self, seeds: Ids) -> Ids:
+        """[n, LENGTH], one sequence a seed."""
+        end = len(PROMPT) + LENGTH
+        tokens = np.zeros((len(seeds), end + self.case.draft_len + 1), np.int64)  # [:, 0] is 0: before the prompt
+        tokens[:, 1 : 1 + len(PROMPT)] = PROMPT
+        lengths = np.full(len(seeds), len(PROMPT))
+        while (unfinished := np.flatnonzero(lengths < end)).size:
+            for length in np.unique(lengths[unfinished]):
+                rows = unfinished[lengths[unfinished] == length]
+                tokens[rows], lengths[rows] = self.round(tokens[rows], int(length), seeds[rows])
+        return tokens[:, 1 + len(PROMPT) : 1 + end]
 
-    def _rows(self, tokens: Tokens, drafted: Tokens) -> torch.Tensor:
-        return torch.cat([self.target_probs((*tokens, *drafted[:index])) for index in range(len(drafted) + 1)])
+    def round(self, tokens: Ids, length: int, seeds: Ids) -> tuple[Ids, Ids]:
+        """Draft and judge behind the first ``length`` tokens; gives the tokens, and how many count."""
+        draft_len = self.case.draft_len
+        for position in range(length, length + draft_len):
+            tokens[:, 1 + position] = self.draw(tokens[:, position - 1 : position + 1], seeds, position)
+        states = np.stack([tokens[:, length + index - 1 : length + index + 1] for index in range(draft_len + 1)], 1)
+        logits = TARGET[states[..., 0], states[..., 1]].reshape(-1, VOCAB)
+        judging = np.empty((VOCAB, VOCAB), object)
+        for before, last in product(range(VOCAB), repeat=2):
+            judging[before, last] = self.judged_by((before, last))
+        distributions = judging[states[:, :-1, 0], states[:, :-1, 1]]
+        drafted = tokens[:, 1 + length : 1 + length + draft_len]
+        rounds = [
+            Round(Sampling(self.case.temperature, top_p=self.case.top_p, seed=seed), length, ids, sent, True)
+            for seed, ids, sent in zip(seeds.tolist(), drafted.tolist(), distributions.tolist(), strict=True)
+        ]
+        judgements = self.judge(logits, rounds)
+        accepted = np.array([one.accepted for one in judgements])
+        tokens[np.arange(len(tokens)), 1 + length + accepted] = [one.token_id for one in judgements]
+        return tokens, length + accepted + 1
 
-    def sequence(self, seed: int) -> Tokens:
-        tokens: Tokens = PROMPT
-        while len(tokens) < len(PROMPT) + LENGTH:
-            drafted: Tokens = ()
-            for _ in range(self.case.draft_len):
-                drafted = (*drafted, self.draft((*tokens, *drafted), seed))
-            judgement = self.judge(tokens, drafted, seed)
-            tokens = (*tokens, *drafted[: judgement.accepted], judgement.token_id)
-        return tokens[len(PROMPT) : len(PROMPT) + LENGTH]
+    def draw(self, states: Ids, seeds: Ids, position: int) -> Ids:
+        """What ``SparseDistribution.sample`` draws, for many seeds."""
+        bits = random_words(seeds, np.full(len(seeds), position), Stream.DRAFT) >> np.uint64(WORD_BITS - UNIFORM_BITS)
+        drawn = np.empty(len(seeds), np.int64)
+        for state in np.unique(states, axis=0):
+            rows = (states == state).all(axis=1)
+            ids, starts = draws_of(self.drawn_from((int(state[0]), int(state[1]))))
+            drawn[rows] = ids[starts.searchsorted(bits[rows].astype(np.int64), side="right") - 1]
+        return drawn
 
     def p_value(self, samples: int) -> float:
         """Of the chi-squared test of ``samples`` sequences; rare ones are pooled into one cell."""
         counts = np.zeros((VOCAB,) * LENGTH)
-        for seed in range(samples):
-            counts[self.sequence(seed)] += 1
+        for start in range(0, samples, AT_ONCE):
+            drawn = self.sequences(np.arange(start, min(start + AT_ONCE, samples)))
+            np.add.at(counts, tuple(drawn.T), 1)
         expected = np.zeros_like(counts)
-        for sequence, probability in self.exact(PROMPT):
+        for sequence, probability in self.exact((0, *PROMPT)):
             expected[sequence] = probability * samples
         rare = expected < 5
         observed = np.append(counts[~rare], counts[rare].sum())
@@ -118,26 +148,48 @@ class Sampler:
             observed, wanted = observed[:-1], wanted[:-1]
         return float(chisquare(observed, wanted).pvalue)
 
-    def exact(self, tokens: Tokens, probability: float = 1.0) -> Iterator[tuple[Tokens, float]]:
-        if len(tokens) == len(PROMPT) + LENGTH:
-            yield tokens[len(PROMPT) :], probability
+    def exact(self, tokens: tuple[int, ...], probability: float = 1.0) -> Iterator[tuple[tuple[int, ...], float]]:
+        if len(tokens) == 1 + len(PROMPT) + LENGTH:
+            yield tokens[1 + len(PROMPT) :], probability
             return
-        row = self.target_probs(tokens)[0]
+        row = target_probs(TARGET[tokens[-2], tokens[-1]], self.case.sampling)
         for token_id in range(VOCAB):
             yield from self.exact((*tokens, token_id), probability * float(row[token_id]))
 
-    def _sent(self, tokens: Tokens) -> SparseDistribution:
+    def drafted(self, state: State, uplink: Uplink) -> SparseDistribution:
+        return draft_distribution(DRAFT[state], self.case.sampling, uplink)
+
+    def _sent(self, state: State) -> SparseDistribution:
         if self.case.steps == 0:
-            distribution = whole_distribution(next_logits(DRAFT, tokens), self.case.sampling)
+            distribution = whole_distribution(DRAFT[state], self.case.sampling)
         else:
-            distribution = self.drafted(tokens, Uplink(self.case.uplink_k, self.case.uplink_p, self.case.steps))
+            distribution = self.drafted(state, Uplink(self.case.uplink_k, self.case.uplink_p, self.case.steps))
         draft = Draft(0, 1, (int(distribution.support[distribution.weights.argmax()]),), (distribution,))
         arrived = CODEC.decode(CODEC.encode(draft))
         assert isinstance(arrived, Draft)
         return arrived.distributions[0]
 
-    def _target_probs(self, tokens: Tokens) -> torch.Tensor:
-        return warp(torch.tensor(next_logits(TARGET, tokens))[None], self.case.sampling)
+
+@cache
+def starts_of(support: tuple[int, ...], ends: tuple[int, ...], total: int) -> tuple[Ids, Ids]:
+    firsts = [0, *(-(-end * 2**UNIFORM_BITS // total) for end in ends[:-1])]
+    return np.array(support), np.array(firsts)
+
+
+def draws_of(distribution: SparseDistribution) -> tuple[Ids, Ids]:
+    """The tokens a distribution can draw, and the smallest random number that draws each.
+
+    ``sample`` rises with its random number, so it is known where it is known at these numbers and just below.
+    """
+    possible = distribution.weights > 0
+    weights = distribution.weights[possible]
+    ids, starts = starts_of(
+        tuple(distribution.support[possible].tolist()), tuple(weights.cumsum().tolist()), distribution.total
+    )
+    for place in range(len(ids)):
+        assert distribution.sample(int(starts[place])) == ids[place]
+        assert place == 0 or distribution.sample(int(starts[place]) - 1) == ids[place - 1]
+    return ids, starts
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -148,37 +200,37 @@ def test_sampled_answers_are_distributed_as_the_targets_own(case: Case) -> None:
 class CutAfterSampling(Sampler):
     """Draws from all of Q and cuts afterwards; the verifier takes the cut Q for what was drawn from."""
 
-    def draft(self, tokens: Tokens, seed: int) -> int:
-        return self.drafted(tokens, Uplink(VOCAB, 1.0, MAX_STEPS)).sample(random_bits(seed, len(tokens), Stream.DRAFT))
-
-
-class RecoversFromTarget(Sampler):
-    """Draws the recovered token from the target itself instead of the residual."""
-
-    def judge(self, tokens: Tokens, drafted: Tokens, seed: int) -> Judgement:
-        accepted = super().judge(tokens, drafted, seed).accepted
-        number = uniform(seed, len(tokens) + accepted, Stream.RESULT)
-        return Judgement(accepted, draw(self.rows(tokens, drafted)[accepted], number))
-
-
-class AcceptsByInverse(Sampler):
-    """Accepts by Q/P where P/Q is right."""
-
-    def judge(self, tokens: Tokens, drafted: Tokens, seed: int) -> Judgement:
-        rows = self.rows(tokens, drafted)
-        for index, token_id in enumerate(drafted):
-            position, sent = len(tokens) + index, self.sent((*tokens, *drafted[:index]))
-            if uniform(seed, position, Stream.ACCEPT) * float(rows[index, token_id]) >= sent.probability(token_id):
-                return Judgement(index, draw(residual_of(rows[index], sent), uniform(seed, position, Stream.RESULT)))
-        return Judgement(len(drafted), draw(rows[-1], uniform(seed, len(tokens) + len(drafted), Stream.RESULT)))
+    def drawn_from(self, state: State) -> SparseDistribution:
+        return self.drafted(state, Uplink(VOCAB, 1.0, MAX_STEPS))
 
 
 class VerifiesUnrounded(Sampler):
     """Verifies against what the device had before rounding, not against what it drew from."""
 
-    def judge(self, tokens: Tokens, drafted: Tokens, seed: int) -> Judgement:
-        unrounded = [self.unrounded((*tokens, *drafted[:index])) for index in range(len(drafted))]
-        return judge_sampled(self.rows(tokens, drafted), drafted, unrounded, seed, len(tokens))
+    def judged_by(self, state: State) -> SparseDistribution:
+        return self.drafted(state, Uplink(self.case.uplink_k, self.case.uplink_p, MAX_STEPS))
+
+
+class RecoversFromTarget(Sampler):
+    """Draws the recovered token from the target itself instead of the residual."""
+
+    def judge(self, logits: npt.NDArray[np.float32], rounds: Sequence[Round]) -> list[Judgement]:
+        judgements, start = [], 0
+        for judgement, judged in zip(super().judge(logits, rounds), rounds, strict=True):
+            probs = target_probs(logits[start + judgement.accepted], judged.sampling)
+            number = uniform(judged.sampling.seed, judged.position + judgement.accepted, Stream.RESULT)
+            judgements.append(Judgement(judgement.accepted, draw_one(probs, number)))
+            start += judged.rows
+        return judgements
+
+
+class AcceptsByInverse(Sampler):
+    """Accepts by Q/P where P/Q is right."""
+
+    def judge(self, logits: npt.NDArray[np.float32], rounds: Sequence[Round]) -> list[Judgement]:
+        parts = np.split(logits, np.cumsum([one.rows for one in rounds])[:-1])
+        inverse = partial(judge_one, accepts=lambda number, target, draft: number * target < draft)
+        return [inverse(part, one) for part, one in zip(parts, rounds, strict=True)]
 
 
 @pytest.mark.parametrize(
@@ -194,21 +246,68 @@ def test_planted_defects_are_caught(defect: type[Sampler], case: Case) -> None:
     assert defect(case).p_value(SAMPLES // 10) < FALSE_ALARM / 1000
 
 
+SAMPLINGS = (
+    Sampling(1.0, seed=1),
+    Sampling(0.6, seed=2),
+    Sampling(1.2, top_k=9, seed=3),
+    Sampling(0.9, top_p=0.7, seed=4),
+    Sampling(1.5, top_k=12, top_p=0.8, seed=5),
+)
+
+
+def random_round(rng: np.random.Generator, logits: npt.NDArray[np.float32]) -> Round:
+    """A round of any kind, drawn as a device draws it from logits that are like the target's [rows, V]."""
+    kind, draft_len = rng.integers(4), len(logits) - 1
+    sampling, position = SAMPLINGS[rng.integers(len(SAMPLINGS))], int(rng.integers(1, 1000))
+    guessed = logits[:-1] + rng.normal(0, 0.7, logits[:-1].shape).astype(np.float32)
+    if kind < 2:
+        greedy = [int(one.argmax()) for one in guessed]
+        return Round(Sampling() if kind == 0 else sampling, position, greedy)
+    how: Callable[[npt.NDArray[np.float32]], SparseDistribution] = partial(whole_distribution, sampling=sampling)
+    if kind == 3:
+        how = partial(draft_distribution, sampling=sampling, uplink=Uplink(8, 1.0, 64))
+    distributions = [how(one) for one in guessed]
+    drafted = [one.sample(int(rng.integers(2**UNIFORM_BITS))) for one in distributions]
+    assert len(drafted) == draft_len
+    return Round(sampling, position, drafted, distributions, by_distributions=True)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_rounds_of_all_kinds_are_judged_as_each_alone_and_slowly(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    parts = [rng.normal(0, 2, (1 + int(rng.integers(0, 6)), 40)).astype(np.float32) for _ in range(12)]
+    rounds = [random_round(rng, part) for part in parts]
+    judgements = judge_rounds(torch.from_numpy(np.concatenate(parts)), rounds)
+    alone = [judge_rounds(torch.from_numpy(part), [one])[0] for part, one in zip(parts, rounds, strict=True)]
+    assert judgements == alone == [judge_one(part, one) for part, one in zip(parts, rounds, strict=True)]
+
+
+def test_no_rounds_have_no_judgements() -> None:
+    assert judge_rounds(torch.empty(0, VOCAB), []) == []
+
+
+def test_a_drafted_token_outside_its_own_distribution_is_judged_like_any_other() -> None:
+    sent = SparseDistribution(3, np.array([1]), np.array([4]), 4)
+    likely, impossible = torch.tensor([[9.0, 0, 0], [0, 0, 9.0]]), torch.tensor([[-torch.inf, 0, 0], [0, 0, 9.0]])
+    assert judge_rounds(likely, [Round(Sampling(1.0), 5, [0], [sent], True)])[0].accepted == 1
+    assert judge_rounds(impossible, [Round(Sampling(1.0), 5, [0], [sent], True)])[0] == Judgement(0, 2)
+
+
 def test_greedy_accepts_up_to_the_first_difference() -> None:
     logits = torch.tensor([[0.0, 1, 0], [0, 0, 1], [1, 0, 0]])
-    target_ids = choose_tokens(logits, [Draw(Sampling(), position) for position in range(3)])
-    assert match(target_ids, [1, 2]) == Judgement(2, 0)
-    assert match(target_ids, [1, 1]) == Judgement(1, 2)
-    assert match(target_ids, [0, 2]) == Judgement(0, 1)
+    assert choose_tokens(logits, [Draw(Sampling(), position) for position in range(3)]).tolist() == [1, 2, 0]
+    for drafted, judgement in (([1, 2], (2, 0)), ([1, 1], (1, 2)), ([0, 2], (0, 1))):
+        assert judge_rounds(logits, [Round(Sampling(), 7, drafted)]) == [Judgement(*judgement)]
 
 
-def test_warp_keeps_the_nucleus_and_no_more() -> None:
+def test_the_targets_probabilities_keep_the_nucleus_and_no_more() -> None:
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
-    assert warp(logits, Sampling(1.0, top_p=0.8))[0].tolist() == pytest.approx([0.625, 0.375, 0, 0])
-    assert warp(logits, Sampling(1.0, top_p=0.81))[0].tolist() == pytest.approx(
-        [0.5 / 0.95, 0.3 / 0.95, 0.15 / 0.95, 0]
-    )
-    assert warp(logits, Sampling(1.0, top_k=1))[0].tolist() == [1, 0, 0, 0]
-    assert warp(logits, Sampling(0.5))[0].tolist() == pytest.approx(
-        [0.25 / 0.365, 0.09 / 0.365, 0.0225 / 0.365, 0.0025 / 0.365]
-    )
+    for sampling, kept in (
+        (Sampling(1.0, top_p=0.8), [0.625, 0.375, 0, 0]),
+        (Sampling(1.0, top_p=0.81), [0.5 / 0.95, 0.3 / 0.95, 0.15 / 0.95, 0]),
+        (Sampling(1.0, top_k=1), [1, 0, 0, 0]),
+        (Sampling(0.5), [0.25 / 0.365, 0.09 / 0.365, 0.0225 / 0.365, 0.0025 / 0.365]),
+    ):
+        weights, totals = target_weights(logits, [sampling], [1])
+        assert (weights / totals)[0].tolist() == pytest.approx(kept)
+        assert target_probs(logits[0].numpy(), sampling) == pytest.approx(kept)

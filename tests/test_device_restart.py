@@ -5,8 +5,9 @@ import random
 import pytest
 
 from device.client import DraftSettings
+from protocol.limits import Limits
 from protocol.messages import Draft, Mode, Sampling, Verdict
-from tests.fakes import FakeDraftModel, FakeTarget, blend, random_table
+from tests.fakes import FakeDraftModel, FakeTarget, blend, random_table, target_alone
 from tests.link_pair import MemoryTransport, Station, join
 
 TARGET = random_table(20, seed=1)
@@ -24,9 +25,10 @@ class ForgetfulTransport(MemoryTransport):
     """Now and then the base station behind it is another one, which has heard nothing."""
 
     restarts = 0
+    limits: Limits | None = None
 
     def start_anew(self) -> None:
-        self.station = Station(FakeTarget.make(TARGET))
+        self.station = Station(FakeTarget.make(TARGET), self.limits)
         self.restarts += 1
 
 
@@ -56,3 +58,17 @@ def test_the_answer_is_the_undisturbed_one(settings: DraftSettings) -> None:
     disturbed, restarts = answer(settings, forgets=0.2)
     assert restarts > 2
     assert disturbed == undisturbed
+
+
+def test_a_station_that_allows_less_is_asked_for_no_more() -> None:
+    transport = ForgetfulTransport(Station(FakeTarget.make(TARGET)))
+    transport.limits = Limits(max_draft_len=2)
+    model = FakeDraftModel.make(TARGET)
+    session = join(transport.station, model, transport)[0].open(
+        DraftSettings(Mode.IDS, Sampling(), uplink_k=4, draft_len=None), model, PROMPTS[0]
+    )
+    stream = session.answer(40)
+    tokens = [next(stream).token_id for _ in range(10)]
+    transport.start_anew()
+    tokens += [token.token_id for token in stream]
+    assert tokens == target_alone(TARGET, PROMPTS[0], 40)

@@ -15,9 +15,9 @@ from device.link import Link
 from protocol.frames import FrameCodec
 from protocol.messages import Mode, Sampling
 from tests.fakes import FakeDraftModel, FakeTarget, blend, random_table
-from tests.live_station import serving
 from tests.relay import CountingRelay
 from tests.sample import BUNDLE, SAMPLE
+from tests.serving import serving
 
 BREAKS, RESTARTS = 50, 5
 SETTINGS = [

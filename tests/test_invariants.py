@@ -14,7 +14,7 @@ import pytest
 from basestation.target_model import TargetModel
 from device.client import Client, DeviceSession, DraftSettings, Origin, Patience
 from device.draft_model import DraftModel
-from device.link import Link, socket_bytes
+from device.link import Link
 from protocol.errors import ContextLengthError, FaultError, SettingsError
 from protocol.frames import FrameCodec
 from protocol.limits import Limits
@@ -35,6 +35,7 @@ from protocol.messages import (
     Verdict,
     Welcome,
 )
+from protocol.stream import socket_bytes
 from tests.fakes import FakeDraftModel, FakeTarget, blend, random_table, target_alone
 from tests.link_pair import Fate, MemoryTransport, Station, join, once
 from tests.raw_device import RawDevice, hello

@@ -58,3 +58,16 @@ def test_the_protocol_loads_numpy_and_msgpack_alone() -> None:
     modules = modules_of("protocol", "protocol.command_line")
     assert "protocol.command_line" not in modules
     assert third_parties_after(modules) == {"numpy", "msgpack"}
+
+
+@pytest.mark.parametrize("room", ["device", "export"])
+def test_onnx_runtime_reports_to_nobody(room: str, tmp_path: Path) -> None:
+    def keeps_an_identifier(before: str) -> bool:
+        home = tmp_path / (before or "none")
+        home.mkdir()
+        environment = {"HOME": str(home), "PYTHONPATH": str(PROJECT), "PATH": ""}
+        subprocess.run([sys.executable, "-c", f"{before}\nimport onnxruntime"], env=environment, check=True)
+        return any(home.rglob("deviceid"))
+
+    assert keeps_an_identifier("")  # else there is nothing to see here
+    assert not keeps_an_identifier(f"import {room}")

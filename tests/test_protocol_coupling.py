@@ -22,8 +22,8 @@ def scores_of(vocab_size: int, seed: int, rows: int = 4) -> np.ndarray[tuple[int
 
 def tensor_choice(scores: torch.Tensor, seed: int, positions: Sequence[int]) -> list[int]:
     """The base station's, at temperature 1."""
-    draws = [(seed, position) for position in positions]
-    choices: list[int] = coupled_choice(scores, torch.ones(len(scores)).double(), draws).tolist()
+    temperatures = torch.ones(len(scores)).double()
+    choices: list[int] = coupled_choice(scores, temperatures, [seed] * len(scores), positions).tolist()
     return choices
 
 
@@ -90,8 +90,8 @@ def test_the_hash_has_kept_values() -> None:
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
 def test_both_ends_choose_the_same_at_any_temperature(temperature: float) -> None:
     logits = scores_of(700, seed=2, rows=30)
-    draws = [(seed, 10 + seed) for seed in range(30)]
-    choices = coupled_choice(torch.tensor(logits), torch.full((30,), temperature).double(), draws).tolist()
-    for row, (seed, position), choice in zip(logits, draws, choices, strict=True):
+    seeds, positions = range(30), range(10, 40)
+    choices = coupled_choice(torch.tensor(logits), torch.full((30,), temperature).double(), seeds, positions).tolist()
+    for row, seed, position, choice in zip(logits, seeds, positions, choices, strict=True):
         assert PositionNoise(seed, position, 700).choose(row, temperature)[0] == choice
         assert obvious_choice(row / np.float32(temperature), seed, position)[0] == choice

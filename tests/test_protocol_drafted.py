@@ -8,12 +8,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from device.link import socket_bytes
 from protocol.drafted import Drawn, PackedDraft, pack_drawn, unpack_drawn
 from protocol.errors import FrameError
 from protocol.frames import FrameCodec
 from protocol.messages import Draft
 from protocol.sparse import MAX_STEPS, SparseDistribution
+from protocol.stream import socket_bytes
 
 relaxed = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 LIMIT = 8

@@ -10,7 +10,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from device.link import socket_bytes
 from protocol.drafted import pack_drawn
 from protocol.errors import FrameError, LimitError, ProtocolError
 from protocol.frames import FrameCodec
@@ -36,6 +35,7 @@ from protocol.messages import (
     Welcome,
 )
 from protocol.sparse import MAX_STEPS, SparseDistribution
+from protocol.stream import socket_bytes
 
 relaxed = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 VOCAB_SIZES = [2, 300, 49_152, 70_000, 200_000]

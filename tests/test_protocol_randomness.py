@@ -8,7 +8,7 @@ import numpy.typing as npt
 import pytest
 from scipy.stats import chisquare, kstest
 
-from protocol.randomness import UNIFORM_BITS, Stream, random_bits, uniform
+from protocol.randomness import UNIFORM_BITS, Stream, random_bits, random_word, random_words, uniform, uniforms
 
 COUNT = 50_000
 FALSE_ALARM = 1e-4
@@ -32,6 +32,14 @@ def correlation(one: npt.NDArray[np.float64], other: npt.NDArray[np.float64]) ->
 @pytest.mark.parametrize(("seed", "position", "stream", "bits"), KEPT)
 def test_kept_numbers_stay_as_they_are(seed: int, position: int, stream: Stream, bits: int) -> None:
     assert random_bits(seed, position, stream) == bits
+
+
+@pytest.mark.parametrize("stream", Stream)
+def test_many_numbers_at_once_are_those_of_each(stream: Stream) -> None:
+    seeds, positions = (list(values) for values in zip(*product((0, 1, 42, 2**63 - 1), (0, 7, 131_072)), strict=True))
+    pairs = list(zip(seeds, positions, strict=True))
+    assert random_words(seeds, positions, stream).tolist() == [random_word(*pair, stream) for pair in pairs]
+    assert uniforms(seeds, positions, stream).tolist() == [uniform(*pair, stream) for pair in pairs]
 
 
 def test_invariant_2_a_number_depends_on_seed_position_and_stream_alone() -> None:

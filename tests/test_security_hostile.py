@@ -26,9 +26,9 @@ from protocol.keys import write_pair
 from protocol.messages import PROTOCOL_VERSION, Hello, Mode, Sampling
 from tests.fakes import FakeDraftModel, FakeTarget, blend, random_table, target_alone
 from tests.hostile import HARMS, Ground, attacked
-from tests.live_station import serving
 from tests.raw_device import hello
 from tests.sample import BUNDLE, SAMPLE
+from tests.serving import serving
 
 IDS = DraftSettings(Mode.IDS, Sampling(), 4, 4)
 PATIENCE = Patience(repeat=0.5)

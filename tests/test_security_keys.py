@@ -191,7 +191,7 @@ def test_an_error_of_the_device_is_one_line(
 ) -> None:
     new_key(tmp_path / "phone")
     filled = [option.replace("HERE", str(tmp_path)) for option in options]
-    base = ["generate", "--bundle", tmp_path, "--server", "tcp://127.0.0.1:1", "--prompt", "x", "--draft-len", "4"]
+    base = ["generate", "--bundle", tmp_path, "--server", "tcp://127.0.0.1:1", "--prompt", "x", "--mode", "ids"]
     code, output, errors = commands.run(device_app, *base, *filled)
     assert (code, output) in ((1, ""), (2, ""))
     assert errors.startswith("error: ")

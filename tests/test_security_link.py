@@ -32,9 +32,9 @@ from protocol.messages import (
     Verdict,
 )
 from tests.fakes import FakeDraftModel, FakeTarget, blend, random_table, target_alone
-from tests.live_station import serving
 from tests.raw_device import hello
 from tests.relay import CountingRelay
+from tests.serving import serving
 
 VOCAB = 12
 TARGET = random_table(VOCAB, seed=1)

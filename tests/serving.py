@@ -1,4 +1,4 @@
-"""A base station on a real socket, in a thread of the tests."""
+"""A base station on a real socket, in a thread."""
 
 import threading
 from collections.abc import Iterator

@@ -1,0 +1,85 @@
+"""Memory: how much there is, how much a model takes, and what happens when there is not enough."""
+
+import contextlib
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import psutil
+import torch
+from transformers import AutoModelForCausalLM
+
+from protocol.errors import ModelError, SettingsError
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
+_KV_SHARE = {"cuda": 0.9, "cpu": 0.5}
+_CPU_SHORTAGE = re.compile(r"not enough memory|can't allocate memory", re.IGNORECASE)
+
+
+class Shortage(Exception):  # noqa: N818 - no error of anybody's
+    """A pass needed more memory than there is."""
+
+
+@contextlib.contextmanager
+def named_shortage() -> Iterator[None]:
+    """Raise ``Shortage`` where PyTorch says in its several ways that memory is short."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        torch.cuda.empty_cache()
+        raise Shortage(str(error)) from error
+    except RuntimeError as error:
+        if not _CPU_SHORTAGE.search(str(error)):
+            raise
+        raise Shortage(str(error)) from error
+
+
+def parse_size(option: str, text: str) -> int:
+    """Bytes of ``4GiB``, ``512M`` or ``1000000``; a unit is 1024 of the one before.
+
+    Raises:
+        SettingsError: it is no size.
+    """
+    found = _SIZE.fullmatch(text.strip())
+    if found is None:
+        raise SettingsError(option, text, "auto, or a size like 512MiB or 4GiB")
+    return int(float(found[1]) * _UNITS[found[2].upper()])
+
+
+def readable_size(size: float) -> str:
+    """A size for people."""
+    unit = next((unit for unit in ("KiB", "MiB", "GiB") if size < 1024 * _UNITS[unit[0]]), "TiB")
+    return f"{size / _UNITS[unit[0]]:.1f} {unit}"
+
+
+def free_memory(placement: torch.device) -> int:
+    """Bytes that are free where the model runs."""
+    if placement.type == "cuda":
+        return int(torch.cuda.mem_get_info(placement)[0])
+    return int(psutil.virtual_memory().available)
+
+
+def kv_budget(kv_memory: str, placement: torch.device) -> int:
+    """Bytes for keys and values: what was asked for, or with ``auto`` a share of what the loaded model leaves."""
+    if kv_memory != "auto":
+        return parse_size("kv-memory", kv_memory)
+    return int(free_memory(placement) * _KV_SHARE.get(placement.type, 0.5))
+
+
+def check_fits(config: Any, dtype: torch.dtype, placement: torch.device) -> None:
+    """Refuse a model whose weights do not fit, before they are read.
+
+    Raises:
+        ModelError: with the sizes.
+    """
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config)
+    count = sum(one.numel() for one in skeleton.parameters())
+    needed, free = count * dtype.itemsize, free_memory(placement)
+    if needed > free:
+        precision = str(dtype).removeprefix("torch.")
+        raise ModelError(
+            f"{count / 1e9:.2f} billion parameters in {precision} take {readable_size(needed)}, "
+            f"and {readable_size(free)} are free on {placement}; name a smaller model or dtype, or free some memory"
+        )

@@ -1,0 +1,160 @@
+"""What runs in the next pass: rounds first, then prompts in chunks, within a budget of tokens and of memory.
+
+Everything that waits is taken as it comes; nobody waits for anybody's round. Where
+the arena has no room, sessions whose devices are silent lose their keys and
+values, the longest silent first, and keep their tokens.
+
+Knows lengths and times; not what tokens mean.
+"""
+
+import math
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Self
+
+from basestation.kv_arena import Arena, Segment
+from basestation.session import Session
+from protocol.errors import FullError, SettingsError
+
+_LEAST_CHUNK = 16
+_RUNNING_SECONDS = 1.0
+BUSY_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class PassBudget:
+    """Tokens of a pass.
+
+    Attributes:
+        tokens: in all, unless a single round needs more.
+        prompt_tokens: of prompts, while rounds of other sessions may come.
+    """
+
+    tokens: int = 256
+    prompt_tokens: int = 64
+
+    @classmethod
+    def of(cls, tokens: int | None, prompt_tokens: int | None, on_cuda: bool) -> Self:
+        """What was chosen, or what suits the processor."""
+        suited = cls(2048, 512) if on_cuda else cls()
+        return cls(
+            suited.tokens if tokens is None else tokens,
+            suited.prompt_tokens if prompt_tokens is None else prompt_tokens,
+        )
+
+    def __post_init__(self) -> None:
+        for option, value in (("pass-tokens", self.tokens), ("prompt-tokens", self.prompt_tokens)):
+            if value < _LEAST_CHUNK:
+                raise SettingsError(option, value, f"{_LEAST_CHUNK} and more")
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A session's part of a pass."""
+
+    session: Session
+    segment: Segment
+
+
+class Scheduler:
+    """Fills passes.
+
+    Args:
+        arena: where keys and values of all sessions lie.
+        budget: how much fits into a pass.
+        evicted: called for each session that loses its keys and values.
+    """
+
+    def __init__(self, arena: Arena, budget: PassBudget, evicted: Callable[[Session], None]) -> None:
+        self._arena = arena
+        self._budget = budget
+        self._evicted = evicted
+
+    def gather(self, sessions: Collection[Session], now: float) -> list[Work]:
+        """The next pass: the rounds that waited longest, then a share of the rest for each prompt, the shortest first.
+
+        What a short prompt leaves of its share goes to the longer ones.
+        """
+        waiting = sorted((one for one in sessions if one.waiting), key=lambda one: one.waiting_since)
+        filling = _Filling(self._arena, sessions, self._evicted)
+        left = self._budget.tokens
+        for session in (one for one in waiting if not one.backlog):
+            if session.round_len > left and filling.works:
+                break
+            left -= filling.add(session, session.round_len)
+        prompts = sorted((one for one in waiting if one.backlog), key=lambda one: one.backlog)
+        if any(not one.backlog and (one.waiting or now - one.heard_at < _RUNNING_SECONDS) for one in sessions):
+            left = min(left, self._budget.prompt_tokens)
+        for count, session in zip(range(len(prompts), 0, -1), prompts, strict=True):
+            if left < _LEAST_CHUNK and filling.works:
+                break
+            left -= filling.add(session, max(left // count, _LEAST_CHUNK))
+        return filling.works
+
+    def evict_silent(self, sessions: Collection[Session]) -> int:
+        """Take the keys and values of all sessions that have nothing to run; gives of how many."""
+        silent = [one for one in sessions if one.stretch.capacity and not one.waiting]
+        for session in silent:
+            session.evict()
+            self._evicted(session)
+        return len(silent)
+
+    def check_room(self, length: int, sessions: Collection[Session], now: float) -> None:
+        """Whether another session of ``length`` positions fits beside those whose devices are busy.
+
+        Raises:
+            FullError: it does not; with the time after which enough devices will have been silent if none speaks.
+        """
+        busy = [one for one in sessions if one.waiting or now - one.heard_at < BUSY_SECONDS]
+        busy.sort(key=lambda one: one.heard_at)
+        claims = list(accumulate(Arena.rounded(len(one.tokens) + 1) for one in busy))
+        excess = Arena.rounded(length) + (claims[-1] if claims else 0) - self._arena.capacity
+        if excess <= 0:
+            return
+        ends = (one.heard_at + BUSY_SECONDS for one, claim in zip(busy, claims, strict=True) if claim >= excess)
+        seconds = max(1, math.ceil(next(ends, now) - now))
+        raise FullError(f"the base station is full ({len(busy)} sessions are busy); come back in {seconds} s")
+
+
+class _Filling:
+    """A pass while it is filled."""
+
+    def __init__(self, arena: Arena, sessions: Collection[Session], evicted: Callable[[Session], None]) -> None:
+        self.works: list[Work] = []
+        self._arena = arena
+        self._sessions = sessions
+        self._evicted = evicted
+        self._promised = 0
+
+    def add(self, session: Session, limit: int) -> int:
+        """Take a session in, with ``limit`` tokens at most, if room is found; gives how many."""
+        segment = session.segment(limit)
+        stretch, count = session.stretch, len(segment.token_ids)
+        growth = max(0, Arena.rounded(stretch.length + count) - stretch.capacity)
+        if not self._find_room(session, growth):
+            return 0
+        self._promised += growth
+        self.works.append(Work(session, segment))
+        return count
+
+    def _find_room(self, session: Session, growth: int) -> bool:
+        """Whether there is room, or can be made."""
+        while growth > self._arena.free - self._promised:
+            victim = self._victim(session)
+            if victim is None:
+                return False
+            victim.evict()
+            self._evicted(victim)
+        return True
+
+    def _victim(self, session: Session) -> Session | None:
+        """Who loses its keys and values: the longest silent, or where nothing else could run who came last."""
+        running = {id(work.session) for work in self.works}
+        holders = [
+            one for one in self._sessions if one.stretch.capacity and one is not session and id(one) not in running
+        ]
+        silent = [one for one in holders if not one.waiting]
+        if silent or self.works:
+            return min(silent, key=lambda one: one.heard_at, default=None)
+        return max(holders, key=lambda one: one.waiting_since, default=None)

@@ -1,0 +1,133 @@
+"""``edgedraft-basestation top``: a live table of what a base station's metrics say."""
+
+import time
+import urllib.error
+import urllib.request
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from prometheus_client.parser import text_string_to_metric_families
+from rich.console import Group
+from rich.table import Table
+
+from protocol.errors import LinkError, SettingsError
+
+_TIMEOUT = 5.0
+_PREFIX = "edgedraft_"
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """All samples at one time, by name, and for each the values by label."""
+
+    time: float
+    samples: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def total(self, name: str) -> float:
+        """Over all labels."""
+        return sum(self.samples.get(name, {}).values())
+
+    def value(self, name: str, label: str) -> float:
+        """Of one label."""
+        return self.samples.get(name, {}).get(label, 0.0)
+
+
+def read_snapshot(url: str, now: float | None = None) -> Snapshot:
+    """Ask a base station.
+
+    Raises:
+        LinkError: none answers there.
+        SettingsError: what answers is none.
+    """
+    if not url.startswith(("http://", "https://")):
+        raise SettingsError("url", url, "http://HOST:PORT, what the base station's --metrics-bind says")
+    try:
+        with urllib.request.urlopen(url.rstrip("/") + "/metrics", timeout=_TIMEOUT) as answer:  # noqa: S310 - checked
+            text = answer.read().decode()
+        return parse_snapshot(text, time.monotonic() if now is None else now)
+    except (OSError, urllib.error.URLError) as error:
+        raise LinkError(f"no metrics at {url}: {error}; start a base station with --metrics-bind") from error
+    except ValueError as error:
+        raise SettingsError("url", url, f"a base station's ({error})") from error
+
+
+def parse_snapshot(text: str, now: float) -> Snapshot:
+    """What a scrape says.
+
+    Raises:
+        ValueError: it is none.
+    """
+    samples: dict[str, dict[str, float]] = defaultdict(dict)
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            if sample.name.startswith(_PREFIX) and "le" not in sample.labels:
+                samples[sample.name.removeprefix(_PREFIX)][",".join(sample.labels.values())] = sample.value
+    return Snapshot(now, dict(samples))
+
+
+def render(before: Snapshot, now: Snapshot) -> Group:
+    """What happened between two snapshots, and what is."""
+    return Group(_passes(before, now), _modes(before, now), _positions(now))
+
+
+def _passes(before: Snapshot, now: Snapshot) -> Table:
+    table = Table(title="base station", title_justify="left")
+    rows = (
+        ("sessions", f"{now.total('sessions'):.0f}"),
+        ("KV memory in use", _share(now.total("kv_positions_used"), now.total("kv_positions_capacity"))),
+        ("passes/s", f"{_rate(before, now, 'forward_seconds_count'):.1f}"),
+        ("sessions a pass", _mean(before, now, "pass_sessions", 1, "")),
+        ("tokens a pass", _mean(before, now, "pass_tokens", 1, "")),
+        ("forward", _mean(before, now, "forward_seconds", 1e3, " ms")),
+        ("verify", _mean(before, now, "verify_seconds", 1e3, " ms")),
+        ("queue", _mean(before, now, "queue_seconds", 1e3, " ms")),
+        ("evictions", f"{now.total('evictions_total'):.0f}"),
+        ("memory shortages", f"{now.total('memory_shortages_total'):.0f}"),
+        ("faults", ", ".join(_counts(now, "faults_total")) or "0"),
+    )
+    table.add_column("what")
+    table.add_column("now", justify="right")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _modes(before: Snapshot, now: Snapshot) -> Table:
+    table = Table("mode", "rounds/s", "tokens/s", "accepted", "uplink B/s", "downlink B/s")
+    modes = {mode for name in ("uplink_bytes_total", "rounds_total") for mode in now.samples.get(name, {})}
+    for mode in sorted(modes):
+        rounds, accepted = (_rate(before, now, name, mode) for name in ("rounds_total", "accepted_tokens_total"))
+        drafted = _rate(before, now, "drafted_tokens_total", mode)
+        traffic = (_rate(before, now, name, mode) for name in ("uplink_bytes_total", "downlink_bytes_total"))
+        numbers = (f"{value:,.0f}" for value in traffic)
+        table.add_row(mode, f"{rounds:.1f}", f"{rounds + accepted:.1f}", _share(accepted, drafted), *numbers)
+    return table
+
+
+def _positions(now: Snapshot) -> Table:
+    table = Table("place in the round", "drafted", "accepted", title="acceptance so far", title_justify="left")
+    drafted = now.samples.get("drafted_tokens_at_total", {})
+    for position in sorted(drafted, key=int):
+        accepted = now.value("accepted_tokens_at_total", position)
+        table.add_row(position, f"{drafted[position]:.0f}", _share(accepted, drafted[position]))
+    return table
+
+
+def _rate(before: Snapshot, now: Snapshot, name: str, label: str = "") -> float:
+    seconds = now.time - before.time
+    return (now.value(name, label) - before.value(name, label)) / seconds if seconds > 0 else 0.0
+
+
+def _mean(before: Snapshot, now: Snapshot, name: str, scale: float, unit: str) -> str:
+    count = now.total(f"{name}_count") - before.total(f"{name}_count")
+    total = now.total(f"{name}_sum") - before.total(f"{name}_sum")
+    return f"{scale * total / count:.1f}{unit}" if count else "–"
+
+
+def _share(part: float, whole: float) -> str:
+    return f"{part / whole:.0%}" if whole else "–"
+
+
+def _counts(now: Snapshot, name: str) -> Iterable[str]:
+    return (f"{label} {count:.0f}" for label, count in sorted(now.samples.get(name, {}).items()))

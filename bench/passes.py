@@ -1,0 +1,105 @@
+"""The packed pass against transformers' own dense batch of the same tokens, padded where lengths differ."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from basestation.kv_arena import Segment, Stretch
+from basestation.target_model import DTYPES, TargetModel
+
+REPEATS = 15
+
+
+@dataclass(frozen=True)
+class PassTimes:
+    """Seconds of a pass, the median of some, the two kinds in turn."""
+
+    packed: float
+    dense: float
+
+
+class DensePass:
+    """A batch of a DynamicCache, padded on the left."""
+
+    def __init__(self, model: Any, texts: Sequence[list[int]], new: int) -> None:
+        self._model = model
+        longest = max(map(len, texts))
+        rows = torch.zeros((len(texts), longest), dtype=torch.int64, device=model.device)
+        self._mask = torch.zeros_like(rows)
+        for row, text in enumerate(texts):
+            rows[row, longest - len(text) :] = torch.tensor(text)
+            self._mask[row, longest - len(text) :] = 1
+        self._positions = (self._mask.cumsum(dim=1) - 1).clamp(min=0)
+        self._past = longest - new
+        self._new_ids = rows[:, self._past :]
+        self._cache = DynamicCache()
+        self._run(rows[:, : self._past], slice(0, self._past))
+
+    def run(self) -> None:
+        """One pass over the new tokens; the cache is as before."""
+        self._run(self._new_ids, slice(self._past, None))
+        self._cache.crop(self._past)
+
+    @torch.inference_mode()
+    def _run(self, ids: torch.Tensor, places: slice) -> None:
+        end = self._past if places.stop else None
+        self._model(
+            input_ids=ids,
+            attention_mask=self._mask[:, :end],
+            position_ids=self._positions[:, places],
+            past_key_values=self._cache,
+            use_cache=True,
+        )
+
+
+class PackedPass:
+    """The same tokens as the base station runs them."""
+
+    def __init__(self, target: TargetModel, texts: Sequence[list[int]], new: int) -> None:
+        self._target = target
+        self._stretches: list[Stretch] = [target.new_stretch() for _ in texts]
+        self._segments = [Segment(one, text[-new:], new) for one, text in zip(self._stretches, texts, strict=True)]
+        self._lengths = [len(text) - new for text in texts]
+        for stretch, text in zip(self._stretches, texts, strict=True):
+            target.forward([Segment(stretch, text[:-new], 0)])
+
+    def run(self) -> None:
+        """One pass over the new tokens; the stretches are as before."""
+        self._target.forward(self._segments)
+        for stretch, length in zip(self._stretches, self._lengths, strict=True):
+            stretch.rollback(length)
+
+    def release(self) -> None:
+        """Give the room back."""
+        for stretch in self._stretches:
+            stretch.release()
+
+
+def load_dense(model: str, dtype: str, torch_device: torch.device) -> Any:
+    """The target as transformers runs it."""
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=DTYPES[dtype], attn_implementation="sdpa")
+    return loaded.eval().to(torch_device)
+
+
+def measure_passes(target: TargetModel, dense: Any, lengths: Sequence[int], new: int) -> PassTimes:
+    """Passes of ``new`` tokens behind contexts of these lengths, both kinds in turn."""
+    generator = torch.Generator().manual_seed(0)
+    size = target.vocabulary.size
+    texts = [torch.randint(size, (length + new,), generator=generator).tolist() for length in lengths]
+    packed_pass, dense_pass = PackedPass(target, texts, new), DensePass(dense, texts, new)
+    seconds: dict[Callable[[], None], list[float]] = {packed_pass.run: [], dense_pass.run: []}
+    for _ in range(REPEATS):
+        for run, spent in seconds.items():
+            began = time.perf_counter()
+            run()
+            if target.torch_device.type == "cuda":
+                torch.cuda.synchronize()
+            spent.append(time.perf_counter() - began)
+    packed_pass.release()
+    packed, densely = (median(spent[2:]) for spent in seconds.values())
+    return PassTimes(packed, densely)

@@ -1,0 +1,69 @@
+"""A command of ours in a process of its own, as an operator would start it, that says where it serves."""
+
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import IO
+
+from protocol.errors import LinkError
+
+_SERVING = re.compile(r"(?:serving|relaying) .* at (tcp://\S+)")
+_STOP_SECONDS = 10
+
+
+@dataclass(frozen=True)
+class Served:
+    """A running command and the address that it serves."""
+
+    address: str
+    process: subprocess.Popen[str]
+
+    @property
+    def alive(self) -> bool:
+        """Whether it still runs."""
+        return self.process.poll() is None
+
+
+@contextmanager
+def serving(arguments: Sequence[str], core: int | None = None) -> Iterator[Served]:
+    """Start ``python -m`` with the arguments, on one core if it is named; gives it once it serves.
+
+    Raises:
+        LinkError: it ended before it served; its last line says why.
+    """
+    process = subprocess.Popen(  # noqa: S603 - our own program
+        [sys.executable, "-m", *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    if core is not None:
+        os.sched_setaffinity(process.pid, {core})  # before it has threads, which then inherit it
+    assert process.stderr is not None
+    reader = threading.Thread(target=deque, args=(process.stderr, 0), daemon=True)
+    try:
+        address = _address(process.stderr, arguments[0])
+        reader.start()  # a pipe that nobody reads fills up, and the process stands still
+        yield Served(address, process)
+    finally:
+        process.terminate()
+        try:
+            process.wait(_STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        if reader.is_alive():
+            reader.join()
+        process.stderr.close()
+
+
+def _address(lines: IO[str], name: str) -> str:
+    last = ""
+    for line in lines:
+        if found := _SERVING.search(line):
+            return found.group(1)
+        last = line.strip() or last
+    raise LinkError(f"the {name} did not start: {last}")

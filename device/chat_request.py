@@ -1,0 +1,147 @@
+"""What a program asks over HTTP, in the words of OpenAI's chat completions, as a question to the worker.
+
+Fields that would change the answer and that no device can heed are refused;
+others that are not known here are left alone.
+"""
+
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from device.client import DraftSettings
+from device.tokenizer import ChatMessage
+from device.worker import Question
+from protocol.errors import SettingsError
+from protocol.messages import Sampling
+
+Fields: TypeAlias = dict[str, Any]
+
+_ROLES = ("system", "user", "assistant")
+_MAX_STOPS = 4
+_NEUTRAL: Fields = {
+    "frequency_penalty": 0,
+    "functions": [],
+    "logit_bias": {},
+    "logprobs": False,
+    "n": 1,
+    "presence_penalty": 0,
+    "response_format": {"type": "text"},
+    "tools": [],
+}
+"""Fields that only these values of are served."""
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What holds where a request says nothing.
+
+    ``seed`` None takes a new one for each answer; ``settings`` says how to draft for given sampling.
+    """
+
+    temperature: float
+    top_k: int
+    top_p: float
+    seed: int | None
+    max_new_tokens: int
+    settings: Callable[[Sampling], DraftSettings]
+
+
+@dataclass(frozen=True)
+class ChatRequest:
+    """A question, and how its answer is wanted: as a stream of events, with a count of tokens behind them."""
+
+    question: Question
+    stream: bool
+    include_usage: bool
+
+    @classmethod
+    def read(cls, fields: Any, defaults: Defaults) -> "ChatRequest":
+        """The request that the JSON value of a body makes.
+
+        Raises:
+            SettingsError: it is none, or asks for what is not served.
+        """
+        if not isinstance(fields, dict):
+            raise SettingsError("the request", fields, "a JSON object")
+        for name, neutral in _NEUTRAL.items():
+            if fields.get(name) not in (None, neutral):
+                raise SettingsError(name, fields[name], f"{neutral!r}, or left out")
+        stream_options = _field(fields, "stream_options", dict, {}, "an object")
+        question = Question(
+            _messages(fields),
+            defaults.settings(_sampling(fields, defaults)),
+            _max_new_tokens(fields, defaults),
+            _stops(fields),
+        )
+        stream = _field(fields, "stream", bool, False, "true or false")
+        return cls(question, stream, _field(stream_options, "include_usage", bool, False, "true or false"))
+
+
+def _messages(fields: Fields) -> tuple[ChatMessage, ...]:
+    messages = _field(fields, "messages", list, [], "a list of messages")
+    if not messages:
+        raise SettingsError("messages", messages, "one message and more")
+    return tuple(_message(message) for message in messages)
+
+
+def _message(message: Any) -> ChatMessage:
+    if not isinstance(message, dict) or message.get("role") not in _ROLES:
+        raise SettingsError("a message", message, f"an object with role {', '.join(_ROLES)} and content")
+    content = message.get("content")
+    if isinstance(content, list) and all(_is_text(part) for part in content):
+        content = "".join(part["text"] for part in content)
+    if not isinstance(content, str) or not _is_unicode(content):
+        raise SettingsError("a message's content", content, "text, or a list of parts of type text")
+    return {"role": message["role"], "content": content}
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether it has no half of a surrogate pair, which JSON allows and UTF-8 does not."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def _is_text(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+
+
+def _sampling(fields: Fields, defaults: Defaults) -> Sampling:
+    """How to sample; one seed for all greedy answers, which need none, lets a conversation go on."""
+    temperature = _number(fields, "temperature", defaults.temperature)
+    top_p = _number(fields, "top_p", defaults.top_p)
+    fresh = secrets.randbits(63) if temperature and defaults.seed is None else defaults.seed or 0
+    return Sampling(temperature, defaults.top_k, top_p, _field(fields, "seed", int, fresh, "a whole number"))
+
+
+def _max_new_tokens(fields: Fields, defaults: Defaults) -> int:
+    older: int = _field(fields, "max_tokens", int, defaults.max_new_tokens, "a whole number")
+    count: int = _field(fields, "max_completion_tokens", int, older, "a whole number")
+    if count < 1:
+        raise SettingsError("max_tokens", count, "1 and more")
+    return count
+
+
+def _stops(fields: Fields) -> tuple[str, ...]:
+    stops = _field(fields, "stop", (str, list), [], "a text or a list of them")
+    stops = [stops] if isinstance(stops, str) else stops
+    if len(stops) > _MAX_STOPS or not all(isinstance(stop, str) and stop for stop in stops):
+        raise SettingsError("stop", stops, f"up to {_MAX_STOPS} texts, none of them empty")
+    return tuple(stops)
+
+
+def _number(fields: Fields, name: str, default: float) -> float:
+    value = _field(fields, name, (int, float), default, "a number")
+    try:
+        return float(value)
+    except OverflowError:
+        raise SettingsError(name, "a number of that many digits", "a number that computers count with") from None
+
+
+def _field(fields: Fields, name: str, kind: type | tuple[type, ...], default: Any, allowed: str) -> Any:
+    """A field's value; null stands for the default, and true is no number."""
+    value = fields.get(name)
+    if value is None:
+        return default
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise SettingsError(name, value, allowed)
+    return value

@@ -1,0 +1,271 @@
+"""The device over HTTP: OpenAI's chat completions, and whether it is up and ready.
+
+Knows JSON, status codes and streams of events; the answers come from the worker.
+"""
+
+import asyncio
+import contextlib
+import json
+import logging
+import secrets
+import signal
+import socket
+import time
+from collections.abc import AsyncIterator
+from urllib.parse import urlsplit
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from device.chat_request import ChatRequest, Defaults, Fields
+from device.worker import Errand, Event, Finish, Question, Worker
+from protocol.errors import BundleError, EdgedraftError, LinkError, SettingsError
+from protocol.loopback import is_loopback
+
+logger = logging.getLogger(__name__)
+
+_MAX_BODY_BYTES = 4 * 1024 * 1024
+_GRACE_SECONDS = 2
+_STOP_SECONDS = 1.0
+_LOOK_SECONDS = 1.0
+_CHUNK = "chat.completion.chunk"
+_EXAMPLE = "http://127.0.0.1:8080"
+_LOOPBACK_NAMES = ["localhost", "127.0.0.1", "::1", "[::1]"]
+
+
+def check_bind(bind: str, insecure: bool) -> None:
+    """Refuse an address that is none, and one that other machines can reach unless ``insecure`` allows it.
+
+    Raises:
+        SettingsError: it is one of these.
+    """
+    parts = urlsplit(bind)
+    try:
+        complete = parts.scheme == "http" and parts.hostname and parts.port is not None
+    except ValueError:
+        complete = False
+    if not complete:
+        raise SettingsError("bind", bind, _EXAMPLE)
+    if not insecure and not is_loopback(bind):
+        raise SettingsError("bind", bind, f"{_EXAMPLE}; for other machines say --insecure: it asks nobody who they are")
+
+
+def serve(worker: Worker, name: str, defaults: Defaults, bind: str, insecure: bool) -> None:
+    """Serve until interrupted; a port 0 in ``bind`` takes a free one.
+
+    Args:
+        worker: answers; it is started and stopped here.
+        name: what the model is called.
+        defaults: what holds where a request says nothing.
+        bind: ``http://HOST:PORT``.
+        insecure: serve everybody at an address that other machines can reach.
+
+    Raises:
+        SettingsError: other machines can reach the address, and ``insecure`` is not given.
+        LinkError: the address cannot be bound.
+    """
+    check_bind(bind, insecure)
+    listening = _listen(bind)
+    host, port = listening.getsockname()[:2]
+    config = uvicorn.Config(
+        application(worker, name, defaults, ["*"] if insecure else [*_LOOPBACK_NAMES, host]),
+        loop="asyncio",
+        http="h11",
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        log_level="warning",
+        access_log=False,
+        proxy_headers=False,
+        timeout_graceful_shutdown=_GRACE_SECONDS,
+    )
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)  # uvicorn ends at them and then raises them again
+    worker.start()
+    logger.info("serving %s at http://%s:%d", name, f"[{host}]" if ":" in host else host, port)
+    try:
+        uvicorn.Server(config).run([listening])
+    finally:
+        worker.stop(_STOP_SECONDS)
+    logger.info("stopped")
+
+
+def application(worker: Worker, name: str, defaults: Defaults, hosts: list[str]) -> Starlette:
+    """The routes, for requests that name one of ``hosts``: a web page elsewhere cannot be made to do so."""
+    desk = _Desk(worker, name, defaults)
+    return Starlette(
+        routes=[
+            Route("/healthz", desk.health),
+            Route("/readyz", desk.readiness),
+            Route("/v1/models", desk.models),
+            Route("/v1/chat/completions", desk.complete, methods=["POST"], max_body_size=_MAX_BODY_BYTES),
+        ],
+        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts)],
+        exception_handlers={EdgedraftError: _refuse, HTTPException: _refuse, ClientDisconnect: _forget},
+    )
+
+
+class _Desk:
+    """The endpoints."""
+
+    def __init__(self, worker: Worker, name: str, defaults: Defaults) -> None:
+        self._worker = worker
+        self._name = name
+        self._defaults = defaults
+        self._created = int(time.time())
+
+    async def health(self, _: Request) -> Response:
+        """Whether the process is up."""
+        return PlainTextResponse("ok\n")
+
+    async def readiness(self, _: Request) -> Response:
+        """Whether a question would be answered: the model is loaded, the base station was heard recently."""
+        if self._worker.ready:
+            return PlainTextResponse("ready\n")
+        return PlainTextResponse("the base station does not answer\n", 503)
+
+    async def models(self, _: Request) -> Response:
+        """The one model there is."""
+        model = {"id": self._name, "object": "model", "created": self._created, "owned_by": "edgedraft"}
+        return JSONResponse({"object": "list", "data": [model]})
+
+    async def complete(self, request: Request) -> Response:
+        """An answer, whole or as a stream of events."""
+        try:
+            fields = json.loads(await request.body())
+        except (ValueError, RecursionError) as error:
+            raise SettingsError("the request", str(error), "a JSON object") from error
+        chat = ChatRequest.read(fields, self._defaults)
+        if fields.get("model") not in (None, self._name):
+            raise HTTPException(404, f"model is {fields['model']!r}; allowed: {self._name!r}")
+        answering = _Answering(self._worker, chat.question, request)
+        completion = _Completion(self._name, answering, chat.include_usage)
+        if not chat.stream:
+            return JSONResponse(await completion.whole())
+        first = await answering.next()  # what goes wrong before it is still told by a status code
+        return StreamingResponse(completion.events(first), media_type="text/event-stream")
+
+
+class _Answering:
+    """An answer's events on their way from the worker's thread to this loop."""
+
+    def __init__(self, worker: Worker, question: Question, request: Request) -> None:
+        self._request = request
+        self._loop = asyncio.get_running_loop()
+        self._events: asyncio.Queue[Event] = asyncio.Queue()
+        self._errand = Errand(question, self._deliver)
+        worker.ask(self._errand)
+
+    async def next(self) -> str | Finish:
+        """The next event.
+
+        Raises:
+            EdgedraftError: what went wrong in place of it.
+            ClientDisconnect: nobody waits for it any more.
+        """
+        try:
+            event = await self._arrival()
+        except BaseException:
+            self.abandon()
+            raise
+        if isinstance(event, Exception):
+            raise event
+        return event
+
+    def abandon(self) -> None:
+        """Have no more of it made."""
+        self._errand.abandoned.set()
+
+    async def _arrival(self) -> Event:
+        while True:
+            with contextlib.suppress(TimeoutError):
+                return await asyncio.wait_for(self._events.get(), _LOOK_SECONDS)
+            if await self._request.is_disconnected():
+                raise ClientDisconnect
+
+    def _deliver(self, event: Event) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop has ended: nobody listens any more
+            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+
+
+class _Completion:
+    """An answer as JSON objects, whole or in chunks."""
+
+    def __init__(self, name: str, answering: _Answering, include_usage: bool) -> None:
+        self._answering = answering
+        self._include_usage = include_usage
+        self._head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": name}
+
+    async def whole(self) -> Fields:
+        """The answer as one object."""
+        text = ""
+        while isinstance(event := await self._answering.next(), str):
+            text += event
+        choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": event.reason}
+        return self._head | {"object": "chat.completion", "choices": [choice], "usage": _usage(event)}
+
+    async def events(self, first: str | Finish) -> AsyncIterator[str]:
+        """The answer as server-sent events, from the first event on, which is there already."""
+        event = first
+        try:
+            yield self._chunk({"role": "assistant", "content": ""})
+            while isinstance(event, str):
+                yield self._chunk({"content": event})
+                event = await self._answering.next()
+        except EdgedraftError as error:
+            yield _event(_error(error))
+            return
+        finally:
+            self._answering.abandon()
+        yield self._chunk({}, event.reason)
+        if self._include_usage:
+            yield _event(self._head | {"object": _CHUNK, "choices": [], "usage": _usage(event)})
+        yield "data: [DONE]\n\n"
+
+    def _chunk(self, delta: Fields, finish_reason: str | None = None) -> str:
+        choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
+        return _event(self._head | {"object": _CHUNK, "choices": [choice]})
+
+
+def _listen(bind: str) -> socket.socket:
+    parts = urlsplit(bind)
+    assert parts.hostname is not None
+    family = socket.AF_INET6 if ":" in parts.hostname else socket.AF_INET
+    try:
+        return socket.create_server((parts.hostname, parts.port or 0), family=family)
+    except OSError as error:
+        raise LinkError(f"cannot bind {bind!r}: {error.strerror}; name a free address like {_EXAMPLE}") from error
+
+
+async def _refuse(_: Request, error: Exception) -> Response:
+    """One line about what went wrong, and whose it is to mend."""
+    if isinstance(error, HTTPException):
+        return JSONResponse(_error(error), error.status_code)
+    status = 400 if isinstance(error, SettingsError | BundleError) else 503
+    return JSONResponse(_error(error), status)
+
+
+async def _forget(_: Request, __: Exception) -> Response:
+    """For nobody: the asker has left."""
+    return Response()
+
+
+def _error(error: Exception) -> Fields:
+    code = error.code if isinstance(error, EdgedraftError) else None
+    message = error.detail if isinstance(error, HTTPException) else str(error)
+    return {"error": {"message": message, "type": type(error).__name__, "param": None, "code": code}}
+
+
+def _usage(finish: Finish) -> Fields:
+    counts = {"prompt_tokens": finish.prompt_tokens, "completion_tokens": finish.new_tokens}
+    return counts | {"total_tokens": finish.prompt_tokens + finish.new_tokens}
+
+
+def _event(fields: Fields) -> str:
+    return f"data: {json.dumps(fields, ensure_ascii=False)}\n\n"

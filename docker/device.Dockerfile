@@ -1,0 +1,42 @@
+# The device: the draft model on ONNX Runtime. linux/arm64 and linux/amd64; no compiler, no torch.
+#
+#   docker build -f docker/device.Dockerfile -t edgedraft-device .
+#
+# Another base needs Python 3.11 with venv. To pin one, give it by digest: python@sha256:…
+ARG PYTHON_IMAGE=docker.io/library/python:3.11.14-slim-bookworm
+
+# Wheels to take instead of the index's: --build-context wheels=FOLDER, and --build-arg PIP_NO_INDEX=1 for these alone.
+FROM scratch AS wheels
+
+FROM ${PYTHON_IMAGE} AS build
+ARG PIP_NO_INDEX
+WORKDIR /build
+RUN python3 -m venv /opt/edgedraft
+COPY pyproject.toml constraints.txt docker/requirements.py ./
+# The packages first: they stay as they are while only the code changes.
+RUN --mount=type=bind,from=wheels,target=/wheels \
+    python3 requirements.py device >requirements.txt \
+    && /opt/edgedraft/bin/pip install --no-cache-dir --find-links /wheels --constraint constraints.txt \
+        --requirement requirements.txt
+COPY README.md LICENSE ./
+COPY protocol protocol
+COPY device device
+# Left out again: what tokenizers needs to fetch from a hub, and what nothing here runs.
+RUN --mount=type=bind,from=wheels,target=/wheels \
+    /opt/edgedraft/bin/pip install --no-cache-dir --find-links /wheels --no-deps . \
+    && /opt/edgedraft/bin/pip uninstall --yes \
+        certifi charset-normalizer filelock fsspec hf-xet huggingface-hub pyyaml requests tqdm urllib3 setuptools pip \
+    && find /opt/edgedraft -depth -type d \( -name tests -o -path '*/onnxruntime/transformers' \) -exec rm -rf {} + \
+    && rm -f /opt/edgedraft/bin/edgedraft-export /opt/edgedraft/bin/edgedraft-basestation /opt/edgedraft/bin/edgedraft-bench
+
+FROM ${PYTHON_IMAGE}
+RUN install --directory --owner=10001 --group=10001 --mode=700 /keys
+COPY --from=build /opt/edgedraft /opt/edgedraft
+ENV PATH=/opt/edgedraft/bin:$PATH PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
+USER 10001:10001
+VOLUME /keys
+EXPOSE 8080
+HEALTHCHECK --interval=30s --timeout=5s --start-period=60s \
+    CMD ["python3", "-c", "from urllib.request import urlopen; urlopen('http://127.0.0.1:8080/healthz', timeout=4)"]
+ENTRYPOINT ["edgedraft-device"]
+CMD ["--help"]

@@ -1,0 +1,85 @@
+"""The slow and obvious twin of ``basestation.verify``: one round at a time, in NumPy and float64."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from basestation.verify import Judgement, Round
+from protocol.coupling import PositionNoise
+from protocol.messages import Sampling
+from protocol.randomness import Stream, uniform
+from protocol.sparse import SparseDistribution
+
+Probs = npt.NDArray[np.float64]  # [V]
+
+
+def target_probs(logits: npt.NDArray[np.floating], sampling: Sampling) -> Probs:
+    """Temperature, then top-k with its ties, then the smallest set of likeliest tokens that reaches top-p."""
+    scores = logits.astype(np.float64) / sampling.temperature
+    probs: Probs = np.exp(scores - scores.max())
+    if sampling.top_k:
+        probs[probs < np.sort(probs)[-min(sampling.top_k, len(probs))]] = 0
+    probs /= probs.sum()
+    if sampling.top_p < 1:
+        order = np.argsort(-probs, kind="stable")
+        kept = int((np.cumsum(probs[order]) - probs[order] < sampling.top_p - 1e-7).sum())
+        probs[order[kept:]] = 0
+    probs /= probs.sum()
+    return probs
+
+
+def dense(distribution: SparseDistribution) -> Probs:
+    """Q with a number for every token."""
+    probs = np.zeros(distribution.vocab_size)
+    probs[distribution.support] = distribution.probs
+    return probs
+
+
+def draw_one(weights: Probs, number: float) -> int:
+    """The token that ``number`` in [0, 1) falls on."""
+    cumulative = np.cumsum(weights)
+    return int(np.searchsorted(cumulative, cumulative[-1] * number, side="right"))
+
+
+def accepts(number: float, target_prob: float, draft_prob: float) -> bool:
+    """With the probability min(1, P/Q)."""
+    return number * draft_prob < target_prob
+
+
+def judge_one(
+    logits: npt.NDArray[np.float32], judged: Round, accepts: Callable[[float, float, float], bool] = accepts
+) -> Judgement:
+    """One round, token by token, in the paper's order; logits [draft_len + 1, V]."""
+    if not judged.by_distributions:
+        return _match(logits, judged)
+    seed = judged.sampling.seed
+    for index, (token_id, sent) in enumerate(zip(judged.drafted, judged.distributions, strict=True)):
+        target, draft = target_probs(logits[index], judged.sampling), dense(sent)
+        position = judged.position + index
+        if not accepts(uniform(seed, position, Stream.ACCEPT), target[token_id], draft[token_id]):
+            return Judgement(index, draw_one(np.maximum(0, target - draft), uniform(seed, position, Stream.RESULT)))
+    end = len(judged.drafted)
+    bonus = target_probs(logits[end], judged.sampling)
+    return Judgement(end, draw_one(bonus, uniform(seed, judged.position + end, Stream.RESULT)))
+
+
+def _match(logits: npt.NDArray[np.float32], judged: Round) -> Judgement:
+    target_ids = [_own_token(row, judged.sampling, judged.position + index) for index, row in enumerate(logits)]
+    return Judgement(*_agreed(target_ids, judged.drafted))
+
+
+def _own_token(logits: npt.NDArray[np.float32], sampling: Sampling, position: int) -> int:
+    if sampling.greedy:
+        return int(logits.argmax())
+    with np.errstate(divide="ignore"):
+        scores = np.log(target_probs(logits, sampling))
+    noise = PositionNoise(sampling.seed, position, len(logits)).of(np.arange(len(logits)))
+    return int((scores + noise).argmax())
+
+
+def _agreed(target_ids: Sequence[int], drafted: Sequence[int]) -> tuple[int, int]:
+    accepted = 0
+    while accepted < len(drafted) and drafted[accepted] == target_ids[accepted]:
+        accepted += 1
+    return accepted, target_ids[accepted]

@@ -1,0 +1,246 @@
+"""What an operator sees: metrics as Prometheus reads them, health, records, logs, a trace, and how it ends."""
+
+import json
+import logging
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from rich.console import Console
+
+from basestation.logs import JsonFormatter
+from basestation.metrics import Metrics
+from basestation.monitor import Monitor
+from basestation.profiler import PassProfiler
+from basestation.records import Records
+from basestation.server import Server
+from basestation.top import parse_snapshot, read_snapshot, render
+from device.client import Client, DeviceSession, DraftSettings
+from device.link import Link
+from protocol.errors import FaultError, LinkError, SettingsError
+from protocol.frames import FrameCodec
+from protocol.messages import Mode, Sampling
+from tests.fakes import FakeDraftModel, FakeTarget, blend, random_table, target_alone
+from tests.sample import PROJECT
+from tests.serving import serving
+
+VOCAB = 12
+TARGET = random_table(VOCAB, seed=1)
+DRAFT = blend(TARGET, random_table(VOCAB, seed=2), 0.7)
+PROMPT = [3, 1, 4, 1, 5]
+SETTINGS = (
+    DraftSettings(Mode.IDS, Sampling(), 4, 4),
+    DraftSettings(Mode.TOPK, Sampling(1.0, seed=3), 4, 4),
+    DraftSettings(Mode.TARGET, Sampling(), 4, 4),
+)
+
+
+@dataclass
+class Place:
+    """A base station with all that watches it."""
+
+    server: Server
+    monitor: Monitor
+    record: Path
+    links: list[Link] = field(default_factory=list)
+
+    def session(self, settings: DraftSettings) -> tuple[DeviceSession, Link]:
+        model = FakeDraftModel.make(DRAFT)
+        link = Link.connect(self.server.address, FrameCodec(VOCAB))
+        self.links.append(link)
+        return Client(link, model.manifest).open(settings, model, PROMPT), link
+
+    def get(self, path: str) -> tuple[int, str]:
+        return get(self.monitor.url + path)
+
+    def samples(self) -> dict[tuple[str, str], float]:
+        text = self.get("/metrics")[1]
+        return {
+            (sample.name.removeprefix("edgedraft_"), ",".join(sample.labels.values())): sample.value
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+        }
+
+
+def get(url: str) -> tuple[int, str]:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as answer:  # noqa: S310 - our own
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read().decode()
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Place]:
+    metrics, record = Metrics(), tmp_path / "rounds.jsonl"
+    with closing(Monitor("127.0.0.1:0", metrics)) as monitor, closing(Records(record)) as records:
+        server = Server(FakeTarget.make(TARGET), "tcp://127.0.0.1:0", metrics=metrics, records=records)
+        monitor.alive, monitor.ready = (lambda: server.alive), (lambda: not server.draining)
+        place = Place(server, monitor, record)
+        with serving(server):
+            yield place
+            for link in place.links:
+                link.close()
+
+
+def settled(place: Place, name: str, label: str, value: float) -> float:
+    """What a counter says once it has come to ``value``, or after a while."""
+    for _ in range(100):
+        if place.samples().get((name, label)) == value:
+            break
+        time.sleep(0.02)
+    return place.samples().get((name, label), 0.0)
+
+
+def test_a_scrape_counts_what_the_devices_count(place: Place) -> None:
+    for settings in SETTINGS:
+        session, link = place.session(settings)
+        tokens = [token.token_id for token in session.answer(30)]
+        session.close()
+        mode, tally = str(settings.mode), session.tally
+        assert settled(place, "rounds_total", mode, tally.rounds) == tally.rounds
+        samples = place.samples()
+        assert samples["drafted_tokens_total", mode] == tally.drafted
+        assert samples["accepted_tokens_total", mode] == tally.accepted
+        assert tally.accepted + tally.rounds == len(tokens) == 30
+        greeting = [samples[f"{way}_bytes_total", "none"] for way in ("uplink", "downlink")]
+        assert greeting[0] > 0
+        assert link.uplink_bytes > samples["uplink_bytes_total", mode] > link.uplink_bytes / 2
+        assert link.downlink_bytes > samples["downlink_bytes_total", mode] > link.downlink_bytes / 3
+    assert settled(place, "sessions", "", 0) == 0
+    samples = place.samples()
+    uplink = sum(value for (name, _), value in samples.items() if name == "uplink_bytes_total")
+    downlink = sum(value for (name, _), value in samples.items() if name == "downlink_bytes_total")
+    assert uplink == sum(link.uplink_bytes for link in place.links)
+    assert downlink == sum(link.downlink_bytes for link in place.links)
+
+
+def test_acceptance_by_position_sums_to_the_whole(place: Place) -> None:
+    session, _ = place.session(SETTINGS[0])
+    for _ in session.answer(40):
+        pass
+    assert settled(place, "rounds_total", "ids", session.tally.rounds) == session.tally.rounds
+    samples = place.samples()
+    for name, whole in (("drafted", session.tally.drafted), ("accepted", session.tally.accepted)):
+        counts = [samples.get((f"{name}_tokens_at_total", str(position)), 0.0) for position in range(1, 5)]
+        assert sum(counts) == whole
+        assert counts == sorted(counts, reverse=True)
+        assert (f"{name}_tokens_at_total", "5") not in samples
+
+
+def test_faults_are_counted_by_code(place: Place) -> None:
+    session, link = place.session(SETTINGS[0])
+    with pytest.raises(FaultError):
+        Client(link, FakeDraftModel.make(random_table(VOCAB + 1, 0)).manifest)
+    assert place.samples()["faults_total", "mismatch"] == 2  # it greets in two versions
+    assert [token.token_id for token in session.answer(5)] == target_alone(TARGET, PROMPT, 5)
+
+
+def test_every_metric_stands_in_the_operations_manual() -> None:
+    manual = (PROJECT / "docs" / "operations.md").read_text(encoding="utf-8")
+    names = {family.name for family in Metrics().registry.collect()}
+    assert len(names) > 10
+    assert [name for name in names if f"`{name}" not in manual] == []
+
+
+def test_a_base_station_is_ready_until_it_drains(place: Place) -> None:
+    session, _ = place.session(SETTINGS[0])
+    stream = session.answer(20)
+    first = next(stream).token_id
+    assert [place.get(path)[0] for path in ("/healthz", "/readyz", "/nothing")] == [200, 200, 404]
+    place.server.stop(drain_seconds=30)
+    assert [place.get(path)[0] for path in ("/healthz", "/readyz")] == [200, 503]
+    with pytest.raises(FaultError, match="shutting down") as caught:
+        place.session(SETTINGS[0])
+    assert caught.value.fault_code == "closing"
+    assert [first, *(token.token_id for token in stream)] == target_alone(TARGET, PROMPT, 20)
+
+
+def test_a_drained_base_station_stops_before_its_time_is_up() -> None:
+    server = Server(FakeTarget.make(TARGET), "tcp://127.0.0.1:0")
+    thread = threading.Thread(target=server.serve)
+    thread.start()
+    server.stop(drain_seconds=3600)
+    thread.join(timeout=20)
+    assert not thread.is_alive()
+
+
+def test_a_monitor_says_not_ready_while_the_model_is_loaded() -> None:
+    with closing(Monitor("127.0.0.1:0", Metrics())) as monitor:
+        assert get(monitor.url + "/readyz")[0] == 503
+        assert get(monitor.url + "/healthz")[0] == 200
+        with pytest.raises(SettingsError, match="metrics-bind"):
+            Monitor(monitor.url.removeprefix("http://"), Metrics())
+    for bind in ("nowhere", "127.0.0.1:http", "127.0.0.1:99999"):
+        with pytest.raises(SettingsError, match=f"metrics-bind is '{bind}'"):
+            Monitor(bind, Metrics())
+
+
+def test_every_round_leaves_a_line_that_joins_with_the_devices(place: Place) -> None:
+    session, _ = place.session(SETTINGS[0])
+    committed = [token.token_id for token in session.answer(30)]
+    assert settled(place, "rounds_total", "ids", session.tally.rounds) == session.tally.rounds
+    lines = [json.loads(line) for line in place.record.read_text(encoding="utf-8").splitlines()]
+    assert [(line["session"], line["round"]) for line in lines] == [(0, 1 + index) for index in range(len(lines))]
+    assert sum(line["drafted"] for line in lines) == session.tally.drafted
+    assert sum(line["accepted"] + 1 for line in lines) == len(committed)
+    assert lines[-1]["token_id"] == committed[-1]
+    assert {line["mode"] for line in lines} == {"ids"}
+    for line in lines:
+        assert line["queue_seconds"] >= 0
+        assert line["pass_tokens"] >= line["drafted"] + 1
+
+
+def test_a_table_shows_what_happened_between_two_looks(place: Place) -> None:
+    session, _ = place.session(SETTINGS[0])
+    before = read_snapshot(place.monitor.url, now=0.0)
+    for _ in session.answer(40):
+        pass
+    assert settled(place, "rounds_total", "ids", session.tally.rounds) == session.tally.rounds
+    console = Console(width=120, record=True, file=Path("/dev/null").open("w", encoding="utf-8"))  # noqa: SIM115
+    console.print(render(before, read_snapshot(place.monitor.url, now=2.0)))
+    console.file.close()
+    rows = [line.replace("│", " ").split() for line in console.export_text().splitlines()]
+    (ids,) = [row for row in rows if row[:1] == ["ids"]]
+    assert ids[1:4] == [
+        f"{session.tally.rounds / 2:.1f}",
+        f"{40 / 2:.1f}",
+        f"{session.tally.accepted / session.tally.drafted:.0%}",
+    ]
+    assert ["sessions", "1"] in rows
+
+
+def test_a_table_of_nothing_is_refused_in_a_line() -> None:
+    with pytest.raises(LinkError, match="--metrics-bind"):
+        read_snapshot("http://127.0.0.1:9")
+    with pytest.raises(SettingsError, match="url is 'file:///etc/passwd'"):
+        read_snapshot("file:///etc/passwd")
+    assert parse_snapshot("", 0.0).total("sessions") == 0
+
+
+def test_a_line_of_the_json_log_has_its_fields() -> None:
+    record = logging.makeLogRecord(
+        {"msg": "peer %s: %s", "args": ("ab", 'a "word"'), "levelname": "WARNING", "name": "basestation", "session": 7}
+    )
+    line = json.loads(JsonFormatter().format(record))
+    assert (line["level"], line["logger"], line["message"]) == ("warning", "basestation", 'peer ab: a "word"')
+    assert line["session"] == 7
+    assert line["time"].endswith("+00:00")
+
+
+def test_a_trace_is_written_when_some_passes_are_done_or_the_station_stops(tmp_path: Path) -> None:
+    for name, count in (("long", 40), ("short", 10)):
+        path = tmp_path / f"{name}.json"
+        with PassProfiler(path) as profiler:
+            for _ in range(count):
+                profiler.step()
+            assert path.exists() == (name == "long")
+        assert "traceEvents" in json.loads(path.read_text(encoding="utf-8"))

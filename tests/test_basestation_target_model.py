@@ -1,0 +1,141 @@
+"""Packed passes of every supported architecture against its own forward pass, and what is refused before loading."""
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from basestation import memory
+from basestation.kv_arena import ATTENTION_NAME, Segment
+from basestation.memory import check_fits, kv_budget, parse_size
+from basestation.target_model import SUPPORTED, TargetModel, Vocabulary, refuse_unsupported, register_attention
+from protocol.errors import ModelError, SettingsError
+
+VOCAB = 97
+CPU = torch.device("cpu")
+TINY = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+WINDOW = 8
+WINDOWS: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": WINDOW},
+    "phi3": {"sliding_window": WINDOW},
+    "starcoder2": {"sliding_window": WINDOW},
+    "qwen2": {"sliding_window": WINDOW, "use_sliding_window": True, "max_window_layers": 1},
+    "qwen3": {"sliding_window": WINDOW, "use_sliding_window": True, "max_window_layers": 1},
+    "gemma3_text": {
+        "sliding_window": WINDOW,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+}
+NO_WINDOWS = {
+    architecture: {**changes, "sliding_window": TINY["max_position_embeddings"]}
+    for architecture, changes in WINDOWS.items()
+}
+
+
+def tiny_config(architecture: str, **changes: Any) -> Any:
+    return AutoConfig.for_model(architecture, **{**TINY, **changes})
+
+
+def tiny_pair(architecture: str, **changes: Any) -> tuple[Any, TargetModel]:
+    """A model with random weights as transformers runs it, and the same as a target."""
+    register_attention()
+    torch.manual_seed(0)
+    plain = AutoModelForCausalLM.from_config(tiny_config(architecture, **changes), attn_implementation="eager").eval()
+    for parameter in plain.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    config = tiny_config(architecture, **changes)
+    packed = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION_NAME).eval()
+    packed.load_state_dict(plain.state_dict())
+    return plain, TargetModel(packed, Vocabulary(VOCAB, bytes(32), frozenset()), architecture, 2**24)
+
+
+def ids(length: int, seed: int) -> list[int]:
+    found: list[int] = torch.randint(3, VOCAB, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes"),
+    [*((one, {}) for one in SUPPORTED), *WINDOWS.items()],
+    ids=[*SUPPORTED, *(f"{one}-window" for one in WINDOWS)],
+)
+def test_packed_passes_are_the_architectures_own(architecture: str, changes: dict[str, Any]) -> None:
+    """Three sessions of different lengths, prefilled in chunks, rolled back in between."""
+    plain, target = tiny_pair(architecture, **changes)
+    texts = [ids(length, seed) for seed, length in enumerate((40, 23, 9))]
+    stretches = [target.new_stretch() for _ in texts]
+    for start in range(0, 40, 7):
+        target.forward(
+            [
+                Segment(stretch, text[start : start + 7], 0)
+                for stretch, text in zip(stretches, texts, strict=True)
+                if text[start : start + 7]
+            ]
+        )
+    for stretch, text in zip(stretches, texts, strict=True):
+        stretch.rollback(len(text) - 5)
+    segments = [Segment(stretch, text[-5:], 5) for stretch, text in zip(stretches, texts, strict=True)]
+    logits = torch.split(target.forward(segments), 5)
+    for text, rows in zip(texts, logits, strict=True):
+        with torch.inference_mode():
+            expected = plain(torch.tensor([text]), use_cache=False).logits[0, -5:]
+        assert torch.allclose(rows, expected, atol=2e-4, rtol=1e-4), float((rows - expected).abs().max())
+
+
+@pytest.mark.parametrize("architecture", WINDOWS)
+def test_a_window_makes_a_difference(architecture: str) -> None:
+    """Without this the tests of windows would show little."""
+    text = ids(40, 0)
+    targets = [tiny_pair(architecture, **changes)[1] for changes in (NO_WINDOWS[architecture], WINDOWS[architecture])]
+    whole, windowed = (target.forward([Segment(target.new_stretch(), text, 1)]) for target in targets)
+    assert not torch.allclose(whole, windowed, atol=1e-2)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "gemma2", "mamba", "t5"])
+def test_another_architecture_is_named_with_what_is_supported(architecture: str) -> None:
+    with pytest.raises(ModelError, match=f"architecture '{architecture}' is not supported; supported: .*llama.*qwen3"):
+        refuse_unsupported(AutoConfig.for_model(architecture))
+
+
+def test_a_target_that_does_not_fit_is_refused_with_the_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_config("llama", hidden_size=1024, num_hidden_layers=16, intermediate_size=4096, vocab_size=32000)
+    check_fits(config, torch.float32, CPU)
+    monkeypatch.setattr(memory, "free_memory", lambda _: 2**20)
+    with pytest.raises(
+        ModelError, match=r"0\.27 billion parameters in float32 take 1\.0 GiB, and 1\.0 MiB are free on cpu"
+    ):
+        check_fits(config, torch.float32, CPU)
+
+
+def test_the_context_is_as_long_as_the_memory_for_it() -> None:
+    config = tiny_config("llama")
+    model = AutoModelForCausalLM.from_config(config)
+    vocabulary = Vocabulary(VOCAB, bytes(32), frozenset())
+    position = 3 * 2 * 2 * 8 * 4
+    assert TargetModel(model, vocabulary, "tiny", 1000 * position).context_length == 512
+    assert TargetModel(model, vocabulary, "tiny", 300 * position).context_length == 256
+    with pytest.raises(SettingsError, match=r"kv-memory is '37\.5 KiB'; allowed: 48\.0 KiB and more, for 128 tokens"):
+        TargetModel(model, vocabulary, "tiny", 100 * position)
+
+
+def test_sizes_are_read_as_people_write_them() -> None:
+    sizes = {"4GiB": 2**32, "512M": 2**29, "1.5 gb": 3 * 2**29, "1000": 1000, "2KiB": 2048}
+    assert {text: parse_size("kv-memory", text) for text in sizes} == sizes
+    for text in ("", "much", "-1", "4 XB", "4GiB more"):
+        with pytest.raises(SettingsError, match="kv-memory"):
+            parse_size("kv-memory", text)
+    assert kv_budget("1GiB", CPU) == 2**30
+    assert 0 < kv_budget("auto", CPU) < memory.free_memory(CPU)

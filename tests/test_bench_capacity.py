@@ -1,0 +1,59 @@
+"""The measurements of capacity and churn, on a base station whose target is a table."""
+
+import os
+from collections.abc import Iterator
+from contextlib import closing
+
+import pytest
+
+from basestation.metrics import Metrics
+from basestation.monitor import Monitor
+from basestation.server import Server
+from bench.capacity import CapacitySettings, measure_replay, ratios
+from bench.churn import ChurnSettings, measure_churn
+from bench.replay import Pace, Recording, record
+from bench.station import StationProcess
+from tests.fakes import FakeDraftModel, FakeTarget, blend, manifest, random_table
+from tests.serving import serving
+
+VOCAB = 12
+TARGET = random_table(VOCAB, seed=1)
+DRAFT = blend(TARGET, random_table(VOCAB, seed=2), 0.7)
+
+
+@pytest.fixture
+def station() -> Iterator[StationProcess]:
+    metrics = Metrics()
+    server = Server(FakeTarget.make(TARGET), "tcp://127.0.0.1:0", metrics=metrics)
+    with closing(Monitor("127.0.0.1:0", metrics)) as monitor, serving(server):
+        yield StationProcess(server.address, monitor.url, os.getpid())
+
+
+def recordings() -> list[Recording]:
+    prompts = [[1 + index, 2, 3] for index in range(4)]
+    return record(FakeDraftModel.make(DRAFT), FakeTarget.make(TARGET), prompts, 12, 4, lambda: None)
+
+
+def test_a_run_has_a_row_for_each_case_and_its_ratios(station: StationProcess) -> None:
+    settings = CapacitySettings(4, seconds=0.3, warm_up_seconds=0.1, turns=1, pace=Pace(0.0))
+    rows = measure_replay(station, recordings(), manifest(VOCAB), settings, lambda: None)
+    assert [(row["case"], row["sessions"]) for row in rows] == [
+        ("replay", 1),
+        ("replay", 4),
+        ("target", 1),
+        ("target", 4),
+        ("rounds", 8),
+        ("rounds beside prompts of 2000", 8),
+    ]
+    for row in rows:
+        assert isinstance(row["tokens_per_second"], float)
+        assert row["tokens_per_second"] > 0
+    assert len(ratios(rows, 4)) == 4
+
+
+def test_churn_loses_no_session_that_its_device_kept(station: StationProcess) -> None:
+    settings = ChurnSettings(sessions=30, seconds=2.0, at_once=6, pace=Pace(0.0))
+    rows = measure_churn(station, recordings(), manifest(VOCAB), settings, lambda: None)
+    assert isinstance(rows[-1]["opened"], int)
+    assert rows[-1]["opened"] >= 20
+    assert rows[-1]["faults"] == 0

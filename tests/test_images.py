@@ -1,0 +1,224 @@
+"""The images as ``docker/offline.sh`` builds them, for this machine and, emulated, for a board's."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.containers import Image, image, in_network, network
+from tests.sample import BUNDLE, PROJECT, SAMPLE
+
+pytestmark = pytest.mark.images
+
+ARCHITECTURES = ["amd64", "arm64"]
+MAX_DEVICE_BYTES = 330_000_000
+PROMPT = "Name three rivers."
+URL = "http://127.0.0.1:8080"
+STOP_SECONDS = 5
+"""What compose.yaml gives a container before it is killed."""
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_a_device_holds_what_it_needs(arch: str) -> None:
+    with image(f"device:{arch}") as device:
+        parts = device.size()
+        torch = list(device.root.rglob("*torch*.so*"))
+        caches = [path for name in ("pip", ".cache") for path in device.root.rglob(name) if "cache" in str(path)]
+    total = sum(parts.values())
+    largest = sorted(parts.items(), key=lambda part: -part[1])[:8]
+    print(f"\ndevice:{arch}: {total / 1e6:.0f} MB:", ", ".join(f"{name} {size / 1e6:.0f}" for name, size in largest))
+    assert total <= MAX_DEVICE_BYTES
+    assert {"onnxruntime", "numpy", "tokenizers", "zmq", "uvicorn"} <= set(parts)  # the others could have been seen
+    assert not set(parts) & {"torch", "transformers", "optimum", "onnx", "pip", "huggingface_hub"}
+    assert torch + caches == []
+
+
+@pytest.mark.parametrize("name", ["device:amd64", "device:arm64", "basestation:amd64"])
+def test_a_container_is_nobody_and_writes_nowhere(name: str) -> None:
+    script = "import os, json; print(json.dumps([os.getuid(), os.getgroups(), open('/proc/self/status').read()]))"
+    with image(name) as one:
+        user, groups, status = json.loads(one.run("python3", "-c", script, entrypoint=[]).stdout)
+        refused = one.run("python3", "-c", "open('/file', 'w')", entrypoint=[])
+        shown = one.run("--help")
+    assert user != 0
+    assert groups in ([], [user])
+    assert re.search(r"CapEff:\s+0+\n", status)
+    assert "Read-only file system" in refused.stderr
+    assert shown.returncode == 0
+
+
+def test_the_base_station_is_on_the_newest_transformers() -> None:
+    with image("basestation:amd64") as station:
+        printed = station.run("python3", "-c", "import transformers; print(transformers.__version__)", entrypoint=[])
+    assert printed.stdout.startswith("5.")
+
+
+def test_the_emulated_board_gives_the_same_tokens(station_address: str) -> None:
+    options = ["--bundle", "/bundle", "--server", station_address, "--prompt", PROMPT, "--max-new-tokens", "10"]
+    answers = {}
+    for arch in ARCHITECTURES:
+        began = time.monotonic()
+        with image(f"device:{arch}", volumes={BUNDLE: "/bundle"}) as device:
+            finished = device.run("generate", *options, "--draft-len", "3", "--mode", "ids", "--json")
+        assert finished.returncode == 0, finished.stderr
+        answers[arch] = json.loads(finished.stdout)
+        print(
+            f"\n{arch}: {time.monotonic() - began:.1f} s, accepted {answers[arch]['accepted']} of "
+            f"{answers[arch]['drafted']}: {answers[arch]['token_ids']} {answers[arch]['text']!r}"
+        )
+    assert answers["arm64"]["token_ids"] == answers["amd64"]["token_ids"]
+    assert len(answers["arm64"]["token_ids"]) == 10
+    assert answers["arm64"]["accepted"] > 0
+
+
+class Composition:
+    """The services of compose.yaml in one network, with folders for its volumes."""
+
+    def __init__(self, folder: Path, where: str) -> None:
+        self._folder = folder
+        self._network = where
+        variables = {"TARGET": str(SAMPLE), "BUNDLE": str(BUNDLE), "STATION_OPTIONS": "--dtype float32"}
+        text = (PROJECT / "docker" / "compose.yaml").read_text(encoding="utf-8")
+        self._services = yaml.safe_load(_substitute(text, variables))["services"]
+        self._hosts = folder / "hosts"
+        self._hosts.write_text("".join(f"127.0.0.1 {name}\n" for name in ("localhost", *self._services)))
+
+    def run(self, name: str) -> "subprocess.CompletedProcess[str]":
+        """A service that ends by itself."""
+        service = self._services[name]
+        with self._image(service) as one:
+            return one.run(*service["command"], entrypoint=service["entrypoint"])
+
+    @contextmanager
+    def started(self, name: str) -> Iterator[tuple[Image, "subprocess.Popen[str]"]]:
+        """A service that runs until it is told to stop."""
+        service = self._services[name]
+        with self._image(service) as one, one.started(*service["command"].split()) as process:
+            yield one, process
+
+    @contextmanager
+    def _image(self, service: Mapping[str, Any]) -> Iterator[Image]:
+        assert service["read_only"]
+        assert service["cap_drop"] == ["ALL"]
+        name = service["image"].removeprefix("localhost/edgedraft-").replace(":latest", ":amd64")
+        volumes = {self._hosts: "/etc/hosts"}
+        for volume in service["volumes"]:
+            source, target = volume.split(":")[:2]
+            volumes[self._volume(source)] = target
+        with image(name, self._network, volumes) as one:
+            yield one
+
+    def _volume(self, source: str) -> Path:
+        """A folder of the host, or one that stands for a volume and belongs to the image's user as that would."""
+        if source.startswith("/"):
+            return Path(source)
+        path = self._folder / source
+        if not path.exists():
+            path.mkdir(mode=0o700)
+            shutil.chown(path, 10001, 10001)
+        return path
+
+
+def _substitute(text: str, variables: Mapping[str, str]) -> str:
+    """What compose makes of ``${NAME-default}`` and ``$$``."""
+
+    def value(found: re.Match[str]) -> str:
+        return "$" if found[0] == "$$" else variables.get(found[1], "" if found[2] == "?" else found[3] or "")
+
+    return re.sub(r"\$\$|\$\{(\w+):?([-?])?([^}]*)\}", value, text)
+
+
+def ask(where: str | None, url: str, path: str, body: object = None) -> tuple[int, str]:
+    """Status and text of the device's answer over HTTP."""
+    script = (
+        "import sys, json, urllib.request, urllib.error\n"
+        "try: answer = urllib.request.urlopen(sys.argv[1], sys.argv[2].encode() or None, 120)\n"
+        "except urllib.error.HTTPError as error: answer = error\n"
+        "print(json.dumps([answer.status, answer.read().decode()]))"
+    )
+    data = "" if body is None else json.dumps(body)
+    command = [*in_network(where), sys.executable, "-c", script, url + path, data]
+    printed = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200).stdout
+    status, text = json.loads(printed) if printed else (0, "")
+    return status, text
+
+
+def wait_for(process: "subprocess.Popen[str]", words: str) -> str:
+    """The line that has ``words`` in it."""
+    assert process.stderr is not None
+    said = []
+    for line in process.stderr:
+        said.append(line)
+        if words in line:
+            return line
+    raise AssertionError("".join(said))
+
+
+def stop(process: "subprocess.Popen[str]") -> float:
+    """Seconds from SIGTERM to the end, which is a clean one."""
+    began = time.monotonic()
+    process.terminate()
+    assert process.wait(STOP_SECONDS) == 0
+    return time.monotonic() - began
+
+
+def test_compose_makes_keys_once_and_then_answers(tmp_path: Path) -> None:
+    with network("edgedraft-images") as where:
+        composition = Composition(tmp_path, where)
+        for name in ("device-key", "enrol"):
+            finished = composition.run(name)
+            assert finished.returncode == 0, finished.stderr
+        keys = {path: path.read_text() for path in tmp_path.rglob("*") if path.is_file()}
+        for name in ("device-key", "enrol"):
+            assert composition.run(name).returncode == 0
+        assert keys == {path: path.read_text() for path in tmp_path.rglob("*") if path.is_file()}
+        assert (tmp_path / "station-keys" / "station").stat().st_mode & 0o777 == 0o600
+
+        with composition.started("device") as (device, device_process):
+            wait_for(device_process, "loaded")
+            wait_for(device_process, "serving")
+            assert device.healthy()
+            assert ask(where, URL, "/readyz")[0] == 503
+            with composition.started("basestation") as (station, station_process):
+                wait_for(station_process, "serving")
+                assert station.healthy()
+                wait_for(device_process, "answers again")
+                assert ask(where, URL, "/readyz")[0] == 200
+                question = {"messages": [{"role": "user", "content": PROMPT}], "max_tokens": 12}
+                status, text = ask(where, URL, "/v1/chat/completions", question)
+                assert (status, json.loads(text)["usage"]["completion_tokens"]) == (200, 12)
+                station_seconds = stop(station_process)
+            assert ask(where, URL, "/v1/chat/completions", question)[0] == 503
+            device_seconds = stop(device_process)
+        assert not device.healthy()
+    print(f"\nstopped: base station in {station_seconds:.1f} s, device in {device_seconds:.1f} s")
+
+
+def test_a_device_is_ready_soon_after_its_model_is_loaded(station_address: str) -> None:
+    options = ["--bundle", "/bundle", "--server", station_address, "--bind", "http://127.0.0.1:0"]
+    with image("device:amd64", volumes={BUNDLE: "/bundle"}) as device, device.started("serve", *options) as process:
+        wait_for(process, "loaded")
+        loaded = time.monotonic()
+        url = wait_for(process, "serving").split()[-1]
+        while ask(None, url, "/readyz")[0] != 200:
+            assert time.monotonic() < loaded + 60
+        print(f"\nready {time.monotonic() - loaded:.2f} s after its model was loaded")
+        stop(process)
+
+
+def test_scripts_and_dockerfiles_are_clean() -> None:
+    scripts = sorted((PROJECT / "docker").glob("*.sh"))
+    dockerfiles = sorted((PROJECT / "docker").glob("*.Dockerfile"))
+    assert len(dockerfiles) == 4
+    for linter, files in (("shellcheck", scripts), (str(Path(sys.executable).with_name("hadolint")), dockerfiles)):
+        finished = subprocess.run([linter, *map(str, files)], capture_output=True, text=True, check=False)
+        assert (finished.returncode, finished.stdout) == (0, "")

@@ -1,0 +1,167 @@
+"""``docker/flash.sh`` makes a board a device: over a real ssh, a folder standing for a board without docker."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from bench.station import running_station
+from tests.sample import BUNDLE, PROJECT, SAMPLE
+
+pytestmark = pytest.mark.images
+
+_SYSTEMCTL = """#!/bin/sh
+# enough of systemctl: restart runs what the unit says, as the user that it says
+unit=/etc/systemd/system/edgedraft-device.service
+echo "$@" >> /run/systemctl.log
+[ "$1" = restart ] || exit 0
+[ ! -e /run/pid ] || kill "$(cat /run/pid)" || true
+user=$(sed -n 's/^User=//p' $unit)
+setpriv --reuid "$user" --regid "$user" --clear-groups $(sed -n 's/^ExecStart=//p' $unit) >/run/log 2>&1 </dev/null &
+echo $! > /run/pid
+"""
+_SSHD = 'mount --bind /proc "$1/proc"; mount --bind /dev "$1/dev"; exec /usr/sbin/sshd -D -e -f "$2"'
+"""With mounts of its own: they are gone when it is."""
+
+
+@dataclass(frozen=True)
+class Board:
+    """A root folder behind an sshd on loopback; ``ssh`` in ``path`` reaches it by the name ``board``."""
+
+    root: Path
+    path: Path
+
+    def flash(self, *options: str) -> "subprocess.CompletedProcess[str]":
+        environment = {**os.environ, "PATH": f"{self.path}:{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        command = [str(PROJECT / "docker" / "flash.sh"), *options]
+        return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=500)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+        return port
+
+
+@pytest.fixture
+def board(tmp_path: Path) -> Iterator[Board]:
+    tmp_path.chmod(0o755)
+    root, keys, port = tmp_path / "board", tmp_path / "ssh", free_port()
+    for folder in (root, keys):
+        folder.mkdir()
+    subprocess.run(["tar", "-xf", PROJECT / "build/images/base-amd64.tar", "-C", root], check=True)
+    root.chmod(0o755)
+    shutil.copytree(PROJECT / "build/images/wheels/device-amd64", root / "wheels")
+    (root / "etc/pip.conf").write_text("[global]\nno-index = true\nfind-links = /wheels\n")
+    systemctl = root / "usr/bin/systemctl"
+    systemctl.write_text(_SYSTEMCTL)
+    systemctl.chmod(0o755)
+    for name in ("host", "user"):
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", keys / name], check=True)
+    shutil.copy(keys / "user.pub", keys / "authorized_keys")
+    (keys / "sshd").write_text(
+        f"ListenAddress 127.0.0.1:{port}\nHostKey {keys}/host\nAuthorizedKeysFile {keys}/authorized_keys\n"
+        f'ForceCommand exec chroot {root} /bin/sh -c "$SSH_ORIGINAL_COMMAND"\n'
+        "PidFile none\nStrictModes no\nUsePAM no\nPermitRootLogin yes\n"
+    )
+    ssh = keys / "ssh"
+    ssh.write_text(
+        f"#!/bin/sh\nexec /usr/bin/ssh -F none -p {port} -i {keys}/user -o StrictHostKeyChecking=no "
+        f'-o UserKnownHostsFile=/dev/null -o LogLevel=ERROR -o HostName=127.0.0.1 "$@"\n'
+    )
+    ssh.chmod(0o755)
+    Path("/run/sshd").mkdir(exist_ok=True)
+    command = ["unshare", "--mount", "sh", "-ec", _SSHD, "sh", str(root), str(keys / "sshd")]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as sshd:
+        try:
+            while subprocess.run([ssh, "root@board", "true"], check=False).returncode:
+                assert sshd.poll() is None
+                time.sleep(0.1)
+            yield Board(root, keys)
+        finally:
+            pid = root / "run/pid"
+            if pid.exists():
+                subprocess.run(["kill", pid.read_text().strip()], check=False)
+            sshd.terminate()
+
+
+def state_of(root: Path) -> dict[str, bytes]:
+    """What flashing leaves on a board, the environment's own files aside."""
+    places = [root / "var/lib/edgedraft" / name for name in ("keys", "bundle", "source")]
+    found = [path for place in places for path in place.rglob("*") if "__pycache__" not in path.parts]
+    files = [path for path in (*found, *root.glob("etc/systemd/system/edgedraft*")) if path.is_file()]
+    return {str(path.relative_to(root)): path.read_bytes() for path in files}
+
+
+def test_a_board_answers_after_one_command_and_stays_so_after_another(board: Board, tmp_path: Path) -> None:
+    keys, port = tmp_path / "station-keys", free_port()
+    basestation = [sys.executable, "-m", "basestation", "keys"]
+    subprocess.run([*basestation, "new", str(keys)], check=True, capture_output=True)
+    with running_station(str(SAMPLE), "float32", "--keys", str(keys)) as address:
+        options = ["--server", address, "--keys", str(keys), "--bundle", str(BUNDLE), "--name", "kitchen"]
+        options += ["--port", str(port), "root@board"]
+
+        shown = board.flash("--dry-run", *options)
+        assert shown.returncode == 0, shown.stderr
+        steps = ("make an environment", "copy the bundle", "make the board's key", "enrol", "unit", "start", "ready")
+        assert [step for step in steps if step not in shown.stdout] == []
+        assert state_of(board.root) == {}
+
+        first = board.flash(*options)
+        assert first.returncode == 0, first.stderr
+        assert f"ready: http://127.0.0.1:{port}/v1" in first.stdout
+        state = state_of(board.root)
+        listed = subprocess.run([*basestation, "list", str(keys), "--json"], check=True, capture_output=True).stdout
+        assert [device["name"] for device in json.loads(listed)["devices"]] == ["kitchen"]
+
+        second = board.flash(*options)
+        assert second.returncode == 0, second.stderr
+        assert "the bundle is there already" in second.stdout
+        assert "the board has a key already" in second.stdout
+        assert state_of(board.root) == state
+        assert (board.root / "run/systemctl.log").read_text().count("enable --quiet edgedraft-device") == 2
+
+
+def test_a_board_with_docker_gets_the_image(board: Board, tmp_path: Path) -> None:
+    docker = board.root / "usr/bin/docker"
+    docker.write_text("#!/bin/sh\n")
+    docker.chmod(0o755)
+    options = ["--server", "tcp://10.0.0.1:5755", "--keys", str(tmp_path), "--bundle", str(BUNDLE), "root@board"]
+    shown = board.flash("--dry-run", *options)
+    assert shown.returncode == 0, shown.stderr
+    assert "venv" not in shown.stdout
+    for words in (
+        "build localhost/edgedraft-device:latest for amd64",
+        "docker load",
+        "docker run --rm --network none",
+        "--read-only --tmpfs /tmp --cap-drop ALL",
+        "--publish 127.0.0.1:8080:8080",
+        "docker stop --time 5",
+    ):
+        assert words in shown.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ([], "which board?"),
+        (["--server", "10.0.0.1:5755", "board"], "tcp://HOST:PORT"),
+        (["--bundle", "/nowhere", "board"], "is no bundle"),
+        (["--colour", "board"], "--colour is no option"),
+        (["--server", "tcp://10.0.0.1:5755", "board"], "--keys is missing"),
+    ],
+)
+def test_a_wrong_call_is_one_line(options: list[str], words: str, tmp_path: Path) -> None:
+    finished = Board(tmp_path, tmp_path).flash(*options)
+    assert finished.returncode == 1
+    assert finished.stderr.startswith("error: ")
+    assert finished.stderr.count("\n") == 1
+    assert words in finished.stderr

@@ -1,0 +1,80 @@
+"""The device over HTTP with the real sample model, asked by OpenAI's own client."""
+
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+from openai import APIStatusError, OpenAI
+
+from bench.prompts import OWN_PROMPTS
+from tests.sample import BUNDLE
+
+pytestmark = pytest.mark.model
+
+_SERVING = re.compile(r"serving sample at (http://\S+)")
+
+
+def device(command: str, station_address: str, *options: str) -> list[str]:
+    return [sys.executable, "-m", "device", command, "--bundle", str(BUNDLE), "--server", station_address, *options]
+
+
+@pytest.fixture
+def serving(station_address: str) -> Iterator[tuple["subprocess.Popen[str]", str]]:
+    command = device("serve", station_address, "--bind", "http://127.0.0.1:0")
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        assert "loaded" in process.stderr.readline()
+        found = _SERVING.search(process.stderr.readline())
+        assert found, process.stderr.read()
+        try:
+            yield process, found.group(1)
+        finally:
+            process.kill()
+
+
+def test_streamed_text_is_what_generate_prints(
+    station_address: str, serving: tuple["subprocess.Popen[str]", str]
+) -> None:
+    prompt, options = OWN_PROMPTS[1], ("--temperature", "0.8", "--seed", "4", "--max-new-tokens", "24")
+    generated = subprocess.run(
+        device("generate", station_address, "--prompt", prompt, *options), capture_output=True, text=True, check=True
+    )
+    with OpenAI(base_url=f"{serving[1]}/v1", api_key="none", max_retries=0) as client:
+        name = client.models.list().data[0].id
+        with client.chat.completions.create(
+            model=name,
+            messages=[{"role": "user", "content": prompt}],
+            temperature=0.8,
+            seed=4,
+            max_tokens=24,
+            stream=True,
+        ) as chunks:
+            text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+        assert text == generated.stdout.removesuffix("\n")
+        with pytest.raises(APIStatusError, match="tools"):
+            client.chat.completions.create(
+                model=name,
+                messages=[{"role": "user", "content": prompt}],
+                tools=[{"type": "function", "function": {"name": "look"}}],
+            )
+    assert re.search("answered .* tokens with 24", serving[0].stderr.readline())  # type: ignore[union-attr]
+
+
+def test_sigterm_ends_it_in_the_middle_of_an_answer(serving: tuple["subprocess.Popen[str]", str]) -> None:
+    process, url = serving
+    with OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        chunks = client.chat.completions.create(
+            model="sample",
+            messages=[{"role": "user", "content": OWN_PROMPTS[0]}],
+            max_tokens=2000,
+            stream=True,
+        )
+        next(iter(chunks))
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=30) == 0
+        chunks.close()
+    assert process.stderr is not None
+    assert process.stderr.read().splitlines()[-1].endswith("stopped")
