@@ -25,6 +25,7 @@ from protocol.sparse import SparseDistribution
 _GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x00CURVE" + bytes(47)  # ZMTP 3 (RFC 23)
 _PAUSE = 0.02
 _BURST = 1500
+_PATIENCE_MS = 500
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Ground:
     def dealer(self, keys: LinkKeys | None) -> Iterator["zmq.Socket[bytes]"]:
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         dealer = context.socket(zmq.DEALER)
+        dealer.setsockopt(zmq.SNDTIMEO, _PATIENCE_MS)  # who is refused may have nobody to send to
         dealer.setsockopt(zmq.ROUTING_ID, b"\x01" + os.urandom(15))
         if keys:
             keys.protect(dealer)
@@ -166,7 +168,8 @@ def attacked(ground: Ground) -> Iterator[dict[str, int]]:
         chance = random.Random(seed)  # noqa: S311
         try:
             while not stopping.wait(_PAUSE):
-                harm(ground, chance)
+                with suppress(zmq.Again):
+                    harm(ground, chance)
                 done[harm.__name__] += 1
         except Exception as error:  # noqa: BLE001 - raised below, in the thread of the test
             failures.append(error)
