@@ -45,10 +45,11 @@ def test_the_target_alone_gives_the_same_tokens(place: Workplace) -> None:
 @pytest.mark.parametrize("mode", [Mode.TOPK, Mode.FULL])
 def test_a_sampled_answer_is_a_function_of_prompt_and_seed(place: Workplace, mode: Mode) -> None:
     ids = place.prompt_ids(OWN_PROMPTS[1])
-    settings = DraftSettings(mode, Sampling(1.2, top_k=5000, seed=7), uplink_k=32, draft_len=4)
-    first = place.answer(ids, 24, settings)
-    assert place.answer(ids, 24, settings).token_ids == first.token_ids
-    assert 0 < first.accepted < first.drafted
+    settings = DraftSettings(mode, Sampling(1.2, top_k=5000, seed=7), uplink_k=4, draft_len=4)
+    first = place.answer(ids, 48, settings)
+    assert place.answer(ids, 48, settings).token_ids == first.token_ids
+    assert first.accepted > 0
+    assert mode is Mode.FULL or first.accepted < first.drafted  # four entries leave out much of what the target says
 
 
 def test_drafts_fit_their_budget_of_bytes(place: Workplace) -> None:
