@@ -31,7 +31,7 @@ test-images: models  ## images without a registry, built and run, for arm64 too;
 
 test-next: models $(DEVICE_VENV)/ready $(NEXT_VENV)/ready  ## what touches the target model, on the newest transformers 5
 	$(NEXT_VENV)/bin/pytest -q -m "not model and not endurance" tests/test_basestation_target_model.py tests/test_basestation_operation.py
-	$(NEXT_VENV)/bin/pytest -q -m "model and not endurance" tests/test_model_*.py
+	$(NEXT_VENV)/bin/pytest -q -m "model and not endurance" tests/test_model_answers.py tests/test_model_neighbours.py
 
 lint: $(VENV)/ready  ## ruff and the import rules
 	$(BIN)/ruff check .
