@@ -1,19 +1,21 @@
 """What ``--draft-len auto`` is predicted to gain: the live plan itself, over times of the model and measured tokens.
 
-Rounds of a long fixed draft length say what drafted tokens are like: how far
-each led, and how many of a round stood. The plan meets such rounds again, drawn
-at random, at the times that the model gives the link.
+Where ids alone are sent, whether a drafted token stands is settled by its place
+in the answer, whatever the rounds before were. So rounds of a long fixed draft
+length, in their order, are a *track* on which any other plan can be run: at
+every place it says how the drafted token led and whether it stood. In other
+modes a round may fall differently, and the track is one that might have been.
 """
 
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from device.live_planner import LivePlanner
 from device.planner import RoundTimes
 from protocol.bundle import GateFigures
 
-TOKENS = 4000
+_WARM_UP = 24
 
 
 @dataclass(frozen=True)
@@ -24,49 +26,63 @@ class JudgedRound:
     accepted: int
 
 
-def auto_speedup(
-    gate: GateFigures, greedy: bool, rounds: Sequence[JudgedRound], times: RoundTimes, seed: int = 1
-) -> float:
-    """Tokens a second of the plan against the target alone.
+class Track:
+    """Rounds of one draft length after the other, so that a round may begin at any of their tokens.
+
+    Args:
+        rounds: in order; what followed the last one's tokens is taken to be the first one's.
+    """
+
+    def __init__(self, rounds: Sequence[JudgedRound]) -> None:
+        self._rounds = rounds
+        self._begins = list(accumulate((one.accepted + 1 for one in rounds), initial=0))
+        self.length = self._begins.pop()
+        self._round_at = [index for index, one in enumerate(rounds) for _ in range(one.accepted + 1)]
+
+    def draft(self, place: int, planner: LivePlanner) -> JudgedRound:
+        """What the plan drafts at a place, and how many of it stand.
+
+        The token behind a round that stood whole was the target's own, with no lead known; it counts as one that
+        would have stood. Behind a rejected token drafts go on as they did, and then as in the rounds that follow.
+        """
+        leads: list[float | None] = []
+        accepted, standing = 0, True
+        index = self._round_at[place % self.length]
+        offset = place % self.length - self._begins[index]
+        while planner.goes_on(leads):
+            judged = self._rounds[index]
+            leads.append(judged.leads[offset] if offset < len(judged.leads) else None)
+            standing = standing and (offset < judged.accepted or offset == len(judged.leads))
+            accepted += standing
+            offset += 1
+            if offset >= len(judged.leads) + (judged.accepted == len(judged.leads)):
+                index, offset = (index + 1) % len(self._rounds), 0
+        return JudgedRound(leads, accepted)
+
+
+def auto_speedup(gate: GateFigures, greedy: bool, rounds: Sequence[JudgedRound], times: RoundTimes) -> float:
+    """Tokens a second of the plan against the target alone, once around the track behind a warm-up.
 
     Args:
         gate: figures of the draft model, which the plan begins with.
         greedy: whether the temperature is 0.
-        rounds: to draw from.
+        rounds: of a fixed draft length, one and more.
         times: of a round.
-        seed: of the drawing.
     """
-    chance, planner = random.Random(seed), LivePlanner(gate, greedy)  # noqa: S311 - a simulation
-    pace = times.target_seconds()
-    tokens, seconds = 0, 0.0
-    while tokens < TOKENS:
+    track, planner, pace = Track(rounds), LivePlanner(gate, greedy), times.target_seconds()
+    planner.observe_opened(times.round_trip_seconds)
+    place, seconds, begin = 0, 0.0, (0, 0.0)
+    while place - begin[0] < track.length:
         if count := planner.decode_len():
             first, further = times.round_trip_seconds + pace, (count - 1) * pace
             planner.observe_decoded(count, first, further)
-            tokens, seconds = tokens + count, seconds + first + further
-            continue
-        leads, accepted = _round(chance, planner, rounds)
-        drafting = len(leads) * times.draft_seconds
-        reply = times.seconds(len(leads)) - drafting
-        planner.observe(leads, accepted, drafting, reply)
-        tokens, seconds = tokens + accepted + 1, seconds + drafting + reply
-    return tokens * pace / seconds
-
-
-def _round(
-    chance: random.Random, planner: LivePlanner, rounds: Sequence[JudgedRound]
-) -> tuple[list[float | None], int]:
-    """Leads of the tokens that the plan drafts, and how many stand; where all do, another round goes on."""
-    leads: list[float | None] = []
-    accepted = 0
-    while True:
-        drawn = chance.choice(rounds)
-        begin = len(leads)
-        for lead in drawn.leads:
-            if not planner.goes_on(leads):
-                break
-            leads.append(lead)
-        standing = accepted == begin
-        accepted += min(drawn.accepted, len(leads) - begin) if standing else 0
-        if len(leads) < begin + len(drawn.leads) or not planner.goes_on(leads):
-            return leads, accepted
+            place, seconds = place + count, seconds + first + further
+        else:
+            judged = track.draft(place, planner)
+            drafting = len(judged.leads) * times.draft_seconds
+            reply = times.seconds(len(judged.leads)) - drafting
+            planner.observe(judged.leads, judged.accepted, drafting, reply)
+            place, seconds = place + judged.accepted + 1, seconds + drafting + reply
+        if place >= _WARM_UP and not begin[0]:
+            begin = place, seconds
+    return (place - begin[0]) * pace / (seconds - begin[1])

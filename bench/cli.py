@@ -56,8 +56,8 @@ def speedup(
     target: TargetOption,
     dtype: DtypeOption = "bfloat16",
     prompts: PromptsOption = None,
-    count: Annotated[int | None, typer.Option(help="How many prompts; 8, in a grid 2.")] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(help="Tokens for each; 128, in a grid 48.")] = None,
+    count: Annotated[int | None, typer.Option(help="How many prompts; 8, in a grid 3.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Tokens for each; 128, in a grid 96.")] = None,
     draft_len: Annotated[
         int | None, typer.Option(help="Tokens drafted in a round; left out, planned anew after each.")
     ] = None,
@@ -75,7 +75,7 @@ def speedup(
     ] = None,
     answer_seconds: Annotated[
         float, typer.Option(help="For each answer at most, but two rounds.", rich_help_panel=GRID)
-    ] = 3.0,
+    ] = 2.5,
     repeat_busy: Annotated[
         bool,
         typer.Option("--repeat-busy", help="Measure cells again that shared the machine.", rich_help_panel=GRID),
@@ -90,8 +90,8 @@ def speedup(
     from bench.prompts import read_prompts
 
     if grid or round_trips or uplinks:
-        chosen = read_prompts(prompts, count or 2)
-        length = Length(max_new_tokens or 48, answer_seconds)
+        chosen = read_prompts(prompts, count or 3)
+        length = Length(max_new_tokens or 96, answer_seconds)
         _measure_grid(
             bundle, target, dtype, chosen, length, (temperatures, round_trips, uplinks), json_file, repeat_busy
         )

@@ -103,7 +103,9 @@ def cases(cell: Cell) -> list[Case]:
     if cell.round_trip_ms is not None:
         return [TARGET, *auto, *lockstep, FULL]
     full = [Case(f"{FULL.name}, {draft_len} a round", Mode.FULL, draft_len) for draft_len in FULL_DRAFT_LENS]
-    sparse = [Case(f"{name}, {draft_len} a round", other, draft_len) for other, name in others for draft_len in (4, 16)]
+    sparse = [
+        Case(f"{name}, {draft_len} a round", other, draft_len) for other, name in others for draft_len in (4, 8, 16)
+    ]
     return [TARGET, *auto, *lockstep, *sparse, *full, Case(COLOCATED, mode, colocated=True)]
 
 

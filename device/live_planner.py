@@ -24,13 +24,15 @@ SHORTEST_WAIT = 64
 TRIALS_SHARE = 1 / 30
 """Of all time, what trials may cost."""
 _PRIOR_ROUNDS = 4.0
-_CERTAIN_ROUNDS = 6
+_CERTAIN_ROUNDS = 12
 """Before as many rounds, drafting is given up only where it is clearly slower."""
 KEPT_ALONE = 0.5
 """What earlier rounds count for once the target has decoded ``SHORTEST_WAIT`` tokens alone."""
 _INSTANT = 1e-9
 _LEADS = (0.1, 0.25, 0.5, 1.0, 2.0)
 """Between these leads, in units of the natural logarithm of a probability, tokens count as equally likely to stand."""
+_CLOSE_CALLS = (0.5, 0.75)
+"""At most so likely is a token with one of the smallest leads to stand, before any was seen."""
 
 
 class LivePlanner:
@@ -191,5 +193,9 @@ class LivePlanner:
         return (measured.above + _PRIOR_ROUNDS * tokens) / (measured.below + _PRIOR_ROUNDS * seconds + _INSTANT)
 
     def _acceptance(self, lead: float | None) -> float:
-        share = None if lead is None else self._by_lead.get(bisect(_LEADS, lead))
-        return share.mean(self.alpha) if share else self.alpha
+        if lead is None:
+            return self.alpha
+        place = bisect(_LEADS, lead)
+        start = min([self.alpha, *_CLOSE_CALLS[place : place + 1]])
+        share = self._by_lead.get(place)
+        return share.mean(start) if share else start

@@ -1,15 +1,16 @@
 """The grid of speedups: what is kept of it, what is predicted, and what a dead base station leaves."""
 
 import os
+import random
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from bench import grid_run
-from bench.auto_prediction import JudgedRound, auto_speedup
+from bench.auto_prediction import JudgedRound, Track, auto_speedup
 from bench.cell_file import CellFile
 from bench.grid import COLOCATED, FULL, TARGET, Cell, cases, cells
 from bench.grid_run import GridRun, GridSettings, Model
@@ -22,6 +23,7 @@ from bench.results import Results, Row
 from bench.workplace import Workplace
 from device.client import DraftSettings
 from device.link import Link
+from device.live_planner import LivePlanner
 from device.planner import Direction, expected_tokens
 from device.tokenizer import Tokenizer
 from protocol.bundle import GateFigures
@@ -52,7 +54,7 @@ def row(case: str, mode: Mode, draft_len: int | str | None, cell: Cell, tokens_p
         "standing": [round(100_000 * 0.8**place) for place in range(draft_len + 1)]
         if isinstance(draft_len, int)
         else None,
-        "rounds": [[float(accepted), *[None] * fixed] for accepted in range(fixed + 1)] if fixed else None,
+        "rounds": 200 * [[float(accepted), *[None] * fixed] for accepted in range(fixed + 1)] if fixed else None,
         "failed": None if tokens_per_second else "the base station died",
         "load_average": 1.0 + (cell.round_trip_ms or 0) / 25,
         "speedup": tokens_per_second * TARGET_SECONDS if tokens_per_second else None,
@@ -145,8 +147,40 @@ def test_the_plan_is_predicted_to_do_as_well_as_a_fixed_length_and_better_with_l
         sum(min(one.accepted, draft_len) + 1 for one in blind) / 7 * 0.05 / times.seconds(draft_len)
         for draft_len in range(1, 9)
     )
-    assert auto_speedup(GATE, True, blind, times) > 0.93 * best
-    assert auto_speedup(GATE, True, telling, times) > 1.05 * best
+    order = random.Random(1)  # noqa: S311
+    assert auto_speedup(GATE, True, order.sample(40 * blind, 280), times) > 0.93 * best
+    assert auto_speedup(GATE, True, order.sample(40 * telling, 280), times) > 1.05 * best
+
+
+def test_a_plan_meets_the_tokens_of_its_place_whatever_rounds_they_were_measured_in() -> None:
+    """Against a sequence whose every token stands or does not, drafted from anywhere."""
+    order = random.Random(3)  # noqa: S311
+    stands = [order.random() < 0.8 for _ in range(400)]
+    rounds, place = [], 0
+    while place + 9 < len(stands):
+        accepted = [*stands[place : place + 8], False].index(False)
+        rounds.append(JudgedRound([float(place + one) for one in range(8)], accepted))
+        place += accepted + 1
+        stands[place - 1] = accepted == 8  # a bonus token counts as one that would have stood
+    track = Track(rounds)
+    assert track.length == place
+    for begin in range(place - 40):
+        judged = track.draft(begin, Drafts(20))
+        assert len(judged.leads) == 20
+        assert judged.accepted == [*stands[begin : begin + 20], False].index(False)
+        for offset, lead in enumerate(judged.leads[: judged.accepted]):
+            assert lead in (begin + offset, None)
+
+
+class Drafts(LivePlanner):
+    """A plan of always so many tokens."""
+
+    def __init__(self, draft_len: int) -> None:
+        super().__init__(GATE, greedy=True)
+        self._draft_len = draft_len
+
+    def goes_on(self, leads: Sequence[float | None]) -> bool:
+        return len(leads) < self._draft_len
 
 
 def test_a_reply_beyond_the_longest_measured_goes_on_along_the_line() -> None:

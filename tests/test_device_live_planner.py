@@ -232,3 +232,16 @@ def test_an_answer_that_is_left_while_the_target_decodes_does_not_spoil_the_next
     del left
     session.extend([3, 1, 5])
     assert [token.token_id for token in session.answer(20)] == target_alone(table, [3, 1, 5], 20)
+
+
+def test_close_calls_are_not_trusted_before_any_was_seen() -> None:
+    def after(lead: float) -> int:
+        planner = LivePlanner(GATE, greedy=True)
+        planner.observe_decoded(TRIAL, 0.1, 0.1)
+        planner.observe([2.0] * 4, 4, 0.040, 0.060)
+        leads = [lead]
+        while planner.goes_on(leads):
+            leads.append(2.0)
+        return len(leads)
+
+    assert after(0.05) < after(0.2) < after(0.3)
