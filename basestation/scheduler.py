@@ -32,7 +32,7 @@ class PassBudget:
     """
 
     tokens: int = 256
-    prompt_tokens: int = 64
+    prompt_tokens: int = 32
 
     @classmethod
     def of(cls, tokens: int | None, prompt_tokens: int | None, on_cuda: bool) -> Self:

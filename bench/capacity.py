@@ -27,6 +27,8 @@ from protocol.messages import Mode
 
 _NEWCOMER_LEN = 2000
 _RUNNERS = 8
+_PASS_LEN = 5
+"""New tokens of each session where passes are compared: a round of four drafted tokens."""
 _CLOSING_LEN = 5  # of the chat template, behind the user's words
 
 
@@ -46,7 +48,7 @@ class CapacitySettings:
 
     sessions: int = 16
     contexts: tuple[int, int] = (100, 600)
-    draft_len: int = 4
+    draft_len: int = 8
     answer_len: int = 48
     seconds: float = 5.0
     warm_up_seconds: float = 1.0
@@ -124,10 +126,10 @@ def measure_pass_rows(
     target: TargetModel, dense: Any, settings: CapacitySettings, advance: Callable[[], object]
 ) -> list[dict[str, Value]]:
     """Rows of the cases ``packed_pass`` and ``dense_pass``: contexts of one length, and of lengths that differ by 4."""
-    count, new, (shortest, longest) = settings.sessions, settings.draft_len + 1, settings.contexts
+    count, (shortest, longest) = settings.sessions, settings.contexts
     rows = []
     for lengths in ([(shortest + longest) // 2] * count, _spread(longest // 4, longest, count)):
-        rows += _pass_rows(measure_passes(target, dense, lengths, new), lengths, new)
+        rows += _pass_rows(measure_passes(target, dense, lengths, _PASS_LEN), lengths)
         advance()
     return rows
 
@@ -150,9 +152,9 @@ def recorded(
     return recordings
 
 
-def _pass_rows(times: PassTimes, lengths: Sequence[int], new: int) -> list[dict[str, Value]]:
+def _pass_rows(times: PassTimes, lengths: Sequence[int]) -> list[dict[str, Value]]:
     name = f"{min(lengths)}" if len(set(lengths)) == 1 else f"{min(lengths)} to {max(lengths)}"
-    tokens = len(lengths) * new
+    tokens = len(lengths) * _PASS_LEN
     return [
         {
             "case": case,

@@ -369,7 +369,7 @@ def capacity(
     sessions: Annotated[int, typer.Option(help="Devices at once.")] = 16,
     shortest: Annotated[int, typer.Option(help="Tokens of the shortest prompt.")] = 100,
     longest: Annotated[int, typer.Option(help="Tokens of the longest.")] = 600,
-    draft_len: Annotated[int, typer.Option(help="Tokens drafted in a round.")] = 4,
+    draft_len: Annotated[int, typer.Option(help="Tokens drafted in a round.")] = 8,
     answer_len: Annotated[int, typer.Option(help="Tokens of an answer.")] = 48,
     think: Annotated[
         float | None, typer.Option(help="Milliseconds a device drafts a token; left out, as recorded.")
