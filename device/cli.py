@@ -64,6 +64,9 @@ DraftLen = Annotated[
 Threads = Annotated[int, typer.Option(help="Threads of the draft model; 0: all cores.")]
 Provider = Annotated[str, typer.Option(help="Execution provider of ONNX Runtime.")]
 ConnectTimeout = Annotated[float, typer.Option(help="Seconds to wait for the base station's first word.")]
+PatienceOption = Annotated[
+    float, typer.Option(help="Seconds to wait for a base station that is silent, full or being stopped.", min=1)
+]
 KeyOption = Annotated[Path | None, typer.Option("--key", metavar="FILE", help="This device's key, of keys new.")]
 StationKey = Annotated[str | None, typer.Option(help="The base station's public key, or the file that holds it.")]
 ShowOrigins = Annotated[bool, typer.Option(help="Colour tokens: accepted green, recovered red, bonus blue.")]
@@ -77,7 +80,7 @@ class _Place:
     server: str
     threads: int
     provider: str
-    connect_timeout: float
+    patience: Patience
     keys: LinkKeys | None
 
 
@@ -104,6 +107,7 @@ def generate(
     threads: Threads = 0,
     provider: Provider = "CPUExecutionProvider",
     connect_timeout: ConnectTimeout = 5.0,
+    patience: PatienceOption = 60.0,
     key: KeyOption = None,
     station_key: StationKey = None,
     raw: Annotated[bool, typer.Option("--raw", help="Take the prompt as it is, without chat template.")] = False,
@@ -115,7 +119,9 @@ def generate(
         bundle, _sampling(temperature, top_k, top_p, seed), mode, (uplink_k, uplink_p, uplink_steps), draft_len
     )
     _at_least_one("max-new-tokens", max_new_tokens)
-    place = _Place(bundle, server, threads, provider, connect_timeout, _keys(key, station_key))
+    place = _Place(
+        bundle, server, threads, provider, Patience(connect_timeout, reply=patience), _keys(key, station_key)
+    )
     with _conversation(place, settings) as conversation:
         tokenizer = conversation.tokenizer
         ids = tokenizer.encode(prompt) if raw else tokenizer.encode_chat([{"role": "user", "content": prompt}])
@@ -141,6 +147,7 @@ def chat(
     threads: Threads = 0,
     provider: Provider = "CPUExecutionProvider",
     connect_timeout: ConnectTimeout = 5.0,
+    patience: PatienceOption = 60.0,
     key: KeyOption = None,
     station_key: StationKey = None,
     origins: ShowOrigins = False,
@@ -151,7 +158,9 @@ def chat(
     )
     _at_least_one("max-new-tokens", max_new_tokens)
     messages: list[ChatMessage] = []
-    place = _Place(bundle, server, threads, provider, connect_timeout, _keys(key, station_key))
+    place = _Place(
+        bundle, server, threads, provider, Patience(connect_timeout, reply=patience), _keys(key, station_key)
+    )
     with _conversation(place, settings) as conversation:
         for line in _lines():
             messages.append({"role": "user", "content": line})
@@ -181,6 +190,7 @@ def serve(
     threads: Threads = 0,
     provider: Provider = "CPUExecutionProvider",
     connect_timeout: ConnectTimeout = 5.0,
+    patience: PatienceOption = 60.0,
     key: KeyOption = None,
     station_key: StationKey = None,
 ) -> None:
@@ -193,7 +203,9 @@ def serve(
     settings = partial(_settings, bundle, mode=mode, uplink=uplink, draft_len=draft_len)
     settings(_sampling(temperature, top_k, top_p, seed))  # raises what is wrong with them
     _at_least_one("max-new-tokens", max_new_tokens)
-    place = _Place(bundle, server, threads, provider, connect_timeout, _keys(key, station_key))
+    place = _Place(
+        bundle, server, threads, provider, Patience(connect_timeout, reply=patience), _keys(key, station_key)
+    )
     from device import http
     from device.chat_request import Defaults
     from device.worker import Worker
@@ -289,7 +301,7 @@ def _connect(place: _Place, manifest: Manifest) -> tuple[Link, Client]:
     # a device may run several times at once with one key
     first_session = secrets.randbits(31) if place.keys else 0
     try:
-        return link, Client(link, manifest, Patience(connect=place.connect_timeout), first_session=first_session)
+        return link, Client(link, manifest, place.patience, first_session=first_session)
     except BaseException:
         link.close()
         raise
