@@ -17,6 +17,7 @@ from bench.station import running_station
 from bench.workplace import workplace
 from device.client import Client, DeviceSession, DraftSettings, Patience
 from device.link import Link
+from device.live_planner import TRIAL
 from protocol.errors import ClosingError, FaultError, FullError
 from protocol.frames import FrameCodec
 from protocol.messages import Message, Mode, Sampling
@@ -151,9 +152,28 @@ def test_what_was_waited_is_not_taken_for_the_links_delay() -> None:
     model = FakeDraftModel.make(DRAFT)
     client, _ = join(transport.station, model, transport)
     settings = DraftSettings(Mode.IDS, Sampling(), uplink_k=1, draft_len=None)
-    client.open(settings, model, PROMPT)
+    stream = client.open(settings, model, PROMPT).answer(TRIAL)
+    assert len(list(stream)) == TRIAL
     assert transport.now >= 30
-    assert client.planner(settings, model.manifest).times.round_trip_seconds == 0
+    assert client.planner(settings, model.manifest).times.round_trip_seconds < 1e-6
+
+
+class ReconnectedTransport(RefusingTransport):
+    """Three seconds into the first pause, the connection is a new one, to a base station that has room."""
+
+    def receive(self, timeout: float) -> bytes | None:
+        if timeout <= Patience().repeat or self.connections > 1:
+            return super().receive(timeout)
+        self.connections = 2
+        self.opens_at = self.now = self.now + 3
+        return None
+
+
+def test_a_new_connection_ends_the_pause() -> None:
+    transport = ReconnectedTransport(new_station())
+    transport.opens_at, transport.retry_seconds = 1e9, 40
+    assert answer_of(open_at(transport, SETTINGS[0])) == undisturbed(SETTINGS[0])
+    assert transport.now == 3
 
 
 @every_mode
