@@ -16,6 +16,7 @@ from device.draft_model import DraftModel
 from device.drafter import Drafter
 from device.link import Link
 from device.live_planner import LivePlanner
+from device.records import Moment, Moments, Records, RoundRecord
 from device.sampling import Uplink
 from protocol.bundle import Manifest
 from protocol.errors import (
@@ -136,6 +137,7 @@ class Client:
         manifest: of the draft model; the base station refuses one that is not its target's kin.
         patience: how long to wait.
         clock: seconds, monotonic.
+        records: keeps a line for every round.
         first_session: id of the first session; clients that share a key must not share ids.
 
     Raises:
@@ -149,9 +151,11 @@ class Client:
         manifest: Manifest,
         patience: Patience | None = None,
         clock: Callable[[], float] = time.monotonic,
+        records: Records | None = None,
         first_session: int = 0,
     ) -> None:
         self._link = link
+        self._records = records
         self._patience = patience or Patience()
         self.clock = clock
         self._next_session = first_session
@@ -244,9 +248,14 @@ class Client:
         """Send what needs no answer."""
         self._link.send(message)
 
-    def work_clock(self) -> float:
-        """Seconds, monotonic; it stands still in pauses."""
-        return self.clock() - self._paused_seconds
+    def now(self) -> Moment:
+        """The clock, which stands still in pauses, and the bytes so far."""
+        return Moment(self.clock() - self._paused_seconds, self._link.uplink_bytes, self._link.downlink_bytes)
+
+    def record(self, mode: Mode, verdict: Verdict, draft_len: int, drafted: int, moments: Moments) -> None:
+        """Have a round written down, where anybody wants that; see ``RoundRecord.of``."""
+        if self._records:
+            self._records.keep(RoundRecord.of(self._link.device, mode, verdict, draft_len, drafted, moments))
 
     def pause(self, refusal: FaultError, since: float | None) -> float:
         """Let time pass where the base station is full or being stopped; a new connection ends it.
@@ -309,9 +318,9 @@ class DeviceSession:
         self.stop_ids = frozenset(model.manifest.stop_ids)
         self._rounds = SessionRounds(self.stop_ids)
         self._check_prompt(prompt_ids)
-        began = client.work_clock()
+        began = client.now()
         self._ask(self._opening(prompt_ids))
-        self._planner.observe_opened(client.work_clock() - began)
+        self._planner.observe_opened(client.now().seconds - began.seconds)
         self._commit_prompt(prompt_ids)
 
     def extend(self, prompt_ids: list[int]) -> None:
@@ -356,18 +365,20 @@ class DeviceSession:
 
     def _round(self, room: int) -> list[AnswerToken]:
         """Draft up to ``room`` tokens, have them judged, commit what stands and what follows."""
-        began = self._client.work_clock()
+        began = self._client.now()
         fixed = self._settings.draft_len
-        most = self._client.welcome.max_draft_len if fixed is None else fixed
+        draft_len = min(self._client.welcome.max_draft_len if fixed is None else fixed, room)
         goes_on = self._planner.goes_on if fixed is None else None
-        guess = self._drafter.draft(self.tokens, min(most, room), goes_on)
+        guess = self._drafter.draft(self.tokens, draft_len, goes_on)
         draft = Draft(self._session_id, self._rounds.round_id, guess.token_ids, guess.distributions)
-        sent = self._client.work_clock()
+        sent = self._client.now()
         verdict = self._ask(draft)
         assert isinstance(verdict, Verdict)
-        reply_seconds = None if self._reads_prompt else self._client.work_clock() - sent
+        judged = self._client.now()
+        reply_seconds = None if self._reads_prompt else judged.seconds - sent.seconds
         self._reads_prompt = False
-        self._planner.observe(guess.leads, verdict.accepted, sent - began, reply_seconds)
+        self._planner.observe(guess.leads, verdict.accepted, sent.seconds - began.seconds, reply_seconds)
+        self._client.record(self._settings.mode, verdict, draft_len, len(guess.token_ids), (began, sent, judged))
         self.tally.drafted += len(guess.token_ids)
         self.tally.accepted += verdict.accepted
         return self._commit(guess.token_ids, verdict)
@@ -380,17 +391,19 @@ class DeviceSession:
 
     def _decode(self, count: int) -> Iterator[AnswerToken]:
         """Let the target decode alone, and commit its tokens as they come."""
-        heard = [self._client.work_clock()]
+        heard = [self._client.now()]
         for verdict in self._replies(Decode(self._session_id, self._rounds.round_id, count)):
             assert isinstance(verdict, Verdict)
-            heard.append(self._client.work_clock())
+            heard.append(self._client.now())
+            self._client.record(self._settings.mode, verdict, 0, 0, (heard[-2], heard[-2], heard[-1]))
             yield from self._commit((), verdict)
             if len(heard) % _READ_ALONG == 0:
                 self._read_along()
         self._read_along()
-        first_seconds = None if self._reads_prompt else heard[1] - heard[0]
+        seconds = [moment.seconds for moment in heard]
+        first_seconds = None if self._reads_prompt else seconds[1] - seconds[0]
         self._reads_prompt = False
-        self._planner.observe_decoded(len(heard) - 1, first_seconds, heard[-1] - heard[1])
+        self._planner.observe_decoded(len(seconds) - 1, first_seconds, seconds[-1] - seconds[1])
 
     def _read_along(self) -> None:
         """Keep the draft model in step while the target decodes, so that drafting can begin at once."""

@@ -65,6 +65,10 @@ class MemoryTransport:
     uplink: list[bytes] = field(default_factory=list)
     _arrived: deque[bytes] = field(default_factory=deque)
 
+    @property
+    def device(self) -> str:
+        return self.peer.hex()
+
     def send(self, frame: bytes) -> None:
         self.uplink.append(frame)
         for _ in range(self.up(self.station.codec.decode(frame))):
