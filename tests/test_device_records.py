@@ -153,8 +153,9 @@ def test_rounds_join_over_broken_connections_and_a_second_base_station(place: Pl
         relay.hang_up()
         first.close()
         list(stream)
-        assert session.tally.rounds == len(joined(place.device, place.station))
-    assert len({one["session"] for one, _ in joined(place.device, place.station)}) == 2
+    pairs = joined(place.device, place.station)
+    assert len(pairs) == session.tally.rounds
+    assert len({one["session"] for one, _ in pairs}) == 2
 
 
 def test_a_record_that_cannot_be_written_ends_nothing(caplog: pytest.LogCaptureFixture) -> None:
