@@ -261,7 +261,7 @@ def test_generate_says_that_it_waits_and_answers_as_ever() -> None:
             waiting.start()
             while waiting.is_alive():
                 next(stream)
-                waiting.join(0.2)
+                waiting.join(1.0)  # often enough to be busy, and for long enough
             occupant.close()
             text, errors = device.communicate(timeout=60)
     assert device.returncode == 0
