@@ -213,7 +213,8 @@ class Engine:
 
     def _refuse(self, session: Session) -> None:
         session_id = next(key[1] for key, one in self._sessions.items() if one is session)
-        error = FullError(f"the base station is out of memory; come back in {BUSY_SECONDS:.0f} s")
+        seconds = round(BUSY_SECONDS)
+        error = FullError(f"the base station is out of memory; come back in {seconds} s", seconds)
         self.fault(Peer(session.owner, session.address), session_id, error)
 
     def drop_idle(self) -> None:
@@ -342,7 +343,7 @@ class Engine:
 
     def _tell_fault(self, address: bytes, session_id: int | None, error: EdgedraftError) -> None:
         self._metrics.count_fault(error.code)
-        self._deliver(address, Fault(session_id, error.code, str(error)))
+        self._deliver(address, Fault(session_id, error.code, str(error), error.retry_seconds))
 
     def _deliver(self, address: bytes, message: Message, session: Session | None = None) -> None:
         size = self._send(address, message)

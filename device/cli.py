@@ -6,7 +6,7 @@ import secrets
 import shlex
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from device.client import Client, DraftSettings, Origin, Patience
 from device.draft_model import DraftModel
 from device.keys import LinkKeys, new_key
 from device.link import Link
+from device.records import Records
 from device.sampling import best_mode
 from device.tokenizer import ChatMessage, Tokenizer
 from protocol.bundle import Manifest
@@ -64,8 +65,12 @@ DraftLen = Annotated[
 Threads = Annotated[int, typer.Option(help="Threads of the draft model; 0: all cores.")]
 Provider = Annotated[str, typer.Option(help="Execution provider of ONNX Runtime.")]
 ConnectTimeout = Annotated[float, typer.Option(help="Seconds to wait for the base station's first word.")]
+PatienceOption = Annotated[
+    float, typer.Option(help="Seconds to wait for a base station that is silent, full or being stopped.", min=1)
+]
 KeyOption = Annotated[Path | None, typer.Option("--key", metavar="FILE", help="This device's key, of keys new.")]
 StationKey = Annotated[str | None, typer.Option(help="The base station's public key, or the file that holds it.")]
+RecordOption = Annotated[Path | None, typer.Option(metavar="FILE", help="Add a JSON line for every round.")]
 ShowOrigins = Annotated[bool, typer.Option(help="Colour tokens: accepted green, recovered red, bonus blue.")]
 
 
@@ -77,8 +82,9 @@ class _Place:
     server: str
     threads: int
     provider: str
-    connect_timeout: float
+    patience: Patience
     keys: LinkKeys | None
+    record: Path | None
 
 
 @app.callback()
@@ -104,8 +110,10 @@ def generate(
     threads: Threads = 0,
     provider: Provider = "CPUExecutionProvider",
     connect_timeout: ConnectTimeout = 5.0,
+    patience: PatienceOption = 60.0,
     key: KeyOption = None,
     station_key: StationKey = None,
+    record: RecordOption = None,
     raw: Annotated[bool, typer.Option("--raw", help="Take the prompt as it is, without chat template.")] = False,
     origins: ShowOrigins = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the text.")] = False,
@@ -115,7 +123,8 @@ def generate(
         bundle, _sampling(temperature, top_k, top_p, seed), mode, (uplink_k, uplink_p, uplink_steps), draft_len
     )
     _at_least_one("max-new-tokens", max_new_tokens)
-    place = _Place(bundle, server, threads, provider, connect_timeout, _keys(key, station_key))
+    waits = Patience(connect_timeout, reply=patience)
+    place = _Place(bundle, server, threads, provider, waits, _keys(key, station_key), record)
     with _conversation(place, settings) as conversation:
         tokenizer = conversation.tokenizer
         ids = tokenizer.encode(prompt) if raw else tokenizer.encode_chat([{"role": "user", "content": prompt}])
@@ -141,8 +150,10 @@ def chat(
     threads: Threads = 0,
     provider: Provider = "CPUExecutionProvider",
     connect_timeout: ConnectTimeout = 5.0,
+    patience: PatienceOption = 60.0,
     key: KeyOption = None,
     station_key: StationKey = None,
+    record: RecordOption = None,
     origins: ShowOrigins = False,
 ) -> None:
     """Talk; each turn sends and runs only what is new. An empty line or Ctrl-D ends."""
@@ -151,7 +162,8 @@ def chat(
     )
     _at_least_one("max-new-tokens", max_new_tokens)
     messages: list[ChatMessage] = []
-    place = _Place(bundle, server, threads, provider, connect_timeout, _keys(key, station_key))
+    waits = Patience(connect_timeout, reply=patience)
+    place = _Place(bundle, server, threads, provider, waits, _keys(key, station_key), record)
     with _conversation(place, settings) as conversation:
         for line in _lines():
             messages.append({"role": "user", "content": line})
@@ -181,8 +193,10 @@ def serve(
     threads: Threads = 0,
     provider: Provider = "CPUExecutionProvider",
     connect_timeout: ConnectTimeout = 5.0,
+    patience: PatienceOption = 60.0,
     key: KeyOption = None,
     station_key: StationKey = None,
+    record: RecordOption = None,
 ) -> None:
     """Answer programs over HTTP, as OpenAI's chat completions, until interrupted.
 
@@ -193,17 +207,19 @@ def serve(
     settings = partial(_settings, bundle, mode=mode, uplink=uplink, draft_len=draft_len)
     settings(_sampling(temperature, top_k, top_p, seed))  # raises what is wrong with them
     _at_least_one("max-new-tokens", max_new_tokens)
-    place = _Place(bundle, server, threads, provider, connect_timeout, _keys(key, station_key))
+    waits = Patience(connect_timeout, reply=patience)
+    place = _Place(bundle, server, threads, provider, waits, _keys(key, station_key), record)
     from device import http
     from device.chat_request import Defaults
     from device.worker import Worker
 
     http.check_bind(bind, insecure)  # before what takes long
-    model, tokenizer = _load(place)
-    logging.getLogger("device").info("loaded %s", bundle)
-    worker = Worker(model, tokenizer, partial(_connect, place, model.manifest))
-    defaults = Defaults(temperature, top_k, top_p, seed, max_new_tokens, settings)
-    http.serve(worker, model.manifest.name, defaults, bind, insecure)
+    with _records(place) as records:
+        model, tokenizer = _load(place)
+        logging.getLogger("device").info("loaded %s", bundle)
+        worker = Worker(model, tokenizer, partial(_connect, place, model.manifest, records))
+        defaults = Defaults(temperature, top_k, top_p, seed, max_new_tokens, settings)
+        http.serve(worker, model.manifest.name, defaults, bind, insecure)
 
 
 @keys_app.command()
@@ -266,16 +282,17 @@ def _at_least_one(name: str, value: int) -> None:
 @contextmanager
 def _conversation(place: _Place, settings: DraftSettings) -> Iterator[Conversation]:
     """A conversation over a fresh link; both are closed whatever happens."""
-    model, tokenizer = _load(place)
-    link, client = _connect(place, model.manifest)
-    try:
-        conversation = Conversation(link, client, model, tokenizer, settings)
+    with _records(place) as records:
+        model, tokenizer = _load(place)
+        link, client = _connect(place, model.manifest, records)
         try:
-            yield conversation
+            conversation = Conversation(link, client, model, tokenizer, settings)
+            try:
+                yield conversation
+            finally:
+                conversation.close()
         finally:
-            conversation.close()
-    finally:
-        link.close()
+            link.close()
 
 
 def _load(place: _Place) -> tuple[DraftModel, Tokenizer]:
@@ -283,13 +300,17 @@ def _load(place: _Place) -> tuple[DraftModel, Tokenizer]:
     return model, Tokenizer(place.bundle, model.manifest)
 
 
-def _connect(place: _Place, manifest: Manifest) -> tuple[Link, Client]:
+def _records(place: _Place) -> AbstractContextManager[Records | None]:
+    return closing(Records(place.record)) if place.record else nullcontext()
+
+
+def _connect(place: _Place, manifest: Manifest, records: Records | None) -> tuple[Link, Client]:
     """A link, and the base station greeted over it."""
     link = Link.connect(place.server, FrameCodec(manifest.vocab_size), place.keys)
     # a device may run several times at once with one key
     first_session = secrets.randbits(31) if place.keys else 0
     try:
-        return link, Client(link, manifest, Patience(connect=place.connect_timeout), first_session=first_session)
+        return link, Client(link, manifest, place.patience, records=records, first_session=first_session)
     except BaseException:
         link.close()
         raise

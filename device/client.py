@@ -4,6 +4,9 @@ A request is repeated until its reply is there, so lost frames cost time and
 nothing else. Knows tokens, not text.
 """
 
+import logging
+import math
+import random
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -13,9 +16,19 @@ from device.draft_model import DraftModel
 from device.drafter import Drafter
 from device.link import Link
 from device.live_planner import LivePlanner
+from device.records import Moment, Moments, Records, RoundRecord
 from device.sampling import Uplink
 from protocol.bundle import Manifest
-from protocol.errors import ContextLengthError, FaultError, LinkError, MismatchError, SettingsError, UnknownSessionError
+from protocol.errors import (
+    ClosingError,
+    ContextLengthError,
+    FaultError,
+    FullError,
+    LinkError,
+    MismatchError,
+    SettingsError,
+    UnknownSessionError,
+)
 from protocol.limits import option_name
 from protocol.messages import (
     OLDEST_VERSION,
@@ -40,6 +53,11 @@ from protocol.messages import (
 )
 from protocol.rounds import SessionRounds, State
 
+logger = logging.getLogger(__name__)
+
+_FIRST_PAUSE = 1.0
+_JITTER = 0.25
+"""How much longer than it should a pause may be, so that not all who were refused come back at once."""
 _READ_ALONG = 8
 """Tokens of the target alone after which the draft model reads them: together they take it less time."""
 
@@ -62,7 +80,10 @@ class AnswerToken:
 
 @dataclass(frozen=True)
 class Patience:
-    """Times in seconds: when to repeat a request, and when to give up."""
+    """Times in seconds: when to repeat a request, and when to give up.
+
+    ``reply`` is the patience with silence, and with a base station that is full or being stopped.
+    """
 
     connect: float = 5.0
     repeat: float = 5.0
@@ -116,6 +137,7 @@ class Client:
         manifest: of the draft model; the base station refuses one that is not its target's kin.
         patience: how long to wait.
         clock: seconds, monotonic.
+        records: keeps a line for every round.
         first_session: id of the first session; clients that share a key must not share ids.
 
     Raises:
@@ -129,12 +151,15 @@ class Client:
         manifest: Manifest,
         patience: Patience | None = None,
         clock: Callable[[], float] = time.monotonic,
+        records: Records | None = None,
         first_session: int = 0,
     ) -> None:
         self._link = link
+        self._records = records
         self._patience = patience or Patience()
         self.clock = clock
         self._next_session = first_session
+        self._paused_seconds = 0.0
         self._planners: dict[tuple[Mode, float], LivePlanner] = {}
         self._hello = Hello(
             PROTOCOL_VERSION, manifest.vocab_size, bytes.fromhex(manifest.vocabulary_hash), manifest.stop_ids
@@ -223,6 +248,45 @@ class Client:
         """Send what needs no answer."""
         self._link.send(message)
 
+    def now(self) -> Moment:
+        """The clock, which stands still in pauses, and the bytes so far."""
+        return Moment(self.clock() - self._paused_seconds, self._link.uplink_bytes, self._link.downlink_bytes)
+
+    def record(self, mode: Mode, verdict: Verdict, draft_len: int, drafted: int, moments: Moments) -> None:
+        """Have a round written down, where anybody wants that; see ``RoundRecord.of``."""
+        if self._records:
+            self._records.keep(RoundRecord.of(self._link.device, mode, verdict, draft_len, drafted, moments))
+
+    def pause(self, refusal: FaultError, since: float | None) -> float:
+        """Let time pass where the base station is full or being stopped; a new connection ends it.
+
+        It lasts as long as the Fault says, or else as long again as since the first refusal.
+
+        Args:
+            refusal: the Fault.
+            since: when it was refused first, by ``clock``; None for now.
+
+        Returns:
+            ``since``, or now.
+
+        Raises:
+            FaultError: to come back would be more than ``patience.reply`` seconds after the first refusal.
+        """
+        began = self.clock()
+        waited = 0.0 if since is None else began - since
+        seconds = refusal.retry_seconds or min(max(_FIRST_PAUSE, waited), self._patience.repeat)
+        pause = seconds * random.uniform(1, 1 + _JITTER)  # noqa: S311 - no secret
+        if waited + pause > self._patience.reply:
+            text = f"{refusal.text} (waited {waited:.0f} s)"
+            raise FaultError(refusal.fault_code, text, math.ceil(seconds)) from refusal
+        if since is None:
+            logger.warning("waiting for up to %.0f s: %s", self._patience.reply, refusal.text)
+        connections = self._link.connections
+        while (left := began + pause - self.clock()) > 0 and self._link.connections == connections:
+            self._link.receive(left)  # whatever comes is of a session that is over
+        self._paused_seconds += self.clock() - began
+        return began if since is None else since
+
 
 class DeviceSession:
     """One conversation: the committed tokens, and answers that go on from them.
@@ -254,9 +318,9 @@ class DeviceSession:
         self.stop_ids = frozenset(model.manifest.stop_ids)
         self._rounds = SessionRounds(self.stop_ids)
         self._check_prompt(prompt_ids)
-        began = client.clock()
+        began = client.now()
         self._ask(self._opening(prompt_ids))
-        self._planner.observe_opened(client.clock() - began)
+        self._planner.observe_opened(client.now().seconds - began.seconds)
         self._commit_prompt(prompt_ids)
 
     def extend(self, prompt_ids: list[int]) -> None:
@@ -301,18 +365,20 @@ class DeviceSession:
 
     def _round(self, room: int) -> list[AnswerToken]:
         """Draft up to ``room`` tokens, have them judged, commit what stands and what follows."""
-        began = self._client.clock()
+        began = self._client.now()
         fixed = self._settings.draft_len
-        most = self._client.welcome.max_draft_len if fixed is None else fixed
+        draft_len = min(self._client.welcome.max_draft_len if fixed is None else fixed, room)
         goes_on = self._planner.goes_on if fixed is None else None
-        guess = self._drafter.draft(self.tokens, min(most, room), goes_on)
+        guess = self._drafter.draft(self.tokens, draft_len, goes_on)
         draft = Draft(self._session_id, self._rounds.round_id, guess.token_ids, guess.distributions)
-        sent = self._client.clock()
+        sent = self._client.now()
         verdict = self._ask(draft)
         assert isinstance(verdict, Verdict)
-        reply_seconds = None if self._reads_prompt else self._client.clock() - sent
+        judged = self._client.now()
+        reply_seconds = None if self._reads_prompt else judged.seconds - sent.seconds
         self._reads_prompt = False
-        self._planner.observe(guess.leads, verdict.accepted, sent - began, reply_seconds)
+        self._planner.observe(guess.leads, verdict.accepted, sent.seconds - began.seconds, reply_seconds)
+        self._client.record(self._settings.mode, verdict, draft_len, len(guess.token_ids), (began, sent, judged))
         self.tally.drafted += len(guess.token_ids)
         self.tally.accepted += verdict.accepted
         return self._commit(guess.token_ids, verdict)
@@ -325,17 +391,19 @@ class DeviceSession:
 
     def _decode(self, count: int) -> Iterator[AnswerToken]:
         """Let the target decode alone, and commit its tokens as they come."""
-        heard = [self._client.clock()]
+        heard = [self._client.now()]
         for verdict in self._replies(Decode(self._session_id, self._rounds.round_id, count)):
             assert isinstance(verdict, Verdict)
-            heard.append(self._client.clock())
+            heard.append(self._client.now())
+            self._client.record(self._settings.mode, verdict, 0, 0, (heard[-2], heard[-2], heard[-1]))
             yield from self._commit((), verdict)
             if len(heard) % _READ_ALONG == 0:
                 self._read_along()
         self._read_along()
-        first_seconds = None if self._reads_prompt else heard[1] - heard[0]
+        seconds = [moment.seconds for moment in heard]
+        first_seconds = None if self._reads_prompt else seconds[1] - seconds[0]
         self._reads_prompt = False
-        self._planner.observe_decoded(len(heard) - 1, first_seconds, heard[-1] - heard[1])
+        self._planner.observe_decoded(len(seconds) - 1, first_seconds, seconds[-1] - seconds[1])
 
     def _read_along(self) -> None:
         """Keep the draft model in step while the target decodes, so that drafting can begin at once."""
@@ -369,15 +437,17 @@ class DeviceSession:
         return next(self._replies(request))
 
     def _replies(self, request: Request) -> Iterator[Reply]:
-        """The replies to one request, whatever the base station forgets meanwhile."""
-        answered = 0
+        """The replies to one request, whatever the base station forgets or refuses meanwhile."""
+        answered, refused_at = 0, None
         while True:
             try:
                 for reply in self._attempt(self._remaining(request, answered)):
-                    answered += 1
+                    answered, refused_at = answered + 1, None
                     yield reply
             except FaultError as fault:
-                if fault.fault_code != UnknownSessionError.code:
+                if fault.fault_code in (FullError.code, ClosingError.code):
+                    refused_at = self._client.pause(fault, refused_at)
+                elif fault.fault_code != UnknownSessionError.code:
                     raise
                 self._begin_again()
                 if not isinstance(request, Open):
@@ -422,4 +492,4 @@ class DeviceSession:
 def _raise_fault(message: Message, session_id: int | None) -> None:
     """Raise a Fault that is about this session or about none; one of another session ends that one alone."""
     if isinstance(message, Fault) and message.session_id in (None, session_id):
-        raise FaultError(message.code, message.text)
+        raise FaultError(message.code, message.text, message.retry_seconds)

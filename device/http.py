@@ -25,7 +25,7 @@ from starlette.routing import Route
 
 from device.chat_request import ChatRequest, Defaults, Fields
 from device.worker import Errand, Event, Finish, Question, Worker
-from protocol.errors import BundleError, EdgedraftError, LinkError, SettingsError
+from protocol.errors import BundleError, EdgedraftError, FaultError, LinkError, SettingsError
 from protocol.loopback import is_loopback
 
 logger = logging.getLogger(__name__)
@@ -248,7 +248,8 @@ async def _refuse(_: Request, error: Exception) -> Response:
     if isinstance(error, HTTPException):
         return JSONResponse(_error(error), error.status_code)
     status = 400 if isinstance(error, SettingsError | BundleError) else 503
-    return JSONResponse(_error(error), status)
+    seconds = error.retry_seconds if isinstance(error, EdgedraftError) else 0
+    return JSONResponse(_error(error), status, {"Retry-After": str(seconds)} if seconds else None)
 
 
 async def _forget(_: Request, __: Exception) -> Response:
@@ -258,6 +259,8 @@ async def _forget(_: Request, __: Exception) -> Response:
 
 def _error(error: Exception) -> Fields:
     code = error.code if isinstance(error, EdgedraftError) else None
+    if isinstance(error, FaultError):
+        code = error.fault_code
     message = error.detail if isinstance(error, HTTPException) else str(error)
     return {"error": {"message": message, "type": type(error).__name__, "param": None, "code": code}}
 

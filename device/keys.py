@@ -29,11 +29,15 @@ class LinkKeys:
         """
         return cls(read_secret(path), read_public(station))
 
+    @property
+    def public(self) -> str:
+        """The device's public key, which is who it is to the base station."""
+        return zmq.curve_public(self.secret.encode()).decode()
+
     def protect(self, dealer: "zmq.Socket[bytes]") -> None:
         """Encrypt what a socket sends, to that base station alone; before it is connected."""
-        secret = self.secret.encode()
-        dealer.setsockopt(zmq.CURVE_PUBLICKEY, zmq.curve_public(secret))
-        dealer.setsockopt(zmq.CURVE_SECRETKEY, secret)
+        dealer.setsockopt(zmq.CURVE_PUBLICKEY, self.public.encode())
+        dealer.setsockopt(zmq.CURVE_SECRETKEY, self.secret.encode())
         dealer.setsockopt(zmq.CURVE_SERVERKEY, self.station.encode())
 
 

@@ -39,9 +39,14 @@ class Transport(Protocol):
 
     Attributes:
         connections: how many there have been, one after the other.
+        device: what the base station calls this device: its public key, or its address where there are no keys.
     """
 
     connections: int
+
+    @property
+    def device(self) -> str:
+        """See above."""
 
     def send(self, frame: bytes) -> None:
         """Send one frame, or lose it."""
@@ -121,13 +126,19 @@ class SocketTransport:
             self._heed_handshakes()
         return None
 
+    @property
+    def device(self) -> str:
+        """The public key, or the address, as the base station writes it down."""
+        return self._keys.public if self._keys else self._routing_id.hex()
+
     def close(self) -> None:
         """Send what is on its way, and end."""
         self._dealer.disable_monitor()
         self._context.destroy(linger=_LINGER_MS)
 
     def _connect(self) -> None:
-        self._dealer.setsockopt(zmq.ROUTING_ID, b"\x01" + os.urandom(15 if self._keys else 7))  # 0 first is reserved
+        self._routing_id = b"\x01" + os.urandom(15 if self._keys else 7)  # 0 first is reserved
+        self._dealer.setsockopt(zmq.ROUTING_ID, self._routing_id)
         self._dealer.connect(self._address)
 
     def _heed_handshakes(self) -> None:
@@ -205,6 +216,11 @@ class Link:
     def connections(self) -> int:
         """How many connections there have been, one after the other."""
         return self._transport.connections
+
+    @property
+    def device(self) -> str:
+        """What the base station calls this device in its records."""
+        return self._transport.device
 
     def receive(self, timeout: float) -> Message | None:
         """The next message, or None after ``timeout`` seconds or with a new connection.

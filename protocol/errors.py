@@ -31,10 +31,14 @@ from typing import ClassVar
 
 
 class EdgedraftError(Exception):
-    """Root of the tree; ``code`` names the error on the wire."""
+    """Root of the tree; ``code`` names the error on the wire.
+
+    ``retry_seconds`` is after how long it is worth trying again, 0 where nobody can say.
+    """
 
     code: ClassVar[str] = "error"
     exit_code: ClassVar[int] = 1
+    retry_seconds: int = 0
 
 
 class SettingsError(EdgedraftError):
@@ -109,6 +113,10 @@ class FullError(EdgedraftError):
 
     code = "full"
 
+    def __init__(self, text: str, retry_seconds: int = 0) -> None:
+        super().__init__(text)
+        self.retry_seconds = retry_seconds
+
 
 class BusyError(EdgedraftError):
     """More requests wait already than are taken."""
@@ -175,7 +183,8 @@ class FaultError(ProtocolError):
 
     code = "fault"
 
-    def __init__(self, fault_code: str, text: str) -> None:
+    def __init__(self, fault_code: str, text: str, retry_seconds: int = 0) -> None:
         super().__init__(f"the other end answered {fault_code!r}: {text}")
         self.fault_code = fault_code
         self.text = text
+        self.retry_seconds = retry_seconds

@@ -148,7 +148,7 @@ class FrameCodec:
             _Layout(Decode, 6, (counter, counter, counter)),
             _Layout(Verdict, 7, (counter, counter, counter, self._token)),
             _Layout(Close, 8, (counter,)),
-            _Layout(Fault, 9, (_optional(counter), _text(40), _text(MAX_FAULT_TEXT))),
+            _Layout(Fault, 9, (_optional(counter), _text(40), _text(MAX_FAULT_TEXT), counter)),
             _Layout(Resume, 11, (counter, counter, counter, _binary(HASH_BYTES))),
             _Layout(Resumed, 12, (counter, counter, counter)),
         ]

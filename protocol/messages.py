@@ -255,12 +255,14 @@ class Close:
 class Fault:
     """Something went wrong: ``code`` of an ``EdgedraftError`` and one line about it.
 
-    ``session_id`` is None where no session can be blamed.
+    ``session_id`` is None where no session can be blamed. ``retry_seconds`` is after
+    how long it is worth trying again, 0 where that is not told.
     """
 
     session_id: int | None
     code: str
     text: str
+    retry_seconds: int = 0
 
 
 Request: TypeAlias = Open | Draft | Decode | Extend

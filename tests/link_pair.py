@@ -11,10 +11,10 @@ from basestation.target_model import TargetModel
 from device.client import Client, Patience
 from device.draft_model import DraftModel
 from device.link import Link
-from protocol.errors import ProtocolError
+from protocol.errors import FullError, ProtocolError
 from protocol.frames import FrameCodec
 from protocol.limits import Limits
-from protocol.messages import Message
+from protocol.messages import Fault, Message, Open
 
 Fate: TypeAlias = Callable[[Message], int]
 """How many times a message arrives: 0 loses it, 2 repeats it."""
@@ -65,6 +65,10 @@ class MemoryTransport:
     uplink: list[bytes] = field(default_factory=list)
     _arrived: deque[bytes] = field(default_factory=deque)
 
+    @property
+    def device(self) -> str:
+        return self.peer.hex()
+
     def send(self, frame: bytes) -> None:
         self.uplink.append(frame)
         for _ in range(self.up(self.station.codec.decode(frame))):
@@ -81,6 +85,44 @@ class MemoryTransport:
 
     def close(self) -> None:
         pass
+
+
+class TimedTransport(MemoryTransport):
+    """The base station's time passes with the device's."""
+
+    def receive(self, timeout: float) -> bytes | None:
+        before = self.now
+        frame = super().receive(timeout)
+        self.station.now += self.now - before
+        return frame
+
+
+class RefusingTransport(TimedTransport):
+    """A base station that opens no session before a certain time.
+
+    Attributes:
+        code: what it says instead.
+        opens_at: until when, in seconds.
+        retry_seconds: what it says of that.
+        refused_at: when it did.
+    """
+
+    code = FullError.code
+    opens_at = 0.0
+    retry_seconds = 0
+
+    def __init__(self, station: Station) -> None:
+        super().__init__(station)
+        self.refused_at: list[float] = []
+
+    def send(self, frame: bytes) -> None:
+        message = self.station.codec.decode(frame)
+        if isinstance(message, Open) and self.now < self.opens_at:
+            self.refused_at.append(self.now)
+            fault = Fault(message.session_id, self.code, "no room", self.retry_seconds)
+            self.station.outboxes[self.peer].append(fault)
+        else:
+            super().send(frame)
 
 
 def join(station: Station, model: DraftModel, transport: MemoryTransport | None = None) -> tuple[Client, Link]:

@@ -22,7 +22,7 @@ from basestation.profiler import PassProfiler
 from basestation.records import Records
 from basestation.server import Server
 from basestation.top import parse_snapshot, read_snapshot, render
-from device.client import Client, DeviceSession, DraftSettings
+from device.client import Client, DeviceSession, DraftSettings, Patience
 from device.link import Link
 from protocol.errors import FaultError, LinkError, SettingsError
 from protocol.frames import FrameCodec
@@ -51,11 +51,11 @@ class Place:
     record: Path
     links: list[Link] = field(default_factory=list)
 
-    def session(self, settings: DraftSettings) -> tuple[DeviceSession, Link]:
+    def session(self, settings: DraftSettings, patience: Patience | None = None) -> tuple[DeviceSession, Link]:
         model = FakeDraftModel.make(DRAFT)
         link = Link.connect(self.server.address, FrameCodec(VOCAB))
         self.links.append(link)
-        return Client(link, model.manifest).open(settings, model, PROMPT), link
+        return Client(link, model.manifest, patience).open(settings, model, PROMPT), link
 
     def get(self, path: str) -> tuple[int, str]:
         return get(self.monitor.url + path)
@@ -159,7 +159,7 @@ def test_a_base_station_is_ready_until_it_drains(place: Place) -> None:
     place.server.stop(drain_seconds=30)
     assert [place.get(path)[0] for path in ("/healthz", "/readyz")] == [200, 503]
     with pytest.raises(FaultError, match="shutting down") as caught:
-        place.session(SETTINGS[0])
+        place.session(SETTINGS[0], Patience(reply=1))
     assert caught.value.fault_code == "closing"
     assert [first, *(token.token_id for token in stream)] == target_alone(TARGET, PROMPT, 20)
 

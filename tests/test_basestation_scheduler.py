@@ -293,7 +293,7 @@ def test_a_round_that_is_too_much_for_the_memory_ends_its_session_and_no_other()
     (fault,) = talkers[0].heard()
     assert isinstance(fault, Fault)
     assert (fault.session_id, fault.code) == (0, "full")
-    assert fault.text == "the base station is out of memory; come back in 5 s"
+    assert (fault.text, fault.retry_seconds) == ("the base station is out of memory; come back in 5 s", 5)
     assert target_of(station).arena.used == STEP  # of the silent one nothing is left
     talkers[2].draft()
     settle(station)

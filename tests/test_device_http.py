@@ -18,7 +18,7 @@ from device.worker import Errand, Event, Finish, Question, Worker
 from protocol.errors import BusyError, LinkError, SettingsError
 from protocol.messages import Message, Mode, Open, Sampling
 from tests.fakes import FakeDraftModel, FakeTarget, blend, random_table, target_alone
-from tests.link_pair import Fate, MemoryTransport, Station, join, once
+from tests.link_pair import Fate, MemoryTransport, RefusingTransport, Station, join, once
 
 TARGET = random_table(20, seed=1)
 DRAFT = blend(TARGET, random_table(20, seed=2), 0.7)
@@ -50,19 +50,21 @@ def settings(sampling: Sampling) -> DraftSettings:
 DEFAULTS = Defaults(temperature=0, top_k=0, top_p=1, seed=None, max_new_tokens=8, settings=settings)
 
 
-def worker_of(station: Station, up: Fate = once, clock: Any = lambda: 0.0) -> Worker:
+def worker_of(
+    station: Station, up: Fate = once, clock: Any = lambda: 0.0, transport: MemoryTransport | None = None
+) -> Worker:
     model = FakeDraftModel.make(DRAFT)
 
     def connect() -> tuple[Link, Client]:
-        client, link = join(station, model, MemoryTransport(station, up=up))
+        client, link = join(station, model, transport or MemoryTransport(station, up=up))
         return link, client
 
     return Worker(model, cast(Tokenizer, NumberTokenizer()), connect, clock)
 
 
 @contextmanager
-def http_client(station: Station, up: Fate = once) -> Iterator[TestClient]:
-    worker = worker_of(station, up)
+def http_client(station: Station, up: Fate = once, transport: MemoryTransport | None = None) -> Iterator[TestClient]:
+    worker = worker_of(station, up, transport=transport)
     worker.start()
     try:
         yield TestClient(application(worker, "numbers", DEFAULTS, ["testserver"]))
@@ -227,6 +229,18 @@ def test_a_lost_base_station_is_503_until_it_answers_again() -> None:
         silent.clear()
         assert complete(client).status_code == 200
         assert client.get("/readyz").status_code == 200
+
+
+@pytest.mark.parametrize(("named", "told"), [(7, "7"), (0, "5")])
+def test_a_full_base_station_is_503_that_says_when_to_come_back(named: int, told: str) -> None:
+    transport = RefusingTransport(station())
+    transport.opens_at, transport.retry_seconds = 90.0, named
+    with http_client(transport.station, transport=transport) as client:
+        response = complete(client)
+        assert (response.status_code, response.headers["retry-after"]) == (503, told)
+        assert response.json()["error"]["code"] == "full"
+        assert response.json()["error"]["message"].startswith("the other end answered 'full': no room (waited ")
+        assert text_of(target_alone(TARGET, PROMPT, 12)) == complete(client).json()["choices"][0]["message"]["content"]
 
 
 def test_a_stream_tells_that_the_base_station_was_lost() -> None:

@@ -469,10 +469,10 @@ def test_a_fault_reaches_the_user_with_its_code() -> None:
     station, model = new_station(), draft_model()
     client, _ = join(station, model)
     session = client.open(SETTINGS[0], model, PROMPT)
-    station.engine.close()
-    with pytest.raises(FaultError, match="shutting down") as caught:
+    station.push(b"a", CODEC.encode(Draft(0, 9, ())))
+    with pytest.raises(FaultError, match="round 9 where 1 comes next") as caught:
         answer_of(session)
-    assert caught.value.fault_code == "closing"
+    assert caught.value.fault_code == "state"
 
 
 # -- invariant 8 --

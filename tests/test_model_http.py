@@ -1,10 +1,12 @@
 """The device over HTTP with the real sample model, asked by OpenAI's own client."""
 
+import json
 import re
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from openai import APIStatusError, OpenAI
@@ -22,8 +24,13 @@ def device(command: str, station_address: str, *options: str) -> list[str]:
 
 
 @pytest.fixture
-def serving(station_address: str) -> Iterator[tuple["subprocess.Popen[str]", str]]:
-    command = device("serve", station_address, "--bind", "http://127.0.0.1:0")
+def record(tmp_path: Path) -> Path:
+    return tmp_path / "rounds.jsonl"
+
+
+@pytest.fixture
+def serving(station_address: str, record: Path) -> Iterator[tuple["subprocess.Popen[str]", str]]:
+    command = device("serve", station_address, "--bind", "http://127.0.0.1:0", "--record", str(record))
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         assert "loaded" in process.stderr.readline()
@@ -36,7 +43,7 @@ def serving(station_address: str) -> Iterator[tuple["subprocess.Popen[str]", str
 
 
 def test_streamed_text_is_what_generate_prints(
-    station_address: str, serving: tuple["subprocess.Popen[str]", str]
+    station_address: str, serving: tuple["subprocess.Popen[str]", str], record: Path
 ) -> None:
     prompt, options = OWN_PROMPTS[1], ("--temperature", "0.8", "--seed", "4", "--max-new-tokens", "24")
     generated = subprocess.run(
@@ -60,6 +67,8 @@ def test_streamed_text_is_what_generate_prints(
                 messages=[{"role": "user", "content": prompt}],
                 tools=[{"type": "function", "function": {"name": "look"}}],
             )
+    rounds = [json.loads(line) for line in record.read_text(encoding="utf-8").splitlines()]
+    assert sum(one["accepted"] + 1 for one in rounds) == 24
     assert re.search("answered .* tokens with 24", serving[0].stderr.readline())  # type: ignore[union-attr]
 
 

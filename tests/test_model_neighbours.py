@@ -2,6 +2,7 @@
 
 import random
 from collections import deque
+from itertools import islice
 
 import pytest
 
@@ -15,45 +16,65 @@ from tests.sample import SAMPLE
 pytestmark = pytest.mark.model
 
 SESSIONS = 32
-KEPT = 4
-ANSWER_LEN = 12
+"""At once, as long as somebody is left to come."""
+COMERS = 44
 WORDS = list(range(1000, 3000))
 
 
 class Talker:
-    """A device whose drafts are drawn at random from its reference answer, some tokens of them wrong."""
+    """A device that drafts from its own answer, some tokens of it wrong; one without an answer vanishes in a round.
+
+    Attributes:
+        answer_len: how many tokens it wants.
+    """
 
     def __init__(self, station: "Station", name: int, answer: list[int] | None) -> None:
         chance = random.Random(name)  # noqa: S311 - a fixed choice
+        self.name = name
         self.peer = Peer.without_key(name.to_bytes(2, "big"))
-        self.prompt = chance.choices(WORDS, k=chance.randrange(3, 20))
+        self.prompt = chance.choices(WORDS, k=100 if name % 16 == 5 else chance.randrange(3, 20))
+        self.answer_len = chance.randrange(4, 13)
         self.mode, self.sampling = ((Mode.IDS, Sampling()), (Mode.COUPLED, Sampling(0.8, seed=name)))[name % 2]
         self.tokens = list(self.prompt)
+        self.drafted_len = self.accepted_len = 0
+        self._vanishes_in = None if answer else chance.randrange(1, 5)
         self._station = station
         self._chance = chance
-        self._answer = answer
+        self._answer = answer or chance.choices(WORDS, k=30)
         self._round_id = 0
         vocabulary = station.target.vocabulary
         self._say(Hello(PROTOCOL_VERSION, vocabulary.size, vocabulary.sha256, tuple(vocabulary.stop_ids)))
         self._say(Open(0, 0, self.mode, self.sampling, tuple(self.prompt)))
         station.outbox(self.peer).clear()
 
-    def draft(self) -> None:
+    @property
+    def said(self) -> list[int]:
+        """As much of the answer as it wants and has."""
+        return self.tokens[len(self.prompt) :][: self.answer_len]
+
+    @property
+    def vanishes(self) -> bool:
+        """Whether it is gone before the Verdict of the round that it has just sent."""
+        return self._round_id == self._vanishes_in
+
+    def draft(self, alone: bool = False) -> None:
         self._round_id += 1
         place = len(self.tokens) - len(self.prompt)
-        self.drafted: tuple[int, ...] = ()
-        if self._answer is not None:
-            guess = self._answer[place : place + self._chance.randrange(1, 6)]
-            self.drafted = tuple(token if self._chance.random() < 0.8 else 5 for token in guess)
+        guess = [] if alone else self._answer[place : place + self._chance.randrange(1, 6)]
+        self.drafted = tuple(token if self._chance.random() < 0.8 else 5 for token in guess)
         self._say(Draft(0, self._round_id, self.drafted))
 
     def heard(self) -> bool:
-        for message in list(self._station.outbox(self.peer)):
-            assert isinstance(message, Verdict), message
-            self.tokens += [*self.drafted[: message.accepted], message.token_id]
-            self._station.outbox(self.peer).clear()
-            return True
-        return False
+        outbox = self._station.outbox(self.peer)
+        if not outbox:
+            return False
+        verdict = outbox.popleft()
+        assert isinstance(verdict, Verdict), verdict
+        assert not outbox
+        self.tokens += [*self.drafted[: verdict.accepted], verdict.token_id]
+        self.drafted_len += len(self.drafted)
+        self.accepted_len += verdict.accepted
+        return True
 
     def leave(self) -> None:
         self._say(Close(0))
@@ -63,11 +84,12 @@ class Talker:
 
 
 class Station:
-    """An engine without a socket."""
+    """An engine without a socket, and a clock that stands still."""
 
     def __init__(self, target: TargetModel) -> None:
         self.target = target
-        self.engine = Engine(target, Limits(), PassBudget(), self._deliver)
+        self.now = 0.0
+        self.engine = Engine(target, Limits(), PassBudget(), self._deliver, clock=lambda: self.now)
         self._outboxes: dict[bytes, deque[Message]] = {}
 
     def outbox(self, peer: Peer) -> deque[Message]:
@@ -79,37 +101,46 @@ class Station:
 
 
 def alone(target: TargetModel, name: int) -> list[int]:
+    """What a session says that has the base station for itself, a token a pass."""
     station = Station(target)
-    talker = Talker(station, name, None)
-    while len(talker.tokens) < len(talker.prompt) + ANSWER_LEN:
-        talker.draft()
+    talker = Talker(station, name, [0])
+    while len(talker.said) < talker.answer_len:
+        talker.draft(alone=True)
         while not talker.heard():
             station.engine.step()
     talker.leave()
-    return talker.tokens[len(talker.prompt) :]
+    return talker.said
 
 
-def test_a_session_says_what_it_says_alone_among_31_that_come_and_go() -> None:
+def test_every_session_of_32_that_come_go_and_vanish_says_what_it_says_alone() -> None:
     target = TargetModel.load(str(SAMPLE), "float32", "cpu", "256MiB")
-    expected = {name: alone(target, name) for name in range(KEPT)}
-    station, chance = Station(target), random.Random(1)  # noqa: S311 - a fixed choice
-    kept = {name: Talker(station, name, expected[name]) for name in range(KEPT)}
-    others = {name: Talker(station, name, None) for name in range(KEPT, SESSIONS)}
-    following = SESSIONS
-    for talker in (*kept.values(), *others.values()):
-        talker.draft()
-    while unfinished := [one for one in kept.values() if len(one.tokens) < len(one.prompt) + ANSWER_LEN]:
+    staying = [name for name in range(COMERS) if name % 4 != 3]
+    assert len(staying) > SESSIONS
+    expected = {name: alone(target, name) for name in staying}
+    station, comers = Station(target), iter(range(COMERS))
+    present: list[Talker] = []
+    gone: list[Talker] = []
+    vanished = 0
+    while len(gone) < len(staying):
+        arriving = [Talker(station, name, expected.get(name)) for name in islice(comers, SESSIONS - len(present))]
+        drafting = [*arriving, *(talker for talker in present if talker.heard())]
+        present += arriving
+        for talker in drafting:
+            if talker.name in expected and len(talker.said) == talker.answer_len:
+                talker.leave()
+                present.remove(talker)
+                gone.append(talker)
+                continue
+            talker.draft()
+            if talker.vanishes:
+                vanished += 1
+                present.remove(talker)
+                if vanished % 2:  # the others without a word
+                    talker.leave()
         station.engine.step()
-        for talker in [*unfinished, *others.values()]:
-            if talker.heard():
-                talker.draft()
-        for name in chance.sample(sorted(others), 2):  # gone in the middle of a round
-            others.pop(name).leave()
-            others[following] = Talker(station, following, None)
-            others[following].draft()
-            following += 1
-    for name, talker in kept.items():
-        assert talker.tokens[len(talker.prompt) :][:ANSWER_LEN] == expected[name]
-    for talker in (*kept.values(), *others.values()):
-        talker.leave()
+    assert {talker.name: talker.said for talker in gone} == expected
+    assert vanished == COMERS - len(staying)
+    assert 0.4 < sum(one.accepted_len for one in gone) / sum(one.drafted_len for one in gone) < 0.9
+    station.now += Limits().keep_seconds + 1
+    station.engine.drop_idle()
     assert target.arena.used == 0

@@ -450,6 +450,14 @@ def test_a_long_fault_is_cut_and_not_refused() -> None:
     assert fault == Fault(1, "state", "é" * 1000)
 
 
+def test_a_fault_says_when_to_come_back_behind_all_that_an_older_device_knows() -> None:
+    known = CODEC.encode(Fault(1, "full", "no room"))
+    told = CODEC.encode(Fault(1, "full", "no room", 5))
+    assert msgpack.unpackb(known) == [9, 1, "full", "no room"]
+    assert msgpack.unpackb(told) == [9, 1, "full", "no room", 5]
+    assert CODEC.decode(told) == Fault(1, "full", "no room", 5)
+
+
 def test_rounds_take_few_bytes_at_the_socket() -> None:
     codec = FrameCodec(49_152)
     for round_id in (1, 300):
