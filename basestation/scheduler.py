@@ -114,7 +114,8 @@ class Scheduler:
             return
         ends = (one.heard_at + BUSY_SECONDS for one, claim in zip(busy, claims, strict=True) if claim >= excess)
         seconds = max(1, math.ceil(next(ends, now) - now))
-        raise FullError(f"the base station is full ({len(busy)} sessions are busy); come back in {seconds} s")
+        told = f"the base station is full (busy sessions: {len(busy)}); come back in {seconds} s"
+        raise FullError(told, seconds)
 
 
 class _Filling:

@@ -5,7 +5,7 @@ Knows numbers, not models or links; the formulas stand in ``planner.py``.
 
 from bisect import bisect
 from collections.abc import Sequence
-from math import prod
+from math import prod, sqrt
 
 from device.estimates import Line, Ratio, Share
 from device.planner import RoundTimes, expected_tokens
@@ -23,9 +23,9 @@ SHORTEST_WAIT = 64
 """Tokens at least until the way that loses is tried again."""
 TRIALS_SHARE = 1 / 30
 """Of all time, what trials may cost."""
-_PRIOR_ROUNDS = 4.0
-_CERTAIN_ROUNDS = 12
-"""Before as many rounds, drafting is given up only where it is clearly slower."""
+_PRIOR_ROUNDS = 6.0
+_CERTAIN_ROUNDS = 32
+"""Before as many rounds, drafting is given up only where it is clearly slower: what n rounds tell is off by 1/√n."""
 KEPT_ALONE = 0.5
 """What earlier rounds count for once the target has decoded ``SHORTEST_WAIT`` tokens alone."""
 _INSTANT = 1e-9
@@ -178,7 +178,7 @@ class LivePlanner:
         best = times.best_draft_len(alpha, range(1, MAX_DRAFT_LEN + 1))
         self._foreseen = expected_tokens(alpha, best), times.seconds(best)
         self._since += tokens
-        pays = self.speedup >= min(1.0, self._rounds_seen / _CERTAIN_ROUNDS)
+        pays = self.speedup >= min(1.0, sqrt(self._rounds_seen / _CERTAIN_ROUNDS))
         if pays is self._alone:
             self._alone, self._since, self._wait = not pays, 0, SHORTEST_WAIT
         elif alone is not self._alone:

@@ -255,7 +255,8 @@ def test_a_full_station_says_when_to_come_back() -> None:
     (fault,) = refused.heard()
     assert isinstance(fault, Fault)
     assert (fault.session_id, fault.code) == (0, "full")
-    assert fault.text == "the base station is full (3 sessions are busy); come back in 2 s"
+    assert fault.text == "the base station is full (busy sessions: 3); come back in 2 s"
+    assert fault.retry_seconds == 2
     for talker in talkers[1:]:
         talker.heard()
         talker.draft()

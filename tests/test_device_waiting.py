@@ -81,7 +81,7 @@ def test_a_device_gets_in_once_there_is_room(settings: DraftSettings, caplog: py
     assert answer_of(open_at(transport, settings)) == expected
     assert 5 <= transport.now < 12
     (line,) = told(caplog)
-    assert line.startswith("waiting for up to 60 s: the base station is full (1 sessions are busy); come back in ")
+    assert line.startswith("waiting for up to 60 s: the base station is full (busy sessions: 1); come back in ")
 
 
 @every_mode
