@@ -11,6 +11,7 @@ Knows shapes and tensors, not sessions, messages or what is judged.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -151,8 +152,11 @@ class Stretch:
         for block in self.blocks:
             self._arena.hold(block)
 
-    def store(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Write [kv_heads, n, head_size] behind the counted positions; give all up to there, the new ones included."""
+    def store(self, layer: int, keys: Tensor, values: Tensor, workspace: "Workspace") -> tuple[Tensor, Tensor]:
+        """Write [kv_heads, n, head_size] behind the counted positions; give all up to there, the new ones included.
+
+        What is given may lie in ``workspace`` and holds until that is used again.
+        """
         start = self.length - self._own_start
         end = start + keys.shape[1]
         own = self._own[layer]
@@ -160,7 +164,7 @@ class Stretch:
         own[1, :, start:end] = values
         stored = own[:, :, :end]
         if self.blocks:
-            stored = torch.cat([*(block.layers[layer] for block in self.blocks), stored], dim=2)
+            stored = workspace.join(layer, self.blocks, stored)
         return stored[0], stored[1]
 
     @property
@@ -183,6 +187,38 @@ class Stretch:
         self._own = own
 
 
+class Workspace:
+    """One run of memory for what a session holds in blocks and has of its own, of one session and layer at a time.
+
+    Blocks that the session before began with as well are there already.
+
+    Args:
+        capacity: positions of the longest session.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._keys_values: Tensor | None = None
+        self._layer = -1
+        self._blocks: list[Block] = []
+
+    def join(self, layer: int, blocks: Sequence[Block], own: Tensor) -> Tensor:
+        """The keys and values [2, kv_heads, n, head_size] of ``blocks``, and ``own`` behind them."""
+        if self._keys_values is None:
+            self._keys_values = own.new_empty((*own.shape[:2], self._capacity, own.shape[3]))
+        if layer != self._layer:
+            self._layer, self._blocks = layer, []
+        pairs = zip(self._blocks, blocks, strict=False)
+        there = sum(1 for _ in takewhile(lambda pair: pair[0] is pair[1], pairs))
+        for index, block in enumerate(blocks[there:], start=there):
+            self._keys_values[:, :, index * STEP : (index + 1) * STEP] = block.layers[layer]
+        self._blocks = list(blocks)
+        start = len(blocks) * STEP
+        end = start + own.shape[2]
+        self._keys_values[:, :, start:end] = own
+        return self._keys_values[:, :, :end]
+
+
 @dataclass(frozen=True)
 class Segment:
     """One session's part of a pass: ``token_ids`` to run, logits of the last ``judged`` of them wanted."""
@@ -200,6 +236,7 @@ class PackedPass:
         self._masks: dict[tuple[int, int | None], Tensor | None] = {}
         for segment in segments:
             segment.stretch.reserve(segment.stretch.length + len(segment.token_ids))
+        self.workspace = Workspace(max((one.stretch.capacity for one in segments if one.stretch.blocks), default=0))
 
     def mask(self, index: int, window: int | None, query: Tensor) -> Tensor | None:
         """What is added to the scores of a segment's ``query`` [kv_heads, group · n, head_size]: [group · n, past + n].
@@ -244,7 +281,8 @@ def packed_attention(
     rows, start = [], 0
     for index, segment in enumerate(packed_pass.segments):
         end = start + len(segment.token_ids)
-        keys, values = segment.stretch.store(module.layer_idx, key[0, :, start:end], value[0, :, start:end])
+        new_keys, new_values = key[0, :, start:end], value[0, :, start:end]
+        keys, values = segment.stretch.store(module.layer_idx, new_keys, new_values, packed_pass.workspace)
         grouped = query[0, :, start:end].reshape(len(keys), -1, head_size)
         mask = packed_pass.mask(index, sliding_window, grouped)
         mixed = scaled_dot_product_attention(grouped[None], keys[None], values[None], attn_mask=mask, scale=scaling)

@@ -29,6 +29,7 @@ JitterOption = Annotated[float, typer.Option(help="Up to so many milliseconds mo
 GRID = "A grid of links"
 OUTAGE = "START:SECONDS, from the relay's start; may be repeated."
 DtypeOption = Annotated[str, typer.Option(help="Of the target: auto, float32 or bfloat16.")]
+TorchDeviceOption = Annotated[str, typer.Option(help="Of the target: auto, cpu, cuda …")]
 
 
 @app.callback()
@@ -251,6 +252,31 @@ def overheads(
 
 
 @app.command()
+def prefixes(
+    target: TargetOption,
+    dtype: DtypeOption = "bfloat16",
+    torch_device: TorchDeviceOption = "auto",
+    sessions: Annotated[int, typer.Option(help="In one pass.")] = 16,
+    context: Annotated[int, typer.Option(help="Tokens of each.")] = 350,
+    shared: Annotated[int, typer.Option(help="Of these, the tokens that all begin with.")] = 256,
+    draft_len: Annotated[int, typer.Option(help="Tokens drafted in a round.")] = 4,
+    json_file: JsonOption = None,
+) -> None:
+    """What a beginning that sessions have in common costs in a pass, and what it saves."""
+    from basestation.target_model import TargetModel
+    from bench.prefixes import measure_prefixes
+    from bench.results import Results
+
+    judge = TargetModel.load(target, dtype, torch_device)
+    with _progress() as progress:
+        task = progress.add_task("measurements", total=None)
+        rows = measure_prefixes(judge, sessions, context, shared, draft_len + 1, lambda: progress.advance(task))
+    measured = Results({"target": judge.name, "dtype": dtype, "context": context, "draft_len": draft_len}, rows)
+    measured.show(console)
+    measured.write(json_file)
+
+
+@app.command()
 def uplink(
     bundle: BundleOption,
     target: TargetOption,
@@ -365,7 +391,7 @@ def capacity(
     bundle: BundleOption,
     target: TargetOption,
     dtype: DtypeOption = "bfloat16",
-    torch_device: Annotated[str, typer.Option(help="Of the target: auto, cpu, cuda …")] = "auto",
+    torch_device: TorchDeviceOption = "auto",
     sessions: Annotated[int, typer.Option(help="Devices at once.")] = 16,
     shortest: Annotated[int, typer.Option(help="Tokens of the shortest prompt.")] = 100,
     longest: Annotated[int, typer.Option(help="Tokens of the longest.")] = 600,

@@ -58,15 +58,17 @@ class DensePass:
 
 
 class PackedPass:
-    """The same tokens as the base station runs them."""
+    """The same tokens as the base station runs them, the first ``shared`` of each being held in common."""
 
-    def __init__(self, target: TargetModel, texts: Sequence[list[int]], new: int) -> None:
+    def __init__(self, target: TargetModel, texts: Sequence[list[int]], new: int, shared: int = 0) -> None:
         self._target = target
         self._stretches: list[Stretch] = [target.new_stretch() for _ in texts]
         self._segments = [Segment(one, text[-new:], new) for one, text in zip(self._stretches, texts, strict=True)]
         self._lengths = [len(text) - new for text in texts]
         for stretch, text in zip(self._stretches, texts, strict=True):
-            target.forward([Segment(stretch, text[:-new], 0)])
+            if shared and stretch is not self._stretches[0]:
+                stretch.join(self._stretches[0], shared)
+            target.forward([Segment(stretch, text[stretch.length : -new], 0)])
 
     def run(self) -> None:
         """One pass over the new tokens; the stretches are as before."""

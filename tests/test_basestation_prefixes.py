@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from basestation.kv_arena import STEP, Stretch
+from basestation.kv_arena import STEP, Stretch, Workspace
 from basestation.session import Session
 from protocol.messages import Close, Extend, Fault, Opened
 from tests.fakes import FakeStretch, new_arena
@@ -38,11 +38,11 @@ def check_arena(station: Station) -> None:
     assert arena.shared == STEP * (len(holders) - len(set(holders)))
 
 
-def store(stretch: Stretch, numbers: list[float]) -> list[float]:
+def store(stretch: Stretch, numbers: list[float], workspace: Workspace) -> list[float]:
     """Write keys that are these numbers; gives all keys up to there, each value being its key's negative."""
     stretch.reserve(stretch.length + len(numbers))
     keys = torch.tensor(numbers).reshape(1, -1, 1)
-    all_keys, all_values = stretch.store(0, keys, -keys)
+    all_keys, all_values = stretch.store(0, keys, -keys, workspace)
     stretch.length += len(numbers)
     assert torch.equal(all_keys, -all_values)
     found: list[float] = all_keys.flatten().tolist()
@@ -51,7 +51,7 @@ def store(stretch: Stretch, numbers: list[float]) -> list[float]:
 
 def test_stretches_keep_what_was_written_whoever_joins_goes_back_or_leaves() -> None:
     rng = np.random.default_rng(3)
-    arena = new_arena(2**20)
+    arena, workspace = new_arena(2**20), Workspace(2**16)
     stretches = [Stretch(arena) for _ in range(6)]
     written: list[list[float]] = [[] for _ in stretches]
     most_shared = 0
@@ -61,7 +61,7 @@ def test_stretches_keep_what_was_written_whoever_joins_goes_back_or_leaves() -> 
         if action < 0.7:
             numbers: list[float] = rng.integers(2**20, size=int(rng.integers(1, 300))).astype(float).tolist()
             written[one] += numbers
-            assert store(stretches[one], numbers) == written[one]
+            assert store(stretches[one], numbers, workspace) == written[one]
         elif action < 0.9:
             length = int(rng.integers(len(written[other]) // STEP + 1)) * STEP
             stretches[one].join(stretches[other], length)
