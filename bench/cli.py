@@ -339,9 +339,9 @@ def theory(json_file: JsonOption = None) -> None:
 
 @app.command()
 def report(
-    results: Annotated[Path, typer.Option(help="Folder with the JSON files of theory, link, uplink and speedup.")] = (
-        Path("docs/results")
-    ),
+    results: Annotated[
+        Path, typer.Option(help="Folder with the JSON files of theory, link, uplink, speedup and ceiling.")
+    ] = (Path("docs/results")),
     docs: Annotated[Path, typer.Option(help="Folder to write results.md and plots/ into.")] = Path("docs"),
 ) -> None:
     """Write docs/results.md and its plots from result files alone."""
@@ -448,6 +448,40 @@ def capacity(
     Results(facts, rows).show(console)
     Results(facts, compared).show(console)
     Results(facts, [*rows, *compared]).write(json_file)
+
+
+@app.command()
+def ceiling(
+    shape: Annotated[str, typer.Option(help="Of the target: 7b or 135m.")] = "7b",
+    dtype: DtypeOption = "bfloat16",
+    torch_device: TorchDeviceOption = "auto",
+    sessions: Annotated[
+        list[int] | None, typer.Option(help="In one pass; may be repeated; 1, 4, 16, 64 and 256.")
+    ] = None,
+    contexts: Annotated[
+        list[int] | None, typer.Option("--context", help="Tokens of each; may be repeated; 512 and 2048.")
+    ] = None,
+    draft_len: Annotated[int, typer.Option(help="Tokens drafted in a round.")] = 5,
+    json_file: JsonOption = None,
+) -> None:
+    """Passes of a large target with random weights against a dense batch, and against no drafts: meant for CUDA."""
+    from basestation.target_model import choose_dtype, choose_placement
+    from bench.ceiling import CASES, SHAPES, Ceiling, card, combinations, compare
+    from bench.results import Results, Row, Value
+
+    if shape not in SHAPES:
+        raise SettingsError("shape", shape, " or ".join(SHAPES))
+    wanted = combinations(contexts or (512, 2048), sessions or (1, 4, 16, 64, 256), draft_len)
+    placement = choose_placement(torch_device)
+    facts: dict[str, Value] = {"card": card(placement), "shape": shape, "dtype": dtype, "draft_len": draft_len}
+    measured = Ceiling(SHAPES[shape], choose_dtype(dtype, placement), placement)
+    rows: list[Row] = []
+    with _progress() as progress:
+        task = progress.add_task("cases", total=len(wanted) * len(CASES))
+        for combination in wanted:
+            rows += measured.rows(combination, lambda: progress.advance(task))
+            Results(facts, [*rows, *compare(rows)]).write(json_file)
+    Results(facts, [*rows, *compare(rows)]).show(console)
 
 
 @app.command()

@@ -1,6 +1,5 @@
 """What a beginning that sessions have in common costs in a pass, and what it saves a newcomer and the memory."""
 
-import time
 from collections.abc import Callable, Sequence
 from statistics import median
 
@@ -8,7 +7,7 @@ import torch
 
 from basestation.kv_arena import STEP, Segment
 from basestation.target_model import TargetModel
-from bench.passes import PackedPass
+from bench.passes import PackedPass, seconds_of
 from bench.results import Row
 from protocol.errors import SettingsError
 
@@ -54,7 +53,7 @@ def _pass_seconds(
         advance()
     for _ in range(REPEATS):
         for case, packed in passes.items():
-            spent[case].append(_seconds(target, packed.run))
+            spent[case].append(seconds_of(packed.run, target.torch_device))
     for packed in passes.values():
         packed.release()
     return {
@@ -78,16 +77,8 @@ def _prefill_seconds(
     spent: dict[str, list[float]] = {"all": [], f"behind {shared} in common": []}
     for _ in range(REPEATS // 3):
         for times, start in zip(spent.values(), (0, shared), strict=True):
-            times.append(_seconds(target, lambda: prefill(start)))  # noqa: B023 - called at once
+            times.append(seconds_of(lambda: prefill(start), target.torch_device))  # noqa: B023 - called at once
         advance()
     for stretch in (lender, newcomer):
         stretch.release()
     return {case: median(times[1:]) for case, times in spent.items()}
-
-
-def _seconds(target: TargetModel, work: Callable[[], None]) -> float:
-    began = time.perf_counter()
-    work()
-    if target.torch_device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
