@@ -100,7 +100,7 @@ class Engine:
         self._greeted: dict[str, None] = {}
         self._sessions: dict[tuple[str, int], Session] = {}
         self._scheduler = Scheduler(target.arena, budget, self._note_eviction)
-        self._metrics.watch(self._sessions.__len__, lambda: target.arena.used, target.arena.capacity)
+        self._metrics.watch(self._sessions.__len__, target.arena)
 
     @property
     def busy(self) -> bool:
@@ -303,7 +303,7 @@ class Engine:
                 raise UnknownSessionError(f"session {request.session_id} is not open")
             session = self._open(peer, request)
             replies = session.take(request)
-            self._scheduler.check_room(len(session.tokens) + 1, self._sessions.values(), self._clock())
+            self._scheduler.check_room(session, self._sessions.values(), self._clock())
             session.owner, session.waiting_since = peer.owner, self._clock()
             self._sessions[peer.owner, request.session_id] = session
             prompt_len = len(request.prompt_ids)

@@ -3,13 +3,15 @@
 A pass is one flat row of tokens from any number of sessions, without padding.
 transformers calls ``packed_attention`` in every layer; it writes the row's new
 keys and values into each session's own stretch and attends over that stretch
-alone. A stretch is shortened by lowering its length: nothing is copied.
+alone. A stretch is shortened by lowering its length: nothing is copied. Stretches
+that begin with the same tokens can hold that beginning in common, in blocks.
 
 Knows shapes and tensors, not sessions, messages or what is judged.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -17,7 +19,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 ATTENTION_NAME = "edgedraft_packed"
-_STEP = 128
+STEP = 128
+"""Positions by which stretches grow, and of a block."""
 
 
 @dataclass(frozen=True)
@@ -50,12 +53,14 @@ class Arena:
         capacity: positions in all.
 
     Attributes:
-        used: positions that stretches hold room for.
+        used: positions that stretches hold room for; what several hold counts once.
+        shared: positions that this saves.
     """
 
     def __init__(self, shape: StretchShape, capacity: int) -> None:
         self.capacity = capacity
         self.used = 0
+        self.shared = 0
         self.shape = shape
 
     @property
@@ -66,51 +71,152 @@ class Arena:
     @staticmethod
     def rounded(length: int) -> int:
         """The room that ``length`` positions take: stretches grow by steps."""
-        return -(-length // _STEP) * _STEP
+        return -(-length // STEP) * STEP
+
+    def hold(self, block: "Block") -> None:
+        """Count another stretch that begins with ``block``."""
+        if block.holders:
+            self.shared += STEP
+        else:
+            self.used += STEP
+        block.holders += 1
+
+    def drop(self, block: "Block") -> None:
+        """Count one less; with the last the block is gone."""
+        block.holders -= 1
+        if block.holders:
+            self.shared -= STEP
+        else:
+            self.used -= STEP
+
+
+class Block:
+    """The keys and values of ``STEP`` positions that any number of stretches hold; nobody writes to them.
+
+    Attributes:
+        layers: [2, kv_heads, STEP, head_size] of each layer.
+        holders: how many stretches hold it.
+    """
+
+    def __init__(self, keys_values: Tensor) -> None:
+        self.layers = keys_values.unbind()
+        self.holders = 0
 
 
 class Stretch:
     """The keys and values of one session: the first ``length`` positions count.
 
     Attributes:
-        capacity: positions it holds room for.
+        blocks: its first positions, those that it holds in common with others.
     """
 
     def __init__(self, arena: Arena) -> None:
         self.length = 0
-        self.capacity = 0
+        self.blocks: list[Block] = []
         self._arena = arena
-        self._keys_values = arena.shape.allocate(0)
+        self._own = arena.shape.allocate(0)
+
+    @property
+    def capacity(self) -> int:
+        """Positions it holds room for."""
+        return self._own_start + self._own.shape[3]
 
     def reserve(self, length: int) -> None:
         """Make room for ``length`` positions."""
         if length <= self.capacity:
             return
-        grown = self._arena.shape.allocate(Arena.rounded(length))
-        grown[:, :, :, : self.length] = self._keys_values[:, :, :, : self.length]
+        grown = self._arena.shape.allocate(Arena.rounded(length) - self._own_start)
+        count = self.length - self._own_start
+        grown[:, :, :, :count] = self._own[:, :, :, :count]
         self._keep(grown)
 
     def release(self) -> None:
         """Forget everything and give the room back."""
-        self.length = 0
+        self.rollback(0)
         self._keep(self._arena.shape.allocate(0))
 
     def rollback(self, length: int) -> None:
-        """Forget all positions from ``length`` on."""
+        """Forget all positions from ``length`` on, and with them the whole of a block that they begin in."""
         self.length = min(self.length, length)
+        while self.length < self._own_start:
+            self._arena.drop(self.blocks.pop())
+            self.length = min(self.length, self._own_start)
 
-    def store(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Write [kv_heads, n, head_size] behind the counted positions; give all up to there, the new ones included."""
-        end = self.length + keys.shape[1]
-        stored = self._keys_values[layer]
-        stored[0, :, self.length : end] = keys
-        stored[1, :, self.length : end] = values
-        return stored[0, :, :end], stored[1, :, :end]
+    def join(self, lender: "Stretch", length: int) -> None:
+        """Begin as ``lender`` does, whose first ``length`` positions, whole blocks, are held by both from now on."""
+        assert length <= lender.length
+        assert length % STEP == 0
+        lender._share(length // STEP)
+        self.release()
+        self.blocks, self.length = lender.blocks[: length // STEP], length
+        for block in self.blocks:
+            self._arena.hold(block)
 
-    def _keep(self, keys_values: Tensor) -> None:
-        capacity = keys_values.shape[3]
-        self._arena.used += capacity - self.capacity
-        self._keys_values, self.capacity = keys_values, capacity
+    def store(self, layer: int, keys: Tensor, values: Tensor, workspace: "Workspace") -> tuple[Tensor, Tensor]:
+        """Write [kv_heads, n, head_size] behind the counted positions; give all up to there, the new ones included.
+
+        What is given may lie in ``workspace`` and holds until that is used again.
+        """
+        start = self.length - self._own_start
+        end = start + keys.shape[1]
+        own = self._own[layer]
+        own[0, :, start:end] = keys
+        own[1, :, start:end] = values
+        stored = own[:, :, :end]
+        if self.blocks:
+            stored = workspace.join(layer, self.blocks, stored)
+        return stored[0], stored[1]
+
+    @property
+    def _own_start(self) -> int:
+        return len(self.blocks) * STEP
+
+    def _share(self, count: int) -> None:
+        """Make blocks of the first positions until there are ``count``."""
+        missing = count - len(self.blocks)
+        if missing <= 0:
+            return
+        blocks = [Block(part.clone()) for part in torch.split(self._own, STEP, dim=3)[:missing]]
+        self._keep(self._own[:, :, :, missing * STEP :].clone())
+        for block in blocks:
+            self._arena.hold(block)
+        self.blocks += blocks
+
+    def _keep(self, own: Tensor) -> None:
+        self._arena.used += own.shape[3] - self._own.shape[3]
+        self._own = own
+
+
+class Workspace:
+    """One run of memory for what a session holds in blocks and has of its own, of one session and layer at a time.
+
+    Blocks that the session before began with as well are there already.
+
+    Args:
+        capacity: positions of the longest session.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._keys_values: Tensor | None = None
+        self._layer = -1
+        self._blocks: list[Block] = []
+
+    def join(self, layer: int, blocks: Sequence[Block], own: Tensor) -> Tensor:
+        """The keys and values [2, kv_heads, n, head_size] of ``blocks``, and ``own`` behind them."""
+        if self._keys_values is None:
+            self._keys_values = own.new_empty((*own.shape[:2], self._capacity, own.shape[3]))
+        if layer != self._layer:
+            self._layer, self._blocks = layer, []
+        pairs = zip(self._blocks, blocks, strict=False)
+        there = sum(1 for _ in takewhile(lambda pair: pair[0] is pair[1], pairs))
+        for index, block in enumerate(blocks[there:], start=there):
+            self._keys_values[:, :, index * STEP : (index + 1) * STEP] = block.layers[layer]
+        self._blocks = list(blocks)
+        start = len(blocks) * STEP
+        end = start + own.shape[2]
+        self._keys_values[:, :, start:end] = own
+        return self._keys_values[:, :, :end]
 
 
 @dataclass(frozen=True)
@@ -130,6 +236,7 @@ class PackedPass:
         self._masks: dict[tuple[int, int | None], Tensor | None] = {}
         for segment in segments:
             segment.stretch.reserve(segment.stretch.length + len(segment.token_ids))
+        self.workspace = Workspace(max((one.stretch.capacity for one in segments if one.stretch.blocks), default=0))
 
     def mask(self, index: int, window: int | None, query: Tensor) -> Tensor | None:
         """What is added to the scores of a segment's ``query`` [kv_heads, group · n, head_size]: [group · n, past + n].
@@ -174,7 +281,8 @@ def packed_attention(
     rows, start = [], 0
     for index, segment in enumerate(packed_pass.segments):
         end = start + len(segment.token_ids)
-        keys, values = segment.stretch.store(module.layer_idx, key[0, :, start:end], value[0, :, start:end])
+        new_keys, new_values = key[0, :, start:end], value[0, :, start:end]
+        keys, values = segment.stretch.store(module.layer_idx, new_keys, new_values, packed_pass.workspace)
         grouped = query[0, :, start:end].reshape(len(keys), -1, head_size)
         mask = packed_pass.mask(index, sliding_window, grouped)
         mixed = scaled_dot_product_attention(grouped[None], keys[None], values[None], attn_mask=mask, scale=scaling)

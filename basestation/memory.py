@@ -67,15 +67,20 @@ def kv_budget(kv_memory: str, placement: torch.device) -> int:
     return int(free_memory(placement) * _KV_SHARE.get(placement.type, 0.5))
 
 
+def parameter_count(config: Any) -> int:
+    """Parameters of a model, which is not built for it."""
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config)
+    return sum(one.numel() for one in skeleton.parameters())
+
+
 def check_fits(config: Any, dtype: torch.dtype, placement: torch.device) -> None:
     """Refuse a model whose weights do not fit, before they are read.
 
     Raises:
         ModelError: with the sizes.
     """
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config)
-    count = sum(one.numel() for one in skeleton.parameters())
+    count = parameter_count(config)
     needed, free = count * dtype.itemsize, free_memory(placement)
     if needed > free:
         precision = str(dtype).removeprefix("torch.")

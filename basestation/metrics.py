@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from basestation.kv_arena import Arena
 from basestation.reports import PassReport
 from protocol.messages import Mode
 
@@ -21,6 +22,7 @@ class Metrics:
         self.registry = CollectorRegistry()
         self._sessions = self._gauge("sessions", "Open sessions.")
         self._kv_used = self._gauge("kv_positions_used", "Positions of keys and values that sessions hold room for.")
+        self._kv_shared = self._gauge("kv_positions_shared", "Positions besides that common beginnings save.")
         self._kv_capacity = self._gauge("kv_positions_capacity", "Positions of keys and values that fit.")
         self._queue = self._histogram("queue_seconds", "From when a round could be run until it was.", _SECONDS)
         self._forward = self._histogram("forward_seconds", "The target's forward pass.", _SECONDS)
@@ -43,11 +45,12 @@ class Metrics:
             "edgedraft_memory_shortages", "Passes that needed more memory than there was.", registry=self.registry
         )
 
-    def watch(self, sessions: Callable[[], int], kv_used: Callable[[], int], kv_capacity: int) -> None:
+    def watch(self, sessions: Callable[[], int], arena: Arena) -> None:
         """Ask these whenever somebody asks for the gauges."""
         self._sessions.set_function(sessions)
-        self._kv_used.set_function(kv_used)
-        self._kv_capacity.set(kv_capacity)
+        self._kv_used.set_function(lambda: arena.used)
+        self._kv_shared.set_function(lambda: arena.shared)
+        self._kv_capacity.set(arena.capacity)
 
     def count_pass(self, report: PassReport) -> None:
         """A pass is done."""

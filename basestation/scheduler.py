@@ -2,18 +2,20 @@
 
 Everything that waits is taken as it comes; nobody waits for anybody's round. Where
 the arena has no room, sessions whose devices are silent lose their keys and
-values, the longest silent first, and keep their tokens.
+values, the longest silent first, and keep their tokens. Who begins like another
+takes over what that one has computed.
 
 Knows lengths and times; not what tokens mean.
 """
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Self
 
-from basestation.kv_arena import Arena, Segment
+from basestation.kv_arena import STEP, Arena, Segment
+from basestation.prefixes import share_prefixes
 from basestation.session import Session
 from protocol.errors import FullError, SettingsError
 
@@ -74,9 +76,12 @@ class Scheduler:
     def gather(self, sessions: Collection[Session], now: float) -> list[Work]:
         """The next pass: the rounds that waited longest, then a share of the rest for each prompt, the shortest first.
 
-        What a short prompt leaves of its share goes to the longer ones.
+        What a short prompt leaves of its share goes to the longer ones. Of prompts that
+        begin alike the first computes that beginning, and the others wait for it.
         """
-        waiting = sorted((one for one in sessions if one.waiting), key=lambda one: one.waiting_since)
+        behind = share_prefixes([one for one in sessions if one.waiting and not one.stretch.length], sessions)
+        waiting = [one for one in sessions if one.waiting and one not in behind]
+        waiting.sort(key=lambda one: one.waiting_since)
         filling = _Filling(self._arena, sessions, self._evicted)
         left = self._budget.tokens
         for session in (one for one in waiting if not one.backlog):
@@ -100,22 +105,31 @@ class Scheduler:
             self._evicted(session)
         return len(silent)
 
-    def check_room(self, length: int, sessions: Collection[Session], now: float) -> None:
-        """Whether another session of ``length`` positions fits beside those whose devices are busy.
+    def check_room(self, newcomer: Session, sessions: Collection[Session], now: float) -> None:
+        """Whether another session fits beside those whose devices are busy, once it holds what it can in common.
 
         Raises:
             FullError: it does not; with the time after which enough devices will have been silent if none speaks.
         """
+        share_prefixes([newcomer], sessions)
         busy = [one for one in sessions if one.waiting or now - one.heard_at < BUSY_SECONDS]
         busy.sort(key=lambda one: one.heard_at)
-        claims = list(accumulate(Arena.rounded(len(one.tokens) + 1) for one in busy))
-        excess = Arena.rounded(length) + (claims[-1] if claims else 0) - self._arena.capacity
+        claims = list(accumulate(_claims([*busy, newcomer])))
+        excess = claims[-1] - self._arena.capacity
         if excess <= 0:
             return
-        ends = (one.heard_at + BUSY_SECONDS for one, claim in zip(busy, claims, strict=True) if claim >= excess)
+        newcomer.stretch.release()
+        ends = (one.heard_at + BUSY_SECONDS for one, claim in zip(busy, claims, strict=False) if claim >= excess)
         seconds = max(1, math.ceil(next(ends, now) - now))
         told = f"the base station is full (busy sessions: {len(busy)}); come back in {seconds} s"
         raise FullError(told, seconds)
+
+
+def _claims(sessions: Sequence[Session]) -> list[int]:
+    """The room that each session needs for its tokens and one more; a block counts for the last of its holders."""
+    last = {block: one for one in sessions for block in one.stretch.blocks}
+    held = [sum(last[block] is not one for block in one.stretch.blocks) * STEP for one in sessions]
+    return [Arena.rounded(len(one.tokens) + 1) - elsewhere for one, elsewhere in zip(sessions, held, strict=True)]
 
 
 class _Filling:

@@ -109,8 +109,8 @@ class TargetModel:
             SettingsError: no such dtype or device, or not enough memory for keys and values.
             ModelError: it cannot be found or read, does not fit, or is of an architecture that is not supported.
         """
-        placement = _placement(torch_device)
-        precision = _precision(dtype, placement)
+        placement = choose_placement(torch_device)
+        precision = choose_dtype(dtype, placement)
         kv_budget(kv_memory, placement)  # what is no size is refused before what takes long
         register_attention()
         with _quiet_tools(), _named_failures(model):
@@ -165,7 +165,12 @@ class TargetModel:
         return logits
 
 
-def _placement(torch_device: str) -> torch.device:
+def choose_placement(torch_device: str) -> torch.device:
+    """The device of that name, or with ``auto`` CUDA where there is one.
+
+    Raises:
+        SettingsError: this machine has no such device.
+    """
     if torch_device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -179,7 +184,12 @@ def _placement(torch_device: str) -> torch.device:
     return placement
 
 
-def _precision(dtype: str, placement: torch.device) -> torch.dtype:
+def choose_dtype(dtype: str, placement: torch.device) -> torch.dtype:
+    """The data type of that name, or with ``auto`` bfloat16 on CUDA, float32 elsewhere.
+
+    Raises:
+        SettingsError: it is none that a target runs in.
+    """
     if dtype == "auto":
         return torch.bfloat16 if placement.type == "cuda" else torch.float32
     if dtype not in DTYPES:

@@ -29,6 +29,7 @@ JitterOption = Annotated[float, typer.Option(help="Up to so many milliseconds mo
 GRID = "A grid of links"
 OUTAGE = "START:SECONDS, from the relay's start; may be repeated."
 DtypeOption = Annotated[str, typer.Option(help="Of the target: auto, float32 or bfloat16.")]
+TorchDeviceOption = Annotated[str, typer.Option(help="Of the target: auto, cpu, cuda …")]
 
 
 @app.callback()
@@ -251,6 +252,31 @@ def overheads(
 
 
 @app.command()
+def prefixes(
+    target: TargetOption,
+    dtype: DtypeOption = "bfloat16",
+    torch_device: TorchDeviceOption = "auto",
+    sessions: Annotated[int, typer.Option(help="In one pass.")] = 16,
+    context: Annotated[int, typer.Option(help="Tokens of each.")] = 350,
+    shared: Annotated[int, typer.Option(help="Of these, the tokens that all begin with.")] = 256,
+    draft_len: Annotated[int, typer.Option(help="Tokens drafted in a round.")] = 4,
+    json_file: JsonOption = None,
+) -> None:
+    """What a beginning that sessions have in common costs in a pass, and what it saves."""
+    from basestation.target_model import TargetModel
+    from bench.prefixes import measure_prefixes
+    from bench.results import Results
+
+    judge = TargetModel.load(target, dtype, torch_device)
+    with _progress() as progress:
+        task = progress.add_task("measurements", total=None)
+        rows = measure_prefixes(judge, sessions, context, shared, draft_len + 1, lambda: progress.advance(task))
+    measured = Results({"target": judge.name, "dtype": dtype, "context": context, "draft_len": draft_len}, rows)
+    measured.show(console)
+    measured.write(json_file)
+
+
+@app.command()
 def uplink(
     bundle: BundleOption,
     target: TargetOption,
@@ -313,9 +339,9 @@ def theory(json_file: JsonOption = None) -> None:
 
 @app.command()
 def report(
-    results: Annotated[Path, typer.Option(help="Folder with the JSON files of theory, link, uplink and speedup.")] = (
-        Path("docs/results")
-    ),
+    results: Annotated[
+        Path, typer.Option(help="Folder with the JSON files of theory, link, uplink, speedup and ceiling.")
+    ] = (Path("docs/results")),
     docs: Annotated[Path, typer.Option(help="Folder to write results.md and plots/ into.")] = Path("docs"),
 ) -> None:
     """Write docs/results.md and its plots from result files alone."""
@@ -365,7 +391,7 @@ def capacity(
     bundle: BundleOption,
     target: TargetOption,
     dtype: DtypeOption = "bfloat16",
-    torch_device: Annotated[str, typer.Option(help="Of the target: auto, cpu, cuda …")] = "auto",
+    torch_device: TorchDeviceOption = "auto",
     sessions: Annotated[int, typer.Option(help="Devices at once.")] = 16,
     shortest: Annotated[int, typer.Option(help="Tokens of the shortest prompt.")] = 100,
     longest: Annotated[int, typer.Option(help="Tokens of the longest.")] = 600,
@@ -422,6 +448,40 @@ def capacity(
     Results(facts, rows).show(console)
     Results(facts, compared).show(console)
     Results(facts, [*rows, *compared]).write(json_file)
+
+
+@app.command()
+def ceiling(
+    shape: Annotated[str, typer.Option(help="Of the target: 7b or 135m.")] = "7b",
+    dtype: DtypeOption = "bfloat16",
+    torch_device: TorchDeviceOption = "auto",
+    sessions: Annotated[
+        list[int] | None, typer.Option(help="In one pass; may be repeated; 1, 4, 16, 64 and 256.")
+    ] = None,
+    contexts: Annotated[
+        list[int] | None, typer.Option("--context", help="Tokens of each; may be repeated; 512 and 2048.")
+    ] = None,
+    draft_len: Annotated[int, typer.Option(help="Tokens drafted in a round.")] = 5,
+    json_file: JsonOption = None,
+) -> None:
+    """Passes of a large target with random weights against a dense batch, and against no drafts: meant for CUDA."""
+    from basestation.target_model import choose_dtype, choose_placement
+    from bench.ceiling import CASES, SHAPES, Ceiling, card, combinations, compare
+    from bench.results import Results, Row, Value
+
+    if shape not in SHAPES:
+        raise SettingsError("shape", shape, " or ".join(SHAPES))
+    wanted = combinations(contexts or (512, 2048), sessions or (1, 4, 16, 64, 256), draft_len)
+    placement = choose_placement(torch_device)
+    facts: dict[str, Value] = {"card": card(placement), "shape": shape, "dtype": dtype, "draft_len": draft_len}
+    measured = Ceiling(SHAPES[shape], choose_dtype(dtype, placement), placement)
+    rows: list[Row] = []
+    with _progress() as progress:
+        task = progress.add_task("cases", total=len(wanted) * len(CASES))
+        for combination in wanted:
+            rows += measured.rows(combination, lambda: progress.advance(task))
+            Results(facts, [*rows, *compare(rows)]).write(json_file)
+    Results(facts, [*rows, *compare(rows)]).show(console)
 
 
 @app.command()

@@ -13,6 +13,8 @@ from basestation.kv_arena import Segment, Stretch
 from basestation.target_model import DTYPES, TargetModel
 
 REPEATS = 15
+PREFILL_TOKENS = 4096
+"""Tokens of all sessions in one step of a dense prefill."""
 
 
 @dataclass(frozen=True)
@@ -38,41 +40,47 @@ class DensePass:
         self._past = longest - new
         self._new_ids = rows[:, self._past :]
         self._cache = DynamicCache()
-        self._run(rows[:, : self._past], slice(0, self._past))
+        step = max(1, PREFILL_TOKENS // len(texts))
+        for start in range(0, self._past, step):
+            end = min(start + step, self._past)
+            self._run(rows[:, start:end], slice(start, end), logits_to_keep=1)
 
     def run(self) -> None:
         """One pass over the new tokens; the cache is as before."""
-        self._run(self._new_ids, slice(self._past, None))
+        self._run(self._new_ids, slice(self._past, self._mask.shape[1]))
         self._cache.crop(self._past)
 
     @torch.inference_mode()
-    def _run(self, ids: torch.Tensor, places: slice) -> None:
-        end = self._past if places.stop else None
+    def _run(self, ids: torch.Tensor, places: slice, logits_to_keep: int = 0) -> None:
         self._model(
             input_ids=ids,
-            attention_mask=self._mask[:, :end],
+            attention_mask=self._mask[:, : places.stop],
             position_ids=self._positions[:, places],
             past_key_values=self._cache,
             use_cache=True,
+            logits_to_keep=logits_to_keep,
         )
 
 
 class PackedPass:
-    """The same tokens as the base station runs them."""
+    """The same tokens as the base station runs them, the first ``shared`` of each being held in common."""
 
-    def __init__(self, target: TargetModel, texts: Sequence[list[int]], new: int) -> None:
+    def __init__(self, target: TargetModel, texts: Sequence[list[int]], new: int, shared: int = 0) -> None:
         self._target = target
         self._stretches: list[Stretch] = [target.new_stretch() for _ in texts]
         self._segments = [Segment(one, text[-new:], new) for one, text in zip(self._stretches, texts, strict=True)]
         self._lengths = [len(text) - new for text in texts]
         for stretch, text in zip(self._stretches, texts, strict=True):
-            target.forward([Segment(stretch, text[:-new], 0)])
+            if shared and stretch is not self._stretches[0]:
+                stretch.join(self._stretches[0], shared)
+            target.forward([Segment(stretch, text[stretch.length : -new], 0)])
 
-    def run(self) -> None:
-        """One pass over the new tokens; the stretches are as before."""
-        self._target.forward(self._segments)
+    def run(self) -> torch.Tensor:
+        """One pass over the new tokens, and its logits; the stretches are as before."""
+        logits = self._target.forward(self._segments)
         for stretch, length in zip(self._stretches, self._lengths, strict=True):
             stretch.rollback(length)
+        return logits
 
     def release(self) -> None:
         """Give the room back."""
@@ -86,20 +94,25 @@ def load_dense(model: str, dtype: str, torch_device: torch.device) -> Any:
     return loaded.eval().to(torch_device)
 
 
+def seconds_of(work: Callable[[], object], torch_device: torch.device) -> float:
+    """How long some work takes, the device's included."""
+    began = time.perf_counter()
+    work()
+    if torch_device.type == "cuda":
+        torch.cuda.synchronize(torch_device)
+    return time.perf_counter() - began
+
+
 def measure_passes(target: TargetModel, dense: Any, lengths: Sequence[int], new: int) -> PassTimes:
     """Passes of ``new`` tokens behind contexts of these lengths, both kinds in turn."""
     generator = torch.Generator().manual_seed(0)
     size = target.vocabulary.size
     texts = [torch.randint(size, (length + new,), generator=generator).tolist() for length in lengths]
     packed_pass, dense_pass = PackedPass(target, texts, new), DensePass(dense, texts, new)
-    seconds: dict[Callable[[], None], list[float]] = {packed_pass.run: [], dense_pass.run: []}
+    seconds: dict[Callable[[], object], list[float]] = {packed_pass.run: [], dense_pass.run: []}
     for _ in range(REPEATS):
         for run, spent in seconds.items():
-            began = time.perf_counter()
-            run()
-            if target.torch_device.type == "cuda":
-                torch.cuda.synchronize()
-            spent.append(time.perf_counter() - began)
+            spent.append(seconds_of(run, target.torch_device))
     packed_pass.release()
     packed, densely = (median(spent[2:]) for spent in seconds.values())
     return PassTimes(packed, densely)

@@ -14,7 +14,10 @@ COMMANDS = {
     "link": "edgedraft-bench link",
     "uplink": "edgedraft-bench uplink --bundle build/bundle --target build/sample",
     "speedup": "edgedraft-bench speedup --grid --bundle build/bundle --target build/sample",
+    "ceiling": "edgedraft-bench ceiling --shape 7b --torch-device cuda",
 }
+OF_THE_CEILING = 0.8
+"""What a packed pass of 64 sessions should reach."""
 WHY = (
     "times are those of a few short answers, and the machine's speed drifts: the target alone, which no link slows, "
     "ran at {least:.1f} to {most:.1f} tokens a second in cells of one temperature",
@@ -31,7 +34,7 @@ def write_report(results_folder: Path, docs: Path) -> Path:
     found = {name: _read(results_folder / f"{name}.json") for name in COMMANDS}
     plots = docs / "plots"
     parts = [_head(), *_theory(found["theory"], plots), *_link(found["link"])]
-    parts += [*_uplink(found["uplink"], plots), *_speedup(found["speedup"], plots)]
+    parts += [*_uplink(found["uplink"], plots), *_speedup(found["speedup"], plots), *_ceiling(found["ceiling"])]
     path = docs / "results.md"
     path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return path
@@ -49,10 +52,10 @@ def _head() -> str:
     )
 
 
-def _section(title: str, name: str, results: Results | None) -> Iterator[str]:
+def _section(title: str, name: str, results: Results | None, missing: str = "Not measured.") -> Iterator[str]:
     yield f"## {title}\n\n`{COMMANDS[name]}`"
     if results is None:
-        yield "Not measured."
+        yield missing
         return
     machine = ", ".join(f"{key} {value}" for key, value in results.machine.items())
     settings = ", ".join(f"{key.replace('_', ' ')} {format_value(value)}" for key, value in results.settings.items())
@@ -250,6 +253,30 @@ def _cell_name(cell: Cell) -> str:
 def _is_of(row: Mapping[str, Value], cell: Cell) -> bool:
     columns = cell.columns()
     return {name: row[name] for name in columns} == columns
+
+
+def _ceiling(results: Results | None) -> Iterator[str]:
+    missing = "Not measured: no CUDA device was at hand."
+    yield from _section("A large target on a graphics card", "ceiling", results, missing)
+    if results is None:
+        return
+    by_case = _by_case(results.rows)
+    compared = by_case.pop("compared")
+    reached = [
+        f"{number(row, 'of_the_ceiling'):.2f} at contexts of {row['context']}"
+        for row in compared
+        if row["sessions"] == 64 and row["of_the_ceiling"] is not None
+    ]
+    yield (
+        "`packed`: a pass of the base station, its rounds judged; `dense`: transformers' batch of as many tokens, the "
+        "ceiling; `target`: the base station without drafts, a token a session. Tokens are those that are run.\n\n"
+        + _table([row for rows in by_case.values() for row in rows])
+    )
+    yield (
+        f"At 64 sessions a packed pass reaches, of the ceiling: {', '.join(reached) or 'not measured'} (asked: "
+        f"{OF_THE_CEILING:g}). `most over target`: what drafts gain of which all tokens stand.\n\n"
+        + _table(compared, leave_out=("case",))
+    )
 
 
 def _by_case(rows: Rows) -> dict[str, list[Mapping[str, Value]]]:

@@ -93,11 +93,11 @@ class FakeStretch(Stretch):
 
     def rollback(self, length: int) -> None:
         super().rollback(length)
-        del self.tokens[length:]
+        del self.tokens[self.length :]
 
-    def release(self) -> None:
-        super().release()
-        self.tokens.clear()
+    def join(self, lender: Stretch, length: int) -> None:
+        super().join(lender, length)
+        self.tokens = cast(FakeStretch, lender).tokens[:length]
 
 
 @dataclass

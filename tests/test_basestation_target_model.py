@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from basestation import memory
-from basestation.kv_arena import ATTENTION_NAME, Segment
+from basestation.kv_arena import ATTENTION_NAME, STEP, Segment, Stretch
 from basestation.memory import check_fits, kv_budget, parse_size
 from basestation.target_model import SUPPORTED, TargetModel, Vocabulary, refuse_unsupported, register_attention
 from protocol.errors import ModelError, SettingsError
@@ -93,6 +93,61 @@ def test_packed_passes_are_the_architectures_own(architecture: str, changes: dic
         with torch.inference_mode():
             expected = plain(torch.tensor([text]), use_cache=False).logits[0, -5:]
         assert torch.allclose(rows, expected, atol=2e-4, rtol=1e-4), float((rows - expected).abs().max())
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes"),
+    [*((one, {}) for one in SUPPORTED), *WINDOWS.items()],
+    ids=[*SUPPORTED, *(f"{one}-window" for one in WINDOWS)],
+)
+def test_passes_behind_a_common_beginning_are_the_architectures_own(architecture: str, changes: dict[str, Any]) -> None:
+    """Three sessions begin alike; the others join at the end of a block, go on in chunks and are rolled back."""
+    plain, target = tiny_pair(architecture, **changes)
+    beginning = ids(2 * STEP, 9)
+    texts = [[*beginning, *ids(length, seed)] for seed, length in enumerate((40, 6, 23))]
+    stretches = [target.new_stretch() for _ in texts]
+    for start in range(0, len(texts[0]), 50):
+        target.forward([Segment(stretches[0], texts[0][start : start + 50], 0)])
+    for stretch, length in zip(stretches[1:], (2 * STEP, STEP), strict=True):
+        stretch.join(stretches[0], length)
+    for end in (2 * STEP + 3, len(texts[0])):
+        target.forward(
+            [
+                Segment(stretch, text[stretch.length : end], 0)
+                for stretch, text in zip(stretches, texts, strict=True)
+                if text[stretch.length : end]
+            ]
+        )
+    for stretch, text in zip(stretches, texts, strict=True):
+        stretch.rollback(len(text) - 5)
+    segments = [Segment(stretch, text[-5:], 5) for stretch, text in zip(stretches, texts, strict=True)]
+    logits = torch.split(target.forward(segments), 5)
+    assert target.arena.shared == 3 * STEP
+    for text, rows in zip(texts, logits, strict=True):
+        with torch.inference_mode():
+            expected = plain(torch.tensor([text]), use_cache=False).logits[0, -5:]
+        assert torch.allclose(rows, expected, atol=2e-4, rtol=1e-4), float((rows - expected).abs().max())
+
+
+@pytest.mark.parametrize("new", [1, 5])
+@pytest.mark.parametrize("window", [None, WINDOW], ids=["", "window"])
+def test_a_common_beginning_changes_no_bit(new: int, window: int | None) -> None:
+    """One session computes all itself, one lends its beginning, one borrows it; the chunks are the same."""
+    _, target = tiny_pair("mistral", hidden_size=192, num_attention_heads=6, head_dim=64, sliding_window=window)
+    text = ids(2 * STEP + 77, 0)
+
+    def run(stretch: Stretch, start: int, end: int) -> torch.Tensor:
+        return target.forward([Segment(stretch, text[start:end], min(new, end - start))])
+
+    alone, lender, borrower = (target.new_stretch() for _ in range(3))
+    for stretch in (alone, lender):
+        run(stretch, 0, 2 * STEP)
+        run(stretch, 2 * STEP, len(text) - new)
+    borrower.join(lender, 2 * STEP)
+    run(borrower, 2 * STEP, len(text) - new)
+    expected, *others = (run(stretch, len(text) - new, len(text)) for stretch in (alone, lender, borrower))
+    for logits in others:
+        assert torch.equal(logits, expected)
 
 
 @pytest.mark.parametrize("architecture", WINDOWS)

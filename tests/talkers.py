@@ -1,0 +1,70 @@
+"""Devices that speak when they are told to, to an engine whose target is a table."""
+
+from collections.abc import Sequence
+from typing import cast
+
+import numpy as np
+
+from basestation.scheduler import PassBudget
+from protocol.frames import FrameCodec
+from protocol.messages import PROTOCOL_VERSION, Draft, Hello, Message, Mode, Open, Sampling, Verdict
+from tests.fakes import FakeTarget, random_table, target_alone
+from tests.link_pair import Station
+
+VOCAB = 12
+TARGET = random_table(VOCAB, seed=1)
+CODEC = FrameCodec(VOCAB)
+BUDGET = PassBudget(64, 16)
+
+
+def prompt_of(length: int, seed: int = 0) -> list[int]:
+    ids: list[int] = np.random.default_rng(seed).integers(0, VOCAB, length).tolist()
+    return ids
+
+
+class Talker:
+    """A device with one session, which speaks when it is told to."""
+
+    def __init__(self, station: Station, name: int, prompt: Sequence[int]) -> None:
+        self.station, self.peer = station, bytes([name])
+        self.tokens = list(prompt)
+        self.round_id = 0
+        vocabulary = target_of(station).vocabulary
+        self.say(Hello(PROTOCOL_VERSION, VOCAB, vocabulary.sha256, tuple(vocabulary.stop_ids)))
+        self.station.outboxes[self.peer].clear()
+        self.say(Open(0, 0, Mode.IDS, Sampling(), tuple(prompt)))
+
+    def say(self, message: Message) -> None:
+        self.station.push(self.peer, CODEC.encode(message))
+
+    def heard(self) -> list[Message]:
+        messages = list(self.station.outboxes[self.peer])
+        self.station.outboxes[self.peer].clear()
+        return messages
+
+    def draft(self, count: int = 4) -> None:
+        """What the target would say, but for the last."""
+        self.round_id += 1
+        right = target_alone(TARGET, self.tokens, count)
+        self.drafted = (*right[:-1], (right[-1] + 1) % VOCAB)
+        self.say(Draft(0, self.round_id, self.drafted))
+
+    def commit(self) -> None:
+        (verdict,) = self.heard()
+        assert isinstance(verdict, Verdict)
+        expected = target_alone(TARGET, self.tokens, len(self.drafted))
+        assert (verdict.accepted, verdict.token_id) == (len(self.drafted) - 1, expected[-1])
+        self.tokens += expected
+
+
+def target_of(station: Station) -> FakeTarget:
+    return cast(FakeTarget, vars(station.engine)["_target"])
+
+
+def new_station(budget: PassBudget = BUDGET, capacity: int = 2**20, memory: int | None = None) -> Station:
+    return Station(FakeTarget.make(TARGET, capacity=capacity, memory=memory, context_length=capacity), budget=budget)
+
+
+def settle(station: Station) -> None:
+    while station.engine.busy:
+        station.engine.step()
