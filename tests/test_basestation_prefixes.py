@@ -275,7 +275,7 @@ def test_a_full_station_has_room_for_who_shares() -> None:
     assert target_of(station).arena.used == 4 * STEP
     (fault,) = Talker(station, 4, [*COMMON, 4]).heard()
     assert isinstance(fault, Fault)
-    assert fault.text == "the base station is full (2 sessions are busy); come back in 5 s"
+    assert fault.text == "the base station is full (busy sessions: 2); come back in 5 s"
     assert target_of(station).arena.shared == 2 * STEP
     check_arena(station)
 
