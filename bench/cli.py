@@ -76,7 +76,7 @@ def speedup(
     ] = None,
     answer_seconds: Annotated[
         float, typer.Option(help="For each answer at most, but two rounds.", rich_help_panel=GRID)
-    ] = 2.5,
+    ] = 4.0,
     repeat_busy: Annotated[
         bool,
         typer.Option("--repeat-busy", help="Measure cells again that shared the machine.", rich_help_panel=GRID),
