@@ -10,6 +10,7 @@ modes a round may fall differently, and the track is one that might have been.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from statistics import fmean
 
 from device.live_planner import LivePlanner
 from device.planner import RoundTimes
@@ -60,8 +61,16 @@ class Track:
         return JudgedRound(leads, accepted)
 
 
-def auto_speedup(gate: GateFigures, greedy: bool, rounds: Sequence[JudgedRound], times: RoundTimes) -> float:
-    """Tokens a second of the plan against the target alone, once around the track behind a warm-up.
+@dataclass(frozen=True)
+class PlannedPace:
+    """What a plan comes to: tokens a second, and tokens of a round in which something was drafted."""
+
+    tokens_per_second: float
+    tokens_per_round: float | None
+
+
+def planned_pace(gate: GateFigures, greedy: bool, rounds: Sequence[JudgedRound], times: RoundTimes) -> PlannedPace:
+    """The pace of the live plan, once around the track behind a warm-up.
 
     Args:
         gate: figures of the draft model, which the plan begins with.
@@ -72,6 +81,7 @@ def auto_speedup(gate: GateFigures, greedy: bool, rounds: Sequence[JudgedRound],
     track, planner, pace = Track(rounds), LivePlanner(gate, greedy), times.target_seconds()
     planner.observe_opened(times.round_trip_seconds)
     place, seconds, begin = 0, 0.0, (0, 0.0)
+    round_tokens: list[int] = []
     while place - begin[0] < track.length:
         if count := planner.decode_len():
             first, further = times.round_trip_seconds + pace, (count - 1) * pace
@@ -82,7 +92,10 @@ def auto_speedup(gate: GateFigures, greedy: bool, rounds: Sequence[JudgedRound],
             drafting = len(judged.leads) * times.draft_seconds
             reply = times.seconds(len(judged.leads)) - drafting
             planner.observe(judged.leads, judged.accepted, drafting, reply)
+            round_tokens.append(judged.accepted + 1)
             place, seconds = place + judged.accepted + 1, seconds + drafting + reply
         if place >= _WARM_UP and not begin[0]:
             begin = place, seconds
-    return (place - begin[0]) * pace / (seconds - begin[1])
+            round_tokens.clear()
+    tokens_per_second = (place - begin[0]) / (seconds - begin[1])
+    return PlannedPace(tokens_per_second, fmean(round_tokens) if round_tokens else None)

@@ -10,12 +10,12 @@ from statistics import fmean
 from types import TracebackType
 from typing import Self
 
-from bench.auto_prediction import JudgedRound, auto_speedup
+from bench.auto_prediction import JudgedRound, planned_pace
 from bench.cores import Cores, running_on
 from bench.grid import DOWNLINK_MBIT, FULL, FULL_DRAFT_LENS, TARGET, UPLINK_K, Case, Cell, cases
 from bench.link import relay_command
 from bench.pace import Length, Pace, measure_pace, together
-from bench.prediction import Calibration, standing
+from bench.prediction import Calibration, Prediction, standing
 from bench.recording import RecordingClient
 from bench.results import Row, Value, number, numbers
 from bench.serving import Served, serving
@@ -23,7 +23,7 @@ from bench.station import station_command
 from bench.workplace import Workplace, connected
 from device.client import DraftSettings
 from device.draft_model import DraftModel
-from device.planner import Direction
+from device.planner import Direction, expected_tokens
 from device.tokenizer import Tokenizer
 from protocol.bundle import GateFigures
 from protocol.errors import EdgedraftError
@@ -107,7 +107,7 @@ class GridRun:
         return rows
 
     def compare(self, rows: Sequence[Row], cell: Cell, loopback: Sequence[Row]) -> None:
-        """Add to every row of a cell its speedup, the predicted one and the error of that; None without figures."""
+        """Add to every row of a cell its speedup, what is predicted and the error of that; None without figures."""
         model = Model.of(loopback, self.model.manifest.gate)
         alone = _target_seconds(rows)
         for row in rows:
@@ -115,7 +115,9 @@ class GridRun:
             row["speedup"] = row["prediction_error"] = None
             if alone and row["tokens_per_second"]:
                 row["speedup"] = number(row, "tokens_per_second") * alone
-            row["predicted_speedup"] = model.speedup(Mode(str(row["mode"])), draft_len, cell)
+            predicted = model.predict(Mode(str(row["mode"])), draft_len, cell)
+            row["predicted_speedup"] = predicted.speedup if predicted else None
+            row["predicted_tokens_per_round"] = predicted.tokens_per_round if predicted else None
             if row["speedup"] and row["predicted_speedup"]:
                 row["prediction_error"] = number(row, "predicted_speedup") / number(row, "speedup") - 1
 
@@ -217,10 +219,10 @@ class Model:
         """Of the rows that were measured over loopback; of none, it predicts nothing."""
         return cls(calibrations_of(loopback), _target_seconds(loopback), gate)
 
-    def speedup(self, mode: Mode, draft_len: int | None, cell: Cell) -> float | None:
+    def predict(self, mode: Mode, draft_len: int | None, cell: Cell) -> Prediction | None:
         """Of a mode in a cell, without a draft length that of the live plan; None without figures."""
         if mode is Mode.TARGET:
-            return 1.0
+            return Prediction(1.0)
         calibration = self.calibrations.get(mode)
         if calibration is None or self.target_seconds is None:
             return None
@@ -228,18 +230,20 @@ class Model:
         downlink = Direction(round_bytes=_VERDICT_BYTES, bytes_per_second=1e6 * DOWNLINK_MBIT / 8)
         times = calibration.times(self.target_seconds, cell.round_trip_seconds, rate, downlink)
         if draft_len is not None:
-            return times.speedup(calibration.acceptance(draft_len), draft_len)
+            alphas = calibration.acceptance(draft_len)
+            return Prediction(times.speedup(alphas, draft_len), expected_tokens(alphas, draft_len))
         if not calibration.rounds:
             return None
-        return auto_speedup(self.gate, cell.temperature == 0, calibration.rounds, times)
+        pace = planned_pace(self.gate, cell.temperature == 0, calibration.rounds, times)
+        return Prediction(pace.tokens_per_second * times.target_seconds(), pace.tokens_per_round)
 
 
 def _chosen(case: Case, cell: Cell, model: Model) -> Case:
     """The case; of the full vocabulary as many tokens a round as the model says is best."""
     if case is not FULL:
         return case
-    speedups = {one: model.speedup(Mode.FULL, one, cell) or 0.0 for one in FULL_DRAFT_LENS}
-    return replace(case, draft_len=max(speedups, key=lambda draft_len: speedups[draft_len]))
+    predicted = {one: model.predict(Mode.FULL, one, cell) or Prediction(0.0) for one in FULL_DRAFT_LENS}
+    return replace(case, draft_len=max(predicted, key=lambda draft_len: predicted[draft_len].speedup))
 
 
 def _draft_settings(case: Case, cell: Cell) -> DraftSettings:

@@ -16,6 +16,14 @@ from device.planner import Direction, RoundTimes
 
 
 @dataclass(frozen=True)
+class Prediction:
+    """Of a case in a cell; ``tokens_per_round`` of rounds in which something is drafted."""
+
+    speedup: float
+    tokens_per_round: float | None = None
+
+
+@dataclass(frozen=True)
 class Calibration:
     """Of one mode, measured with fixed draft lengths over loopback.
 

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +13,8 @@ from basestation.server import Server
 from bench.capacity import CapacitySettings, measure_replay, ratios
 from bench.churn import ChurnSettings, measure_churn
 from bench.replay import Pace, Recording, record
+from bench.report import write_report
+from bench.results import Results, format_value
 from bench.station import StationProcess
 from tests.fakes import FakeDraftModel, FakeTarget, blend, manifest, random_table
 from tests.serving import serving
@@ -34,7 +37,7 @@ def recordings() -> list[Recording]:
     return record(FakeDraftModel.make(DRAFT), FakeTarget.make(TARGET), prompts, 12, 4, lambda: None)
 
 
-def test_a_run_has_a_row_for_each_case_and_its_ratios(station: StationProcess) -> None:
+def test_a_run_has_a_row_for_each_case_and_its_ratios(station: StationProcess, tmp_path: Path) -> None:
     settings = CapacitySettings(4, seconds=0.3, warm_up_seconds=0.1, turns=1, pace=Pace(0.0))
     rows = measure_replay(station, recordings(), manifest(VOCAB), settings, lambda: None)
     assert [(row["case"], row["sessions"]) for row in rows] == [
@@ -48,7 +51,14 @@ def test_a_run_has_a_row_for_each_case_and_its_ratios(station: StationProcess) -
     for row in rows:
         assert isinstance(row["tokens_per_second"], float)
         assert row["tokens_per_second"] > 0
-    assert len(ratios(rows, 4)) == 4
+    compared = ratios(rows, 4)
+    assert len(compared) == 4
+    Results({"sessions": 4}, [*rows, *compared]).write(tmp_path / "capacity.json")
+    text = write_report(tmp_path, tmp_path).read_text(encoding="utf-8")
+    for one in rows:
+        assert f"| {one['case']} | {one['sessions']} |" in text
+    for one in compared:
+        assert f"| {one['case']} | {format_value(one['ratio'])} | {one['asked']} |" in text
 
 
 def test_churn_loses_no_session_that_its_device_kept(station: StationProcess) -> None:
