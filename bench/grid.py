@@ -12,6 +12,7 @@ from math import inf
 
 from bench.link import Way
 from bench.results import Row
+from device.sampling import ENTRIES
 from protocol.errors import SettingsError
 from protocol.messages import Mode, Sampling
 
@@ -21,7 +22,6 @@ TEMPERATURES = (0.0, 1.0)
 DOWNLINK_MBIT = 50.0
 DRAFT_LENS = (2, 4, 8, 16)
 FULL_DRAFT_LENS = (1, 2, 4)
-UPLINK_K = 32
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def cases(cell: Cell) -> list[Case]:
     """What is measured in a cell; how many tokens ``FULL`` drafts in a round is left to what is predicted there."""
     mode = _own_mode(cell.temperature)
     lockstep = [Case(f"{mode}, {draft_len} a round", mode, draft_len) for draft_len in DRAFT_LENS]
-    others = [(Mode.TOPK, f"topk {UPLINK_K}"), (Mode.TOPP, "topp .95")][: 2 if cell.temperature else 1]
+    others = [(Mode.TOPK, f"topk {ENTRIES[Mode.TOPK]}"), (Mode.TOPP, "topp .95")][: 2 if cell.temperature else 1]
     auto = [Case(f"{mode}, auto", mode), *(Case(f"{name}, auto", other) for other, name in others)]
     if cell.round_trip_ms is not None:
         return [TARGET, *auto, *lockstep, FULL]

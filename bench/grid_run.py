@@ -12,7 +12,7 @@ from typing import Self
 
 from bench.auto_prediction import JudgedRound, planned_pace
 from bench.cores import Cores, running_on
-from bench.grid import DOWNLINK_MBIT, FULL, FULL_DRAFT_LENS, TARGET, UPLINK_K, Case, Cell, cases
+from bench.grid import DOWNLINK_MBIT, FULL, FULL_DRAFT_LENS, TARGET, Case, Cell, cases
 from bench.link import relay_command
 from bench.pace import Length, Pace, measure_pace, together
 from bench.prediction import Calibration, Prediction, standing
@@ -24,13 +24,13 @@ from bench.workplace import Workplace, connected
 from device.client import DraftSettings
 from device.draft_model import DraftModel
 from device.planner import Direction, expected_tokens
+from device.sampling import ENTRIES
 from device.tokenizer import Tokenizer
 from protocol.bundle import GateFigures
 from protocol.errors import EdgedraftError
 from protocol.messages import Mode, Sampling
 
 WARM_UP = Length(24, 4.0)
-TOPP_CAP = 256
 _VERDICT_BYTES = 12.0
 
 
@@ -247,7 +247,7 @@ def _chosen(case: Case, cell: Cell, model: Model) -> Case:
 
 
 def _draft_settings(case: Case, cell: Cell) -> DraftSettings:
-    uplink_k = TOPP_CAP if case.mode is Mode.TOPP else UPLINK_K
+    uplink_k = ENTRIES.get(case.mode, 1)
     return DraftSettings(case.mode, Sampling(cell.temperature, seed=1), uplink_k, case.draft_len)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from bench.positions import DRAFT_LEN, Corpus, by_round, send
 from bench.results import Value
-from device.sampling import Uplink, coupled_guess, draft_distribution, whole_distribution
+from device.sampling import ENTRIES, Uplink, coupled_guess, draft_distribution, whole_distribution
 from protocol.coupling import PositionNoise
 from protocol.errors import SettingsError
 from protocol.frames import FrameCodec
@@ -23,7 +23,6 @@ from protocol.stream import socket_bytes
 
 UPLINK_K = (1, 3, 8, 32, 128, 320, 3200)
 UPLINK_P = (0.9, 0.95, 0.99)
-TOPP_CAP = 256
 TEMPERATURES = (0.0, 0.7, 1.0)
 SEEDS = range(1, 9)
 """Of the noise that mode ``coupled`` is counted over."""
@@ -52,7 +51,7 @@ def uplink_rows(corpus: Corpus, uplink_k: Sequence[int]) -> list[dict[str, Value
     cases: list[tuple[str, int | None, Uplink]] = [
         (f"topk {k if k < vocab_size else 'V'}", k, Uplink.of_mode(Mode.TOPK, k, 1.0, 0)) for k in uplink_k
     ]
-    cases += [(f"topp {p:g}", None, Uplink.of_mode(Mode.TOPP, TOPP_CAP, p, 0)) for p in UPLINK_P]
+    cases += [(f"topp {p:g}", None, Uplink.of_mode(Mode.TOPP, ENTRIES[Mode.TOPP], p, 0)) for p in UPLINK_P]
     for name, k, uplink in cases:
         sent = [draft_distribution(one.logits, sampling, uplink) for one in positions]
         rows.append(_row(corpus, name, k, *_sent(corpus, sent)))

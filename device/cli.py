@@ -22,7 +22,7 @@ from device.draft_model import DraftModel
 from device.keys import LinkKeys, new_key
 from device.link import Link
 from device.records import Records
-from device.sampling import best_mode
+from device.sampling import ENTRIES, best_mode
 from device.tokenizer import ChatMessage, Tokenizer
 from protocol.bundle import Manifest
 from protocol.command_line import Verbose, run
@@ -31,7 +31,6 @@ from protocol.frames import FrameCodec
 from protocol.keys import public_path
 from protocol.messages import Mode, Sampling
 
-TOPP_CAP = 256
 ORIGIN_STYLES = {Origin.ACCEPTED: "green", Origin.RECOVERED: "bold red", Origin.BONUS: "bold blue"}
 
 app = typer.Typer(
@@ -251,7 +250,7 @@ def _settings(
         )
     uplink_k, uplink_p, uplink_steps = uplink
     if uplink_k is None:
-        uplink_k = TOPP_CAP if chosen is Mode.TOPP else 32
+        uplink_k = ENTRIES.get(chosen, 1)
     return DraftSettings(chosen, sampling, uplink_k, _draft_len(draft_len), uplink_p, uplink_steps)
 
 

@@ -23,6 +23,8 @@ Ids: TypeAlias = npt.NDArray[np.int64]
 Probs: TypeAlias = npt.NDArray[np.float64]
 
 
+ENTRIES = {Mode.TOPK: 32, Mode.TOPP: 256}
+"""How many entries of each distribution are sent, at most, where nothing else is asked for."""
 STEPS_PER_ENTRY = {Mode.TOPK: 24, Mode.TOPP: 16}
 """Chosen by ``edgedraft-bench encodings``; a support of topp is mostly far smaller than its cap."""
 

@@ -234,7 +234,7 @@ def test_what_a_prediction_misses_is_told_apart() -> None:
     assert (auto.tokens, auto.seconds) == (None, None)
     assert auto.target == fixed.target == pytest.approx(25 * TARGET_SECONDS - 1)
     assert fixed.tokens == pytest.approx(2 / 4 - 1)
-    assert fixed.seconds is not None
+    assert fixed.tokens is not None and fixed.seconds is not None  # noqa: PT018
     assert (1 + fixed.tokens) * (1 + fixed.seconds) * (1 + fixed.target) == pytest.approx(1 + fixed.error)
 
 
