@@ -58,7 +58,7 @@ def speedup(
     dtype: DtypeOption = "bfloat16",
     prompts: PromptsOption = None,
     count: Annotated[int | None, typer.Option(help="How many prompts; 8, in a grid 3.")] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(help="Tokens for each; 128, in a grid 96.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Tokens for each; 128, in a grid 64.")] = None,
     draft_len: Annotated[
         int | None, typer.Option(help="Tokens drafted in a round; left out, planned anew after each.")
     ] = None,
@@ -76,7 +76,7 @@ def speedup(
     ] = None,
     answer_seconds: Annotated[
         float, typer.Option(help="For each answer at most, but two rounds.", rich_help_panel=GRID)
-    ] = 4.0,
+    ] = 3.0,
     repeat_busy: Annotated[
         bool,
         typer.Option("--repeat-busy", help="Measure cells again that shared the machine.", rich_help_panel=GRID),
@@ -92,7 +92,7 @@ def speedup(
 
     if grid or round_trips or uplinks:
         chosen = read_prompts(prompts, count or 3)
-        length = Length(max_new_tokens or 96, answer_seconds)
+        length = Length(max_new_tokens or 64, answer_seconds)
         _measure_grid(
             bundle, target, dtype, chosen, length, (temperatures, round_trips, uplinks), json_file, repeat_busy
         )

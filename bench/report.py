@@ -12,7 +12,7 @@ COMMANDS = {
     "theory": "edgedraft-bench theory",
     "link": "edgedraft-bench link",
     "uplink": "edgedraft-bench uplink --bundle build/bundle --target build/sample",
-    "speedup": "edgedraft-bench speedup --grid --bundle build/bundle --target build/sample",
+    "speedup": "edgedraft-bench speedup --grid --dtype float32 --bundle build/bundle --target build/sample",
     "capacity": "edgedraft-bench capacity --bundle build/bundle --target build/sample --turns 2 --seconds 4",
     "churn": "edgedraft-bench churn --bundle build/bundle --target build/sample --recording rounds.jsonl",
     "ceiling": "edgedraft-bench ceiling --shape 7b --torch-device cuda",
