@@ -17,21 +17,21 @@ from basestation.session import Session
 logger = logging.getLogger(__name__)
 
 
-def share_prefixes(newcomers: Iterable[Session], sessions: Iterable[Session]) -> set[Session]:
+def share_prefixes(newcomers: Iterable[Session], sessions: Iterable[Session]) -> dict[Session, Session]:
     """Let ``newcomers``, whose stretches are empty, hold what ``sessions`` have computed of the same tokens.
 
     Returns:
-        Those that should wait, because another session is computing what they can hold.
+        Those that should wait, each with the other session that is computing what it can hold.
     """
     ahead = [one for one in sessions if one.stretch.length]
-    behind = set()
+    behind = {}
     for newcomer in sorted(newcomers, key=lambda one: len(one.tokens)):
         shared = [(shared_len(one, newcomer), one) for one in ahead]
         length, lender = max(shared, key=lambda pair: (pair[0], pair[1].stretch.length), default=(0, newcomer))
         if not length:
             ahead.append(newcomer)
         elif lender.stretch.length < length:
-            behind.add(newcomer)
+            behind[newcomer] = lender
         else:
             _join(newcomer, lender, length)
     return behind

@@ -9,7 +9,7 @@ Knows lengths and times; not what tokens mean.
 """
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Self
@@ -74,10 +74,11 @@ class Scheduler:
         self._evicted = evicted
 
     def gather(self, sessions: Collection[Session], now: float) -> list[Work]:
-        """The next pass: the rounds that waited longest, then a share of the rest for each prompt, the shortest first.
+        """The next pass: the rounds that waited longest, then a share of the rest for each prompt.
 
-        What a short prompt leaves of its share goes to the longer ones. Of prompts that
-        begin alike the first computes that beginning, and the others wait for it.
+        The prompt that waited longest comes first, so that none waits for ever, and then the
+        shortest; what it leaves of its share goes to the longer ones. Of prompts that begin
+        alike the first computes that beginning, and the others wait for it.
         """
         behind = share_prefixes([one for one in sessions if one.waiting and not one.stretch.length], sessions)
         waiting = [one for one in sessions if one.waiting and one not in behind]
@@ -88,7 +89,7 @@ class Scheduler:
             if session.round_len > left and filling.works:
                 break
             left -= filling.add(session, session.round_len)
-        prompts = sorted((one for one in waiting if one.backlog), key=lambda one: one.backlog)
+        prompts = _in_turn([one for one in waiting if one.backlog], behind)
         if any(not one.backlog and (one.waiting or now - one.heard_at < _RUNNING_SECONDS) for one in sessions):
             left = min(left, self._budget.prompt_tokens)
         for count, session in zip(range(len(prompts), 0, -1), prompts, strict=True):
@@ -106,7 +107,9 @@ class Scheduler:
         return len(silent)
 
     def check_room(self, newcomer: Session, sessions: Collection[Session], now: float) -> None:
-        """Whether another session fits beside those whose devices are busy, once it holds what it can in common.
+        """Whether another session fits beside those whose devices are busy, once it holds what is there in common.
+
+        What another is still computing counts for both.
 
         Raises:
             FullError: it does not; with the time after which enough devices will have been silent if none speaks.
@@ -123,6 +126,15 @@ class Scheduler:
         seconds = max(1, math.ceil(next(ends, now) - now))
         told = f"the base station is full (busy sessions: {len(busy)}); come back in {seconds} s"
         raise FullError(told, seconds)
+
+
+def _in_turn(prompts: Sequence[Session], behind: Mapping[Session, Session]) -> list[Session]:
+    """The first, then by what is left of them; who computes for others who are ``behind`` counts as the shortest."""
+    left = {one: one.backlog for one in prompts}
+    for waiter, lender in behind.items():
+        if lender in left:
+            left[lender] = min(left[lender], waiter.backlog)
+    return [*prompts[:1], *sorted(prompts[1:], key=lambda one: left[one])]
 
 
 def _claims(sessions: Sequence[Session]) -> list[int]:

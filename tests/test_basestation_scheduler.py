@@ -274,3 +274,26 @@ def test_a_budget_that_no_chunk_fits_is_refused(value: int) -> None:
         PassBudget(value, 64)
     with pytest.raises(SettingsError, match=rf"prompt-tokens is {value}; allowed: 16 and more"):
         PassBudget(256, value)
+
+
+@pytest.mark.parametrize("alike", [False, True])
+def test_a_prompt_is_read_however_many_shorter_ones_come(alike: bool) -> None:
+    """Two strangers a pass, each with a shorter prompt; ``alike``, another waits for the long one's beginning."""
+    station = new_station(PassBudget(64, 32))
+    runner = Talker(station, 0, prompt_of(3))
+    settle(station)
+    runner.heard()
+    long = Talker(station, 1, prompt_of(6 * STEP, seed=9))
+    station.engine.step()
+    waiter = Talker(station, 2, [*prompt_of(6 * STEP, seed=9)[: 2 * STEP], 1]) if alike else long
+    waiter.draft()
+    for name in range(3, 103):
+        runner.draft()
+        station.now += 0.1
+        Talker(station, name, prompt_of(40, seed=name))
+        Talker(station, name + 100, prompt_of(40, seed=name + 100))
+        station.engine.step()
+        runner.commit()
+        if any(isinstance(message, Verdict) for message in station.outboxes[waiter.peer]):
+            return
+    pytest.fail("never judged")
