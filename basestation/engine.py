@@ -97,7 +97,7 @@ class Engine:
         self._records = records
         self._clock = clock
         self._draining = False
-        self._greeted: dict[str, None] = {}
+        self._greeted: dict[str, int] = {}  # the version that each speaks
         self._sessions: dict[tuple[str, int], Session] = {}
         self._scheduler = Scheduler(target.arena, budget, self._note_eviction)
         self._metrics.watch(self._sessions.__len__, target.arena)
@@ -130,7 +130,7 @@ class Engine:
         logger.warning("peer %s, session %s: %s", peer, session_id, error, extra=place)
         if session_id is not None:
             self._forget(peer.owner, session_id)
-        self._tell_fault(peer.address, session_id, error)
+        self._tell_fault(peer, session_id, error)
 
     def drain(self) -> None:
         """Open no more sessions; those that are open go on."""
@@ -141,7 +141,7 @@ class Engine:
         logger.warning("peer %s: %s", owner[:8], error)
         self._greeted.pop(owner, None)
         for key in [key for key in self._sessions if key[0] == owner]:
-            self._tell_fault(self._sessions[key].address, key[1], error)
+            self._tell_fault(Peer(owner, self._sessions[key].address), key[1], error)
             self._forget(*key)
 
     def step(self) -> None:
@@ -231,8 +231,10 @@ class Engine:
 
     def close(self) -> None:
         """Tell every peer that the base station goes away."""
-        for (_, session_id), session in self._sessions.items():
-            self._tell_fault(session.address, session_id, ClosingError("the base station is shutting down"))
+        for (owner, session_id), session in self._sessions.items():
+            self._tell_fault(
+                Peer(owner, session.address), session_id, ClosingError("the base station is shutting down")
+            )
         self._sessions.clear()
 
     def _dispatch(self, peer: Peer, message: Message) -> None:
@@ -255,13 +257,14 @@ class Engine:
 
     def _greet(self, peer: Peer, hello: Hello) -> None:
         self._check_hello(hello)
+        version = min(hello.version, PROTOCOL_VERSION)
         self._greeted.pop(peer.owner, None)
-        self._greeted[peer.owner] = None
+        self._greeted[peer.owner] = version
         if len(self._greeted) > _MAX_GREETED:
             del self._greeted[next(iter(self._greeted))]
         limits = self._limits
         welcome = Welcome(
-            min(hello.version, PROTOCOL_VERSION),
+            version,
             self._target.name,
             self._target.context_length,
             limits.max_draft_len,
@@ -341,9 +344,10 @@ class Engine:
         self._metrics.count_eviction()
         logger.info("peer %s: keys and values of %d tokens gave way to others", session.owner[:8], len(session.tokens))
 
-    def _tell_fault(self, address: bytes, session_id: int | None, error: EdgedraftError) -> None:
+    def _tell_fault(self, peer: Peer, session_id: int | None, error: EdgedraftError) -> None:
         self._metrics.count_fault(error.code)
-        self._deliver(address, Fault(session_id, error.code, str(error), error.retry_seconds))
+        known = self._greeted.get(peer.owner, OLDEST_VERSION) > OLDEST_VERSION  # the oldest take no further field
+        self._deliver(peer.address, Fault(session_id, error.code, str(error), error.retry_seconds if known else 0))
 
     def _deliver(self, address: bytes, message: Message, session: Session | None = None) -> None:
         size = self._send(address, message)

@@ -9,6 +9,7 @@ import psutil
 import torch
 from transformers import AutoModelForCausalLM
 
+from basestation.packed_linear import packed_bytes
 from protocol.errors import ModelError, SettingsError
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -81,7 +82,8 @@ def check_fits(config: Any, dtype: torch.dtype, placement: torch.device) -> None
         ModelError: with the sizes.
     """
     count = parameter_count(config)
-    needed, free = count * dtype.itemsize, free_memory(placement)
+    each = packed_bytes(dtype) if placement.type == "cpu" else dtype.itemsize
+    needed, free = count * each, free_memory(placement)
     if needed > free:
         precision = str(dtype).removeprefix("torch.")
         raise ModelError(

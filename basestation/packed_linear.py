@@ -55,14 +55,25 @@ class PackedLinear(nn.Module):
         return packed
 
 
+def packed_bytes(held: torch.dtype) -> int:
+    """What a parameter of a linear layer takes on the CPU once it is packed, in bytes."""
+    dtype = _packed_dtype(held)
+    return dtype.itemsize if dtype is held else dtype.itemsize + held.itemsize
+
+
 def pack_linears(model: nn.Module) -> None:
     """Make a model on the CPU compute with packed weights, where oneDNN is there."""
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return
-    in_bfloat16 = next(model.parameters()).dtype is torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    dtype = torch.bfloat16 if in_bfloat16 else torch.float32
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if type(child) is nn.Linear:
-                setattr(module, name, PackedLinear(child, dtype))
+    dtype = _packed_dtype(next(model.parameters()).dtype)
+    parents = [module for module in model.modules() if type(module) is not nn.Linear]  # which are to go one by one
+    for module in parents:
+        for name in [name for name, child in module.named_children() if type(child) is nn.Linear]:
+            setattr(module, name, PackedLinear(getattr(module, name), dtype))
     model.to(dtype)
+
+
+def _packed_dtype(held: torch.dtype) -> torch.dtype:
+    if held is torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return torch.bfloat16
+    return torch.float32

@@ -9,6 +9,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
@@ -249,13 +250,20 @@ class Client:
         self._link.send(message)
 
     def now(self) -> Moment:
-        """The clock, which stands still in pauses, and the bytes so far."""
+        """The clock, which ``stopped_clock`` stops, and the bytes so far."""
         return Moment(self.clock() - self._paused_seconds, self._link.uplink_bytes, self._link.downlink_bytes)
 
     def record(self, mode: Mode, verdict: Verdict, draft_len: int, drafted: int, moments: Moments) -> None:
         """Have a round written down, where anybody wants that; see ``RoundRecord.of``."""
         if self._records:
             self._records.keep(RoundRecord.of(self._link.device, mode, verdict, draft_len, drafted, moments))
+
+    @contextmanager
+    def stopped_clock(self) -> Iterator[None]:
+        """Let ``now`` stand still: what a base station refuses or has forgotten is no delay of the link."""
+        before, began = self._paused_seconds, self.clock()
+        yield
+        self._paused_seconds = before + self.clock() - began
 
     def pause(self, refusal: FaultError, since: float | None) -> float:
         """Let time pass where the base station is full or being stopped; a new connection ends it.
@@ -284,7 +292,6 @@ class Client:
         connections = self._link.connections
         while (left := began + pause - self.clock()) > 0 and self._link.connections == connections:
             self._link.receive(left)  # whatever comes is of a session that is over
-        self._paused_seconds += self.clock() - began
         return began if since is None else since
 
 
@@ -433,25 +440,31 @@ class DeviceSession:
             allowed = f"at most {most} at once (the base station's {option_name('max_prompt_len')})"
             raise ContextLengthError("prompt", f"{new} new tokens", allowed)
 
-    def _ask(self, request: Request) -> Reply:
-        return next(self._replies(request))
+    def _ask(self, request: Request, refused_at: float | None = None) -> Reply:
+        return next(self._replies(request, refused_at))
 
-    def _replies(self, request: Request) -> Iterator[Reply]:
-        """The replies to one request, whatever the base station forgets or refuses meanwhile."""
-        answered, refused_at = 0, None
+    def _replies(self, request: Request, refused_at: float | None = None) -> Iterator[Reply]:
+        """The replies to one request, whatever the base station forgets or refuses meanwhile.
+
+        It was refused first at ``refused_at``, by the client's clock. A session that is
+        forgotten again before anything was answered in it is taken for refused.
+        """
+        answered, forgotten = 0, False
         while True:
             try:
                 for reply in self._attempt(self._remaining(request, answered)):
-                    answered, refused_at = answered + 1, None
+                    answered, refused_at, forgotten = answered + 1, None, False
                     yield reply
             except FaultError as fault:
-                if fault.fault_code in (FullError.code, ClosingError.code):
-                    refused_at = self._client.pause(fault, refused_at)
-                elif fault.fault_code != UnknownSessionError.code:
+                if fault.fault_code not in (FullError.code, ClosingError.code, UnknownSessionError.code):
                     raise
-                self._begin_again()
-                if not isinstance(request, Open):
-                    self._ask(self._opening(self.tokens))
+                with self._client.stopped_clock():
+                    if forgotten or fault.fault_code != UnknownSessionError.code:
+                        refused_at = self._client.pause(fault, refused_at)
+                    forgotten = True
+                    self._begin_again()
+                    if not isinstance(request, Open):
+                        self._ask(self._opening(self.tokens), refused_at)
             else:
                 return
 
@@ -475,6 +488,7 @@ class DeviceSession:
     def _begin_again(self) -> None:
         """Greet, and start a new session; as randomness follows the position, the answer stays the same."""
         self._client.greet()
+        self._reads_prompt = True
         self._session_id = self._client.new_session_id()
         self._rounds = SessionRounds(self.stop_ids)
 

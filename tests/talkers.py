@@ -25,12 +25,12 @@ def prompt_of(length: int, seed: int = 0) -> list[int]:
 class Talker:
     """A device with one session, which speaks when it is told to."""
 
-    def __init__(self, station: Station, name: int, prompt: Sequence[int]) -> None:
+    def __init__(self, station: Station, name: int, prompt: Sequence[int], version: int = PROTOCOL_VERSION) -> None:
         self.station, self.peer = station, bytes([name])
         self.tokens = list(prompt)
         self.round_id = 0
         vocabulary = target_of(station).vocabulary
-        self.say(Hello(PROTOCOL_VERSION, VOCAB, vocabulary.sha256, tuple(vocabulary.stop_ids)))
+        self.say(Hello(version, VOCAB, vocabulary.sha256, tuple(vocabulary.stop_ids)))
         self.station.outboxes[self.peer].clear()
         self.say(Open(0, 0, Mode.IDS, Sampling(), tuple(prompt)))
 

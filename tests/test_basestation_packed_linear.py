@@ -1,10 +1,12 @@
 """Packed products against plain ones."""
 
+from weakref import ref
+
 import pytest
 import torch
 from torch import nn
 
-from basestation.packed_linear import PackedLinear, pack_linears
+from basestation.packed_linear import PackedLinear, pack_linears, packed_bytes
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 16, 80])
@@ -22,6 +24,28 @@ def test_a_packed_product_is_the_plain_one(rows: int, bias: bool, held: str, com
         product = PackedLinear(original.to(held_in), computed_in)(row)
     assert product.dtype is computed_in
     assert product.double() == pytest.approx(expected, abs=1e-5 if held == computed == "float32" else 0.02)
+
+
+def test_weights_are_packed_one_after_the_other() -> None:
+    """While a layer is packed, those before it are gone: at no time are all there twice."""
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)))
+    alive = [ref(layer) for layer in model]
+    seen = []
+
+    class Watching(PackedLinear):
+        def __init__(self, original: nn.Linear, dtype: torch.dtype) -> None:
+            seen.append(sum(one() is not None for one in alive))
+            super().__init__(original, dtype)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("basestation.packed_linear.PackedLinear", Watching)
+        pack_linears(model)
+    assert seen[-1] <= 2
+
+
+def test_what_packed_weights_take() -> None:
+    assert packed_bytes(torch.float32) == 4
+    assert packed_bytes(torch.bfloat16) == (2 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else 6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -10,7 +10,7 @@ from basestation.kv_arena import STEP
 from basestation.scheduler import PassBudget
 from basestation.verify import Judgement, Round, judge_rounds
 from protocol.errors import SettingsError
-from protocol.messages import Close, Decode, Extend, Fault, Opened, Verdict
+from protocol.messages import OLDEST_VERSION, Close, Decode, Extend, Fault, Opened, Verdict
 from tests.fakes import target_alone
 from tests.talkers import BUDGET, CODEC, TARGET, Talker, new_station, prompt_of, settle, target_of
 
@@ -182,6 +182,9 @@ def test_a_full_station_says_when_to_come_back() -> None:
     assert (fault.session_id, fault.code) == (0, "full")
     assert fault.text == "the base station is full (busy sessions: 3); come back in 2 s"
     assert fault.retry_seconds == 2
+    (fault,) = Talker(station, 8, prompt_of(50), OLDEST_VERSION).heard()
+    assert isinstance(fault, Fault)
+    assert (fault.code, fault.retry_seconds) == ("full", 0)  # version 1 takes no further field
     for talker in talkers[1:]:
         talker.heard()
         talker.draft()

@@ -20,7 +20,7 @@ from device.link import Link
 from device.live_planner import TRIAL
 from protocol.errors import ClosingError, FaultError, FullError
 from protocol.frames import FrameCodec
-from protocol.messages import Message, Mode, Sampling
+from protocol.messages import Decode, Draft, Fault, Hello, Message, Mode, Open, Sampling
 from tests.fakes import FakeDraftModel, FakeTarget, blend, random_table
 from tests.link_pair import MemoryTransport, RefusingTransport, Station, TimedTransport, join
 from tests.sample import BUNDLE, SAMPLE
@@ -156,6 +156,76 @@ def test_what_was_waited_is_not_taken_for_the_links_delay() -> None:
     assert len(list(stream)) == TRIAL
     assert transport.now >= 30
     assert client.planner(settings, model.manifest).times.round_trip_seconds < 1e-6
+
+
+class RestartedTransport(RefusingTransport):
+    """A base station that says that it is closing in the middle of an answer, and takes 30 s to be there again."""
+
+    greeted = False
+
+    def send(self, frame: bytes) -> None:
+        message = self.station.codec.decode(frame)
+        if isinstance(message, Draft | Decode) and message.session_id == 0 and message.round_id > 1:
+            self.station.outboxes[self.peer].append(Fault(0, ClosingError.code, "shutting down"))
+            return
+        if isinstance(message, Hello) and self.greeted:
+            self.now += 30
+        self.greeted = self.greeted or isinstance(message, Hello)
+        super().send(frame)
+
+
+def test_the_time_that_a_base_station_takes_to_come_back_is_not_taken_for_the_links_delay() -> None:
+    transport = RestartedTransport(new_station())
+    model = FakeDraftModel.make(DRAFT)
+    client, _ = join(transport.station, model, transport)
+    settings = DraftSettings(Mode.IDS, Sampling(), uplink_k=1, draft_len=None)
+    assert len(answer_of(client.open(settings, model, PROMPT))) == COUNT
+    assert transport.now >= 31
+    assert client.planner(settings, model.manifest).times.seconds(8) < 1e-6
+
+
+class ForgettingTransport(TimedTransport):
+    """A base station that opens every session and knows none."""
+
+    opened = 0
+
+    def send(self, frame: bytes) -> None:
+        message = self.station.codec.decode(frame)
+        self.opened += isinstance(message, Open)
+        if isinstance(message, Draft | Decode):
+            self.station.outboxes[self.peer].append(Fault(message.session_id, "unknown_session", "not open"))
+        else:
+            super().send(frame)
+
+
+def test_a_base_station_that_forgets_every_session_is_not_asked_for_ever() -> None:
+    transport = ForgettingTransport(new_station())
+    session = open_at(transport, SETTINGS[0])
+    with pytest.raises(FaultError, match=r"not open \(waited \d\d s\)"):
+        answer_of(session)
+    assert Patience().reply - 10 < transport.now <= Patience().reply
+    assert transport.opened < 25
+
+
+class RefusedRoundTransport(RefusingTransport):
+    """First a round is refused, and then every session."""
+
+    def send(self, frame: bytes) -> None:
+        message = self.station.codec.decode(frame)
+        if isinstance(message, Draft | Decode) and self.now < 50:
+            self.opens_at = 1e9
+            self.now += 30
+            self.station.outboxes[self.peer].append(Fault(message.session_id, FullError.code, "no memory", 40))
+        else:
+            super().send(frame)
+
+
+def test_patience_counts_from_the_first_refusal_whatever_was_refused() -> None:
+    transport = RefusedRoundTransport(new_station())
+    session = open_at(transport, SETTINGS[0])
+    with pytest.raises(FaultError, match="no room"):
+        answer_of(session)
+    assert transport.now <= 30 + Patience().reply
 
 
 class ReconnectedTransport(RefusingTransport):
