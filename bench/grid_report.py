@@ -120,14 +120,14 @@ def _verdicts(results: Results) -> Iterator[str]:
         )
     if far := misses(results.rows):
         yield (
-            "Those that are further off, and what of it lies in the tokens of a round, in the time of a round, and "
-            "in the pace of the target alone (predicted over measured; in `coupled` and `ids` a plan meets the same "
-            "tokens again only where it begins rounds at the same places, in other modes the tokens differ too):\n\n"
-            + lines([_MISS_HEAD, *map(_miss_line, far)])
+            "Those that are further off, and what of it lies in the tokens of a round, in the pace of rounds, and in "
+            "the time between the target's own tokens, each predicted over measured. `auto` begins its rounds at other "
+            "places with every difference in times, so more or fewer tokens stand than foreseen; in `topk` and `topp` "
+            "above temperature 0 the answer itself is another one:\n\n" + lines([_MISS_HEAD, *map(_miss_line, far)])
         )
 
 
-_MISS_HEAD = ("cell", "case", "speedup", "tokens of a round", "pace of rounds", "target's pace")
+_MISS_HEAD = ("cell", "case", "speedup", "tokens of a round", "pace of rounds", "time between the target's tokens")
 
 
 def _miss_line(miss: Miss) -> list[str]:

@@ -128,7 +128,7 @@ def _churn(results: Results | None) -> Iterator[str]:
 
 
 def _ceiling(results: Results | None) -> Iterator[str]:
-    missing = "Not measured: no CUDA device was at hand."
+    missing = "Not measured: it takes a CUDA device, and none was at hand."
     yield from _section("A large target on a graphics card", "ceiling", results, missing)
     if results is None:
         return

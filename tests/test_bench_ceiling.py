@@ -77,7 +77,9 @@ def test_numbers_below_one_are_refused() -> None:
 
 
 def test_the_report_names_the_card_or_says_that_none_was_at_hand(tmp_path: Path) -> None:
-    assert "Not measured: no CUDA device was at hand." in write_report(tmp_path, tmp_path).read_text(encoding="utf-8")
+    assert "Not measured: it takes a CUDA device, and none was at hand." in write_report(tmp_path, tmp_path).read_text(
+        encoding="utf-8"
+    )
     rows = measure([20], [64])
     Results({"card": "NVIDIA H100", "shape": "7b"}, rows).write(tmp_path / "ceiling.json")
     text = write_report(tmp_path, tmp_path).read_text(encoding="utf-8")
