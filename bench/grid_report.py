@@ -105,8 +105,15 @@ def _verdicts(results: Results) -> Iterator[str]:
             f"{len(paces) - len(behind)} of {len(paces)} cells; the smallest share is {least:.2f}."
         )
     if behind:
-        paces_behind = [[_cell_name(one.cell), str(one.best_draft_len), f"{one.share:.2f}"] for one in behind]
-        yield "Where it does not:\n\n" + lines([["cell", "best draft length", "share"], *paces_behind])
+        paces_behind = [
+            [_cell_name(one.cell), str(one.best_draft_len), str(one.best_rounds or "–"), f"{one.share:.2f}"]
+            for one in behind
+        ]
+        yield "Where it does not:\n\n" + lines([["cell", "best draft length", "rounds of it", "share"], *paces_behind])
+        yield (
+            "A fixed draft length decodes the same tokens in every cell of a temperature, so few rounds that went well "
+            "or badly do so in all of them."
+        )
     if predicted:
         share = share_near(predicted) or 0.0
         yield (

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from bench.grid import Cell
-from bench.results import Row, Value, number
+from bench.results import Row, Value, number, numbers
 from protocol.messages import Mode
 
 NEAR = 0.10
@@ -16,10 +16,14 @@ PREDICTED = ("predicted_speedup", "failed")
 
 @dataclass(frozen=True)
 class AutoPace:
-    """How ``auto`` compares with the best fixed draft length of a cell; 0 is the target alone."""
+    """How ``auto`` compares with the best fixed draft length of a cell, which was measured over ``best_rounds``.
+
+    0 is the target alone, which has no rounds.
+    """
 
     cell: Cell
     best_draft_len: int
+    best_rounds: int
     share: float
 
 
@@ -109,4 +113,5 @@ def auto_paces(rows: Sequence[Mapping[str, Value]]) -> Iterator[AutoPace]:
         }
         if auto and fixed:
             best, speedup = max({0: 1.0, **fixed}.items(), key=lambda one: one[1])
-            yield AutoPace(cell, best, number(auto[0], "speedup") / speedup)
+            rounds = next((int(numbers(row, "standing")[0]) for row in own if row["draft_len"] == best), 0)
+            yield AutoPace(cell, best, rounds, number(auto[0], "speedup") / speedup)
