@@ -494,7 +494,7 @@ def churn(
     seconds: Annotated[float, typer.Option(help="In which they come.")] = 600.0,
     at_once: Annotated[int, typer.Option(help="At the same time.")] = 32,
     keep_seconds: Annotated[int, typer.Option(help="How long the station keeps one whose device is gone.")] = 30,
-    kv_memory: Annotated[str, typer.Option(help="Of the station, for keys and values.")] = "256MiB",
+    kv_memory: Annotated[str, typer.Option(help="Of the station, for keys and values.")] = "512MiB",
     json_file: JsonOption = None,
 ) -> None:
     """A base station's memory while devices come, go and vanish."""
