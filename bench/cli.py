@@ -339,9 +339,9 @@ def theory(json_file: JsonOption = None) -> None:
 
 @app.command()
 def report(
-    results: Annotated[
-        Path, typer.Option(help="Folder with the JSON files of theory, link, uplink, speedup and ceiling.")
-    ] = (Path("docs/results")),
+    results: Annotated[Path, typer.Option(help="Folder with the JSON files that the commands wrote.")] = (
+        Path("docs/results")
+    ),
     docs: Annotated[Path, typer.Option(help="Folder to write results.md and plots/ into.")] = Path("docs"),
 ) -> None:
     """Write docs/results.md and its plots from result files alone."""

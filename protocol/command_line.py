@@ -39,9 +39,10 @@ def run(app: typer.Typer, extra: str) -> NoReturn:
         _leave(str(error), error.exit_code)
     except _UsageError as error:
         usage = cast(Any, error)
-        if not usage.message:  # no command at all: the help was shown
+        message = usage.format_message()
+        if not message:  # no command at all: the help was shown
             sys.exit(usage.exit_code)
-        _leave(f"{usage.format_message()} (see --help)", usage.exit_code)
+        _leave(f"{message} (see --help)", usage.exit_code)
     except ModuleNotFoundError as error:
         _leave(f"{error}; this command needs: pip install 'edgedraft[{extra}]'", EdgedraftError.exit_code)
     except OSError as error:
