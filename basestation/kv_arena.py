@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from basestation.memory import own_pages
+
 ATTENTION_NAME = "edgedraft_packed"
 STEP = 128
 """Positions by which stretches grow, and of a block."""
@@ -40,9 +42,14 @@ class StretchShape:
 
     def allocate(self, capacity: int) -> Tensor:
         """An empty tensor [layers, 2, kv_heads, capacity, head_size]."""
-        return torch.empty(
-            (self.layers, 2, self.kv_heads, capacity, self.head_size), dtype=self.dtype, device=self.torch_device
-        )
+        size = (self.layers, 2, self.kv_heads, capacity, self.head_size)
+        if self.torch_device.type == "cpu" and capacity:
+            return torch.frombuffer(own_pages(capacity * self.position_bytes), dtype=self.dtype).view(size)
+        return torch.empty(size, dtype=self.dtype, device=self.torch_device)
+
+    def copied(self, keys_values: Tensor) -> Tensor:
+        """What ``allocate`` gives, holding the same as ``keys_values``."""
+        return self.allocate(keys_values.shape[3]).copy_(keys_values)
 
 
 class Arena:
@@ -176,8 +183,9 @@ class Stretch:
         missing = count - len(self.blocks)
         if missing <= 0:
             return
-        blocks = [Block(part.clone()) for part in torch.split(self._own, STEP, dim=3)[:missing]]
-        self._keep(self._own[:, :, :, missing * STEP :].clone())
+        copied = self._arena.shape.copied
+        blocks = [Block(copied(part)) for part in torch.split(self._own, STEP, dim=3)[:missing]]
+        self._keep(copied(self._own[:, :, :, missing * STEP :]))
         for block in blocks:
             self._arena.hold(block)
         self.blocks += blocks

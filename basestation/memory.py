@@ -1,7 +1,10 @@
 """Memory: how much there is, how much a model takes, and what happens when there is not enough."""
 
 import contextlib
+import errno
+import mmap
 import re
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,7 +27,7 @@ class Shortage(Exception):  # noqa: N818 - no error of anybody's
 
 @contextlib.contextmanager
 def named_shortage() -> Iterator[None]:
-    """Raise ``Shortage`` where PyTorch says in its several ways that memory is short."""
+    """Raise ``Shortage`` where PyTorch, in its several ways, or the system says that memory is short."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -34,6 +37,26 @@ def named_shortage() -> Iterator[None]:
         if not _CPU_SHORTAGE.search(str(error)):
             raise
         raise Shortage(str(error)) from error
+    except OSError as error:
+        if error.errno != errno.ENOMEM:
+            raise
+        raise Shortage(str(error)) from error
+
+
+def own_pages(size: int) -> mmap.mmap:
+    """``size`` bytes straight from the system, which has them back when the last tensor over them is gone.
+
+    A heap keeps what lies between blocks that are still used: where blocks of many
+    sizes come and go for hours, that is as much again.
+
+    Raises:
+        OSError: there is not that much.
+    """
+    pages = mmap.mmap(-1, size, access=mmap.ACCESS_COPY)
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):  # a kernel without large pages: small ones do, in twice the time
+            pages.madvise(mmap.MADV_HUGEPAGE)
+    return pages
 
 
 def parse_size(option: str, text: str) -> int:
