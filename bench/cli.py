@@ -14,7 +14,8 @@ from protocol.errors import SettingsError
 from protocol.messages import Sampling
 
 if TYPE_CHECKING:  # the libraries behind it load when a command needs them
-    from bench.pace import Length
+    from bench.grid import Cell
+    from bench.grid_run import GridSettings
 
 app = typer.Typer(add_completion=False, help="Measure this system against its alternatives.", no_args_is_help=True)
 console = Console(highlight=False)
@@ -57,8 +58,12 @@ def speedup(
     target: TargetOption,
     dtype: DtypeOption = "bfloat16",
     prompts: PromptsOption = None,
-    count: Annotated[int | None, typer.Option(help="How many prompts; 8, in a grid 3.")] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(help="Tokens for each; 128, in a grid 64.")] = None,
+    count: Annotated[
+        int | None, typer.Option(help="How many prompts; 8, in a grid 3, and above temperature 0 all 20.")
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Tokens for each; 128, in a grid 64, and above temperature 0 32.")
+    ] = None,
     draft_len: Annotated[
         int | None, typer.Option(help="Tokens drafted in a round; left out, planned anew after each.")
     ] = None,
@@ -75,8 +80,11 @@ def speedup(
         list[float] | None, typer.Option("--uplink-mbit", help="1, 5 and 50.", rich_help_panel=GRID)
     ] = None,
     answer_seconds: Annotated[
-        float, typer.Option(help="For each answer at most, but two rounds.", rich_help_panel=GRID)
-    ] = 3.0,
+        float | None,
+        typer.Option(
+            help="For each answer at most, but two rounds; 3, and above temperature 0 2.", rich_help_panel=GRID
+        ),
+    ] = None,
     repeat_busy: Annotated[
         bool,
         typer.Option("--repeat-busy", help="Measure cells again that shared the machine.", rich_help_panel=GRID),
@@ -87,15 +95,19 @@ def speedup(
 
     A grid is written to the JSON file cell by cell; the same command goes on where the file ends.
     """
-    from bench.pace import Length
     from bench.prompts import read_prompts
 
     if grid or round_trips or uplinks:
-        chosen = read_prompts(prompts, count or 3)
-        length = Length(max_new_tokens or 64, answer_seconds)
-        _measure_grid(
-            bundle, target, dtype, chosen, length, (temperatures, round_trips, uplinks), json_file, repeat_busy
+        from bench.grid import ROUND_TRIPS_MS, TEMPERATURES, UPLINKS_MBIT, Answers, cells
+        from bench.grid_run import GridSettings
+        from bench.pace import Length
+
+        greedy, sampled = (
+            Answers(read_prompts(prompts, count or many), Length(max_new_tokens or tokens, answer_seconds or seconds))
+            for many, tokens, seconds in ((3, 64, 3.0), (20, 32, 2.0))
         )
+        wanted = cells(temperatures or TEMPERATURES, round_trips or ROUND_TRIPS_MS, uplinks or UPLINKS_MBIT)
+        _measure_grid(bundle, GridSettings(target, dtype, greedy, sampled), wanted, json_file, repeat_busy)
         return
     from bench.speedup import SpeedupSettings, measure_speedup, results
     from bench.station import running_station
@@ -114,28 +126,19 @@ def speedup(
 
 
 def _measure_grid(
-    bundle: Path,
-    target: str,
-    dtype: str,
-    prompts: list[str],
-    length: "Length",
-    chosen: tuple[list[float] | None, list[float] | None, list[float] | None],
-    json_file: Path | None,
-    repeat_busy: bool,
+    bundle: Path, settings: "GridSettings", wanted: list["Cell"], json_file: Path | None, repeat_busy: bool
 ) -> None:
     from bench.cell_file import CellFile
-    from bench.grid import ROUND_TRIPS_MS, TEMPERATURES, UPLINKS_MBIT, Cell, cases, cells
-    from bench.grid_run import GridRun, GridSettings
+    from bench.grid import Cell, cases
+    from bench.grid_run import GridRun
     from bench.grid_summary import shown
     from bench.results import Results
 
-    temperatures, round_trips, uplinks = chosen
-    wanted = cells(temperatures or TEMPERATURES, round_trips or ROUND_TRIPS_MS, uplinks or UPLINKS_MBIT)
-    settings = GridSettings(target, dtype, prompts, length)
     with _progress() as progress, GridRun(bundle, settings, lambda: progress.advance(task)) as run:
         kept = CellFile(json_file, run.described())
         missing = [cell for cell in wanted if not kept.is_done(cell, repeat_busy)]
-        task = progress.add_task("answers", total=len(prompts) * sum(len(cases(cell)) for cell in missing))
+        answers = sum(len(settings.answers(cell).prompts) * len(cases(cell)) for cell in missing)
+        task = progress.add_task("answers", total=answers)
         for cell in missing:
             loopback = kept.rows_of(Cell(cell.temperature)) if cell.round_trip_ms is not None else []
             kept.add(cell, run.cell_rows(cell, loopback))

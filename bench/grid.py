@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from math import inf
 
 from bench.link import Way
+from bench.pace import Length
 from bench.results import Row
 from device.sampling import ENTRIES
 from protocol.errors import SettingsError
@@ -65,6 +66,14 @@ class Cell:
     def down(self) -> Way:
         """To the device."""
         return Way(1e6 * DOWNLINK_MBIT, self.round_trip_seconds / 2)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What is measured of each case in a cell: an answer of a ``length`` to each of the ``prompts``."""
+
+    prompts: Sequence[str]
+    length: Length
 
 
 @dataclass(frozen=True)

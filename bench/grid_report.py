@@ -26,7 +26,8 @@ def grid_parts(results: Results, plots: Path) -> Iterator[str]:
     """Paragraphs and tables; plots go into the folder ``plots``."""
     yield (
         "Tokens a second against the target alone over the same link, behind the first tokens of each answer; in "
-        "brackets what the extended model predicts from loopback. A number below 1 is a loss. Full vocabulary: with "
+        "brackets what the extended model predicts from loopback, with all computation as much slower or faster as "
+        "the target alone is in the cell. A number below 1 is a loss. Full vocabulary: with "
         "the draft length of 1, 2 and 4 that is predicted best. Colocated: the draft model on the base station's core, "
         "measured once a temperature, since it needs no link."
     )
@@ -127,18 +128,18 @@ def _verdicts(results: Results) -> Iterator[str]:
         )
     if far := misses(results.rows):
         yield (
-            "Those that are further off, and what of it lies in the tokens of a round, in the pace of rounds, and in "
-            "the time between the target's own tokens, each predicted over measured. `auto` begins its rounds at other "
+            "Those that are further off, and what of it lies in the tokens of a round and in the pace of rounds, each "
+            "predicted over measured. `auto` begins its rounds at other "
             "places with every difference in times, so more or fewer tokens stand than foreseen; in `topk` and `topp` "
             "above temperature 0 the answer itself is another one:\n\n" + lines([_MISS_HEAD, *map(_miss_line, far)])
         )
 
 
-_MISS_HEAD = ("cell", "case", "speedup", "tokens of a round", "pace of rounds", "time between the target's tokens")
+_MISS_HEAD = ("cell", "case", "speedup", "tokens of a round", "pace of rounds")
 
 
 def _miss_line(miss: Miss) -> list[str]:
-    parts = (miss.error, miss.tokens, miss.seconds, miss.target)
+    parts = (miss.error, miss.tokens, miss.seconds)
     return [_cell_name(miss.cell), miss.case, *("–" if one is None else f"{100 * one:+.0f} %" for one in parts)]
 
 

@@ -12,7 +12,7 @@ from typing import Self
 
 from bench.auto_prediction import JudgedRound, planned_pace
 from bench.cores import Cores, running_on
-from bench.grid import DOWNLINK_MBIT, FULL, FULL_DRAFT_LENS, TARGET, Case, Cell, cases
+from bench.grid import DOWNLINK_MBIT, FULL, FULL_DRAFT_LENS, TARGET, Answers, Case, Cell, cases
 from bench.link import relay_command
 from bench.pace import Length, Pace, measure_pace, together
 from bench.prediction import Calibration, Prediction, standing
@@ -36,12 +36,16 @@ _VERDICT_BYTES = 12.0
 
 @dataclass(frozen=True)
 class GridSettings:
-    """What every cell is measured with; ``length`` is for each prompt."""
+    """What every cell is measured with: at temperature 0 the answers ``greedy``, above it ``sampled``."""
 
     target: str
     dtype: str
-    prompts: Sequence[str]
-    length: Length
+    greedy: Answers
+    sampled: Answers
+
+    def answers(self, cell: Cell) -> Answers:
+        """Of each case in a cell."""
+        return self.sampled if cell.temperature else self.greedy
 
 
 class GridRun:
@@ -81,10 +85,8 @@ class GridRun:
             "target_dtype": settings.dtype,
             "draft": manifest.name,
             "draft_precision": manifest.precision,
-            "prompts": len(settings.prompts),
-            "prompts_hash": sha256("\n".join(settings.prompts).encode()).hexdigest()[:8],
-            "tokens": settings.length.tokens,
-            "answer_seconds": settings.length.seconds,
+            **_described("greedy", settings.greedy),
+            **_described("sampled", settings.sampled),
             "downlink_mbit": DOWNLINK_MBIT,
             "cores": "one for the device, another for the base station",
         }
@@ -108,8 +110,8 @@ class GridRun:
 
     def compare(self, rows: Sequence[Row], cell: Cell, loopback: Sequence[Row]) -> None:
         """Add to every row of a cell its speedup, what is predicted and the error of that; None without figures."""
-        model = Model.of(loopback, self.model.manifest.gate)
         alone = _target_seconds(rows)
+        model = Model.of(loopback, self.model.manifest.gate).at(alone)
         for row in rows:
             draft_len = row["draft_len"] if isinstance(row["draft_len"], int) else None
             row["speedup"] = row["prediction_error"] = None
@@ -131,7 +133,7 @@ class GridRun:
                 address = stack.enter_context(self._linked(cell, station.address))
                 place = stack.enter_context(self._connected(address))
                 self._warm_up(place, cell, planned)
-                for prompt in self._settings.prompts:
+                for prompt in self._settings.answers(cell).prompts:
                     for case in planned:
                         if case.name not in failures and station.alive:
                             self._measure(place, cell, case, prompt, paces[case.name], failures)
@@ -146,19 +148,20 @@ class GridRun:
         self, place: Workplace, cell: Cell, case: Case, prompt: str, paces: list[Pace], failures: dict[str, str]
     ) -> None:
         ids, settings = place.prompt_ids(prompt), _draft_settings(case, cell)
+        length = self._settings.answers(cell).length
         try:
             if case.colocated:
                 with running_on(self._cores.station), self._connected(self._running_station().address) as beside:
                     measure_pace(beside, ids, settings, WARM_UP)
-                    paces.append(measure_pace(beside, ids, settings, self._settings.length))
+                    paces.append(measure_pace(beside, ids, settings, length))
             else:
-                paces.append(measure_pace(place, ids, settings, self._settings.length))
+                paces.append(measure_pace(place, ids, settings, length))
         except EdgedraftError as error:
             failures[case.name] = str(error)
 
     def _warm_up(self, place: Workplace, cell: Cell, planned: Sequence[Case]) -> None:
         """First passes are slow, and a plan has to learn its link."""
-        ids = place.prompt_ids(self._settings.prompts[0])
+        ids = place.prompt_ids(self._settings.answers(cell).prompts[0])
         for case in planned:
             if case is TARGET or (case.draft_len is None and not case.colocated):
                 measure_pace(place, ids, _draft_settings(case, cell), WARM_UP)
@@ -200,6 +203,15 @@ def calibrations_of(loopback: Sequence[Row]) -> dict[Mode, Calibration]:
     return found
 
 
+def _described(name: str, answers: Answers) -> dict[str, Value]:
+    return {
+        f"{name}_prompts": len(answers.prompts),
+        f"{name}_prompts_hash": sha256("\n".join(answers.prompts).encode()).hexdigest()[:8],
+        f"{name}_tokens": answers.length.tokens,
+        f"{name}_answer_seconds": answers.length.seconds,
+    }
+
+
 def _judged(row: Row) -> list[JudgedRound]:
     rounds = row["rounds"]
     assert isinstance(rounds, list)
@@ -218,6 +230,17 @@ class Model:
     def of(cls, loopback: Sequence[Row], gate: GateFigures) -> Self:
         """Of the rows that were measured over loopback; of none, it predicts nothing."""
         return cls(calibrations_of(loopback), _target_seconds(loopback), gate)
+
+    def at(self, target_seconds: float | None) -> "Model":
+        """The same with the machine as slow as the target alone now shows it: all that is computed takes as much longer.
+
+        None, or where nothing is known of loopback, leaves it as it is.
+        """
+        if target_seconds is None or self.target_seconds is None:
+            return self
+        slowness = target_seconds / self.target_seconds
+        slowed = {mode: calibration.slowed(slowness) for mode, calibration in self.calibrations.items()}
+        return replace(self, calibrations=slowed, target_seconds=target_seconds)
 
     def predict(self, mode: Mode, draft_len: int | None, cell: Cell) -> Prediction | None:
         """Of a mode in a cell, without a draft length that of the live plan; None without figures."""
@@ -268,7 +291,7 @@ def _row(case: Case, cell: Cell, pace: Pace | None) -> Row:
         1e3 * sum(one.draft_seconds for one in timed) / drafted if drafted else None,
         1e3 * fmean(replies) if replies else None,
         pace.uplink_bytes / pace.tokens,
-        pace.uplink_bytes / (len(timed) - pace.answers) if len(timed) > pace.answers else None,
+        pace.uplink_bytes / len(timed) if timed else None,
         standing(pace, case.draft_len) if case.draft_len else None,
         [[one.accepted, *one.leads] for one in timed] if case.draft_len and cell.round_trip_ms is None else None,
     )

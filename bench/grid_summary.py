@@ -33,7 +33,7 @@ class Miss:
 
     ``error`` is that of the speedup; multiplied (each plus 1) the others come to it. ``tokens`` of a round and the
     pace of rounds, whose ``seconds`` are measured over predicted, are None where nothing was drafted or no round
-    predicted; ``target`` is the time between its tokens.
+    predicted.
     """
 
     cell: Cell
@@ -41,29 +41,21 @@ class Miss:
     error: float
     tokens: float | None
     seconds: float | None
-    target: float
 
 
 def misses(rows: Sequence[Mapping[str, Value]]) -> list[Miss]:
     """Of all cells over a link."""
-    alone = {
-        (row["temperature"], row["round_trip_ms"], row["uplink_mbit"]): number(row, "tokens_per_second")
-        for row in rows
-        if row["mode"] == Mode.TARGET and row["tokens_per_second"]
-    }
     found = []
     for row in predicted_rows(rows):
         error = number(row, "prediction_error")
         if abs(error) <= NEAR:
             continue
-        here = alone[row["temperature"], row["round_trip_ms"], row["uplink_mbit"]]
-        target = here / alone[row["temperature"], None, None]
         tokens = seconds = None
         if row["predicted_tokens_per_round"] and row["tokens_per_round"]:
             tokens = number(row, "predicted_tokens_per_round") / number(row, "tokens_per_round")
-            seconds = (1 + error) / tokens / target - 1
+            seconds = (1 + error) / tokens - 1
             tokens -= 1
-        found.append(Miss(cell_of(row), str(row["case"]), error, tokens, seconds, target - 1))
+        found.append(Miss(cell_of(row), str(row["case"]), error, tokens, seconds))
     return found
 
 

@@ -17,7 +17,7 @@ from protocol.messages import Mode
 
 @dataclass(frozen=True)
 class Pace:
-    """Of one answer, or of several: tokens and seconds behind the first ones, and the figures of all rounds."""
+    """Of one answer, or of several: tokens, seconds and rounds, all behind the first tokens."""
 
     tokens: int
     seconds: float
@@ -49,17 +49,17 @@ def measure_pace(place: Workplace, prompt_ids: list[int], settings: DraftSetting
     session = client.open(settings, place.model, prompt_ids)
     longest = length.tokens + 1 if settings.mode is Mode.TARGET else 64 * length.tokens
     first = now = 0.0
-    before = had = sent = 0
+    before = had = sent = rounds = 0
     for _ in session.answer(longest):
         if len(session.tokens) == had:
             continue  # of a round that is counted
         now, had = time.monotonic(), len(session.tokens)
         if not before:
-            first, before, sent = now, had, place.link.uplink_bytes
+            first, before, sent, rounds = now, had, place.link.uplink_bytes, len(client.rounds)
         enough = had - before >= length.tokens or (now - first >= length.seconds and session.tally.rounds > 2)
         if enough:
             break
-    figures = tuple(client.rounds)
+    figures = tuple(client.rounds[rounds:])
     uplink_bytes = place.link.uplink_bytes - sent
     session.close()
     return Pace(had - before, now - first, first - began, uplink_bytes, figures)

@@ -2,11 +2,13 @@
 
 Acceptance is taken position by position, times as the mean over rounds: to
 draft a token, from a Draft to its Verdict, and between tokens of the target
-alone. The link adds its round trip and the bytes over its rates.
+alone. The machine's speed drifts over an hour, so all three are as much longer or
+shorter in a cell as the target alone is there. The link adds its round trip and
+the bytes over its rates.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -40,6 +42,14 @@ class Calibration:
     reply_seconds: Mapping[int, float]
     round_bytes: Mapping[int, float]
     rounds: Sequence[JudgedRound] = ()
+
+    def slowed(self, slowness: float) -> "Calibration":
+        """The same on a machine on which all takes ``slowness`` times as long."""
+        return replace(
+            self,
+            draft_seconds={draft_len: slowness * one for draft_len, one in self.draft_seconds.items()},
+            reply_seconds={draft_len: slowness * one for draft_len, one in self.reply_seconds.items()},
+        )
 
     def acceptance(self, draft_len: int) -> list[float]:
         """α at each position: of rounds with this draft length, or where there are none over all that reach it."""

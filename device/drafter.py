@@ -67,10 +67,10 @@ class Drafter:
             logits = self._model.forward(unrun)
             self._cached += unrun
             position = len(tokens) + len(drafted)
-            if self._ids_alone:
+            lead = None
+            if self._ids_alone or self._sampling.greedy:
                 token_id, lead = coupled_guess(logits, self._sampling, position)
-            else:
-                lead = None
+            if not self._ids_alone:
                 distribution = self._distribution(logits)
                 token_id = distribution.sample(random_bits(self._sampling.seed, position, Stream.DRAFT))
                 distributions.append(distribution)

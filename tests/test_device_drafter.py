@@ -54,7 +54,7 @@ def slow_draft(mode: Mode, sampling: Sampling, tokens: list[int], draft_len: int
         )
         distributions.append(one)
         second, first = sorted(logits)[-2:]
-        leads.append(min(first - second, MAX_LEAD) if mode is Mode.IDS else None)
+        leads.append(min(first - second, MAX_LEAD) if sampling.greedy else None)
         drafted.append(one.sample(random_bits(sampling.seed, len(drafted), Stream.DRAFT)))
     return Guess(tuple(drafted[len(tokens) :]), () if mode is Mode.IDS else tuple(distributions), tuple(leads))
 
