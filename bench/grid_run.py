@@ -232,9 +232,9 @@ class Model:
         return cls(calibrations_of(loopback), _target_seconds(loopback), gate)
 
     def at(self, target_seconds: float | None) -> "Model":
-        """The same with the machine as slow as the target alone now shows it: all that is computed takes as much longer.
+        """The same on a machine as slow as the target alone now shows it: all that is computed takes as much longer.
 
-        None, or where nothing is known of loopback, leaves it as it is.
+        None leaves it as it is, and so does a loopback of which nothing is known.
         """
         if target_seconds is None or self.target_seconds is None:
             return self
