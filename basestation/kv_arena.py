@@ -282,7 +282,7 @@ def packed_attention(
     """Attention of one layer, in the form that ``transformers.AttentionInterface`` calls.
 
     ``query`` is [1, heads, T, head_size], ``key`` and ``value`` [1, kv_heads, T, head_size]
-    for the T tokens of the whole pass; the result is [1, T, heads, head_size].
+    for the T tokens of the whole pass, idle ones behind those of the segments; the result is [1, T, heads, head_size].
     The heads that share keys are one head with more rows: so no key is read twice.
     """
     heads, head_size = query.shape[1], query.shape[3]
@@ -296,4 +296,5 @@ def packed_attention(
         mixed = scaled_dot_product_attention(grouped[None], keys[None], values[None], attn_mask=mask, scale=scaling)
         rows.append(mixed.reshape(heads, end - start, head_size))
         start = end
+    rows.append(query.new_zeros(heads, query.shape[2] - start, head_size))
     return torch.cat(rows, dim=1).transpose(0, 1)[None], None

@@ -175,6 +175,29 @@ def test_a_target_that_does_not_fit_is_refused_with_the_sizes(monkeypatch: pytes
         check_fits(config, torch.float32, CPU)
 
 
+def test_of_all_lengths_of_a_pass_few_reach_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, target = tiny_pair("llama")
+    stretch, text, seen = target.new_stretch(), ids(300, 1), list[tuple[int, int]]()
+    run = target._model.forward
+
+    def watched(input_ids: torch.Tensor, logits_to_keep: torch.Tensor, **others: Any) -> Any:
+        seen.append((input_ids.shape[1], len(logits_to_keep)))
+        return run(input_ids=input_ids, logits_to_keep=logits_to_keep, **others)
+
+    monkeypatch.setattr(target._model, "forward", watched)
+    whole = target.forward([Segment(stretch, text, len(text))])
+    for length in range(1, len(text) + 1):
+        stretch.rollback(0)
+        logits = target.forward([Segment(stretch, text[:length], length)])
+        assert stretch.length == length
+        assert torch.allclose(logits, whole[:length], atol=2e-4, rtol=1e-4)
+        assert seen[-1] == (seen[-1][0], seen[-1][0])
+        assert 0 <= seen[-1][0] - length < max(8, length / 16)
+    lengths = {rows for rows, _ in seen}
+    assert set(range(1, 33)) < lengths
+    assert len(lengths) < 32 + 36
+
+
 def test_the_context_is_as_long_as_the_memory_for_it() -> None:
     config = tiny_config("llama")
     model = AutoModelForCausalLM.from_config(config)
