@@ -59,7 +59,7 @@ def speedup(
     dtype: DtypeOption = "bfloat16",
     prompts: PromptsOption = None,
     count: Annotated[
-        int | None, typer.Option(help="How many prompts; 8, in a grid 3, and above temperature 0 all 20.")
+        int | None, typer.Option(help="How many prompts; 8, in a grid 3, and above temperature 0 10.")
     ] = None,
     max_new_tokens: Annotated[
         int | None, typer.Option(help="Tokens for each; 128, in a grid 64, and above temperature 0 32.")
@@ -104,7 +104,7 @@ def speedup(
 
         greedy, sampled = (
             Answers(read_prompts(prompts, count or many), Length(max_new_tokens or tokens, answer_seconds or seconds))
-            for many, tokens, seconds in ((3, 64, 3.0), (20, 32, 2.0))
+            for many, tokens, seconds in ((3, 64, 3.0), (10, 32, 2.0))
         )
         wanted = cells(temperatures or TEMPERATURES, round_trips or ROUND_TRIPS_MS, uplinks or UPLINKS_MBIT)
         _measure_grid(bundle, GridSettings(target, dtype, greedy, sampled), wanted, json_file, repeat_busy)

@@ -214,9 +214,13 @@ class Client:
         return next(message for message in self.exchange(hello, patience) if isinstance(message, Welcome))
 
     def exchange(
-        self, request: Hello | Request, patience: float | None = None, resume: Callable[[], Resume] | None = None
+        self,
+        request: Hello | Request,
+        patience: float | None = None,
+        resume: Callable[[], Resume] | None = None,
+        meanwhile: Callable[[], None] | None = None,
     ) -> Iterator[Message]:
-        """Send a request and give what comes back.
+        """Send a request, do something ``meanwhile``, and give what comes back.
 
         It is repeated whenever the base station is silent or the link is connected
         again, behind a Resume where there is one and the base station knows it.
@@ -229,6 +233,8 @@ class Client:
         self._link.send(request)
         connections = max(1, self._link.connections)
         heard = sent = self.clock()
+        if meanwhile:
+            meanwhile()
         while True:
             message = self._link.receive(min(self._patience.repeat, limit))
             now = self.clock()
@@ -472,13 +478,18 @@ class DeviceSession:
         """The replies to one request, until the state machine says that it is answered."""
         self._rounds.advance(request)
         resume = None if isinstance(request, Open | Extend) else self._resume
-        for message in self._client.exchange(request, resume=resume):
+        for message in self._client.exchange(request, resume=resume, meanwhile=lambda: self._run_ahead(request)):
             if not isinstance(message, Opened | Verdict) or self._is_stale(message):
                 continue
             self._rounds.advance(message)
             yield message
             if self._rounds.state is State.READY:
                 return
+
+    def _run_ahead(self, request: Request) -> None:
+        """Use the time until a Verdict, where there is enough of it, for the token that stands last if all do."""
+        if isinstance(request, Draft) and self._planner.waits_for_a_token(len(request.token_ids)):
+            self._drafter.run_ahead()
 
     def _remaining(self, request: Request, answered: int) -> Request:
         """What is left of a request in the session as it is now."""

@@ -44,13 +44,12 @@ class Drafter:
         self._ids_alone = mode.sends_ids_alone
         self._stop_ids = frozenset(model.manifest.stop_ids)
         self._cached: list[int] = []
+        self._unrun: list[int] = []
 
     def prefill(self, tokens: Sequence[int]) -> None:
         """Run all but the last of ``tokens``, so that the first draft need not."""
-        uncached = self._rollback(tokens)[:-1]
-        if uncached:
-            self._model.forward(uncached)
-            self._cached += uncached
+        self._unrun = self._rollback(tokens)[:-1]
+        self.run_ahead()
 
     def draft(
         self, tokens: Sequence[int], draft_len: int, goes_on: Callable[[Sequence[float | None]], bool] | None = None
@@ -59,13 +58,12 @@ class Drafter:
 
         Where there is ``goes_on``, it is asked before each token, with the leads of those before.
         """
-        unrun = self._rollback(tokens)
+        self._unrun = self._rollback(tokens)
         drafted: list[int] = []
         leads: list[float | None] = []
         distributions: list[SparseDistribution] = []
         while len(drafted) < draft_len and (goes_on is None or goes_on(leads)):
-            logits = self._model.forward(unrun)
-            self._cached += unrun
+            logits = self._run()
             position = len(tokens) + len(drafted)
             lead = None
             if self._ids_alone or self._sampling.greedy:
@@ -76,10 +74,21 @@ class Drafter:
                 distributions.append(distribution)
             drafted.append(token_id)
             leads.append(lead)
-            unrun = [token_id]
             if token_id in self._stop_ids:
                 break
+            self._unrun = [token_id]
         return Guess(tuple(drafted), tuple(distributions), tuple(leads))
+
+    def run_ahead(self) -> None:
+        """Run the last drafted token, which the next draft begins with if it stands."""
+        if self._unrun:
+            self._run()
+
+    def _run(self) -> Logits:
+        logits = self._model.forward(self._unrun)
+        self._cached += self._unrun
+        self._unrun = []
+        return logits
 
     def _distribution(self, logits: Logits) -> SparseDistribution:
         if self._uplink is None:

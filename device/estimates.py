@@ -2,7 +2,7 @@
 
 KEPT = 0.95
 """What an observation counts for once another has come."""
-_PRIOR_TRIALS = 4.0
+_PRIOR_TRIALS = 2.0
 _PRIOR_SPREAD = 0.5
 
 

@@ -22,7 +22,9 @@ TRIAL = 3
 SHORTEST_WAIT = 64
 """Tokens at least until the way that loses is tried again."""
 TRIALS_SHARE = 1 / 30
-"""Of all time, what trials may cost."""
+"""Of all time, what trials of drafting may cost."""
+_TARGET_TRIALS_SHARE = 1 / 100
+"""The same of trials of the target alone, which is slower or faster when replies are."""
 _PRIOR_ROUNDS = 6.0
 _CERTAIN_ROUNDS = 32
 """Before as many rounds, drafting is given up only where it is clearly slower: what n rounds tell is off by 1/√n."""
@@ -116,6 +118,10 @@ class LivePlanner:
         seconds = times.seconds(1) - times.seconds(0)
         return stands >= seconds * self._tokens_per_second()
 
+    def waits_for_a_token(self, draft_len: int) -> bool:
+        """Whether a reply to so many tokens takes longer than to draft one, as estimated now."""
+        return self.times.seconds(draft_len) > (draft_len + 1) * self.times.draft_seconds
+
     def observe_opened(self, seconds: float) -> None:
         """Take the time from an Open to its Opened, which waits for no pass: about a round trip."""
         self._link_seconds = seconds
@@ -184,7 +190,8 @@ class LivePlanner:
         elif alone is not self._alone:
             tokens_per_second = 1 / self._target_seconds if self._alone else self._tokens_per_second()
             lost = seconds * tokens_per_second - tokens
-            self._since, self._wait = 0, max(SHORTEST_WAIT, round(lost / TRIALS_SHARE))
+            share = _TARGET_TRIALS_SHARE if alone else TRIALS_SHARE
+            self._since, self._wait = 0, max(SHORTEST_WAIT, round(lost / share))
 
     def _tokens_per_second(self) -> float:
         """Of rounds: as measured, ``_PRIOR_ROUNDS`` counting as they are foreseen."""

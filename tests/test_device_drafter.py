@@ -61,9 +61,10 @@ def slow_draft(mode: Mode, sampling: Sampling, tokens: list[int], draft_len: int
 
 @dataclass(frozen=True)
 class Round:
-    """Draft; of the drafted tokens ``accepted`` stand and ``token_id`` follows; then perhaps a new turn."""
+    """Draft, perhaps run ahead; ``accepted`` of the drafted tokens stand, ``token_id`` follows; perhaps a new turn."""
 
     draft_len: int
+    ahead: bool
     accepted: int
     token_id: int
     keep: float
@@ -73,6 +74,7 @@ class Round:
 rounds = st.builds(
     Round,
     draft_len=st.integers(0, 5),
+    ahead=st.booleans(),
     accepted=st.integers(0, 5),
     token_id=token_ids,
     keep=st.just(1.0) | st.floats(0, 1),
@@ -90,6 +92,9 @@ def test_after_any_rounds_a_draft_is_that_of_a_fresh_drafter(
         guess = kept.drafter.draft(tokens, one.draft_len)
         assert guess == fresh(*mode).drafter.draft(tokens, one.draft_len) == slow_draft(*mode, tokens, one.draft_len)
         assert kept.model.tokens == [*tokens, *guess.token_ids[:-1]][: kept.model.length]
+        if one.ahead:
+            kept.drafter.run_ahead()
+            assert kept.model.tokens == [*tokens, *guess.token_ids]
         tokens += [*guess.token_ids[: one.accepted], one.token_id]
         if one.turn:
             tokens = [*tokens[: round(one.keep * len(tokens))], *one.turn]
@@ -112,6 +117,23 @@ def test_a_round_runs_each_token_once(mode: Mode, sampling: Sampling) -> None:
     tokens.append(5 if one.drafter.draft(tokens, 1).token_ids[0] != 5 else 4)  # none stands
     one.drafter.draft(tokens, 2)
     assert one.model.passes[8:] == [1, 1]
+
+
+@every_mode
+def test_what_was_run_ahead_is_not_run_again(mode: Mode, sampling: Sampling) -> None:
+    one, tokens = fresh(mode, sampling), list(PROMPT)
+    tokens += [*one.drafter.draft(tokens, 3).token_ids, 0]  # all stand
+    one.drafter.run_ahead()
+    one.drafter.run_ahead()
+    one.drafter.draft(tokens, 2)
+    assert one.model.passes == [4, 1, 1, 1, 1, 1]
+
+
+def test_nothing_is_run_ahead_behind_a_stop_id() -> None:
+    one = fresh(Mode.IDS, GREEDY, stop_ids=tuple(range(VOCAB)))
+    one.drafter.draft(PROMPT, 3)
+    one.drafter.run_ahead()
+    assert one.model.passes == [4]
 
 
 @every_mode
