@@ -54,7 +54,7 @@ def own_pages(size: int) -> mmap.mmap:
     """
     pages = mmap.mmap(-1, size, access=mmap.ACCESS_COPY)
     if sys.platform == "linux":
-        with contextlib.suppress(OSError):  # a kernel without large pages: small ones do, in twice the time
+        with contextlib.suppress(OSError):  # a kernel without large pages gives small ones, in more time
             pages.madvise(mmap.MADV_HUGEPAGE)
     return pages
 

@@ -40,9 +40,8 @@ SUPPORTED = (
 )
 """Architectures whose packed passes the tests hold against their own forward passes."""
 _LEAST_CONTEXT = 128
-_EXACT_ROWS = 32
-"""A pass of more rows is filled with idle ones, to a multiple of ``_IDLE_ROWS``; of many more, by a thirtieth."""
-_IDLE_ROWS = 8
+_UNFILLED_ROWS = 32
+"""A pass of more rows is filled with idle ones on a CPU: up to seven, or a sixteenth of more than 256."""
 
 
 @dataclass(frozen=True)
@@ -150,18 +149,21 @@ class TargetModel:
             flat += segment.token_ids
             positions += range(past, past + new)
             wanted += range(len(flat) - segment.judged, len(flat))
-        logits = self._run(_filled(flat), _filled(positions), _filled(wanted or [0]), PackedPass(segments))
+        rows, judged = [flat, positions], wanted or [0]
+        if self.torch_device.type == "cpu":
+            rows, judged = [_filled(row) for row in rows], _filled(judged)
+        logits = self._run(rows, judged, PackedPass(segments))
         for segment in segments:
             segment.stretch.length += len(segment.token_ids)
         return logits[: len(wanted)]
 
-    def _run(self, flat: list[int], positions: list[int], wanted: list[int], packed_pass: PackedPass) -> Tensor:
-        row = torch.tensor([flat, positions], device=self.torch_device)
+    def _run(self, rows: list[list[int]], judged: list[int], packed_pass: PackedPass) -> Tensor:
+        ids_positions = torch.tensor(rows, device=self.torch_device)
         output = self._model(
-            input_ids=row[:1],
-            position_ids=row[1:],
+            input_ids=ids_positions[:1],
+            position_ids=ids_positions[1:],
             use_cache=False,
-            logits_to_keep=torch.tensor(wanted, device=self.torch_device),
+            logits_to_keep=torch.tensor(judged, device=self.torch_device),
             packed_pass=packed_pass,
         )
         logits: Tensor = output.logits[0, :, : self.vocabulary.size].float()
@@ -173,7 +175,7 @@ def _filled(row: list[int]) -> list[int]:
 
     For each length oneDNN prepares its matrix products, which takes a tenth of a pass, and keeps what it prepared.
     """
-    step = max(_IDLE_ROWS, 2 ** (len(row).bit_length() - 5)) if len(row) > _EXACT_ROWS else 1
+    step = max(8, 2 ** (len(row).bit_length() - 5)) if len(row) > _UNFILLED_ROWS else 1
     return row + [0] * (-len(row) % step)
 
 

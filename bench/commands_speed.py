@@ -36,10 +36,10 @@ def speedup(
     dtype: DtypeOption = "bfloat16",
     prompts: PromptsOption = None,
     count: Annotated[
-        int | None, typer.Option(help="How many prompts; 8, in a grid 3, and above temperature 0 10.")
+        int | None, typer.Option(help="How many prompts; 8, or in a grid 3 at temperature 0 and 10 above.")
     ] = None,
     max_new_tokens: Annotated[
-        int | None, typer.Option(help="Tokens for each; 128, in a grid 64, and above temperature 0 32.")
+        int | None, typer.Option(help="Tokens for each; 128, or in a grid 64 at temperature 0 and 32 above.")
     ] = None,
     draft_len: Annotated[
         int | None, typer.Option(help="Tokens drafted in a round; left out, planned anew after each.")
@@ -59,7 +59,7 @@ def speedup(
     answer_seconds: Annotated[
         float | None,
         typer.Option(
-            help="For each answer at most, but two rounds; 3, and above temperature 0 2.", rich_help_panel=GRID
+            help="For each answer at most, but two rounds; 3 at temperature 0, 2 above.", rich_help_panel=GRID
         ),
     ] = None,
     repeat_busy: Annotated[

@@ -270,8 +270,8 @@ def _chosen(case: Case, cell: Cell, model: Model) -> Case:
 
 
 def _draft_settings(case: Case, cell: Cell) -> DraftSettings:
-    uplink_k = ENTRIES.get(case.mode, 1)
-    return DraftSettings(case.mode, Sampling(cell.temperature, seed=1), uplink_k, case.draft_len)
+    uplink_k, sampling = ENTRIES.get(case.mode, 1), Sampling(cell.temperature, seed=1)
+    return DraftSettings(case.mode, sampling, uplink_k, case.draft_len, run_ahead=not case.colocated)
 
 
 def _row(case: Case, cell: Cell, pace: Pace | None) -> Row:

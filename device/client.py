@@ -99,6 +99,7 @@ class DraftSettings:
     ``topp`` as many as reach the probability ``uplink_p``, up to ``uplink_k``; both in
     ``uplink_steps`` steps, 0 taking as many as the mode needs;
     ``draft_len`` tokens are drafted in a round, at most; None plans it as rounds are measured.
+    Whether to ``run_ahead`` while a Verdict is under way: not where that takes time from the base station.
     """
 
     mode: Mode
@@ -107,6 +108,7 @@ class DraftSettings:
     draft_len: int | None
     uplink_p: float = 0.95
     uplink_steps: int = 0
+    run_ahead: bool = True
 
     def __post_init__(self) -> None:
         _ = self.uplink  # raises what is wrong with it
@@ -478,18 +480,15 @@ class DeviceSession:
         """The replies to one request, until the state machine says that it is answered."""
         self._rounds.advance(request)
         resume = None if isinstance(request, Open | Extend) else self._resume
-        for message in self._client.exchange(request, resume=resume, meanwhile=lambda: self._run_ahead(request)):
+        ahead = isinstance(request, Draft) and self._settings.run_ahead
+        meanwhile = self._drafter.run_ahead if ahead else None
+        for message in self._client.exchange(request, resume=resume, meanwhile=meanwhile):
             if not isinstance(message, Opened | Verdict) or self._is_stale(message):
                 continue
             self._rounds.advance(message)
             yield message
             if self._rounds.state is State.READY:
                 return
-
-    def _run_ahead(self, request: Request) -> None:
-        """Use the time until a Verdict, where there is enough of it, for the token that stands last if all do."""
-        if isinstance(request, Draft) and self._planner.waits_for_a_token(len(request.token_ids)):
-            self._drafter.run_ahead()
 
     def _remaining(self, request: Request, answered: int) -> Request:
         """What is left of a request in the session as it is now."""

@@ -49,7 +49,8 @@ class Drafter:
     def prefill(self, tokens: Sequence[int]) -> None:
         """Run all but the last of ``tokens``, so that the first draft need not."""
         self._unrun = self._rollback(tokens)[:-1]
-        self.run_ahead()
+        if self._unrun:
+            self._run()
 
     def draft(
         self, tokens: Sequence[int], draft_len: int, goes_on: Callable[[Sequence[float | None]], bool] | None = None
@@ -80,7 +81,7 @@ class Drafter:
         return Guess(tuple(drafted), tuple(distributions), tuple(leads))
 
     def run_ahead(self) -> None:
-        """Run the last drafted token, which the next draft begins with if it stands."""
+        """Run the last drafted token, if it ends no answer, as the next draft needs it to be run if it stands."""
         if self._unrun:
             self._run()
 

@@ -24,7 +24,7 @@ SHORTEST_WAIT = 64
 TRIALS_SHARE = 1 / 30
 """Of all time, what trials of drafting may cost."""
 _TARGET_TRIALS_SHARE = 1 / 100
-"""The same of trials of the target alone, which is slower or faster when replies are."""
+"""The same of trials of the target alone, which are due where drafting is faster, mostly by far."""
 _PRIOR_ROUNDS = 6.0
 _CERTAIN_ROUNDS = 32
 """Before as many rounds, drafting is given up only where it is clearly slower: what n rounds tell is off by 1/√n."""
@@ -53,8 +53,9 @@ class LivePlanner:
     Rounds begin as the model of ``planner.py`` foresees them.
 
     How likely a token stands is learnt from its *lead*: by how much its score
-    exceeds the next one's, in modes that send ids alone. A close call is where
-    two models differ. Other modes have one probability for all tokens.
+    exceeds the next one's, where the largest score is taken: in modes that send
+    ids alone, and at temperature 0 in all. A close call is where two models
+    differ. Tokens that are drawn have one probability for all.
 
     Args:
         gate: figures of the draft model; its likeness to the target is where estimates start.
@@ -117,10 +118,6 @@ class LivePlanner:
         times = self.times
         seconds = times.seconds(1) - times.seconds(0)
         return stands >= seconds * self._tokens_per_second()
-
-    def waits_for_a_token(self, draft_len: int) -> bool:
-        """Whether a reply to so many tokens takes longer than to draft one, as estimated now."""
-        return self.times.seconds(draft_len) > (draft_len + 1) * self.times.draft_seconds
 
     def observe_opened(self, seconds: float) -> None:
         """Take the time from an Open to its Opened, which waits for no pass: about a round trip."""

@@ -151,6 +151,18 @@ def test_a_machine_that_slows_down_slows_both_ends_and_no_link() -> None:
     assert Model.of([], GATE).at(1.0).predict(Mode.IDS, 4, cell) is None
 
 
+@pytest.mark.model
+def test_a_cell_is_predicted_with_its_own_speed_of_the_machine() -> None:
+    loopback, rows = rows_of(Cell(0.0)), rows_of(CELL)
+    rows[0]["tokens_per_second"] = 0.5 / TARGET_SECONDS
+    with GridRun(BUNDLE, GridSettings(str(SAMPLE), "bfloat16", WHY, WHY), lambda: None) as run:
+        run.compare(rows, CELL, loopback)
+        model = Model.of(loopback, run.model.manifest.gate).at(2 * TARGET_SECONDS)
+    fixed = next(one for one in rows if one["draft_len"] == 4)
+    assert fixed["predicted_speedup"] == speedup(model, Mode.IDS, 4, CELL)
+    assert fixed["speedup"] == pytest.approx(28.0 * 2 * TARGET_SECONDS)
+
+
 def test_above_temperature_0_more_answers_are_measured() -> None:
     other = Answers(["Why?", "What?"], Length(4, 1.0))
     settings = GridSettings(str(SAMPLE), "bfloat16", WHY, other)

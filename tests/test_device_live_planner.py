@@ -1,15 +1,15 @@
 """The live plan against the best one in hindsight, in simulated rounds and over a link in memory."""
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import cycle
 from statistics import fmean
 from typing import cast
 
 import pytest
 
 from device.client import DraftSettings
-from device.draft_model import Logits
 from device.live_planner import FIRST_DRAFT_LEN, MAX_DRAFT_LEN, SHORTEST_WAIT, TRIAL, TRIALS_SHARE, LivePlanner
 from device.planner import expected_tokens
 from protocol.bundle import GateFigures
@@ -196,42 +196,49 @@ def test_where_drafting_loses_it_is_tried_again_as_rarely_as_it_costs(round_seco
     assert stretches[-2:] == [wait, wait]
 
 
-def test_a_token_is_run_ahead_where_the_reply_takes_longer() -> None:
-    for link, waits in ((0.0, False), (0.050, True)):
-        planner = LivePlanner(GATE, greedy=True)
-        assert not planner.waits_for_a_token(4)  # nothing is known yet
-        for _ in range(4):
-            planner.observe([None] * 4, 2, 4 * 0.030, 0.010 + link)
-        assert planner.waits_for_a_token(4) is waits
-
-
-@pytest.mark.parametrize(("reply_seconds", "runs_ahead"), [(0.010, False), (0.100, True)])
-def test_a_device_that_waits_long_runs_the_last_drafted_token_meanwhile(
-    reply_seconds: float, runs_ahead: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The draft model is the target: all stands, and what was not run ahead is run with the bonus token."""
+@pytest.mark.parametrize("mode", [Mode.IDS, Mode.TOPK])
+@pytest.mark.parametrize("run_ahead", [True, False])
+def test_rounds_are_made_of_passes_of_one_token(mode: Mode, run_ahead: bool) -> None:
+    """Where all stands as well, since the last drafted token is run while the Verdict is under way."""
     table = random_table(20, seed=1)
     station, model = Station(FakeTarget.make(table)), FakeDraftModel.make(table)
-    transport = MemoryTransport(station)
+    transport, fates = MemoryTransport(station), cycle([1, 1, 0, 1, 2])
     client, _ = join(station, model, transport)
-    client.clock = lambda: transport.now
-    forward, receive = model.forward, transport.receive
+    transport.up = transport.down = lambda _: next(fates)
+    settings = DraftSettings(mode, Sampling(), uplink_k=4, draft_len=4, run_ahead=run_ahead)
+    passes = cast(FakeDraftModel, model).passes
+    for prompt in ([3, 1, 4], [1, 5]):
+        before = len(passes)
+        answer = [token.token_id for token in client.open(settings, model, prompt).answer(60)]
+        assert answer == target_alone(table, prompt, 60)
+        rounds = passes[before + 1 :]
+        assert set(rounds) == {1} if run_ahead else {1, 2}
 
-    def slow_forward(token_ids: Sequence[int]) -> Logits:
-        transport.now += 0.030
-        return forward(token_ids)
 
-    def slow_receive(timeout: float) -> bytes | None:
-        transport.now += reply_seconds
-        return receive(timeout)
+def test_the_target_is_tried_more_rarely_where_drafting_is_faster() -> None:
+    planner = LivePlanner(GATE, greedy=True)
+    planner.observe_decoded(TRIAL, 0.1, 0.1 * (TRIAL - 1))
+    waits: list[int] = []
+    tokens = 0
+    while len(waits) < 20:
+        if planner.decode_len():
+            planner.observe_decoded(TRIAL, 0.1, 0.1 * (TRIAL - 1))
+            waits.append(tokens)
+            tokens = 0
+        else:
+            planner.observe([2.0] * 4, 4, 0.04, 0.11)
+            tokens += 5
+    lost = 0.3 * 5 / 0.15 - TRIAL
+    assert waits[-1] > 60 * lost
 
-    monkeypatch.setattr(model, "forward", slow_forward)
-    monkeypatch.setattr(transport, "receive", slow_receive)
-    session = client.open(DraftSettings(Mode.IDS, Sampling(), uplink_k=1, draft_len=4), model, [3, 1, 4])
-    answer = [token.token_id for token in session.answer(60)]
-    assert answer == target_alone(table, [3, 1, 4], 60)
-    two_at_once = cast(FakeDraftModel, model).passes[20:].count(2)
-    assert two_at_once == 0 if runs_ahead else two_at_once > 5
+
+def test_a_target_that_becomes_fast_is_found_out() -> None:
+    slow, fast = Times(0.020, 0.080), Times(0.020, 0.010)
+    planner = LivePlanner(GATE, greedy=True)
+    assert Simulation(slow, accepted_with(0.8)).tokens_per_second(planner, tokens=3000) > 1.2 / slow.target
+    after = Simulation(fast, accepted_with(0.8))
+    after.tokens_per_second(planner, tokens=2000)
+    assert after.tokens_per_second(planner, tokens=3000) > 0.93 * after.best_fixed()
 
 
 def test_a_round_of_no_tokens_teaches_nothing() -> None:
