@@ -81,7 +81,7 @@ class Drafter:
         return Guess(tuple(drafted), tuple(distributions), tuple(leads))
 
     def run_ahead(self) -> None:
-        """Run the last drafted token, if it ends no answer, as the next draft needs it to be run if it stands."""
+        """Run the last drafted token, unless it ends the answer: where it stands, the next draft goes on from it."""
         if self._unrun:
             self._run()
 
