@@ -19,12 +19,15 @@ class CountingRelay:
         self.station_port = station_port
         self._counts = [0, 0]
         self._sockets: list[socket.socket] = []
+        self._accepting = threading.Thread(target=self._accept, daemon=True)
 
     def __enter__(self) -> "CountingRelay":
-        threading.Thread(target=self._accept, daemon=True).start()
+        self._accepting.start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)  # closing alone would let one more connection in
+        self._accepting.join()
         self._listener.close()
         self.hang_up()
 
@@ -45,13 +48,22 @@ class CountingRelay:
         return now
 
     def _accept(self) -> None:
-        with contextlib.suppress(OSError):  # the listener is closed, as at the end of every test
+        with contextlib.suppress(OSError):  # the listener is shut down, as at the end of every test
             while True:
                 device, _ = self._listener.accept()
-                station = socket.create_connection(("127.0.0.1", self.station_port))
-                self._sockets += [device, station]
+                self._sockets.append(device)
+                station = self._connect()
+                if station is None:
+                    device.close()
+                    continue
+                self._sockets.append(station)
                 for source, sink, direction in ((device, station, 0), (station, device, 1)):
                     threading.Thread(target=self._pump, args=(source, sink, direction), daemon=True).start()
+
+    def _connect(self) -> socket.socket | None:
+        with contextlib.suppress(OSError):  # the base station is gone
+            return socket.create_connection(("127.0.0.1", self.station_port))
+        return None
 
     def _pump(self, source: socket.socket, sink: socket.socket, direction: int) -> None:
         with contextlib.suppress(OSError):  # one end is gone
