@@ -1,11 +1,15 @@
 """What is sent and what it costs: ``uplink``, ``encodings`` and ``overheads``."""
 
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from bench.options import BundleOption, DtypeOption, JsonOption, PromptsOption, TargetOption, console, progress_bar
 from protocol.messages import Sampling
+
+if TYPE_CHECKING:  # the libraries behind it load when a command needs them
+    from device.draft_model import DraftModel
 
 
 def uplink(
@@ -26,24 +30,19 @@ def uplink(
     """Bytes of a drafted token and how likely it stands, for each mode and K, at several temperatures."""
     from basestation.target_model import TargetModel
     from bench.positions import collect
-    from bench.prompts import read_prompts
     from bench.results import Results
     from bench.uplink import TEMPERATURES, UPLINK_K, check_uplink_k, uplink_rows
-    from device.draft_model import DraftModel
-    from device.tokenizer import Tokenizer
 
-    chosen = read_prompts(prompts, count)
-    model = DraftModel(bundle)
+    model, prompt_ids = _draft_model_and_prompts(bundle, prompts, count)
     vocab_size = model.manifest.vocab_size
     kept = check_uplink_k(uplink_ks or [*UPLINK_K, vocab_size], vocab_size)
     samplings = [Sampling(temperature, seed=1) for temperature in temperatures or TEMPERATURES]
-    judge, tokenizer = TargetModel.load(target, dtype), Tokenizer(bundle, model.manifest)
-    prompt_ids = [tokenizer.encode_chat([{"role": "user", "content": prompt}]) for prompt in chosen]
+    judge = TargetModel.load(target, dtype)
     measured = Results(
         {"draft": model.manifest.name, "target": judge.name, "dtype": dtype, "vocab_size": vocab_size}, []
     )
     with progress_bar() as progress:
-        task = progress.add_task("prompts", total=len(chosen) * len(samplings))
+        task = progress.add_task("prompts", total=len(prompt_ids) * len(samplings))
         for sampling in samplings:
             corpus = collect(model, judge, prompt_ids, rounds, sampling, lambda: progress.advance(task))
             measured = Results(measured.settings, [*measured.rows, *uplink_rows(corpus, kept)])
@@ -65,16 +64,11 @@ def encodings(
     from basestation.target_model import TargetModel
     from bench.encodings import SAMPLING, measure, results
     from bench.positions import collect
-    from bench.prompts import read_prompts
-    from device.draft_model import DraftModel
-    from device.tokenizer import Tokenizer
 
-    chosen = read_prompts(prompts, count)
-    model, judge = DraftModel(bundle), TargetModel.load(target, dtype)
-    tokenizer = Tokenizer(bundle, model.manifest)
-    prompt_ids = [tokenizer.encode_chat([{"role": "user", "content": prompt}]) for prompt in chosen]
+    model, prompt_ids = _draft_model_and_prompts(bundle, prompts, count)
+    judge = TargetModel.load(target, dtype)
     with progress_bar() as progress:
-        task = progress.add_task("prompts", total=len(chosen))
+        task = progress.add_task("prompts", total=len(prompt_ids))
         corpus = collect(model, judge, prompt_ids, rounds, SAMPLING, lambda: progress.advance(task))
     measured = results(measure(corpus, uplink_k), corpus, model.manifest.name, judge.name)
     measured.show(console)
@@ -93,19 +87,23 @@ def overheads(
     """What the noise of mode coupled and the encoding of drafts cost, against drafting and a pass."""
     from basestation.target_model import TargetModel
     from bench.overheads import device_rows, station_rows
-    from bench.prompts import read_prompts
     from bench.results import Results
-    from device.draft_model import DraftModel
-    from device.tokenizer import Tokenizer
 
-    chosen = read_prompts(prompts, sessions)
-    model = DraftModel(bundle)
-    tokenizer = Tokenizer(bundle, model.manifest)
-    prompt_ids = [tokenizer.encode_chat([{"role": "user", "content": prompt}]) for prompt in chosen]
+    model, prompt_ids = _draft_model_and_prompts(bundle, prompts, sessions)
     with progress_bar() as progress:
-        task = progress.add_task("prompts", total=len(chosen))
+        task = progress.add_task("prompts", total=len(prompt_ids))
         rows, texts = device_rows(model, prompt_ids, tokens, lambda: progress.advance(task))
     rows += station_rows(TargetModel.load(target, dtype), texts)
     measured = Results({"draft": model.manifest.name, "target": target, "dtype": dtype, "sessions": sessions}, rows)
     measured.show(console)
     measured.write(json_file)
+
+
+def _draft_model_and_prompts(bundle: Path, prompts: Path | None, count: int) -> tuple["DraftModel", list[list[int]]]:
+    from bench.prompts import read_prompts
+    from device.draft_model import DraftModel
+    from device.tokenizer import Tokenizer
+
+    chosen, model = read_prompts(prompts, count), DraftModel(bundle)
+    tokenizer = Tokenizer(bundle, model.manifest)
+    return model, [tokenizer.encode_chat([{"role": "user", "content": prompt}]) for prompt in chosen]
