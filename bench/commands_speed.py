@@ -36,7 +36,7 @@ def speedup(
     dtype: DtypeOption = "bfloat16",
     prompts: PromptsOption = None,
     count: Annotated[
-        int | None, typer.Option(help="How many prompts; 8, or in a grid 3 at temperature 0 and 10 above.")
+        int | None, typer.Option(help="How many prompts; 8, or in a grid 3 at temperature 0 and 20 above.")
     ] = None,
     max_new_tokens: Annotated[
         int | None, typer.Option(help="Tokens for each; 128, or in a grid 64 at temperature 0 and 32 above.")
@@ -81,7 +81,7 @@ def speedup(
 
         greedy, sampled = (
             Answers(read_prompts(prompts, count or many), Length(max_new_tokens or tokens, answer_seconds or seconds))
-            for many, tokens, seconds in ((3, 64, 3.0), (10, 32, 2.0))
+            for many, tokens, seconds in ((3, 64, 3.0), (20, 32, 2.0))
         )
         wanted = cells(temperatures or TEMPERATURES, round_trips or ROUND_TRIPS_MS, uplinks or UPLINKS_MBIT)
         _measure_grid(bundle, GridSettings(target, dtype, greedy, sampled), wanted, json_file, repeat_busy)

@@ -31,9 +31,9 @@ _CERTAIN_ROUNDS = 32
 KEPT_ALONE = 0.5
 """What earlier rounds count for once the target has decoded ``SHORTEST_WAIT`` tokens alone."""
 _INSTANT = 1e-9
-_LEADS = (0.1, 0.25, 0.5, 1.0, 2.0)
+_LEADS = (0.15, 0.3, 0.5)
 """Between these leads, in units of the natural logarithm of a probability, tokens count as equally likely to stand."""
-_CLOSE_CALLS = (0.5, 0.75)
+_CLOSE_CALLS = (0.6, 0.9)
 """At most so likely is a token with one of the smallest leads to stand, before any was seen."""
 
 

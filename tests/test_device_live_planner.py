@@ -295,7 +295,7 @@ def test_close_calls_are_not_trusted_before_any_was_seen() -> None:
         planner = LivePlanner(GATE, greedy=True)
         planner.observe_decoded(TRIAL, 0.1, 0.1)
         planner.observe([2.0] * 4, 4, 0.040, 0.060)
-        leads = [lead]
+        leads = [lead] * 3
         while planner.goes_on(leads):
             leads.append(2.0)
         return len(leads)
