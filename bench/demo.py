@@ -8,7 +8,7 @@ from bench.speedup import WARM_UP_TOKENS, full_vocabulary_bytes
 from bench.workplace import Workplace
 from device.answer import Answer
 from device.cli import ORIGIN_STYLES
-from device.client import DraftSettings
+from device.session import DraftSettings
 from protocol.messages import Mode, Sampling
 
 PROMPT = "Explain in a few sentences why a small and a large language model work well together."

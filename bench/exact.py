@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from bench.workplace import Workplace
-from device.client import DraftSettings
+from device.session import DraftSettings
 from protocol.messages import Mode, Sampling
 
 PROMPT_LEN = 512

@@ -21,10 +21,10 @@ from bench.results import Row, Value, number, numbers
 from bench.serving import Served, serving
 from bench.station import station_command
 from bench.workplace import Workplace, connected
-from device.client import DraftSettings
 from device.draft_model import DraftModel
 from device.planner import Direction, expected_tokens
 from device.sampling import ENTRIES
+from device.session import DraftSettings
 from device.tokenizer import Tokenizer
 from protocol.bundle import GateFigures
 from protocol.errors import EdgedraftError

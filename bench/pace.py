@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from bench.recording import RecordingClient, RoundFigures
 from bench.workplace import Workplace
-from device.client import DraftSettings
+from device.session import DraftSettings
 from protocol.messages import Mode
 
 

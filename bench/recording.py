@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from device.client import Client, DraftSettings, Patience
+from device.client import Client, Patience
 from device.link import Link
 from device.live_planner import LivePlanner
 from protocol.bundle import GateFigures, Manifest
@@ -33,12 +33,8 @@ class RecordingClient(Client):
         self.rounds: list[RoundFigures] = []
         super().__init__(link, manifest, Patience(reply=_GIVE_UP_SECONDS))
 
-    def planner(self, settings: DraftSettings, manifest: Manifest) -> LivePlanner:
-        """The plan that a client has for such settings, its observations kept."""
-        key = (settings.mode, settings.sampling.temperature)
-        if key not in self._planners:
-            self._planners[key] = _RecordingPlanner(manifest.gate, settings.sampling.greedy, self.rounds)
-        return self._planners[key]
+    def _new_planner(self, gate: GateFigures, greedy: bool) -> LivePlanner:
+        return _RecordingPlanner(gate, greedy, self.rounds)
 
 
 class _RecordingPlanner(LivePlanner):

@@ -7,6 +7,7 @@ from bench.grid_report import grid_parts
 from bench.markdown import by_case, table
 from bench.plots import plot_draft_lens, plot_uplink
 from bench.results import Results, format_value, number
+from protocol.errors import SettingsError
 
 COMMANDS = {
     "theory": "edgedraft-bench theory",
@@ -22,7 +23,14 @@ OF_THE_CEILING = 0.8
 
 
 def write_report(results_folder: Path, docs: Path) -> Path:
-    """Write ``results.md`` and ``plots/`` into the folder ``docs``; gives the report's path."""
+    """Write ``results.md`` and ``plots/`` into the folder ``docs``; gives the report's path.
+
+    Raises:
+        SettingsError: there is no folder of results.
+    """
+    if not results_folder.is_dir():
+        raise SettingsError("results", str(results_folder), "a folder with the JSON files that edgedraft-bench wrote")
+    docs.mkdir(parents=True, exist_ok=True)
     found = {name: _read(results_folder / f"{name}.json") for name in COMMANDS}
     plots = docs / "plots"
     parts = [_head(), *_theory(found["theory"], plots), *_link(found["link"])]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from bench.results import Results, Value, number
 from bench.workplace import Workplace
 from device.answer import Answer
-from device.client import DraftSettings
+from device.session import DraftSettings
 from protocol.messages import Mode, Sampling
 
 WARM_UP_TOKENS = 16

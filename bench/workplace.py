@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from device.answer import Answer, Conversation
-from device.client import Client, DraftSettings
+from device.client import Client
 from device.draft_model import DraftModel
 from device.link import Link
+from device.session import DraftSettings
 from device.tokenizer import Tokenizer
 from protocol.bundle import Manifest
 from protocol.frames import FrameCodec

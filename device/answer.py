@@ -4,9 +4,10 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from device.client import AnswerToken, Client, DeviceSession, DraftSettings, Origin, Tally
+from device.client import Client
 from device.draft_model import DraftModel
 from device.link import Link
+from device.session import AnswerToken, DeviceSession, DraftSettings, Origin, Tally
 from device.tokenizer import Tokenizer
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from device.client import DraftSettings
+from device.session import DraftSettings
 from device.tokenizer import ChatMessage
 from device.worker import Question
 from protocol.errors import SettingsError

@@ -17,12 +17,13 @@ from rich.console import Console
 from rich.text import Text
 
 from device.answer import Answer, AnswerStream, Conversation
-from device.client import Client, DraftSettings, Origin, Patience
+from device.client import Client, Patience
 from device.draft_model import DraftModel
 from device.keys import LinkKeys, new_key
 from device.link import Link
 from device.records import Records
 from device.sampling import ENTRIES, best_mode
+from device.session import DraftSettings, Origin
 from device.tokenizer import ChatMessage, Tokenizer
 from protocol.bundle import Manifest
 from protocol.command_line import Verbose, run

@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from device.answer import Conversation
-from device.client import Client, DraftSettings
+from device.client import Client
 from device.draft_model import DraftModel
 from device.link import Link
+from device.session import DraftSettings
 from device.stop_strings import StopStrings
 from device.tokenizer import ChatMessage, Tokenizer
 from protocol.errors import AdmissionError, BusyError, EdgedraftError, LinkError, ProtocolError

@@ -10,7 +10,7 @@ from scipy.stats import chisquare
 
 from basestation import coupling
 from basestation.verify import Draw, Judgement, Round, choose_tokens, judge_rounds
-from device.client import DraftSettings
+from device.session import DraftSettings
 from protocol.coupling import Integers64, noise_keys
 from protocol.messages import Mode, Sampling
 from tests.fakes import FakeDraftModel, FakeTarget, Table, blend, next_logits, random_table

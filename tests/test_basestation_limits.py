@@ -12,7 +12,7 @@ from basestation.flow import Flow
 from basestation.kv_arena import Segment
 from basestation.server import Server
 from basestation.target_model import TargetModel
-from device.client import DraftSettings
+from device.session import DraftSettings
 from protocol.errors import ContextLengthError, SettingsError
 from protocol.frames import FrameCodec
 from protocol.limits import Limits

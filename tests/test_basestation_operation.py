@@ -22,8 +22,9 @@ from basestation.profiler import PassProfiler
 from basestation.records import Records
 from basestation.server import Server
 from basestation.top import parse_snapshot, read_snapshot, render
-from device.client import Client, DeviceSession, DraftSettings, Patience
+from device.client import Client, Patience
 from device.link import Link
+from device.session import DeviceSession, DraftSettings
 from protocol.errors import FaultError, LinkError, SettingsError
 from protocol.frames import FrameCodec
 from protocol.messages import Mode, Sampling

@@ -4,7 +4,7 @@ import pytest
 
 from basestation.engine import Engine, Peer
 from basestation.scheduler import PassBudget
-from device.client import DraftSettings
+from device.session import DraftSettings
 from protocol.limits import Limits
 from protocol.messages import Draft, Fault, Message, Mode, Open, Opened, Resume, Resumed, Sampling, Verdict
 from tests.fakes import FakeDraftModel, FakeTarget, blend, random_table, target_alone

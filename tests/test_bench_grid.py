@@ -21,10 +21,10 @@ from bench.recording import RecordingClient, RoundFigures
 from bench.report import write_report
 from bench.results import Results, Row, number
 from bench.workplace import Workplace
-from device.client import DraftSettings
 from device.link import Link
 from device.live_planner import LivePlanner
 from device.planner import Direction, expected_tokens
+from device.session import DraftSettings
 from device.tokenizer import Tokenizer
 from protocol.bundle import GateFigures
 from protocol.errors import SettingsError
@@ -268,6 +268,14 @@ def test_predictions_of_baselines_do_not_count() -> None:
     rows = predicted_rows([*rows_of(CELL), *rows_of(Cell(0.0))])
     assert [one["case"] for one in rows] == ["ids, auto", "ids, 2 a round", "ids, 4 a round", "full vocabulary"]
     assert share_near(rows) == 0.25
+
+
+def test_a_report_makes_its_folder_and_wants_one_with_results(tmp_path: Path) -> None:
+    docs = tmp_path / "new" / "docs"
+    with pytest.raises(SettingsError, match=r"results is '.*nowhere'; allowed: a folder with the JSON files"):
+        write_report(tmp_path / "nowhere", docs)
+    assert not docs.exists()
+    assert write_report(tmp_path, docs).read_text(encoding="utf-8").count("Not measured") == 7
 
 
 def test_the_report_says_what_lost_what_failed_and_what_is_missing(tmp_path: Path) -> None:

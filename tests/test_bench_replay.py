@@ -7,7 +7,7 @@ import pytest
 
 from basestation.server import Server
 from bench.replay import Pace, Player, Recording, Stage, read_recordings, record, write_recordings
-from device.client import DraftSettings
+from device.session import DraftSettings
 from protocol.errors import FaultError, SettingsError
 from protocol.messages import Draft, Mode, Sampling
 from tests.fakes import FakeDraftModel, FakeTarget, blend, manifest, random_table, target_alone

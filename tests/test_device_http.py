@@ -10,9 +10,10 @@ import pytest
 from starlette.testclient import TestClient
 
 from device.chat_request import ChatRequest, Defaults
-from device.client import Client, DraftSettings
+from device.client import Client
 from device.http import application, check_bind
 from device.link import Link
+from device.session import DraftSettings
 from device.tokenizer import ChatMessage, Tokenizer
 from device.worker import Errand, Event, Finish, Question, Worker
 from protocol.errors import BusyError, LinkError, SettingsError

@@ -9,9 +9,9 @@ from typing import cast
 
 import pytest
 
-from device.client import DraftSettings
 from device.live_planner import FIRST_DRAFT_LEN, MAX_DRAFT_LEN, SHORTEST_WAIT, TRIAL, TRIALS_SHARE, LivePlanner
 from device.planner import expected_tokens
+from device.session import DraftSettings
 from protocol.bundle import GateFigures
 from protocol.messages import Decode, Draft, Mode, Sampling
 from tests.fakes import FakeDraftModel, FakeTarget, random_table, target_alone
@@ -258,6 +258,15 @@ def test_a_client_remembers_what_it_learnt_in_its_next_session() -> None:
     assert client.planner(settings, model.manifest).alpha < begins_at / 2  # the two models agree on nearly nothing
     warmer = replace(settings, mode=Mode.COUPLED, sampling=Sampling(1.0))
     assert client.planner(warmer, model.manifest).alpha == begins_at
+
+
+def test_rounds_of_a_fixed_length_teach_the_plan_nothing() -> None:
+    station, model = Station(FakeTarget.make(random_table(20, seed=1))), FakeDraftModel.make(random_table(20, seed=2))
+    client, _ = join(station, model, MemoryTransport(station))
+    planned = DraftSettings(Mode.IDS, Sampling(), uplink_k=1, draft_len=None)
+    before = client.planner(planned, model.manifest).alpha
+    list(client.open(replace(planned, draft_len=2), model, [3, 1, 4]).answer(40))
+    assert client.planner(planned, model.manifest).alpha == before
 
 
 def test_a_device_whose_drafts_are_slow_lets_the_target_decode_and_tries_drafts_again() -> None:

@@ -15,10 +15,11 @@ from basestation.records import Records as StationRecords
 from basestation.server import Server
 from bench.prompts import OWN_PROMPTS
 from bench.station import running_station
-from device.client import Client, DeviceSession, DraftSettings, Patience
+from device.client import Client, Patience
 from device.keys import LinkKeys, new_key
 from device.link import Link
 from device.records import Records
+from device.session import DeviceSession, DraftSettings
 from protocol.frames import FrameCodec
 from protocol.messages import Mode, Sampling
 from protocol.records import RecordFile

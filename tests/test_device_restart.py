@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from device.client import DraftSettings
+from device.session import DraftSettings
 from protocol.limits import Limits
 from protocol.messages import Draft, Mode, Sampling, Verdict
 from tests.fakes import FakeDraftModel, FakeTarget, blend, random_table, target_alone

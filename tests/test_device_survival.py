@@ -10,8 +10,9 @@ import pytest
 
 from basestation.server import Server
 from bench.workplace import Workplace, workplace
-from device.client import Client, DraftSettings, Patience
+from device.client import Client, Patience
 from device.link import Link
+from device.session import DraftSettings
 from protocol.frames import FrameCodec
 from protocol.messages import Mode, Sampling
 from tests.fakes import FakeDraftModel, FakeTarget, blend, random_table

@@ -15,9 +15,10 @@ from basestation.server import Server
 from bench.prompts import OWN_PROMPTS
 from bench.station import running_station
 from bench.workplace import workplace
-from device.client import Client, DeviceSession, DraftSettings, Patience
+from device.client import Client, Patience
 from device.link import Link
 from device.live_planner import TRIAL
+from device.session import DeviceSession, DraftSettings
 from protocol.errors import ClosingError, FaultError, FullError
 from protocol.frames import FrameCodec
 from protocol.messages import Decode, Draft, Fault, Hello, Message, Mode, Open, Sampling

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from basestation.target_model import TargetModel
-from device.client import Client, DeviceSession, DraftSettings, Origin, Patience
+from device.client import Client, Patience
 from device.draft_model import DraftModel
 from device.link import Link
+from device.session import DeviceSession, DraftSettings, Origin
 from protocol.errors import ContextLengthError, FaultError, SettingsError
 from protocol.frames import FrameCodec
 from protocol.limits import Limits

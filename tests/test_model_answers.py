@@ -14,7 +14,7 @@ from bench.exact import TargetAlone, Transformers, differences
 from bench.prompts import OWN_PROMPTS
 from bench.station import running_station
 from bench.workplace import Workplace, workplace
-from device.client import DraftSettings
+from device.session import DraftSettings
 from protocol.errors import ContextLengthError
 from protocol.frames import FrameCodec
 from protocol.messages import Fault, Mode, Sampling

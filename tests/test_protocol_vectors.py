@@ -5,9 +5,10 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 
-from device.client import Client, DraftSettings
+from device.client import Client
 from device.draft_model import DraftModel
 from device.link import Link
+from device.session import DraftSettings
 from protocol.coupling import PositionNoise
 from protocol.errors import FaultError, MismatchError
 from protocol.frames import FrameCodec

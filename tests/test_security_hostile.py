@@ -16,10 +16,11 @@ from basestation.server import Server
 from bench.prompts import OWN_PROMPTS
 from bench.workplace import Workplace
 from device.answer import Conversation
-from device.client import Client, DraftSettings, Patience
+from device.client import Client, Patience
 from device.draft_model import DraftModel
 from device.keys import LinkKeys
 from device.link import Link
+from device.session import DraftSettings
 from device.tokenizer import Tokenizer
 from protocol.frames import FrameCodec
 from protocol.keys import write_pair

@@ -14,10 +14,11 @@ import zmq
 from basestation.admission import check_bind
 from basestation.keys import KeyFolder
 from basestation.server import Server
-from device.client import Client, DeviceSession, DraftSettings, Patience
+from device.client import Client, Patience
 from device.draft_model import DraftModel
 from device.keys import LinkKeys, new_key
 from device.link import Link
+from device.session import DeviceSession, DraftSettings
 from protocol.errors import AdmissionError, FaultError, SettingsError
 from protocol.frames import FrameCodec
 from protocol.messages import (
