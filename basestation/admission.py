@@ -1,7 +1,7 @@
 """Who gets in: where a base station may listen, and its answer to each handshake and to what comes after it.
 
 ZeroMQ asks at every handshake, after the device has proved that it has its
-secret key (ZAP, RFC 27; CURVE, RFC 26), and then tells the key with each message.
+secret key (ZAP, RFC 27; CURVE, RFC 26), and then should_notify the key with each message.
 """
 
 import logging
@@ -9,9 +9,9 @@ import logging
 import zmq
 from zmq.utils import z85
 
-from basestation.keys import KeyFolder
+from basestation.key_folder import KeyFolder
+from common.loopback import is_loopback
 from protocol.errors import RevokedError, SettingsError
-from protocol.loopback import is_loopback
 
 logger = logging.getLogger(__name__)
 

@@ -13,10 +13,10 @@ from typing import Annotated
 import typer
 
 from basestation.admission import check_bind
-from basestation.keys import KeyFolder
+from basestation.key_folder import KeyFolder
 from basestation.logs import LogFormat, start_logging
-from protocol.command_line import Verbose, run
-from protocol.keys import read_public
+from common.command_line import Verbose, run
+from common.key_files import read_public
 from protocol.limits import Limits
 
 app = typer.Typer(
@@ -69,9 +69,9 @@ def serve(
     window: Annotated[int, typer.Option(help="Drafts under way in a session.", rich_help_panel=LIMITS)] = (
         Limits.window
     ),
-    keep_seconds: Annotated[
+    idle_timeout: Annotated[
         int, typer.Option(help="How long a session is kept when its device is silent.", rich_help_panel=LIMITS)
-    ] = Limits.keep_seconds,
+    ] = Limits.idle_timeout,
     kv_memory: Annotated[
         str, typer.Option(help="For keys and values: 4GiB, or auto, a share of what is free.", rich_help_panel=PASSES)
     ] = "auto",
@@ -109,12 +109,12 @@ def serve(
     folder = KeyFolder(keys) if keys else None
     check_bind(bind, folder is not None or insecure)  # before what takes long
     limits = Limits(
-        max_prompt_len, max_draft_len, max_uplink_k, max_sessions, max_requests_per_second, window, keep_seconds
+        max_prompt_len, max_draft_len, max_uplink_k, max_sessions, max_requests_per_second, window, idle_timeout
     )
     from basestation.metrics import Metrics
     from basestation.monitor import Monitor
+    from basestation.pass_records import PassRecordFile
     from basestation.profiler import PassProfiler
-    from basestation.records import Records
     from basestation.scheduler import PassBudget
     from basestation.server import Server
     from basestation.target_model import TargetModel
@@ -122,7 +122,7 @@ def serve(
     metrics = Metrics()
     with ExitStack() as stack:
         monitor = stack.enter_context(closing(Monitor(metrics_bind, metrics))) if metrics_bind else None
-        records = stack.enter_context(closing(Records(record))) if record else None
+        records = stack.enter_context(closing(PassRecordFile(record))) if record else None
         profiler = stack.enter_context(PassProfiler(profile)) if profile else None
         logger.info("loading %s", target)
         model = TargetModel.load(target, dtype, torch_device, kv_memory)
@@ -133,7 +133,7 @@ def serve(
         if monitor:
             monitor.alive, monitor.ready = (lambda: server.alive), (lambda: not server.draining)
             logger.info("metrics at %s/metrics", monitor.url)
-        logger.info("room for keys and values of %d tokens", model.arena.capacity)
+        logger.info("room for keys and values of %d tokens", model.kv_pool.capacity)
         logger.info("serving %s at %s", target, server.address)
         server.serve()
     logger.info("stopped")

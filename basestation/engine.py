@@ -10,14 +10,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
-from basestation.memory import Shortage, named_shortage
+from basestation.memory import OutOfMemory, catch_out_of_memory
 from basestation.metrics import Metrics
-from basestation.records import Records
-from basestation.reports import PassReport, RoundReport
-from basestation.scheduler import BUSY_SECONDS, PassBudget, Scheduler, Work
+from basestation.pass_records import PassRecord, PassRecordFile, VerifiedRound
+from basestation.scheduler import BUSY_SECONDS, PassBudget, ScheduledUnit, Scheduler
 from basestation.session import Session
 from basestation.target_model import TargetModel
-from basestation.verify import Judgement, judge_rounds
+from basestation.verify import VerificationResult, verify_rounds
 from protocol.errors import ClosingError, EdgedraftError, FullError, MismatchError, StateError, UnknownSessionError
 from protocol.limits import Limits
 from protocol.messages import (
@@ -87,7 +86,7 @@ class Engine:
         budget: PassBudget,
         deliver: Deliver,
         metrics: Metrics | None = None,
-        records: Records | None = None,
+        records: PassRecordFile | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._target = target
@@ -99,8 +98,8 @@ class Engine:
         self._draining = False
         self._greeted: dict[str, int] = {}  # the version that each speaks
         self._sessions: dict[tuple[str, int], Session] = {}
-        self._scheduler = Scheduler(target.arena, budget, self._note_eviction)
-        self._metrics.watch(self._sessions.__len__, target.arena)
+        self._scheduler = Scheduler(target.kv_pool, budget, self._note_eviction)
+        self._metrics.watch(self._sessions.__len__, target.kv_pool)
 
     @property
     def busy(self) -> bool:
@@ -129,87 +128,86 @@ class Engine:
         place = {"peer": peer.owner, "session": session_id, "code": error.code}
         logger.warning("peer %s, session %s: %s", peer, session_id, error, extra=place)
         if session_id is not None:
-            self._forget(peer.owner, session_id)
+            self._drop(peer.owner, session_id)
         self._tell_fault(peer, session_id, error)
 
     def drain(self) -> None:
         """Open no more sessions; those that are open go on."""
         self._draining = True
 
-    def expel(self, owner: str, error: EdgedraftError) -> None:
+    def revoke(self, owner: str, error: EdgedraftError) -> None:
         """End all sessions of an owner, who has to greet again."""
         logger.warning("peer %s: %s", owner[:8], error)
         self._greeted.pop(owner, None)
         for key in [key for key in self._sessions if key[0] == owner]:
             self._tell_fault(Peer(owner, self._sessions[key].address), key[1], error)
-            self._forget(*key)
+            self._drop(*key)
 
     def step(self) -> None:
         """One pass over what waits: gather, run, judge, deliver."""
         self._run(self._scheduler.gather(self._sessions.values(), self._clock()))
 
-    def _run(self, works: Sequence[Work]) -> None:
-        if not works:
+    def _run(self, units: Sequence[ScheduledUnit]) -> None:
+        if not units:
             return
-        judged = [work.session for work in works if work.segment.judged]
-        lengths = [work.session.stretch.length for work in works]
+        judged = [unit.session for unit in units if unit.segment.num_logits]
+        lengths = [unit.session.kv_cache.length for unit in units]
         began, shortage = self._clock(), ""
         try:
-            with named_shortage():
-                logits = self._target.forward([work.segment for work in works])
+            with catch_out_of_memory():
+                logits = self._target.forward([unit.segment for unit in units])
                 judging = self._clock()
-                judgements = judge_rounds(logits, [session.round for session in judged])
-        except Shortage as error:
+                results = verify_rounds(logits, [session.round for session in judged])
+        except OutOfMemory as error:
             shortage = str(error)
         if shortage:  # outside of the handler, where the error would keep the tensors of the pass
-            for work, length in zip(works, lengths, strict=True):
-                work.session.stretch.rollback(length)
-            self._relieve(works, shortage)
+            for unit, length in zip(units, lengths, strict=True):
+                unit.session.kv_cache.rollback(length)
+            self._run_in_halves(units, shortage)
             return
         ended = self._clock()
         rounds = [
-            self._conclude(session, judgement, began, ended)
-            for session, judgement in zip(judged, judgements, strict=True)
+            self._conclude(session, result, began, ended) for session, result in zip(judged, results, strict=True)
         ]
-        tokens = sum(len(work.segment.token_ids) for work in works)
-        self._report(PassReport(len(works), tokens, judging - began, ended - judging, rounds))
+        tokens = sum(len(unit.segment.token_ids) for unit in units)
+        self._report(PassRecord(len(units), tokens, judging - began, ended - judging, rounds))
 
-    def _conclude(self, session: Session, judgement: Judgement, began: float, ended: float) -> RoundReport:
-        drafted, queue_seconds = session.round_len - 1, began - session.waiting_since
-        verdict = session.commit(judgement)
+    def _conclude(self, session: Session, result: VerificationResult, began: float, ended: float) -> VerifiedRound:
+        drafted, queueing_delay = session.round_len - 1, began - session.waiting_since
+        verdict = session.commit(result)
         session.waiting_since = session.heard_at = ended
         self._deliver(session.address, verdict, session)
-        return RoundReport(
+        return VerifiedRound(
             session.owner,
             verdict.session_id,
             verdict.round_id,
             session.mode,
             drafted,
-            judgement.accepted,
-            judgement.token_id,
-            queue_seconds,
+            result.accepted,
+            result.token_id,
+            queueing_delay,
         )
 
-    def _report(self, report: PassReport) -> None:
+    def _report(self, report: PassRecord) -> None:
         self._metrics.count_pass(report)
         if self._records:
-            self._records.keep(report)
+            self._records.write(report)
 
-    def _relieve(self, works: Sequence[Work], shortage: str) -> None:
-        """Run in halves what was too much for the memory.
+    def _run_in_halves(self, units: Sequence[ScheduledUnit], shortage: str) -> None:
+        """Run in fp16 what was too much for the memory.
 
         A session that is too much alone costs the silent their keys and values, and is refused if they have none.
         """
-        self._metrics.count_shortage()
-        logger.warning("a pass of %d sessions is too much for the memory: %s", len(works), shortage)
-        if len(works) > 1:
-            half = len(works) // 2
-            self._run(works[:half])
-            self._run(works[half:])
-        elif self._scheduler.evict_silent(self._sessions.values()):
-            self._run(works)
+        self._metrics.count_out_of_memory()
+        logger.warning("a pass of %d sessions is too much for the memory: %s", len(units), shortage)
+        if len(units) > 1:
+            half = len(units) // 2
+            self._run(units[:half])
+            self._run(units[half:])
+        elif self._scheduler.evict_idle(self._sessions.values()):
+            self._run(units)
         else:
-            self._refuse(works[0].session)
+            self._refuse(units[0].session)
 
     def _refuse(self, session: Session) -> None:
         session_id = next(key[1] for key, one in self._sessions.items() if one is session)
@@ -218,16 +216,16 @@ class Engine:
         self.fault(Peer(session.owner, session.address), session_id, error)
 
     def drop_idle(self) -> None:
-        """Forget sessions whose device has been silent for ``limits.keep_seconds``."""
-        kept = self._limits.keep_seconds
+        """Forget sessions whose device has been silent for ``limits.idle_timeout``."""
+        kept = self._limits.idle_timeout
         oldest = self._clock() - kept
         for key, session in list(self._sessions.items()):
             if session.heard_at < oldest:
                 owner, session_id = key
                 logger.info(
-                    "peer %s, session %s: silent for %d s, dropped", owner[:8], session_id, self._limits.keep_seconds
+                    "peer %s, session %s: silent for %d s, dropped", owner[:8], session_id, self._limits.idle_timeout
                 )
-                self._forget(*key)
+                self._drop(*key)
 
     def close(self) -> None:
         """Tell every peer that the base station goes away."""
@@ -247,11 +245,11 @@ class Engine:
                 self._resume(peer, message)
             case Close():
                 logger.info("peer %s, session %s: closed by its device", peer, message.session_id)
-                self._forget(peer.owner, message.session_id)
+                self._drop(peer.owner, message.session_id)
             case Fault():
                 logger.warning("peer %s reports %s: %s", peer, message.code, message.text)
                 if message.session_id is not None:
-                    self._forget(peer.owner, message.session_id)
+                    self._drop(peer.owner, message.session_id)
             case _:
                 raise StateError(f"{type(message).__name__} is for devices; a base station sends it")
 
@@ -325,7 +323,7 @@ class Engine:
         self._limits.check("max_sessions", 1 + sum(owner == peer.owner for owner, _ in self._sessions))
         target = self._target
         return Session(
-            request, target.new_stretch(), target.vocabulary.stop_ids, target.context_length, self._limits.window
+            request, target.new_kv_cache(), target.vocabulary.stop_ids, target.context_length, self._limits.window
         )
 
     def _resume(self, peer: Peer, message: Resume) -> None:
@@ -335,10 +333,10 @@ class Engine:
         self._deliver(peer.address, session.resume(message), session)
         session.heard_at, session.address = self._clock(), peer.address
 
-    def _forget(self, owner: str, session_id: int) -> None:
+    def _drop(self, owner: str, session_id: int) -> None:
         session = self._sessions.pop((owner, session_id), None)
         if session is not None:
-            session.stretch.release()
+            session.kv_cache.release()
 
     def _note_eviction(self, session: Session) -> None:
         self._metrics.count_eviction()

@@ -21,29 +21,29 @@ _KV_SHARE = {"cuda": 0.9, "cpu": 0.5}
 _CPU_SHORTAGE = re.compile(r"not enough memory|can't allocate memory", re.IGNORECASE)
 
 
-class Shortage(Exception):  # noqa: N818 - no error of anybody's
+class OutOfMemory(Exception):  # noqa: N818 - no error of anybody's
     """A pass needed more memory than there is."""
 
 
 @contextlib.contextmanager
-def named_shortage() -> Iterator[None]:
-    """Raise ``Shortage`` where PyTorch, in its several ways, or the system says that memory is short."""
+def catch_out_of_memory() -> Iterator[None]:
+    """Raise ``OutOfMemory`` where PyTorch, in its several ways, or the system says that memory is short."""
     try:
         yield
     except torch.OutOfMemoryError as error:
         torch.cuda.empty_cache()
-        raise Shortage(str(error)) from error
+        raise OutOfMemory(str(error)) from error
     except RuntimeError as error:
         if not _CPU_SHORTAGE.search(str(error)):
             raise
-        raise Shortage(str(error)) from error
+        raise OutOfMemory(str(error)) from error
     except OSError as error:
         if error.errno != errno.ENOMEM:
             raise
-        raise Shortage(str(error)) from error
+        raise OutOfMemory(str(error)) from error
 
 
-def own_pages(size: int) -> mmap.mmap:
+def map_pages(size: int) -> mmap.mmap:
     """``size`` bytes straight from the system, which has them back when the last tensor over them is gone.
 
     A heap keeps what lies between blocks that are still used: where blocks of many

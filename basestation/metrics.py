@@ -5,8 +5,8 @@ from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from basestation.kv_arena import Arena
-from basestation.reports import PassReport
+from basestation.kv_pool import KVPool
+from basestation.pass_records import PassRecord
 from protocol.messages import Mode
 
 _SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
@@ -45,14 +45,14 @@ class Metrics:
             "edgedraft_memory_shortages", "Passes that needed more memory than there was.", registry=self.registry
         )
 
-    def watch(self, sessions: Callable[[], int], arena: Arena) -> None:
+    def watch(self, sessions: Callable[[], int], kv_pool: KVPool) -> None:
         """Ask these whenever somebody asks for the gauges."""
         self._sessions.set_function(sessions)
-        self._kv_used.set_function(lambda: arena.used)
-        self._kv_shared.set_function(lambda: arena.shared)
-        self._kv_capacity.set(arena.capacity)
+        self._kv_used.set_function(lambda: kv_pool.used)
+        self._kv_shared.set_function(lambda: kv_pool.shared)
+        self._kv_capacity.set(kv_pool.capacity)
 
-    def count_pass(self, report: PassReport) -> None:
+    def count_pass(self, report: PassRecord) -> None:
         """A pass is done."""
         self._forward.observe(report.forward_seconds)
         self._verify.observe(report.verify_seconds)
@@ -60,7 +60,7 @@ class Metrics:
         self._pass_tokens.observe(report.tokens)
         drafted, accepted = Tally[int](), Tally[int]()
         for one in report.rounds:
-            self._queue.observe(one.queue_seconds)
+            self._queue.observe(one.queueing_delay)
             self._rounds.labels(one.mode).inc()
             self._drafted.labels(one.mode).inc(one.drafted)
             self._accepted.labels(one.mode).inc(one.accepted)
@@ -90,7 +90,7 @@ class Metrics:
         """The engine waited for something to do."""
         self._idle.inc(seconds)
 
-    def count_shortage(self) -> None:
+    def count_out_of_memory(self) -> None:
         """A pass did not fit into the memory."""
         self._shortages.inc()
 

@@ -20,7 +20,7 @@ class Monitor:
     """An HTTP server in a thread of its own.
 
     Attributes:
-        alive: whether the base station works; asked by /healthz.
+        alive: whether the base station units; asked by /healthz.
         ready: whether it takes new sessions; asked by /readyz.
 
     Args:

@@ -19,19 +19,18 @@ import zmq
 
 from basestation.admission import Admission, check_bind, revocation
 from basestation.engine import Engine, Peer
-from basestation.flow import Flow
-from basestation.keys import KeyFolder
+from basestation.key_folder import KeyFolder
 from basestation.metrics import Metrics
+from basestation.pass_records import PassRecordFile
 from basestation.profiler import PassProfiler
-from basestation.records import Records
+from basestation.rate_limit import RateLimiter
 from basestation.scheduler import PassBudget
 from basestation.target_model import TargetModel
 from protocol.errors import FrameError, LimitError, LinkError, ProtocolError
 from protocol.frames import FrameCodec
-from protocol.keys import ENVELOPE_BYTES
 from protocol.limits import Limits, option_name
 from protocol.messages import Message
-from protocol.stream import socket_bytes
+from protocol.zmtp import CURVE_BYTES, socket_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +79,7 @@ class Server:
         insecure: bool = False,
         budget: PassBudget | None = None,
         metrics: Metrics | None = None,
-        records: Records | None = None,
+        records: PassRecordFile | None = None,
         profiler: PassProfiler | None = None,
     ) -> None:
         check_bind(bind, keys is not None or insecure)
@@ -96,8 +95,8 @@ class Server:
         self._inbox: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
         self._metrics = metrics or Metrics()
         self._engine = Engine(target, limits, budget or PassBudget(), self._deliver, self._metrics, records)
-        self._envelope_bytes = ENVELOPE_BYTES if keys else 0
-        self._flow = Flow(limits.max_requests_per_second)
+        self._envelope_bytes = CURVE_BYTES if keys else 0
+        self._rate_limiter = RateLimiter(limits.max_requests_per_second)
         self._profiler = profiler
         self._stopping = threading.Event()
         self._stop_at = math.inf
@@ -117,13 +116,13 @@ class Server:
         loaded the target: each thread that computes with PyTorch gets a pool of
         its own, and two pools on the same cores halve each other's speed.
         """
-        postman = threading.Thread(target=self._exchange_frames, name="socket", daemon=True)
-        postman.start()
+        io_thread = threading.Thread(target=self._exchange_frames, name="socket", daemon=True)
+        io_thread.start()
         try:
             self._run_engine()
         finally:
             self._stopping.set()
-            postman.join()
+            io_thread.join()
             self._flush()
             self._context.destroy(linger=_LINGER_MS)
         if self._failure is not None:
@@ -154,7 +153,7 @@ class Server:
             # Without keys, the address is the peer and a reconnected device must get it back. With
             # keys, each connection has one of its own, and nobody may take it while it lasts.
             (zmq.ROUTER_HANDOVER, int(self._admission is None)),
-            (zmq.MAXMSGSIZE, self._codec.max_frame_bytes + (ENVELOPE_BYTES if self._admission else 0)),
+            (zmq.MAXMSGSIZE, self._codec.max_frame_bytes + (CURVE_BYTES if self._admission else 0)),
             (zmq.HEARTBEAT_IVL, _HEARTBEAT_MS),
             (zmq.TCP_KEEPALIVE, 1),
             (zmq.LINGER, _LINGER_MS),
@@ -195,7 +194,7 @@ class Server:
         if time.monotonic() >= self._next_review:
             self._next_review = time.monotonic() + _REVIEW_SECONDS
             for key in admission.revoked():
-                self._inbox.put(partial(self._engine.expel, key, revocation()))
+                self._inbox.put(partial(self._engine.revoke, key, revocation()))
 
     def _flush(self) -> None:
         with contextlib.suppress(zmq.Again):
@@ -217,8 +216,8 @@ class Server:
             peer = Peer(str(parts[0].get("User-Id")), address)
             if not self._admission.admits(peer.owner):
                 return partial(self._engine.fault, peer, None, revocation())
-        if not self._flow.allows(peer.owner):
-            return self._refusal(peer) if self._flow.tells(peer.owner) else None
+        if not self._rate_limiter.allows(peer.owner):
+            return self._refusal(peer) if self._rate_limiter.should_notify(peer.owner) else None
         try:
             size = sum(socket_bytes(part.bytes, self._envelope_bytes) for part in parts)
             return partial(self._engine.receive, peer, self._decode(parts), size)

@@ -8,8 +8,8 @@ no model.
 from collections.abc import Sequence
 from dataclasses import replace
 
-from basestation.kv_arena import Segment, Stretch
-from basestation.verify import Judgement, Round
+from basestation.kv_pool import Segment, SequenceKVCache
+from basestation.verify import Round, VerificationResult
 from protocol.errors import ContextLengthError, StateError, UnknownSessionError
 from protocol.messages import Decode, Draft, Extend, Mode, Open, Opened, Reply, Request, Resume, Resumed, Verdict
 from protocol.rounds import SessionRounds, State
@@ -21,7 +21,7 @@ class Session:
     Attributes:
         rounds: this end's view of what may follow.
         tokens: the committed tokens, the prompt included.
-        stretch: its keys and values.
+        kv_cache: its keys and values.
         heard_at: when its device last asked for something or was last answered, by the engine's clock.
         waiting_since: when what it waits for could first have been run.
         owner: whose it is.
@@ -29,11 +29,11 @@ class Session:
     """
 
     def __init__(
-        self, opening: Open, stretch: Stretch, stop_ids: frozenset[int], context_length: int, window: int
+        self, opening: Open, kv_cache: SequenceKVCache, stop_ids: frozenset[int], context_length: int, window: int
     ) -> None:
         self.rounds = SessionRounds(stop_ids, window)
         self.tokens: list[int] = []
-        self.stretch = stretch
+        self.kv_cache = kv_cache
         self.heard_at = 0.0
         self.waiting_since = 0.0
         self.owner = ""
@@ -57,7 +57,7 @@ class Session:
         known, replies = self._answered.get(request.round_id, (None, []))
         if _without_distributions(request) == known:
             return list(replies)
-        if self.rounds.is_old(request) or (isinstance(request, Draft) and self.rounds.is_void(request)):
+        if self.rounds.is_old(request) or (isinstance(request, Draft) and self.rounds.is_invalidated(request)):
             return []
         self._check_length(request)
         self.rounds.advance(request)
@@ -67,7 +67,7 @@ class Session:
             self.tokens = list(request.prompt_ids)
         elif isinstance(request, Extend):
             self.tokens[request.start :] = request.token_ids
-            self.stretch.rollback(request.start)
+            self.kv_cache.rollback(request.start)
         else:
             return []
         return [self._record(Opened(request.session_id, request.round_id))]
@@ -89,18 +89,18 @@ class Session:
 
     @property
     def waiting(self) -> bool:
-        """Whether the session has work for a pass; an evicted one has none until its device's next word."""
-        return self._judging or (self.backlog > 0 and not self._evicted)
+        """Whether the session has unit for a pass; an evicted one has none until its device's next word."""
+        return self._verifying or (self.backlog > 0 and not self._evicted)
 
     @property
     def backlog(self) -> int:
         """How many committed tokens are to be run before a round can be judged."""
-        return max(0, len(self.tokens) - 1 - self.stretch.length)
+        return max(0, len(self.tokens) - 1 - self.kv_cache.length)
 
     @property
     def round_len(self) -> int:
         """How many tokens are run to judge the round under way, if there is one."""
-        return len(self._drafted) + 1 if self._judging else 0
+        return len(self._drafted) + 1 if self._verifying else 0
 
     def segment(self, limit: int) -> Segment:
         """What a pass must run next, at most ``limit`` tokens: the backlog, and with all of that the round.
@@ -108,21 +108,21 @@ class Session:
         The last committed token is run only together with what follows it: its
         logits judge the first drafted token.
         """
-        if self._judging and self.backlog + self.round_len <= limit:
-            token_ids = [*self.tokens[self.stretch.length :], *self._drafted]
-            return Segment(self.stretch, token_ids, judged=self.round_len)
-        start = self.stretch.length
-        return Segment(self.stretch, self.tokens[start : start + min(limit, self.backlog)], judged=0)
+        if self._verifying and self.backlog + self.round_len <= limit:
+            token_ids = [*self.tokens[self.kv_cache.length :], *self._drafted]
+            return Segment(self.kv_cache, token_ids, num_logits=self.round_len)
+        start = self.kv_cache.length
+        return Segment(self.kv_cache, self.tokens[start : start + min(limit, self.backlog)], num_logits=0)
 
     def evict(self) -> None:
         """Give back the room of the keys and values; they are made again from the tokens when they are needed."""
-        self.stretch.release()
-        self._evicted = not self._judging
+        self.kv_cache.release()
+        self._evicted = not self._verifying
 
     @property
     def round(self) -> Round:
         """What the judged rows of this session's segment are for."""
-        draft = self.rounds.under_way[0] if self.rounds.under_way else None
+        draft = self.rounds.in_flight[0] if self.rounds.in_flight else None
         sampling, position, by_distributions = self._opening.sampling, len(self.tokens), self._by_distributions
         if draft is None:
             return Round(sampling, position, by_distributions=by_distributions)
@@ -130,18 +130,18 @@ class Session:
             sampling, position, draft.token_ids, draft.distributions if by_distributions else (), by_distributions
         )
 
-    def commit(self, judgement: Judgement) -> Verdict:
-        """Take the judgement of the round under way; give its Verdict."""
-        accepted, token_id = judgement.accepted, judgement.token_id
+    def commit(self, result: VerificationResult) -> Verdict:
+        """Take the result of the round under way; give its Verdict."""
+        accepted, token_id = result.accepted, result.token_id
         self.tokens += [*self._drafted[:accepted], token_id]
-        self.stretch.rollback(len(self.tokens) - 1)
+        self.kv_cache.rollback(len(self.tokens) - 1)
         verdict = Verdict(self._opening.session_id, self.rounds.round_id, accepted, token_id)
         self._record(verdict)
         return verdict
 
     @property
-    def _judging(self) -> bool:
-        return self.rounds.state in (State.JUDGING, State.DECODING)
+    def _verifying(self) -> bool:
+        return self.rounds.state in (State.VERIFYING, State.DECODING)
 
     @property
     def _by_distributions(self) -> bool:
@@ -150,7 +150,7 @@ class Session:
 
     @property
     def _drafted(self) -> Sequence[int]:
-        return self.rounds.under_way[0].token_ids if self.rounds.under_way else ()
+        return self.rounds.in_flight[0].token_ids if self.rounds.in_flight else ()
 
     def _remember(self, request: Request) -> None:
         """Keep a request, but for its distributions, with its replies for as long as it may be repeated."""
@@ -159,8 +159,8 @@ class Session:
             del self._answered[min(self._answered)]
 
     def _record(self, reply: Reply) -> Reply:
-        under_way = self.rounds.under_way
-        request_round = under_way[0].round_id if under_way else max(self._answered)
+        in_flight = self.rounds.in_flight
+        request_round = in_flight[0].round_id if in_flight else max(self._answered)
         self.rounds.advance(reply)
         self._answered[request_round][1].append(reply)
         return reply
@@ -172,7 +172,7 @@ class Session:
             case Extend():
                 needed = request.start + len(request.token_ids) + 1
             case Draft():
-                rounds = (*self.rounds.under_way, request)
+                rounds = (*self.rounds.in_flight, request)
                 needed = len(self.tokens) + sum(len(draft.token_ids) + 1 for draft in rounds)
             case Decode():
                 needed = len(self.tokens) + request.count
@@ -185,5 +185,5 @@ class Session:
 
 
 def _without_distributions(request: Request) -> Request:
-    """What tells one request from another; they alone are large."""
+    """What should_notify one request from another; they alone are large."""
     return replace(request, distributions=()) if isinstance(request, Draft) else request

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.utils import logging as transformers_logging
 
-from basestation.kv_arena import ATTENTION_NAME, Arena, PackedPass, Segment, Stretch, StretchShape, packed_attention
+from basestation.kv_pool import ATTENTION_NAME, KVPool, KVShape, PackedPass, Segment, SequenceKVCache, packed_attention
 from basestation.memory import check_fits, kv_budget, readable_size
 from basestation.packed_linear import pack_linears
 from protocol.bundle import stop_ids, vocabulary_hash
@@ -59,8 +59,8 @@ class TargetModel:
     Attributes:
         name: for people, the last part of where it came from.
         vocabulary: see ``Vocabulary``.
-        context_length: positions it was made for, or as many as the arena holds if those are fewer.
-        arena: where the keys and values of its sessions lie.
+        context_length: positions it was made for, or as many as the kv_pool holds if those are fewer.
+        kv_pool: where the keys and values of its sessions lie.
 
     Args:
         model: of transformers, on its device.
@@ -79,7 +79,7 @@ class TargetModel:
         self.torch_device = next(model.parameters()).device
         self._model = model
         heads = config.num_attention_heads
-        shape = StretchShape(
+        shape = KVShape(
             layers=config.num_hidden_layers,
             kv_heads=getattr(config, "num_key_value_heads", None) or heads,
             head_size=getattr(config, "head_dim", None) or config.hidden_size // heads,
@@ -87,11 +87,11 @@ class TargetModel:
             torch_device=self.torch_device,
         )
         capacity = kv_bytes // shape.position_bytes
-        least = Arena.rounded(_LEAST_CONTEXT)
+        least = KVPool.rounded(_LEAST_CONTEXT)
         if capacity < least:
             needed = readable_size(least * shape.position_bytes)
             raise SettingsError("kv-memory", readable_size(kv_bytes), f"{needed} and more, for {least} tokens")
-        self.arena = Arena(shape, capacity)
+        self.kv_pool = KVPool(shape, capacity)
         self.context_length = min(int(config.max_position_embeddings), capacity // least * least)
 
     @classmethod
@@ -130,9 +130,9 @@ class TargetModel:
             pack_linears(loaded)
         return cls(loaded, vocabulary, Path(model).stem, kv_budget(kv_memory, placement))
 
-    def new_stretch(self) -> Stretch:
+    def new_kv_cache(self) -> SequenceKVCache:
         """An empty place for one session's keys and values."""
-        return Stretch(self.arena)
+        return SequenceKVCache(self.kv_pool)
 
     @torch.inference_mode()
     def forward(self, segments: Sequence[Segment]) -> Tensor:
@@ -145,16 +145,16 @@ class TargetModel:
         positions: list[int] = []
         wanted: list[int] = []
         for segment in segments:
-            past, new = segment.stretch.length, len(segment.token_ids)
+            past, new = segment.kv_cache.length, len(segment.token_ids)
             flat += segment.token_ids
             positions += range(past, past + new)
-            wanted += range(len(flat) - segment.judged, len(flat))
+            wanted += range(len(flat) - segment.num_logits, len(flat))
         rows, judged = [flat, positions], wanted or [0]
         if self.torch_device.type == "cpu":
             rows, judged = [_filled(row) for row in rows], _filled(judged)
         logits = self._run(rows, judged, PackedPass(segments))
         for segment in segments:
-            segment.stretch.length += len(segment.token_ids)
+            segment.kv_cache.length += len(segment.token_ids)
         return logits[: len(wanted)]
 
     def _run(self, rows: list[list[int]], judged: list[int], packed_pass: PackedPass) -> Tensor:

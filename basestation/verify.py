@@ -28,7 +28,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from basestation.coupling import coupled_choice
+from basestation.coupled_sampling import coupled_choice
 from protocol.messages import Sampling
 from protocol.randomness import Stream, uniforms
 from protocol.sparse import SparseDistribution
@@ -61,7 +61,7 @@ class Round:
 
 
 @dataclass(frozen=True, slots=True)
-class Judgement:
+class VerificationResult:
     """The first ``accepted`` drafted tokens stand, ``token_id`` follows them."""
 
     accepted: int
@@ -76,7 +76,7 @@ class Draw:
     position: int
 
 
-def judge_rounds(logits: Tensor, rounds: Sequence[Round]) -> list[Judgement]:
+def verify_rounds(logits: Tensor, rounds: Sequence[Round]) -> list[VerificationResult]:
     """Judge the rounds of any number of sessions; the results come to the host in one transfer.
 
     Args:
@@ -86,18 +86,18 @@ def judge_rounds(logits: Tensor, rounds: Sequence[Round]) -> list[Judgement]:
     judged = torch.empty((len(rounds), 2), dtype=torch.int64, device=logits.device)
     kinds = np.array([one.by_distributions for one in rounds], bool)
     row_kinds = kinds.repeat([one.rows for one in rounds])
-    for kind, judge in ((False, _judge_matched), (True, _judge_sampled)):
+    for kind, judge in ((False, _verify_by_match), (True, _verify_by_probability)):
         places = np.flatnonzero(kinds == kind).tolist()
         if places:
             rows = logits if len(places) == len(rounds) else logits[np.flatnonzero(row_kinds == kind)]
             judged[places] = judge(rows, [rounds[place] for place in places])
-    return [Judgement(accepted, token_id) for accepted, token_id in judged.tolist()]
+    return [VerificationResult(accepted, token_id) for accepted, token_id in judged.tolist()]
 
 
 def choose_tokens(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
     """The target's own tokens, of any number of sessions at once: int64 [n].
 
-    At temperature 0 the argmax; above, the choice that the shared noise leads to
+    At temperature 0 the argmax; above, the choice that the shared noise margins to
     (``protocol.coupling``), a function of target, settings and seed alone.
 
     Args:
@@ -172,23 +172,23 @@ def warp_scores(scores: Tensor, top_k: int, top_p: float) -> Tensor:
     return scores
 
 
-def _judge_matched(logits: Tensor, rounds: Sequence[Round]) -> Tensor:
+def _verify_by_match(logits: Tensor, rounds: Sequence[Round]) -> Tensor:
     """Accept what equals the target's own tokens: int64 [rounds, 2], accepted and what follows."""
     rows = _Rows(rounds, logits.device)
     draws = [Draw(one.sampling, one.position + index) for one in rounds for index in range(one.rows)]
     target_ids = choose_tokens(logits, draws)
-    ends = rows.first_fallen(target_ids == rows.drafted)
+    ends = rows.first_rejected(target_ids == rows.drafted)
     return torch.stack([ends - rows.starts, target_ids[ends]], dim=1)
 
 
-def _judge_sampled(logits: Tensor, rounds: Sequence[Round]) -> Tensor:
+def _verify_by_probability(logits: Tensor, rounds: Sequence[Round]) -> Tensor:
     """Accept by P/Q, and draw the recovered or bonus token: int64 [rounds, 2]."""
     rows, entries = _Rows(rounds, logits.device), _Entries(rounds, logits.shape[1])
     accepting, resulting = rows.numbers(Stream.ACCEPT), rows.numbers(Stream.RESULT)
     draft_probs = torch.from_numpy(entries.drafted_probs).to(logits.device)
     weights, totals = target_weights(logits, [one.sampling for one in rounds], [one.rows for one in rounds])
     target_probs = weights.gather(1, rows.drafted.clamp(min=0)[:, None]).double().div_(totals)[:, 0]
-    ends = rows.first_fallen((accepting * draft_probs < target_probs) & (rows.drafted != _NO_TOKEN))
+    ends = rows.first_rejected((accepting * draft_probs < target_probs) & (rows.drafted != _NO_TOKEN))
     residual = weights[ends].double().div_(totals[ends])
     entries.subtract(residual, ends)
     return torch.stack([ends - rows.starts, _draw(residual, resulting[ends])], dim=1)
@@ -224,7 +224,7 @@ class _Rows:
         """The random numbers of all rows, float64 [n] in [0, 1)."""
         return self._place(uniforms(self._seeds, self._positions, stream))
 
-    def first_fallen(self, stands: Tensor) -> Tensor:
+    def first_rejected(self, stands: Tensor) -> Tensor:
         """For each round its first row that does not stand."""
         fallen = torch.where(stands, len(stands), torch.arange(len(stands), device=stands.device))
         return torch.full_like(self.starts, len(stands)).scatter_reduce_(0, self._owners, fallen, "amin")

@@ -9,8 +9,8 @@ from bench.commands_link import link, relay
 from bench.commands_speed import demo, exact, speedup
 from bench.commands_station import capacity, ceiling, churn, prefixes
 from bench.commands_uplink import encodings, overheads, uplink
-from bench.options import JsonOption, console, progress_bar
-from protocol.command_line import Verbose, run
+from bench.setup.options import JsonOption, console, progress_bar
+from common.command_line import Verbose, run
 
 app = typer.Typer(add_completion=False, help="Measure this system against its alternatives.", no_args_is_help=True)
 
@@ -23,7 +23,7 @@ def options(verbose: Verbose = False) -> None:
 def theory(json_file: JsonOption = None) -> None:
     """The paper's tables recomputed, its closed form against brute force, and simulated rounds."""
     from bench import theory as paper
-    from bench.results import Results
+    from bench.setup.results import Results
 
     with progress_bar() as progress:
         task = progress.add_task("values of alpha", total=len(paper.FINE_ALPHAS))
@@ -43,7 +43,7 @@ def report(
     docs: Annotated[Path, typer.Option(help="Folder to write results.md and plots/ into.")] = Path("docs"),
 ) -> None:
     """Write docs/results.md and its plots from result files alone."""
-    from bench.report import write_report
+    from bench.report.report import write_report
 
     console.print(f"wrote {write_report(results, docs)}")
 

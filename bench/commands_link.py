@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from bench.options import JsonOption, console, progress_bar
+from bench.setup.options import JsonOption, console, progress_bar
 
 RateOption = Annotated[float, typer.Option(help="Mbit/s.")]
 DelayOption = Annotated[float, typer.Option(help="Milliseconds, one way.")]
@@ -25,7 +25,7 @@ def relay(
     down_outages: Annotated[list[str] | None, typer.Option("--down-outage", help=OUTAGE)] = None,
 ) -> None:
     """A slow link to a base station, on loopback: connect devices to the address it prints. Ctrl-C ends it."""
-    from bench.link import Relay, Way, endpoint, parse_outages
+    from bench.link.relay import Relay, Way, endpoint, parse_outages
 
     up = Way(1e6 * up_mbit, up_delay_ms / 1e3, up_jitter_ms / 1e3, parse_outages(up_outages or []))
     down = Way(1e6 * down_mbit, down_delay_ms / 1e3, down_jitter_ms / 1e3, parse_outages(down_outages or []))
@@ -36,8 +36,8 @@ def relay(
 
 def link(json_file: JsonOption = None) -> None:
     """How well the relay keeps the rate and delay it is asked for, on this machine."""
-    from bench.link_accuracy import cases, measure_accuracy
-    from bench.results import Results
+    from bench.link.accuracy import cases, measure_accuracy
+    from bench.setup.results import Results
 
     with progress_bar() as progress:
         task = progress.add_task("cases", total=2 * len(cases()))

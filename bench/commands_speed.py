@@ -6,13 +6,21 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bench.options import BundleOption, DtypeOption, JsonOption, PromptsOption, TargetOption, console, progress_bar
+from bench.setup.options import (
+    BundleOption,
+    DtypeOption,
+    JsonOption,
+    PromptsOption,
+    TargetOption,
+    console,
+    progress_bar,
+)
 from protocol.errors import SettingsError
 from protocol.messages import Sampling
 
 if TYPE_CHECKING:  # the libraries behind it load when a command needs them
-    from bench.grid import Cell
-    from bench.grid_run import GridSettings
+    from bench.grid.cells import Cell
+    from bench.grid.run import GridSettings
 
 GRID = "A grid of links"
 
@@ -20,12 +28,12 @@ GRID = "A grid of links"
 def demo(bundle: BundleOption, target: TargetOption, dtype: DtypeOption = "bfloat16") -> None:
     """Stream an answer in colour, then show what drafting was worth."""
     from bench.demo import show_demo
-    from bench.station import running_station
-    from bench.workplace import workplace
+    from bench.setup.bench_setup import bench_setup
+    from bench.setup.station_process import running_station
 
     with ExitStack() as stack:
         with console.status("starting a base station"):
-            place = stack.enter_context(workplace(bundle, stack.enter_context(running_station(target, dtype))))
+            place = stack.enter_context(bench_setup(bundle, stack.enter_context(running_station(target, dtype))))
         show_demo(place, console)
     console.print("next: edgedraft-device chat, or edgedraft-bench speedup (see README.md)")
 
@@ -72,12 +80,12 @@ def speedup(
 
     A grid is written to the JSON file cell by cell; the same command goes on where the file ends.
     """
-    from bench.prompts import read_prompts
+    from bench.setup.prompts import read_prompts
 
     if grid or round_trips or uplinks:
-        from bench.grid import ROUND_TRIPS_MS, TEMPERATURES, UPLINKS_MBIT, Answers, cells
-        from bench.grid_run import GridSettings
-        from bench.pace import Length
+        from bench.grid.cells import ROUND_TRIPS_MS, TEMPERATURES, UPLINKS_MBIT, Answers, cells
+        from bench.grid.run import GridSettings
+        from bench.grid.throughput import Length
 
         greedy, sampled = (
             Answers(read_prompts(prompts, count or many), Length(max_new_tokens or tokens, answer_seconds or seconds))
@@ -86,15 +94,15 @@ def speedup(
         wanted = cells(temperatures or TEMPERATURES, round_trips or ROUND_TRIPS_MS, uplinks or UPLINKS_MBIT)
         _measure_grid(bundle, GridSettings(target, dtype, greedy, sampled), wanted, json_file, repeat_busy)
         return
-    from bench.speedup import SpeedupSettings, measure_speedup, results
-    from bench.station import running_station
-    from bench.workplace import workplace
+    from bench.grid.speedup import SpeedupSettings, measure_speedup, results
+    from bench.setup.bench_setup import bench_setup
+    from bench.setup.station_process import running_station
 
     if temperatures and len(temperatures) > 1:
         raise SettingsError("temperature", temperatures, "one, or several together with --grid")
     chosen = read_prompts(prompts, count or 8)
     settings = SpeedupSettings(max_new_tokens or 128, draft_len, temperatures[0] if temperatures else 0.0, uplink_k)
-    with running_station(target, dtype) as address, workplace(bundle, address) as place, progress_bar() as progress:
+    with running_station(target, dtype) as address, bench_setup(bundle, address) as place, progress_bar() as progress:
         task = progress.add_task("answers", total=len(chosen) * len(settings.cases()))
         rows = measure_speedup(place, chosen, settings, lambda: progress.advance(task))
         measured = results(place, rows, settings, dtype)
@@ -105,11 +113,11 @@ def speedup(
 def _measure_grid(
     bundle: Path, settings: "GridSettings", wanted: list["Cell"], json_file: Path | None, repeat_busy: bool
 ) -> None:
-    from bench.cell_file import CellFile
-    from bench.grid import Cell, cases
-    from bench.grid_run import GridRun
-    from bench.grid_summary import shown
-    from bench.results import Results
+    from bench.grid.cell_file import CellFile
+    from bench.grid.cells import Cell, cases
+    from bench.grid.run import GridRun
+    from bench.grid.summary import shown
+    from bench.setup.results import Results
 
     with progress_bar() as progress, GridRun(bundle, settings, lambda: progress.advance(task)) as run:
         kept = CellFile(json_file, run.described())
@@ -138,14 +146,18 @@ def exact(
 ) -> None:
     """Hold answers, token for token, against transformers' own or the target alone, in float32."""
     from bench.exact import TargetAlone, Transformers, differences
-    from bench.prompts import read_prompts
-    from bench.results import Results
-    from bench.station import running_station
-    from bench.workplace import workplace
+    from bench.setup.bench_setup import bench_setup
+    from bench.setup.prompts import read_prompts
+    from bench.setup.results import Results
+    from bench.setup.station_process import running_station
 
     chosen = read_prompts(prompts, count)
     lengths, sampling = draft_lens or [1, 4, 8], Sampling(temperature, seed=1)
-    with running_station(target, "float32") as address, workplace(bundle, address) as place, progress_bar() as progress:
+    with (
+        running_station(target, "float32") as address,
+        bench_setup(bundle, address) as place,
+        progress_bar() as progress,
+    ):
         task = progress.add_task("answers", total=len(chosen) * (1 + len(lengths)))
         reference = Transformers(target) if sampling.greedy else TargetAlone(place, sampling)
         found = differences(place, reference, chosen, max_new_tokens, sampling, lengths, lambda: progress.advance(task))

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from bench.options import (
+from bench.setup.options import (
     BundleOption,
     DtypeOption,
     JsonOption,
@@ -42,11 +42,11 @@ def capacity(
     import torch
 
     from basestation.target_model import TargetModel
-    from bench.capacity import CapacitySettings, measure_pass_rows, measure_replay, ratios, recorded
-    from bench.passes import load_dense
-    from bench.replay import Pace
-    from bench.results import Results, Value
-    from bench.station import station_process
+    from bench.setup.results import Results, Value
+    from bench.setup.station_process import station_process
+    from bench.station.capacity import CapacitySettings, measure_pass_rows, measure_replay, ratios, recorded
+    from bench.station.passes import load_dense
+    from bench.station.replay import Pace
     from device.draft_model import DraftModel
     from device.tokenizer import Tokenizer
 
@@ -88,20 +88,20 @@ def churn(
     sessions: Annotated[int, typer.Option(help="In all.")] = 1000,
     seconds: Annotated[float, typer.Option(help="In which they come.")] = 600.0,
     at_once: Annotated[int, typer.Option(help="At the same time.")] = 32,
-    keep_seconds: Annotated[int, typer.Option(help="How long the station keeps one whose device is gone.")] = 30,
+    idle_timeout: Annotated[int, typer.Option(help="How long the station keeps one whose device is gone.")] = 30,
     kv_memory: Annotated[str, typer.Option(help="Of the station, for keys and values.")] = "512MiB",
     json_file: JsonOption = None,
 ) -> None:
     """A base station's memory while devices come, go and vanish."""
-    from bench.churn import ChurnSettings, measure_churn
-    from bench.replay import read_recordings
-    from bench.results import Results
-    from bench.station import station_process
+    from bench.setup.results import Results
+    from bench.setup.station_process import station_process
+    from bench.station.churn import ChurnSettings, measure_churn
+    from bench.station.replay import read_recordings
     from device.draft_model import DraftModel
 
     recordings, manifest = read_recordings(recording), DraftModel(bundle).manifest
     settings = ChurnSettings(sessions, seconds, at_once)
-    options = ["--keep-seconds", str(keep_seconds), "--kv-memory", kv_memory]
+    options = ["--idle-timeout", str(idle_timeout), "--kv-memory", kv_memory]
     with progress_bar() as progress, station_process(target, dtype, options) as station:
         task = progress.add_task("churn", total=10)
         rows = measure_churn(station, recordings, manifest, settings, lambda: progress.advance(task))
@@ -122,8 +122,8 @@ def prefixes(
 ) -> None:
     """What a beginning that sessions have in common costs in a pass, and what it saves."""
     from basestation.target_model import TargetModel
-    from bench.prefixes import measure_prefixes
-    from bench.results import Results
+    from bench.setup.results import Results
+    from bench.station.prefixes import measure_prefixes
 
     judge = TargetModel.load(target, dtype, torch_device)
     with progress_bar() as progress:
@@ -149,8 +149,8 @@ def ceiling(
 ) -> None:
     """Passes of a large target with random weights against a dense batch, and against no drafts: meant for CUDA."""
     from basestation.target_model import choose_dtype, choose_placement
-    from bench.ceiling import CASES, SHAPES, Ceiling, card, combinations, compare
-    from bench.results import Results, Row, Value
+    from bench.setup.results import Results, Row, Value
+    from bench.station.ceiling import CASES, SHAPES, Ceiling, card, combinations, compare
 
     if shape not in SHAPES:
         raise SettingsError("shape", shape, " or ".join(SHAPES))

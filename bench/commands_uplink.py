@@ -5,7 +5,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bench.options import BundleOption, DtypeOption, JsonOption, PromptsOption, TargetOption, console, progress_bar
+from bench.setup.options import (
+    BundleOption,
+    DtypeOption,
+    JsonOption,
+    PromptsOption,
+    TargetOption,
+    console,
+    progress_bar,
+)
 from protocol.messages import Sampling
 
 if TYPE_CHECKING:  # the libraries behind it load when a command needs them
@@ -29,9 +37,9 @@ def uplink(
 ) -> None:
     """Bytes of a drafted token and how likely it stands, for each mode and K, at several temperatures."""
     from basestation.target_model import TargetModel
-    from bench.positions import collect
-    from bench.results import Results
-    from bench.uplink import TEMPERATURES, UPLINK_K, check_uplink_k, uplink_rows
+    from bench.setup.results import Results
+    from bench.uplink.modes import TEMPERATURES, UPLINK_K, check_uplink_k, uplink_rows
+    from bench.uplink.positions import collect
 
     model, prompt_ids = _draft_model_and_prompts(bundle, prompts, count)
     vocab_size = model.manifest.vocab_size
@@ -62,8 +70,8 @@ def encodings(
 ) -> None:
     """Bytes of a drafted token against what its rounding costs in acceptance, for each encoding."""
     from basestation.target_model import TargetModel
-    from bench.encodings import SAMPLING, measure, results
-    from bench.positions import collect
+    from bench.uplink.encodings import SAMPLING, measure, results
+    from bench.uplink.positions import collect
 
     model, prompt_ids = _draft_model_and_prompts(bundle, prompts, count)
     judge = TargetModel.load(target, dtype)
@@ -86,8 +94,8 @@ def overheads(
 ) -> None:
     """What the noise of mode coupled and the encoding of drafts cost, against drafting and a pass."""
     from basestation.target_model import TargetModel
-    from bench.overheads import device_rows, station_rows
-    from bench.results import Results
+    from bench.setup.results import Results
+    from bench.uplink.overheads import device_rows, station_rows
 
     model, prompt_ids = _draft_model_and_prompts(bundle, prompts, sessions)
     with progress_bar() as progress:
@@ -100,7 +108,7 @@ def overheads(
 
 
 def _draft_model_and_prompts(bundle: Path, prompts: Path | None, count: int) -> tuple["DraftModel", list[list[int]]]:
-    from bench.prompts import read_prompts
+    from bench.setup.prompts import read_prompts
     from device.draft_model import DraftModel
     from device.tokenizer import Tokenizer
 

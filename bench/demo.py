@@ -4,8 +4,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from bench.speedup import WARM_UP_TOKENS, full_vocabulary_bytes
-from bench.workplace import Workplace
+from bench.grid.speedup import WARM_UP_TOKENS, full_vocabulary_bytes
+from bench.setup.bench_setup import BenchSetup
 from device.answer import Answer
 from device.cli import ORIGIN_STYLES
 from device.session import DraftSettings
@@ -15,7 +15,7 @@ PROMPT = "Explain in a few sentences why a small and a large language model work
 MAX_NEW_TOKENS = 128
 
 
-def show_demo(place: Workplace, console: Console) -> None:
+def show_demo(place: BenchSetup, console: Console) -> None:
     """Stream one answer, repeat it with the target alone, and print both in a table."""
     alone = DraftSettings(Mode.TARGET, Sampling(), 1, None)
     together = DraftSettings(Mode.IDS, Sampling(), 1, None)
@@ -30,7 +30,7 @@ def show_demo(place: Workplace, console: Console) -> None:
     console.print(f"The target alone gives {same}.")
 
 
-def _stream(place: Workplace, prompt_ids: list[int], settings: DraftSettings, console: Console) -> Answer:
+def _stream(place: BenchSetup, prompt_ids: list[int], settings: DraftSettings, console: Console) -> Answer:
     conversation = place.conversation(settings)
     stream = conversation.ask(prompt_ids, MAX_NEW_TOKENS)
     for piece in stream:

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from transformers import AutoModelForCausalLM
 
-from bench.workplace import Workplace
+from bench.setup.bench_setup import BenchSetup
 from device.session import DraftSettings
 from protocol.messages import Mode, Sampling
 
@@ -48,7 +48,7 @@ class Reference(Protocol):
 class TargetAlone:
     """The target decoding alone at the same base station, with the same seed."""
 
-    def __init__(self, place: Workplace, sampling: Sampling) -> None:
+    def __init__(self, place: BenchSetup, sampling: Sampling) -> None:
         self._place = place
         self._settings = DraftSettings(Mode.TARGET, sampling, uplink_k=1, draft_len=1)
 
@@ -84,7 +84,7 @@ class Transformers:
 
 
 def differences(
-    place: Workplace,
+    place: BenchSetup,
     reference: Reference,
     prompts: Sequence[str],
     max_new_tokens: int,

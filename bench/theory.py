@@ -12,8 +12,8 @@ from math import exp, floor, log, pi
 import numpy as np
 from scipy.special import lambertw, wrightomega
 
-from bench.results import Value
-from device.planner import (
+from bench.setup.results import Value
+from device.round_model import (
     LONGEST,
     Direction,
     RoundTimes,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from device.client import Client
 from device.draft_model import DraftModel
 from device.link import Link
-from device.session import AnswerToken, DeviceSession, DraftSettings, Origin, Tally
+from device.session import AnswerToken, Counters, DeviceSession, DraftSettings, Origin
 from device.tokenizer import Tokenizer
 
 
@@ -55,7 +55,7 @@ class _Marks:
     seconds: float
     uplink_bytes: int
     downlink_bytes: int
-    tally: Tally
+    counters: Counters
 
 
 class Conversation:
@@ -93,8 +93,8 @@ class Conversation:
 
     def marks(self) -> _Marks:
         """Clock and counters now."""
-        tally = replace(self._session.tally) if self._session else Tally()
-        return _Marks(time.monotonic(), self._link.uplink_bytes, self._link.downlink_bytes, tally)
+        counters = replace(self._session.counters) if self._session else Counters()
+        return _Marks(time.monotonic(), self._link.uplink_bytes, self._link.downlink_bytes, counters)
 
     def close(self) -> None:
         """End the session, if there is one."""
@@ -125,9 +125,9 @@ class AnswerStream:
         """The whole answer and its figures, once iteration has ended."""
         token_ids = [token.token_id for token in self._tokens]
         settings, began, ended = self._conversation.settings, self._began, self._ended
-        rounds = ended.tally.rounds - began.tally.rounds
-        drafted = ended.tally.drafted - began.tally.drafted
-        accepted = ended.tally.accepted - began.tally.accepted
+        rounds = ended.counters.rounds - began.counters.rounds
+        drafted = ended.counters.drafted - began.counters.drafted
+        accepted = ended.counters.accepted - began.counters.accepted
         seconds = ended.seconds - began.seconds
         return Answer(
             text=self._conversation.tokenizer.decode(token_ids),

@@ -16,20 +16,20 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from common.command_line import Verbose, run
+from common.key_files import public_path
 from device.answer import Answer, AnswerStream, Conversation
-from device.client import Client, Patience
+from device.client import Client, Timeouts
+from device.curve_keys import LinkKeys, new_key
 from device.draft_model import DraftModel
-from device.keys import LinkKeys, new_key
 from device.link import Link
-from device.records import Records
+from device.round_records import RoundRecordFile
 from device.sampling import ENTRIES, best_mode
 from device.session import DraftSettings, Origin
 from device.tokenizer import ChatMessage, Tokenizer
 from protocol.bundle import Manifest
-from protocol.command_line import Verbose, run
 from protocol.errors import SettingsError
 from protocol.frames import FrameCodec
-from protocol.keys import public_path
 from protocol.messages import Mode, Sampling
 
 ORIGIN_STYLES = {Origin.ACCEPTED: "green", Origin.RECOVERED: "bold red", Origin.BONUS: "bold blue"}
@@ -82,7 +82,7 @@ class _Place:
     server: str
     threads: int
     provider: str
-    patience: Patience
+    patience: Timeouts
     keys: LinkKeys | None
     record: Path | None
 
@@ -123,7 +123,7 @@ def generate(
         bundle, _sampling(temperature, top_k, top_p, seed), mode, (uplink_k, uplink_p, uplink_steps), draft_len
     )
     _at_least_one("max-new-tokens", max_new_tokens)
-    waits = Patience(connect_timeout, reply=patience)
+    waits = Timeouts(connect_timeout, reply=patience)
     place = _Place(bundle, server, threads, provider, waits, _keys(key, station_key), record)
     with _conversation(place, settings) as conversation:
         tokenizer = conversation.tokenizer
@@ -162,7 +162,7 @@ def chat(
     )
     _at_least_one("max-new-tokens", max_new_tokens)
     messages: list[ChatMessage] = []
-    waits = Patience(connect_timeout, reply=patience)
+    waits = Timeouts(connect_timeout, reply=patience)
     place = _Place(bundle, server, threads, provider, waits, _keys(key, station_key), record)
     with _conversation(place, settings) as conversation:
         for line in _lines():
@@ -207,7 +207,7 @@ def serve(
     settings = partial(_settings, bundle, mode=mode, uplink=uplink, draft_len=draft_len)
     settings(_sampling(temperature, top_k, top_p, seed))  # raises what is wrong with them
     _at_least_one("max-new-tokens", max_new_tokens)
-    waits = Patience(connect_timeout, reply=patience)
+    waits = Timeouts(connect_timeout, reply=patience)
     place = _Place(bundle, server, threads, provider, waits, _keys(key, station_key), record)
     from device import http
     from device.chat_request import Defaults
@@ -244,7 +244,7 @@ def _settings(
 ) -> DraftSettings:
     if mode not in ("auto", *Mode):
         raise SettingsError("mode", mode, f"auto, {', '.join(Mode)}")
-    chosen = best_mode(Manifest.read(bundle).gate, sampling) if mode == "auto" else Mode(mode)
+    chosen = best_mode(Manifest.read(bundle).quality, sampling) if mode == "auto" else Mode(mode)
     if chosen is Mode.IDS and not sampling.greedy:
         raise SettingsError(
             "mode", mode, f"coupled, topk, topp, full or target at temperature {sampling.temperature:g}"
@@ -300,11 +300,11 @@ def _load(place: _Place) -> tuple[DraftModel, Tokenizer]:
     return model, Tokenizer(place.bundle, model.manifest)
 
 
-def _records(place: _Place) -> AbstractContextManager[Records | None]:
-    return closing(Records(place.record)) if place.record else nullcontext()
+def _records(place: _Place) -> AbstractContextManager[RoundRecordFile | None]:
+    return closing(RoundRecordFile(place.record)) if place.record else nullcontext()
 
 
-def _connect(place: _Place, manifest: Manifest, records: Records | None) -> tuple[Link, Client]:
+def _connect(place: _Place, manifest: Manifest, records: RoundRecordFile | None) -> tuple[Link, Client]:
     """A link, and the base station greeted over it."""
     link = Link.connect(place.server, FrameCodec(manifest.vocab_size), place.keys)
     # a device may run several times at once with one key

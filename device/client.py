@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 
 from device.draft_model import DraftModel
 from device.link import Link
-from device.live_planner import LivePlanner
-from device.records import Moment, Moments, Records, RoundRecord
+from device.planner import Planner
+from device.round_records import Moment, Moments, RoundRecord, RoundRecordFile
 from device.session import DeviceSession, DraftSettings
-from protocol.bundle import GateFigures, Manifest
+from protocol.bundle import Manifest, QualityFigures
 from protocol.errors import FaultError, LinkError, MismatchError, SettingsError
 from protocol.messages import (
     OLDEST_VERSION,
@@ -42,7 +42,7 @@ _JITTER = 0.25
 
 
 @dataclass(frozen=True)
-class Patience:
+class Timeouts:
     """Times in seconds: when to repeat a request, and when to give up.
 
     ``reply`` is the patience with silence, and with a base station that is full or being stopped.
@@ -73,18 +73,18 @@ class Client:
         self,
         link: Link,
         manifest: Manifest,
-        patience: Patience | None = None,
+        patience: Timeouts | None = None,
         clock: Callable[[], float] = time.monotonic,
-        records: Records | None = None,
+        records: RoundRecordFile | None = None,
         first_session: int = 0,
     ) -> None:
         self._link = link
         self._records = records
-        self._patience = patience or Patience()
+        self._patience = patience or Timeouts()
         self.clock = clock
         self._next_session = first_session
         self._paused_seconds = 0.0
-        self._planners: dict[tuple[Mode, float, int | None], LivePlanner] = {}
+        self._planners: dict[tuple[Mode, float, int | None], Planner] = {}
         self._hello = Hello(
             PROTOCOL_VERSION, manifest.vocab_size, bytes.fromhex(manifest.vocabulary_hash), manifest.stop_ids
         )
@@ -102,23 +102,23 @@ class Client:
             raise SettingsError("mode", str(settings.mode), ", ".join(welcome.modes))
         if settings.draft_len is not None and settings.draft_len > welcome.max_draft_len:
             raise SettingsError("draft-len", settings.draft_len, f"1 to {welcome.max_draft_len}")
-        if encoding is Encoding.SETS and settings.uplink_k > welcome.max_uplink_k:
+        if encoding is Encoding.SPARSE and settings.uplink_k > welcome.max_uplink_k:
             raise SettingsError("uplink-k", settings.uplink_k, f"1 to {welcome.max_uplink_k}")
         context_length = min(self.welcome.context_length, model.manifest.context_length)
         return DeviceSession(self, settings, model, context_length, prompt_ids)
 
-    def planner(self, settings: DraftSettings, manifest: Manifest) -> LivePlanner:
+    def planner(self, settings: DraftSettings, manifest: Manifest) -> Planner:
         """What has been learnt about draft lengths, here and with such settings.
 
         Rounds of a fixed draft length teach the plan nothing: their pace is not what it would reach.
         """
         key = (settings.mode, settings.sampling.temperature, settings.draft_len)
         if key not in self._planners:
-            self._planners[key] = self._new_planner(manifest.gate, settings.sampling.greedy)
+            self._planners[key] = self._new_planner(manifest.quality, settings.sampling.greedy)
         return self._planners[key]
 
-    def _new_planner(self, gate: GateFigures, greedy: bool) -> LivePlanner:
-        return LivePlanner(gate, greedy)
+    def _new_planner(self, quality: QualityFigures, greedy: bool) -> Planner:
+        return Planner(quality, greedy)
 
     def new_session_id(self) -> int:
         """A number that no session of this client has had."""
@@ -193,7 +193,7 @@ class Client:
     def record(self, mode: Mode, verdict: Verdict, draft_len: int, drafted: int, moments: Moments) -> None:
         """Have a round written down, where anybody wants that; see ``RoundRecord.of``."""
         if self._records:
-            self._records.keep(RoundRecord.of(self._link.device, mode, verdict, draft_len, drafted, moments))
+            self._records.write(RoundRecord.of(self._link.device, mode, verdict, draft_len, drafted, moments))
 
     @contextmanager
     def stopped_clock(self) -> Iterator[None]:

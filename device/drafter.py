@@ -8,23 +8,23 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from device.draft_model import DraftModel, Logits
-from device.sampling import Uplink, coupled_guess, draft_distribution, whole_distribution
+from device.sampling import Uplink, coupled_token, draft_distribution, full_distribution
 from protocol.messages import Mode, Sampling
 from protocol.randomness import Stream, random_bits
 from protocol.sparse import SparseDistribution
 
 
 @dataclass(frozen=True)
-class Guess:
+class DraftResult:
     """Drafted tokens and, in sampled modes, the distribution each was drawn from.
 
-    ``leads`` says of each token by how much its score exceeded the next one's,
+    ``margins`` says of each token by how much its score exceeded the next one's,
     where the largest score was taken; None where the token was drawn.
     """
 
     token_ids: tuple[int, ...]
     distributions: tuple[SparseDistribution, ...]
-    leads: tuple[float | None, ...]
+    margins: tuple[float | None, ...]
 
 
 class Drafter:
@@ -53,32 +53,35 @@ class Drafter:
             self._run()
 
     def draft(
-        self, tokens: Sequence[int], draft_len: int, goes_on: Callable[[Sequence[float | None]], bool] | None = None
-    ) -> Guess:
-        """Guess up to ``draft_len`` tokens that follow ``tokens``; ends after a stop id.
+        self,
+        tokens: Sequence[int],
+        draft_len: int,
+        should_continue: Callable[[Sequence[float | None]], bool] | None = None,
+    ) -> DraftResult:
+        """DraftResult up to ``draft_len`` tokens that follow ``tokens``; ends after a stop id.
 
-        Where there is ``goes_on``, it is asked before each token, with the leads of those before.
+        Where there is ``should_continue``, it is asked before each token, with the margins of those before.
         """
         self._unrun = self._rollback(tokens)
         drafted: list[int] = []
-        leads: list[float | None] = []
+        margins: list[float | None] = []
         distributions: list[SparseDistribution] = []
-        while len(drafted) < draft_len and (goes_on is None or goes_on(leads)):
+        while len(drafted) < draft_len and (should_continue is None or should_continue(margins)):
             logits = self._run()
             position = len(tokens) + len(drafted)
-            lead = None
+            margin = None
             if self._ids_alone or self._sampling.greedy:
-                token_id, lead = coupled_guess(logits, self._sampling, position)
+                token_id, margin = coupled_token(logits, self._sampling, position)
             if not self._ids_alone:
                 distribution = self._distribution(logits)
                 token_id = distribution.sample(random_bits(self._sampling.seed, position, Stream.DRAFT))
                 distributions.append(distribution)
             drafted.append(token_id)
-            leads.append(lead)
+            margins.append(margin)
             if token_id in self._stop_ids:
                 break
             self._unrun = [token_id]
-        return Guess(tuple(drafted), tuple(distributions), tuple(leads))
+        return DraftResult(tuple(drafted), tuple(distributions), tuple(margins))
 
     def run_ahead(self) -> None:
         """Run the last drafted token, unless it ends the answer: where it stands, the next draft goes on from it."""
@@ -93,7 +96,7 @@ class Drafter:
 
     def _distribution(self, logits: Logits) -> SparseDistribution:
         if self._uplink is None:
-            return whole_distribution(logits, self._sampling)
+            return full_distribution(logits, self._sampling)
         return draft_distribution(logits, self._sampling, self._uplink)
 
     def _rollback(self, tokens: Sequence[int]) -> list[int]:

@@ -23,10 +23,10 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from common.loopback import is_loopback
 from device.chat_request import ChatRequest, Defaults, Fields
-from device.worker import Errand, Event, Finish, Question, Worker
+from device.worker import Event, Finish, Job, Question, Worker
 from protocol.errors import BundleError, EdgedraftError, FaultError, LinkError, SettingsError
-from protocol.loopback import is_loopback
 
 logger = logging.getLogger(__name__)
 
@@ -98,20 +98,20 @@ def serve(worker: Worker, name: str, defaults: Defaults, bind: str, insecure: bo
 
 def application(worker: Worker, name: str, defaults: Defaults, hosts: list[str]) -> Starlette:
     """The routes, for requests that name one of ``hosts``: a web page elsewhere cannot be made to do so."""
-    desk = _Desk(worker, name, defaults)
+    routes = _Routes(worker, name, defaults)
     return Starlette(
         routes=[
-            Route("/healthz", desk.health),
-            Route("/readyz", desk.readiness),
-            Route("/v1/models", desk.models),
-            Route("/v1/chat/completions", desk.complete, methods=["POST"], max_body_size=_MAX_BODY_BYTES),
+            Route("/healthz", routes.health),
+            Route("/readyz", routes.readiness),
+            Route("/v1/models", routes.models),
+            Route("/v1/chat/completions", routes.complete, methods=["POST"], max_body_size=_MAX_BODY_BYTES),
         ],
         middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts)],
         exception_handlers={EdgedraftError: _refuse, HTTPException: _refuse, ClientDisconnect: _forget},
     )
 
 
-class _Desk:
+class _Routes:
     """The endpoints."""
 
     def __init__(self, worker: Worker, name: str, defaults: Defaults) -> None:
@@ -159,8 +159,8 @@ class _Answering:
         self._request = request
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[Event] = asyncio.Queue()
-        self._errand = Errand(question, self._deliver)
-        worker.ask(self._errand)
+        self._job = Job(question, self._deliver)
+        worker.ask(self._job)
 
     async def next(self) -> str | Finish:
         """The next event.
@@ -180,7 +180,7 @@ class _Answering:
 
     def abandon(self) -> None:
         """Have no more of it made."""
-        self._errand.abandoned.set()
+        self._job.abandoned.set()
 
     async def _arrival(self) -> Event:
         while True:

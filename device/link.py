@@ -11,12 +11,11 @@ from typing import Protocol
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from device.keys import LinkKeys
+from device.curve_keys import LinkKeys
 from protocol.errors import AdmissionError, FrameError, LinkError, ProtocolError
 from protocol.frames import FrameCodec
-from protocol.keys import ENVELOPE_BYTES
 from protocol.messages import Message
-from protocol.stream import socket_bytes
+from protocol.zmtp import CURVE_BYTES, socket_bytes
 
 _LINGER_MS = 500
 _HEARTBEAT_MS = 5000
@@ -78,7 +77,7 @@ class SocketTransport:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._dealer = self._context.socket(zmq.DEALER)
         for option, value in (
-            (zmq.MAXMSGSIZE, max_frame_bytes + (ENVELOPE_BYTES if keys else 0)),
+            (zmq.MAXMSGSIZE, max_frame_bytes + (CURVE_BYTES if keys else 0)),
             (zmq.HEARTBEAT_IVL, _HEARTBEAT_MS),
             (zmq.RECONNECT_IVL, _RECONNECT_MS),
             (zmq.RECONNECT_IVL_MAX, _RECONNECT_MAX_MS),
@@ -204,7 +203,7 @@ class Link:
     def connect(cls, address: str, codec: FrameCodec, keys: LinkKeys | None = None) -> "Link":
         """A link over TCP, encrypted where there are keys. Nobody needs to be there yet."""
         transport = SocketTransport(address, codec.max_frame_bytes, keys)
-        return cls(transport, codec, address, ENVELOPE_BYTES if keys else 0)
+        return cls(transport, codec, address, CURVE_BYTES if keys else 0)
 
     def send(self, message: Message) -> None:
         """Send one message, or lose it."""

@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from device.draft_model import Logits
-from protocol.bundle import GateFigures
-from protocol.coupling import PositionNoise, leader
+from protocol.bundle import QualityFigures
+from protocol.coupling import PositionNoise, argmax_and_margin
 from protocol.errors import SettingsError
 from protocol.messages import Mode, Sampling
 from protocol.sparse import MAX_STEPS, SparseDistribution
@@ -56,15 +56,15 @@ class Uplink:
         return cls(k, p if mode is Mode.TOPP else 1.0, chosen)
 
 
-def best_mode(gate: GateFigures, sampling: Sampling) -> Mode:
+def best_mode(quality: QualityFigures, sampling: Sampling) -> Mode:
     """What mode ``auto`` stands for.
 
     Above temperature 0 the one of ``coupled`` and ``topk`` that accepts more, as measured
-    at the gate; what lies within ``_TOPK_IS_WORTH`` is decided by the bytes.
+    at the quality; what lies within ``_TOPK_IS_WORTH`` is decided by the bytes.
     """
     if sampling.greedy:
         return Mode.IDS
-    gain = gate.topk_acceptance - gate.coupled_acceptance
+    gain = quality.topk_acceptance - quality.coupled_acceptance
     return Mode.TOPK if gain > _TOPK_IS_WORTH else Mode.COUPLED
 
 
@@ -83,15 +83,15 @@ def draft_distribution(logits: Logits, sampling: Sampling, uplink: Uplink) -> Sp
     support, probs = _likeliest(logits, sampling, uplink.k if uplink.p == 1 else len(logits))
     if uplink.p < 1:
         support, probs = _nucleus(support, probs, uplink.p, uplink.k)
-    return SparseDistribution.round_off(len(logits), support, probs, uplink.steps)
+    return SparseDistribution.quantize(len(logits), support, probs, uplink.steps)
 
 
-def whole_distribution(logits: Logits, sampling: Sampling) -> SparseDistribution:
+def full_distribution(logits: Logits, sampling: Sampling) -> SparseDistribution:
     """All V probabilities at the user's temperature, top-k and top-p, rounded to FP16."""
     support, probs = _likeliest(logits, sampling, len(logits))
     whole = np.zeros(len(logits))
     whole[support] = probs
-    return SparseDistribution.round_to_halves(whole)
+    return SparseDistribution.quantize_fp16(whole)
 
 
 def _likeliest(logits: Logits, sampling: Sampling, most: int) -> tuple[Ids, Probs]:
@@ -109,20 +109,20 @@ def _likeliest(logits: Logits, sampling: Sampling, most: int) -> tuple[Ids, Prob
     return support, probs
 
 
-def coupled_guess(logits: Logits, sampling: Sampling, position: int) -> tuple[int, float]:
-    """The token that the draft model's scores and the shared noise of a position lead to, and its lead over the next.
+def coupled_token(logits: Logits, sampling: Sampling, position: int) -> tuple[int, float]:
+    """The token that the draft model's scores and the shared noise of a position margin to, and its margin over the next.
 
     With top-k or top-p the choice is among the ``COUPLED_CANDIDATES`` likeliest tokens at most.
     """
     if sampling.greedy:
-        return leader(logits)
+        return argmax_and_margin(logits)
     noise = PositionNoise(sampling.seed, position, len(logits))
     if sampling.top_k == 0 and sampling.top_p == 1:
         return noise.choose(logits, sampling.temperature)
     support, probs = _likeliest(logits, sampling, COUPLED_CANDIDATES)
     support, probs = support[probs > 0], probs[probs > 0]
-    place, lead = leader(np.log(probs) + noise.of(support))
-    return int(support[place]), lead
+    place, margin = argmax_and_margin(np.log(probs) + noise.of(support))
+    return int(support[place]), margin
 
 
 def _nucleus(support: Ids, probs: Probs, mass: float, most: int) -> tuple[Ids, Probs]:

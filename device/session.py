@@ -32,7 +32,7 @@ from protocol.rounds import SessionRounds, State
 if TYPE_CHECKING:  # a client opens sessions, and a session asks by its client
     from device.client import Client
 
-_READ_ALONG = 8
+_PREFILL_INTERVAL = 8
 """Tokens of the target alone after which the draft model reads them: together they take it less time."""
 
 
@@ -85,7 +85,7 @@ class DraftSettings:
 
 
 @dataclass
-class Tally:
+class Counters:
     """What a session has done so far."""
 
     rounds: int = 0
@@ -98,7 +98,7 @@ class DeviceSession:
 
     Attributes:
         tokens: committed so far, the prompt included.
-        tally: counts over all answers.
+        counters: counts over all answers.
         stop_ids: the ids that end an answer.
     """
 
@@ -110,7 +110,7 @@ class DeviceSession:
         context_length: int,
         prompt_ids: list[int],
     ) -> None:
-        self.tally = Tally()
+        self.counters = Counters()
         self.tokens: list[int] = []
         self._client = client
         self._settings = settings
@@ -173,20 +173,20 @@ class DeviceSession:
         began = self._client.now()
         fixed = self._settings.draft_len
         draft_len = min(self._client.welcome.max_draft_len if fixed is None else fixed, room)
-        goes_on = self._planner.goes_on if fixed is None else None
-        guess = self._drafter.draft(self.tokens, draft_len, goes_on)
-        draft = Draft(self._session_id, self._rounds.round_id, guess.token_ids, guess.distributions)
+        should_continue = self._planner.should_continue if fixed is None else None
+        drafted = self._drafter.draft(self.tokens, draft_len, should_continue)
+        draft = Draft(self._session_id, self._rounds.round_id, drafted.token_ids, drafted.distributions)
         sent = self._client.now()
         verdict = self._ask(draft)
         assert isinstance(verdict, Verdict)
         judged = self._client.now()
         reply_seconds = None if self._reads_prompt else judged.seconds - sent.seconds
         self._reads_prompt = False
-        self._planner.observe(guess.leads, verdict.accepted, sent.seconds - began.seconds, reply_seconds)
-        self._client.record(self._settings.mode, verdict, draft_len, len(guess.token_ids), (began, sent, judged))
-        self.tally.drafted += len(guess.token_ids)
-        self.tally.accepted += verdict.accepted
-        return self._commit(guess.token_ids, verdict)
+        self._planner.observe(drafted.margins, verdict.accepted, sent.seconds - began.seconds, reply_seconds)
+        self._client.record(self._settings.mode, verdict, draft_len, len(drafted.token_ids), (began, sent, judged))
+        self.counters.drafted += len(drafted.token_ids)
+        self.counters.accepted += verdict.accepted
+        return self._commit(drafted.token_ids, verdict)
 
     def _decode_len(self, room: int) -> int:
         """How many tokens the target decodes alone now; 0 where a round is due."""
@@ -202,21 +202,21 @@ class DeviceSession:
             heard.append(self._client.now())
             self._client.record(self._settings.mode, verdict, 0, 0, (heard[-2], heard[-2], heard[-1]))
             yield from self._commit((), verdict)
-            if len(heard) % _READ_ALONG == 0:
-                self._read_along()
-        self._read_along()
+            if len(heard) % _PREFILL_INTERVAL == 0:
+                self._prefill_draft_model()
+        self._prefill_draft_model()
         seconds = [moment.seconds for moment in heard]
         first_seconds = None if self._reads_prompt else seconds[1] - seconds[0]
         self._reads_prompt = False
         self._planner.observe_decoded(len(seconds) - 1, first_seconds, seconds[-1] - seconds[1])
 
-    def _read_along(self) -> None:
+    def _prefill_draft_model(self) -> None:
         """Keep the draft model in step while the target decodes, so that drafting can begin at once."""
         if not self._target_alone:
             self._drafter.prefill(self.tokens)
 
     def _commit(self, drafted: tuple[int, ...], verdict: Verdict) -> list[AnswerToken]:
-        self.tally.rounds += 1
+        self.counters.rounds += 1
         last = Origin.BONUS if verdict.accepted == len(drafted) else Origin.RECOVERED
         committed = [AnswerToken(token_id, Origin.ACCEPTED) for token_id in drafted[: verdict.accepted]]
         committed.append(AnswerToken(verdict.token_id, last))
@@ -226,7 +226,7 @@ class DeviceSession:
     def _commit_prompt(self, prompt_ids: list[int]) -> None:
         self.tokens = list(prompt_ids)
         self._reads_prompt = True
-        self._read_along()
+        self._prefill_draft_model()
 
     def _check_prompt(self, prompt_ids: list[int], start: int = 0) -> None:
         if len(prompt_ids) >= self._context_length:

@@ -57,7 +57,7 @@ Event: TypeAlias = str | Finish | Exception
 
 
 @dataclass(frozen=True)
-class Errand:
+class Job:
     """A question on its way through the worker; set ``abandoned`` where nobody waits for the answer any more."""
 
     question: Question
@@ -86,7 +86,7 @@ class Worker:
         self._tokenizer = tokenizer
         self._connect = connect
         self._clock = clock
-        self._errands: queue.Queue[Errand | None] = queue.Queue(_MAX_WAITING)
+        self._jobs: queue.Queue[Job | None] = queue.Queue(_MAX_WAITING)
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="worker", daemon=True)
         self._contact: tuple[Link, Client] | None = None
@@ -103,14 +103,14 @@ class Worker:
         """Begin to greet and to answer."""
         self._thread.start()
 
-    def ask(self, errand: Errand) -> None:
+    def ask(self, job: Job) -> None:
         """Have a question answered when its turn comes.
 
         Raises:
             BusyError: too many wait already.
         """
         try:
-            self._errands.put_nowait(errand)
+            self._jobs.put_nowait(job)
         except queue.Full:
             raise BusyError(f"{_MAX_WAITING} questions wait already; ask again later") from None
 
@@ -118,19 +118,19 @@ class Worker:
         """End after the token under way, and wait up to ``seconds`` for it."""
         self._stopping.set()
         with contextlib.suppress(queue.Full):  # then it need not be woken
-            self._errands.put_nowait(None)
+            self._jobs.put_nowait(None)
         self._thread.join(seconds)
 
     def _run(self) -> None:
         wait = 0.0
         while not self._stopping.is_set():
             try:
-                errand = self._errands.get(timeout=wait) if wait else self._errands.get_nowait()
+                job = self._jobs.get(timeout=wait) if wait else self._jobs.get_nowait()
             except queue.Empty:
                 wait = self._keep_in_touch()
             else:
-                if errand is not None and not errand.abandoned.is_set():
-                    errand.deliver(self._outcome(errand))
+                if job is not None and not job.abandoned.is_set():
+                    job.deliver(self._outcome(job))
         self._hang_up()
 
     def _keep_in_touch(self) -> float:
@@ -141,10 +141,10 @@ class Worker:
             return _RETRY_SECONDS
         return _GREETING_SECONDS
 
-    def _outcome(self, errand: Errand) -> Finish | Exception:
+    def _outcome(self, job: Job) -> Finish | Exception:
         """Answer; whatever goes wrong is the asker's to know, and ends nothing but this answer."""
         try:
-            return self._answer(errand)
+            return self._answer(job)
         except (LinkError, AdmissionError, ProtocolError) as error:
             self._lose(error)
             return error
@@ -152,8 +152,8 @@ class Worker:
             self._end_conversation()
             return error
 
-    def _answer(self, errand: Errand) -> Finish:
-        question = errand.question
+    def _answer(self, job: Job) -> Finish:
+        question = job.question
         ids = self._tokenizer.encode_chat(question.messages)
         stream = self._conversation_of(question.settings).ask(ids, question.max_new_tokens)
         stops = StopStrings(question.stops)
@@ -162,12 +162,12 @@ class Worker:
             self._heard_at = self._clock()
             new_tokens += 1
             if text := stops.pass_on(piece.text):
-                errand.deliver(text)
-            if stops.reached or errand.abandoned.is_set() or self._stopping.is_set():
+                job.deliver(text)
+            if stops.reached or job.abandoned.is_set() or self._stopping.is_set():
                 self._end_conversation()
                 return Finish("stop" if stops.reached else "length", len(ids), new_tokens)
         if text := stops.rest():
-            errand.deliver(text)
+            job.deliver(text)
         answer = stream.answer
         logger.info("answered %d tokens with %d, %.1f a second", len(ids), new_tokens, answer.tokens_per_second)
         return Finish(answer.finish_reason, len(ids), new_tokens)

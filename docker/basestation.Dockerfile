@@ -32,6 +32,7 @@ RUN --mount=type=bind,from=wheels,target=/wheels \
         --requirement requirements.txt
 COPY README.md LICENSE ./
 COPY protocol protocol
+COPY common common
 COPY basestation basestation
 RUN --mount=type=bind,from=wheels,target=/wheels \
     /opt/edgedraft/bin/pip install --no-cache-dir --find-links /wheels --no-deps . \

@@ -28,6 +28,7 @@ RUN --mount=type=bind,from=wheels,target=/wheels \
         --requirement requirements.txt
 COPY README.md LICENSE ./
 COPY protocol protocol
+COPY common common
 COPY device device
 # As in device.Dockerfile; and as both packages of ONNX Runtime hold the same
 # module, the one for CPUs, which the extra asks for, makes room for the other.

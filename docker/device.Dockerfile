@@ -20,6 +20,7 @@ RUN --mount=type=bind,from=wheels,target=/wheels \
         --requirement requirements.txt
 COPY README.md LICENSE ./
 COPY protocol protocol
+COPY common common
 COPY device device
 # Left out again: what tokenizers needs to fetch from a hub, and what nothing here runs.
 RUN --mount=type=bind,from=wheels,target=/wheels \

@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
-from protocol.command_line import Verbose, run
+from common.command_line import Verbose, run
 
 app = typer.Typer(
     add_completion=False, help="Turn a draft model into an ONNX bundle that a device can load.", no_args_is_help=True

@@ -13,20 +13,20 @@ from rich.progress import Progress
 from rich.table import Table
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from export import gate, graph, source
+from export import graph, quality, source
+from export.atomic_folder import atomic_folder, is_free
 from export.converters import Converter, convert_to_onnx
-from export.folders import is_free, made_whole
 from export.quantize import Precision, quantize
 from export.quiet import quiet_tools
 from protocol.bundle import (
     CHAT_TEMPLATE_NAME,
-    GATE_UPLINK_K,
     MANIFEST_NAME,
     MODEL_NAME,
+    QUALITY_UPLINK_K,
     TOKENIZER_NAME,
     FileRecord,
-    GateFigures,
     Manifest,
+    QualityFigures,
     vocabulary_hash,
 )
 from protocol.errors import MismatchError, ModelError, SettingsError
@@ -72,11 +72,11 @@ def convert(model: str, bundle: Path, settings: ConvertSettings, console: Consol
         SettingsError: ``bundle`` is a folder with something else in it.
         ModelError: a model cannot be read or converted.
         MismatchError: the target model has other tokens.
-        GateError: the result is too unlike ``model``.
+        QualityError: the result is too unlike ``model``.
     """
     if not is_free(bundle) and not (bundle / MANIFEST_NAME).is_file():
         raise SettingsError("BUNDLE", str(bundle), "a new or empty folder, or a bundle to be replaced")
-    with made_whole(bundle) as made, tempfile.TemporaryDirectory(dir=made.parent) as scratch:
+    with atomic_folder(bundle) as made, tempfile.TemporaryDirectory(dir=made.parent) as scratch:
         original, other = Path(scratch, "original"), Path(scratch, "target")
         with console.status("reading the model"):
             draft = Original.read(model, original, weights=True)
@@ -109,7 +109,7 @@ def _fill(made: Path, draft: Original, settings: ConvertSettings, scratch: Path,
     with console.status(f"rounding the weights to {settings.precision}"):
         cache = _write_graph(scratch / MODEL_NAME, made / MODEL_NAME, settings.precision)
         _write_text(made, draft.tokenizer)
-    figures = _pass_gate(made / MODEL_NAME, draft, cache, settings.precision, console)
+    figures = _check_quality(made / MODEL_NAME, draft, cache, settings.precision, console)
     manifest = Manifest(
         name=Path(draft.name).absolute().name.removesuffix(".gguf"),
         architecture=draft.config.model_type,
@@ -125,7 +125,7 @@ def _fill(made: Path, draft: Original, settings: ConvertSettings, scratch: Path,
         layers=cache.layers,
         kv_heads=cache.kv_heads,
         head_size=cache.head_size,
-        gate=figures,
+        quality=figures,
         files={path.name: FileRecord.of(path) for path in sorted(made.iterdir())},
     )
     manifest.write(made)
@@ -147,27 +147,27 @@ def _write_text(made: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         (made / CHAT_TEMPLATE_NAME).write_text(tokenizer.chat_template, encoding="utf-8")
 
 
-def _pass_gate(
+def _check_quality(
     graph_path: Path, draft: Original, cache: graph.Cache, precision: Precision, console: Console
-) -> GateFigures:
+) -> QualityFigures:
     model = source.load_model(draft.folder)
-    steps = 2 * gate.NEW_TOKENS * len(gate.PROMPTS)
+    steps = 2 * quality.NEW_TOKENS * len(quality.PROMPTS)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("comparing with the original", total=steps)
-        figures = gate.measure(
+        figures = quality.measure(
             model, draft.tokenizer, graph_path, cache, _vocab_size(draft), lambda: progress.advance(task)
         )
-    limits = gate.LIMITS[precision]
-    console.print(_gate_table(figures, limits))
-    gate.check(figures, limits)
+    limits = quality.LIMITS[precision]
+    console.print(_quality_table(figures, limits))
+    quality.check(figures, limits)
     return figures
 
 
-def _gate_table(figures: GateFigures, limits: gate.GateLimits) -> Table:
+def _quality_table(figures: QualityFigures, limits: quality.QualityLimits) -> Table:
     table = Table("likeness to the original", "measured", "at least")
     for label, name in (("same likeliest token", "argmax_agreement"), ("overlap at temperature 1", "overlap")):
         table.add_row(label, f"{getattr(figures, name):.3f}", f"{getattr(limits, name):.2f}")
-    table.add_row(f"accepted in mode topk, K = {GATE_UPLINK_K}", f"{figures.topk_acceptance:.3f}", "")
+    table.add_row(f"accepted in mode topk, K = {QUALITY_UPLINK_K}", f"{figures.topk_acceptance:.3f}", "")
     table.add_row("accepted in mode coupled", f"{figures.coupled_acceptance:.3f}", "")
     return table
 

@@ -1,7 +1,7 @@
 """Weights of a draft model rounded to fewer bits; the arithmetic around them stays as it was.
 
 Knows ONNX Runtime's block-wise weight formats. Does not know how well the
-result does: export/gate.py measures that.
+result does: export/quality.py measures that.
 """
 
 from enum import StrEnum

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 
-from protocol.command_line import is_verbose
+from common.command_line import is_verbose
 
 
 @contextmanager

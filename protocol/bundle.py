@@ -1,7 +1,7 @@
 """The manifest of an exported draft model: what ``export`` writes and ``device`` loads.
 
 A bundle is a folder that holds ``manifest.json`` and the files it lists. The
-manifest says all that a device must know, so that nothing is guessed from the
+manifest says all that a device must know, so that nothing is pipelined from the
 graph or from a configuration file of another project.
 """
 
@@ -20,7 +20,7 @@ MODEL_NAME = "model.onnx"
 TOKENIZER_NAME = "tokenizer.json"
 CHAT_TEMPLATE_NAME = "chat_template.jinja"
 FORMAT_VERSION = 2
-GATE_UPLINK_K = 32
+QUALITY_UPLINK_K = 32
 
 
 class CacheKind(StrEnum):
@@ -47,12 +47,12 @@ class FileRecord:
 
 
 @dataclass(frozen=True)
-class GateFigures:
+class QualityFigures:
     """How like its original an exported model is, over ``positions`` judged positions.
 
     All shares are in [0, 1]: ``argmax_agreement`` of positions with the same likeliest
     token; at temperature 1, ``overlap`` is the mean of Σ_v min(p(v), q(v)), which mode
-    ``full`` accepts, ``topk_acceptance`` the same with the ``GATE_UPLINK_K`` likeliest entries, and
+    ``full`` accepts, ``topk_acceptance`` the same with the ``QUALITY_UPLINK_K`` likeliest entries, and
     ``coupled_acceptance`` how often both models choose the same under the same noise.
     """
 
@@ -85,7 +85,7 @@ class Manifest:
     layers: int
     kv_heads: int
     head_size: int
-    gate: GateFigures
+    quality: QualityFigures
     files: Mapping[str, FileRecord] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
@@ -128,7 +128,7 @@ class Manifest:
                 **values,
                 "cache_kind": CacheKind(values["cache_kind"]),
                 "stop_ids": tuple(values["stop_ids"]),
-                "gate": GateFigures(**values["gate"]),
+                "quality": QualityFigures(**values["quality"]),
                 "files": {name: FileRecord(**record) for name, record in values["files"].items()},
             }
         )

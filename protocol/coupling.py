@@ -26,7 +26,7 @@ from protocol.randomness import WORD_BITS, Stream, random_word, random_words
 
 BLOCK = 256
 _MASK = 2**32 - 1
-MAX_LEAD = 2.0
+MAX_MARGIN = 2.0
 SLACK = 1e-3  # more than rounding can lose when sums are compared with their parts
 Integers64: TypeAlias = npt.NDArray[np.int64]
 Integers = TypeVar("Integers")
@@ -61,11 +61,11 @@ def _mix32(word: Any) -> Any:
     return word ^ word >> 16
 
 
-def leader(sums: npt.NDArray[np.floating]) -> tuple[int, float]:
-    """Where the largest of some numbers is, and by how much it exceeds the next, ``MAX_LEAD`` at most."""
+def argmax_and_margin(sums: npt.NDArray[np.floating]) -> tuple[int, float]:
+    """Where the largest of some numbers is, and by how much it exceeds the next, ``MAX_MARGIN`` at most."""
     place = int(sums.argmax())
     rest = max(sums[:place].max(initial=-np.inf), sums[place + 1 :].max(initial=-np.inf))
-    return place, min(float(sums[place] - rest), MAX_LEAD)
+    return place, min(float(sums[place] - rest), MAX_MARGIN)
 
 
 @cache
@@ -100,7 +100,7 @@ class PositionNoise:
         return np.where(token_ids == self._peaks[blocks], maxima, below)
 
     def choose(self, logits: npt.NDArray[np.floating], temperature: float = 1.0) -> tuple[int, float]:
-        """The token with the largest score plus noise, and its lead over the next, ``MAX_LEAD`` at most.
+        """The token with the largest score plus noise, and its margin over the next, ``MAX_MARGIN`` at most.
 
         The likeliest block gives a sum to beat; only tokens that could, with their
         block's largest noise, are looked at.
@@ -113,10 +113,10 @@ class PositionNoise:
         start = int(bounds.argmax()) * BLOCK
         likely = np.arange(start, min(start + BLOCK, len(logits)))
         best = (logits[likely] / temperature + self.of(likely)).max()
-        needed = ((best - self._maxima - MAX_LEAD - SLACK) * temperature).astype(np.float32)
+        needed = ((best - self._maxima - MAX_MARGIN - SLACK) * temperature).astype(np.float32)
         rivals = np.flatnonzero(self._blocks_of(logits) >= needed[:, None])
-        place, lead = leader(logits[rivals] / temperature + self.of(rivals))
-        return int(rivals[place]), lead
+        place, margin = argmax_and_margin(logits[rivals] / temperature + self.of(rivals))
+        return int(rivals[place]), margin
 
     @staticmethod
     def _blocks_of(logits: npt.NDArray[np.floating]) -> npt.NDArray[np.floating]:

@@ -7,7 +7,7 @@
     │   └── ContextLengthError  prompt or answer does not fit the model's context
     ├── ModelError              a model cannot be found, read or used
     │   ├── BundleError         a bundle is missing, damaged or of another format
-    │   ├── GateError           an exported model is too unlike the one it was made from
+    │   ├── QualityError           an exported model is too unlike the one it was made from
     │   └── MismatchError       draft and target model do not belong together
     ├── KeyFileError            a key is missing, damaged or open to others
     ├── LinkError               the other end cannot be reached
@@ -78,10 +78,10 @@ class BundleError(ModelError):
     code = "bundle"
 
 
-class GateError(ModelError):
+class QualityError(ModelError):
     """An exported model is too unlike the model it was made from."""
 
-    code = "gate"
+    code = "quality"
 
 
 class MismatchError(ModelError):

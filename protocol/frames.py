@@ -9,7 +9,7 @@ Fields are only ever appended. A field that holds its default is left out at the
 end of a frame, and what follows the known fields is ignored: so each end may
 know more than the other.
 
-After its session and round, and its guess where it has one, a Draft has one of these:
+After its session and round, and its assumed_bonus where it has one, a Draft has one of these:
 
 - nothing, where nothing was drafted;
 - the ids, in modes that send ids alone;
@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 import msgpack
 
 from protocol.bits import BitReader, number_bits, pack
-from protocol.drafted import Drawn, PackedDraft, pack_drawn, unpack_drawn
+from protocol.draft_codec import DraftedTokens, EncodedDraft, decode_drafted, encode_drafted
 from protocol.errors import FrameError, SettingsError
 from protocol.limits import Limits
 from protocol.messages import (
@@ -51,7 +51,7 @@ from protocol.sparse import SparseDistribution
 
 MAX_FAULT_TEXT = 1000
 _MAX_ARRAY_LEN = 256
-_DRAFT_TAGS = _DRAFT_TAG, _GUESSED_DRAFT_TAG = 5, 10
+_DRAFT_TAGS = _DRAFT_TAG, _PIPELINED_DRAFT_TAG = 5, 10
 _MIN_ID_BITS = 8  # so that what fills the last byte is no id
 _MAX_COUNTER = 2**32 - 1
 _Value = TypeVar("_Value")
@@ -130,8 +130,8 @@ class FrameCodec:
         if not isinstance(values, list) or not values or type(values[0]) is not int:
             raise FrameError("a frame must be an array that starts with its tag")
         tag, *rest = values
-        if tag in (_DRAFT_TAG, _GUESSED_DRAFT_TAG):
-            return self._unpack_draft(rest, guessed=tag == _GUESSED_DRAFT_TAG)
+        if tag in (_DRAFT_TAG, _PIPELINED_DRAFT_TAG):
+            return self._unpack_draft(rest, pipelined=tag == _PIPELINED_DRAFT_TAG)
         if tag not in self._by_tag:
             raise FrameError(f"a frame has the tag {tag}; allowed: {sorted([*self._by_tag, *_DRAFT_TAGS])}")
         return self._by_tag[tag].unpack(rest)
@@ -171,57 +171,57 @@ class FrameCodec:
 
     def _pack_draft(self, draft: Draft) -> list[Any]:
         head = [_DRAFT_TAG, draft.session_id, draft.round_id]
-        if draft.guess is not None:
-            head = [_GUESSED_DRAFT_TAG, draft.session_id, draft.round_id, draft.guess]
-        return [*head, *self._pack_drawn(draft)]
+        if draft.assumed_bonus is not None:
+            head = [_PIPELINED_DRAFT_TAG, draft.session_id, draft.round_id, draft.assumed_bonus]
+        return [*head, *self._pack_drafted(draft)]
 
-    def _pack_drawn(self, draft: Draft) -> list[int | bytes]:
+    def _pack_drafted(self, draft: Draft) -> list[int | bytes]:
         if not draft.token_ids:
             return []
         if not draft.distributions:
             return [self._draft_ids.pack(draft.token_ids)]
         if draft.distributions[0].whole:
-            halves = b"".join(one.encode_halves() for one in draft.distributions)
-            return [self._draft_ids.pack(draft.token_ids), halves]
-        packed = pack_drawn(draft.token_ids, draft.distributions)
+            fp16 = b"".join(one.encode_fp16() for one in draft.distributions)
+            return [self._draft_ids.pack(draft.token_ids), fp16]
+        packed = encode_drafted(draft.token_ids, draft.distributions)
         return [packed.draft_len, packed.entries, packed.steps, packed.data]
 
-    def _unpack_draft(self, values: list[object], guessed: bool) -> Draft:
-        head = (self._counter, self._counter, self._token)[: 2 + guessed]
+    def _unpack_draft(self, values: list[object], pipelined: bool) -> Draft:
+        head = (self._counter, self._counter, self._token)[: 2 + pipelined]
         if len(values) < len(head):
             raise FrameError(f"Draft has {len(values)} fields; allowed: {len(head)} or more")
-        session_id, round_id, *guess = (codec.unpack(value) for codec, value in zip(head, values, strict=False))
-        token_ids, distributions = self._unpack_drawn(values[len(head) :])
-        return Draft(session_id, round_id, token_ids, distributions, guess[0] if guess else None)
+        session_id, round_id, *assumed_bonus = (codec.unpack(value) for codec, value in zip(head, values, strict=False))
+        token_ids, distributions = self._unpack_drafted(values[len(head) :])
+        return Draft(session_id, round_id, token_ids, distributions, assumed_bonus[0] if assumed_bonus else None)
 
-    def _unpack_drawn(self, values: list[object]) -> Drawn:
+    def _unpack_drafted(self, values: list[object]) -> DraftedTokens:
         match values:
             case []:
                 return (), ()
             case [ids]:
                 return self._draft_ids.unpack(ids), ()
-            case [ids, halves]:
-                return self._unpack_whole(self._draft_ids.unpack(ids), _expect(bytes, halves))
+            case [ids, fp16]:
+                return self._unpack_whole(self._draft_ids.unpack(ids), _expect(bytes, fp16))
             case [draft_len, entries, steps, data]:
                 sizes = [_expect(int, value) for value in (draft_len, entries, steps)]
-                return self._unpack_sets(PackedDraft(sizes[0], sizes[1], sizes[2], _expect(bytes, data)))
+                return self._unpack_sets(EncodedDraft(sizes[0], sizes[1], sizes[2], _expect(bytes, data)))
         raise FrameError(f"Draft has {len(values)} fields of drafted tokens; allowed: 0, 1, 2 or 4")
 
-    def _unpack_sets(self, packed: PackedDraft) -> Drawn:
+    def _unpack_sets(self, packed: EncodedDraft) -> DraftedTokens:
         self.limits.check("max_draft_len", packed.draft_len)
         self.limits.check("max_uplink_k", -(-packed.entries // max(1, packed.draft_len)))
-        token_ids, distributions = unpack_drawn(packed, self.vocab_size)
+        token_ids, distributions = decode_drafted(packed, self.vocab_size)
         self.limits.check("max_uplink_k", max(map(len, distributions)))
         return token_ids, distributions
 
-    def _unpack_whole(self, token_ids: tuple[int, ...], halves: bytes) -> Drawn:
+    def _unpack_whole(self, token_ids: tuple[int, ...], fp16: bytes) -> DraftedTokens:
         size = 2 * self.vocab_size
-        if len(halves) != len(token_ids) * size:
+        if len(fp16) != len(token_ids) * size:
             raise FrameError(
-                f"{len(halves)} bytes of probabilities for {len(token_ids)} drafted tokens; allowed: {size} for each"
+                f"{len(fp16)} bytes of probabilities for {len(token_ids)} drafted tokens; allowed: {size} for each"
             )
         distributions = tuple(
-            SparseDistribution.decode_halves(halves[start : start + size]) for start in range(0, len(halves), size)
+            SparseDistribution.decode_fp16(fp16[start : start + size]) for start in range(0, len(fp16), size)
         )
         for token_id, one in zip(token_ids, distributions, strict=True):
             if one.probability(token_id) == 0:
@@ -284,7 +284,7 @@ _MODES = (Mode.IDS, Mode.TOPK, Mode.FULL, Mode.TARGET, Mode.COUPLED, Mode.TOPP)
 
 
 # And so is an encoding's.
-_ENCODINGS = (Encoding.SETS, Encoding.HALVES)
+_ENCODINGS = (Encoding.SPARSE, Encoding.FP16)
 
 
 def _one_of(choices: Sequence[Any]) -> _Field:

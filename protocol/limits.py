@@ -16,7 +16,7 @@ class Limits:
         max_sessions: open at once by one device.
         max_requests_per_second: of one device, over some seconds.
         window: Drafts under way in a session.
-        keep_seconds: that a session is kept when its device is silent.
+        idle_timeout: that a session is kept when its device is silent.
     """
 
     max_prompt_len: int = 131_072
@@ -25,7 +25,7 @@ class Limits:
     max_sessions: int = 16
     max_requests_per_second: int = 500
     window: int = 4
-    keep_seconds: int = 600
+    idle_timeout: int = 600
 
     def __post_init__(self) -> None:
         for entry in fields(self):

@@ -7,7 +7,7 @@ device carries the next ``round_id``, and every reply names the round it answers
 request    says                                        answered by
 =========  ==========================================  =======================
 Open       the prompt and how to sample                Opened
-Draft      guesses of the next tokens                  one Verdict
+Draft      assumed bonus tokens of the next tokens                  one Verdict
 Decode     "target, decode alone for a while"          a Verdict for each token
 Extend     the next turn of a conversation             Opened
 =========  ==========================================  =======================
@@ -42,9 +42,9 @@ MAX_TEMPERATURE = 100.0
 class Encoding(StrEnum):
     """How the distributions of a Draft are packed."""
 
-    SETS = "sets"
+    SPARSE = "sparse"
     """Supports and weights of the whole round, each as one set of integers (``drafted.py``)."""
-    HALVES = "halves"
+    FP16 = "fp16"
     """All V probabilities in FP16."""
 
 
@@ -73,8 +73,8 @@ class Mode(StrEnum):
     def encoding(self) -> Encoding | None:
         """Of its distributions, where it sends any."""
         if self is Mode.FULL:
-            return Encoding.HALVES
-        return Encoding.SETS if self in (Mode.TOPK, Mode.TOPP) else None
+            return Encoding.FP16
+        return Encoding.SPARSE if self in (Mode.TOPK, Mode.TOPP) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,18 +172,18 @@ class Extend:
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """``draft_len`` guessed tokens and, in sampled modes, the distribution each was drawn from.
+    """``draft_len`` pipelined tokens and, in sampled modes, the distribution each was drawn from.
 
-    No tokens at all ask for one token of the target. A Draft with a ``guess`` is
+    No tokens at all ask for one token of the target. A Draft with a ``assumed_bonus`` is
     sent before the Verdict of the round before it: it is right where all tokens
-    of that round stand and ``guess`` follows them, and otherwise void.
+    of that round stand and ``assumed_bonus`` follows them, and otherwise void.
     """
 
     session_id: int
     round_id: int
     token_ids: tuple[int, ...]
     distributions: tuple[SparseDistribution, ...] = ()
-    guess: int | None = None
+    assumed_bonus: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ class State(StrEnum):
     NEW = "new"
     OPENING = "opening"
     READY = "ready"
-    JUDGING = "judging"
+    VERIFYING = "judging"
     DECODING = "decoding"
     EXTENDING = "extending"
     CLOSED = "closed"
@@ -31,9 +31,9 @@ class State(StrEnum):
 TRANSITIONS: Mapping[tuple[State, type[SessionMessage]], State] = {
     (State.NEW, Open): State.OPENING,
     (State.OPENING, Opened): State.READY,
-    (State.READY, Draft): State.JUDGING,
-    (State.JUDGING, Draft): State.JUDGING,
-    (State.JUDGING, Verdict): State.READY,  # JUDGING while another Draft is under way: see _take_verdict
+    (State.READY, Draft): State.VERIFYING,
+    (State.VERIFYING, Draft): State.VERIFYING,
+    (State.VERIFYING, Verdict): State.READY,  # VERIFYING while another Draft is under way: see _take_verdict
     (State.READY, Decode): State.DECODING,
     (State.DECODING, Verdict): State.DECODING,  # READY with the last token: see _take_decoded
     (State.READY, Extend): State.EXTENDING,
@@ -51,8 +51,8 @@ def diagram() -> str:
 class SessionRounds:
     """One end's view of a session.
 
-    Several Drafts may be under way, each but the first on a guess. Where a Verdict
-    shows a guess to be wrong, that Draft and all after it are void on both ends:
+    Several Drafts may be under way, each but the first on a assumed_bonus. Where a Verdict
+    shows a assumed_bonus to be wrong, that Draft and all after it are void on both ends:
     nobody judges or answers them, and their rounds are skipped.
 
     Args:
@@ -63,20 +63,20 @@ class SessionRounds:
         state: where the session stands.
         next_round: ``round_id`` of the next request.
         committed_len: tokens both ends agree on, the prompt included.
-        under_way: the Drafts that wait for their Verdicts, the oldest first.
+        in_flight: the Drafts that wait for their Verdicts, the oldest first.
     """
 
     def __init__(self, stop_ids: frozenset[int], window: int = 1) -> None:
         self.state = State.NEW
         self.next_round = 0
         self.committed_len = 0
-        self.under_way: tuple[Draft, ...] = ()
+        self.in_flight: tuple[Draft, ...] = ()
         self._stop_ids = stop_ids
         self._window = window
         self._mode = Mode.TARGET
         self._awaited: int | None = None
         self._left = 0
-        self._foundation: tuple[int, int] | None = None
+        self._base_round: tuple[int, int] | None = None
 
     @property
     def round_id(self) -> int:
@@ -87,13 +87,13 @@ class SessionRounds:
         """Whether a request belongs to a round that is over or under way: a repetition, nothing to act upon."""
         return request.round_id < self.next_round
 
-    def is_void(self, draft: Draft) -> bool:
-        """Whether a Draft builds on a wrong guess, or on one that has not arrived."""
-        if draft.guess is None:
+    def is_invalidated(self, draft: Draft) -> bool:
+        """Whether a Draft builds on a wrong assumed_bonus, or on one that has not arrived."""
+        if draft.assumed_bonus is None:
             return False
-        if self.under_way:
-            return draft.round_id != self.under_way[-1].round_id + 1
-        return self._foundation != (draft.round_id - 1, draft.guess)
+        if self.in_flight:
+            return draft.round_id != self.in_flight[-1].round_id + 1
+        return self._base_round != (draft.round_id - 1, draft.assumed_bonus)
 
     def advance(self, message: SessionMessage) -> None:
         """Take one message, sent or received.
@@ -152,17 +152,17 @@ class SessionRounds:
         if draft.token_ids and self._mode.sends_ids_alone == bool(draft.distributions):
             kind = "with" if draft.distributions else "without"
             raise StateError(f"a Draft {kind} distributions in mode {self._mode.value!r}")
-        if self.is_void(draft):
-            raise StateError(f"a Draft on the guess {draft.guess}, which is void")
-        if self.under_way and draft.guess is None:
-            raise StateError("a Draft without a guess while another is under way")
-        if len(self.under_way) >= self._window:
-            raise StateError(f"{len(self.under_way) + 1} Drafts under way; allowed: {self._window} (--window)")
+        if self.is_invalidated(draft):
+            raise StateError(f"a Draft on the assumed_bonus {draft.assumed_bonus}, which is void")
+        if self.in_flight and draft.assumed_bonus is None:
+            raise StateError("a Draft without a assumed_bonus while another is under way")
+        if len(self.in_flight) >= self._window:
+            raise StateError(f"{len(self.in_flight) + 1} Drafts under way; allowed: {self._window} (--window)")
 
     @property
     def _drafted(self) -> int:
         """Tokens of the Draft whose Verdict is awaited; 0 in a Decode."""
-        return len(self.under_way[0].token_ids) if self.under_way else 0
+        return len(self.in_flight[0].token_ids) if self.in_flight else 0
 
     def _take(self, message: SessionMessage) -> None:
         match message:
@@ -172,7 +172,7 @@ class SessionRounds:
             case Extend():
                 self.committed_len = message.start + len(message.token_ids)
             case Draft():
-                self.under_way += (message,)
+                self.in_flight += (message,)
             case Decode():
                 self._left = message.count
             case Opened():
@@ -181,21 +181,21 @@ class SessionRounds:
                 self._take_verdict(message)
         if isinstance(message, Open | Extend | Draft | Decode):
             self.next_round = message.round_id + 1
-            self._awaited = self.under_way[0].round_id if self.under_way else message.round_id
+            self._awaited = self.in_flight[0].round_id if self.in_flight else message.round_id
 
     def _take_verdict(self, verdict: Verdict) -> None:
         self.committed_len += verdict.accepted + 1
         all_stand = verdict.accepted == self._drafted
-        self._foundation = (verdict.round_id, verdict.token_id) if all_stand else None
+        self._base_round = (verdict.round_id, verdict.token_id) if all_stand else None
         if self.state is State.DECODING:
             self._take_decoded(verdict)
             return
-        self.under_way = self.under_way[1:]
-        if self.under_way and self._foundation == (verdict.round_id, self.under_way[0].guess):
-            self.state = State.JUDGING
-            self._awaited = self.under_way[0].round_id
+        self.in_flight = self.in_flight[1:]
+        if self.in_flight and self._base_round == (verdict.round_id, self.in_flight[0].assumed_bonus):
+            self.state = State.VERIFYING
+            self._awaited = self.in_flight[0].round_id
         else:
-            self.under_way = ()
+            self.in_flight = ()
             self._awaited = None
 
     def _take_decoded(self, verdict: Verdict) -> None:

@@ -40,7 +40,7 @@ class SparseDistribution:
     whole: bool = False
 
     @classmethod
-    def round_off(
+    def quantize(
         cls, vocab_size: int, support: npt.NDArray[np.int64], probs: npt.NDArray[np.float64], steps: int
     ) -> Self:
         """Round ``probs`` (float64[K], for the ids of ``support`` in any order) to steps of 1/``steps``.
@@ -57,30 +57,30 @@ class SparseDistribution:
         return cls(vocab_size, support[possible], weights[possible], steps)
 
     @classmethod
-    def round_to_halves(cls, probs: npt.NDArray[np.float64]) -> Self:
+    def quantize_fp16(cls, probs: npt.NDArray[np.float64]) -> Self:
         """Round the probabilities of all tokens (float64[V]) to FP16."""
-        return cls._from_halves(probs.astype("<f2"))
+        return cls._from_fp16(probs.astype("<f2"))
 
     @classmethod
-    def _from_halves(cls, halves: npt.NDArray[np.float16]) -> Self:
-        weights = (halves.astype(np.float64) * _UNIT).astype(np.int64)
-        return cls(len(halves), np.arange(len(halves)), weights, int(weights.sum()), whole=True)
+    def _from_fp16(cls, fp16: npt.NDArray[np.float16]) -> Self:
+        weights = (fp16.astype(np.float64) * _UNIT).astype(np.int64)
+        return cls(len(fp16), np.arange(len(fp16)), weights, int(weights.sum()), whole=True)
 
-    def encode_halves(self) -> bytes:
+    def encode_fp16(self) -> bytes:
         """The probabilities of a whole distribution in FP16, little-endian."""
         return (self.weights / _UNIT).astype("<f2").tobytes()
 
     @classmethod
-    def decode_halves(cls, data: bytes) -> Self:
+    def decode_fp16(cls, data: bytes) -> Self:
         """Read the FP16 probabilities of all tokens.
 
         Raises:
             FrameError: a probability is no number in [0, 1], or all are 0.
         """
-        halves = np.frombuffer(data, "<f2")
-        if not ((halves >= 0) & (halves <= 1)).all():  # NaN compares false
+        fp16 = np.frombuffer(data, "<f2")
+        if not ((fp16 >= 0) & (fp16 <= 1)).all():  # NaN compares false
             raise FrameError("a probability of a distribution is no number in [0, 1]")
-        decoded = cls._from_halves(halves)
+        decoded = cls._from_fp16(fp16)
         if decoded.total == 0:
             raise FrameError("a distribution in which every probability is 0")
         return decoded

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from bench.station import running_station
-from bench.workplace import Workplace, workplace
+from bench.setup.bench_setup import BenchSetup, bench_setup
+from bench.setup.station_process import running_station
 from tests.sample import BUNDLE, SAMPLE
 
 
@@ -16,6 +16,6 @@ def station_address() -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def place(station_address: str) -> Iterator[Workplace]:
-    with workplace(BUNDLE, station_address) as ready:
+def place(station_address: str) -> Iterator[BenchSetup]:
+    with bench_setup(BUNDLE, station_address) as ready:
         yield ready

@@ -12,10 +12,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from basestation.kv_arena import Arena, Segment, Stretch, StretchShape
+from basestation.kv_pool import KVPool, KVShape, Segment, SequenceKVCache
 from basestation.target_model import TargetModel, Vocabulary
 from device.draft_model import DraftModel
-from protocol.bundle import CacheKind, GateFigures, Manifest, vocabulary_hash
+from protocol.bundle import CacheKind, Manifest, QualityFigures, vocabulary_hash
 
 Table = npt.NDArray[np.float32]  # [vocab_size, vocab_size, vocab_size]: logits after the last two tokens
 
@@ -55,7 +55,7 @@ def manifest(vocab_size: int, stop_ids: tuple[int, ...] = (), context_length: in
         layers=1,
         kv_heads=1,
         head_size=1,
-        gate=GateFigures(1.0, 1.0, 1.0, 1.0, positions=1),
+        quality=QualityFigures(1.0, 1.0, 1.0, 1.0, positions=1),
     )
 
 
@@ -84,20 +84,20 @@ class FakeDraftModel:
         del self.tokens[length:]
 
 
-class FakeStretch(Stretch):
-    """A stretch that keeps the tokens too."""
+class FakeSequenceKVCache(SequenceKVCache):
+    """A kv_cache that keeps the tokens too."""
 
-    def __init__(self, arena: Arena) -> None:
-        super().__init__(arena)
+    def __init__(self, kv_pool: KVPool) -> None:
+        super().__init__(kv_pool)
         self.tokens: list[int] = []
 
     def rollback(self, length: int) -> None:
         super().rollback(length)
         del self.tokens[self.length :]
 
-    def join(self, lender: Stretch, length: int) -> None:
-        super().join(lender, length)
-        self.tokens = cast(FakeStretch, lender).tokens[:length]
+    def join(self, source: SequenceKVCache, length: int) -> None:
+        super().join(source, length)
+        self.tokens = cast(FakeSequenceKVCache, source).tokens[:length]
 
 
 @dataclass
@@ -106,7 +106,7 @@ class FakeTarget:
     stop_ids: frozenset[int] = frozenset()
     context_length: int = 4096
     name: str = "table"
-    arena: Arena = field(default_factory=lambda: new_arena(2**20))
+    kv_pool: KVPool = field(default_factory=lambda: new_kv_pool(2**20))
     memory: int | None = None
     """Tokens that a pass may have, before it is told that there is no memory."""
     passes: list[int] = field(default_factory=list)
@@ -123,15 +123,15 @@ class FakeTarget:
         capacity: int = 2**20,
         memory: int | None = None,
     ) -> TargetModel:
-        return cast(TargetModel, cls(table, stop_ids, context_length, "table", new_arena(capacity), memory))
+        return cast(TargetModel, cls(table, stop_ids, context_length, "table", new_kv_pool(capacity), memory))
 
     @property
     def vocabulary(self) -> Vocabulary:
         size = len(self.table)
         return Vocabulary(size, bytes.fromhex(vocabulary_hash(token_names(size))), self.stop_ids)
 
-    def new_stretch(self) -> Stretch:
-        return FakeStretch(self.arena)
+    def new_kv_cache(self) -> SequenceKVCache:
+        return FakeSequenceKVCache(self.kv_pool)
 
     def forward(self, segments: Sequence[Segment]) -> torch.Tensor:
         tokens = sum(len(segment.token_ids) for segment in segments)
@@ -142,20 +142,20 @@ class FakeTarget:
         return torch.cat([self._run(segment) for segment in segments])
 
     def _run(self, segment: Segment) -> torch.Tensor:
-        stretch = cast(FakeStretch, segment.stretch)
+        kv_cache = cast(FakeSequenceKVCache, segment.kv_cache)
         assert len(segment.token_ids) > 0
-        assert stretch.length == len(stretch.tokens)
-        stretch.reserve(stretch.length + len(segment.token_ids))
+        assert kv_cache.length == len(kv_cache.tokens)
+        kv_cache.reserve(kv_cache.length + len(segment.token_ids))
         rows = []
         for token_id in segment.token_ids:
-            stretch.tokens.append(token_id)
-            stretch.length += 1
-            rows.append(next_logits(self.table, stretch.tokens))
-        return torch.tensor(np.array(rows[len(rows) - segment.judged :])).reshape(-1, len(self.table))
+            kv_cache.tokens.append(token_id)
+            kv_cache.length += 1
+            rows.append(next_logits(self.table, kv_cache.tokens))
+        return torch.tensor(np.array(rows[len(rows) - segment.num_logits :])).reshape(-1, len(self.table))
 
 
-def new_arena(capacity: int) -> Arena:
-    return Arena(StretchShape(1, 1, 1, torch.float32, torch.device("cpu")), capacity)
+def new_kv_pool(capacity: int) -> KVPool:
+    return KVPool(KVShape(1, 1, 1, torch.float32, torch.device("cpu")), capacity)
 
 
 def target_alone(table: Table, prompt: Sequence[int], count: int) -> list[int]:

@@ -15,8 +15,8 @@ import msgpack
 import numpy as np
 import zmq
 
-from device.keys import LinkKeys
-from protocol.drafted import pack_drawn
+from device.curve_keys import LinkKeys
+from protocol.draft_codec import encode_drafted
 from protocol.frames import FrameCodec
 from protocol.limits import Limits
 from protocol.messages import Close, Decode, Draft, Extend, Fault, Hello, Message, Mode, Open, Resume, Sampling, Verdict
@@ -102,7 +102,7 @@ def wrong_rounds(ground: Ground, chance: random.Random) -> None:
     session = chance.randrange(100)
     said: list[Message] = [
         _open(session),
-        *(Draft(session, chance.randrange(12), (1, 2), guess=chance.choice([None, 3])) for _ in range(12)),
+        *(Draft(session, chance.randrange(12), (1, 2), assumed_bonus=chance.choice([None, 3])) for _ in range(12)),
         Decode(session, chance.randrange(5), 2**32 - 1),
         Extend(session, 3, 2**32 - 1, (1,)),
         Resume(session, 2**32 - 1, 2**32 - 1, bytes(8)),
@@ -123,8 +123,8 @@ def wrong_distributions(ground: Ground, chance: random.Random) -> None:
     head = [5, session, 1]
     ids = msgpack.unpackb(codec.encode(Draft(0, 1, (1,))))[3]
     number = np.full(vocab_size, chance.choice([np.nan, np.inf, -1.0, 0.0, 2.0, 1.0]), "<f2")
-    even = SparseDistribution.round_off(vocab_size, np.arange(4), np.full(4, 0.25), 96)
-    packed = pack_drawn((0, 1), (even, even))
+    even = SparseDistribution.quantize(vocab_size, np.arange(4), np.full(4, 0.25), 96)
+    packed = encode_drafted((0, 1), (even, even))
     damaged = bytearray(packed.data)
     damaged[chance.randrange(len(damaged))] ^= 1 << chance.randrange(8)
     frames = [

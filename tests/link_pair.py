@@ -8,7 +8,7 @@ from typing import TypeAlias
 from basestation.engine import Engine, Peer
 from basestation.scheduler import PassBudget
 from basestation.target_model import TargetModel
-from device.client import Client, Patience
+from device.client import Client, Timeouts
 from device.draft_model import DraftModel
 from device.link import Link
 from protocol.errors import FullError, ProtocolError
@@ -129,4 +129,4 @@ def join(station: Station, model: DraftModel, transport: MemoryTransport | None 
     """A greeted client of ``station``."""
     transport = transport or MemoryTransport(station)
     link = Link(transport, FrameCodec(model.manifest.vocab_size), "memory")
-    return Client(link, model.manifest, Patience(), clock=lambda: transport.now), link
+    return Client(link, model.manifest, Timeouts(), clock=lambda: transport.now), link

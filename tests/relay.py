@@ -10,7 +10,7 @@ class CountingRelay:
     """Listens at ``port`` of loopback and passes everything on to a base station.
 
     Attributes:
-        station_port: of loopback, where new connections lead.
+        station_port: of loopback, where new connections margin.
     """
 
     def __init__(self, station_port: int) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from basestation.verify import Judgement, Round
+from basestation.verify import Round, VerificationResult
 from protocol.coupling import PositionNoise
 from protocol.messages import Sampling
 from protocol.randomness import Stream, uniform
@@ -49,7 +49,7 @@ def accepts(number: float, target_prob: float, draft_prob: float) -> bool:
 
 def judge_one(
     logits: npt.NDArray[np.float32], judged: Round, accepts: Callable[[float, float, float], bool] = accepts
-) -> Judgement:
+) -> VerificationResult:
     """One round, token by token, in the paper's order; logits [draft_len + 1, V]."""
     if not judged.by_distributions:
         return _match(logits, judged)
@@ -58,15 +58,17 @@ def judge_one(
         target, draft = target_probs(logits[index], judged.sampling), dense(sent)
         position = judged.position + index
         if not accepts(uniform(seed, position, Stream.ACCEPT), target[token_id], draft[token_id]):
-            return Judgement(index, draw_one(np.maximum(0, target - draft), uniform(seed, position, Stream.RESULT)))
+            return VerificationResult(
+                index, draw_one(np.maximum(0, target - draft), uniform(seed, position, Stream.RESULT))
+            )
     end = len(judged.drafted)
     bonus = target_probs(logits[end], judged.sampling)
-    return Judgement(end, draw_one(bonus, uniform(seed, judged.position + end, Stream.RESULT)))
+    return VerificationResult(end, draw_one(bonus, uniform(seed, judged.position + end, Stream.RESULT)))
 
 
-def _match(logits: npt.NDArray[np.float32], judged: Round) -> Judgement:
+def _match(logits: npt.NDArray[np.float32], judged: Round) -> VerificationResult:
     target_ids = [_own_token(row, judged.sampling, judged.position + index) for index, row in enumerate(logits)]
-    return Judgement(*_agreed(target_ids, judged.drafted))
+    return VerificationResult(*_agreed(target_ids, judged.drafted))
 
 
 def _own_token(logits: npt.NDArray[np.float32], sampling: Sampling, position: int) -> int:

@@ -8,8 +8,8 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from basestation import coupling
-from basestation.verify import Draw, Judgement, Round, choose_tokens, judge_rounds
+from basestation import coupled_sampling
+from basestation.verify import Draw, Round, VerificationResult, choose_tokens, verify_rounds
 from device.session import DraftSettings
 from protocol.coupling import Integers64, noise_keys
 from protocol.messages import Mode, Sampling
@@ -35,7 +35,7 @@ def answer(draft: Table, mode: Mode, sampling: Sampling, draft_len: int = 4) -> 
     client, _ = join(station, model, MemoryTransport(station))
     session = client.open(DraftSettings(mode, sampling, 8, draft_len), model, [3, 1, 4])
     tokens = [token.token_id for token in session.answer(40)]
-    return tokens, session.tally.accepted, session.tally.drafted
+    return tokens, session.counters.accepted, session.counters.drafted
 
 
 @pytest.mark.parametrize(("kind", "sampling", "draft_len"), list(product(DRAFTS, SAMPLINGS, (1, 4, 8))))
@@ -60,9 +60,9 @@ def test_a_good_draft_is_mostly_accepted(sampling: Sampling) -> None:
 def test_judging_stops_at_the_first_difference() -> None:
     own, sampling = [3, 1, 4, 1], Sampling(1.0)
     logits = torch.nn.functional.one_hot(torch.tensor(own), VOCAB).float() * 1e6
-    for drafted, judgement in (([3, 1, 4], (3, 1)), ([3, 0, 4], (1, 1)), ([], (0, 3))):
+    for drafted, result in (([3, 1, 4], (3, 1)), ([3, 0, 4], (1, 1)), ([], (0, 3))):
         rows = logits[: len(drafted) + 1]
-        assert judge_rounds(rows, [Round(sampling, 9, drafted)]) == [Judgement(*judgement)]
+        assert verify_rounds(rows, [Round(sampling, 9, drafted)]) == [VerificationResult(*result)]
 
 
 def test_sessions_of_all_settings_are_chosen_for_as_each_alone() -> None:
@@ -99,23 +99,25 @@ def test_coupled_sequences_are_distributed_as_the_targets_own(sampling: Sampling
 
 def same_noise_at_every_token(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(
-        coupling, "noise_keys", lambda seeds, places: noise_keys(seeds, [place % (SAMPLES // 10) for place in places])
+        coupled_sampling,
+        "noise_keys",
+        lambda seeds, places: noise_keys(seeds, [place % (SAMPLES // 10) for place in places]),
     )
 
 
 def largest_of_a_block_as_of_one_token(patch: pytest.MonkeyPatch) -> None:
-    make = coupling._Noise.__init__
+    make = coupled_sampling._Noise.__init__
 
-    def init(noise: coupling._Noise, keys: Integers64, vocab_size: int, place: torch.device) -> None:
+    def init(noise: coupled_sampling._Noise, keys: Integers64, vocab_size: int, place: torch.device) -> None:
         make(noise, keys, vocab_size, place)
         noise.maxima -= np.log(vocab_size)  # one block here
 
-    patch.setattr(coupling._Noise, "__init__", init)
+    patch.setattr(coupled_sampling._Noise, "__init__", init)
 
 
 def coarse_noise(patch: pytest.MonkeyPatch) -> None:
-    uniform = coupling._Noise._uniform
-    patch.setattr(coupling._Noise, "_uniform", lambda *place: ((uniform(*place) * 4).floor() + 0.5) / 4)
+    uniform = coupled_sampling._Noise._uniform
+    patch.setattr(coupled_sampling._Noise, "_uniform", lambda *place: ((uniform(*place) * 4).floor() + 0.5) / 4)
 
 
 @pytest.mark.parametrize("defect", [same_noise_at_every_token, largest_of_a_block_as_of_one_token, coarse_noise])

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from basestation.engine import Peer
-from basestation.flow import Flow
-from basestation.kv_arena import Segment
+from basestation.kv_pool import Segment
+from basestation.rate_limit import RateLimiter
 from basestation.server import Server
 from basestation.target_model import TargetModel
 from device.session import DraftSettings
@@ -38,7 +38,7 @@ def station() -> Station:
 def test_a_welcome_tells_every_limit() -> None:
     welcome = RawDevice(station(), greet=False).say(hello(VOCAB))
     assert isinstance(welcome, Welcome)
-    told = {name: getattr(welcome, name) for name in vars(TIGHT) if name != "keep_seconds"}
+    told = {name: getattr(welcome, name) for name in vars(TIGHT) if name != "idle_timeout"}
     assert told == {name: getattr(TIGHT, name) for name in told}
 
 
@@ -94,13 +94,13 @@ def test_a_limit_below_one_is_refused_with_its_name(name: str) -> None:
 # -- the rate of requests --
 
 
-def allowed(flow: Flow, name: str, messages: int) -> int:
+def allowed(flow: RateLimiter, name: str, messages: int) -> int:
     return sum(flow.allows(name) for _ in range(messages))
 
 
 def test_a_burst_is_taken_and_then_the_rate() -> None:
     now = 0.0
-    flow = Flow(10, clock=lambda: now)
+    flow = RateLimiter(10, clock=lambda: now)
     assert allowed(flow, "a", 100) == 40  # four seconds' worth
     now = 1.0
     assert allowed(flow, "a", 100) == 10
@@ -111,15 +111,15 @@ def test_a_burst_is_taken_and_then_the_rate() -> None:
 
 def test_a_sender_of_too_much_is_told_once_a_second() -> None:
     now = 0.0
-    flow = Flow(1, clock=lambda: now)
+    flow = RateLimiter(1, clock=lambda: now)
     allowed(flow, "a", 5)
-    assert [flow.tells("a") for _ in range(3)] == [True, False, False]
+    assert [flow.should_notify("a") for _ in range(3)] == [True, False, False]
     now = 1.0
-    assert flow.tells("a")
+    assert flow.should_notify("a")
 
 
 def test_forgotten_senders_take_no_memory() -> None:
-    flow = Flow(1)
+    flow = RateLimiter(1)
     for number in range(10_100):
         flow.allows(str(number))
     assert len(vars(flow)["_senders"]) == 10_000

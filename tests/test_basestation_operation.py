@@ -18,11 +18,11 @@ from rich.console import Console
 from basestation.logs import JsonFormatter
 from basestation.metrics import Metrics
 from basestation.monitor import Monitor
+from basestation.pass_records import PassRecordFile
 from basestation.profiler import PassProfiler
-from basestation.records import Records
 from basestation.server import Server
 from basestation.top import parse_snapshot, read_snapshot, render
-from device.client import Client, Patience
+from device.client import Client, Timeouts
 from device.link import Link
 from device.session import DeviceSession, DraftSettings
 from protocol.errors import FaultError, LinkError, SettingsError
@@ -52,7 +52,7 @@ class Place:
     record: Path
     links: list[Link] = field(default_factory=list)
 
-    def session(self, settings: DraftSettings, patience: Patience | None = None) -> tuple[DeviceSession, Link]:
+    def session(self, settings: DraftSettings, patience: Timeouts | None = None) -> tuple[DeviceSession, Link]:
         model = FakeDraftModel.make(DRAFT)
         link = Link.connect(self.server.address, FrameCodec(VOCAB))
         self.links.append(link)
@@ -82,7 +82,7 @@ def get(url: str) -> tuple[int, str]:
 @pytest.fixture
 def place(tmp_path: Path) -> Iterator[Place]:
     metrics, record = Metrics(), tmp_path / "rounds.jsonl"
-    with closing(Monitor("127.0.0.1:0", metrics)) as monitor, closing(Records(record)) as records:
+    with closing(Monitor("127.0.0.1:0", metrics)) as monitor, closing(PassRecordFile(record)) as records:
         server = Server(FakeTarget.make(TARGET), "tcp://127.0.0.1:0", metrics=metrics, records=records)
         monitor.alive, monitor.ready = (lambda: server.alive), (lambda: not server.draining)
         place = Place(server, monitor, record)
@@ -106,12 +106,12 @@ def test_a_scrape_counts_what_the_devices_count(place: Place) -> None:
         session, link = place.session(settings)
         tokens = [token.token_id for token in session.answer(30)]
         session.close()
-        mode, tally = str(settings.mode), session.tally
-        assert settled(place, "rounds_total", mode, tally.rounds) == tally.rounds
+        mode, counters = str(settings.mode), session.counters
+        assert settled(place, "rounds_total", mode, counters.rounds) == counters.rounds
         samples = place.samples()
-        assert samples["drafted_tokens_total", mode] == tally.drafted
-        assert samples["accepted_tokens_total", mode] == tally.accepted
-        assert tally.accepted + tally.rounds == len(tokens) == 30
+        assert samples["drafted_tokens_total", mode] == counters.drafted
+        assert samples["accepted_tokens_total", mode] == counters.accepted
+        assert counters.accepted + counters.rounds == len(tokens) == 30
         greeting = [samples[f"{way}_bytes_total", "none"] for way in ("uplink", "downlink")]
         assert greeting[0] > 0
         assert link.uplink_bytes > samples["uplink_bytes_total", mode] > link.uplink_bytes / 2
@@ -128,9 +128,9 @@ def test_acceptance_by_position_sums_to_the_whole(place: Place) -> None:
     session, _ = place.session(SETTINGS[0])
     for _ in session.answer(40):
         pass
-    assert settled(place, "rounds_total", "ids", session.tally.rounds) == session.tally.rounds
+    assert settled(place, "rounds_total", "ids", session.counters.rounds) == session.counters.rounds
     samples = place.samples()
-    for name, whole in (("drafted", session.tally.drafted), ("accepted", session.tally.accepted)):
+    for name, whole in (("drafted", session.counters.drafted), ("accepted", session.counters.accepted)):
         counts = [samples.get((f"{name}_tokens_at_total", str(position)), 0.0) for position in range(1, 5)]
         assert sum(counts) == whole
         assert counts == sorted(counts, reverse=True)
@@ -160,7 +160,7 @@ def test_a_base_station_is_ready_until_it_drains(place: Place) -> None:
     place.server.stop(drain_seconds=30)
     assert [place.get(path)[0] for path in ("/healthz", "/readyz")] == [200, 503]
     with pytest.raises(FaultError, match="shutting down") as caught:
-        place.session(SETTINGS[0], Patience(reply=1))
+        place.session(SETTINGS[0], Timeouts(reply=1))
     assert caught.value.fault_code == "closing"
     assert [first, *(token.token_id for token in stream)] == target_alone(TARGET, PROMPT, 20)
 
@@ -188,10 +188,10 @@ def test_a_monitor_says_not_ready_while_the_model_is_loaded() -> None:
 def test_every_round_leaves_a_line_that_joins_with_the_devices(place: Place) -> None:
     session, _ = place.session(SETTINGS[0])
     committed = [token.token_id for token in session.answer(30)]
-    assert settled(place, "rounds_total", "ids", session.tally.rounds) == session.tally.rounds
+    assert settled(place, "rounds_total", "ids", session.counters.rounds) == session.counters.rounds
     lines = [json.loads(line) for line in place.record.read_text(encoding="utf-8").splitlines()]
     assert [(line["session"], line["round"]) for line in lines] == [(0, 1 + index) for index in range(len(lines))]
-    assert sum(line["drafted"] for line in lines) == session.tally.drafted
+    assert sum(line["drafted"] for line in lines) == session.counters.drafted
     assert sum(line["accepted"] + 1 for line in lines) == len(committed)
     assert lines[-1]["token_id"] == committed[-1]
     assert {line["mode"] for line in lines} == {"ids"}
@@ -205,16 +205,16 @@ def test_a_table_shows_what_happened_between_two_looks(place: Place) -> None:
     before = read_snapshot(place.monitor.url, now=0.0)
     for _ in session.answer(40):
         pass
-    assert settled(place, "rounds_total", "ids", session.tally.rounds) == session.tally.rounds
+    assert settled(place, "rounds_total", "ids", session.counters.rounds) == session.counters.rounds
     console = Console(width=120, record=True, file=Path("/dev/null").open("w", encoding="utf-8"))  # noqa: SIM115
     console.print(render(before, read_snapshot(place.monitor.url, now=2.0)))
     console.file.close()
     rows = [line.replace("│", " ").split() for line in console.export_text().splitlines()]
     (ids,) = [row for row in rows if row[:1] == ["ids"]]
     assert ids[1:4] == [
-        f"{session.tally.rounds / 2:.1f}",
+        f"{session.counters.rounds / 2:.1f}",
         f"{40 / 2:.1f}",
-        f"{session.tally.accepted / session.tally.drafted:.0%}",
+        f"{session.counters.accepted / session.counters.drafted:.0%}",
     ]
     assert ["sessions", "1"] in rows
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from basestation.kv_arena import STEP
+from basestation.kv_pool import STEP
 from basestation.scheduler import PassBudget
-from basestation.verify import Judgement, Round, judge_rounds
+from basestation.verify import Round, VerificationResult, verify_rounds
 from protocol.errors import SettingsError
 from protocol.messages import OLDEST_VERSION, Close, Decode, Extend, Fault, Opened, Verdict
 from tests.fakes import target_alone
@@ -141,7 +141,7 @@ def test_answers_do_not_depend_on_neighbours(capacity: int, memory: int | None) 
     assert judged > 150
     for name in talkers:
         station.push(bytes([name]), CODEC.encode(Close(0)))
-    assert target_of(station).arena.used == 0
+    assert target_of(station).kv_pool.used == 0
 
 
 def test_the_longest_silent_lose_their_cache_and_keep_their_tokens() -> None:
@@ -151,8 +151,8 @@ def test_the_longest_silent_lose_their_cache_and_keep_their_tokens() -> None:
         talkers.append(Talker(station, name, prompt_of(50, name)))
         settle(station)
         station.now += 10
-    arena = target_of(station).arena
-    assert arena.used == 3 * STEP
+    kv_pool = target_of(station).kv_pool
+    assert kv_pool.used == 3 * STEP
     assert target_of(station).tokens == [49] * 5
     for cached in (4, 3, 2):
         talkers[cached].heard()
@@ -166,7 +166,7 @@ def test_the_longest_silent_lose_their_cache_and_keep_their_tokens() -> None:
     settle(station)
     talkers[0].commit()
     assert target_of(station).tokens[8:] == [54]
-    assert arena.used == 3 * STEP
+    assert kv_pool.used == 3 * STEP
 
 
 def test_a_full_station_says_when_to_come_back() -> None:
@@ -223,19 +223,19 @@ def test_a_round_that_is_too_much_for_the_memory_ends_its_session_and_no_other()
     assert isinstance(fault, Fault)
     assert (fault.session_id, fault.code) == (0, "full")
     assert (fault.text, fault.retry_seconds) == ("the base station is out of memory; come back in 5 s", 5)
-    assert target_of(station).arena.used == STEP  # of the silent one nothing is left
+    assert target_of(station).kv_pool.used == STEP  # of the silent one nothing is left
     talkers[2].draft()
     settle(station)
     talkers[2].commit()
 
 
 def test_memory_that_is_short_for_judging_alone_costs_nobody_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
-    def judge_few(logits: torch.Tensor, rounds: Sequence[Round]) -> list[Judgement]:
+    def judge_few(logits: torch.Tensor, rounds: Sequence[Round]) -> list[VerificationResult]:
         if len(rounds) > 1:
             raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate")
-        return judge_rounds(logits, rounds)
+        return verify_rounds(logits, rounds)
 
-    monkeypatch.setattr("basestation.engine.judge_rounds", judge_few)
+    monkeypatch.setattr("basestation.engine.verify_rounds", judge_few)
     station = new_station()
     talkers = [Talker(station, name, prompt_of(5, name)) for name in range(4)]
     for talker in talkers:

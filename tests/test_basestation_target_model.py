@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from basestation import memory
-from basestation.kv_arena import ATTENTION_NAME, STEP, Segment, Stretch
+from basestation.kv_pool import ATTENTION_NAME, STEP, Segment, SequenceKVCache
 from basestation.memory import check_fits, kv_budget, parse_size
 from basestation.target_model import SUPPORTED, TargetModel, Vocabulary, refuse_unsupported, register_attention
 from protocol.errors import ModelError, SettingsError
@@ -76,18 +76,18 @@ def test_packed_passes_are_the_architectures_own(architecture: str, changes: dic
     """Three sessions of different lengths, prefilled in chunks, rolled back in between."""
     plain, target = tiny_pair(architecture, **changes)
     texts = [ids(length, seed) for seed, length in enumerate((40, 23, 9))]
-    stretches = [target.new_stretch() for _ in texts]
+    kv_caches = [target.new_kv_cache() for _ in texts]
     for start in range(0, 40, 7):
         target.forward(
             [
-                Segment(stretch, text[start : start + 7], 0)
-                for stretch, text in zip(stretches, texts, strict=True)
+                Segment(kv_cache, text[start : start + 7], 0)
+                for kv_cache, text in zip(kv_caches, texts, strict=True)
                 if text[start : start + 7]
             ]
         )
-    for stretch, text in zip(stretches, texts, strict=True):
-        stretch.rollback(len(text) - 5)
-    segments = [Segment(stretch, text[-5:], 5) for stretch, text in zip(stretches, texts, strict=True)]
+    for kv_cache, text in zip(kv_caches, texts, strict=True):
+        kv_cache.rollback(len(text) - 5)
+    segments = [Segment(kv_cache, text[-5:], 5) for kv_cache, text in zip(kv_caches, texts, strict=True)]
     logits = torch.split(target.forward(segments), 5)
     for text, rows in zip(texts, logits, strict=True):
         with torch.inference_mode():
@@ -105,24 +105,24 @@ def test_passes_behind_a_common_beginning_are_the_architectures_own(architecture
     plain, target = tiny_pair(architecture, **changes)
     beginning = ids(2 * STEP, 9)
     texts = [[*beginning, *ids(length, seed)] for seed, length in enumerate((40, 6, 23))]
-    stretches = [target.new_stretch() for _ in texts]
+    kv_caches = [target.new_kv_cache() for _ in texts]
     for start in range(0, len(texts[0]), 50):
-        target.forward([Segment(stretches[0], texts[0][start : start + 50], 0)])
-    for stretch, length in zip(stretches[1:], (2 * STEP, STEP), strict=True):
-        stretch.join(stretches[0], length)
+        target.forward([Segment(kv_caches[0], texts[0][start : start + 50], 0)])
+    for kv_cache, length in zip(kv_caches[1:], (2 * STEP, STEP), strict=True):
+        kv_cache.join(kv_caches[0], length)
     for end in (2 * STEP + 3, len(texts[0])):
         target.forward(
             [
-                Segment(stretch, text[stretch.length : end], 0)
-                for stretch, text in zip(stretches, texts, strict=True)
-                if text[stretch.length : end]
+                Segment(kv_cache, text[kv_cache.length : end], 0)
+                for kv_cache, text in zip(kv_caches, texts, strict=True)
+                if text[kv_cache.length : end]
             ]
         )
-    for stretch, text in zip(stretches, texts, strict=True):
-        stretch.rollback(len(text) - 5)
-    segments = [Segment(stretch, text[-5:], 5) for stretch, text in zip(stretches, texts, strict=True)]
+    for kv_cache, text in zip(kv_caches, texts, strict=True):
+        kv_cache.rollback(len(text) - 5)
+    segments = [Segment(kv_cache, text[-5:], 5) for kv_cache, text in zip(kv_caches, texts, strict=True)]
     logits = torch.split(target.forward(segments), 5)
-    assert target.arena.shared == 3 * STEP
+    assert target.kv_pool.shared == 3 * STEP
     for text, rows in zip(texts, logits, strict=True):
         with torch.inference_mode():
             expected = plain(torch.tensor([text]), use_cache=False).logits[0, -5:]
@@ -136,16 +136,16 @@ def test_a_common_beginning_changes_no_bit(new: int, window: int | None) -> None
     _, target = tiny_pair("mistral", hidden_size=192, num_attention_heads=6, head_dim=64, sliding_window=window)
     text = ids(2 * STEP + 77, 0)
 
-    def run(stretch: Stretch, start: int, end: int) -> torch.Tensor:
-        return target.forward([Segment(stretch, text[start:end], min(new, end - start))])
+    def run(kv_cache: SequenceKVCache, start: int, end: int) -> torch.Tensor:
+        return target.forward([Segment(kv_cache, text[start:end], min(new, end - start))])
 
-    alone, lender, borrower = (target.new_stretch() for _ in range(3))
-    for stretch in (alone, lender):
-        run(stretch, 0, 2 * STEP)
-        run(stretch, 2 * STEP, len(text) - new)
-    borrower.join(lender, 2 * STEP)
+    alone, source, borrower = (target.new_kv_cache() for _ in range(3))
+    for kv_cache in (alone, source):
+        run(kv_cache, 0, 2 * STEP)
+        run(kv_cache, 2 * STEP, len(text) - new)
+    borrower.join(source, 2 * STEP)
     run(borrower, 2 * STEP, len(text) - new)
-    expected, *others = (run(stretch, len(text) - new, len(text)) for stretch in (alone, lender, borrower))
+    expected, *others = (run(kv_cache, len(text) - new, len(text)) for kv_cache in (alone, source, borrower))
     for logits in others:
         assert torch.equal(logits, expected)
 
@@ -155,7 +155,7 @@ def test_a_window_makes_a_difference(architecture: str) -> None:
     """Without this the tests of windows would show little."""
     text = ids(40, 0)
     targets = [tiny_pair(architecture, **changes)[1] for changes in (NO_WINDOWS[architecture], WINDOWS[architecture])]
-    whole, windowed = (target.forward([Segment(target.new_stretch(), text, 1)]) for target in targets)
+    whole, windowed = (target.forward([Segment(target.new_kv_cache(), text, 1)]) for target in targets)
     assert not torch.allclose(whole, windowed, atol=1e-2)
 
 
@@ -177,7 +177,7 @@ def test_a_target_that_does_not_fit_is_refused_with_the_sizes(monkeypatch: pytes
 
 def test_of_all_lengths_of_a_pass_few_reach_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     _, target = tiny_pair("llama")
-    stretch, text, seen = target.new_stretch(), ids(300, 1), list[tuple[int, int]]()
+    kv_cache, text, seen = target.new_kv_cache(), ids(300, 1), list[tuple[int, int]]()
     run = target._model.forward
 
     def watched(input_ids: torch.Tensor, logits_to_keep: torch.Tensor, **others: Any) -> Any:
@@ -185,11 +185,11 @@ def test_of_all_lengths_of_a_pass_few_reach_the_model(monkeypatch: pytest.Monkey
         return run(input_ids=input_ids, logits_to_keep=logits_to_keep, **others)
 
     monkeypatch.setattr(target._model, "forward", watched)
-    whole = target.forward([Segment(stretch, text, len(text))])
+    whole = target.forward([Segment(kv_cache, text, len(text))])
     for length in range(1, len(text) + 1):
-        stretch.rollback(0)
-        logits = target.forward([Segment(stretch, text[:length], length)])
-        assert stretch.length == length
+        kv_cache.rollback(0)
+        logits = target.forward([Segment(kv_cache, text[:length], length)])
+        assert kv_cache.length == length
         assert torch.allclose(logits, whole[:length], atol=2e-4, rtol=1e-4)
         assert seen[-1] == (seen[-1][0], seen[-1][0])
         assert 0 <= seen[-1][0] - length < max(8, length / 16)

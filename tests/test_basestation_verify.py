@@ -16,8 +16,8 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from basestation.verify import Draw, Judgement, Round, choose_tokens, judge_rounds, target_weights
-from device.sampling import Uplink, draft_distribution, whole_distribution
+from basestation.verify import Draw, Round, VerificationResult, choose_tokens, target_weights, verify_rounds
+from device.sampling import Uplink, draft_distribution, full_distribution
 from protocol.frames import FrameCodec
 from protocol.messages import Draft, Sampling
 from protocol.randomness import UNIFORM_BITS, WORD_BITS, Stream, random_words, uniform
@@ -85,8 +85,8 @@ class Sampler:
     def judged_by(self, state: State) -> SparseDistribution:
         return self.sent(state)
 
-    def judge(self, logits: npt.NDArray[np.float32], rounds: Sequence[Round]) -> list[Judgement]:
-        return judge_rounds(torch.from_numpy(logits), rounds)
+    def judge(self, logits: npt.NDArray[np.float32], rounds: Sequence[Round]) -> list[VerificationResult]:
+        return verify_rounds(torch.from_numpy(logits), rounds)
 
     def sequences(self, seeds: Ids) -> Ids:
         """[n, LENGTH], one sequence a seed."""
@@ -116,9 +116,9 @@ class Sampler:
             Round(Sampling(self.case.temperature, top_p=self.case.top_p, seed=seed), length, ids, sent, True)
             for seed, ids, sent in zip(seeds.tolist(), drafted.tolist(), distributions.tolist(), strict=True)
         ]
-        judgements = self.judge(logits, rounds)
-        accepted = np.array([one.accepted for one in judgements])
-        tokens[np.arange(len(tokens)), 1 + length + accepted] = [one.token_id for one in judgements]
+        results = self.judge(logits, rounds)
+        accepted = np.array([one.accepted for one in results])
+        tokens[np.arange(len(tokens)), 1 + length + accepted] = [one.token_id for one in results]
         return tokens, length + accepted + 1
 
     def draw(self, states: Ids, seeds: Ids, position: int) -> Ids:
@@ -161,7 +161,7 @@ class Sampler:
 
     def _sent(self, state: State) -> SparseDistribution:
         if self.case.steps == 0:
-            distribution = whole_distribution(DRAFT[state], self.case.sampling)
+            distribution = full_distribution(DRAFT[state], self.case.sampling)
         else:
             distribution = self.drafted(state, Uplink(self.case.uplink_k, self.case.uplink_p, self.case.steps))
         draft = Draft(0, 1, (int(distribution.support[distribution.weights.argmax()]),), (distribution,))
@@ -214,20 +214,20 @@ class VerifiesUnrounded(Sampler):
 class RecoversFromTarget(Sampler):
     """Draws the recovered token from the target itself instead of the residual."""
 
-    def judge(self, logits: npt.NDArray[np.float32], rounds: Sequence[Round]) -> list[Judgement]:
-        judgements, start = [], 0
-        for judgement, judged in zip(super().judge(logits, rounds), rounds, strict=True):
-            probs = target_probs(logits[start + judgement.accepted], judged.sampling)
-            number = uniform(judged.sampling.seed, judged.position + judgement.accepted, Stream.RESULT)
-            judgements.append(Judgement(judgement.accepted, draw_one(probs, number)))
+    def judge(self, logits: npt.NDArray[np.float32], rounds: Sequence[Round]) -> list[VerificationResult]:
+        results, start = [], 0
+        for result, judged in zip(super().judge(logits, rounds), rounds, strict=True):
+            probs = target_probs(logits[start + result.accepted], judged.sampling)
+            number = uniform(judged.sampling.seed, judged.position + result.accepted, Stream.RESULT)
+            results.append(VerificationResult(result.accepted, draw_one(probs, number)))
             start += judged.rows
-        return judgements
+        return results
 
 
 class AcceptsByInverse(Sampler):
     """Accepts by Q/P where P/Q is right."""
 
-    def judge(self, logits: npt.NDArray[np.float32], rounds: Sequence[Round]) -> list[Judgement]:
+    def judge(self, logits: npt.NDArray[np.float32], rounds: Sequence[Round]) -> list[VerificationResult]:
         parts = np.split(logits, np.cumsum([one.rows for one in rounds])[:-1])
         inverse = partial(judge_one, accepts=lambda number, target, draft: number * target < draft)
         return [inverse(part, one) for part, one in zip(parts, rounds, strict=True)]
@@ -263,7 +263,7 @@ def random_round(rng: np.random.Generator, logits: npt.NDArray[np.float32]) -> R
     if kind < 2:
         greedy = [int(one.argmax()) for one in guessed]
         return Round(Sampling() if kind == 0 else sampling, position, greedy)
-    how: Callable[[npt.NDArray[np.float32]], SparseDistribution] = partial(whole_distribution, sampling=sampling)
+    how: Callable[[npt.NDArray[np.float32]], SparseDistribution] = partial(full_distribution, sampling=sampling)
     if kind == 3:
         how = partial(draft_distribution, sampling=sampling, uplink=Uplink(8, 1.0, 64))
     distributions = [how(one) for one in guessed]
@@ -277,27 +277,27 @@ def test_rounds_of_all_kinds_are_judged_as_each_alone_and_slowly(seed: int) -> N
     rng = np.random.default_rng(seed)
     parts = [rng.normal(0, 2, (1 + int(rng.integers(0, 6)), 40)).astype(np.float32) for _ in range(12)]
     rounds = [random_round(rng, part) for part in parts]
-    judgements = judge_rounds(torch.from_numpy(np.concatenate(parts)), rounds)
-    alone = [judge_rounds(torch.from_numpy(part), [one])[0] for part, one in zip(parts, rounds, strict=True)]
-    assert judgements == alone == [judge_one(part, one) for part, one in zip(parts, rounds, strict=True)]
+    results = verify_rounds(torch.from_numpy(np.concatenate(parts)), rounds)
+    alone = [verify_rounds(torch.from_numpy(part), [one])[0] for part, one in zip(parts, rounds, strict=True)]
+    assert results == alone == [judge_one(part, one) for part, one in zip(parts, rounds, strict=True)]
 
 
 def test_no_rounds_have_no_judgements() -> None:
-    assert judge_rounds(torch.empty(0, VOCAB), []) == []
+    assert verify_rounds(torch.empty(0, VOCAB), []) == []
 
 
 def test_a_drafted_token_outside_its_own_distribution_is_judged_like_any_other() -> None:
     sent = SparseDistribution(3, np.array([1]), np.array([4]), 4)
     likely, impossible = torch.tensor([[9.0, 0, 0], [0, 0, 9.0]]), torch.tensor([[-torch.inf, 0, 0], [0, 0, 9.0]])
-    assert judge_rounds(likely, [Round(Sampling(1.0), 5, [0], [sent], True)])[0].accepted == 1
-    assert judge_rounds(impossible, [Round(Sampling(1.0), 5, [0], [sent], True)])[0] == Judgement(0, 2)
+    assert verify_rounds(likely, [Round(Sampling(1.0), 5, [0], [sent], True)])[0].accepted == 1
+    assert verify_rounds(impossible, [Round(Sampling(1.0), 5, [0], [sent], True)])[0] == VerificationResult(0, 2)
 
 
 def test_greedy_accepts_up_to_the_first_difference() -> None:
     logits = torch.tensor([[0.0, 1, 0], [0, 0, 1], [1, 0, 0]])
     assert choose_tokens(logits, [Draw(Sampling(), position) for position in range(3)]).tolist() == [1, 2, 0]
-    for drafted, judgement in (([1, 2], (2, 0)), ([1, 1], (1, 2)), ([0, 2], (0, 1))):
-        assert judge_rounds(logits, [Round(Sampling(), 7, drafted)]) == [Judgement(*judgement)]
+    for drafted, result in (([1, 2], (2, 0)), ([1, 1], (1, 2)), ([0, 2], (0, 1))):
+        assert verify_rounds(logits, [Round(Sampling(), 7, drafted)]) == [VerificationResult(*result)]
 
 
 def test_the_targets_probabilities_keep_the_nucleus_and_no_more() -> None:

@@ -49,24 +49,26 @@ def heard(device: RawDevice) -> list[Message]:
 
 def test_drafts_on_right_guesses_are_all_judged() -> None:
     device, target = opened()
-    send(device, Draft(0, 1, tuple(OWN[:3])), Draft(0, 2, tuple(OWN[4:6]), guess=OWN[3]))
-    send(device, Draft(0, 3, (OWN[7], OWN[0]), guess=OWN[6]))
+    send(device, Draft(0, 1, tuple(OWN[:3])), Draft(0, 2, tuple(OWN[4:6]), assumed_bonus=OWN[3]))
+    send(device, Draft(0, 3, (OWN[7], OWN[0]), assumed_bonus=OWN[6]))
     assert heard(device) == [Verdict(0, 1, 3, OWN[3]), Verdict(0, 2, 2, OWN[6]), Verdict(0, 3, 1, OWN[8])]
     assert len(target.passes) == 3
 
 
 @pytest.mark.parametrize(
-    ("first", "guess"),
+    ("first", "assumed_bonus"),
     [((OWN[0], other_than(OWN[1])), OWN[2]), ((OWN[0], OWN[1]), other_than(OWN[2]))],
-    ids=["a rejected token", "another token than guessed"],
+    ids=["a rejected token", "another token than pipelined"],
 )
-def test_what_builds_on_a_wrong_guess_is_void_without_a_pass(first: tuple[int, int], guess: int) -> None:
+def test_what_builds_on_a_wrong_guess_is_void_without_a_pass(first: tuple[int, int], assumed_bonus: int) -> None:
     device, target = opened()
-    send(device, Draft(0, 1, first), Draft(0, 2, (1,), guess=guess), Draft(0, 3, (2,), guess=5))
+    send(device, Draft(0, 1, first), Draft(0, 2, (1,), assumed_bonus=assumed_bonus), Draft(0, 3, (2,), assumed_bonus=5))
     (verdict,) = heard(device)
     assert isinstance(verdict, Verdict)
     assert len(target.passes) == 1
-    send(device, Draft(0, 2, (1,), guess=guess), Draft(0, 3, (2,), guess=5))  # repeated: void as ever
+    send(
+        device, Draft(0, 2, (1,), assumed_bonus=assumed_bonus), Draft(0, 3, (2,), assumed_bonus=5)
+    )  # repeated: void as ever
     assert (heard(device), len(target.passes)) == ([], 1)
     end = verdict.accepted + 1
     assert device.say(Draft(0, 4, (OWN[end],))) == Verdict(0, 4, 1, OWN[end + 1])
@@ -75,14 +77,18 @@ def test_what_builds_on_a_wrong_guess_is_void_without_a_pass(first: tuple[int, i
 def test_a_void_draft_that_comes_late_is_not_answered() -> None:
     device, target = opened()
     assert device.say(Draft(0, 1, (OWN[0],))) == Verdict(0, 1, 1, OWN[1])
-    assert device.say(Draft(0, 2, (OWN[3],), guess=other_than(OWN[1]))) is None
+    assert device.say(Draft(0, 2, (OWN[3],), assumed_bonus=other_than(OWN[1]))) is None
     assert device.say(Draft(0, 3, (OWN[2],))) == Verdict(0, 3, 1, OWN[3])
     assert len(target.passes) == 2
 
 
 def test_every_draft_of_a_window_gets_its_stored_verdict_again() -> None:
     device, target = opened()
-    drafts = [Draft(0, 1, (OWN[0],)), Draft(0, 2, (OWN[2],), guess=OWN[1]), Draft(0, 3, (OWN[4],), guess=OWN[3])]
+    drafts = [
+        Draft(0, 1, (OWN[0],)),
+        Draft(0, 2, (OWN[2],), assumed_bonus=OWN[1]),
+        Draft(0, 3, (OWN[4],), assumed_bonus=OWN[3]),
+    ]
     send(device, *drafts)
     verdicts = heard(device)
     assert len(verdicts) == 3
@@ -93,7 +99,7 @@ def test_every_draft_of_a_window_gets_its_stored_verdict_again() -> None:
 
 def test_more_drafts_than_the_window_end_the_session() -> None:
     device, _ = opened()
-    drafts = [Draft(0, 2 + place, (), guess=OWN[place]) for place in range(Limits.window)]
+    drafts = [Draft(0, 2 + place, (), assumed_bonus=OWN[place]) for place in range(Limits.window)]
     send(device, Draft(0, 1, ()), *drafts)
     fault = next(message for message in heard(device) if isinstance(message, Fault))
     assert (fault.session_id, fault.code) == (0, "state")
@@ -101,7 +107,7 @@ def test_more_drafts_than_the_window_end_the_session() -> None:
 
 
 class AheadDevice:
-    """Drafts ahead on its own guesses, over a link that loses and delays; committed tokens are its ``answer``."""
+    """Drafts ahead on its own assumed bonus tokens, over a link that loses and delays; committed tokens are its ``answer``."""
 
     def __init__(self, device: RawDevice, mode: Mode, sampling: Sampling) -> None:
         self.device, self.mode, self.sampling = device, mode, sampling
@@ -122,35 +128,37 @@ class AheadDevice:
         return tuple(drafted), tuple(drawn)
 
     def run(self, length: int, window: int, chance: random.Random, loss: float) -> None:
-        under_way: list[Draft] = []
+        in_flight: list[Draft] = []
         ahead: list[int] = []
         next_round = 1
         for _ in range(50 * length):
             if len(self.answer) >= length:
                 return
-            while len(under_way) < window:
+            while len(in_flight) < window:
                 tokens = [*PROMPT, *self.answer, *ahead]
-                guess = None
-                if under_way:
-                    (guess,), _ = self.draft(tokens, 1)
-                    tokens.append(guess)
-                    ahead.append(guess)
+                assumed_bonus = None
+                if in_flight:
+                    (assumed_bonus,), _ = self.draft(tokens, 1)
+                    tokens.append(assumed_bonus)
+                    ahead.append(assumed_bonus)
                 drafted, drawn = self.draft(tokens, 2)
-                under_way.append(Draft(0, next_round, drafted, drawn, guess))
+                in_flight.append(Draft(0, next_round, drafted, drawn, assumed_bonus))
                 ahead += drafted
                 next_round += 1
-            for draft in under_way:  # all that is not answered yet, again
+            for draft in in_flight:  # all that is not answered yet, again
                 if chance.random() > loss:
                     send(self.device, draft)
             for reply in heard(self.device):
                 assert isinstance(reply, Verdict)
-                if under_way and reply.round_id == under_way[0].round_id and chance.random() > loss:
-                    done = under_way.pop(0)
+                if in_flight and reply.round_id == in_flight[0].round_id and chance.random() > loss:
+                    done = in_flight.pop(0)
                     self.answer += [*done.token_ids[: reply.accepted], reply.token_id]
                     stands = reply.accepted == len(done.token_ids)
-                    if not (stands and under_way and under_way[0].guess == reply.token_id):
-                        under_way.clear()
-                    ahead = [token for draft in under_way for token in ((draft.guess or 0), *draft.token_ids)][1:]
+                    if not (stands and in_flight and in_flight[0].assumed_bonus == reply.token_id):
+                        in_flight.clear()
+                    ahead = [token for draft in in_flight for token in ((draft.assumed_bonus or 0), *draft.token_ids)][
+                        1:
+                    ]
         raise AssertionError("the answer does not come to its end")
 
 

@@ -10,12 +10,12 @@ import pytest
 from basestation.metrics import Metrics
 from basestation.monitor import Monitor
 from basestation.server import Server
-from bench.capacity import CapacitySettings, measure_replay, ratios
-from bench.churn import ChurnSettings, measure_churn
-from bench.replay import Pace, Recording, record
-from bench.report import write_report
-from bench.results import Results, format_value
-from bench.station import StationProcess
+from bench.report.report import write_report
+from bench.setup.results import Results, format_value
+from bench.setup.station_process import StationProcess
+from bench.station.capacity import CapacitySettings, measure_replay, ratios
+from bench.station.churn import ChurnSettings, measure_churn
+from bench.station.replay import Pace, Recording, record
 from tests.fakes import FakeDraftModel, FakeTarget, blend, manifest, random_table
 from tests.serving import serving
 

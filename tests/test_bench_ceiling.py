@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from basestation.memory import parameter_count
-from bench import ceiling
-from bench.ceiling import SHAPES, Ceiling, combinations, compare
-from bench.report import write_report
-from bench.results import Results, Row
+from bench.report.report import write_report
+from bench.setup.results import Results, Row
+from bench.station import ceiling
+from bench.station.ceiling import SHAPES, Ceiling, combinations, compare
 from protocol.errors import SettingsError
 
 CPU = torch.device("cpu")

@@ -9,24 +9,24 @@ from pathlib import Path
 
 import pytest
 
-from bench import grid_run
-from bench.auto_prediction import JudgedRound, Track, planned_pace
-from bench.cell_file import CellFile
-from bench.grid import COLOCATED, FULL, TARGET, Answers, Cell, cases, cells
-from bench.grid_run import GridRun, GridSettings, Model
-from bench.grid_summary import auto_paces, misses, predicted_rows, share_near
-from bench.pace import Length, Pace, measure_pace
-from bench.prediction import Calibration, standing
-from bench.recording import RecordingClient, RoundFigures
-from bench.report import write_report
-from bench.results import Results, Row, number
-from bench.workplace import Workplace
+from bench.grid import run as grid_run
+from bench.grid.cell_file import CellFile
+from bench.grid.cells import COLOCATED, FULL, TARGET, Answers, Cell, cases, cells
+from bench.grid.planner_prediction import Track, VerifiedDraft, planned_pace
+from bench.grid.prediction import Calibration, standing
+from bench.grid.recording_client import RecordingClient, RoundFigures
+from bench.grid.run import GridRun, GridSettings, Model
+from bench.grid.summary import auto_paces, misses, predicted_rows, share_near
+from bench.grid.throughput import Length, Pace, measure_pace
+from bench.report.report import write_report
+from bench.setup.bench_setup import BenchSetup
+from bench.setup.results import Results, Row, number
 from device.link import Link
-from device.live_planner import LivePlanner
-from device.planner import Direction, expected_tokens
+from device.planner import Planner
+from device.round_model import Direction, expected_tokens
 from device.session import DraftSettings
 from device.tokenizer import Tokenizer
-from protocol.bundle import GateFigures
+from protocol.bundle import QualityFigures
 from protocol.errors import SettingsError
 from protocol.frames import FrameCodec
 from protocol.messages import Mode, Sampling
@@ -34,7 +34,7 @@ from tests.fakes import FakeDraftModel, FakeTarget, blend, random_table
 from tests.link_pair import MemoryTransport, Station
 from tests.sample import BUNDLE, SAMPLE
 
-GATE = GateFigures(argmax_agreement=0.9, overlap=0.8, topk_acceptance=0.7, coupled_acceptance=0.8, positions=100)
+GATE = QualityFigures(argmax_agreement=0.9, overlap=0.8, topk_acceptance=0.7, coupled_acceptance=0.8, positions=100)
 CELL = Cell(0.0, 20.0, 5.0)
 WHY = Answers(["Why is the sky blue?"], Length(6, 1.0))
 TARGET_SECONDS = 0.05
@@ -157,7 +157,7 @@ def test_a_cell_is_predicted_with_its_own_speed_of_the_machine() -> None:
     rows[0]["tokens_per_second"] = 0.5 / TARGET_SECONDS
     with GridRun(BUNDLE, GridSettings(str(SAMPLE), "bfloat16", WHY, WHY), lambda: None) as run:
         run.compare(rows, CELL, loopback)
-        model = Model.of(loopback, run.model.manifest.gate).at(2 * TARGET_SECONDS)
+        model = Model.of(loopback, run.model.manifest.quality).at(2 * TARGET_SECONDS)
     fixed = next(one for one in rows if one["draft_len"] == 4)
     assert fixed["predicted_speedup"] == speedup(model, Mode.IDS, 4, CELL)
     assert fixed["speedup"] == pytest.approx(28.0 * 2 * TARGET_SECONDS)
@@ -178,15 +178,15 @@ def speedup(model: Model, mode: Mode, draft_len: int | None, cell: Cell) -> floa
 
 def test_the_plan_is_predicted_to_do_as_well_as_a_fixed_length_and_better_with_leads_that_tell() -> None:
     times = Calibration({8: [1] * 9}, {8: 0.01}, {8: 0.06}, {8: 1.0}).times(0.05, 0.02, 1e9, Direction())
-    blind = [JudgedRound([None] * 8, accepted) for accepted in (0, 2, 3, 5, 8, 8, 8)]
-    telling = [JudgedRound([*[2.0] * one.accepted, 0.05, *[1.0] * 8][:8], one.accepted) for one in blind]
+    blind = [VerifiedDraft([None] * 8, accepted) for accepted in (0, 2, 3, 5, 8, 8, 8)]
+    telling = [VerifiedDraft([*[2.0] * one.accepted, 0.05, *[1.0] * 8][:8], one.accepted) for one in blind]
     best = max(
         sum(min(one.accepted, draft_len) + 1 for one in blind) / 7 * 0.05 / times.seconds(draft_len)
         for draft_len in range(1, 9)
     )
     order = random.Random(1)  # noqa: S311
 
-    def speedup(rounds: list[JudgedRound]) -> float:
+    def speedup(rounds: list[VerifiedDraft]) -> float:
         return planned_pace(GATE, True, order.sample(40 * rounds, 280), times).tokens_per_second * TARGET_SECONDS
 
     assert speedup(blind) > 0.93 * best
@@ -200,28 +200,28 @@ def test_a_plan_meets_the_tokens_of_its_place_whatever_rounds_they_were_measured
     rounds, place = [], 0
     while place + 9 < len(stands):
         accepted = [*stands[place : place + 8], False].index(False)
-        rounds.append(JudgedRound([float(place + one) for one in range(8)], accepted))
+        rounds.append(VerifiedDraft([float(place + one) for one in range(8)], accepted))
         place += accepted + 1
         stands[place - 1] = accepted == 8  # a bonus token counts as one that would have stood
     track = Track(rounds)
     assert track.length == place
     for begin in range(place - 40):
         judged = track.draft(begin, Drafts(20))
-        assert len(judged.leads) == 20
+        assert len(judged.margins) == 20
         assert judged.accepted == [*stands[begin : begin + 20], False].index(False)
-        for offset, lead in enumerate(judged.leads[: judged.accepted]):
-            assert lead in (begin + offset, None)
+        for offset, margin in enumerate(judged.margins[: judged.accepted]):
+            assert margin in (begin + offset, None)
 
 
-class Drafts(LivePlanner):
+class Drafts(Planner):
     """A plan of always so many tokens."""
 
     def __init__(self, draft_len: int) -> None:
         super().__init__(GATE, greedy=True)
         self._draft_len = draft_len
 
-    def goes_on(self, leads: Sequence[float | None]) -> bool:
-        return len(leads) < self._draft_len
+    def should_continue(self, margins: Sequence[float | None]) -> bool:
+        return len(margins) < self._draft_len
 
 
 def test_a_reply_beyond_the_longest_measured_goes_on_along_the_line() -> None:
@@ -294,21 +294,21 @@ def test_the_report_says_what_lost_what_failed_and_what_is_missing(tmp_path: Pat
 
 
 @pytest.fixture
-def memory_place() -> Workplace:
+def memory_place() -> BenchSetup:
     table = random_table(30, seed=1)
     station = Station(FakeTarget.make(table))
     model = FakeDraftModel.make(blend(table, random_table(30, seed=2), 0.9))
     link = Link(MemoryTransport(station), FrameCodec(30), "memory")
     tokenizer: Tokenizer = object()  # type: ignore[assignment]
-    return Workplace(model, tokenizer, link, RecordingClient(link, model.manifest))
+    return BenchSetup(model, tokenizer, link, RecordingClient(link, model.manifest))
 
 
 @pytest.mark.parametrize(("mode", "draft_len"), [(Mode.TARGET, None), (Mode.IDS, 4), (Mode.IDS, None)])
 def test_a_pace_counts_whole_rounds_behind_the_first(
-    memory_place: Workplace, mode: Mode, draft_len: int | None, monkeypatch: pytest.MonkeyPatch
+    memory_place: BenchSetup, mode: Mode, draft_len: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ticks = iter(range(10**6))
-    monkeypatch.setattr("bench.pace.time.monotonic", lambda: float(next(ticks)))
+    monkeypatch.setattr("bench.grid.throughput.time.monotonic", lambda: float(next(ticks)))
     settings = DraftSettings(mode, Sampling(), uplink_k=1, draft_len=draft_len)
     pace = measure_pace(memory_place, [3, 1, 4], settings, Length(40, 1e9))
     assert 40 <= pace.tokens < 40 + 33
@@ -324,7 +324,7 @@ def killing(monkeypatch: pytest.MonkeyPatch) -> Callable[[GridRun], None]:
     """Kill the base station when the next answer is measured."""
 
     def plan(run: GridRun) -> None:
-        def kill_then_measure(place: Workplace, ids: list[int], settings: DraftSettings, length: Length) -> Pace:
+        def kill_then_measure(place: BenchSetup, ids: list[int], settings: DraftSettings, length: Length) -> Pace:
             assert run._station is not None
             if length is not grid_run.WARM_UP and run._station.alive:
                 os.kill(run._station.process.pid, signal.SIGKILL)

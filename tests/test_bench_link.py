@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.link import Outage, Relay, Schedule, Way, endpoint, parse_outages, relay_command
-from bench.serving import serving
+from bench.link.relay import Outage, Relay, Schedule, Way, endpoint, parse_outages, relay_command
+from bench.setup.server_process import serving
 from protocol.errors import LinkError, SettingsError
 
 SIZES = st.lists(st.integers(1, 1448), min_size=1, max_size=50)

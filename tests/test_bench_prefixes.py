@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from basestation.kv_arena import ATTENTION_NAME, STEP
+from basestation.kv_pool import ATTENTION_NAME, STEP
 from basestation.target_model import TargetModel, Vocabulary, register_attention
-from bench.prefixes import measure_prefixes
+from bench.station.prefixes import measure_prefixes
 from protocol.errors import SettingsError
 
 
@@ -35,7 +35,7 @@ def test_what_is_in_common_is_held_once_in_the_measured_passes(target: TargetMod
         ("prefill, all", None),
         ("prefill, behind 128 in common", None),
     ]
-    assert target.arena.used == 0
+    assert target.kv_pool.used == 0
 
 
 @pytest.mark.parametrize("shared", [0, -STEP, STEP + 1, 2 * STEP])

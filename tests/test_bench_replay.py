@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from basestation.server import Server
-from bench.replay import Pace, Player, Recording, Stage, read_recordings, record, write_recordings
+from bench.station.replay import Pace, Player, Recording, Stage, read_recordings, record, write_recordings
 from device.session import DraftSettings
 from protocol.errors import FaultError, SettingsError
 from protocol.messages import Draft, Mode, Sampling

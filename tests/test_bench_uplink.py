@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from bench.positions import DRAFT_LEN, Corpus, collect
-from bench.uplink import UPLINK_P, check_uplink_k, uplink_rows
+from bench.uplink.modes import UPLINK_P, check_uplink_k, uplink_rows
+from bench.uplink.positions import DRAFT_LEN, Corpus, collect
 from protocol.errors import SettingsError
 from protocol.messages import Sampling
 from tests.fakes import FakeDraftModel, FakeTarget, blend

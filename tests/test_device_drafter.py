@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from device.drafter import Drafter, Guess
-from device.sampling import Uplink, draft_distribution, whole_distribution
-from protocol.coupling import MAX_LEAD
+from device.drafter import Drafter, DraftResult
+from device.sampling import Uplink, draft_distribution, full_distribution
+from protocol.coupling import MAX_MARGIN
 from protocol.messages import Mode, Sampling
 from protocol.randomness import Stream, random_bits
 from tests.fakes import FakeDraftModel, next_logits, random_table, target_alone
@@ -42,21 +42,21 @@ def fresh(mode: Mode, sampling: Sampling, stop_ids: tuple[int, ...] = ()) -> Fre
     return Fresh(Drafter(model, mode, sampling, uplink_of(mode)), cast(FakeDraftModel, model))
 
 
-def slow_draft(mode: Mode, sampling: Sampling, tokens: list[int], draft_len: int) -> Guess:
+def slow_draft(mode: Mode, sampling: Sampling, tokens: list[int], draft_len: int) -> DraftResult:
     """Without a cache: the whole sequence is looked at for each token."""
-    drafted, distributions, leads = list(tokens), [], []
+    drafted, distributions, margins = list(tokens), [], []
     for _ in range(draft_len):
         logits = next_logits(TABLE, drafted)
         one = (
-            whole_distribution(logits, sampling)
+            full_distribution(logits, sampling)
             if mode is Mode.FULL
             else draft_distribution(logits, sampling, uplink_of(mode))
         )
         distributions.append(one)
         second, first = sorted(logits)[-2:]
-        leads.append(min(first - second, MAX_LEAD) if sampling.greedy else None)
+        margins.append(min(first - second, MAX_MARGIN) if sampling.greedy else None)
         drafted.append(one.sample(random_bits(sampling.seed, len(drafted), Stream.DRAFT)))
-    return Guess(tuple(drafted[len(tokens) :]), () if mode is Mode.IDS else tuple(distributions), tuple(leads))
+    return DraftResult(tuple(drafted[len(tokens) :]), () if mode is Mode.IDS else tuple(distributions), tuple(margins))
 
 
 @dataclass(frozen=True)
@@ -89,13 +89,13 @@ def test_after_any_rounds_a_draft_is_that_of_a_fresh_drafter(
 ) -> None:
     kept, tokens = fresh(*mode), list(prompt)
     for one in script:
-        guess = kept.drafter.draft(tokens, one.draft_len)
-        assert guess == fresh(*mode).drafter.draft(tokens, one.draft_len) == slow_draft(*mode, tokens, one.draft_len)
-        assert kept.model.tokens == [*tokens, *guess.token_ids[:-1]][: kept.model.length]
+        drafted = kept.drafter.draft(tokens, one.draft_len)
+        assert drafted == fresh(*mode).drafter.draft(tokens, one.draft_len) == slow_draft(*mode, tokens, one.draft_len)
+        assert kept.model.tokens == [*tokens, *drafted.token_ids[:-1]][: kept.model.length]
         if one.ahead:
             kept.drafter.run_ahead()
-            assert kept.model.tokens == [*tokens, *guess.token_ids]
-        tokens += [*guess.token_ids[: one.accepted], one.token_id]
+            assert kept.model.tokens == [*tokens, *drafted.token_ids]
+        tokens += [*drafted.token_ids[: one.accepted], one.token_id]
         if one.turn:
             tokens = [*tokens[: round(one.keep * len(tokens))], *one.turn]
             if prefill:
@@ -109,9 +109,9 @@ def test_a_round_runs_each_token_once(mode: Mode, sampling: Sampling) -> None:
     one, tokens = fresh(mode, sampling), list(PROMPT)
     one.drafter.prefill(tokens)
     assert one.model.passes == [len(PROMPT) - 1]
-    guess = one.drafter.draft(tokens, 3)
+    drafted = one.drafter.draft(tokens, 3)
     assert one.model.passes[1:] == [1, 1, 1]
-    tokens += [*guess.token_ids, 0]  # all stand: the last drafted token and the bonus were not run
+    tokens += [*drafted.token_ids, 0]  # all stand: the last drafted token and the bonus were not run
     one.drafter.draft(tokens, 3)
     assert one.model.passes[4:] == [2, 1, 1]
     tokens.append(5 if one.drafter.draft(tokens, 1).token_ids[0] != 5 else 4)  # none stands
@@ -159,7 +159,7 @@ def test_prefill_of_one_token_or_of_what_is_cached_runs_nothing() -> None:
 
 def test_a_draft_of_no_tokens_runs_nothing() -> None:
     one = fresh(Mode.TOPK, SAMPLED)
-    assert one.drafter.draft(PROMPT, 0) == Guess((), (), ())
+    assert one.drafter.draft(PROMPT, 0) == DraftResult((), (), ())
     assert one.model.passes == []
 
 
@@ -169,9 +169,9 @@ def test_a_draft_ends_after_a_stop_id(mode: Mode, sampling: Sampling) -> None:
     for stop in sorted(set(unstopped)):
         end = unstopped.index(stop) + 1
         one = fresh(mode, sampling, (stop,))
-        guess = one.drafter.draft(PROMPT, 8)
-        assert guess.token_ids == unstopped[:end]
-        assert len(guess.distributions) == (0 if mode is Mode.IDS else end)
+        drafted = one.drafter.draft(PROMPT, 8)
+        assert drafted.token_ids == unstopped[:end]
+        assert len(drafted.distributions) == (0 if mode is Mode.IDS else end)
         assert len(one.model.passes) == end
 
 
@@ -182,14 +182,14 @@ def test_greedy_drafts_are_the_draft_models_own_answer() -> None:
 
 def test_distributions_have_the_entries_that_the_mode_sends() -> None:
     for mode, count in ((Mode.TOPK, 3), (Mode.FULL, VOCAB)):
-        guess = fresh(mode, SAMPLED).drafter.draft(PROMPT, 4)
-        assert [len(one) for one in guess.distributions] == [count] * 4
+        drafted = fresh(mode, SAMPLED).drafter.draft(PROMPT, 4)
+        assert [len(one) for one in drafted.distributions] == [count] * 4
 
 
 def test_a_draft_depends_on_the_seed_and_on_the_positions_before_it_alone() -> None:
-    guess = fresh(Mode.TOPK, SAMPLED).drafter.draft(PROMPT, 8)
-    tokens = [*PROMPT, *guess.token_ids[:3]]
-    assert fresh(Mode.TOPK, SAMPLED).drafter.draft(tokens, 5).token_ids == guess.token_ids[3:]
+    drafted = fresh(Mode.TOPK, SAMPLED).drafter.draft(PROMPT, 8)
+    tokens = [*PROMPT, *drafted.token_ids[:3]]
+    assert fresh(Mode.TOPK, SAMPLED).drafter.draft(tokens, 5).token_ids == drafted.token_ids[3:]
     others = [fresh(Mode.TOPK, Sampling(1.0, seed=seed)).drafter.draft(PROMPT, 8).token_ids for seed in range(10)]
     assert len(set(others)) > 5
 
@@ -199,10 +199,10 @@ def test_drafting_ends_where_it_is_told_to(mode: Mode, sampling: Sampling) -> No
     whole = fresh(mode, sampling).drafter.draft(PROMPT, 5)
     asked: list[tuple[float | None, ...]] = []
 
-    def goes_on(leads: Sequence[float | None]) -> bool:
-        asked.append(tuple(leads))
-        return len(leads) < 3
+    def should_continue(margins: Sequence[float | None]) -> bool:
+        asked.append(tuple(margins))
+        return len(margins) < 3
 
-    guess = fresh(mode, sampling).drafter.draft(PROMPT, 5, goes_on)
-    assert guess.token_ids == whole.token_ids[:3]
-    assert asked == [whole.leads[:count] for count in range(4)]
+    drafted = fresh(mode, sampling).drafter.draft(PROMPT, 5, should_continue)
+    assert drafted.token_ids == whole.token_ids[:3]
+    assert asked == [whole.margins[:count] for count in range(4)]

@@ -15,7 +15,7 @@ from device.http import application, check_bind
 from device.link import Link
 from device.session import DraftSettings
 from device.tokenizer import ChatMessage, Tokenizer
-from device.worker import Errand, Event, Finish, Question, Worker
+from device.worker import Event, Finish, Job, Question, Worker
 from protocol.errors import BusyError, LinkError, SettingsError
 from protocol.messages import Message, Mode, Open, Sampling
 from tests.fakes import FakeDraftModel, FakeTarget, blend, random_table, target_alone
@@ -280,7 +280,7 @@ class Events:
         self._leave_after = leave_after
         self._end: Finish | Exception | None = None
         self._ended = threading.Event()
-        self.errand: Errand | None = None
+        self.job: Job | None = None
 
     def deliver(self, event: Event) -> None:
         if isinstance(event, str):
@@ -289,8 +289,8 @@ class Events:
             self._end = event
             self._ended.set()
         if len(self.texts) == self._leave_after:
-            assert self.errand is not None
-            self.errand.abandoned.set()
+            assert self.job is not None
+            self.job.abandoned.set()
 
     def end(self) -> Finish | Exception | None:
         assert self._ended.wait(10)
@@ -300,8 +300,8 @@ class Events:
 def ask(worker: Worker, max_new_tokens: int, leave_after: int | None = None) -> Events:
     events = Events(leave_after)
     message: ChatMessage = {"role": "user", "content": "3 1 4 1 5"}
-    events.errand = Errand(Question((message,), settings(Sampling()), max_new_tokens), events.deliver)
-    worker.ask(events.errand)
+    events.job = Job(Question((message,), settings(Sampling()), max_new_tokens), events.deliver)
+    worker.ask(events.job)
     return events
 
 

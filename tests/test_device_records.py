@@ -10,19 +10,19 @@ from typing import Any
 
 import pytest
 
-from basestation.keys import KeyFolder
-from basestation.records import Records as StationRecords
+from basestation.key_folder import KeyFolder
+from basestation.pass_records import PassRecordFile
 from basestation.server import Server
-from bench.prompts import OWN_PROMPTS
-from bench.station import running_station
-from device.client import Client, Patience
-from device.keys import LinkKeys, new_key
+from bench.setup.prompts import OWN_PROMPTS
+from bench.setup.station_process import running_station
+from common.json_lines import JsonLinesFile
+from device.client import Client, Timeouts
+from device.curve_keys import LinkKeys, new_key
 from device.link import Link
-from device.records import Records
+from device.round_records import RoundRecordFile
 from device.session import DeviceSession, DraftSettings
 from protocol.frames import FrameCodec
 from protocol.messages import Mode, Sampling
-from protocol.records import RecordFile
 from tests.fakes import FakeDraftModel, FakeTarget, blend, random_table
 from tests.relay import CountingRelay
 from tests.sample import BUNDLE, PROJECT, SAMPLE
@@ -72,11 +72,11 @@ class Place:
         self.device, self.station = folder / "device.jsonl", folder / "station.jsonl"
         self.folder = folder
         self._cleanup = cleanup
-        self._records = cleanup.enter_context(closing(Records(self.device)))
+        self._records = cleanup.enter_context(closing(RoundRecordFile(self.device)))
 
     @contextmanager
     def server(self, keys: KeyFolder | None = None) -> Iterator[str]:
-        with closing(StationRecords(self.station)) as records:
+        with closing(PassRecordFile(self.station)) as records:
             target = FakeTarget.make(TARGET)
             with serving(Server(target, "tcp://127.0.0.1:0", keys=keys, records=records)) as server:
                 yield server.address
@@ -85,7 +85,7 @@ class Place:
         link = Link.connect(address, FrameCodec(len(TARGET)), keys)
         self._cleanup.callback(link.close)
         manifest = FakeDraftModel.make(DRAFT).manifest
-        return Client(link, manifest, Patience(repeat=0.5), records=self._records), link
+        return Client(link, manifest, Timeouts(repeat=0.5), records=self._records), link
 
     def open(self, client: Client, settings: DraftSettings) -> DeviceSession:
         return client.open(settings, FakeDraftModel.make(DRAFT), PROMPT)
@@ -105,7 +105,7 @@ def test_the_records_of_many_devices_join_with_the_base_stations(place: Place) -
             sessions = [place.open(client, settings) for client in clients]
             for session in sessions:
                 tokens += len(list(session.answer(30)))
-                rounds += session.tally.rounds
+                rounds += session.counters.rounds
                 session.close()
     pairs = joined(place.device, place.station)
     assert len(pairs) == rounds
@@ -155,14 +155,14 @@ def test_rounds_join_over_broken_connections_and_a_second_base_station(place: Pl
         first.close()
         list(stream)
     pairs = joined(place.device, place.station)
-    assert len(pairs) == session.tally.rounds
+    assert len(pairs) == session.counters.rounds
     assert len({one["session"] for one, _ in pairs}) == 2
 
 
 def test_a_record_that_cannot_be_written_ends_nothing(caplog: pytest.LogCaptureFixture) -> None:
-    with closing(RecordFile(Path("/dev/full"))) as records:
+    with closing(JsonLinesFile(Path("/dev/full"))) as records:
         for _ in range(3):
-            records.add([{"round": 1}])
+            records.append([{"round": 1}])
     assert [message.partition(":")[0] for message in caplog.messages] == ["no more rounds are recorded"]
 
 

@@ -4,8 +4,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from device.sampling import Uplink, best_mode, draft_distribution, whole_distribution
-from protocol.bundle import GateFigures
+from device.sampling import Uplink, best_mode, draft_distribution, full_distribution
+from protocol.bundle import QualityFigures
 from protocol.errors import SettingsError
 from protocol.messages import Mode, Sampling
 from protocol.sparse import MAX_STEPS, SparseDistribution
@@ -26,8 +26,8 @@ UNIT = 1 / MAX_STEPS
 def test_auto_is_the_mode_that_accepts_most_for_its_bytes(
     temperature: float, topk: float, coupled: float, mode: Mode
 ) -> None:
-    gate = GateFigures(0.9, 0.9, topk_acceptance=topk, coupled_acceptance=coupled, positions=1)
-    assert best_mode(gate, Sampling(temperature)) is mode
+    quality = QualityFigures(0.9, 0.9, topk_acceptance=topk, coupled_acceptance=coupled, positions=1)
+    assert best_mode(quality, Sampling(temperature)) is mode
 
 
 def finest(uplink_k: int, uplink_p: float = 1.0) -> Uplink:
@@ -180,7 +180,7 @@ def test_topp_is_the_smallest_set_of_likeliest_tokens_that_reaches_p(
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0), Sampling(0.7, top_k=5, top_p=0.6)], ids=str)
 def test_a_whole_distribution_has_all_tokens_in_fp16(sampling: Sampling) -> None:
-    whole = whole_distribution(logits_of(7), sampling)
+    whole = full_distribution(logits_of(7), sampling)
     expected = slow_distribution(logits_of(7), Sampling(1.0, top_k=1) if sampling.greedy else sampling, VOCAB)
     assert whole.support.tolist() == list(range(VOCAB))
     for token_id in range(VOCAB):

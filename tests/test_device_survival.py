@@ -9,8 +9,8 @@ from contextlib import ExitStack, contextmanager
 import pytest
 
 from basestation.server import Server
-from bench.workplace import Workplace, workplace
-from device.client import Client, Patience
+from bench.setup.bench_setup import BenchSetup, bench_setup
+from device.client import Client, Timeouts
 from device.link import Link
 from device.session import DraftSettings
 from protocol.frames import FrameCodec
@@ -56,7 +56,7 @@ def tokens_at(address: str, settings: DraftSettings, cleanup: ExitStack) -> Iter
     model = FakeDraftModel.make(DRAFT)
     link = Link.connect(address, FrameCodec(len(DRAFT)))
     cleanup.callback(link.close)
-    session = Client(link, model.manifest, Patience(repeat=0.5)).open(settings, model, [3, 1, 4])
+    session = Client(link, model.manifest, Timeouts(repeat=0.5)).open(settings, model, [3, 1, 4])
     return (token.token_id for token in session.answer(LENGTH))
 
 
@@ -129,14 +129,14 @@ def killed_station() -> Iterator[KilledStation]:
         station.kill()
 
 
-def real_tokens(place: Workplace, settings: DraftSettings, cleanup: ExitStack) -> Iterator[int]:
+def real_tokens(place: BenchSetup, settings: DraftSettings, cleanup: ExitStack) -> Iterator[int]:
     conversation = place.conversation(settings)
     cleanup.callback(conversation.close)
     session = conversation.begin(place.prompt_ids(PROMPT))
     return (token.token_id for token in session.answer(NEW_TOKENS))
 
 
-def expected_of(place: Workplace, settings: DraftSettings) -> Sequence[int]:
+def expected_of(place: BenchSetup, settings: DraftSettings) -> Sequence[int]:
     return place.answer(place.prompt_ids(PROMPT), NEW_TOKENS, settings).token_ids
 
 
@@ -144,11 +144,11 @@ def expected_of(place: Workplace, settings: DraftSettings) -> Sequence[int]:
 @pytest.mark.endurance
 @every_mode
 def test_fifty_broken_connections_change_no_answer_of_the_sample_model(
-    settings: DraftSettings, station_address: str, place: Workplace
+    settings: DraftSettings, station_address: str, place: BenchSetup
 ) -> None:
     with ExitStack() as cleanup:
         relay = cleanup.enter_context(CountingRelay(port_of(station_address)))
-        broken = cleanup.enter_context(workplace(BUNDLE, f"tcp://127.0.0.1:{relay.port}"))
+        broken = cleanup.enter_context(bench_setup(BUNDLE, f"tcp://127.0.0.1:{relay.port}"))
         expected = expected_of(place, settings)
         tokens = real_tokens(broken, settings, cleanup)
         assert disturbed(tokens, len(expected), BREAKS, relay.hang_up) == expected
@@ -158,11 +158,11 @@ def test_fifty_broken_connections_change_no_answer_of_the_sample_model(
 @pytest.mark.endurance
 @every_mode
 def test_killing_the_base_station_five_times_changes_no_answer_of_the_sample_model(
-    settings: DraftSettings, place: Workplace
+    settings: DraftSettings, place: BenchSetup
 ) -> None:
     with ExitStack() as cleanup:
         station = cleanup.enter_context(killed_station())
-        left = cleanup.enter_context(workplace(BUNDLE, station.address))
+        left = cleanup.enter_context(bench_setup(BUNDLE, station.address))
         expected = expected_of(place, settings)
         tokens = real_tokens(left, settings, cleanup)
         assert disturbed(tokens, len(expected), RESTARTS, station.restart) == expected

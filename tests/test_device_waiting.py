@@ -10,14 +10,14 @@ from typing import cast
 
 import pytest
 
-from basestation.kv_arena import Arena
+from basestation.kv_pool import KVPool
 from basestation.server import Server
-from bench.prompts import OWN_PROMPTS
-from bench.station import running_station
-from bench.workplace import workplace
-from device.client import Client, Patience
+from bench.setup.bench_setup import bench_setup
+from bench.setup.prompts import OWN_PROMPTS
+from bench.setup.station_process import running_station
+from device.client import Client, Timeouts
 from device.link import Link
-from device.live_planner import TRIAL
+from device.planner import TRIAL
 from device.session import DeviceSession, DraftSettings
 from protocol.errors import ClosingError, FaultError, FullError
 from protocol.frames import FrameCodec
@@ -30,7 +30,7 @@ from tests.serving import serving
 TARGET = random_table(20, seed=1)
 DRAFT = blend(TARGET, random_table(20, seed=2), 0.7)
 PROMPT = [3, 1, 4, 1, 5]
-STEP = Arena.rounded(1)
+STEP = KVPool.rounded(1)
 COUNT = 40
 SETTINGS = [
     DraftSettings(mode, sampling, uplink_k=4, draft_len=4)
@@ -113,8 +113,8 @@ def test_pauses_grow_up_to_that_of_repetitions(code: str) -> None:
     waits = waits_of(transport)
     assert 1 <= waits[0] <= 1.25
     assert all(later >= before / 1.25 for before, later in pairwise(waits))
-    assert max(waits) <= Patience().repeat * 1.25
-    assert waits[-1] >= Patience().repeat
+    assert max(waits) <= Timeouts().repeat * 1.25
+    assert waits[-1] >= Timeouts().repeat
 
 
 def test_a_pause_is_as_long_as_the_base_station_says() -> None:
@@ -134,8 +134,8 @@ def test_patience_ends_with_what_the_base_station_said(code: str, retry_seconds:
     with pytest.raises(FaultError, match=r"no room \(waited \d\d s\)") as caught:
         open_at(transport, SETTINGS[0])
     assert caught.value.fault_code == code
-    assert caught.value.retry_seconds == (retry_seconds or Patience().repeat)
-    assert Patience().reply - 10 < transport.now <= Patience().reply
+    assert caught.value.retry_seconds == (retry_seconds or Timeouts().repeat)
+    assert Timeouts().reply - 10 < transport.now <= Timeouts().reply
 
 
 def test_a_time_beyond_the_patience_is_not_waited_for() -> None:
@@ -204,7 +204,7 @@ def test_a_base_station_that_forgets_every_session_is_not_asked_for_ever() -> No
     session = open_at(transport, SETTINGS[0])
     with pytest.raises(FaultError, match=r"not open \(waited \d\d s\)"):
         answer_of(session)
-    assert Patience().reply - 10 < transport.now <= Patience().reply
+    assert Timeouts().reply - 10 < transport.now <= Timeouts().reply
     assert transport.opened < 25
 
 
@@ -226,14 +226,14 @@ def test_patience_counts_from_the_first_refusal_whatever_was_refused() -> None:
     session = open_at(transport, SETTINGS[0])
     with pytest.raises(FaultError, match="no room"):
         answer_of(session)
-    assert transport.now <= 30 + Patience().reply
+    assert transport.now <= 30 + Timeouts().reply
 
 
 class ReconnectedTransport(RefusingTransport):
     """Three seconds into the first pause, the connection is a new one, to a base station that has room."""
 
     def receive(self, timeout: float) -> bytes | None:
-        if timeout <= Patience().repeat or self.connections > 1:
+        if timeout <= Timeouts().repeat or self.connections > 1:
             return super().receive(timeout)
         self.connections = 2
         self.opens_at = self.now = self.now + 3
@@ -272,7 +272,7 @@ def test_a_station_that_was_stopped_may_be_replaced(settings: DraftSettings) -> 
 
 
 @contextmanager
-def client_at(address: str, patience: Patience) -> Iterator[Client]:
+def client_at(address: str, patience: Timeouts) -> Iterator[Client]:
     link = Link.connect(address, FrameCodec(len(DRAFT)))
     try:
         yield Client(link, FakeDraftModel.make(DRAFT).manifest, patience)
@@ -287,7 +287,7 @@ def new_server(bind: str = "tcp://127.0.0.1:0") -> Server:
 def test_a_device_on_a_socket_gets_in_when_another_leaves(caplog: pytest.LogCaptureFixture) -> None:
     with ExitStack() as stack:
         server = stack.enter_context(serving(new_server()))
-        first, second = (stack.enter_context(client_at(server.address, Patience())) for _ in range(2))
+        first, second = (stack.enter_context(client_at(server.address, Timeouts())) for _ in range(2))
         occupant = first.open(SETTINGS[0], FakeDraftModel.make(DRAFT), PROMPT * (2 * STEP // len(PROMPT) + 1))
         threading.Timer(0.5, occupant.close).start()
         assert answer_of(second.open(SETTINGS[0], FakeDraftModel.make(DRAFT), PROMPT)) == undisturbed(SETTINGS[0])
@@ -298,7 +298,7 @@ def test_a_device_on_a_socket_finds_the_station_that_follows(caplog: pytest.LogC
     with ExitStack() as stack:
         with serving(new_server()) as old:
             address = old.address
-            client = stack.enter_context(client_at(address, Patience()))
+            client = stack.enter_context(client_at(address, Timeouts()))
             stream = client.open(SETTINGS[0], FakeDraftModel.make(DRAFT), PROMPT).answer(COUNT)
             tokens = [next(stream).token_id for _ in range(10)]
         stack.enter_context(serving(new_server(address)))
@@ -314,7 +314,7 @@ def test_a_device_on_a_socket_finds_the_station_that_follows(caplog: pytest.LogC
 def test_generate_says_that_it_waits_and_answers_as_ever() -> None:
     with (
         running_station(str(SAMPLE), "float32", "--kv-memory", "13MiB") as address,
-        workplace(BUNDLE, address) as place,
+        bench_setup(BUNDLE, address) as place,
     ):
         settings = DraftSettings(Mode.IDS, Sampling(), 1, 4)
         expected = place.answer(place.prompt_ids(OWN_PROMPTS[1]), 16, settings).text

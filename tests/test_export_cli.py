@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import typer
 
+from common.command_line import run
 from export.cli import app
-from protocol.command_line import run
 
 
 def leave(monkeypatch: pytest.MonkeyPatch, command: typer.Typer, *arguments: object) -> int:

@@ -21,12 +21,12 @@ from transformers import (
 )
 
 from export import convert as convert_module
-from export import gate, graph
+from export import graph, quality
 from export.convert import ConvertSettings, convert
 from export.converters import Converter
 from export.quantize import Precision, quantize
-from protocol.bundle import CacheKind, GateFigures, Manifest
-from protocol.errors import GateError, MismatchError, ModelError, SettingsError
+from protocol.bundle import CacheKind, Manifest, QualityFigures
+from protocol.errors import MismatchError, ModelError, QualityError, SettingsError
 
 CONSOLE = Console(file=io.StringIO())
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
@@ -122,7 +122,7 @@ def test_manifest_describes_the_bundle(fp32_bundle: Path) -> None:
     assert (manifest.layers, manifest.kv_heads, manifest.head_size) == (2, 2, 16)
     assert (manifest.vocab_size, manifest.stop_ids) == (258, (1,))
     assert (manifest.bos_token, manifest.eos_token) == ("<s>", "</s>")
-    assert manifest.gate.positions == gate.NEW_TOKENS * len(gate.PROMPTS)
+    assert manifest.quality.positions == quality.NEW_TOKENS * len(quality.PROMPTS)
     assert {path.name for path in fp32_bundle.iterdir()} == {*manifest.files, "manifest.json"}
     assert (fp32_bundle / "chat_template.jinja").read_text() == CHAT_TEMPLATE
 
@@ -216,14 +216,14 @@ def test_a_graph_unlike_its_original_never_ships(
     settings = ConvertSettings(Converter.GENAI, Precision.FP32)
     good = convert(str(original), tmp_path / "bundle", settings, CONSOLE)
     monkeypatch.setattr(convert_module, "quantize", corrupt)
-    refused(GateError, "argmax_agreement .* allowed: 0.99", original, tmp_path, settings)
+    refused(QualityError, "argmax_agreement .* allowed: 0.99", original, tmp_path, settings)
     assert Manifest.read(tmp_path / "bundle") == good
     good.check_files(tmp_path / "bundle")
 
 
 def test_a_figure_that_is_no_number_fails_the_gate() -> None:
-    with pytest.raises(GateError, match="overlap"):
-        gate.check(GateFigures(1.0, float("nan"), 1.0, 1.0, positions=1), gate.LIMITS[Precision.INT4])
+    with pytest.raises(QualityError, match="overlap"):
+        quality.check(QualityFigures(1.0, float("nan"), 1.0, 1.0, positions=1), quality.LIMITS[Precision.INT4])
 
 
 def test_the_gate_measures_what_each_mode_would_accept() -> None:
@@ -232,7 +232,7 @@ def test_the_gate_measures_what_each_mode_would_accept() -> None:
     kept = np.sort(draft)[-32]
     sent = np.where(draft >= kept, draft, 0) / draft[draft >= kept].sum()
     coupled = [1 / np.maximum(draft / draft[v], target / target[v]).sum() for v in range(100)]  # both choose token v
-    shares = np.mean([gate._likeness(draft, target, position) for position in range(300)], axis=0)
+    shares = np.mean([quality._likeness(draft, target, position) for position in range(300)], axis=0)
     expected = [
         float(draft.argmax() == target.argmax()),
         np.minimum(draft, target).sum(),
@@ -240,13 +240,13 @@ def test_the_gate_measures_what_each_mode_would_accept() -> None:
     ]
     assert shares[:3].tolist() == pytest.approx(expected)
     assert shares[3] == pytest.approx(sum(coupled), abs=0.02)
-    assert np.mean([gate._likeness(draft, draft, position) for position in range(9)], axis=0)[[0, 1, 3]].tolist() == (
-        pytest.approx([1, 1, 1])
-    )
+    assert np.mean([quality._likeness(draft, draft, position) for position in range(9)], axis=0)[
+        [0, 1, 3]
+    ].tolist() == (pytest.approx([1, 1, 1]))
 
 
 def test_a_graph_that_gives_no_numbers_is_unlike_anything() -> None:
-    assert np.isnan(gate._likeness(np.full(100, np.nan), np.full(100, 0.01), 0)).all()
+    assert np.isnan(quality._likeness(np.full(100, np.nan), np.full(100, 0.01), 0)).all()
 
 
 def test_a_graph_without_a_known_head_gives_the_last_position_too() -> None:

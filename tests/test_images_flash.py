@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.station import running_station
+from bench.setup.station_process import running_station
 from tests.sample import BUNDLE, PROJECT, SAMPLE
 
 pytestmark = pytest.mark.images

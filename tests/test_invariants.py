@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from basestation.target_model import TargetModel
-from device.client import Client, Patience
+from device.client import Client, Timeouts
 from device.draft_model import DraftModel
 from device.link import Link
 from device.session import DeviceSession, DraftSettings, Origin
@@ -36,7 +36,7 @@ from protocol.messages import (
     Verdict,
     Welcome,
 )
-from protocol.stream import socket_bytes
+from protocol.zmtp import socket_bytes
 from tests.fakes import FakeDraftModel, FakeTarget, blend, random_table, target_alone
 from tests.link_pair import Fate, MemoryTransport, Station, join, once
 from tests.raw_device import RawDevice, hello
@@ -109,9 +109,9 @@ def test_a_draft_is_sometimes_right_and_sometimes_wrong(settings: DraftSettings)
     session = client.open(settings, model, PROMPT)
     tokens = list(session.answer(COUNT))
     assert {token.origin for token in tokens} == set(Origin)
-    assert 0 < session.tally.accepted < session.tally.drafted
-    assert session.tally.rounds < COUNT
-    assert sum(token.origin is Origin.ACCEPTED for token in tokens) == session.tally.accepted
+    assert 0 < session.counters.accepted < session.counters.drafted
+    assert session.counters.rounds < COUNT
+    assert sum(token.origin is Origin.ACCEPTED for token in tokens) == session.counters.accepted
 
 
 @pytest.mark.parametrize("mode", [Mode.TOPK, Mode.FULL, Mode.TARGET])
@@ -191,9 +191,9 @@ def test_lost_frames_are_indeed_lost() -> None:
     session = client.open(SETTINGS[0], model, PROMPT)
     answer_of(session)
     drafts = [frame for frame in transport.uplink if isinstance(CODEC.decode(frame), Draft)]
-    assert len(drafts) == 2 * session.tally.rounds
+    assert len(drafts) == 2 * session.counters.rounds
     assert drafts[::2] == drafts[1::2]
-    assert transport.now == session.tally.rounds * Patience().repeat
+    assert transport.now == session.counters.rounds * Timeouts().repeat
 
 
 def opening(sampling: Sampling = GREEDY, session_id: int = 0) -> Open:
@@ -292,15 +292,15 @@ def test_invariant_5_the_prompt_goes_up_once_and_then_only_drafts(settings: Draf
     if settings.mode is Mode.TARGET:
         assert rounds == [Decode(0, 1, COUNT)]
         return
-    assert len(rounds) == session.tally.rounds
+    assert len(rounds) == session.counters.rounds
     drafted = 0
     for message in rounds:
         assert isinstance(message, Draft)
         assert len(message.token_ids) <= (settings.draft_len or 0)
         assert len(message.distributions) == (0 if settings.mode is Mode.IDS else len(message.token_ids))
         drafted += len(message.token_ids)
-    assert drafted == session.tally.drafted
-    assert session.tally.accepted + session.tally.rounds == len(tokens) == COUNT
+    assert drafted == session.counters.drafted
+    assert session.counters.accepted + session.counters.rounds == len(tokens) == COUNT
 
 
 TURNS = [[7, 8], [1], [0, 11, 4, 4, 2]]

@@ -11,9 +11,9 @@ import pytest
 import zmq
 
 from bench.exact import TargetAlone, Transformers, differences
-from bench.prompts import OWN_PROMPTS
-from bench.station import running_station
-from bench.workplace import Workplace, workplace
+from bench.setup.bench_setup import BenchSetup, bench_setup
+from bench.setup.prompts import OWN_PROMPTS
+from bench.setup.station_process import running_station
 from device.session import DraftSettings
 from protocol.errors import ContextLengthError
 from protocol.frames import FrameCodec
@@ -26,24 +26,24 @@ pytestmark = pytest.mark.model
 IDS = DraftSettings(Mode.IDS, Sampling(), uplink_k=1, draft_len=8)
 
 
-def test_greedy_answers_are_what_transformers_generates(place: Workplace) -> None:
+def test_greedy_answers_are_what_transformers_generates(place: BenchSetup) -> None:
     found = differences(place, Transformers(str(SAMPLE)), OWN_PROMPTS[:3], 32, Sampling(), (1, 4, 8), lambda: None)
     assert [one for one in found if not one.is_tie] == []
 
 
-def test_coupled_answers_are_what_the_target_alone_samples_with_that_seed(place: Workplace) -> None:
+def test_coupled_answers_are_what_the_target_alone_samples_with_that_seed(place: BenchSetup) -> None:
     sampling = Sampling(1.0, seed=5)
     assert differences(place, TargetAlone(place, sampling), OWN_PROMPTS[:2], 32, sampling, (1, 8), lambda: None) == []
 
 
-def test_the_target_alone_gives_the_same_tokens(place: Workplace) -> None:
+def test_the_target_alone_gives_the_same_tokens(place: BenchSetup) -> None:
     ids = place.prompt_ids(OWN_PROMPTS[3])
     alone = DraftSettings(Mode.TARGET, Sampling(), uplink_k=1, draft_len=8)
     assert place.answer(ids, 32, alone).token_ids == place.answer(ids, 32, IDS).token_ids
 
 
 @pytest.mark.parametrize("mode", [Mode.TOPK, Mode.FULL])
-def test_a_sampled_answer_is_a_function_of_prompt_and_seed(place: Workplace, mode: Mode) -> None:
+def test_a_sampled_answer_is_a_function_of_prompt_and_seed(place: BenchSetup, mode: Mode) -> None:
     ids = place.prompt_ids(OWN_PROMPTS[1])
     settings = DraftSettings(mode, Sampling(1.2, top_k=5000, seed=7), uplink_k=4, draft_len=4)
     first = place.answer(ids, 48, settings)
@@ -52,7 +52,7 @@ def test_a_sampled_answer_is_a_function_of_prompt_and_seed(place: Workplace, mod
     assert mode is Mode.FULL or first.accepted < first.drafted  # four entries leave out much of what the target says
 
 
-def test_drafts_fit_their_budget_of_bytes(place: Workplace) -> None:
+def test_drafts_fit_their_budget_of_bytes(place: BenchSetup) -> None:
     ids = place.prompt_ids(OWN_PROMPTS[0])
     opening = 2 * len(ids) + 64
     answer = place.answer(ids, 48, IDS)
@@ -62,7 +62,7 @@ def test_drafts_fit_their_budget_of_bytes(place: Workplace) -> None:
     assert answer.uplink_bytes - opening <= 130 * answer.drafted
 
 
-def test_a_conversation_runs_only_what_is_new(place: Workplace) -> None:
+def test_a_conversation_runs_only_what_is_new(place: BenchSetup) -> None:
     conversation = place.conversation(IDS)
     first = conversation.ask(place.prompt_ids("Name three rivers."), 24)
     text = "".join(piece.text for piece in first)
@@ -80,14 +80,14 @@ def test_a_conversation_runs_only_what_is_new(place: Workplace) -> None:
     assert second.answer.uplink_bytes < 2 * len(ids) + 3 * second.answer.drafted + 24 * second.answer.rounds
 
 
-def test_a_prompt_longer_than_the_context_is_refused(place: Workplace) -> None:
+def test_a_prompt_longer_than_the_context_is_refused(place: BenchSetup) -> None:
     with pytest.raises(ContextLengthError, match="at most 8191"):
         place.answer([5] * 8192, 8, IDS)
 
 
 def test_invariant_6_bytes_are_counted_as_a_relay_sees_them(station_address: str) -> None:
     port = int(station_address.rpartition(":")[2])
-    with CountingRelay(port) as relay, workplace(BUNDLE, f"tcp://127.0.0.1:{relay.port}") as place:
+    with CountingRelay(port) as relay, bench_setup(BUNDLE, f"tcp://127.0.0.1:{relay.port}") as place:
         before = relay.settled()
         uplink, downlink = place.link.uplink_bytes, place.link.downlink_bytes
         place.answer(place.prompt_ids(OWN_PROMPTS[2]), 24, IDS)
@@ -96,7 +96,7 @@ def test_invariant_6_bytes_are_counted_as_a_relay_sees_them(station_address: str
     assert counted == (after[0] - before[0], after[1] - before[1])
 
 
-def test_garbage_ends_nobody_elses_session(station_address: str, place: Workplace) -> None:
+def test_garbage_ends_nobody_elses_session(station_address: str, place: BenchSetup) -> None:
     expected = place.answer(place.prompt_ids(OWN_PROMPTS[4]), 16, IDS).token_ids
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     dealer = context.socket(zmq.DEALER)
@@ -113,7 +113,7 @@ def test_garbage_ends_nobody_elses_session(station_address: str, place: Workplac
     assert tokens.answer.token_ids == expected
 
 
-def test_generate_runs_where_only_the_device_is_installed(station_address: str, place: Workplace) -> None:
+def test_generate_runs_where_only_the_device_is_installed(station_address: str, place: BenchSetup) -> None:
     assert DEVICE_PYTHON.exists(), "make test sets up a second environment with [device] alone"
     script = "import sys, device.cli; print([m for m in ('torch', 'transformers', 'optimum') if m in sys.modules])"
     assert _run([str(DEVICE_PYTHON), "-c", script]).stdout.strip() == "[]"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from openai import APIStatusError, OpenAI
 
-from bench.prompts import OWN_PROMPTS
+from bench.setup.prompts import OWN_PROMPTS
 from tests.sample import BUNDLE
 
 pytestmark = pytest.mark.model

@@ -141,6 +141,6 @@ def test_every_session_of_32_that_come_go_and_vanish_says_what_it_says_alone() -
     assert {talker.name: talker.said for talker in gone} == expected
     assert vanished == COMERS - len(staying)
     assert 0.4 < sum(one.accepted_len for one in gone) / sum(one.drafted_len for one in gone) < 0.9
-    station.now += Limits().keep_seconds + 1
+    station.now += Limits().idle_timeout + 1
     station.engine.drop_idle()
-    assert target.arena.used == 0
+    assert target.kv_pool.used == 0

@@ -55,8 +55,8 @@ def test_the_device_loads_no_torch() -> None:
 
 
 def test_the_protocol_loads_numpy_and_msgpack_alone() -> None:
-    modules = modules_of("protocol", "protocol.command_line")
-    assert "protocol.command_line" not in modules
+    modules = modules_of("protocol", "common.command_line")
+    assert "common.command_line" not in modules
     assert third_parties_after(modules) == {"numpy", "msgpack"}
 
 

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chisquare, kstest
 
-from basestation.coupling import coupled_choice
-from protocol.coupling import BLOCK, MAX_LEAD, PositionNoise, hash32
+from basestation.coupled_sampling import coupled_choice
+from protocol.coupling import BLOCK, MAX_MARGIN, PositionNoise, hash32
 
 KEPT = [3405767568, 3507691905, 3568491650, 1864612511]
 SIZES = (2, 5, BLOCK - 1, BLOCK, BLOCK + 1, 700, 5000)
@@ -30,7 +30,7 @@ def tensor_choice(scores: torch.Tensor, seed: int, positions: Sequence[int]) -> 
 def obvious_choice(scores: np.ndarray[tuple[int], np.dtype[np.float32]], seed: int, position: int) -> tuple[int, float]:
     sums = scores + PositionNoise(seed, position, len(scores)).of(np.arange(len(scores)))
     second, first = np.sort(sums)[-2:]
-    return int(sums.argmax()), min(float(first - second), MAX_LEAD)
+    return int(sums.argmax()), min(float(first - second), MAX_MARGIN)
 
 
 def test_the_noise_is_standard_gumbel() -> None:
@@ -66,7 +66,7 @@ def test_nothing_of_probability_zero_is_chosen() -> None:
     scores = np.full((50, 600), -np.inf, np.float32)
     scores[:, 599] = -5.0
     assert set(tensor_choice(torch.tensor(scores), 1, range(50))) == {599}
-    assert {PositionNoise(1, position, 600).choose(scores[0]) for position in range(50)} == {(599, MAX_LEAD)}
+    assert {PositionNoise(1, position, 600).choose(scores[0]) for position in range(50)} == {(599, MAX_MARGIN)}
 
 
 def test_choices_are_distributed_as_softmax() -> None:

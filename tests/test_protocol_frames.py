@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from protocol.drafted import pack_drawn
+from protocol.draft_codec import encode_drafted
 from protocol.errors import FrameError, LimitError, ProtocolError
 from protocol.frames import FrameCodec
 from protocol.limits import Limits
@@ -35,7 +35,7 @@ from protocol.messages import (
     Welcome,
 )
 from protocol.sparse import MAX_STEPS, SparseDistribution
-from protocol.stream import socket_bytes
+from protocol.zmtp import socket_bytes
 
 relaxed = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 VOCAB_SIZES = [2, 300, 49_152, 70_000, 200_000]
@@ -67,10 +67,10 @@ def drafts_with_distributions(draw: st.DrawFn, vocab_size: int) -> Draft:
     for _ in range(draw(st.integers(1, 3))):
         support = draw(st.lists(st.integers(0, vocab_size - 1), min_size=1, max_size=8, unique=True))
         parts = draw(st.lists(st.integers(1, 999), min_size=len(support), max_size=len(support)))
-        distributions.append(SparseDistribution.round_off(vocab_size, np.array(support), np.array(parts) / 999, steps))
+        distributions.append(SparseDistribution.quantize(vocab_size, np.array(support), np.array(parts) / 999, steps))
         token_ids.append(draw(st.sampled_from(distributions[-1].support.tolist())))
-    guess = draw(st.none() | st.integers(0, vocab_size - 1))
-    return Draft(draw(counters), draw(counters), tuple(token_ids), tuple(distributions), guess)
+    assumed_bonus = draw(st.none() | st.integers(0, vocab_size - 1))
+    return Draft(draw(counters), draw(counters), tuple(token_ids), tuple(distributions), assumed_bonus)
 
 
 counters = st.integers(0, 2**32 - 1)
@@ -90,7 +90,7 @@ def field_strategies(vocab_size: int) -> dict[str, st.SearchStrategy[Any]]:
         "vocabulary_hash": st.binary(min_size=32, max_size=32),
         "committed_hash": st.binary(min_size=8, max_size=8),
         "encodings": st.lists(st.sampled_from(Encoding), max_size=2).map(tuple),
-        "guess": st.none() | st.integers(0, vocab_size - 1),
+        "assumed_bonus": st.none() | st.integers(0, vocab_size - 1),
         "stop_ids": st.lists(counters, max_size=20).map(tuple),
         "model": st.text(max_size=200),
         "modes": st.lists(st.sampled_from(Mode), max_size=6).map(tuple),
@@ -153,7 +153,7 @@ def test_every_message_arrives_as_it_was_sent(kind: type[Message], vocab_size: i
 def test_every_message_has_its_tag() -> None:
     assert set(TAGS) == set(KINDS)
     samples: list[Message] = [Opened(0, 1), Decode(0, 1, 2), Verdict(0, 1, 0, 2), Close(4), Fault(None, "link", "gone")]
-    samples += [Resume.of(0, 1, (1, 2)), Resumed(0, 1, 2), Draft(0, 1, (), guess=3)]
+    samples += [Resume.of(0, 1, (1, 2)), Resumed(0, 1, 2), Draft(0, 1, (), assumed_bonus=3)]
     assert [msgpack.unpackb(CODEC.encode(message))[0] for message in samples] == [3, 6, 7, 8, 9, 11, 12, 10]
 
 
@@ -169,7 +169,7 @@ def test_ids_take_as_many_bits_as_the_vocabulary_needs(vocab_size: int) -> None:
 @pytest.mark.parametrize("vocab_size", [2, 300, 70_000])
 def test_whole_distributions_arrive_as_they_were_sent(vocab_size: int) -> None:
     probs = np.random.default_rng(1).dirichlet(np.ones(vocab_size))
-    whole = SparseDistribution.round_to_halves(probs)
+    whole = SparseDistribution.quantize_fp16(probs)
     draft = Draft(0, 1, (int(probs.argmax()),) * 2, (whole, whole))
     assert FrameCodec(vocab_size).decode(FrameCodec(vocab_size).encode(draft)) == draft
 
@@ -179,8 +179,8 @@ def test_the_largest_honest_frames_are_within_the_bound() -> None:
         codec = FrameCodec(vocab_size)
         spread, whole = np.full(vocab_size, 1 / vocab_size), (2**32 - 1, 2**32 - 1, (1,) * 64)
         for one in (
-            SparseDistribution.round_to_halves(spread),
-            SparseDistribution.round_off(vocab_size, np.arange(vocab_size), spread, MAX_STEPS),
+            SparseDistribution.quantize_fp16(spread),
+            SparseDistribution.quantize(vocab_size, np.arange(vocab_size), spread, MAX_STEPS),
         ):
             assert len(codec.encode(Draft(*whole, (one,) * 64))) <= codec.max_frame_bytes
     codec = FrameCodec(300)
@@ -223,8 +223,8 @@ def decodes_or_raises_frame_error(codec: FrameCodec, frame: bytes) -> bool:
 
 def test_damaged_frames_are_a_message_or_a_frame_error() -> None:
     codec, rng = FrameCodec(300), np.random.default_rng(0)
-    pair = SparseDistribution.round_off(300, np.array([7, 200]), np.array([0.25, 0.75]), 12)
-    whole = SparseDistribution.round_to_halves(np.full(300, 1 / 300))
+    pair = SparseDistribution.quantize(300, np.array([7, 200]), np.array([0.25, 0.75]), 12)
+    whole = SparseDistribution.quantize_fp16(np.full(300, 1 / 300))
     honest: list[Message] = [
         Hello(1, 300, bytes(range(32)), (2, 7)),
         Welcome(1, "table", 4096, 64, tuple(Mode)),
@@ -233,7 +233,7 @@ def test_damaged_frames_are_a_message_or_a_frame_error() -> None:
         Draft(0, 9, (7, 200), (pair, pair)),
         Draft(0, 9, (7,), (whole,)),
         Draft(0, 9, (7, 7, 1)),
-        Draft(0, 9, (7, 1), guess=5),
+        Draft(0, 9, (7, 1), assumed_bonus=5),
         Resume.of(3, 70, (1, 2, 3)),
         Verdict(0, 9, 3, 299),
         Decode(1, 2, 3),
@@ -382,8 +382,8 @@ def test_what_is_more_than_allowed_is_refused_by_the_name_of_the_limit(frame: by
 
 
 def test_one_distribution_among_small_ones_is_not_too_large() -> None:
-    small = SparseDistribution.round_off(300, np.array([7]), np.ones(1), 12)
-    large = SparseDistribution.round_off(300, np.arange(6), np.full(6, 1 / 6), 12)
+    small = SparseDistribution.quantize(300, np.array([7]), np.ones(1), 12)
+    large = SparseDistribution.quantize(300, np.arange(6), np.full(6, 1 / 6), 12)
     refused(FrameCodec(300).encode(Draft(0, 1, (7, 5), (small, large))), "6 where .*--max-uplink-k", LimitError)
 
 
@@ -410,8 +410,8 @@ def test_sampling_settings_out_of_range_are_refused(values: tuple[float, int, fl
     refused(frame_of(2, 0, 0, 1, list(values), b""), "of type list; allowed: bytes")
 
 
-ONE = pack_drawn((7,), (SparseDistribution.round_off(300, np.array([7, 200]), np.array([0.5, 0.5]), 10),))
-HALVES = SparseDistribution.round_to_halves(np.eye(300)[7]).encode_halves()
+ONE = encode_drafted((7,), (SparseDistribution.quantize(300, np.array([7, 200]), np.array([0.5, 0.5]), 10),))
+HALVES = SparseDistribution.quantize_fp16(np.eye(300)[7]).encode_fp16()
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from typing import Any
 import msgpack
 import pytest
 
-from protocol.drafted import PackedDraft, unpack_drawn
+from protocol.draft_codec import EncodedDraft, decode_drafted
 from protocol.errors import ProtocolError
 from protocol.frames import FrameCodec
 from protocol.limits import Limits
@@ -113,7 +113,7 @@ def decode(vocab_size: int, frame: bytes) -> None:
             assert codec.decode(codec.encode(message)) == message
     with suppress(ProtocolError):
         draft_len, entries, steps = (1 + byte for byte in frame[:3].ljust(3, b"\0"))
-        unpack_drawn(PackedDraft(draft_len, entries, steps, frame[3:]), vocab_size)
+        decode_drafted(EncodedDraft(draft_len, entries, steps, frame[3:]), vocab_size)
 
 
 def run(seed: int) -> None:

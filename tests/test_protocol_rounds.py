@@ -17,7 +17,7 @@ from protocol.sparse import SparseDistribution
 STOP = 9
 PROMPT = (1, 2, 3)
 GREEDY, SAMPLED = Sampling(), Sampling(1.0)
-CERTAIN = SparseDistribution.round_off(12, np.array([3]), np.ones(1), 1)
+CERTAIN = SparseDistribution.quantize(12, np.array([3]), np.ones(1), 1)
 
 
 def open_in(mode: Mode, sampling: Sampling = GREEDY) -> Open:
@@ -30,7 +30,7 @@ PATHS: dict[State, list[SessionMessage]] = {
     State.NEW: [],
     State.OPENING: OPENING,
     State.READY: READY,
-    State.JUDGING: [*READY, Draft(0, 1, (4, 5))],
+    State.VERIFYING: [*READY, Draft(0, 1, (4, 5))],
     State.DECODING: [*READY, Decode(0, 1, 3)],
     State.EXTENDING: [*READY, Extend(0, 1, 3, (7,))],
     State.CLOSED: [*READY, Close(0)],
@@ -38,8 +38,8 @@ PATHS: dict[State, list[SessionMessage]] = {
 ALLOWED: dict[State, dict[type[SessionMessage], State]] = {
     State.NEW: {Open: State.OPENING},
     State.OPENING: {Opened: State.READY},
-    State.READY: {Draft: State.JUDGING, Decode: State.DECODING, Extend: State.EXTENDING},
-    State.JUDGING: {Verdict: State.READY, Draft: State.JUDGING},
+    State.READY: {Draft: State.VERIFYING, Decode: State.DECODING, Extend: State.EXTENDING},
+    State.VERIFYING: {Verdict: State.READY, Draft: State.VERIFYING},
     State.DECODING: {Verdict: State.DECODING},
     State.EXTENDING: {Opened: State.READY},
     State.CLOSED: {},
@@ -78,7 +78,7 @@ def candidates(rounds: SessionRounds, shift: int = 0) -> list[SessionMessage]:
         replace(open_in(Mode.IDS), round_id=following),
         Opened(0, awaited),
         Extend(0, following, 2, (8,)),
-        Draft(0, following, (4, 5), guess=6 if rounds.state is State.JUDGING else None),
+        Draft(0, following, (4, 5), assumed_bonus=6 if rounds.state is State.VERIFYING else None),
         Decode(0, following, 3),
         Verdict(0, awaited, 0, 6),
     ]
@@ -88,16 +88,16 @@ def test_two_ends_that_see_the_same_messages_agree_after_each() -> None:
     script: list[tuple[SessionMessage, tuple[State, int, int]]] = [
         (open_in(Mode.IDS), (State.OPENING, 0, 3)),
         (Opened(0, 0), (State.READY, 1, 3)),
-        (Draft(0, 1, (4, 5)), (State.JUDGING, 1, 3)),
+        (Draft(0, 1, (4, 5)), (State.VERIFYING, 1, 3)),
         (Verdict(0, 1, 1, 6), (State.READY, 2, 5)),
-        (Draft(0, 2, ()), (State.JUDGING, 2, 5)),
+        (Draft(0, 2, ()), (State.VERIFYING, 2, 5)),
         (Verdict(0, 2, 0, 6), (State.READY, 3, 6)),
         (Decode(0, 3, 2), (State.DECODING, 3, 6)),
         (Verdict(0, 3, 0, 6), (State.DECODING, 4, 7)),
         (Verdict(0, 4, 0, 6), (State.READY, 5, 8)),
         (Extend(0, 5, 4, (7, 8, 9)), (State.EXTENDING, 5, 7)),
         (Opened(0, 5), (State.READY, 6, 7)),
-        (Draft(0, 6, (1,)), (State.JUDGING, 6, 7)),
+        (Draft(0, 6, (1,)), (State.VERIFYING, 6, 7)),
         (Verdict(0, 6, 1, 2), (State.READY, 7, 9)),
         (Close(0), (State.CLOSED, 7, 9)),
     ]
@@ -195,7 +195,7 @@ def test_messages_of_rounds_that_are_over_are_old() -> None:
 
 
 @pytest.mark.parametrize(
-    ("state", "drafted"), [(State.JUDGING, 2), (State.DECODING, 0)], ids=["of a Draft", "of a Decode"]
+    ("state", "drafted"), [(State.VERIFYING, 2), (State.DECODING, 0)], ids=["of a Draft", "of a Decode"]
 )
 def test_no_more_tokens_are_accepted_than_drafted(state: State, drafted: int) -> None:
     rounds = after(*PATHS[state])
@@ -205,7 +205,7 @@ def test_no_more_tokens_are_accepted_than_drafted(state: State, drafted: int) ->
 
 
 def test_a_decode_after_a_draft_accepts_nothing() -> None:
-    rounds = after(*PATHS[State.JUDGING], Verdict(0, 1, 2, 6), Decode(0, 2, 1))
+    rounds = after(*PATHS[State.VERIFYING], Verdict(0, 1, 2, 6), Decode(0, 2, 1))
     refuses(rounds, Verdict(0, 2, 1, 6), "1 tokens accepted of 0")
 
 
@@ -257,7 +257,7 @@ def test_distributions_are_sent_in_the_modes_that_have_them_and_in_no_other() ->
     for mode in (Mode.TOPK, Mode.FULL):
         ready = (open_in(mode, SAMPLED), Opened(0, 0))
         refuses(after(*ready), alone, f"without distributions in mode '{mode}'")
-        assert after(*ready, accompanied).state is State.JUDGING
+        assert after(*ready, accompanied).state is State.VERIFYING
     refuses(after(*READY), accompanied, "with distributions in mode 'ids'")
 
 
@@ -276,17 +276,17 @@ def test_an_empty_draft_asks_for_one_token_in_every_mode(mode: Mode) -> None:
 
 
 FIRST = Draft(0, 1, (4, 5))
-SECOND = Draft(0, 2, (6,), guess=7)
-THIRD = Draft(0, 3, (8, 8), guess=9)
+SECOND = Draft(0, 2, (6,), assumed_bonus=7)
+THIRD = Draft(0, 3, (8, 8), assumed_bonus=9)
 
 
 def test_drafts_on_right_guesses_are_judged_in_turn() -> None:
     rounds = windowed(*READY, FIRST, SECOND, THIRD)
-    assert (rounds.under_way, rounds.next_round) == ((FIRST, SECOND, THIRD), 4)
+    assert (rounds.in_flight, rounds.next_round) == ((FIRST, SECOND, THIRD), 4)
     rounds.advance(Verdict(0, 1, 2, 7))
-    assert view(rounds) == (State.JUDGING, 2, 6)
+    assert view(rounds) == (State.VERIFYING, 2, 6)
     rounds.advance(Verdict(0, 2, 1, 9))
-    assert view(rounds) == (State.JUDGING, 3, 8)
+    assert view(rounds) == (State.VERIFYING, 3, 8)
     rounds.advance(Verdict(0, 3, 0, 1))
     assert view(rounds) == (State.READY, 4, 9)
 
@@ -296,12 +296,12 @@ def test_drafts_on_right_guesses_are_judged_in_turn() -> None:
 )
 def test_a_wrong_guess_voids_all_that_builds_on_it(verdict: Verdict) -> None:
     rounds = windowed(*READY, FIRST, SECOND, THIRD, verdict)
-    assert rounds.under_way == ()
+    assert rounds.in_flight == ()
     assert view(rounds) == (State.READY, 4, 3 + verdict.accepted + 1)
-    for void in (SECOND, THIRD, Draft(0, 4, (1,), guess=1)):
-        assert rounds.is_void(void)
+    for void in (SECOND, THIRD, Draft(0, 4, (1,), assumed_bonus=1)):
+        assert rounds.is_invalidated(void)
     rounds.advance(Draft(0, 4, (1,)))
-    assert view(rounds)[:2] == (State.JUDGING, 4)
+    assert view(rounds)[:2] == (State.VERIFYING, 4)
 
 
 def test_a_station_that_missed_void_drafts_takes_the_next_one() -> None:
@@ -314,28 +314,30 @@ def test_a_station_that_missed_void_drafts_takes_the_next_one() -> None:
 
 def test_a_draft_on_a_guess_may_come_after_the_verdict_it_guesses() -> None:
     rounds = windowed(*READY, FIRST, Verdict(0, 1, 2, 7))
-    assert not rounds.is_void(SECOND)
+    assert not rounds.is_invalidated(SECOND)
     rounds.advance(SECOND)
-    assert view(rounds)[:2] == (State.JUDGING, 2)
+    assert view(rounds)[:2] == (State.VERIFYING, 2)
     for verdict in (Verdict(0, 1, 2, 6), Verdict(0, 1, 1, 7)):
         late = windowed(*READY, FIRST, verdict)
-        assert late.is_void(SECOND)
-        refuses(late, SECOND, "a Draft on the guess 7, which is void")
+        assert late.is_invalidated(SECOND)
+        refuses(late, SECOND, "a Draft on the assumed_bonus 7, which is void")
 
 
 def test_a_draft_whose_predecessor_is_not_here_is_not_taken() -> None:
     rounds = windowed(*READY, FIRST)
-    assert rounds.is_void(THIRD)
+    assert rounds.is_invalidated(THIRD)
     rounds.advance(SECOND)
-    assert not rounds.is_void(THIRD)
+    assert not rounds.is_invalidated(THIRD)
 
 
 def test_no_more_drafts_than_the_window_are_under_way() -> None:
     refuses(
-        windowed(*READY, FIRST, SECOND, THIRD), Draft(0, 4, (), guess=1), r"4 Drafts under way; allowed: 3 \(--window"
+        windowed(*READY, FIRST, SECOND, THIRD),
+        Draft(0, 4, (), assumed_bonus=1),
+        r"4 Drafts under way; allowed: 3 \(--window",
     )
     refuses(after(*READY, FIRST), SECOND, r"2 Drafts under way; allowed: 1")
-    refuses(windowed(*READY, FIRST), Draft(0, 2, (6,)), "without a guess while another is under way")
+    refuses(windowed(*READY, FIRST), Draft(0, 2, (6,)), "without a assumed_bonus while another is under way")
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 2)), max_size=30), st.randoms(use_true_random=False))
@@ -346,21 +348,21 @@ def test_two_ends_agree_whatever_is_lost_of_a_window(steps: list[tuple[bool, int
     air: list[Draft] = []
     unheard: list[Verdict] = []
     for drafts_ahead, accepted in steps:
-        if device.state is State.READY or (drafts_ahead and len(device.under_way) < 3):
-            guess = None if device.state is State.READY else 7
-            device.advance(Draft(0, device.next_round, (4, 5), guess=guess))
-        air = [*air, *device.under_way]
+        if device.state is State.READY or (drafts_ahead and len(device.in_flight) < 3):
+            assumed_bonus = None if device.state is State.READY else 7
+            device.advance(Draft(0, device.next_round, (4, 5), assumed_bonus=assumed_bonus))
+        air = [*air, *device.in_flight]
         chance.shuffle(air)
         for draft in air[: chance.randint(0, len(air))]:
-            if draft.round_id >= station.next_round and not station.is_void(draft):
+            if draft.round_id >= station.next_round and not station.is_invalidated(draft):
                 station.advance(draft)
-        if station.under_way:
+        if station.in_flight:
             verdict = Verdict(0, station.round_id, accepted, 7 if accepted == 2 else 3)
             station.advance(verdict)
             unheard.append(verdict)
-        while unheard and unheard[0].round_id == device.round_id and device.under_way and chance.random() < 0.7:
+        while unheard and unheard[0].round_id == device.round_id and device.in_flight and chance.random() < 0.7:
             device.advance(unheard.pop(0))
     for verdict in unheard:
         device.advance(verdict)
     assert device.committed_len == station.committed_len
-    assert not device.under_way or device.under_way[0].round_id >= station.round_id
+    assert not device.in_flight or device.in_flight[0].round_id >= station.round_id

@@ -16,7 +16,7 @@ from device.draft_model import DraftModel
 from device.drafter import Drafter
 from device.sampling import Uplink
 from protocol.bundle import Manifest
-from protocol.drafted import pack_drawn, unpack_drawn
+from protocol.draft_codec import decode_drafted, encode_drafted
 from protocol.errors import FrameError
 from protocol.frames import FrameCodec
 from protocol.limits import Limits
@@ -42,14 +42,14 @@ def rounded_distributions(draw: st.DrawFn) -> tuple[SparseDistribution, Probs]:
     weights = np.exp(rng.normal(0, spread, count))
     exact = np.zeros(vocab_size)
     exact[support] = weights / weights.sum()
-    return SparseDistribution.round_off(vocab_size, support, exact[support], steps), exact
+    return SparseDistribution.quantize(vocab_size, support, exact[support], steps), exact
 
 
 def sent(distribution: SparseDistribution) -> SparseDistribution:
     if distribution.whole:
-        return SparseDistribution.decode_halves(distribution.encode_halves())
-    packed = pack_drawn(distribution.support[:1].tolist(), [distribution])
-    _, (arrived,) = unpack_drawn(packed, distribution.vocab_size)
+        return SparseDistribution.decode_fp16(distribution.encode_fp16())
+    packed = encode_drafted(distribution.support[:1].tolist(), [distribution])
+    _, (arrived,) = decode_drafted(packed, distribution.vocab_size)
     return arrived
 
 
@@ -84,7 +84,7 @@ def test_rounding_moves_no_probability_by_a_step(case: tuple[SparseDistribution,
 def test_no_distribution_in_as_many_steps_is_nearer(parts: list[int], steps: int) -> None:
     exact = np.array(parts) / sum(parts)
     rounded = np.zeros(len(parts))
-    distribution = SparseDistribution.round_off(len(parts), np.arange(len(parts)), exact, steps)
+    distribution = SparseDistribution.quantize(len(parts), np.arange(len(parts)), exact, steps)
     rounded[distribution.support] = distribution.probs
     candidates = (np.array(one) for one in product(range(steps + 1), repeat=len(parts)) if sum(one) == steps)
     nearest = min(np.abs(one / steps - exact).sum() for one in candidates)
@@ -96,34 +96,34 @@ def test_no_distribution_in_as_many_steps_is_nearer(parts: list[int], steps: int
 def test_a_whole_distribution_keeps_the_precision_of_fp16(vocab_size: int, seed: int, spread: float) -> None:
     exact = np.exp(np.random.default_rng(seed).normal(0, spread, vocab_size))
     exact /= exact.sum()
-    whole = SparseDistribution.round_to_halves(exact)
+    whole = SparseDistribution.quantize_fp16(exact)
     assert len(whole) == vocab_size
     assert (np.abs(whole.weights * 2.0**-24 - exact) <= exact * 2**-11 + 2.0**-25).all()
     assert sent(whole) == whole
-    assert len(whole.encode_halves()) == 2 * vocab_size
+    assert len(whole.encode_fp16()) == 2 * vocab_size
 
 
 def test_probabilities_that_come_to_no_step_leave_the_support_unless_all_are_kept() -> None:
     probs = np.array([1e-9, 1 - 1e-9])
-    assert SparseDistribution.round_off(3, np.array([2, 0]), probs, MAX_STEPS).support.tolist() == [0]
-    assert SparseDistribution.round_to_halves(probs).weights.tolist() == [0, 2**24]
+    assert SparseDistribution.quantize(3, np.array([2, 0]), probs, MAX_STEPS).support.tolist() == [0]
+    assert SparseDistribution.quantize_fp16(probs).weights.tolist() == [0, 2**24]
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, -0.5, 1.001, 2.0, 65_504.0])
 def test_only_probabilities_from_0_to_1_are_taken(bad: float) -> None:
-    assert SparseDistribution.decode_halves(np.array([1.0, 0.0], "<f2").tobytes()).weights.tolist() == [2**24, 0]
+    assert SparseDistribution.decode_fp16(np.array([1.0, 0.0], "<f2").tobytes()).weights.tolist() == [2**24, 0]
     with pytest.raises(FrameError, match=r"probability"):
-        SparseDistribution.decode_halves(np.array([0.5, bad], "<f2").tobytes())
+        SparseDistribution.decode_fp16(np.array([0.5, bad], "<f2").tobytes())
 
 
 def test_all_probabilities_0_are_refused() -> None:
     with pytest.raises(FrameError, match="every probability is 0"):
-        SparseDistribution.decode_halves(bytes(2 * 5))
+        SparseDistribution.decode_fp16(bytes(2 * 5))
 
 
 def test_samples_are_as_frequent_as_probable() -> None:
     probs = np.random.default_rng(3).dirichlet(np.full(12, 0.5))
-    distribution = SparseDistribution.round_off(50, np.arange(4, 40, 3), probs, 200)
+    distribution = SparseDistribution.quantize(50, np.arange(4, 40, 3), probs, 200)
     counts = np.zeros(50)
     for position in range(20_000):
         counts[distribution.sample(random_bits(1, position, Stream.DRAFT))] += 1
@@ -156,7 +156,7 @@ def test_each_token_is_as_long_as_its_probability_says() -> None:
 
 
 def test_entries_of_probability_0_are_never_sampled_where_all_tokens_are_kept() -> None:
-    distribution = SparseDistribution.round_to_halves(np.array([0, 0.5, 0, 0]))
+    distribution = SparseDistribution.quantize_fp16(np.array([0, 0.5, 0, 0]))
     assert {distribution.sample(bits) for bits in (0, 1, 2**UNIFORM_BITS - 1)} == {1}
 
 
@@ -198,12 +198,12 @@ def test_invariant_1_the_device_samples_from_what_the_bytes_say(mode: Mode, upli
     prompt, draft_len, codec, differs = [1, 2], 8, FrameCodec(20_000, Limits(max_uplink_k=20_000)), 0
     for seed in range(3):
         model = cast(DraftModel, WideModel())
-        guess = Drafter(model, mode, Sampling(1.0, seed=seed), uplink).draft(prompt, draft_len)
-        arrived = codec.decode(codec.encode(Draft(0, 1, guess.token_ids, guess.distributions)))
+        drafted = Drafter(model, mode, Sampling(1.0, seed=seed), uplink).draft(prompt, draft_len)
+        arrived = codec.decode(codec.encode(Draft(0, 1, drafted.token_ids, drafted.distributions)))
         assert isinstance(arrived, Draft)
-        assert arrived.token_ids == guess.token_ids
-        assert arrived.distributions == guess.distributions
-        for index, (token_id, distribution) in enumerate(zip(guess.token_ids, guess.distributions, strict=True)):
+        assert arrived.token_ids == drafted.token_ids
+        assert arrived.distributions == drafted.distributions
+        for index, (token_id, distribution) in enumerate(zip(drafted.token_ids, drafted.distributions, strict=True)):
             bits = random_bits(seed, len(prompt) + index, Stream.DRAFT)
             assert token_id == sent(distribution).sample(bits)
             differs += token_id != unrounded_sample(len(prompt) + index, bits)

@@ -11,19 +11,19 @@ from pathlib import Path
 import pytest
 import zmq
 
-from basestation.keys import KeyFolder
+from basestation.key_folder import KeyFolder
 from basestation.server import Server
-from bench.prompts import OWN_PROMPTS
-from bench.workplace import Workplace
+from bench.setup.bench_setup import BenchSetup
+from bench.setup.prompts import OWN_PROMPTS
+from common.key_files import write_pair
 from device.answer import Conversation
-from device.client import Client, Patience
+from device.client import Client, Timeouts
+from device.curve_keys import LinkKeys
 from device.draft_model import DraftModel
-from device.keys import LinkKeys
 from device.link import Link
 from device.session import DraftSettings
 from device.tokenizer import Tokenizer
 from protocol.frames import FrameCodec
-from protocol.keys import write_pair
 from protocol.messages import PROTOCOL_VERSION, Hello, Mode, Sampling
 from tests.fakes import FakeDraftModel, FakeTarget, blend, random_table, target_alone
 from tests.hostile import HARMS, Ground, attacked
@@ -32,7 +32,7 @@ from tests.sample import BUNDLE, SAMPLE
 from tests.serving import serving
 
 IDS = DraftSettings(Mode.IDS, Sampling(), 4, 4)
-PATIENCE = Patience(repeat=0.5)
+PATIENCE = Timeouts(repeat=0.5)
 
 
 def keys_of(folder: KeyFolder, path: Path, enroll: bool = True) -> LinkKeys:
@@ -111,7 +111,7 @@ def test_honest_devices_get_right_answers_among_hostile_peers(keyed: bool, tmp_p
 
 
 def sample_device(
-    place: Workplace, address: str, keys: LinkKeys, expected: list[list[int]], cleanup: ExitStack
+    place: BenchSetup, address: str, keys: LinkKeys, expected: list[list[int]], cleanup: ExitStack
 ) -> Callable[[], Iterator[bool]]:
     model = DraftModel(BUNDLE, threads=1)
     link = Link.connect(address, FrameCodec(model.manifest.vocab_size), keys)
@@ -133,7 +133,7 @@ def sample_device(
 
 @pytest.mark.model
 @pytest.mark.endurance
-def test_two_minutes_of_hostile_peers_change_no_answer_of_the_sample_model(place: Workplace, tmp_path: Path) -> None:
+def test_two_minutes_of_hostile_peers_change_no_answer_of_the_sample_model(place: BenchSetup, tmp_path: Path) -> None:
     folder = KeyFolder.create(tmp_path / "keys")
     attacker, *others = (keys_of(folder, tmp_path / name) for name in ("attacker", "one", "other"))
     expected = [place.answer(place.prompt_ids(prompt), 48, IDS).token_ids for prompt in OWN_PROMPTS[:3]]

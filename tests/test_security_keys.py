@@ -8,12 +8,12 @@ import pytest
 import typer
 
 from basestation.cli import app as station_app
-from basestation.keys import KeyFolder
+from basestation.key_folder import KeyFolder
+from common.command_line import run
+from common.key_files import read_public, read_secret, write_pair
 from device.cli import app as device_app
-from device.keys import LinkKeys, new_key
-from protocol.command_line import run
+from device.curve_keys import LinkKeys, new_key
 from protocol.errors import KeyFileError, SettingsError
-from protocol.keys import read_public, read_secret, write_pair
 
 
 def test_a_pair_is_read_as_it_was_written(tmp_path: Path) -> None:

@@ -12,11 +12,11 @@ import pytest
 import zmq
 
 from basestation.admission import check_bind
-from basestation.keys import KeyFolder
+from basestation.key_folder import KeyFolder
 from basestation.server import Server
-from device.client import Client, Patience
+from device.client import Client, Timeouts
+from device.curve_keys import LinkKeys, new_key
 from device.draft_model import DraftModel
-from device.keys import LinkKeys, new_key
 from device.link import Link
 from device.session import DeviceSession, DraftSettings
 from protocol.errors import AdmissionError, FaultError, SettingsError
@@ -43,7 +43,7 @@ DRAFT = blend(TARGET, random_table(VOCAB, seed=2), 0.7)
 PROMPT = [3, 1, 4, 1, 5]
 IDS = DraftSettings(Mode.IDS, Sampling(), 4, 4)
 CODEC = FrameCodec(VOCAB)
-PATIENCE = Patience(connect=5, repeat=0.2, reply=10)
+PATIENCE = Timeouts(connect=5, repeat=0.2, reply=10)
 OPEN = Open(0, 0, Mode.IDS, Sampling(), tuple(PROMPT))
 
 

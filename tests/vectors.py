@@ -54,9 +54,9 @@ SAID: list[Message] = [
     Draft(5, 2, (0, 8)),
     Draft(5, 2, (0, 8)),
     Draft(5, 3, (6,)),
-    Draft(5, 4, (0,), guess=3),
-    Draft(5, 4, (0,), guess=7),
-    Draft(5, 5, (7,), guess=1),
+    Draft(5, 4, (0,), assumed_bonus=3),
+    Draft(5, 4, (0,), assumed_bonus=7),
+    Draft(5, 5, (7,), assumed_bonus=1),
     Resume.of(5, 5, (2, 7, 0, 1, 6, 7, 0, 1, 6, 7, 0, 1)),
     Decode(5, 6, 2),
     Extend(5, 8, 4, (0,)),
@@ -70,25 +70,25 @@ def messages(vocab_size: int) -> list[Message]:
     """One or more of every kind."""
     last = vocab_size - 1
     support = np.array([3, 17, 40, last])
-    one = SparseDistribution.round_off(vocab_size, support, np.array([0.5, 0.25, 0.15, 0.1]), 96)
-    other = SparseDistribution.round_off(vocab_size, np.array([5]), np.ones(1), 96)
-    halves = np.zeros(vocab_size)
-    halves[[2, 9, last]] = 0.5, 0.375, 0.125
-    whole = SparseDistribution.round_to_halves(halves)
+    one = SparseDistribution.quantize(vocab_size, support, np.array([0.5, 0.25, 0.15, 0.1]), 96)
+    other = SparseDistribution.quantize(vocab_size, np.array([5]), np.ones(1), 96)
+    fp16 = np.zeros(vocab_size)
+    fp16[[2, 9, last]] = 0.5, 0.375, 0.125
+    whole = SparseDistribution.quantize_fp16(fp16)
     modes = (Mode.IDS, Mode.TOPK, Mode.FULL, Mode.TARGET, Mode.COUPLED, Mode.TOPP)
     return [
         Hello(PROTOCOL_VERSION, vocab_size, bytes(range(32)), (2, 7)),
         Welcome(PROTOCOL_VERSION, "target", 8192, 64, modes),
-        Welcome(PROTOCOL_VERSION, "target", 8192, 64, modes, (Encoding.SETS,), 4096, 512, 4, 100, 4),
+        Welcome(PROTOCOL_VERSION, "target", 8192, 64, modes, (Encoding.SPARSE,), 4096, 512, 4, 100, 4),
         *(Open(1, 0, mode, Sampling(0.7, 40, 0.9, SEEDS[-1]), (1, last, 0)) for mode in modes[1:]),
         Open(0, 0, Mode.IDS, Sampling(), (1, 2, 3, 4, 5)),
         Opened(1, 0),
         Extend(1, 9, 300, (4, 5)),
         Draft(1, 2, ()),
         Draft(1, 2, (5, 0, last)),
-        Draft(1, 2, (5, 0, last), guess=17),
+        Draft(1, 2, (5, 0, last), assumed_bonus=17),
         Draft(1, 3, (40, 5), (one, other)),
-        Draft(1, 3, (40, 5), (one, other), guess=0),
+        Draft(1, 3, (40, 5), (one, other), assumed_bonus=0),
         *([Draft(1, 4, (9,), (whole,))] if vocab_size < MANY else []),
         Decode(1, 5, 70_000),
         Verdict(1, 2, 3, last),
@@ -146,7 +146,7 @@ def word_vectors() -> list[Vector]:
 
 def drawn_vectors() -> list[Vector]:
     """The token that a drafting device draws from a distribution."""
-    one = SparseDistribution.round_off(300, np.array([3, 17, 299]), np.array([0.5, 0.3, 0.2]), 100)
+    one = SparseDistribution.quantize(300, np.array([3, 17, 299]), np.array([0.5, 0.3, 0.2]), 100)
     return [
         {
             "distribution": describe(one),

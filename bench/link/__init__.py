@@ -1,0 +1,1 @@
+"""An emulated slow link, and how accurate it is."""

@@ -1,0 +1,1 @@
+"""docs/results.md and its plots, from result files alone."""

@@ -1,0 +1,1 @@
+"""What one base station serves: capacity, churn, forward passes, shared prefixes."""

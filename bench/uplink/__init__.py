@@ -1,0 +1,1 @@
+"""Bytes and acceptance of what a Draft carries: modes, encodings, overheads."""

@@ -1,0 +1,1 @@
+"""Plumbing that both ends and the tools share: command line, key files, JSON-lines files, address checks."""

@@ -1,0 +1,129 @@
+"""The formulas of draft lengths: the paper's tables, simulated rounds, and what may not be asked."""
+
+import random
+from collections.abc import Callable
+from math import inf, nan
+
+import pytest
+
+from device.round_model import (
+    LONGEST,
+    Acceptance,
+    Direction,
+    RoundTimes,
+    adaptive_draft_len,
+    drafting_cost,
+    expected_tokens,
+    optimal_draft_len,
+    speedup,
+)
+from protocol.errors import SettingsError
+
+ALPHAS: list[Acceptance] = [0.0, 0.3, 0.7, 0.95, 1.0, [0.9, 0.5, 0.2], [0.2, 1.0]]
+TABLE = {  # α: γ* at L = .01, .1, .2, .4, .6
+    0.4: (4, 2, 1, 1, 1),
+    0.6: (7, 3, 2, 1, 1),
+    0.8: (14, 6, 4, 2, 1),
+}
+COSTS = (0.01, 0.1, 0.2, 0.4, 0.6)
+
+
+def accepted_in(chance: random.Random, alpha: Acceptance, draft_len: int) -> int:
+    """Accepted tokens of a simulated round."""
+    alphas = [alpha] * draft_len if isinstance(alpha, float) else [*alpha, *[alpha[-1]] * draft_len][:draft_len]
+    return next((place for place, one in enumerate(alphas) if chance.random() >= one), draft_len)
+
+
+@pytest.mark.parametrize("alpha", ALPHAS)
+def test_expected_tokens_are_those_of_simulated_rounds(alpha: Acceptance) -> None:
+    chance = random.Random(1)  # noqa: S311
+    rounds = 20_000
+    mean = 1 + sum(accepted_in(chance, alpha, 6) for _ in range(rounds)) / rounds
+    assert expected_tokens(alpha, 6) == pytest.approx(mean, abs=0.06)
+
+
+@pytest.mark.parametrize("alpha", [0.3, 0.7, 0.95])
+def test_expected_tokens_are_the_papers_sum(alpha: float) -> None:
+    for draft_len in range(9):
+        assert expected_tokens(alpha, draft_len) == pytest.approx((1 - alpha ** (draft_len + 1)) / (1 - alpha))
+
+
+@pytest.mark.parametrize("alpha", TABLE)
+def test_the_papers_table_of_draft_lengths(alpha: float) -> None:
+    assert tuple(optimal_draft_len(alpha, cost) for cost in COSTS) == TABLE[alpha]
+
+
+def test_the_adaptive_rule_drafts_only_where_that_is_faster() -> None:
+    assert speedup(0.4, 0.4, 1) == pytest.approx(1)
+    assert speedup(0.4, 0.6, 1) == pytest.approx(0.875)
+    assert adaptive_draft_len(0.4, 0.6) == 0
+    assert adaptive_draft_len(0.8, 0.6) == optimal_draft_len(0.8, 0.6) == 1
+    assert adaptive_draft_len(0.4, 0.39) == 1
+
+
+@pytest.mark.parametrize("alpha", ALPHAS)
+@pytest.mark.parametrize("cost", [0.0, 0.01, 0.1, 0.5, 2.0])
+def test_no_draft_length_beats_the_optimal_one(alpha: Acceptance, cost: float) -> None:
+    best = speedup(alpha, cost, optimal_draft_len(alpha, cost))
+    assert all(speedup(alpha, cost, draft_len) <= best for draft_len in range(1, LONGEST + 1, 7))
+
+
+def test_the_papers_costs_of_drafting() -> None:
+    airtime = 16 * 32_000 / (50e6 * 44.5e-3)
+    costs = [drafting_cost(0.07, airtime, uplink_k, 32_000) for uplink_k in (3, 32, 320, 3200, 32_000)]
+    assert [round(cost, 4) for cost in costs] == [0.07, 0.0702, 0.0723, 0.093, 0.3001]
+
+
+def papers_times(round_trip_seconds: float, uplink_k: int = 320) -> RoundTimes:
+    """Of the paper's system: a pass takes 44.5 ms whatever it judges, and FP16 numbers go up at 50 Mbit/s."""
+    uplink = Direction(token_bytes=2 * uplink_k, bytes_per_second=50e6 / 8)
+    return RoundTimes(0.07 * 44.5e-3, lambda _: 44.5e-3, round_trip_seconds, uplink)
+
+
+def test_without_what_the_paper_leaves_out_the_model_is_the_papers() -> None:
+    cost = drafting_cost(0.07, 16 * 32_000 / (50e6 * 44.5e-3), 320, 32_000)
+    for draft_len in range(1, 9):
+        assert papers_times(0).speedup(0.6, draft_len) == pytest.approx(speedup(0.6, cost, draft_len))
+
+
+def test_the_round_trip_eats_the_speedup() -> None:
+    times = [papers_times(milliseconds / 1e3) for milliseconds in (0, 10, 20, 50, 100)]
+    best = [max(one.speedup(0.6, draft_len) for draft_len in range(1, 65)) for one in times]
+    assert [round(value, 2) for value in best] == [1.79, 1.52, 1.33, 0.96, 0.66]
+    assert [one.best_draft_len(0.6, range(65)) for one in times] == [4, 4, 4, 0, 0]
+
+
+def test_all_parts_of_a_round_take_their_time() -> None:
+    up, down = Direction(20, 5, 1000), Direction(10, 1, 100)
+    times = RoundTimes(0.01, lambda draft_len: 0.2 + 0.02 * draft_len, 0.05, up, down)
+    assert times.seconds(4) == pytest.approx(0.04 + 0.28 + 0.05 + 0.04 + 0.14)
+    assert times.target_seconds() == pytest.approx(0.2)
+    assert RoundTimes(0.0, lambda _: 0.02, downlink=down).target_seconds() == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    ("name", "ask"),
+    [
+        ("alpha", lambda: expected_tokens(1.1, 3)),
+        ("alpha", lambda: optimal_draft_len(-0.1, 0.5)),
+        ("alpha", lambda: speedup([0.5, nan], 0.5, 3)),
+        ("alpha", lambda: expected_tokens([], 3)),
+        ("draft_len", lambda: expected_tokens(0.5, -1)),
+        ("cost", lambda: speedup(0.5, -0.1, 3)),
+        ("cost", lambda: optimal_draft_len(0.5, nan)),
+        ("draft_cost", lambda: drafting_cost(-1, 0.2, 3, 10)),
+        ("full_airtime", lambda: drafting_cost(0.1, inf, 3, 10)),
+        ("uplink_k", lambda: drafting_cost(0.1, 0.2, 11, 10)),
+        ("uplink_k", lambda: drafting_cost(0.1, 0.2, 0, 10)),
+        ("bytes_per_second", lambda: Direction(1, 1, -5)),
+        ("bytes_per_second", lambda: Direction(1, 1, 0)),
+        ("token_bytes", lambda: Direction(1, -1)),
+        ("round_bytes", lambda: Direction(-1, 1)),
+        ("draft_seconds", lambda: RoundTimes(-1, lambda _: 1.0)),
+        ("round_trip_seconds", lambda: RoundTimes(1, lambda _: 1.0, -1)),
+    ],
+)
+def test_impossible_values_are_refused_by_name(name: str, ask: Callable[[], object]) -> None:
+    with pytest.raises(SettingsError, match=f"^{name} is ") as caught:
+        ask()
+    assert caught.value.name == name
