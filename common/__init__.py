@@ -1,1 +1,1 @@
-"""Plumbing that both ends and the tools share: command line, key files, JSON-lines files, address checks."""
+"""Utilities that both ends and the tools share: command line, option groups, key files, JSON lines, loopback check."""

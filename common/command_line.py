@@ -1,8 +1,4 @@
-"""What the four command lines share: one line for an error, details only with ``-v``.
-
-Nothing else of ``protocol`` imports this file, so that the contract itself
-needs NumPy and msgpack alone.
-"""
+"""Entry point of the four command lines: an error is one line, with a traceback only under ``-v``."""
 
 import sys
 import traceback
@@ -14,39 +10,39 @@ from protocol.errors import EdgedraftError
 
 _INTERRUPTED = 130
 _VERBOSE_FLAGS = ("-v", "--verbose")
-# Typer brings its own click or uses an installed one: only the class it exports margins to the right parent.
+# Typer bundles click or uses an installed one: only a class that typer exports has the right base class.
 _UsageError = cast(type[Exception], typer.BadParameter.__base__)
 
-Verbose = Annotated[bool, typer.Option(*_VERBOSE_FLAGS, help="Show tracebacks and what the tools say; goes anywhere.")]
+Verbose = Annotated[bool, typer.Option(*_VERBOSE_FLAGS, help="Show tracebacks and the output of tools.")]
 
 
 def is_verbose() -> bool:
-    """Whether the user wants to see everything."""
+    """Whether the command line has ``-v``."""
     return any(flag in sys.argv[1:] for flag in _VERBOSE_FLAGS)
 
 
 def run(app: typer.Typer, extra: str) -> NoReturn:
-    """Run ``app`` and leave: what a user can cause becomes one line and an exit code.
+    """Run ``app`` and exit: errors that a user can cause become one line and an exit code.
 
     Args:
         app: the commands.
-        extra: the optional dependencies that they need.
+        extra: the optional dependencies that the commands need.
     """
     arguments = [argument for argument in sys.argv[1:] if argument not in _VERBOSE_FLAGS]
     try:
         code = app(arguments, standalone_mode=False)
     except EdgedraftError as error:
-        _leave(str(error), error.exit_code)
+        _fail(str(error), error.exit_code)
     except _UsageError as error:
         usage = cast(Any, error)
         message = usage.format_message()
-        if not message:  # no command at all: the help was shown
+        if not message:  # no command was given, and the help was shown
             sys.exit(usage.exit_code)
-        _leave(f"{message} (see --help)", usage.exit_code)
+        _fail(f"{message} (see --help)", usage.exit_code)
     except ModuleNotFoundError as error:
-        _leave(f"{error}; this command needs: pip install 'edgedraft[{extra}]'", EdgedraftError.exit_code)
+        _fail(f"{error}; this command needs: pip install 'edgedraft[{extra}]'", EdgedraftError.exit_code)
     except OSError as error:
-        _leave(str(error), EdgedraftError.exit_code)
+        _fail(str(error), EdgedraftError.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         code = _INTERRUPTED
     if code == _INTERRUPTED:
@@ -54,7 +50,7 @@ def run(app: typer.Typer, extra: str) -> NoReturn:
     sys.exit(code)
 
 
-def _leave(message: str, exit_code: int) -> NoReturn:
+def _fail(message: str, exit_code: int) -> NoReturn:
     if is_verbose():
         traceback.print_exc()
     typer.echo(f"error: {' '.join(message.split())}", err=True)

@@ -1,4 +1,4 @@
-"""A file of JSON lines that grows, as both ends write for their rounds."""
+"""Append JSON objects to a file, one per line; both ends record their rounds with it."""
 
 import contextlib
 import json
@@ -11,10 +11,10 @@ logger = logging.getLogger(__name__)
 
 
 class JsonLinesFile:
-    """A file to which JSON objects are appended, one in each line.
+    """A JSON-lines file.
 
     Args:
-        path: the file; new lines are appended to an existing one.
+        path: the file; an existing one is extended.
         clock: seconds since 1970.
 
     Raises:

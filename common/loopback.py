@@ -1,15 +1,15 @@
-"""Whether other machines can reach an address; each end asks before it listens."""
+"""Check whether an address is a loopback address; each end checks before it listens."""
 
 import ipaddress
 from urllib.parse import urlsplit
 
 
 def is_loopback(address: str) -> bool:
-    """Whether no other machine can reach a URL. Other names than ``localhost`` are not trusted to be local."""
+    """Whether a URL cannot be reached from another machine. Of host names, only ``localhost`` counts as local."""
     try:
         parts = urlsplit(address)
         if parts.scheme in ("ipc", "inproc") or parts.hostname == "localhost":
             return True
         return ipaddress.ip_address(parts.hostname or "").is_loopback
-    except ValueError:  # no address in numbers
+    except ValueError:  # not a numeric address
         return False

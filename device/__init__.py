@@ -1,8 +1,8 @@
-"""The device: drafts with a small model on ONNX Runtime, and asks the base station.
+"""The device: drafts with a small model on ONNX Runtime; the base station verifies.
 
-Knows no torch and no transformers: this folder and ``protocol`` are what a Raspberry Pi gets.
+Imports no torch and no transformers: this folder, ``common`` and ``protocol`` are what a Raspberry Pi gets.
 """
 
 import os
 
-os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # or else ONNX Runtime reports to its makers that it is used
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # ONNX Runtime would report its use otherwise

@@ -1,4 +1,4 @@
-"""An answer as people and programs get it: text as it is committed, then the figures."""
+"""An answer as its caller receives it: text as it is committed, then the figures."""
 
 import time
 from collections.abc import Iterator
@@ -6,13 +6,14 @@ from dataclasses import dataclass, replace
 
 from device.client import Client
 from device.draft_model import DraftModel
-from device.link import Link
-from device.session import AnswerToken, Counters, DeviceSession, DraftSettings, Origin
+from device.planner import Planners
+from device.session import AnswerToken, Counters, DeviceSession, Origin
+from device.settings import DraftSettings
 from device.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
-class Piece:
+class TextChunk:
     """The text that one committed token adds; may be empty."""
 
     text: str
@@ -23,10 +24,9 @@ class Piece:
 class Answer:
     """A finished answer; the field names are those of ``generate --json``.
 
-    ``finish_reason`` is ``stop`` or ``length``. Bytes are those of the link as they lie
-    in the TCP stream, ``seconds`` the time from the prompt to the last token,
-    ``ttft_seconds`` that to the first. ``draft_len`` is as it was set, or else the
-    mean of the rounds, rounded.
+    ``finish_reason`` is ``stop`` or ``length``. Bytes are counted in the TCP stream,
+    ``seconds`` from the prompt to the last token, ``ttft_seconds`` to the first.
+    ``draft_len`` is the fixed draft length, or else the rounded mean over the rounds.
     """
 
     text: str
@@ -49,7 +49,7 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class _Marks:
+class _Snapshot:
     """Clock and counters at one moment; an answer's figures are differences of two."""
 
     seconds: float
@@ -59,23 +59,23 @@ class _Marks:
 
 
 class Conversation:
-    """Prompts in, answers out; each prompt goes on from the one before as far as they agree.
+    """Prompts in, answers out; each prompt continues the previous one as far as they agree.
 
     Args:
-        link: whose bytes are counted.
-        client: greeted over that link.
+        client: the greeted base station.
+        planners: decide how much to draft.
         model: the draft model.
         tokenizer: of the same bundle.
         settings: how to draft and sample.
     """
 
     def __init__(
-        self, link: Link, client: Client, model: DraftModel, tokenizer: Tokenizer, settings: DraftSettings
+        self, client: Client, planners: Planners, model: DraftModel, tokenizer: Tokenizer, settings: DraftSettings
     ) -> None:
         self.tokenizer = tokenizer
         self.settings = settings
-        self._link = link
         self._client = client
+        self._planners = planners
         self._model = model
         self._session: DeviceSession | None = None
 
@@ -84,17 +84,19 @@ class Conversation:
         return AnswerStream(self, prompt_ids, max_new_tokens)
 
     def begin(self, prompt_ids: list[int]) -> DeviceSession:
-        """The session, opened or extended with the prompt."""
+        """The session, opened on the prompt or extended with it."""
         if self._session is None:
-            self._session = self._client.open(self.settings, self._model, prompt_ids)
+            planner = self._planners.for_settings(self.settings)
+            self._session = DeviceSession(self._client, planner, self.settings, self._model, prompt_ids)
         else:
             self._session.extend(prompt_ids)
         return self._session
 
-    def marks(self) -> _Marks:
+    def snapshot(self) -> _Snapshot:
         """Clock and counters now."""
         counters = replace(self._session.counters) if self._session else Counters()
-        return _Marks(time.monotonic(), self._link.uplink_bytes, self._link.downlink_bytes, counters)
+        now = self._client.now()
+        return _Snapshot(time.monotonic(), now.uplink_bytes, now.downlink_bytes, counters)
 
     def close(self) -> None:
         """End the session, if there is one."""
@@ -104,7 +106,7 @@ class Conversation:
 
 
 class AnswerStream:
-    """One answer: iterate over its pieces, then ask for ``answer``."""
+    """One answer: iterate over its text chunks, then read ``answer``."""
 
     def __init__(self, conversation: Conversation, prompt_ids: list[int], max_new_tokens: int) -> None:
         self._conversation = conversation
@@ -113,12 +115,12 @@ class AnswerStream:
         self._tokens: list[AnswerToken] = []
         self._finish_reason = "length"
 
-    def __iter__(self) -> Iterator[Piece]:
-        """The pieces of text, each as soon as its token is committed."""
-        self._began = self._conversation.marks()
+    def __iter__(self) -> Iterator[TextChunk]:
+        """The chunks of text, each as soon as its token is committed."""
+        self._began = self._conversation.snapshot()
         for text in self._conversation.tokenizer.decode_stream(self._token_ids()):
-            yield Piece(text, self._tokens[-1].origin)
-        self._ended = self._conversation.marks()
+            yield TextChunk(text, self._tokens[-1].origin)
+        self._ended = self._conversation.snapshot()
 
     @property
     def answer(self) -> Answer:

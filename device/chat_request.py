@@ -1,7 +1,7 @@
-"""What a program asks over HTTP, in the words of OpenAI's chat completions, as a question to the worker.
+"""A request of OpenAI's chat completions API, validated and turned into a request to the worker.
 
-Fields that would change the answer and that no device can heed are refused;
-others that are not known here are left alone.
+Fields that would change the answer and are not supported are refused; other
+unknown fields are ignored.
 """
 
 import secrets
@@ -9,9 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from device.session import DraftSettings
+from device.settings import DraftSettings
 from device.tokenizer import ChatMessage
-from device.worker import Question
+from device.worker import AnswerRequest
 from protocol.errors import SettingsError
 from protocol.messages import Sampling
 
@@ -19,7 +19,7 @@ Fields: TypeAlias = dict[str, Any]
 
 _ROLES = ("system", "user", "assistant")
 _MAX_STOPS = 4
-_NEUTRAL: Fields = {
+_UNSUPPORTED: Fields = {
     "frequency_penalty": 0,
     "functions": [],
     "logit_bias": {},
@@ -29,14 +29,14 @@ _NEUTRAL: Fields = {
     "response_format": {"type": "text"},
     "tools": [],
 }
-"""Fields that only these values of are served."""
+"""Unsupported fields, with the one value that is accepted."""
 
 
 @dataclass(frozen=True)
 class Defaults:
-    """What holds where a request says nothing.
+    """Values for fields that a request leaves out.
 
-    ``seed`` None takes a new one for each answer; ``settings`` says how to draft for given sampling.
+    ``seed`` None draws a new one for each answer; ``settings`` gives the draft settings for a sampling.
     """
 
     temperature: float
@@ -49,39 +49,39 @@ class Defaults:
 
 @dataclass(frozen=True)
 class ChatRequest:
-    """A question, and how its answer is wanted: as a stream of events, with a count of tokens behind them."""
+    """A request to the worker, and how the answer is returned: streamed or whole, with token counts or without."""
 
-    question: Question
+    request: AnswerRequest
     stream: bool
     include_usage: bool
 
     @classmethod
     def read(cls, fields: Any, defaults: Defaults) -> "ChatRequest":
-        """The request that the JSON value of a body makes.
+        """Validate the parsed JSON body of a request.
 
         Raises:
-            SettingsError: it is none, or asks for what is not served.
+            SettingsError: a field is missing, has a value that is not allowed, or is not supported.
         """
         if not isinstance(fields, dict):
             raise SettingsError("the request", fields, "a JSON object")
-        for name, neutral in _NEUTRAL.items():
+        for name, neutral in _UNSUPPORTED.items():
             if fields.get(name) not in (None, neutral):
                 raise SettingsError(name, fields[name], f"{neutral!r}, or left out")
         stream_options = _field(fields, "stream_options", dict, {}, "an object")
-        question = Question(
+        request = AnswerRequest(
             _messages(fields),
             defaults.settings(_sampling(fields, defaults)),
             _max_new_tokens(fields, defaults),
             _stops(fields),
         )
         stream = _field(fields, "stream", bool, False, "true or false")
-        return cls(question, stream, _field(stream_options, "include_usage", bool, False, "true or false"))
+        return cls(request, stream, _field(stream_options, "include_usage", bool, False, "true or false"))
 
 
 def _messages(fields: Fields) -> tuple[ChatMessage, ...]:
     messages = _field(fields, "messages", list, [], "a list of messages")
     if not messages:
-        raise SettingsError("messages", messages, "one message and more")
+        raise SettingsError("messages", messages, "at least one message")
     return tuple(_message(message) for message in messages)
 
 
@@ -97,7 +97,7 @@ def _message(message: Any) -> ChatMessage:
 
 
 def _is_unicode(text: str) -> bool:
-    """Whether it has no half of a surrogate pair, which JSON allows and UTF-8 does not."""
+    """Whether the text has no lone surrogate, which JSON allows and UTF-8 does not."""
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
@@ -106,7 +106,7 @@ def _is_text(part: Any) -> bool:
 
 
 def _sampling(fields: Fields, defaults: Defaults) -> Sampling:
-    """How to sample; one seed for all greedy answers, which need none, lets a conversation go on."""
+    """The sampling; greedy answers share one seed, so that a conversation can continue its session."""
     temperature = _number(fields, "temperature", defaults.temperature)
     top_p = _number(fields, "top_p", defaults.top_p)
     fresh = secrets.randbits(63) if temperature and defaults.seed is None else defaults.seed or 0
@@ -117,7 +117,7 @@ def _max_new_tokens(fields: Fields, defaults: Defaults) -> int:
     older: int = _field(fields, "max_tokens", int, defaults.max_new_tokens, "a whole number")
     count: int = _field(fields, "max_completion_tokens", int, older, "a whole number")
     if count < 1:
-        raise SettingsError("max_tokens", count, "1 and more")
+        raise SettingsError("max_tokens", count, "1 or more")
     return count
 
 
@@ -134,11 +134,11 @@ def _number(fields: Fields, name: str, default: float) -> float:
     try:
         return float(value)
     except OverflowError:
-        raise SettingsError(name, "a number of that many digits", "a number that computers count with") from None
+        raise SettingsError(name, "a number of that many digits", "a finite number") from None
 
 
 def _field(fields: Fields, name: str, kind: type | tuple[type, ...], default: Any, allowed: str) -> Any:
-    """A field's value; null stands for the default, and true is no number."""
+    """A field's value; null selects the default, and a boolean is not a number."""
     value = fields.get(name)
     if value is None:
         return default

@@ -1,56 +1,64 @@
-"""A base station as the device sees it: requests until they are answered, refusals, and sessions on it.
+"""Requests to the base station, answered whatever happens to the link or to the base station.
 
-A request is repeated until its reply is there, so lost frames cost time and
-nothing else.
+A request is sent again when no reply comes or the connection is a new one
+(*resend*, behind a Resume). Where the base station is full or shutting down, the
+device waits and retries (*back off*). Where it no longer has the session, the
+device opens a new one on all committed tokens (*reopen*). Randomness is a
+function of the position, so the answer stays the same.
+
+Knows messages and times; not how tokens are drafted.
 """
 
 import logging
 import math
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 
-from device.draft_model import DraftModel
 from device.link import Link
-from device.planner import Planner
 from device.round_records import Moment, Moments, RoundRecord, RoundRecordFile
-from device.session import DeviceSession, DraftSettings
-from protocol.bundle import Manifest, QualityFigures
-from protocol.errors import FaultError, LinkError, MismatchError, SettingsError
+from device.settings import DraftSettings, Timeouts
+from protocol.bundle import Manifest
+from protocol.errors import (
+    ClosingError,
+    FaultError,
+    FullError,
+    LinkError,
+    MismatchError,
+    SettingsError,
+    UnknownSessionError,
+)
 from protocol.messages import (
     OLDEST_VERSION,
     PROTOCOL_VERSION,
     Close,
+    Decode,
+    Draft,
     Encoding,
+    Extend,
     Fault,
     Hello,
     Message,
     Mode,
+    Open,
+    Opened,
+    Reply,
     Request,
     Resume,
     Verdict,
     Welcome,
 )
+from protocol.rounds import SessionRounds, State
 
 logger = logging.getLogger(__name__)
 
 _FIRST_PAUSE = 1.0
 _JITTER = 0.25
-"""How much longer than it should a pause may be, so that not all who were refused come back at once."""
-
-
-@dataclass(frozen=True)
-class Timeouts:
-    """Times in seconds: when to repeat a request, and when to give up.
-
-    ``reply`` is the patience with silence, and with a base station that is full or being stopped.
-    """
-
-    connect: float = 5.0
-    repeat: float = 5.0
-    reply: float = 60.0
+"""Pauses are up to this share longer, at random, so that refused devices do not all retry at once."""
+_RETRYABLE = (FullError.code, ClosingError.code, UnknownSessionError.code)
 
 
 class Client:
@@ -58,14 +66,17 @@ class Client:
 
     Args:
         link: to the base station.
-        manifest: of the draft model; the base station refuses one that is not its target's kin.
-        patience: how long to wait.
+        manifest: of the draft model; the base station refuses one that does not match its target.
+        timeouts: how long to wait.
         clock: seconds, monotonic.
-        records: keeps a line for every round.
+        records: receives a line for each round.
         first_session: id of the first session; clients that share a key must not share ids.
 
+    Attributes:
+        welcome: the base station's Welcome: limits, modes and context length.
+
     Raises:
-        LinkError: nobody answers within ``patience.connect``.
+        LinkError: no base station answers within ``timeouts.connect``.
         FaultError: the base station refuses the draft model.
     """
 
@@ -73,29 +84,42 @@ class Client:
         self,
         link: Link,
         manifest: Manifest,
-        patience: Timeouts | None = None,
+        timeouts: Timeouts | None = None,
         clock: Callable[[], float] = time.monotonic,
         records: RoundRecordFile | None = None,
         first_session: int = 0,
     ) -> None:
-        self._link = link
+        self.link = link
         self._records = records
-        self._patience = patience or Timeouts()
-        self.clock = clock
+        self._timeouts = timeouts or Timeouts()
+        self._clock = clock
         self._next_session = first_session
         self._paused_seconds = 0.0
-        self._planners: dict[tuple[Mode, float, int | None], Planner] = {}
         self._hello = Hello(
             PROTOCOL_VERSION, manifest.vocab_size, bytes.fromhex(manifest.vocabulary_hash), manifest.stop_ids
         )
-        self.greet(self._patience.connect)
+        self.greet(self._timeouts.connect)
 
-    def open(self, settings: DraftSettings, model: DraftModel, prompt_ids: list[int]) -> DeviceSession:
-        """Open a session on a prompt.
+    def greet(self, timeout: float | None = None) -> None:
+        """Send a Hello; fall back to the oldest version where the base station refuses the newest.
+
+        Args:
+            timeout: seconds to wait for the Welcome; None waits as long as for any reply.
+        """
+        try:
+            self.welcome = self._greet_in(PROTOCOL_VERSION, timeout)
+        except FaultError as fault:
+            if fault.fault_code != MismatchError.code:
+                raise
+            self.welcome = self._greet_in(OLDEST_VERSION, timeout)
+        except LinkError as error:
+            raise LinkError(f"{error}; start one with: edgedraft-basestation serve --target MODEL") from error
+
+    def check_served(self, settings: DraftSettings) -> None:
+        """Check settings against the base station's Welcome.
 
         Raises:
-            SettingsError: the base station does not serve the mode, the draft length or as many entries.
-            ContextLengthError: the prompt does not fit both models' contexts, or is more than the base station takes.
+            SettingsError: the base station does not serve the mode, the draft length or the number of entries.
         """
         welcome, encoding = self.welcome, settings.mode.encoding
         if settings.mode not in welcome.modes or (encoding and encoding not in welcome.encodings):
@@ -104,135 +128,262 @@ class Client:
             raise SettingsError("draft-len", settings.draft_len, f"1 to {welcome.max_draft_len}")
         if encoding is Encoding.SPARSE and settings.uplink_k > welcome.max_uplink_k:
             raise SettingsError("uplink-k", settings.uplink_k, f"1 to {welcome.max_uplink_k}")
-        context_length = min(self.welcome.context_length, model.manifest.context_length)
-        return DeviceSession(self, settings, model, context_length, prompt_ids)
-
-    def planner(self, settings: DraftSettings, manifest: Manifest) -> Planner:
-        """What has been learnt about draft lengths, here and with such settings.
-
-        Rounds of a fixed draft length teach the plan nothing: their pace is not what it would reach.
-        """
-        key = (settings.mode, settings.sampling.temperature, settings.draft_len)
-        if key not in self._planners:
-            self._planners[key] = self._new_planner(manifest.quality, settings.sampling.greedy)
-        return self._planners[key]
-
-    def _new_planner(self, quality: QualityFigures, greedy: bool) -> Planner:
-        return Planner(quality, greedy)
 
     def new_session_id(self) -> int:
-        """A number that no session of this client has had."""
+        """An id that no session of this client has had."""
         self._next_session += 1
         return self._next_session - 1
-
-    def greet(self, patience: float | None = None) -> None:
-        """Greet the base station, anew where it has forgotten this device; one of an older version in its own.
-
-        Args:
-            patience: seconds to wait; left out, as long as for any reply.
-        """
-        try:
-            self.welcome = self._greet_in(PROTOCOL_VERSION, patience)
-        except FaultError as fault:
-            if fault.fault_code != MismatchError.code:
-                raise
-            self.welcome = self._greet_in(OLDEST_VERSION, patience)
-        except LinkError as error:
-            raise LinkError(f"{error}; start one with: edgedraft-basestation serve --target MODEL") from error
-
-    def _greet_in(self, version: int, patience: float | None) -> Welcome:
-        hello = replace(self._hello, version=version)
-        return next(message for message in self.exchange(hello, patience) if isinstance(message, Welcome))
 
     def exchange(
         self,
         request: Hello | Request,
-        patience: float | None = None,
+        timeout: float | None = None,
         resume: Callable[[], Resume] | None = None,
-        meanwhile: Callable[[], None] | None = None,
+        while_waiting: Callable[[], None] | None = None,
     ) -> Iterator[Message]:
-        """Send a request, do something ``meanwhile``, and give what comes back.
+        """Send a request, and yield what the base station sends from then on.
 
-        It is repeated whenever the base station is silent or the link is connected
-        again, behind a Resume where there is one and the base station knows it.
+        The request is sent again after ``timeouts.resend`` seconds without a message and over a new connection;
+        behind a Resume where ``resume`` makes one and the base station knows the message.
+
+        Args:
+            request: to send.
+            timeout: seconds without a message after which the device gives up; None for ``timeouts.retry``.
+            resume: makes the Resume of the session.
+            while_waiting: called once, after the request was sent.
 
         Raises:
-            LinkError: the base station is silent for ``patience`` (else ``patience.reply``) seconds.
-            FaultError: it answers with a Fault.
+            LinkError: the base station sends nothing for ``timeout`` seconds.
+            FaultError: the base station answers with a Fault.
         """
-        limit = self._patience.reply if patience is None else patience
-        self._link.send(request)
-        connections = max(1, self._link.connections)
-        heard = sent = self.clock()
-        if meanwhile:
-            meanwhile()
+        limit = self._timeouts.retry if timeout is None else timeout
+        self.link.send(request)
+        connections = max(1, self.link.connections)
+        received_at = sent_at = self._clock()
+        if while_waiting:
+            while_waiting()
         while True:
-            message = self._link.receive(min(self._patience.repeat, limit))
-            now = self.clock()
+            message = self.link.receive(min(self._timeouts.resend, limit))
+            now = self._clock()
             if message is None:
-                if now - heard >= limit:
-                    raise LinkError(f"no base station answers at {self._link.address} (waited {now - heard:.0f} s)")
-                if now - sent >= self._patience.repeat or self._link.connections > connections:
+                if now - received_at >= limit:
+                    raise LinkError(
+                        f"no base station answers at {self.link.address} (waited {now - received_at:.0f} s)"
+                    )
+                if now - sent_at >= self._timeouts.resend or self.link.connections > connections:
                     if resume and self.welcome.version > OLDEST_VERSION:
-                        self._link.send(resume())
-                    self._link.send(request)
-                    sent, connections = now, max(1, self._link.connections)
+                        self.link.send(resume())
+                    self.link.send(request)
+                    sent_at, connections = now, max(1, self.link.connections)
                 continue
-            heard = now
+            received_at = now
             _raise_fault(message, getattr(request, "session_id", None))
             yield message
 
-    def tell(self, message: Close) -> None:
-        """Send what needs no answer."""
-        self._link.send(message)
+    def back_off(self, refusal: FaultError, since: float | None) -> float:
+        """Wait where the base station is full or shutting down; a new connection ends the wait.
 
-    def now(self) -> Moment:
-        """The clock, which ``stopped_clock`` stops, and the bytes so far."""
-        return Moment(self.clock() - self._paused_seconds, self._link.uplink_bytes, self._link.downlink_bytes)
-
-    def record(self, mode: Mode, verdict: Verdict, draft_len: int, drafted: int, moments: Moments) -> None:
-        """Have a round written down, where anybody wants that; see ``RoundRecord.of``."""
-        if self._records:
-            self._records.write(RoundRecord.of(self._link.device, mode, verdict, draft_len, drafted, moments))
-
-    @contextmanager
-    def stopped_clock(self) -> Iterator[None]:
-        """Let ``now`` stand still: what a base station refuses or has forgotten is no delay of the link."""
-        before, began = self._paused_seconds, self.clock()
-        yield
-        self._paused_seconds = before + self.clock() - began
-
-    def pause(self, refusal: FaultError, since: float | None) -> float:
-        """Let time pass where the base station is full or being stopped; a new connection ends it.
-
-        It lasts as long as the Fault says, or else as long again as since the first refusal.
+        Waits as long as the Fault says, else as long again as since the first refusal.
 
         Args:
             refusal: the Fault.
-            since: when it was refused first, by ``clock``; None for now.
+            since: time of the first refusal, by the client's clock; None for now.
 
         Returns:
             ``since``, or now.
 
         Raises:
-            FaultError: to come back would be more than ``patience.reply`` seconds after the first refusal.
+            FaultError: the next attempt would be more than ``timeouts.retry`` seconds after the first refusal.
         """
-        began = self.clock()
+        began = self._clock()
         waited = 0.0 if since is None else began - since
-        seconds = refusal.retry_seconds or min(max(_FIRST_PAUSE, waited), self._patience.repeat)
-        pause = seconds * random.uniform(1, 1 + _JITTER)  # noqa: S311 - no secret
-        if waited + pause > self._patience.reply:
+        seconds = refusal.retry_seconds or min(max(_FIRST_PAUSE, waited), self._timeouts.resend)
+        pause = seconds * random.uniform(1, 1 + _JITTER)  # noqa: S311 - not a secret
+        if waited + pause > self._timeouts.retry:
             text = f"{refusal.text} (waited {waited:.0f} s)"
             raise FaultError(refusal.fault_code, text, math.ceil(seconds)) from refusal
         if since is None:
-            logger.warning("waiting for up to %.0f s: %s", self._patience.reply, refusal.text)
-        connections = self._link.connections
-        while (left := began + pause - self.clock()) > 0 and self._link.connections == connections:
-            self._link.receive(left)  # whatever comes is of a session that is over
+            logger.warning("waiting for up to %.0f s: %s", self._timeouts.retry, refusal.text)
+        connections = self.link.connections
+        while (left := began + pause - self._clock()) > 0 and self.link.connections == connections:
+            self.link.receive(left)  # messages of sessions that have ended
         return began if since is None else since
+
+    def send(self, message: Close) -> None:
+        """Send a message that has no reply."""
+        self.link.send(message)
+
+    def now(self) -> Moment:
+        """The clock, which ``paused_clock`` stops, and the bytes counted so far."""
+        return Moment(self._clock() - self._paused_seconds, self.link.uplink_bytes, self.link.downlink_bytes)
+
+    @contextmanager
+    def paused_clock(self) -> Iterator[None]:
+        """Stop the clock of ``now``: time lost to refusals and restarts is not a delay of the link."""
+        before, began = self._paused_seconds, self._clock()
+        yield
+        self._paused_seconds = before + self._clock() - began
+
+    def record(self, mode: Mode, verdict: Verdict, draft_len: int, drafted: int, moments: Moments) -> None:
+        """Write a round to the record file, if there is one; see ``RoundRecord.of``."""
+        if self._records:
+            self._records.write(RoundRecord.of(self.link.device, mode, verdict, draft_len, drafted, moments))
+
+    def close(self) -> None:
+        """Close the link."""
+        self.link.close()
+
+    def _greet_in(self, version: int, timeout: float | None) -> Welcome:
+        hello = replace(self._hello, version=version)
+        return next(message for message in self.exchange(hello, timeout) if isinstance(message, Welcome))
+
+
+class SessionRequests:
+    """The requests of one session, each answered whatever happens.
+
+    Args:
+        client: the greeted base station.
+        settings: mode and sampling of the session.
+        stop_ids: the ids that end a Decode.
+        tokens: the committed tokens; the session that owns the list appends to it.
+    """
+
+    def __init__(
+        self, client: Client, settings: DraftSettings, stop_ids: frozenset[int], tokens: Sequence[int]
+    ) -> None:
+        self._client = client
+        self._settings = settings
+        self._stop_ids = stop_ids
+        self._tokens = tokens
+        self._prefills = False
+        self._session_id = client.new_session_id()
+        self._rounds = SessionRounds(stop_ids)
+
+    @property
+    def ready(self) -> bool:
+        """Whether no reply is outstanding."""
+        return self._rounds.state is State.READY
+
+    def open(self, prompt_ids: Sequence[int]) -> None:
+        """Open the session on a prompt."""
+        self._prefills = True
+        next(self._replies(lambda: self._open(prompt_ids)))
+
+    def extend(self, start: int, token_ids: Sequence[int]) -> None:
+        """Keep the first ``start`` committed tokens and append ``token_ids``."""
+        self._prefills = True
+        next(self._replies(lambda: Extend(self._session_id, self._rounds.round_id, start, tuple(token_ids))))
+
+    def reopen(self, prompt_ids: Sequence[int]) -> None:
+        """Close the session and open a new one on a prompt."""
+        self.close()
+        self._start_session()
+        self.open(prompt_ids)
+
+    def draft(self, draft: Callable[[int, int], Draft], while_waiting: Callable[[], None] | None = None) -> Verdict:
+        """Send a Draft; wait for its Verdict.
+
+        Args:
+            draft: makes the Draft from a session id and a round id.
+            while_waiting: called once, after the Draft was sent.
+        """
+
+        def request() -> Draft:
+            return draft(self._session_id, self._rounds.round_id)
+
+        verdict = next(self._replies(request, while_waiting))
+        assert isinstance(verdict, Verdict)
+        return verdict
+
+    def decode(self, count: int) -> Iterator[Verdict]:
+        """Let the target decode ``count`` tokens alone; yield the Verdicts as they come."""
+        received = 0
+
+        def remaining() -> Decode:
+            return Decode(self._session_id, self._rounds.round_id, count - received)
+
+        for verdict in self._replies(remaining):
+            assert isinstance(verdict, Verdict)
+            received += 1
+            yield verdict
+
+    def close(self) -> None:
+        """Tell the base station that the session has ended."""
+        close = Close(self._session_id)
+        self._rounds.advance(close)
+        self._client.send(close)
+
+    def take_prefilled(self) -> bool:
+        """Whether the base station may have prefilled since the last call, so that its reply took longer."""
+        prefilled, self._prefills = self._prefills, False
+        return prefilled
+
+    def _replies(
+        self,
+        request: Callable[[], Request],
+        while_waiting: Callable[[], None] | None = None,
+        refused_at: float | None = None,
+    ) -> Iterator[Reply]:
+        """The replies to one request, across refusals and restarts of the base station.
+
+        A session that is unknown again before any reply came counts as refused.
+
+        Args:
+            request: makes the request, or what is left of it, for the session as it is now.
+            while_waiting: called once each time the request was sent.
+            refused_at: time of the first refusal, by the client's clock.
+        """
+        unknown = False
+        while True:
+            sent = request()
+            try:
+                for reply in self._attempt(sent, while_waiting):
+                    refused_at, unknown = None, False
+                    yield reply
+            except FaultError as fault:
+                if fault.fault_code not in _RETRYABLE:
+                    raise
+                with self._client.paused_clock():
+                    if unknown or fault.fault_code != UnknownSessionError.code:
+                        refused_at = self._client.back_off(fault, refused_at)
+                    unknown = True
+                    self._start_session()
+                    if not isinstance(sent, Open):
+                        next(self._replies(partial(self._open, self._tokens), refused_at=refused_at))
+            else:
+                return
+
+    def _attempt(self, request: Request, while_waiting: Callable[[], None] | None) -> Iterator[Reply]:
+        """The replies to one request, until the state machine has no more to await."""
+        self._rounds.advance(request)
+        resume = None if isinstance(request, Open | Extend) else self._resume
+        for message in self._client.exchange(request, resume=resume, while_waiting=while_waiting):
+            if not isinstance(message, Opened | Verdict) or self._is_stale(message):
+                continue
+            self._rounds.advance(message)
+            yield message
+            if self.ready:
+                return
+
+    def _start_session(self) -> None:
+        """Greet, and take a new session id."""
+        self._client.greet()
+        self._prefills = True
+        self._session_id = self._client.new_session_id()
+        self._rounds = SessionRounds(self._stop_ids)
+
+    def _open(self, prompt_ids: Sequence[int]) -> Open:
+        return Open(self._session_id, 0, self._settings.mode, self._settings.sampling, tuple(prompt_ids))
+
+    def _resume(self) -> Resume:
+        return Resume.of(self._session_id, self._rounds.round_id, self._tokens)
+
+    def _is_stale(self, reply: Reply) -> bool:
+        """Whether a reply belongs to another session, to a past round, or follows one that was lost."""
+        return reply.session_id != self._session_id or reply.round_id != self._rounds.round_id
 
 
 def _raise_fault(message: Message, session_id: int | None) -> None:
-    """Raise a Fault that is about this session or about none; one of another session ends that one alone."""
+    """Raise a Fault of this session or of none; a Fault of another session ends that one alone."""
     if isinstance(message, Fault) and message.session_id in (None, session_id):
         raise FaultError(message.code, message.text, message.retry_seconds)

@@ -1,7 +1,6 @@
-"""The keys of a device: its own pair, and the base station's public key.
+"""The device's CURVE keys: its own pair, and the base station's public key.
 
-The device proves with its pair who it is; with the station's key it knows that
-it talks to that base station and to nobody in between.
+The device authenticates with its pair, and authenticates the base station by its public key.
 """
 
 from dataclasses import dataclass, field
@@ -13,42 +12,42 @@ from common.key_files import read_public, read_secret, write_pair
 
 
 @dataclass(frozen=True)
-class LinkKeys:
-    """What a device needs for a link with keys."""
+class CurveKeys:
+    """The keys of an encrypted link."""
 
     secret: str = field(repr=False)
     station: str
 
     @classmethod
-    def read(cls, path: Path, station: str) -> "LinkKeys":
-        """The device's secret key at ``path``, and the station's public key or the file that holds it.
+    def read(cls, path: Path, station: str) -> "CurveKeys":
+        """Read the device's secret key at ``path``, and the station's public key, given as such or as a file.
 
         Raises:
-            KeyFileError: a file is missing, damaged or open to others.
+            KeyFileError: a file is missing, damaged or readable by others.
             SettingsError: ``station`` is neither a key nor a file.
         """
         return cls(read_secret(path), read_public(station))
 
     @property
     def public(self) -> str:
-        """The device's public key, which is who it is to the base station."""
+        """The device's public key, its identity at the base station."""
         return zmq.curve_public(self.secret.encode()).decode()
 
     def protect(self, dealer: "zmq.Socket[bytes]") -> None:
-        """Encrypt what a socket sends, to that base station alone; before it is connected."""
+        """Configure a socket for CURVE; call before it is connected."""
         dealer.setsockopt(zmq.CURVE_PUBLICKEY, self.public.encode())
         dealer.setsockopt(zmq.CURVE_SECRETKEY, self.secret.encode())
         dealer.setsockopt(zmq.CURVE_SERVERKEY, self.station.encode())
 
 
 def new_key(path: Path) -> str:
-    """Make a key pair, the secret key in ``path``; gives the public one.
+    """Write a new key pair, the secret key to ``path``; return the public key.
 
     Raises:
         KeyFileError: the file exists already or cannot be written.
     """
     public, secret = zmq.curve_keypair()
-    while public.startswith(b"-"):  # a command line would take it for an option
+    while public.startswith(b"-"):  # would look like an option on a command line
         public, secret = zmq.curve_keypair()
     write_pair(path, public.decode(), secret.decode())
     return public.decode()

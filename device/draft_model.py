@@ -1,9 +1,9 @@
 """The draft model on ONNX Runtime: tokens in, logits of the last position out.
 
-Two kinds of cache stand behind one small interface. ``SharedCache`` binds past
-and present to one preallocated buffer, so that a step copies nothing and a
-rollback lowers a number; ``GrowingCache`` takes what the graph returns and
-hands it back, for graphs of any architecture.
+There are two kinds of KV cache. ``SharedCache`` binds past and present to one
+preallocated buffer, so that a step copies nothing and a rollback lowers a length;
+``GrowingCache`` passes the present of one step to the next, for graphs of any
+architecture.
 
 Knows arrays and ONNX Runtime; not what is sampled from the logits.
 """
@@ -25,15 +25,15 @@ _FIRST_CAPACITY = 512
 
 
 class KeyValueCache(Protocol):
-    """Keys and values of the tokens run so far; the first ``length`` count."""
+    """A KV cache; the first ``length`` positions are valid."""
 
     length: int
 
     def run(self, inputs: Arrays, count: int) -> Logits:
-        """Run ``count`` more tokens; give the logits [V] of the last."""
+        """Run ``count`` more tokens; return the logits [V] of the last."""
 
     def rollback(self, length: int) -> None:
-        """Forget all tokens from ``length`` on."""
+        """Shorten the cache to ``length`` positions."""
 
 
 class DraftModel:
@@ -41,11 +41,11 @@ class DraftModel:
 
     Args:
         bundle: the folder that ``edgedraft-export convert`` wrote.
-        threads: of ONNX Runtime; 0 takes all cores.
-        providers: execution providers of ONNX Runtime, the preferred first.
+        threads: of ONNX Runtime; 0 uses all cores.
+        providers: execution providers of ONNX Runtime, in order of preference.
 
     Raises:
-        BundleError: the folder is no bundle, is damaged, or cannot be loaded.
+        BundleError: the folder is not a bundle, is damaged, or cannot be loaded.
         SettingsError: a provider that this ONNX Runtime does not have.
     """
 
@@ -59,14 +59,14 @@ class DraftModel:
 
     @property
     def length(self) -> int:
-        """How many tokens are cached."""
+        """Positions in the cache."""
         return self._cache.length
 
     def forward(self, token_ids: Sequence[int]) -> Logits:
-        """Run one or more tokens behind the cached ones.
+        """Run one or more tokens after the cached ones.
 
         Returns:
-            float32 [vocab_size], the logits that follow the last of them.
+            float32 [vocab_size], the logits after the last of them.
         """
         start, end = self._cache.length, self._cache.length + len(token_ids)
         inputs: Arrays = {
@@ -78,12 +78,12 @@ class DraftModel:
         return self._cache.run(inputs, len(token_ids))[: self.manifest.vocab_size]
 
     def rollback(self, length: int) -> None:
-        """Forget all tokens from ``length`` on."""
+        """Shorten the cache to ``length`` positions."""
         self._cache.rollback(min(length, self._cache.length))
 
 
 class SharedCache:
-    """Past and present in one buffer a layer: [1, kv_heads, capacity, head_size], float32."""
+    """Past and present share one buffer per layer: float32 [1, kv_heads, capacity, head_size]."""
 
     def __init__(self, session: onnxruntime.InferenceSession, manifest: Manifest) -> None:
         self.length = 0
@@ -96,7 +96,7 @@ class SharedCache:
         self._binding = session.io_binding()
 
     def run(self, inputs: Arrays, count: int) -> Logits:
-        """Run ``count`` more tokens; give the logits [V] of the last."""
+        """Run ``count`` more tokens; return the logits [V] of the last."""
         self._reserve(self.length + count)
         for name, array in inputs.items():
             self._binding.bind_cpu_input(name, array)
@@ -107,11 +107,11 @@ class SharedCache:
         return logits
 
     def rollback(self, length: int) -> None:
-        """Forget all tokens from ``length`` on."""
+        """Shorten the cache to ``length`` positions."""
         self.length = length
 
     def _reserve(self, length: int) -> None:
-        """Make room for ``length`` tokens; room at least doubles, so that growing costs little."""
+        """Grow to ``length`` positions; the capacity at least doubles, so that the copies cost little."""
         if length <= self._capacity:
             return
         self._capacity = max(length, min(max(2 * self._capacity, _FIRST_CAPACITY), self._context_length))
@@ -129,7 +129,7 @@ class SharedCache:
 
 
 class GrowingCache:
-    """The present of one step is the past of the next: [1, kv_heads, length, head_size] a layer."""
+    """The present of one step is the past of the next: [1, kv_heads, length, head_size] per layer."""
 
     def __init__(self, session: onnxruntime.InferenceSession, manifest: Manifest) -> None:
         self.length = 0
@@ -139,7 +139,7 @@ class GrowingCache:
         self._outputs = ["logits", *map(_present_name, self._past)]
 
     def run(self, inputs: Arrays, count: int) -> Logits:
-        """Run ``count`` more tokens; give the logits [V] of the last."""
+        """Run ``count`` more tokens; return the logits [V] of the last."""
         logits, *present = self._session.run(self._outputs, {**inputs, **self._past})
         self._past = dict(zip(self._past, present, strict=True))
         self.length += count
@@ -147,7 +147,7 @@ class GrowingCache:
         return last
 
     def rollback(self, length: int) -> None:
-        """Forget all tokens from ``length`` on."""
+        """Shorten the cache to ``length`` positions."""
         self._past = {name: array[:, :, :length] for name, array in self._past.items()}
         self.length = length
 
@@ -168,10 +168,10 @@ def _load(path: Path, threads: int, providers: Sequence[str]) -> onnxruntime.Inf
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
-    # Threads wait actively between the steps of a run, which saves a fifth of it, and no longer: others need the cores.
+    # Spinning between the operators of a run saves a fifth of it; longer spinning would take the cores from others.
     options.add_session_config_entry("session.intra_op.spin_duration_us", "100")
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=list(providers))
-    except Exception as error:  # ONNX Runtime's errors have no common root of their own
+    except Exception as error:  # ONNX Runtime's errors share no base class
         reason = str(error).strip().splitlines()[0]
         raise BundleError(f"{str(path)!r} cannot be loaded: {reason}; export the bundle again") from error

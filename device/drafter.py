@@ -1,25 +1,30 @@
-"""Drafting: the next few tokens, as the draft model guesses them.
+"""Drafting: the draft model proposes the next few tokens.
 
-The drafter keeps the draft model's cache in step with the committed tokens by
-itself: it rolls back to what both share and runs the rest. Knows no link.
+The drafter keeps the draft model's KV cache in step with the committed tokens: it
+rolls back to the common prefix and runs the rest. Knows no link.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from device.draft_model import DraftModel, Logits
-from device.sampling import Uplink, coupled_token, draft_distribution, full_distribution
+from device.sampling import coupled_token, full_distribution, sparse_distribution
+from device.settings import UplinkSettings
 from protocol.messages import Mode, Sampling
 from protocol.randomness import Stream, random_bits
 from protocol.sparse import SparseDistribution
 
+ShouldContinue: TypeAlias = Callable[[Sequence[float | None]], bool]
+"""Takes the margins of the tokens drafted so far; says whether to draft another."""
+
 
 @dataclass(frozen=True)
 class DraftResult:
-    """Drafted tokens and, in sampled modes, the distribution each was drawn from.
+    """Drafted tokens and, in modes that send them, the distributions they were sampled from.
 
-    ``margins`` says of each token by how much its score exceeded the next one's,
-    where the largest score was taken; None where the token was drawn.
+    ``margins`` holds for each token the gap between the two highest scores, or None
+    where the token was sampled from its distribution.
     """
 
     token_ids: tuple[int, ...]
@@ -37,32 +42,29 @@ class Drafter:
         uplink: how much of each distribution is sent in modes ``topk`` and ``topp``.
     """
 
-    def __init__(self, model: DraftModel, mode: Mode, sampling: Sampling, uplink: Uplink) -> None:
+    def __init__(self, model: DraftModel, mode: Mode, sampling: Sampling, uplink: UplinkSettings) -> None:
         self._model = model
         self._sampling = sampling
         self._uplink = None if mode is Mode.FULL else uplink
         self._ids_alone = mode.sends_ids_alone
         self._stop_ids = frozenset(model.manifest.stop_ids)
         self._cached: list[int] = []
-        self._unrun: list[int] = []
+        self._pending: list[int] = []
 
     def prefill(self, tokens: Sequence[int]) -> None:
-        """Run all but the last of ``tokens``, so that the first draft need not."""
-        self._unrun = self._rollback(tokens)[:-1]
-        if self._unrun:
+        """Run all but the last of ``tokens``, so that the first draft starts at once."""
+        self._pending = self._rollback(tokens)[:-1]
+        if self._pending:
             self._run()
 
     def draft(
-        self,
-        tokens: Sequence[int],
-        draft_len: int,
-        should_continue: Callable[[Sequence[float | None]], bool] | None = None,
+        self, tokens: Sequence[int], draft_len: int, should_continue: ShouldContinue | None = None
     ) -> DraftResult:
-        """DraftResult up to ``draft_len`` tokens that follow ``tokens``; ends after a stop id.
+        """Draft up to ``draft_len`` tokens that follow ``tokens``; ends after a stop id.
 
-        Where there is ``should_continue``, it is asked before each token, with the margins of those before.
+        ``should_continue`` is asked before each token.
         """
-        self._unrun = self._rollback(tokens)
+        self._pending = self._rollback(tokens)
         drafted: list[int] = []
         margins: list[float | None] = []
         distributions: list[SparseDistribution] = []
@@ -80,27 +82,27 @@ class Drafter:
             margins.append(margin)
             if token_id in self._stop_ids:
                 break
-            self._unrun = [token_id]
+            self._pending = [token_id]
         return DraftResult(tuple(drafted), tuple(distributions), tuple(margins))
 
-    def run_ahead(self) -> None:
-        """Run the last drafted token, unless it ends the answer: where it stands, the next draft goes on from it."""
-        if self._unrun:
+    def cache_last_token(self) -> None:
+        """Run the last drafted token, so that the next draft needs one step less if it is accepted."""
+        if self._pending:
             self._run()
 
     def _run(self) -> Logits:
-        logits = self._model.forward(self._unrun)
-        self._cached += self._unrun
-        self._unrun = []
+        logits = self._model.forward(self._pending)
+        self._cached += self._pending
+        self._pending = []
         return logits
 
     def _distribution(self, logits: Logits) -> SparseDistribution:
         if self._uplink is None:
             return full_distribution(logits, self._sampling)
-        return draft_distribution(logits, self._sampling, self._uplink)
+        return sparse_distribution(logits, self._sampling, self._uplink)
 
     def _rollback(self, tokens: Sequence[int]) -> list[int]:
-        """Forget what ``tokens`` do not begin with; give those not cached, at least the last."""
+        """Shorten the KV cache to the prefix shared with ``tokens``; return the tokens to run, at least the last."""
         shared = 0
         for cached, token in zip(self._cached, tokens[:-1], strict=False):
             if cached != token:

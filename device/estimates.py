@@ -1,44 +1,44 @@
-"""Running estimates: what was seen fades, so that they follow what changes."""
+"""Running estimates with exponential decay, so that they follow changes."""
 
-KEPT = 0.95
-"""What an observation counts for once another has come."""
+DECAY = 0.95
+"""Weight that an observation keeps when the next one is made."""
 _PRIOR_TRIALS = 2.0
-_PRIOR_SPREAD = 0.5
+_PRIOR_VARIANCE = 0.5
 
 
 class Share:
-    """How often something happened; ``start`` counts as a few trials."""
+    """How often something happened; the ``prior`` counts as a few trials."""
 
-    def __init__(self, start: float = 0.0) -> None:
-        self._start = start
+    def __init__(self, prior: float = 0.0) -> None:
+        self._prior = prior
         self._hits = self._trials = 0.0
 
     def fade(self) -> None:
-        """Make all trials so far count a little less."""
-        self._hits *= KEPT
-        self._trials *= KEPT
+        """Reduce the weight of all trials so far."""
+        self._hits *= DECAY
+        self._trials *= DECAY
 
     def observe(self, hit: bool) -> None:
-        """Take a trial."""
+        """Add a trial."""
         self._hits += hit
         self._trials += 1
 
-    def mean(self, start: float | None = None) -> float:
-        """The share, its start (or another) counting as ``_PRIOR_TRIALS``."""
-        begin = self._start if start is None else start
-        return (self._hits + _PRIOR_TRIALS * begin) / (self._trials + _PRIOR_TRIALS)
+    def mean(self, prior: float | None = None) -> float:
+        """The share; the prior (its own or this one) counts as ``_PRIOR_TRIALS`` trials."""
+        start = self._prior if prior is None else prior
+        return (self._hits + _PRIOR_TRIALS * start) / (self._trials + _PRIOR_TRIALS)
 
 
 class Ratio:
-    """One sum over another, as of tokens over seconds."""
+    """One sum over another, such as tokens over seconds."""
 
     def __init__(self) -> None:
         self.above = self.below = 0.0
 
-    def fade(self, kept: float = KEPT) -> None:
-        """Make all so far count less."""
-        self.above *= kept
-        self.below *= kept
+    def fade(self, decay: float = DECAY) -> None:
+        """Reduce the weight of everything so far."""
+        self.above *= decay
+        self.below *= decay
 
     def observe(self, above: float, below: float) -> None:
         """Add to both sums."""
@@ -51,26 +51,26 @@ class Ratio:
 
     @property
     def value(self) -> float:
-        """The ratio, of what was observed."""
+        """The ratio; only after an observation."""
         return self.above / self.below
 
 
 class Line:
-    """A line through points; its slope is never negative, and nears 0 where they lie close together."""
+    """A regression line; its slope is never negative, and shrinks towards 0 where the points lie close together."""
 
     def __init__(self) -> None:
         self._weight = self._x = self._y = self._xx = self._xy = 0.0
 
     def observe(self, x: float, y: float) -> None:
-        """Take a point."""
-        self._weight = KEPT * self._weight + 1
-        self._x = KEPT * self._x + x
-        self._y = KEPT * self._y + y
-        self._xx = KEPT * self._xx + x * x
-        self._xy = KEPT * self._xy + x * y
+        """Add a point."""
+        self._weight = DECAY * self._weight + 1
+        self._x = DECAY * self._x + x
+        self._y = DECAY * self._y + y
+        self._xx = DECAY * self._xx + x * x
+        self._xy = DECAY * self._xy + x * y
 
     def shift(self, rise: float) -> None:
-        """Move all points so far up or down: what is added to every y has changed."""
+        """Move all points up by ``rise``: what is added to every y has changed."""
         self._y += self._weight * rise
         self._xy += self._x * rise
 
@@ -80,10 +80,10 @@ class Line:
         if not self._weight:
             return 0.0
         mean_x, mean_y = self._x / self._weight, self._y / self._weight
-        spread = self._xx / self._weight - mean_x**2
-        return max(0.0, self._xy / self._weight - mean_x * mean_y) / (spread + _PRIOR_SPREAD)
+        variance = self._xx / self._weight - mean_x**2
+        return max(0.0, self._xy / self._weight - mean_x * mean_y) / (variance + _PRIOR_VARIANCE)
 
     @property
     def intercept(self) -> float:
-        """What y is where x is 0, never negative; 0 without a point."""
+        """The value of y at x = 0, never negative; 0 without a point."""
         return max(0.0, (self._y - self.slope * self._x) / self._weight) if self._weight else 0.0

@@ -1,6 +1,6 @@
-"""The device over HTTP: OpenAI's chat completions, and whether it is up and ready.
+"""The device's HTTP service: OpenAI's chat completions, health and readiness.
 
-Knows JSON, status codes and streams of events; the answers come from the worker.
+Knows JSON, status codes and server-sent events; the answers come from the worker.
 """
 
 import asyncio
@@ -25,7 +25,7 @@ from starlette.routing import Route
 
 from common.loopback import is_loopback
 from device.chat_request import ChatRequest, Defaults, Fields
-from device.worker import Event, Finish, Job, Question, Worker
+from device.worker import AnswerRequest, Event, Finish, Job, Worker
 from protocol.errors import BundleError, EdgedraftError, FaultError, LinkError, SettingsError
 
 logger = logging.getLogger(__name__)
@@ -33,17 +33,17 @@ logger = logging.getLogger(__name__)
 _MAX_BODY_BYTES = 4 * 1024 * 1024
 _GRACE_SECONDS = 2
 _STOP_SECONDS = 1.0
-_LOOK_SECONDS = 1.0
+_DISCONNECT_POLL_SECONDS = 1.0
 _CHUNK = "chat.completion.chunk"
 _EXAMPLE = "http://127.0.0.1:8080"
 _LOOPBACK_NAMES = ["localhost", "127.0.0.1", "::1", "[::1]"]
 
 
 def check_bind(bind: str, insecure: bool) -> None:
-    """Refuse an address that is none, and one that other machines can reach unless ``insecure`` allows it.
+    """Refuse a malformed address, and one that other machines can reach unless ``insecure`` is set.
 
     Raises:
-        SettingsError: it is one of these.
+        SettingsError: the address is refused.
     """
     parts = urlsplit(bind)
     try:
@@ -53,21 +53,23 @@ def check_bind(bind: str, insecure: bool) -> None:
     if not complete:
         raise SettingsError("bind", bind, _EXAMPLE)
     if not insecure and not is_loopback(bind):
-        raise SettingsError("bind", bind, f"{_EXAMPLE}; for other machines say --insecure: it asks nobody who they are")
+        raise SettingsError(
+            "bind", bind, f"{_EXAMPLE}; to serve other machines, add --insecure: requests are not authenticated"
+        )
 
 
 def serve(worker: Worker, name: str, defaults: Defaults, bind: str, insecure: bool) -> None:
-    """Serve until interrupted; a port 0 in ``bind`` takes a free one.
+    """Serve until interrupted; port 0 in ``bind`` selects a free one.
 
     Args:
-        worker: answers; it is started and stopped here.
-        name: what the model is called.
-        defaults: what holds where a request says nothing.
+        worker: answers the requests; it is started and stopped here.
+        name: of the model.
+        defaults: for fields that a request leaves out.
         bind: ``http://HOST:PORT``.
-        insecure: serve everybody at an address that other machines can reach.
+        insecure: serve an address that other machines can reach.
 
     Raises:
-        SettingsError: other machines can reach the address, and ``insecure`` is not given.
+        SettingsError: other machines can reach the address, and ``insecure`` is not set.
         LinkError: the address cannot be bound.
     """
     check_bind(bind, insecure)
@@ -86,7 +88,7 @@ def serve(worker: Worker, name: str, defaults: Defaults, bind: str, insecure: bo
         timeout_graceful_shutdown=_GRACE_SECONDS,
     )
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: None)  # uvicorn ends at them and then raises them again
+        signal.signal(number, lambda *_: None)  # uvicorn stops at them, then raises them again
     worker.start()
     logger.info("serving %s at http://%s:%d", name, f"[{host}]" if ":" in host else host, port)
     try:
@@ -97,17 +99,21 @@ def serve(worker: Worker, name: str, defaults: Defaults, bind: str, insecure: bo
 
 
 def application(worker: Worker, name: str, defaults: Defaults, hosts: list[str]) -> Starlette:
-    """The routes, for requests that name one of ``hosts``: a web page elsewhere cannot be made to do so."""
-    routes = _Routes(worker, name, defaults)
+    """The application; it refuses requests whose Host is not one of ``hosts``, so that DNS rebinding fails."""
+    endpoints = _Routes(worker, name, defaults)
     return Starlette(
         routes=[
-            Route("/healthz", routes.health),
-            Route("/readyz", routes.readiness),
-            Route("/v1/models", routes.models),
-            Route("/v1/chat/completions", routes.complete, methods=["POST"], max_body_size=_MAX_BODY_BYTES),
+            Route("/healthz", endpoints.health),
+            Route("/readyz", endpoints.readiness),
+            Route("/v1/models", endpoints.models),
+            Route("/v1/chat/completions", endpoints.complete, methods=["POST"], max_body_size=_MAX_BODY_BYTES),
         ],
         middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts)],
-        exception_handlers={EdgedraftError: _refuse, HTTPException: _refuse, ClientDisconnect: _forget},
+        exception_handlers={
+            EdgedraftError: _error_response,
+            HTTPException: _error_response,
+            ClientDisconnect: _no_response,
+        },
     )
 
 
@@ -121,22 +127,22 @@ class _Routes:
         self._created = int(time.time())
 
     async def health(self, _: Request) -> Response:
-        """Whether the process is up."""
+        """Liveness: the process is up."""
         return PlainTextResponse("ok\n")
 
     async def readiness(self, _: Request) -> Response:
-        """Whether a question would be answered: the model is loaded, the base station was heard recently."""
+        """Readiness: the model is loaded and the base station answered recently."""
         if self._worker.ready:
             return PlainTextResponse("ready\n")
         return PlainTextResponse("the base station does not answer\n", 503)
 
     async def models(self, _: Request) -> Response:
-        """The one model there is."""
+        """The one model that is served."""
         model = {"id": self._name, "object": "model", "created": self._created, "owned_by": "edgedraft"}
         return JSONResponse({"object": "list", "data": [model]})
 
     async def complete(self, request: Request) -> Response:
-        """An answer, whole or as a stream of events."""
+        """An answer, whole or as server-sent events."""
         try:
             fields = json.loads(await request.body())
         except (ValueError, RecursionError) as error:
@@ -144,85 +150,85 @@ class _Routes:
         chat = ChatRequest.read(fields, self._defaults)
         if fields.get("model") not in (None, self._name):
             raise HTTPException(404, f"model is {fields['model']!r}; allowed: {self._name!r}")
-        answering = _Answering(self._worker, chat.question, request)
-        completion = _Completion(self._name, answering, chat.include_usage)
+        events = _AnswerEvents(self._worker, chat.request, request)
+        completion = _Completion(self._name, events, chat.include_usage)
         if not chat.stream:
             return JSONResponse(await completion.whole())
-        first = await answering.next()  # what goes wrong before it is still told by a status code
-        return StreamingResponse(completion.events(first), media_type="text/event-stream")
+        first = await events.next()  # an error before it still has a status code
+        return StreamingResponse(completion.stream(first), media_type="text/event-stream")
 
 
-class _Answering:
-    """An answer's events on their way from the worker's thread to this loop."""
+class _AnswerEvents:
+    """An answer's events, handed from the worker's thread to the event loop."""
 
-    def __init__(self, worker: Worker, question: Question, request: Request) -> None:
+    def __init__(self, worker: Worker, answer_request: AnswerRequest, request: Request) -> None:
         self._request = request
         self._loop = asyncio.get_running_loop()
-        self._events: asyncio.Queue[Event] = asyncio.Queue()
-        self._job = Job(question, self._deliver)
-        worker.ask(self._job)
+        self._queue: asyncio.Queue[Event] = asyncio.Queue()
+        self._job = Job(answer_request, self._deliver)
+        worker.submit(self._job)
 
     async def next(self) -> str | Finish:
         """The next event.
 
         Raises:
-            EdgedraftError: what went wrong in place of it.
-            ClientDisconnect: nobody waits for it any more.
+            EdgedraftError: the answer failed.
+            ClientDisconnect: the client has left.
         """
         try:
-            event = await self._arrival()
+            event = await self._next_event()
         except BaseException:
-            self.abandon()
+            self.cancel()
             raise
         if isinstance(event, Exception):
             raise event
         return event
 
-    def abandon(self) -> None:
-        """Have no more of it made."""
-        self._job.abandoned.set()
+    def cancel(self) -> None:
+        """Stop the answer."""
+        self._job.cancelled.set()
 
-    async def _arrival(self) -> Event:
+    async def _next_event(self) -> Event:
         while True:
             with contextlib.suppress(TimeoutError):
-                return await asyncio.wait_for(self._events.get(), _LOOK_SECONDS)
+                return await asyncio.wait_for(self._queue.get(), _DISCONNECT_POLL_SECONDS)
             if await self._request.is_disconnected():
                 raise ClientDisconnect
 
     def _deliver(self, event: Event) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop has ended: nobody listens any more
-            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+        with contextlib.suppress(RuntimeError):  # the event loop has ended
+            self._loop.call_soon_threadsafe(self._queue.put_nowait, event)
 
 
 class _Completion:
     """An answer as JSON objects, whole or in chunks."""
 
-    def __init__(self, name: str, answering: _Answering, include_usage: bool) -> None:
-        self._answering = answering
+    def __init__(self, name: str, events: _AnswerEvents, include_usage: bool) -> None:
+        self._events = events
         self._include_usage = include_usage
         self._head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": name}
 
     async def whole(self) -> Fields:
         """The answer as one object."""
         text = ""
-        while isinstance(event := await self._answering.next(), str):
+        while isinstance(event := await self._events.next(), str):
             text += event
         choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": event.reason}
         return self._head | {"object": "chat.completion", "choices": [choice], "usage": _usage(event)}
 
-    async def events(self, first: str | Finish) -> AsyncIterator[str]:
-        """The answer as server-sent events, from the first event on, which is there already."""
+    async def stream(self, first: str | Finish) -> AsyncIterator[str]:
+        """The answer as server-sent events; ``first`` has been received already."""
         event = first
         try:
             yield self._chunk({"role": "assistant", "content": ""})
             while isinstance(event, str):
                 yield self._chunk({"content": event})
-                event = await self._answering.next()
+                event = await self._events.next()
         except EdgedraftError as error:
             yield _event(_error(error))
             return
         finally:
-            self._answering.abandon()
+            self._events.cancel()
         yield self._chunk({}, event.reason)
         if self._include_usage:
             yield _event(self._head | {"object": _CHUNK, "choices": [], "usage": _usage(event)})
@@ -243,8 +249,8 @@ def _listen(bind: str) -> socket.socket:
         raise LinkError(f"cannot bind {bind!r}: {error.strerror}; name a free address like {_EXAMPLE}") from error
 
 
-async def _refuse(_: Request, error: Exception) -> Response:
-    """One line about what went wrong, and whose it is to mend."""
+async def _error_response(_: Request, error: Exception) -> Response:
+    """The error as JSON, with its status code."""
     if isinstance(error, HTTPException):
         return JSONResponse(_error(error), error.status_code)
     status = 400 if isinstance(error, SettingsError | BundleError) else 503
@@ -252,8 +258,8 @@ async def _refuse(_: Request, error: Exception) -> Response:
     return JSONResponse(_error(error), status, {"Retry-After": str(seconds)} if seconds else None)
 
 
-async def _forget(_: Request, __: Exception) -> Response:
-    """For nobody: the asker has left."""
+async def _no_response(_: Request, __: Exception) -> Response:
+    """The client has left."""
     return Response()
 
 

@@ -1,7 +1,7 @@
-"""The device's end of the link: messages over a DEALER socket, every byte counted.
+"""The device's end of the link: messages over a DEALER socket, with every byte counted.
 
-Knows the socket and the frames; not what a round is. A ``Transport`` moves
-frames; the tests put one in memory in its place.
+Knows the socket and the frames; not what a round is. A ``Transport`` moves frames;
+tests use one in memory.
 """
 
 import os
@@ -11,7 +11,7 @@ from typing import Protocol
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from device.curve_keys import LinkKeys
+from device.curve_keys import CurveKeys
 from protocol.errors import AdmissionError, FrameError, LinkError, ProtocolError
 from protocol.frames import FrameCodec
 from protocol.messages import Message
@@ -34,42 +34,41 @@ _HANDSHAKES = (
 
 
 class Transport(Protocol):
-    """Moves frames between a device and a base station, or loses them.
+    """Moves frames between a device and a base station; may lose them.
 
     Attributes:
-        connections: how many there have been, one after the other.
-        device: what the base station calls this device: its public key, or its address where there are no keys.
+        connections: how many have been established so far.
+        device: the device's name at the base station: its public key, or its routing id without keys.
     """
 
     connections: int
 
     @property
     def device(self) -> str:
-        """See above."""
+        """The device's name at the base station."""
 
     def send(self, frame: bytes) -> None:
-        """Send one frame, or lose it."""
+        """Send one frame; it may be lost."""
 
     def receive(self, timeout: float) -> bytes | None:
-        """The next frame, or None after ``timeout`` seconds or with a new connection."""
+        """The next frame, or None after ``timeout`` seconds or when a new connection is established."""
 
     def close(self) -> None:
-        """Send what is on its way, and end."""
+        """Flush, and close the socket."""
 
 
 class SocketTransport:
     """A DEALER socket.
 
-    Without keys, its routing id makes it the same peer to the base station when
-    it is connected again. With keys the key does, and each connection has a
-    routing id of its own: the base station lets nobody have one that is in use,
-    and may notice only later than the device that a connection is gone.
+    Without keys, the routing id identifies the device across reconnections. With keys
+    the key does, and each connection gets a new routing id: the base station refuses
+    one that is in use, and may notice a lost connection later than the device.
 
     Raises:
-        LinkError: ``address`` is no ZeroMQ endpoint.
+        LinkError: ``address`` is not a ZeroMQ endpoint.
     """
 
-    def __init__(self, address: str, max_frame_bytes: int, keys: LinkKeys | None = None) -> None:
+    def __init__(self, address: str, max_frame_bytes: int, keys: CurveKeys | None = None) -> None:
         self._address = address
         self._keys = keys
         self.connections = 0
@@ -95,22 +94,22 @@ class SocketTransport:
             self._connect()
         except zmq.ZMQError as error:
             self._context.destroy(linger=0)
-            raise LinkError(f"{address!r} is no address: {error}; allowed: tcp://HOST:PORT") from error
+            raise LinkError(f"{address!r} is not an address: {error}; allowed: tcp://HOST:PORT") from error
 
     def send(self, frame: bytes) -> None:
-        """Send one frame; lost where nobody has been reachable for long.
+        """Send one frame; it is dropped where the base station has been unreachable for long.
 
         Raises:
             AdmissionError: the two ends do not know each other's keys.
         """
-        self._heed_handshakes()
+        self._handle_events()
         try:
             self._dealer.send(frame, zmq.NOBLOCK)
         except zmq.Again:
-            return  # the request is repeated until its reply is there
+            return  # the request is sent again until its reply arrives
 
     def receive(self, timeout: float) -> bytes | None:
-        """The next frame, or None after ``timeout`` seconds or with a new connection.
+        """The next frame, or None after ``timeout`` seconds or when a new connection is established.
 
         Raises:
             AdmissionError: the two ends do not know each other's keys.
@@ -122,26 +121,26 @@ class SocketTransport:
                 return self._dealer.recv()
             if not ready:
                 break
-            self._heed_handshakes()
+            self._handle_events()
         return None
 
     @property
     def device(self) -> str:
-        """The public key, or the address, as the base station writes it down."""
+        """The public key, or the routing id in hexadecimal."""
         return self._keys.public if self._keys else self._routing_id.hex()
 
     def close(self) -> None:
-        """Send what is on its way, and end."""
+        """Flush, and close the socket."""
         self._dealer.disable_monitor()
         self._context.destroy(linger=_LINGER_MS)
 
     def _connect(self) -> None:
-        self._routing_id = b"\x01" + os.urandom(15 if self._keys else 7)  # 0 first is reserved
+        self._routing_id = b"\x01" + os.urandom(15 if self._keys else 7)  # a leading 0 is reserved
         self._dealer.setsockopt(zmq.ROUTING_ID, self._routing_id)
         self._dealer.connect(self._address)
 
-    def _heed_handshakes(self) -> None:
-        """Take note of all that happened to the connection."""
+    def _handle_events(self) -> None:
+        """Process the socket's connection events."""
         while self._monitor.poll(0):
             event = recv_monitor_message(self._monitor)
             match event["event"]:
@@ -156,29 +155,29 @@ class SocketTransport:
                         "enroll it there with: edgedraft-basestation keys enroll DIR NAME KEY"
                     )
                 case zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
-                    self._heed_mismatch(event["value"])
+                    self._handle_mismatch(event["value"])
                 case zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
-                    self._heed_broken_handshake()
+                    self._handle_broken_handshake()
 
-    def _heed_mismatch(self, reason: int) -> None:
+    def _handle_mismatch(self, reason: int) -> None:
         if reason != zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH:
-            return  # no base station answers there: told when the device has waited for one
+            return  # not a base station: reported when the connect timeout expires
         if self._keys:
             raise AdmissionError(
-                f"the base station at {self._address} uses no keys, so it cannot prove who it is; "
+                f"the base station at {self._address} uses no keys, so it cannot be authenticated; "
                 "start it with --keys, or leave out --key and --station-key"
             )
         raise AdmissionError(
-            f"the base station at {self._address} lets in only devices with keys; name them: --key and --station-key"
+            f"the base station at {self._address} admits only devices with keys; pass --key and --station-key"
         )
 
-    def _heed_broken_handshake(self) -> None:
-        """A station with another key just hangs up, as may one without keys or one that is being stopped."""
+    def _handle_broken_handshake(self) -> None:
+        """A station with another key closes the connection, as may one without keys or one that is shutting down."""
         self._broken_handshakes += 1
         if self._keys and not self.connections and self._broken_handshakes >= _MAX_BROKEN_HANDSHAKES:
             raise AdmissionError(
-                f"the base station at {self._address} is another one than the station key says, or uses no keys: "
-                f"it hung up on {self._broken_handshakes} handshakes; compare the key with what it says there: "
+                f"the base station at {self._address} does not have the key that --station-key names, or uses no keys: "
+                f"it closed {self._broken_handshakes} handshakes; compare the key with the output of: "
                 "edgedraft-basestation keys list DIR"
             )
 
@@ -187,7 +186,7 @@ class Link:
     """Messages to and from the base station.
 
     Attributes:
-        uplink_bytes: sent so far, as they lie in the TCP stream: frames and ZeroMQ's framing of them.
+        uplink_bytes: sent so far, counted in the TCP stream: frames and ZeroMQ's framing.
         downlink_bytes: received so far, likewise.
     """
 
@@ -200,32 +199,32 @@ class Link:
         self._envelope_bytes = envelope_bytes
 
     @classmethod
-    def connect(cls, address: str, codec: FrameCodec, keys: LinkKeys | None = None) -> "Link":
-        """A link over TCP, encrypted where there are keys. Nobody needs to be there yet."""
+    def connect(cls, address: str, codec: FrameCodec, keys: CurveKeys | None = None) -> "Link":
+        """A link over TCP, encrypted where there are keys. The base station need not be up yet."""
         transport = SocketTransport(address, codec.max_frame_bytes, keys)
         return cls(transport, codec, address, CURVE_BYTES if keys else 0)
 
     def send(self, message: Message) -> None:
-        """Send one message, or lose it."""
+        """Send one message; it may be lost."""
         frame = self._codec.encode(message)
         self.uplink_bytes += socket_bytes(frame, self._envelope_bytes)
         self._transport.send(frame)
 
     @property
     def connections(self) -> int:
-        """How many connections there have been, one after the other."""
+        """How many connections have been established so far."""
         return self._transport.connections
 
     @property
     def device(self) -> str:
-        """What the base station calls this device in its records."""
+        """The device's name in the base station's records."""
         return self._transport.device
 
     def receive(self, timeout: float) -> Message | None:
-        """The next message, or None after ``timeout`` seconds or with a new connection.
+        """The next message, or None after ``timeout`` seconds or when a new connection is established.
 
         Raises:
-            FrameError: the base station sent something else than a message.
+            FrameError: the base station sent bytes that are not a message.
         """
         frame = self._transport.receive(timeout)
         if frame is None:
@@ -234,8 +233,8 @@ class Link:
         try:
             return self._codec.decode(frame)
         except ProtocolError as error:
-            raise FrameError(f"{self.address} sent what is no message: {error}") from error
+            raise FrameError(f"{self.address} sent bytes that are not a message: {error}") from error
 
     def close(self) -> None:
-        """Send what is on its way, and end."""
+        """Flush, and close the socket."""
         self._transport.close()

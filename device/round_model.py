@@ -1,8 +1,9 @@
-"""The mathematics of draft lengths: what a round yields, how long it takes, and which length is best.
+"""How many tokens a round yields, how long it takes, and which draft length is best.
 
-The paper's formulas (arXiv:2509.04576), and a model of a round's time with what
-the paper leaves out. Knows numbers, not models or links; the plan that follows
-what is measured stands in ``live_planner.py``.
+The paper's formulas (arXiv:2509.04576), and a model of a round's time that adds
+round trip, downlink and verification time. The planner uses ``RoundTimes`` and
+``expected_tokens``; ``optimal_draft_len``, ``adaptive_draft_len`` and ``drafting_cost``
+reproduce the paper in ``bench/theory.py``. Knows numbers, not models or links.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,37 +15,37 @@ from typing import TypeAlias
 
 from protocol.errors import SettingsError
 
-LONGEST = 1024
-"""No draft length beyond is looked at: with an acceptance of 1 the best one is infinite."""
+SEARCH_LIMIT = 1024
+"""Longest draft length considered: with an acceptance of 1 the best one is infinite."""
 
 Acceptance: TypeAlias = float | Sequence[float]
-"""The probability that a drafted token is accepted if those before it are: one for all positions, or one for each of
-the first few, the last of them holding for all further ones."""
+"""The probability that a drafted token is accepted given that all before it were: one for all positions, or a sequence
+by position whose last value holds for all further ones."""
 
 
 def expected_tokens(alpha: Acceptance, draft_len: int) -> float:
-    """E(γ), tokens that a round yields: 1 + α₁ + α₁α₂ + …, γ + 1 terms.
+    """E(γ), the expected tokens of a round: 1 + α₁ + α₁α₂ + …, γ + 1 terms.
 
     With one α it is (1 − α^(γ+1)) / (1 − α) (arXiv:2509.04576; Leviathan et al. 2023, eq. 1).
 
     Args:
         alpha: α, each in [0, 1].
-        draft_len: γ, tokens drafted, 0 and more.
+        draft_len: γ, tokens drafted, 0 or more.
 
     Raises:
         SettingsError: a value is not allowed.
     """
     _check_count("draft_len", draft_len)
-    return _yields(alpha, draft_len)[-1]
+    return _expected_by_len(alpha, draft_len)[-1]
 
 
 def speedup(alpha: Acceptance, cost: float, draft_len: int) -> float:
-    """S(γ) = E(γ) / (1 + γL): tokens a second against the target alone (arXiv:2509.04576).
+    """S(γ) = E(γ) / (1 + γL): tokens per second over those of the target alone (arXiv:2509.04576).
 
     Args:
         alpha: α, each in [0, 1].
-        cost: L, the time to draft and send one token over that of a pass of the target.
-        draft_len: γ, tokens drafted, 0 and more.
+        cost: L, the time to draft and send one token over the time of a forward pass of the target.
+        draft_len: γ, tokens drafted, 0 or more.
 
     Raises:
         SettingsError: a value is not allowed.
@@ -54,18 +55,20 @@ def speedup(alpha: Acceptance, cost: float, draft_len: int) -> float:
 
 
 def optimal_draft_len(alpha: Acceptance, cost: float) -> int:
-    """γ*, the draft length from 1 to ``LONGEST`` with the largest speedup; the shorter of equals.
+    """γ*, the draft length from 1 to ``SEARCH_LIMIT`` with the largest speedup; the shorter of equals.
 
     Raises:
         SettingsError: a value is not allowed.
     """
     _check_measure("cost", cost)
-    speedups = [tokens / (1 + draft_len * cost) for draft_len, tokens in enumerate(_yields(alpha, LONGEST))]
-    return max(range(1, LONGEST + 1), key=speedups.__getitem__)
+    speedups = [
+        tokens / (1 + draft_len * cost) for draft_len, tokens in enumerate(_expected_by_len(alpha, SEARCH_LIMIT))
+    ]
+    return max(range(1, SEARCH_LIMIT + 1), key=speedups.__getitem__)
 
 
 def adaptive_draft_len(alpha: Acceptance, cost: float) -> int:
-    """γ* where it makes answers faster, 0 where the target alone is as fast: the paper's adaptive rule, S(γ*) > 1.
+    """γ* where S(γ*) > 1, else 0, the target alone: the paper's adaptive rule.
 
     Raises:
         SettingsError: a value is not allowed.
@@ -78,8 +81,8 @@ def drafting_cost(draft_cost: float, full_airtime: float, uplink_k: int, vocab_s
     """L = c + b·K/V: the cost of a drafted token of whose V probabilities K are sent (arXiv:2509.04576).
 
     Args:
-        draft_cost: c, the time to draft a token over that of a pass of the target.
-        full_airtime: b, the time to send all V probabilities over that of a pass of the target.
+        draft_cost: c, the time to draft a token over the time of a forward pass of the target.
+        full_airtime: b, the time to send all V probabilities over the time of a forward pass of the target.
         uplink_k: K, from 1 to V.
         vocab_size: V.
 
@@ -95,7 +98,7 @@ def drafting_cost(draft_cost: float, full_airtime: float, uplink_k: int, vocab_s
 
 @dataclass(frozen=True)
 class Direction:
-    """What a round sends one way: ``round_bytes``, and ``token_bytes`` for each drafted token."""
+    """Traffic of a round in one direction: ``round_bytes``, and ``token_bytes`` for each drafted token."""
 
     round_bytes: float = 0.0
     token_bytes: float = 0.0
@@ -114,18 +117,18 @@ class Direction:
 
 @dataclass(frozen=True)
 class RoundTimes:
-    """How long a round takes, in seconds, with all that 1 + γL leaves out.
+    """Times of a round in seconds, including what 1 + γL leaves out.
 
-    A round drafts γ tokens, sends them, has them judged and hears the verdict, one
+    A round drafts γ tokens, sends them, verifies them and returns the Verdict, one
     after the other. The target alone streams: its tokens follow each other at the
-    pace of passes, whatever the round trip.
+    rate of forward passes, whatever the round trip.
 
     Attributes:
         draft_seconds: to draft one token.
-        verify_seconds: of a pass that judges so many drafted tokens.
+        verify_seconds: of a forward pass that verifies so many drafted tokens.
         round_trip_seconds: of the link, without airtime.
-        uplink: what is sent to the base station.
-        downlink: what comes back.
+        uplink: traffic to the base station.
+        downlink: traffic to the device.
     """
 
     draft_seconds: float
@@ -139,17 +142,17 @@ class RoundTimes:
         _check_measure("round_trip_seconds", self.round_trip_seconds)
 
     def seconds(self, draft_len: int) -> float:
-        """Of a round: γ·draft + airtime up + verify(γ) + airtime down + round trip."""
+        """Time of a round: γ·draft + airtime up + verify(γ) + airtime down + round trip."""
         both_ends = draft_len * self.draft_seconds + self.verify_seconds(draft_len)
         link = self.round_trip_seconds + self.uplink.seconds(draft_len) + self.downlink.seconds(draft_len)
         return both_ends + link
 
     def target_seconds(self) -> float:
-        """Of a token that the target alone adds to a stream."""
+        """Time between two tokens of the target alone."""
         return max(self.verify_seconds(0), self.downlink.seconds(0))
 
     def speedup(self, alpha: Acceptance, draft_len: int) -> float:
-        """Tokens a second in rounds of ``draft_len`` drafted tokens against the target alone; 1 at 0, where it is that.
+        """Tokens per second in rounds of ``draft_len`` tokens over those of the target alone; 1 at ``draft_len`` 0.
 
         Raises:
             SettingsError: a value is not allowed.
@@ -163,23 +166,23 @@ class RoundTimes:
         return max(lengths, key=lambda draft_len: self.speedup(alpha, draft_len))
 
 
-def _yields(alpha: Acceptance, longest: int) -> list[float]:
+def _expected_by_len(alpha: Acceptance, longest: int) -> list[float]:
     """E(γ) for γ from 0 to ``longest``."""
     values = [alpha] if isinstance(alpha, int | float) else list(alpha)
     for value in values:
         if not 0 <= value <= 1:  # NaN compares false
             raise SettingsError("alpha", value, "0 to 1, a probability")
     if not values:
-        raise SettingsError("alpha", alpha, "a probability, or one and more of them")
+        raise SettingsError("alpha", alpha, "a probability, or a non-empty sequence of them")
     by_position = (values + values[-1:] * (longest - len(values)))[:longest]
     return list(accumulate(accumulate(by_position, mul, initial=1.0)))
 
 
 def _check_count(name: str, value: int) -> None:
     if value < 0:
-        raise SettingsError(name, value, "0 and more")
+        raise SettingsError(name, value, "0 or more")
 
 
 def _check_measure(name: str, value: float) -> None:
     if not 0 <= value < inf:
-        raise SettingsError(name, value, "a number, 0 and more")
+        raise SettingsError(name, value, "a finite number, 0 or more")

@@ -1,4 +1,4 @@
-"""A line for every round, of what the device alone knows of it; the base station's has the rest."""
+"""The device's record of each round; the base station records the rest (``basestation/pass_records.py``)."""
 
 from dataclasses import asdict, dataclass
 from typing import Self, TypeAlias
@@ -9,7 +9,7 @@ from protocol.messages import Mode, Verdict
 
 @dataclass(frozen=True, slots=True)
 class Moment:
-    """A clock, in seconds, and what the link has counted in bytes."""
+    """Clock in seconds, and the link's byte counters."""
 
     seconds: float
     uplink_bytes: int
@@ -21,13 +21,12 @@ Moments: TypeAlias = tuple[Moment, Moment, Moment]
 
 @dataclass(frozen=True, slots=True)
 class RoundRecord:
-    """One round, as the device saw it.
+    """One round, as the device measured it.
 
-    ``device``, ``session`` and ``round`` name it as the base station's record does.
-    ``draft_len`` is how many tokens it might have drafted, ``drafted`` how many it
-    did. Bytes are those of the link, whatever was repeated included;
-    ``reply_seconds`` passed from sending to the Verdict, or from the Verdict before
-    where the target decodes alone.
+    ``device``, ``session`` and ``round`` identify it as in the base station's record.
+    ``draft_len`` is the most tokens it could draft, ``drafted`` how many it did. Bytes
+    are those of the link, resent frames included. ``reply_seconds`` is the time from
+    the Draft to its Verdict, or from the previous Verdict where the target decodes alone.
     """
 
     device: str
@@ -45,17 +44,17 @@ class RoundRecord:
 
     @classmethod
     def of(cls, device: str, mode: Mode, verdict: Verdict, draft_len: int, drafted: int, moments: Moments) -> Self:
-        """A round whose Verdict came.
+        """The record of a round whose Verdict arrived.
 
         Args:
-            device: what the base station calls this one.
+            device: the device's name at the base station.
             mode: of the session.
-            verdict: the round's.
-            draft_len: how many tokens might have been drafted.
-            drafted: how many were.
-            moments: before drafting, before sending, and when the Verdict was there.
+            verdict: of the round.
+            draft_len: most tokens that could be drafted.
+            drafted: tokens that were.
+            moments: before drafting, before sending, and when the Verdict arrived.
         """
-        began, sent, judged = moments
+        began, sent, received = moments
         return cls(
             device,
             verdict.session_id,
@@ -66,15 +65,15 @@ class RoundRecord:
             accepted=verdict.accepted,
             token_id=verdict.token_id,
             draft_seconds=sent.seconds - began.seconds,
-            reply_seconds=judged.seconds - sent.seconds,
-            uplink_bytes=judged.uplink_bytes - began.uplink_bytes,
-            downlink_bytes=judged.downlink_bytes - began.downlink_bytes,
+            reply_seconds=received.seconds - sent.seconds,
+            uplink_bytes=received.uplink_bytes - began.uplink_bytes,
+            downlink_bytes=received.downlink_bytes - began.downlink_bytes,
         )
 
 
 class RoundRecordFile(JsonLinesFile):
-    """A file of JSON lines that grows by one for every round; ``time`` is when its Verdict was there."""
+    """A file of JSON lines, one for each round; ``time`` is when its Verdict arrived."""
 
     def write(self, record: RoundRecord) -> None:
-        """Write down a round."""
+        """Append a round."""
         self.append([asdict(record)])

@@ -1,13 +1,13 @@
-"""Text that ends an answer where it appears, however tokens cut it."""
+"""Stop strings: the text ends where one of them appears, however tokens divide it."""
 
 from collections.abc import Sequence
 
 
 class StopStrings:
-    """Lets text through up to the first of ``stops``; holds back what may be the beginning of one.
+    """Passes text on up to the first stop string; holds back what may be the start of one.
 
     Attributes:
-        reached: whether one of them has appeared; no text comes after that.
+        reached: whether a stop string has appeared; no text follows.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
@@ -15,22 +15,22 @@ class StopStrings:
         self._stops = stops
         self._held = ""
 
-    def pass_on(self, text: str) -> str:
-        """What is certain not to belong to a stop string, now that ``text`` follows."""
+    def feed(self, text: str) -> str:
+        """Add ``text``; return what cannot belong to a stop string."""
         text = self._held + text
-        places = [place for stop in self._stops if (place := text.find(stop)) >= 0]
-        if places:
+        found = [index for stop in self._stops if (index := text.find(stop)) >= 0]
+        if found:
             self.reached = True
-        end = min(places) if places else len(text) - self._beginning(text)
-        self._held = "" if places else text[end:]
+        end = min(found) if found else len(text) - self._partial_len(text)
+        self._held = "" if found else text[end:]
         return text[:end]
 
-    def rest(self) -> str:
-        """What was held back, once no more text follows."""
+    def flush(self) -> str:
+        """The text held back, once no more follows."""
         text, self._held = self._held, ""
         return text
 
-    def _beginning(self, text: str) -> int:
-        """How many characters at the end may be the beginning of a stop string."""
+    def _partial_len(self, text: str) -> int:
+        """How many characters at the end may be the start of a stop string."""
         lengths = (length for stop in self._stops for length in range(1, len(stop)) if text.endswith(stop[:length]))
         return max(lengths, default=0)

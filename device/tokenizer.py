@@ -1,4 +1,4 @@
-"""Text to token ids and back, and conversations to prompts, from the files of a bundle."""
+"""Text to token ids and back, and the chat template, from the files of a bundle."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,14 +14,14 @@ from protocol.errors import BundleError, SettingsError
 
 
 class ChatMessage(TypedDict):
-    """One turn of a conversation: ``role`` is system, user or assistant."""
+    """One message of a conversation; ``role`` is system, user or assistant."""
 
     role: str
     content: str
 
 
 class Tokenizer:
-    """The tokenizer of a bundle, with its chat template if it has one."""
+    """A bundle's tokenizer, with its chat template if there is one."""
 
     def __init__(self, bundle: Path, manifest: Manifest) -> None:
         self._tokenizer = FastTokenizer.from_file(str(bundle / TOKENIZER_NAME))
@@ -30,7 +30,7 @@ class Tokenizer:
         self._template = template.read_text(encoding="utf-8") if template.is_file() else None
 
     def encode(self, text: str) -> list[int]:
-        """Plain text to ids, with the special tokens the tokenizer itself adds.
+        """Encode plain text, with the special tokens that the tokenizer adds.
 
         Raises:
             SettingsError: the text has no tokens.
@@ -38,11 +38,11 @@ class Tokenizer:
         return self._encode(text, add_special_tokens=True)
 
     def encode_chat(self, messages: Sequence[ChatMessage]) -> list[int]:
-        """A conversation to the ids of a prompt for the next answer.
+        """Encode a conversation, rendered by the chat template, as the prompt for the next answer.
 
         Raises:
             SettingsError: the bundle has no chat template.
-            BundleError: its chat template cannot render the conversation.
+            BundleError: the chat template cannot render the conversation.
         """
         if self._template is None:
             raise SettingsError("prompt", "a conversation", "plain text with --raw: this bundle has no chat template")
@@ -57,12 +57,12 @@ class Tokenizer:
         return self._encode(text, add_special_tokens=False)
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Ids to text, without special tokens."""
+        """Decode ids, without special tokens."""
         text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
         return text
 
     def decode_stream(self, token_ids: Iterator[int]) -> Iterator[str]:
-        """The text that each id adds; empty while a character is not yet complete."""
+        """The text that each id adds; empty while a character is incomplete."""
         stream = DecodeStream(skip_special_tokens=True)
         for token_id in token_ids:
             yield stream.step(self._tokenizer, token_id) or ""

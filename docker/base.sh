@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# A base image without a registry: Debian with Python as a tar file, the stand-in for python:*-slim.
+# Makes a base image without a registry: Debian with Python as a tar file, in place of python:*-slim.
 #
 #   docker/base.sh amd64|arm64 FILE.tar
 #
-# Needs root and debootstrap; for another architecture than this machine's also qemu-user-static.
+# Needs root and debootstrap, and qemu-user-static for a foreign architecture.
 set -euo pipefail
 
 SUITE=bookworm
@@ -12,7 +12,7 @@ PACKAGES=python3,python3-venv,ca-certificates
 main() {
   local arch=$1 tar=$2 root
   root=$(mktemp -d)
-  # shellcheck disable=SC2064 # the folder of now
+  # shellcheck disable=SC2064 # expand $root now
   trap "rm -rf '$root'" EXIT
   [ "$arch" = "$(dpkg --print-architecture)" ] || register_emulator
   debootstrap --variant=minbase --arch="$arch" --include="$PACKAGES" "$SUITE" "$root" >&2
@@ -22,14 +22,14 @@ main() {
   mv "$tar.part" "$tar"
 }
 
-# The kernel finds the emulator by itself once its table of binary formats is mounted.
+# Registers qemu with the kernel's binfmt_misc.
 register_emulator() {
   local table=/proc/sys/fs/binfmt_misc
   [ -e "$table/register" ] || mount -t binfmt_misc binfmt_misc "$table"
   [ -e "$table/qemu-aarch64" ] || update-binfmts --enable qemu-aarch64
 }
 
-# What a slim image leaves out.
+# Deletes the files that a slim image does not have.
 slim() {
   rm -rf "$1"/usr/share/{doc,info,locale,man} "$1"/var/cache/{apt,debconf} "$1"/var/lib/apt/lists/* "$1"/var/log/*
   find "$1" -name __pycache__ -prune -exec rm -rf {} +

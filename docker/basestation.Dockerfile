@@ -1,13 +1,13 @@
-# The base station: the target model on PyTorch, with CUDA or without.
+# The base station: the target model on PyTorch, with or without CUDA.
 #
 #   docker build -f docker/basestation.Dockerfile -t edgedraft-basestation .
 #   docker build … --build-arg TORCH=cpu
 #
-# CUDA comes with PyTorch's wheels; the host needs NVIDIA's driver and container toolkit.
-# Another base needs Python 3.11 with venv. To pin one, give it by digest: python@sha256:…
+# PyTorch's wheels contain CUDA; the host needs NVIDIA's driver and container toolkit.
+# PYTHON_IMAGE: any base with Python 3.11 and venv; a digest (python@sha256:…) pins it.
 ARG PYTHON_IMAGE=docker.io/library/python:3.11.14-slim-bookworm
 
-# Wheels to take instead of the index's: --build-context wheels=FOLDER, and --build-arg PIP_NO_INDEX=1 for these alone.
+# --build-context wheels=FOLDER adds a folder of wheels; with --build-arg PIP_NO_INDEX=1 pip uses no index.
 FROM scratch AS wheels
 
 FROM ${PYTHON_IMAGE} AS build
@@ -25,7 +25,7 @@ RUN --mount=type=bind,from=wheels,target=/wheels \
     && /opt/edgedraft/bin/pip install --no-cache-dir --index-url "${index}" --find-links /wheels \
         --constraint constraints.txt torch
 COPY pyproject.toml docker/requirements.py ./
-# The packages first: they stay as they are while only the code changes.
+# Dependencies first, so that a change of the code keeps their layer cached.
 RUN --mount=type=bind,from=wheels,target=/wheels \
     python3 requirements.py basestation >requirements.txt \
     && /opt/edgedraft/bin/pip install --no-cache-dir --find-links /wheels --constraint constraints.txt \
@@ -42,7 +42,7 @@ RUN --mount=type=bind,from=wheels,target=/wheels \
 FROM ${PYTHON_IMAGE}
 RUN install --directory --owner=10001 --group=10001 --mode=700 /keys /hub
 COPY --from=build /opt/edgedraft /opt/edgedraft
-# Targets that are named as on the hub are kept in /hub.
+# Models downloaded from the hub are cached in /hub.
 ENV PATH=/opt/edgedraft/bin:$PATH PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 HF_HOME=/hub
 USER 10001:10001
 VOLUME ["/keys", "/hub"]

@@ -1,13 +1,13 @@
-# The device on a Jetson's GPU. linux/arm64, on NVIDIA's L4T.
+# The device on a Jetson's GPU: linux/arm64 on NVIDIA L4T.
 #
 #   docker build -f docker/device-jetson.Dockerfile -t edgedraft-device-jetson .
 #   … serve --provider CUDAExecutionProvider      or TensorrtExecutionProvider
 #
-# ONNX Runtime runs on the CPU what the provider cannot, and everything where there is no GPU.
-# The base must be of the board's own JetPack, and ONNX Runtime built for the base's CUDA and Python.
+# ONNX Runtime runs unsupported operators on the CPU, and all of them if there is no GPU.
+# The base must match the board's JetPack; ONNX Runtime must be built for the base's CUDA and Python.
 ARG L4T_IMAGE=nvcr.io/nvidia/l4t-jetpack:r36.4.0
 
-# Wheels to take instead of the index's: --build-context wheels=FOLDER, and --build-arg PIP_NO_INDEX=1 for these alone.
+# --build-context wheels=FOLDER adds a folder of wheels; with --build-arg PIP_NO_INDEX=1 pip uses no index.
 FROM scratch AS wheels
 
 FROM ${L4T_IMAGE} AS build
@@ -21,7 +21,7 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/* \
     && "${PYTHON}" -m venv /opt/edgedraft
 COPY pyproject.toml constraints.txt docker/requirements.py ./
-# The packages first: they stay as they are while only the code changes.
+# Dependencies first, so that a change of the code keeps their layer cached.
 RUN --mount=type=bind,from=wheels,target=/wheels \
     /opt/edgedraft/bin/python requirements.py device >requirements.txt \
     && /opt/edgedraft/bin/pip install --no-cache-dir --find-links /wheels --constraint constraints.txt \
@@ -30,8 +30,8 @@ COPY README.md LICENSE ./
 COPY protocol protocol
 COPY common common
 COPY device device
-# As in device.Dockerfile; and as both packages of ONNX Runtime hold the same
-# module, the one for CPUs, which the extra asks for, makes room for the other.
+# As in device.Dockerfile. The CPU package of ONNX Runtime, which the extra installs, is replaced: both packages
+# contain the same module.
 # hadolint ignore=DL3013
 RUN --mount=type=bind,from=wheels,target=/wheels \
     /opt/edgedraft/bin/pip install --no-cache-dir --find-links /wheels --no-deps . \

@@ -1,11 +1,11 @@
-# The device: the draft model on ONNX Runtime. linux/arm64 and linux/amd64; no compiler, no torch.
+# The device: the draft model on ONNX Runtime, for linux/arm64 and linux/amd64; no compiler, no torch.
 #
 #   docker build -f docker/device.Dockerfile -t edgedraft-device .
 #
-# Another base needs Python 3.11 with venv. To pin one, give it by digest: python@sha256:…
+# PYTHON_IMAGE: any base with Python 3.11 and venv; a digest (python@sha256:…) pins it.
 ARG PYTHON_IMAGE=docker.io/library/python:3.11.14-slim-bookworm
 
-# Wheels to take instead of the index's: --build-context wheels=FOLDER, and --build-arg PIP_NO_INDEX=1 for these alone.
+# --build-context wheels=FOLDER adds a folder of wheels; with --build-arg PIP_NO_INDEX=1 pip uses no index.
 FROM scratch AS wheels
 
 FROM ${PYTHON_IMAGE} AS build
@@ -13,7 +13,7 @@ ARG PIP_NO_INDEX
 WORKDIR /build
 RUN python3 -m venv /opt/edgedraft
 COPY pyproject.toml constraints.txt docker/requirements.py ./
-# The packages first: they stay as they are while only the code changes.
+# Dependencies first, so that a change of the code keeps their layer cached.
 RUN --mount=type=bind,from=wheels,target=/wheels \
     python3 requirements.py device >requirements.txt \
     && /opt/edgedraft/bin/pip install --no-cache-dir --find-links /wheels --constraint constraints.txt \
@@ -22,7 +22,7 @@ COPY README.md LICENSE ./
 COPY protocol protocol
 COPY common common
 COPY device device
-# Left out again: what tokenizers needs to fetch from a hub, and what nothing here runs.
+# Removed afterwards: the hub client that tokenizers depends on, and files that the device does not use.
 RUN --mount=type=bind,from=wheels,target=/wheels \
     /opt/edgedraft/bin/pip install --no-cache-dir --find-links /wheels --no-deps . \
     && /opt/edgedraft/bin/pip uninstall --yes \

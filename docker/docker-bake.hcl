@@ -1,6 +1,6 @@
-# All images, for all their platforms.
+# Builds all images for all their platforms.
 #
-#   docker buildx bake -f docker/docker-bake.hcl                       builds them
+#   docker buildx bake -f docker/docker-bake.hcl
 #   TAG=1 REGISTRY=registry.example/us docker buildx bake -f docker/docker-bake.hcl --push
 
 variable "REGISTRY" { default = "localhost" }

@@ -1,17 +1,17 @@
-# Build time: turns a draft model into a bundle.
+# Build time: exports a draft model as a bundle.
 #
 #   docker build -f docker/export.Dockerfile -t edgedraft-export .
 #   docker run --rm -v "$PWD/models:/work" edgedraft-export convert /work/draft /work/bundle --target /work/target
 #
-# Another base needs Python 3.11 with venv. To pin one, give it by digest: python@sha256:…
+# PYTHON_IMAGE: any base with Python 3.11 and venv; a digest (python@sha256:…) pins it.
 ARG PYTHON_IMAGE=docker.io/library/python:3.11.14-slim-bookworm
 
-# Wheels to take instead of the index's: --build-context wheels=FOLDER, and --build-arg PIP_NO_INDEX=1 for these alone.
+# --build-context wheels=FOLDER adds a folder of wheels; with --build-arg PIP_NO_INDEX=1 pip uses no index.
 FROM scratch AS wheels
 
 FROM ${PYTHON_IMAGE} AS build
 ARG PIP_NO_INDEX
-# Models are converted on the CPU.
+# The conversion runs on the CPU.
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 WORKDIR /build
 RUN python3 -m venv /opt/edgedraft
@@ -20,7 +20,7 @@ RUN --mount=type=bind,from=wheels,target=/wheels \
     /opt/edgedraft/bin/pip install --no-cache-dir --index-url "${TORCH_INDEX}" --find-links /wheels \
         --constraint constraints.txt torch
 COPY pyproject.toml docker/requirements.py ./
-# The packages first: they stay as they are while only the code changes.
+# Dependencies first, so that a change of the code keeps their layer cached.
 RUN --mount=type=bind,from=wheels,target=/wheels \
     python3 requirements.py export >requirements.txt \
     && /opt/edgedraft/bin/pip install --no-cache-dir --find-links /wheels --constraint constraints.txt \

@@ -1,26 +1,26 @@
 #!/usr/bin/env bash
-# Makes a board a device: the image (or, without docker there, a Python environment), the bundle, a key, a service
-# that starts at boot. May be run again at any time: what is there already stays, what has changed is replaced.
+# Installs the device on a board over ssh: the image (or a Python environment if the board has no docker), the bundle,
+# a key, and a service that starts at boot. Running it again replaces only what has changed.
 #
-#   docker/flash.sh [OPTION]… HOST           HOST as ssh knows it, user@address; its user is root or may use sudo
+#   docker/flash.sh [OPTION]… HOST           HOST is an ssh destination, user@address; the user is root or may use sudo
 #
-#   --bundle DIR        the bundle, build/bundle without it
-#   --server ENDPOINT   the base station as the board reaches it, tcp://HOST:5755; asked for
-#   --keys DIR          the base station's folder of keys on this machine: the board's key is enrolled there
-#   --station HOST      instead: enrol by ssh at HOST, in the folder that --keys names there
-#   --name NAME         what the board is enrolled as, its own host name without it
-#   --image FILE        load this image (of docker save) instead of building one
+#   --bundle DIR        the bundle; default build/bundle
+#   --server ENDPOINT   the base station's address as seen from the board, tcp://HOST:5755; required
+#   --keys DIR          the base station's key folder on this machine, in which the board's key is enrolled; required
+#   --station HOST      enroll over ssh on HOST; --keys is a folder there
+#   --name NAME         name under which the board is enrolled; default its host name
+#   --image FILE        load this image (from docker save) instead of building one
 #   --image-name NAME   device, or device-jetson
-#   --provider NAME     execution provider of ONNX Runtime
-#   --port PORT         where the service listens on the board's loopback, 8080 without it
-#   --dry-run           show each step and do none
+#   --provider NAME     ONNX Runtime execution provider
+#   --port PORT         port of the service on the board's loopback; default 8080
+#   --dry-run           print each step without running it
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 BUNDLE=build/bundle SERVER='' KEYS='' STATION='' NAME='' IMAGE='' IMAGE_NAME=device
 PROVIDER=CPUExecutionProvider PORT=8080 DRY_RUN='' HOST=''
 READY_SECONDS=${READY_SECONDS:-120}
-# On the board: the key and the station's public one, the bundle, an environment where there is no docker.
+# On the board: the board's key, the base station's public key, the bundle and, without docker, the environment.
 STATE=/var/lib/edgedraft
 USER_ID=10001
 
@@ -37,7 +37,7 @@ main() {
   fi
   send_bundle
   make_key "$engine"
-  enrol
+  enroll
   send_unit "$engine"
   step "start edgedraft-device at boot, and now"
   on_board "systemctl daemon-reload && systemctl enable --quiet edgedraft-device && systemctl restart edgedraft-device"
@@ -58,7 +58,7 @@ options() {
       --port) PORT=${2:?} && shift ;;
       --dry-run) DRY_RUN=yes ;;
       --help) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' docker/flash.sh && exit ;;
-      -*) fail "$1 is no option (see --help)" ;;
+      -*) fail "$1 is not an option (see --help)" ;;
       *) [ -z "$HOST" ] || fail "one board at a time: $HOST or $1" && HOST=$1 ;;
     esac
     shift
@@ -67,10 +67,10 @@ options() {
 
 check() {
   [ -n "$HOST" ] || fail "which board? docker/flash.sh [OPTION]… HOST (see --help)"
-  [ -f "$BUNDLE/manifest.json" ] || fail "$BUNDLE is no bundle; make one with: edgedraft-export convert MODEL BUNDLE"
-  [[ $SERVER =~ ^tcp://[^/:]+:[0-9]+$ ]] || fail "--server is '$SERVER'; allowed: tcp://HOST:PORT, as the board reaches it"
-  [ -n "$KEYS" ] || fail "--keys is missing: the folder that edgedraft-basestation keys new made"
-  [ -z "$IMAGE" ] || [ -f "$IMAGE" ] || fail "$IMAGE is no file"
+  [ -f "$BUNDLE/manifest.json" ] || fail "$BUNDLE is not a bundle; export one with: edgedraft-export convert MODEL BUNDLE"
+  [[ $SERVER =~ ^tcp://[^/:]+:[0-9]+$ ]] || fail "--server is '$SERVER'; allowed: tcp://HOST:PORT, as seen from the board"
+  [ -n "$KEYS" ] || fail "--keys is missing: the folder that edgedraft-basestation keys new created"
+  [ -z "$IMAGE" ] || [ -f "$IMAGE" ] || fail "$IMAGE is not a file"
   [[ $PORT =~ ^[0-9]+$ ]] || fail "--port is '$PORT'; allowed: a number"
 }
 
@@ -95,23 +95,23 @@ send_image() {
   stream "$file" "docker load --quiet"
 }
 
-# The rooms that a device needs, and the packages of the device's extra from the board's index.
+# Copies the packages of the device; pip on the board installs the dependencies of the device extra.
 send_environment() {
-  step "no docker there: make an environment in $STATE/venv"
+  step "no docker on the board: create an environment in $STATE/venv"
   on_board "id edgedraft >/dev/null 2>&1 || useradd --uid $USER_ID --no-create-home --shell /usr/sbin/nologin edgedraft"
   on_board "mkdir -p $STATE/source && rm -rf $STATE/source/*"
-  pipe "tar --create --exclude=__pycache__ pyproject.toml constraints.txt README.md LICENSE protocol device" \
+  pipe "tar --create --exclude=__pycache__ pyproject.toml constraints.txt README.md LICENSE protocol common device" \
     "tar --extract --no-same-owner --directory $STATE/source"
   on_board "[ -x $STATE/venv/bin/python ] || python3 -m venv $STATE/venv"
   on_board "cd $STATE/source && $STATE/venv/bin/pip install --quiet --constraint constraints.txt '.[device]'"
 }
 
-# The manifest has the hashes of all files: where it is the same, they are.
+# The manifest contains the hashes of all files, so an equal manifest means an equal bundle.
 send_bundle() {
   local hash
   hash=$(sha256sum "$BUNDLE/manifest.json" | cut -d' ' -f1)
   if ask_board "echo '$hash  $STATE/bundle/manifest.json' | sha256sum --check --status 2>/dev/null"; then
-    step "the bundle is there already"
+    step "the board has this bundle already"
     return
   fi
   step "copy the bundle $BUNDLE"
@@ -125,7 +125,7 @@ make_key() {
     step "the board has a key already"
     return
   fi
-  step "make the board's key"
+  step "create the board's key"
   on_board "mkdir -p $STATE/keys && chown $USER_ID:$USER_ID $STATE/keys && chmod 700 $STATE/keys"
   if [ "$1" = docker ]; then
     on_board "docker run --rm --network none -v $STATE/keys:/keys localhost/edgedraft-$IMAGE_NAME keys new /keys/device"
@@ -134,10 +134,10 @@ make_key() {
   fi
 }
 
-# A key that is enrolled stays so, under the name that it has.
-enrol() {
+# A key that is already enrolled keeps its name.
+enroll() {
   local key name=$NAME
-  step "enrol the board's key at the base station, and give the board the station's"
+  step "enroll the board's key at the base station and copy the base station's key to the board"
   if [ -n "$DRY_RUN" ]; then
     at_station "edgedraft-basestation keys enroll $KEYS ${NAME:-NAME} KEY"
   else
@@ -221,7 +221,7 @@ wait_until_ready() {
       fail "not ready after $READY_SECONDS s; see: ssh $HOST journalctl --unit edgedraft-device"
     sleep 2
   done
-  echo "ready: http://127.0.0.1:$PORT/v1 on the board; from here: ssh -N -L $PORT:127.0.0.1:$PORT $HOST"
+  echo "ready: http://127.0.0.1:$PORT/v1 on the board; to reach it from here: ssh -N -L $PORT:127.0.0.1:$PORT $HOST"
 }
 
 board_arch() {
@@ -230,7 +230,7 @@ board_arch() {
   case $machine in
     aarch64) echo arm64 ;;
     x86_64) echo amd64 ;;
-    *) fail "no image is made for $machine" ;;
+    *) fail "there is no image for $machine" ;;
   esac
 }
 
@@ -238,7 +238,7 @@ step() {
   echo "== $1"
 }
 
-# Four ways to run something. Only the first runs in a dry run too: it changes nothing.
+# Ways to run a command. ask_board changes nothing, so it also runs in a dry run.
 ask_board() {
   board_shell "$1" </dev/null
 }
@@ -247,7 +247,7 @@ on_board() {
   show "$HOST: $1" || board_shell "$1" </dev/null
 }
 
-# stream FILE COMMAND: the file into a command on the board; pipe COMMAND COMMAND: from here to there.
+# stream FILE COMMAND: feeds a local file to a command on the board. pipe COMMAND COMMAND: from local to board.
 stream() {
   show "$HOST: $2 < $1" || board_shell "$2" <"$1"
 }
@@ -271,11 +271,11 @@ station_shell() {
 board_shell() {
   local quoted
   quoted=$(printf %q "$1")
-  # shellcheck disable=SC2029 # all but the user's number is known here
+  # shellcheck disable=SC2029 # only "id -u" must expand on the board
   ssh "$HOST" "if [ \$(id -u) = 0 ]; then sh -ec $quoted; else sudo sh -ec $quoted; fi"
 }
 
-# In a dry run, shows; else fails, so that what stands behind it is done.
+# In a dry run, prints the step; otherwise fails, so that the command after || runs.
 show() {
   [ -n "$DRY_RUN" ] && echo "    $1"
 }

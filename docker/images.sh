@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Builds images with docker or buildah, whichever is there.
+# Builds images with docker, or with buildah if docker is not running.
 #
-#   docker/images.sh [--dry-run] [NAME…]     device, basestation, export, device-jetson; without a name the first three
+#   docker/images.sh [--dry-run] [NAME…]     device, basestation, export, device-jetson; default: the first three
 #
 # From the environment:
-#   ARCH          amd64 or arm64; this machine's without it
-#   TAG           latest without it
-#   PYTHON_IMAGE  another base, L4T_IMAGE another one for device-jetson; by digest to pin it
-#   WHEELS        a folder of wheels to take instead of the index's
-#   BUILD_FLAGS   more flags for the builder
-#   TORCH         cpu for a base station without CUDA
+#   ARCH          amd64 or arm64; default this machine's
+#   TAG           default latest
+#   PYTHON_IMAGE  the base image, L4T_IMAGE that of device-jetson; a digest pins it
+#   WHEELS        a folder of wheels that pip uses instead of an index
+#   BUILD_FLAGS   extra flags for the builder
+#   TORCH         cpu builds the base station without CUDA
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -22,7 +22,7 @@ main() {
   [ $# -gt 0 ] || set -- device basestation export
   local name
   for name in "$@"; do
-    [ -f "docker/$name.Dockerfile" ] || fail "no docker/$name.Dockerfile"
+    [ -f "docker/$name.Dockerfile" ] || fail "there is no docker/$name.Dockerfile"
     build "$name"
   done
 }
@@ -35,14 +35,14 @@ build() {
     [ -z "${!name-}" ] || arguments+=(--build-arg "$name=${!name}")
   done
   [ -z "${WHEELS-}" ] || arguments+=(--build-context "wheels=$WHEELS" --build-arg PIP_NO_INDEX=1)
-  # shellcheck disable=SC2206 # several flags in one variable
+  # shellcheck disable=SC2206 # split the flags
   arguments+=(${BUILD_FLAGS-})
   if docker info >/dev/null 2>&1; then
     "${run[@]}" docker buildx build --load "${arguments[@]}" .
   elif command -v buildah >/dev/null; then
-    "${run[@]}" buildah build --format docker "${arguments[@]}" .  # other formats have no health check
+    "${run[@]}" buildah build --format docker "${arguments[@]}" .  # the OCI format has no health check
   else
-    fail "neither a running docker nor buildah is here"
+    fail "neither docker nor buildah is available"
   fi
 }
 
@@ -50,7 +50,7 @@ this_arch() {
   case $(uname -m) in
     x86_64) echo amd64 ;;
     aarch64) echo arm64 ;;
-    *) fail "no image is made for $(uname -m)" ;;
+    *) fail "there is no image for $(uname -m)" ;;
   esac
 }
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Builds the device for amd64 and arm64 and the base station without CUDA where no registry can be reached:
-# the bases by debootstrap, the wheels by pip on this machine. What is there already is kept, under build/images.
+# Builds images without a registry: the device for amd64 and arm64, the base station without CUDA. debootstrap makes
+# the base images, pip downloads the wheels. build/images caches both.
 #
-#   docker/offline.sh [PIP]     pip in the path without an argument
+#   docker/offline.sh [PIP]     default: the pip in PATH
 #
-# Needs root, buildah and what docker/base.sh needs.
+# Needs root, buildah and the requirements of docker/base.sh.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -28,7 +28,7 @@ main() {
   TORCH=cpu image basestation "$arch"
 }
 
-# The image localhost/edgedraft-base:ARCH.
+# base ARCH: builds localhost/edgedraft-base:ARCH.
 base() {
   local tar=$CACHE/base-$1.tar
   [ -e "$tar" ] || docker/base.sh "$1" "$tar"
@@ -36,7 +36,7 @@ base() {
     buildah build --layers --platform "linux/$1" --tag "localhost/edgedraft-base:$1" --file - "$CACHE"
 }
 
-# wheels FOLDER ARCH CONSTRAINTS REQUIREMENT…: what an image takes, for its platform and not for this machine's.
+# wheels FOLDER ARCH CONSTRAINTS REQUIREMENT…: downloads the wheels of an image for its platform.
 wheels() {
   local folder=$CACHE/wheels/$1 arch=$2 constraints=$3 machine glibc platforms=()
   shift 3
@@ -50,7 +50,7 @@ wheels() {
   touch "$folder/complete"
 }
 
-# image NAME ARCH: localhost/edgedraft-NAME:ARCH.
+# image NAME ARCH: builds localhost/edgedraft-NAME:ARCH.
 image() {
   ARCH=$2 TAG=$2 PYTHON_IMAGE=localhost/edgedraft-base:$2 WHEELS=$PWD/$CACHE/wheels/$1-$2 docker/images.sh "$1"
 }

@@ -1,4 +1,4 @@
-"""Prints what an extra of this project needs, for pip: python3 requirements.py EXTRA."""
+"""Prints the requirements of an extra of this project for pip: python3 requirements.py EXTRA."""
 
 import sys
 import tomllib

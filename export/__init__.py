@@ -1,5 +1,5 @@
-"""Build time only: turns a draft model into an ONNX bundle that a device can load."""
+"""Build time only: exports a draft model as an ONNX bundle for the device."""
 
 import os
 
-os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # or else ONNX Runtime reports to its makers that it is used
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # before ONNX Runtime is imported

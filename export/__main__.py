@@ -1,4 +1,4 @@
-"""``python -m export`` is ``edgedraft-export``."""
+"""``python -m export`` runs ``edgedraft-export``."""
 
 from export.cli import main
 

@@ -1,6 +1,6 @@
-"""Folders that are there whole or not at all.
+"""Folders that are written completely or not at all.
 
-Knows temporary siblings and renames. Does not know what a folder holds.
+Knows temporary sibling folders and renames. Does not know what a folder holds.
 """
 
 import shutil
@@ -13,33 +13,35 @@ from protocol.errors import SettingsError
 
 
 def is_free(folder: Path) -> bool:
-    """Whether ``folder`` does not exist or is empty."""
+    """Return whether ``folder`` does not exist or is empty."""
     return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
 
 
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """A temporary sibling of ``folder`` that takes its place when the block ends well.
+    """Yield a temporary sibling that replaces ``folder`` when the block succeeds.
 
-    When the block raises, the sibling goes and ``folder`` stays as it was.
+    If the block raises, the sibling is deleted and ``folder`` is unchanged.
 
     Raises:
-        SettingsError: no folder can be made there.
+        SettingsError: the folder cannot be created.
     """
     folder = folder.resolve()
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         sibling = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     except OSError as error:
-        raise SettingsError("the folder to write", str(folder), f"one that can be made ({error.strerror})") from error
-    made = sibling / folder.name
+        raise SettingsError(
+            "the output folder", str(folder), f"a folder that can be created ({error.strerror})"
+        ) from error
+    output = sibling / folder.name
     try:
-        made.mkdir()
-        yield made
-        for path in made.iterdir():
-            path.chmod(0o644)  # some tools write files that only their owner may read
+        output.mkdir()
+        yield output
+        for path in output.iterdir():
+            path.chmod(0o644)  # some converters write files with mode 600
         if folder.exists():
             folder.rename(sibling / "replaced")
-        made.rename(folder)
+        output.rename(folder)
     finally:
         shutil.rmtree(sibling)

@@ -1,7 +1,7 @@
 """The command line ``edgedraft-export``.
 
-Knows options and how results and errors are shown. Does not know how a model
-is converted.
+Knows the options and how results and errors are printed. Does not know how a
+model is converted.
 """
 
 import json
@@ -17,46 +17,47 @@ from rich.console import Console
 from common.command_line import Verbose, run
 
 app = typer.Typer(
-    add_completion=False, help="Turn a draft model into an ONNX bundle that a device can load.", no_args_is_help=True
+    add_completion=False, help="Export a draft model as an ONNX bundle for the device.", no_args_is_help=True
 )
 
 
 @app.callback()
 def options(verbose: Verbose = False) -> None:
-    """Turn a draft model into an ONNX bundle that a device can load."""
+    """Export a draft model as an ONNX bundle for the device."""
 
 
 @app.command()
 def sample(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The model folder to make.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The model folder to create.")],
 ) -> None:
-    """Make an ordinary model folder of the sample model."""
-    from export.sample import make_sample  # late, as below: torch takes seconds to import
+    """Download the sample model and write it as a Hugging Face model folder."""
+    from export.sample import make_sample  # imported late: torch takes seconds to import
 
-    made = make_sample(folder, _console())
-    typer.echo(f"{folder}: the sample model" + ("" if made else " was there already"))
+    created = make_sample(folder, _console())
+    typer.echo(f"{folder}: the sample model" + ("" if created else " already exists"))
     typer.echo(f"next: edgedraft-basestation serve --target {folder}")
 
 
 @app.command()
 def convert(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, a hub name or a .gguf file.")],
-    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="The folder to make.")],
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="The bundle folder to create or replace.")],
     converter: Annotated[
-        Literal["auto", "optimum", "genai"], typer.Option(help="genai is faster, optimum knows more models.")
+        Literal["auto", "optimum", "genai"],
+        typer.Option(help="genai writes faster graphs, optimum supports more architectures; auto tries genai first."),
     ] = "auto",
     precision: Annotated[
-        Literal["auto", "fp32", "int8", "int4"], typer.Option(help="Of the weights; auto is int8.")
+        Literal["auto", "fp32", "int8", "int4"], typer.Option(help="Weight precision; auto is int8.")
     ] = "auto",
     target: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="Refuse a draft model that this one cannot verify.")
+        str | None, typer.Option(metavar="MODEL", help="Fail unless this target model can verify the draft model.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as one JSON object.")] = False,
 ) -> None:
-    """Make a bundle of a draft model, and hold it against the original."""
+    """Convert a draft model to a bundle and check its quality against the source model."""
     started = time.monotonic()
     console = _console()
-    with console.status("starting"):
+    with console.status("loading libraries"):
         from export.convert import ConvertSettings
         from export.convert import convert as make_bundle
         from export.converters import Converter
@@ -81,5 +82,5 @@ def main() -> None:
 
 
 def _console() -> Console:
-    # Bound to the real stream: what quiet_tools redirects is the name sys.stderr.
+    # Holds the stream itself, because quiet_tools rebinds sys.stderr.
     return Console(file=sys.stderr)

@@ -1,7 +1,6 @@
-"""From a model folder to a bundle: convert, cut, round, compare, describe.
+"""Export a bundle: convert to ONNX, edit the graph, quantize, check quality, write the manifest.
 
-Knows the order of the steps and what a manifest says. Does not know how any
-step is done.
+Knows the order of the steps and the manifest. Does not know how a step works.
 """
 
 import tempfile
@@ -34,7 +33,7 @@ from protocol.errors import MismatchError, ModelError, SettingsError
 
 @dataclass(frozen=True)
 class ConvertSettings:
-    """How a bundle is made; ``target`` names the target model it must belong to."""
+    """Export settings; ``target`` names a target model that the draft model must match."""
 
     converter: Converter = Converter.AUTO
     precision: Precision = Precision.INT8
@@ -42,8 +41,8 @@ class ConvertSettings:
 
 
 @dataclass(frozen=True)
-class Original:
-    """The model that a bundle is made of, without its weights."""
+class SourceModel:
+    """A model's configuration and tokenizer, without its weights."""
 
     name: str
     folder: Path
@@ -52,41 +51,40 @@ class Original:
     stop_ids: tuple[int, ...]
 
     @classmethod
-    def read(cls, name: str, scratch: Path, *, weights: bool) -> "Original":
-        """Read configuration and tokenizer of the model that the user named."""
+    def read(cls, name: str, scratch: Path, *, weights: bool) -> "SourceModel":
+        """Read the configuration and tokenizer of model ``name``."""
         folder = source.model_folder(name, scratch, weights=weights)
         tokenizer = source.load_tokenizer(folder)
         return cls(name, folder, source.load_config(folder), tokenizer, source.stop_ids_of(folder))
 
     @property
     def vocabulary(self) -> dict[str, int]:
-        """Token → id."""
+        """Map of token to id."""
         vocabulary: dict[str, int] = self.tokenizer.get_vocab()
         return vocabulary
 
 
 def convert(model: str, bundle: Path, settings: ConvertSettings, console: Console) -> Manifest:
-    """Make the bundle ``bundle`` of ``model``; its manifest.
+    """Export ``model`` as the folder ``bundle`` and return the manifest.
 
     Raises:
-        SettingsError: ``bundle`` is a folder with something else in it.
+        SettingsError: ``bundle`` exists and is neither empty nor a bundle.
         ModelError: a model cannot be read or converted.
-        MismatchError: the target model has other tokens.
-        QualityError: the result is too unlike ``model``.
+        MismatchError: the target model has a different vocabulary or different stop ids.
+        QualityError: the quality check fails.
     """
     if not is_free(bundle) and not (bundle / MANIFEST_NAME).is_file():
-        raise SettingsError("BUNDLE", str(bundle), "a new or empty folder, or a bundle to be replaced")
-    with atomic_folder(bundle) as made, tempfile.TemporaryDirectory(dir=made.parent) as scratch:
-        original, other = Path(scratch, "original"), Path(scratch, "target")
+        raise SettingsError("BUNDLE", str(bundle), "a new or empty folder, or a bundle to replace")
+    with atomic_folder(bundle) as output, tempfile.TemporaryDirectory(dir=output.parent) as scratch:
         with console.status("reading the model"):
-            draft = Original.read(model, original, weights=True)
+            draft = SourceModel.read(model, Path(scratch, "draft"), weights=True)
             if settings.target is not None:
-                check_belong_together(draft, Original.read(settings.target, other, weights=False))
-        return _fill(made, draft, settings, Path(scratch, "graph"), console)
+                check_match(draft, SourceModel.read(settings.target, Path(scratch, "target"), weights=False))
+        return _write_bundle(output, draft, settings, Path(scratch, "graph"), console)
 
 
-def check_belong_together(draft: Original, target: Original) -> None:
-    """Hold the vocabulary and the stop ids of two models against each other.
+def check_match(draft: SourceModel, target: SourceModel) -> None:
+    """Check that two models have the same vocabulary and stop ids.
 
     Raises:
         MismatchError: they differ.
@@ -94,22 +92,24 @@ def check_belong_together(draft: Original, target: Original) -> None:
     if vocabulary_hash(draft.vocabulary) != vocabulary_hash(target.vocabulary):
         raise MismatchError(
             f"{draft.name!r} has {len(draft.vocabulary)} tokens and {target.name!r} has "
-            f"{len(target.vocabulary)}, not the same ones; a draft model needs its target's vocabulary"
+            f"{len(target.vocabulary)}, and the vocabularies differ; a draft model needs its target's vocabulary"
         )
     if draft.stop_ids != target.stop_ids:
         raise MismatchError(
-            f"{draft.name!r} ends answers with the ids {list(draft.stop_ids)}, {target.name!r} with "
+            f"{draft.name!r} has the stop ids {list(draft.stop_ids)}, {target.name!r} has "
             f"{list(target.stop_ids)}; both need the same eos_token_id in generation_config.json"
         )
 
 
-def _fill(made: Path, draft: Original, settings: ConvertSettings, scratch: Path, console: Console) -> Manifest:
+def _write_bundle(
+    output: Path, draft: SourceModel, settings: ConvertSettings, scratch: Path, console: Console
+) -> Manifest:
     with console.status("converting to ONNX"):
         converter = convert_to_onnx(draft.folder, scratch, settings.converter)
-    with console.status(f"rounding the weights to {settings.precision}"):
-        cache = _write_graph(scratch / MODEL_NAME, made / MODEL_NAME, settings.precision)
-        _write_text(made, draft.tokenizer)
-    figures = _check_quality(made / MODEL_NAME, draft, cache, settings.precision, console)
+    with console.status(f"quantizing the weights to {settings.precision}"):
+        cache = _write_graph(scratch / MODEL_NAME, output / MODEL_NAME, settings.precision)
+        _write_tokenizer(output, draft.tokenizer)
+    figures = _check_quality(output / MODEL_NAME, draft, cache, settings.precision, console)
     manifest = Manifest(
         name=Path(draft.name).absolute().name.removesuffix(".gguf"),
         architecture=draft.config.model_type,
@@ -126,34 +126,34 @@ def _fill(made: Path, draft: Original, settings: ConvertSettings, scratch: Path,
         kv_heads=cache.kv_heads,
         head_size=cache.head_size,
         quality=figures,
-        files={path.name: FileRecord.of(path) for path in sorted(made.iterdir())},
+        files={path.name: FileRecord.of(path) for path in sorted(output.iterdir())},
     )
-    manifest.write(made)
+    manifest.write(output)
     return manifest
 
 
-def _write_graph(converted: Path, shipped: Path, precision: Precision) -> graph.Cache:
+def _write_graph(converted: Path, output: Path, precision: Precision) -> graph.Cache:
     model = graph.load(converted)
     graph.keep_last_position(model)
     with quiet_tools():
         model = quantize(model, precision)
-    graph.save(model, shipped)
+    graph.save(model, output)
     return graph.Cache.of(model)
 
 
-def _write_text(made: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    tokenizer.backend_tokenizer.save(str(made / TOKENIZER_NAME))
+def _write_tokenizer(output: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.backend_tokenizer.save(str(output / TOKENIZER_NAME))
     if tokenizer.chat_template is not None:
-        (made / CHAT_TEMPLATE_NAME).write_text(tokenizer.chat_template, encoding="utf-8")
+        (output / CHAT_TEMPLATE_NAME).write_text(tokenizer.chat_template, encoding="utf-8")
 
 
 def _check_quality(
-    graph_path: Path, draft: Original, cache: graph.Cache, precision: Precision, console: Console
+    graph_path: Path, draft: SourceModel, cache: graph.Cache, precision: Precision, console: Console
 ) -> QualityFigures:
     model = source.load_model(draft.folder)
     steps = 2 * quality.NEW_TOKENS * len(quality.PROMPTS)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("comparing with the original", total=steps)
+        task = progress.add_task("checking quality", total=steps)
         figures = quality.measure(
             model, draft.tokenizer, graph_path, cache, _vocab_size(draft), lambda: progress.advance(task)
         )
@@ -164,20 +164,20 @@ def _check_quality(
 
 
 def _quality_table(figures: QualityFigures, limits: quality.QualityLimits) -> Table:
-    table = Table("likeness to the original", "measured", "at least")
-    for label, name in (("same likeliest token", "argmax_agreement"), ("overlap at temperature 1", "overlap")):
+    table = Table("quality check against the source model", "measured", "minimum")
+    for label, name in (("argmax agreement", "argmax_agreement"), ("overlap at temperature 1", "overlap")):
         table.add_row(label, f"{getattr(figures, name):.3f}", f"{getattr(limits, name):.2f}")
-    table.add_row(f"accepted in mode topk, K = {QUALITY_UPLINK_K}", f"{figures.topk_acceptance:.3f}", "")
-    table.add_row("accepted in mode coupled", f"{figures.coupled_acceptance:.3f}", "")
+    table.add_row(f"acceptance in mode topk, K = {QUALITY_UPLINK_K}", f"{figures.topk_acceptance:.3f}", "")
+    table.add_row("acceptance in mode coupled", f"{figures.coupled_acceptance:.3f}", "")
     return table
 
 
-def _vocab_size(draft: Original) -> int:
+def _vocab_size(draft: SourceModel) -> int:
     return max(draft.vocabulary.values()) + 1
 
 
-def _context_length(draft: Original) -> int:
+def _context_length(draft: SourceModel) -> int:
     length = getattr(draft.config.get_text_config(), "max_position_embeddings", None)
     if not isinstance(length, int):
-        raise ModelError(f"the configuration of {draft.name!r} names no max_position_embeddings")
+        raise ModelError(f"the configuration of {draft.name!r} has no max_position_embeddings")
     return length

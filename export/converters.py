@@ -1,7 +1,7 @@
-"""The tools that turn a model folder into a float32 ONNX graph.
+"""The converters: from a model folder to a float32 ONNX graph.
 
-Knows how each tool is called and what it cannot do. Does not know what is done
-to the graph afterwards.
+Knows how to call each converter and which errors it raises. Does not know what
+happens to the graph afterwards.
 """
 
 from enum import StrEnum
@@ -12,21 +12,21 @@ from protocol.errors import ModelError
 
 
 class Converter(StrEnum):
-    """Which tool makes the graph."""
+    """The tool that converts the model to ONNX."""
 
     AUTO = "auto"
-    """``genai`` where it knows the architecture, else ``optimum``."""
+    """``genai`` if it supports the architecture, else ``optimum``."""
     GENAI = "genai"
-    """onnxruntime-genai's model builder: GroupQueryAttention, a shared cache."""
+    """onnxruntime-genai's model builder: GroupQueryAttention, a shared KV cache buffer."""
     OPTIMUM = "optimum"
-    """Any architecture of optimum: plain operators, a growing cache."""
+    """optimum: more architectures, standard operators, a growing KV cache."""
 
 
 def convert_to_onnx(source: Path, folder: Path, converter: Converter) -> Converter:
-    """Write ``folder/model.onnx`` of the model folder ``source``; the tool that did it.
+    """Convert the model folder ``source`` to ``folder/model.onnx`` and return the converter used.
 
     Raises:
-        ModelError: the tool does not know the architecture, or fails at it.
+        ModelError: the converter does not support the architecture, or fails.
     """
     if converter is Converter.OPTIMUM:
         return _with_optimum(source, folder)
@@ -36,14 +36,14 @@ def convert_to_onnx(source: Path, folder: Path, converter: Converter) -> Convert
         if converter is Converter.AUTO:
             return _with_optimum(source, folder)
         raise ModelError(
-            f"converter 'genai' does not know the architecture of {str(source)!r}; try --converter optimum"
+            f"converter 'genai' does not support the architecture of {str(source)!r}; try --converter optimum"
         ) from error
 
 
 def _with_genai(source: Path, folder: Path) -> Converter:
     try:
         with quiet_tools():
-            # Imported late: it takes seconds, and pulls in all of torch.
+            # Imported late: it takes seconds and imports torch.
             from onnxruntime_genai.models.builder import create_model
 
             create_model(
@@ -51,7 +51,7 @@ def _with_genai(source: Path, folder: Path) -> Converter:
                 hf_remote=False,
             )  # fmt: skip
     except NotImplementedError:
-        raise  # said before anything is read, so another tool may try
+        raise  # an unsupported architecture: the caller may try optimum
     except (AttributeError, ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
         raise _failure(Converter.GENAI, source, error) from error
     return Converter.GENAI
@@ -74,4 +74,4 @@ def _with_optimum(source: Path, folder: Path) -> Converter:
 def _failure(converter: Converter, source: Path, error: Exception) -> ModelError:
     reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
     others = ", ".join(other for other in (Converter.GENAI, Converter.OPTIMUM) if other is not converter)
-    return ModelError(f"converter {converter.value!r} fails at {str(source)!r} ({reason}); try --converter {others}")
+    return ModelError(f"converter {converter.value!r} failed on {str(source)!r} ({reason}); try --converter {others}")

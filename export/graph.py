@@ -1,7 +1,7 @@
-"""The graph of a draft model, as a device wants it.
+"""Edits to a draft model's ONNX graph.
 
-Knows ONNX nodes and tensors. Does not know which converter made the graph, nor
-what its weights are rounded to.
+Knows ONNX nodes and tensors. Does not know which converter wrote the graph, nor
+to which precision its weights are quantized.
 """
 
 from collections.abc import Iterator
@@ -18,12 +18,12 @@ from protocol.errors import ModelError
 LOGITS = "logits"
 _ELEMENTWISE = frozenset({"Add", "Cast", "Div", "Identity", "Mul", "Tanh"})
 _INT64_MAX = 2**63 - 1
-_EXTERNAL_BYTES = 1024  # smaller tensors stay in the graph's own file
+_EXTERNAL_BYTES = 1024  # smaller tensors stay in the graph file
 
 
 @dataclass(frozen=True)
 class Cache:
-    """The keys and values that a graph takes and gives: float32[batch, kv_heads, length, head_size] each."""
+    """A graph's KV cache inputs and outputs, each float32[batch, kv_heads, length, head_size]."""
 
     kind: CacheKind
     layers: int
@@ -32,16 +32,16 @@ class Cache:
 
     @classmethod
     def of(cls, model: ModelProto) -> Self:
-        """Read the cache from the inputs of a graph.
+        """Read the shape of the KV cache from a graph's inputs.
 
         Raises:
-            ModelError: the graph keeps no keys and values, or not the same for every layer.
+            ModelError: the graph has no KV cache, or its layers have different shapes.
         """
         past = {entry.name: entry for entry in model.graph.input if entry.name.startswith("past_key_values.")}
         shapes = {tuple(dim.dim_value for dim in entry.type.tensor_type.shape.dim) for entry in past.values()}
         if len(shapes) != 1:
             raise ModelError(
-                f"the graph keeps {len(shapes)} shapes of keys and values; allowed: 1, the same for every layer"
+                f"the graph has KV cache inputs of {len(shapes)} shapes; allowed: 1, the same for every layer"
             )
         _, kv_heads, _, head_size = shapes.pop()
         shared = any(node.op_type == "GroupQueryAttention" for node in model.graph.node)
@@ -51,12 +51,12 @@ class Cache:
 
     @property
     def past_names(self) -> list[str]:
-        """Inputs, key and value by layer."""
+        """The cache inputs, key and value of each layer."""
         return [f"past_key_values.{layer}.{part}" for layer in range(self.layers) for part in ("key", "value")]
 
     @property
     def present_names(self) -> list[str]:
-        """Outputs, in the order of ``past_names``."""
+        """The cache outputs, in the order of ``past_names``."""
         return [f"present.{layer}.{part}" for layer in range(self.layers) for part in ("key", "value")]
 
     def _check_names(self, graph: GraphProto) -> None:
@@ -65,16 +65,16 @@ class Cache:
         outputs = {entry.name for entry in graph.output}
         wrong = (inputs ^ wanted[0]) | (outputs ^ wanted[1])
         if wrong:
-            raise ModelError(f"the graph misses or adds {', '.join(sorted(wrong))}; a device cannot run it")
+            raise ModelError(f"the graph has missing or unexpected inputs or outputs: {', '.join(sorted(wrong))}")
 
 
 def load(path: Path) -> ModelProto:
-    """The graph at ``path`` with all its weights in memory."""
+    """Load the graph at ``path`` with its weights."""
     return onnx.load(path)
 
 
 def save(model: ModelProto, path: Path) -> None:
-    """Write ``path`` and, beside it, ``path.data`` with the weights."""
+    """Write the graph to ``path`` and its weights to ``path.data``."""
     onnx.save_model(
         model,
         path,
@@ -85,14 +85,14 @@ def save(model: ModelProto, path: Path) -> None:
 
 
 def keep_last_position(model: ModelProto) -> None:
-    """Make ``logits`` [batch, 1, V] of the last position, whatever the number of tokens put in.
+    """Reduce the output ``logits`` to the last position, [batch, 1, V].
 
-    The hidden states are cut before the head, so a prompt of T tokens never
-    costs the [T, V] product; where no head is recognised, the logits are cut.
+    The hidden states are sliced before the head, so a prompt of T tokens does not
+    compute [T, V] logits. If no head is found, the logits are sliced instead.
     """
     graph = model.graph
     head = find_head(graph)
-    del graph.value_info[:]  # shapes that no longer hold
+    del graph.value_info[:]  # inferred shapes, now out of date
     if head is None:
         _rename_output(graph, LOGITS, "all_logits")
         _insert_slice(graph, len(graph.node), "all_logits", LOGITS)
@@ -105,7 +105,7 @@ def keep_last_position(model: ModelProto) -> None:
 
 
 def find_head(graph: GraphProto) -> NodeProto | None:
-    """The product that gives the logits; bias, scaling and soft-capping may follow it."""
+    """Find the MatMul that computes the logits; bias, scaling and soft-capping may follow it."""
     producers = {name: node for node in graph.node for name in node.output}
     node = producers.get(LOGITS)
     while node is not None and node.op_type in _ELEMENTWISE:
@@ -115,7 +115,7 @@ def find_head(graph: GraphProto) -> NodeProto | None:
 
 
 def fold_transposes(model: ModelProto) -> None:
-    """Replace each transposed weight by a weight: tied embeddings share one with the head that way."""
+    """Fold each Transpose of a weight into a weight; a head tied to the embedding has one."""
     graph = model.graph
     weights = initializers(graph)
     for node in [node for node in graph.node if node.op_type == "Transpose" and node.input[0] in weights]:
@@ -126,7 +126,7 @@ def fold_transposes(model: ModelProto) -> None:
 
 
 def remove_unread_weights(model: ModelProto) -> None:
-    """Remove the weights that no node reads."""
+    """Remove the weights that no node uses."""
     graph = model.graph
     used = {name for node in graph.node for name in node.input}
     for weight in [weight for weight in graph.initializer if weight.name not in used]:
@@ -134,12 +134,12 @@ def remove_unread_weights(model: ModelProto) -> None:
 
 
 def initializers(graph: GraphProto) -> dict[str, TensorProto]:
-    """The weights of ``graph`` by name."""
+    """Return the weights of ``graph`` by name."""
     return {weight.name: weight for weight in graph.initializer}
 
 
 def embedding_lookups(graph: GraphProto) -> Iterator[NodeProto]:
-    """The nodes that look up rows of a weight by ``input_ids``."""
+    """Yield the nodes that gather rows of a weight by ``input_ids``."""
     weights = initializers(graph)
     for node in graph.node:
         if node.op_type == "Gather" and node.input[0] in weights and node.input[1] == "input_ids":

@@ -1,8 +1,8 @@
-"""The last check of a draft model: the graph that ships against the model it was made from.
+"""The quality check: the exported graph against its source model.
 
-PyTorch continues a few prompts at temperature 1; the graph is led through the
-same tokens one at a time, and at each the two distributions are compared. Slow
-and obvious on purpose: nothing here is shared with the device's fast path.
+PyTorch samples continuations of a few prompts at temperature 1. The graph is
+teacher-forced on the same tokens, and the two distributions are compared at each
+position. Deliberately slow and simple; it shares no code with the device.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -29,18 +29,18 @@ PROMPTS = (
     "Tell a short story about a lighthouse keeper and a fox.",
 )
 NEW_TOKENS = 48
-NOISES = 32
-"""At each position, to see how often two models choose the same."""
+NOISE_SAMPLES = 32
+"""Gumbel noise samples per position, to estimate the acceptance rate of mode ``coupled``."""
 _SEED = 20
 
 Distribution: TypeAlias = npt.NDArray[np.float64]  # [vocab_size]
 Distributions: TypeAlias = npt.NDArray[np.float64]  # [tokens, vocab_size]
-Shares: TypeAlias = tuple[float, float, float, float]
+PositionFigures: TypeAlias = tuple[float, float, float, float]  # in the order of QualityFigures
 
 
 @dataclass(frozen=True)
 class QualityLimits:
-    """The least that a graph must reach: share of equal likeliest tokens, mean Σ_v min(p(v), q(v))."""
+    """Minimum figures of an exported graph; see ``QualityFigures``."""
 
     argmax_agreement: float
     overlap: float
@@ -55,10 +55,9 @@ LIMITS: Mapping[Precision, QualityLimits] = {
 
 @dataclass(frozen=True)
 class Continuation:
-    """What PyTorch made of a prompt.
+    """Tokens that PyTorch sampled after a prompt.
 
-    ``probs`` is [tokens, vocab_size]: row i is the distribution that
-    ``token_ids[i]`` was sampled from.
+    ``probs`` is [tokens, vocab_size]: ``token_ids[i]`` was sampled from row i.
     """
 
     prompt_ids: list[int]
@@ -74,24 +73,22 @@ def measure(
     vocab_size: int,
     on_position: Callable[[], None],
 ) -> QualityFigures:
-    """Compare the graph at ``graph_path`` with ``model``; ``on_position`` is called after each step of either."""
+    """Compare the graph at ``graph_path`` with ``model``; each model calls ``on_position`` after each token."""
     generator = torch.Generator().manual_seed(_SEED)
     session = onnxruntime.InferenceSession(graph_path, providers=["CPUExecutionProvider"])
-    shares: list[Shares] = []
+    figures: list[PositionFigures] = []
     for prompt in PROMPTS:
-        expected = _continue(model, _prompt_ids(tokenizer, prompt), vocab_size, generator, on_position)
-        rows = zip(expected.probs, _follow(session, cache, expected), strict=True)
+        expected = _sample_continuation(model, _prompt_ids(tokenizer, prompt), vocab_size, generator, on_position)
+        rows = zip(expected.probs, _teacher_forced_logits(session, cache, expected), strict=True)
         for target_probs, logits in rows:
-            shares.append(_likeness(_softmax(logits[:vocab_size]), target_probs, len(shares)))
+            figures.append(_compare(_softmax(logits[:vocab_size]), target_probs, len(figures)))
             on_position()
-    agreement, overlap, topk, coupled = np.mean(shares, axis=0).tolist()
-    return QualityFigures(agreement, overlap, topk, coupled, len(shares))
+    agreement, overlap, topk, coupled = np.mean(figures, axis=0).tolist()
+    return QualityFigures(agreement, overlap, topk, coupled, len(figures))
 
 
-def _likeness(
-    draft_probs: Distribution, target_probs: Distribution, position: int
-) -> tuple[float, float, float, float]:
-    """One position's share in each of ``QualityFigures``."""
+def _compare(draft_probs: Distribution, target_probs: Distribution, position: int) -> PositionFigures:
+    """Return the figures of one position, NaN if the graph's logits are NaN."""
     if np.isnan(draft_probs).any():
         return (np.nan,) * 4
     count = min(QUALITY_UPLINK_K, len(draft_probs))
@@ -99,7 +96,7 @@ def _likeness(
     sent = draft_probs[kept] / draft_probs[kept].sum()
     with np.errstate(divide="ignore"):
         draft_scores, target_scores = np.log(draft_probs), np.log(target_probs)
-    noises = [PositionNoise(seed, position, len(draft_probs)) for seed in range(NOISES)]
+    noises = [PositionNoise(seed, position, len(draft_probs)) for seed in range(NOISE_SAMPLES)]
     same = [noise.choose(draft_scores)[0] == noise.choose(target_scores)[0] for noise in noises]
     return (
         float(draft_probs.argmax() == target_probs.argmax()),
@@ -110,10 +107,10 @@ def _likeness(
 
 
 def check(figures: QualityFigures, limits: QualityLimits) -> None:
-    """Hold ``figures`` against ``limits``.
+    """Compare ``figures`` with ``limits``.
 
     Raises:
-        QualityError: a figure is below its limit, or no number.
+        QualityError: a figure is below its limit, or NaN.
     """
     for name in ("argmax_agreement", "overlap"):
         figure, limit = getattr(figures, name), getattr(limits, name)
@@ -132,7 +129,7 @@ def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
 
 
 @torch.inference_mode()
-def _continue(
+def _sample_continuation(
     model: PreTrainedModel,
     prompt_ids: list[int],
     vocab_size: int,
@@ -152,21 +149,21 @@ def _continue(
     return Continuation(prompt_ids, token_ids, np.array(probs))
 
 
-def _follow(
+def _teacher_forced_logits(
     session: onnxruntime.InferenceSession, cache: Cache, expected: Continuation
 ) -> Iterator[npt.NDArray[np.float32]]:
-    """The logits, float32[V], that the graph gives after the prompt and after each token but the last."""
+    """Yield the graph's logits, float32[V], after the prompt and after each token except the last."""
     feeds: dict[str, npt.NDArray[Any]] = {
         name: np.zeros((1, cache.kv_heads, 0, cache.head_size), np.float32) for name in cache.past_names
     }
-    takes_positions = "position_ids" in {entry.name for entry in session.get_inputs()}
+    has_position_ids = "position_ids" in {entry.name for entry in session.get_inputs()}
     length = 0
     for inputs in (expected.prompt_ids, *([token_id] for token_id in expected.token_ids[:-1])):
         positions = np.arange(length, length + len(inputs))
         length += len(inputs)
         feeds["input_ids"] = np.array([inputs])
         feeds["attention_mask"] = np.ones((1, length), np.int64)
-        if takes_positions:
+        if has_position_ids:
             feeds["position_ids"] = positions[None]
         logits, *present = session.run(["logits", *cache.present_names], feeds)
         feeds.update(zip(cache.past_names, present, strict=True))

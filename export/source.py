@@ -1,7 +1,7 @@
-"""A model folder, whatever the user named: a folder, a hub name or a GGUF file.
+"""Source models: from a folder, a hub name or a GGUF file to a model folder.
 
-Knows how transformers reads and writes models. Does not know what becomes of
-the model afterwards.
+Knows how transformers reads and writes models. Does not know how a model is
+converted.
 """
 
 from collections.abc import Iterator
@@ -32,38 +32,38 @@ _SPECIAL_TOKENS = ("bos", "eos", "pad", "unk")
 
 
 def model_folder(name: str, scratch: Path, *, weights: bool = True) -> Path:
-    """The folder of the model that the user named.
+    """Return the model folder of model ``name``.
 
     Args:
         name: a model folder, a hub name or a ``.gguf`` file.
-        scratch: an empty folder in which one may be made of a GGUF file.
-        weights: without them only configuration and tokenizer are fetched.
+        scratch: an empty folder; a GGUF file is unpacked into it.
+        weights: if False, only the configuration and tokenizer are read.
 
     Raises:
-        ModelError: there is no such model, or it cannot be read.
+        ModelError: the model does not exist or cannot be read.
     """
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise ModelError(f"{name!r} is no model folder: it holds no config.json")
+            raise ModelError(f"{name!r} is not a model folder: it contains no config.json")
         _check_weights(path)
         return path
     if path.suffix == ".gguf":
         return unpack_gguf(path, scratch, weights=weights)
     if path.exists():
-        raise ModelError(f"{name!r} is no model; allowed: a model folder, a hub name or a .gguf file")
-    return _fetch(name, weights=weights)
+        raise ModelError(f"{name!r} is not a model; allowed: a model folder, a hub name or a .gguf file")
+    return _download(name, weights=weights)
 
 
 def unpack_gguf(path: Path, folder: Path, *, weights: bool = True) -> Path:
-    """Make an ordinary float32 model folder of a GGUF file in the empty folder ``folder``.
+    """Convert a GGUF file to a float32 model folder in the empty folder ``folder``.
 
     Raises:
-        ModelError: the file is missing, damaged or of an unknown architecture.
+        ModelError: the file is missing, damaged or of an unsupported architecture.
     """
     if not path.is_file():
         raise ModelError(f"{str(path)!r} does not exist; allowed: a model folder, a hub name or a .gguf file")
-    with _readable(repr(str(path))):
+    with _reading(repr(str(path))):
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         if weights:
             model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
@@ -75,43 +75,43 @@ def unpack_gguf(path: Path, folder: Path, *, weights: bool = True) -> Path:
 
 
 def load_config(folder: Path) -> PretrainedConfig:
-    """The configuration of a model folder.
+    """Load the configuration of a model folder.
 
     Raises:
         ModelError: it cannot be read.
     """
-    with _readable(f"the configuration of {str(folder)!r}"):
+    with _reading(f"the configuration of {str(folder)!r}"):
         return AutoConfig.from_pretrained(folder)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder: a fast one, of which ``tokenizer.json`` can be written.
+    """Load the fast tokenizer of a model folder; only a fast one has a ``tokenizer.json``.
 
     Raises:
-        ModelError: there is none, or only a slow one.
+        ModelError: there is no tokenizer, or only a slow one.
     """
-    with _readable(f"the tokenizer of {str(folder)!r}"):
+    with _reading(f"the tokenizer of {str(folder)!r}"):
         tokenizer = AutoTokenizer.from_pretrained(folder)
     if not tokenizer.is_fast:
-        raise ModelError(f"{str(folder)!r} has no fast tokenizer (tokenizer.json), which a device needs")
+        raise ModelError(f"{str(folder)!r} has no fast tokenizer (tokenizer.json), which the device needs")
     return tokenizer
 
 
 def load_model(folder: Path) -> PreTrainedModel:
-    """The model of a model folder, in float32 on the CPU, for inference.
+    """Load the model of a model folder in float32 on the CPU, in evaluation mode.
 
     Raises:
         ModelError: it cannot be read.
     """
-    with _readable(f"the model {str(folder)!r}"):
+    with _reading(f"the model {str(folder)!r}"):
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def stop_ids_of(folder: Path) -> tuple[int, ...]:
-    """The ids that end an answer, of the generation settings and the configuration, ascending."""
+    """Return the stop ids from the configuration and the generation settings, sorted."""
     configs = [load_config(folder)]
     if (folder / "generation_config.json").is_file():
-        with _readable(f"the generation settings of {str(folder)!r}"):
+        with _reading(f"the generation settings of {str(folder)!r}"):
             configs.append(GenerationConfig.from_pretrained(folder))
     return tuple(sorted(stop_ids(*(config.eos_token_id for config in configs))))
 
@@ -122,16 +122,16 @@ def _save(
     config: PretrainedConfig,
     content: PreTrainedModel | PretrainedConfig,
 ) -> None:
-    # What a GGUF file calls itself ("Smollm2 135M 8k Lc100K Mix1 Ep2") names no model anywhere.
+    # The name in a GGUF file ("Smollm2 135M 8k Lc100K Mix1 Ep2") is not a hub name.
     vars(config).pop("_model_name_or_path", None)
-    _agree_on_special_tokens(tokenizer, config)
+    _set_special_tokens(tokenizer, config)
     tokenizer.save_pretrained(folder)
-    (folder / "tokenizer.model").unlink(missing_ok=True)  # a copy of the whole GGUF file
+    (folder / "tokenizer.model").unlink(missing_ok=True)  # a copy of the GGUF file
     content.save_pretrained(folder)
 
 
-def _agree_on_special_tokens(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:
-    # A tokenizer read from a GGUF file may claim another token than the model ends with.
+def _set_special_tokens(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:
+    # The special tokens of a GGUF file's tokenizer may differ from those of the model's configuration.
     for name in _SPECIAL_TOKENS:
         token_id = getattr(config, f"{name}_token_id", None)
         if isinstance(token_id, int):
@@ -140,31 +140,31 @@ def _agree_on_special_tokens(tokenizer: PreTrainedTokenizerBase, config: Pretrai
 
 def _check_weights(folder: Path) -> None:
     for path in folder.glob("*.safetensors"):
-        with _readable(repr(str(path))), safe_open(path, framework="np"):
-            pass  # opening holds the header against the length: a truncated file ends here
+        with _reading(repr(str(path))), safe_open(path, framework="np"):
+            pass  # opening a truncated file raises: the header does not match the file size
 
 
-def _fetch(name: str, *, weights: bool) -> Path:
+def _download(name: str, *, weights: bool) -> Path:
     patterns = _DESCRIPTION_FILES + (_WEIGHT_FILES if weights else [])
     try:
         with quiet_tools():
             return Path(snapshot_download(name, allow_patterns=patterns))
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise ModelError(
-            f"{name!r} is no folder here and cannot be fetched from the hub ({_first_line(error)}); "
+            f"{name!r} is not a local folder and cannot be downloaded from the hub ({_first_line(error)}); "
             "allowed: a model folder, a hub name or a .gguf file"
         ) from error
 
 
 @contextmanager
-def _readable(what: str) -> Iterator[None]:
+def _reading(what: str) -> Iterator[None]:
     try:
         with quiet_tools():
             yield
     except (
         OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError, ImportError,
     ) as error:  # fmt: skip
-        raise ModelError(f"{what} cannot be read: {_first_line(error)}") from error
+        raise ModelError(f"cannot read {what}: {_first_line(error)}") from error
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""The contract of both ends: messages, frames, distributions, randomness, rounds.
+"""The contract of both ends: messages, frames, distributions, randomness, rounds, limits, errors and the manifest.
 
-Knows NumPy and msgpack. Knows no socket, no model and no clock.
+Knows NumPy and msgpack. Knows no socket, model, clock or command line.
 """

@@ -1,10 +1,11 @@
-"""Numbers in as many bits as they need: of fixed width, and sets of them in Elias–Fano form.
+"""Bit packing: integers of fixed width, and sets of integers in Elias–Fano form.
 
-Bits are uint8 arrays of 0 and 1, the lowest bit of a number first. The set of
+Bits are uint8 arrays of 0 and 1, the lowest bit of a number first. A set of
 ``count`` numbers below ``universe`` is split at ``r = ⌊log2(universe / count)⌋``
 bits: first the high parts in unary, ``count`` ones among
-``count + ⌊(universe − 1) / 2ʳ⌋`` bits, then the low parts. Its length is a function
-of the two numbers, and within 5 % of the bound ⌈log2 C(universe, count)⌉ for 32 of 49152.
+``count + ⌊(universe − 1) / 2ʳ⌋`` bits, then the low parts. Its length depends on
+these two numbers only; for 32 of 49152 it is within 5 % of the bound
+⌈log2 C(universe, count)⌉.
 """
 
 from collections.abc import Sequence
@@ -21,13 +22,13 @@ _WORD = 32
 
 
 def number_bits(numbers: Numbers | Sequence[int], width: int) -> Bits:
-    """Each of ``numbers``, below 2**width, in ``width`` bits, up to 32."""
+    """The bits of ``numbers``, each below 2**width, in ``width`` bits; ``width`` is at most 32."""
     words = np.asarray(numbers, "<u4").reshape(-1, 1).view(np.uint8)
     return np.unpackbits(words, axis=1, bitorder="little")[:, :width].ravel()
 
 
 def set_bits(members: Numbers, universe: int) -> Bits:
-    """The set of ``members``, ascending numbers below ``universe``."""
+    """The bits of the set of ``members``, strictly ascending numbers below ``universe``."""
     if not len(members):
         return np.zeros(0, np.uint8)
     low_width = _low_width(len(members), universe)
@@ -37,15 +38,15 @@ def set_bits(members: Numbers, universe: int) -> Bits:
 
 
 def pack(sections: Sequence[Bits]) -> bytes:
-    """All bits of ``sections``, filled up with zeros to whole bytes."""
+    """Concatenate the bits of ``sections`` and pad them with zeros to a full byte."""
     return np.packbits(np.concatenate(sections)).tobytes()
 
 
 class BitReader:
-    """Takes from packed bits what was put in, in the same order.
+    """Reads packed bits in the order in which they were written.
 
-    Every method raises FrameError where the bits are not what was asked for,
-    before it makes anything larger than the bits that are there.
+    Every method raises FrameError on invalid bits, before it allocates anything
+    larger than the bits that are present.
     """
 
     def __init__(self, data: bytes) -> None:
@@ -53,29 +54,29 @@ class BitReader:
         self._start = 0
 
     def numbers(self, count: int, width: int) -> Numbers:
-        """``count`` numbers of ``width`` bits, int64."""
+        """Read ``count`` numbers of ``width`` bits, int64."""
         bits = self._take(count * width)
         words = np.zeros((count, _WORD), np.uint8)
         words[:, :width] = bits.reshape(count, width)
         return np.packbits(words, axis=1, bitorder="little").view("<u4").ravel().astype(np.int64)
 
     def members(self, count: int, universe: int) -> Numbers:
-        """A set of ``count`` ascending numbers below ``universe``, int64."""
+        """Read a set of ``count`` strictly ascending numbers below ``universe``, int64."""
         if count == 0:
             return np.zeros(0, np.int64)
         low_width = _low_width(count, universe)
         high = np.flatnonzero(self._take(count + (universe - 1 >> low_width)))
         if len(high) != count:
-            raise FrameError(f"a set of {len(high)} members; the message says {count}")
+            raise FrameError(f"a set has {len(high)} members; expected {count}")
         members: Numbers = (high - np.arange(count) << low_width) + self.numbers(count, low_width)
         if (members[1:] <= members[:-1]).any() or members[-1] >= universe:
             raise FrameError(f"the members of a set are not ascending numbers below {universe}")
         return members
 
     def finish(self) -> None:
-        """Nothing may follow but the zeros of the last byte."""
+        """Check that only the padding zeros of the last byte are left."""
         if self._left >= 8 or self._take(self._left).any():
-            raise FrameError("a field has more bits than the message says")
+            raise FrameError("a field has more bits than expected")
 
     @property
     def _left(self) -> int:
@@ -83,7 +84,7 @@ class BitReader:
 
     def _take(self, count: int) -> Bits:
         if count > self._left:
-            raise FrameError(f"a field has {8 * len(self._data)} bits; the message says {self._start + count} or more")
+            raise FrameError(f"a field has {8 * len(self._data)} bits; expected {self._start + count} or more")
         first, end = self._start, self._start + count
         self._start = end
         return np.unpackbits(self._data[first >> 3 : end + 7 >> 3])[first & 7 : (first & 7) + count]

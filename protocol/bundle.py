@@ -1,7 +1,7 @@
 """The manifest of an exported draft model: what ``export`` writes and ``device`` loads.
 
 A bundle is a folder that holds ``manifest.json`` and the files it lists. The
-manifest says all that a device must know, so that nothing is pipelined from the
+manifest states everything that a device needs, so that nothing is inferred from the
 graph or from a configuration file of another project.
 """
 
@@ -19,17 +19,17 @@ MANIFEST_NAME = "manifest.json"
 MODEL_NAME = "model.onnx"
 TOKENIZER_NAME = "tokenizer.json"
 CHAT_TEMPLATE_NAME = "chat_template.jinja"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 QUALITY_UPLINK_K = 32
 
 
 class CacheKind(StrEnum):
-    """How a graph keeps its keys and values."""
+    """How a graph stores its KV cache."""
 
     SHARED = "shared"
-    """Past and present are one preallocated buffer (GroupQueryAttention)."""
+    """Past and present share one preallocated buffer (GroupQueryAttention)."""
     GROWING = "growing"
-    """The present is the past and one more: copied at every step."""
+    """The present is a copy of the past plus the new tokens, made at every step."""
 
 
 @dataclass(frozen=True)
@@ -41,19 +41,20 @@ class FileRecord:
 
     @classmethod
     def of(cls, path: Path) -> Self:
-        """Measure the file at ``path``."""
+        """The record of the file at ``path``."""
         with path.open("rb") as file:
             return cls(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
 
 
 @dataclass(frozen=True)
 class QualityFigures:
-    """How like its original an exported model is, over ``positions`` judged positions.
+    """How closely an exported model matches its target, measured at ``positions`` positions.
 
-    All shares are in [0, 1]: ``argmax_agreement`` of positions with the same likeliest
-    token; at temperature 1, ``overlap`` is the mean of Σ_v min(p(v), q(v)), which mode
-    ``full`` accepts, ``topk_acceptance`` the same with the ``QUALITY_UPLINK_K`` likeliest entries, and
-    ``coupled_acceptance`` how often both models choose the same under the same noise.
+    All figures are shares in [0, 1]. ``argmax_agreement`` counts the positions at which
+    both models have the same argmax. The others are at temperature 1: ``overlap`` is the
+    mean of Σ_v min(p(v), q(v)), the acceptance of mode ``full``; ``topk_acceptance`` is
+    the same with the ``QUALITY_UPLINK_K`` most likely entries kept; ``coupled_acceptance``
+    counts the positions at which both models choose the same token under the same noise.
     """
 
     argmax_agreement: float
@@ -65,10 +66,10 @@ class QualityFigures:
 
 @dataclass(frozen=True)
 class Manifest:
-    """All that a device must know of a draft model.
+    """Everything that a device needs to know about a draft model.
 
-    ``vocab_size`` counts the tokenizer's ids; a graph may give more logits than
-    that (padding), which are cut off. ``stop_ids`` end an answer.
+    ``vocab_size`` counts the tokenizer's ids; a graph may return more logits
+    (padding), which are cut off. ``stop_ids`` end an answer.
     """
 
     name: str
@@ -98,14 +99,14 @@ class Manifest:
         """Read the manifest of ``folder``.
 
         Raises:
-            BundleError: there is none, or it is of another format.
+            BundleError: it is missing or damaged, or has another format version.
         """
         path = folder / MANIFEST_NAME
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
         except (FileNotFoundError, NotADirectoryError):
             raise BundleError(
-                f"{str(folder)!r} is no bundle: it holds no {MANIFEST_NAME}; "
+                f"{str(folder)!r} is not a bundle: it has no {MANIFEST_NAME}; "
                 "make one with: edgedraft-export convert MODEL BUNDLE"
             ) from None
         except (OSError, ValueError) as error:
@@ -113,7 +114,7 @@ class Manifest:
         try:
             return cls._from_json(values)
         except (KeyError, TypeError, ValueError) as error:
-            raise BundleError(f"{str(path)!r} is no manifest: {error}; export the bundle again") from error
+            raise BundleError(f"{str(path)!r} is not a valid manifest: {error}; export the bundle again") from error
 
     @classmethod
     def _from_json(cls, values: dict[str, Any]) -> Self:
@@ -134,10 +135,10 @@ class Manifest:
         )
 
     def check_files(self, folder: Path) -> None:
-        """Hold every listed file against its size and hash.
+        """Check the size and the hash of every listed file.
 
         Raises:
-            BundleError: a file is missing, truncated or altered.
+            BundleError: a file is missing or differs from its record.
         """
         for name, record in self.files.items():
             path = folder / name
@@ -146,24 +147,24 @@ class Manifest:
             size = path.stat().st_size
             if size != record.size:
                 raise BundleError(
-                    f"{str(path)!r} has {size} bytes; the manifest says {record.size}: export or copy it again"
+                    f"{str(path)!r} has {size} bytes; the manifest lists {record.size}: export or copy it again"
                 )
             if FileRecord.of(path) != record:
-                raise BundleError(f"{str(path)!r} was altered (its SHA-256 differs): export or copy it again")
+                raise BundleError(f"{str(path)!r} has another SHA-256 than the manifest lists: export or copy it again")
 
 
 def vocabulary_hash(vocabulary: Mapping[str, int]) -> str:
     """SHA-256 (hex) of a vocabulary, token → id.
 
-    Two models may speculate together when the same id is the same token; how
-    text is cut into tokens happens on the device alone and need not agree.
+    Draft and target model must assign the same token to each id. Only the device
+    tokenizes text, so the tokenizers may differ otherwise.
     """
     entries = sorted((token_id, token) for token, token_id in vocabulary.items())
     return hashlib.sha256(json.dumps(entries, separators=(",", ":")).encode()).hexdigest()
 
 
 def stop_ids(*settings: int | Sequence[int] | None) -> frozenset[int]:
-    """The ids that end an answer, from what configuration files call ``eos_token_id``: an id, several or none."""
+    """The ids that end an answer, from values of ``eos_token_id`` in configuration files: an id, several or none."""
     ids: set[int] = set()
     for setting in settings:
         if setting is not None:

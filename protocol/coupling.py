@@ -1,19 +1,19 @@
-"""Shared noise: both ends add the same Gumbel noise to their scores and take the largest.
+"""Gumbel coupling: both ends add the same Gumbel noise to their scores and take the argmax.
 
 ``argmax_v(score_v + G_v)`` with independent standard Gumbel G_v is a sample of
-softmax(score). With G a function of (seed, position, token) the base station's
-token depends on its target alone, whatever was drafted, and a device that adds
-the same noise to the draft model's scores mostly comes to the same token
-(Daliri et al., arXiv:2408.07978): only the id needs to be sent.
+softmax(score). G is a function of (seed, position, token), so the base station's
+token depends on its target alone, whatever was drafted. A device that adds the
+same noise to the draft model's scores mostly chooses the same token
+(Daliri et al., arXiv:2408.07978), so a Draft carries ids only.
 
-V logarithms at every position would cost more than drafting. So the noise is
-made from the top down (Maddison et al., arXiv:1411.0030): of each block of
-``BLOCK`` tokens first the largest noise, which is Gumbel(ln BLOCK), and where in
-the block it falls; then, only for blocks that can still win, the noise of the
-other tokens, standard Gumbel numbers below that largest one.
+V logarithms at every position would cost more than drafting. The noise is
+therefore generated top-down (Maddison et al., arXiv:1411.0030): for each block of
+``BLOCK`` tokens first the largest noise, which is Gumbel(ln BLOCK), and its index
+in the block; then the noise of the other tokens, standard Gumbel numbers
+truncated at that maximum, only for blocks that can still contain the argmax.
 
-Integers come from a 32-bit hash in operations that NumPy and torch share, and
-are the same on every processor.
+Integers come from a 32-bit hash built from operations that NumPy and torch share,
+so they are the same on every processor.
 """
 
 from functools import cache
@@ -27,14 +27,14 @@ from protocol.randomness import WORD_BITS, Stream, random_word, random_words
 BLOCK = 256
 _MASK = 2**32 - 1
 MAX_MARGIN = 2.0
-SLACK = 1e-3  # more than rounding can lose when sums are compared with their parts
+SLACK = 1e-3  # exceeds the rounding error when sums are compared with their parts
 Integers64: TypeAlias = npt.NDArray[np.int64]
 Integers = TypeVar("Integers")
 """int64 arrays of NumPy or tensors of torch."""
 
 
 def noise_key(seed: int, position: int) -> tuple[int, int]:
-    """Two 32-bit words that the noise of one position is made from."""
+    """The two 32-bit words that seed the noise of one position."""
     word = random_word(seed, position, Stream.NOISE)
     return word & _MASK, word >> WORD_BITS // 2
 
@@ -62,25 +62,25 @@ def _mix32(word: Any) -> Any:
 
 
 def argmax_and_margin(sums: npt.NDArray[np.floating]) -> tuple[int, float]:
-    """Where the largest of some numbers is, and by how much it exceeds the next, ``MAX_MARGIN`` at most."""
-    place = int(sums.argmax())
-    rest = max(sums[:place].max(initial=-np.inf), sums[place + 1 :].max(initial=-np.inf))
-    return place, min(float(sums[place] - rest), MAX_MARGIN)
+    """The index of the largest number, and its margin over the second largest, at most ``MAX_MARGIN``."""
+    index = int(sums.argmax())
+    rest = max(sums[:index].max(initial=-np.inf), sums[index + 1 :].max(initial=-np.inf))
+    return index, min(float(sums[index] - rest), MAX_MARGIN)
 
 
 @cache
 def _blocks(vocab_size: int) -> tuple[Integers64, Integers64, npt.NDArray[np.float64], Integers64]:
-    """What all positions share: where blocks start, their sizes and the logarithms of these, two indices a block."""
+    """What all positions share: block starts, block sizes, their logarithms, and two hash indices per block."""
     starts = np.arange(0, vocab_size, BLOCK)
     sizes = np.minimum(vocab_size - starts, BLOCK)
     return starts, sizes, np.log(sizes), np.arange(2 * len(sizes))
 
 
 class PositionNoise:
-    """The noise of all tokens at one position, made as far as it is needed.
+    """The noise of all tokens at one position, generated lazily.
 
-    Indices under the position's key: b < n for the largest noise of block b,
-    n + b for its place in the block, 2n + v for token v, n being the number of blocks.
+    Hash indices under the position's key, with n blocks: b < n for the largest noise
+    of block b, n + b for its index in the block, 2n + v for token v.
     """
 
     def __init__(self, seed: int, position: int, vocab_size: int) -> None:
@@ -92,7 +92,7 @@ class PositionNoise:
         self._peaks = self._starts + (hashes[count:] * sizes >> 32)
 
     def of(self, token_ids: Integers64) -> npt.NDArray[np.float64]:
-        """The noise of some tokens, float64 of the same shape."""
+        """The noise of ``token_ids``, float64 of the same shape."""
         blocks = token_ids // BLOCK
         maxima = self._maxima[blocks]
         hashes = hash32(token_ids + 2 * len(self._maxima), *self._key)
@@ -100,26 +100,26 @@ class PositionNoise:
         return np.where(token_ids == self._peaks[blocks], maxima, below)
 
     def choose(self, logits: npt.NDArray[np.floating], temperature: float = 1.0) -> tuple[int, float]:
-        """The token with the largest score plus noise, and its margin over the next, ``MAX_MARGIN`` at most.
+        """The token with the largest score plus noise, and its margin, at most ``MAX_MARGIN``.
 
-        The likeliest block gives a sum to beat; only tokens that could, with their
-        block's largest noise, are looked at.
+        The best sum of the most promising block is a lower bound. Only tokens that
+        can exceed it with their block's largest noise are evaluated.
 
         Args:
-            logits: [V], -inf for what may not be drawn.
-            temperature: scores are logits over it.
+            logits: [V], -inf for tokens that must not be chosen.
+            temperature: scores are logits / temperature.
         """
         bounds = np.maximum.reduceat(logits, self._starts) / temperature + self._maxima
         start = int(bounds.argmax()) * BLOCK
         likely = np.arange(start, min(start + BLOCK, len(logits)))
         best = (logits[likely] / temperature + self.of(likely)).max()
         needed = ((best - self._maxima - MAX_MARGIN - SLACK) * temperature).astype(np.float32)
-        rivals = np.flatnonzero(self._blocks_of(logits) >= needed[:, None])
-        place, margin = argmax_and_margin(logits[rivals] / temperature + self.of(rivals))
-        return int(rivals[place]), margin
+        candidates = np.flatnonzero(self._blocks_of(logits) >= needed[:, None])
+        index, margin = argmax_and_margin(logits[candidates] / temperature + self.of(candidates))
+        return int(candidates[index]), margin
 
     @staticmethod
     def _blocks_of(logits: npt.NDArray[np.floating]) -> npt.NDArray[np.floating]:
-        """The logits a block a row, behind the last of them -inf."""
+        """The logits as one row per block, padded with -inf."""
         missing = -len(logits) % BLOCK
         return (np.pad(logits, (0, missing), constant_values=-np.inf) if missing else logits).reshape(-1, BLOCK)

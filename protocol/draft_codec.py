@@ -1,15 +1,15 @@
-"""The drafted tokens of a round and the distributions they were drawn from, as one run of bits.
+"""Encoding ``sparse``: the drafted tokens of a round and their distributions as one bit string.
 
-For n tokens of V, in distributions that count in steps of 1/N:
+For n tokens of a vocabulary of V, with probabilities in steps of 1/N:
 
-1. the supports, as one set (``bits.py``): id + i·V for the i-th token, below n·V;
-2. the weights, as one set: where each support's cumulative weights end, but for
-   the last, which is N: cumulative weight − 1 + i·(N − 1), below n·(N − 1);
-3. each drafted token, as its place among the ids of its support, in ⌈log2 K⌉ bits, K
-   being the largest support's size.
+1. the supports, as one set (``bits.py``): id + i·V for the i-th distribution, below n·V;
+2. the weights, as one set: each cumulative weight of a distribution except the last,
+   which is N, as cumulative weight − 1 + i·(N − 1), below n·(N − 1);
+3. each drafted token, as its index in its support, in ⌈log2 K⌉ bits, where K is the
+   size of the largest support.
 
-n, N and the number of all entries go before. Each count of entries is then
-implied, and all arithmetic is of integers.
+n, N and the total number of entries precede the bits. They imply the size of each
+support, and all arithmetic is on integers.
 """
 
 from collections.abc import Sequence
@@ -24,12 +24,12 @@ from protocol.errors import FrameError
 from protocol.sparse import MAX_STEPS, SparseDistribution
 
 DraftedTokens: TypeAlias = tuple[tuple[int, ...], tuple[SparseDistribution, ...]]
-"""Token ids, and the distribution each was drawn from."""
+"""Token ids, and the distribution that each was drawn from."""
 
 
 @dataclass(frozen=True)
 class EncodedDraft:
-    """``draft_len`` tokens and the ``entries`` of all their distributions, in steps of 1/``steps``."""
+    """``draft_len`` tokens and ``entries`` entries of their distributions in total, in steps of 1/``steps``."""
 
     draft_len: int
     entries: int
@@ -38,7 +38,7 @@ class EncodedDraft:
 
 
 def encode_drafted(token_ids: Sequence[int], distributions: Sequence[SparseDistribution]) -> EncodedDraft:
-    """The layout above; every distribution has the same vocabulary and steps."""
+    """Encode tokens and distributions; every distribution has the same vocabulary size and steps."""
     draft_len, vocab_size, steps = len(token_ids), distributions[0].vocab_size, distributions[0].total
     assert all((one.vocab_size, one.total) == (vocab_size, steps) for one in distributions)
     counts = [len(one) for one in distributions]
@@ -46,48 +46,48 @@ def encode_drafted(token_ids: Sequence[int], distributions: Sequence[SparseDistr
     entries = np.concatenate([one.support for one in distributions]) + owners * vocab_size
     cumulative = np.concatenate([one.weights for one in distributions]).cumsum()
     inner = cumulative % steps != 0
-    places = [int(one.support.searchsorted(token_id)) for token_id, one in zip(token_ids, distributions, strict=True)]
-    assert (entries[owners.searchsorted(range(draft_len)) + places] % vocab_size == token_ids).all()
+    indices = [int(one.support.searchsorted(token_id)) for token_id, one in zip(token_ids, distributions, strict=True)]
+    assert (entries[owners.searchsorted(range(draft_len)) + indices] % vocab_size == token_ids).all()
     sections = [
         set_bits(entries, draft_len * vocab_size),
         set_bits((cumulative - 1 - owners)[inner], draft_len * (steps - 1)),
-        number_bits(places, _place_width(counts)),
+        number_bits(indices, _index_width(counts)),
     ]
     return EncodedDraft(draft_len, len(entries), steps, pack(sections))
 
 
-def decode_drafted(packed: EncodedDraft, vocab_size: int) -> DraftedTokens:
-    """The drafted tokens and their distributions.
+def decode_drafted(encoded: EncodedDraft, vocab_size: int) -> DraftedTokens:
+    """Decode the drafted tokens and their distributions.
 
     Raises:
-        FrameError: the numbers or the bits are not those of a draft.
+        FrameError: the sizes or the bits are invalid.
     """
-    _check_sizes(packed, vocab_size)
-    reader = BitReader(packed.data)
-    entries = reader.members(packed.entries, packed.draft_len * vocab_size)
+    _check_sizes(encoded, vocab_size)
+    reader = BitReader(encoded.data)
+    entries = reader.members(encoded.entries, encoded.draft_len * vocab_size)
     owners = entries // vocab_size
-    counts = np.bincount(owners, minlength=packed.draft_len)
-    weights = _read_weights(reader, counts, packed.steps)
-    places = reader.numbers(packed.draft_len, _place_width(counts))
+    counts = np.bincount(owners, minlength=encoded.draft_len)
+    weights = _read_weights(reader, counts, encoded.steps)
+    indices = reader.numbers(encoded.draft_len, _index_width(counts))
     reader.finish()
-    if (places >= counts).any():
-        raise FrameError("a drafted token is no entry of its distribution")
+    if (indices >= counts).any():
+        raise FrameError("a drafted token is not an entry of its distribution")
     support, ends = entries - owners * vocab_size, counts.cumsum()
     distributions = tuple(
-        SparseDistribution(vocab_size, support[start:end], weights[start:end], packed.steps)
+        SparseDistribution(vocab_size, support[start:end], weights[start:end], encoded.steps)
         for start, end in pairwise([0, *ends.tolist()])
     )
-    return tuple(support[ends - counts + places].tolist()), distributions
+    return tuple(support[ends - counts + indices].tolist()), distributions
 
 
-def _check_sizes(packed: EncodedDraft, vocab_size: int) -> None:
-    if packed.draft_len < 1:
-        raise FrameError(f"{packed.draft_len} drafted tokens; allowed: 1 and more")
-    if not 1 <= packed.steps <= MAX_STEPS:
-        raise FrameError(f"probabilities in steps of 1/{packed.steps}; allowed: 1 to {MAX_STEPS}")
-    most = packed.draft_len * min(vocab_size, packed.steps)
-    if not packed.draft_len <= packed.entries <= most:
-        raise FrameError(f"{packed.entries} entries of distributions; allowed: {packed.draft_len} to {most}")
+def _check_sizes(encoded: EncodedDraft, vocab_size: int) -> None:
+    if encoded.draft_len < 1:
+        raise FrameError(f"{encoded.draft_len} drafted tokens; allowed: 1 or more")
+    if not 1 <= encoded.steps <= MAX_STEPS:
+        raise FrameError(f"probabilities in steps of 1/{encoded.steps}; allowed: 1 to {MAX_STEPS}")
+    most = encoded.draft_len * min(vocab_size, encoded.steps)
+    if not encoded.draft_len <= encoded.entries <= most:
+        raise FrameError(f"{encoded.entries} entries of distributions; allowed: {encoded.draft_len} to {most}")
 
 
 def _read_weights(reader: BitReader, counts: Numbers, steps: int) -> Numbers:
@@ -96,7 +96,7 @@ def _read_weights(reader: BitReader, counts: Numbers, steps: int) -> Numbers:
     ends = reader.members(entries - draft_len, draft_len * (steps - 1))
     owners = ends // max(1, steps - 1)
     if (np.bincount(owners, minlength=draft_len) != counts - 1).any():
-        raise FrameError("the weights of a distribution are not as many as its tokens")
+        raise FrameError("a distribution has another number of weights than of entries")
     last = np.zeros(entries, bool)
     last[counts.cumsum() - 1] = True
     cumulative = np.empty(entries, np.int64)
@@ -106,5 +106,5 @@ def _read_weights(reader: BitReader, counts: Numbers, steps: int) -> Numbers:
     return cumulative
 
 
-def _place_width(counts: Sequence[int] | Numbers) -> int:
+def _index_width(counts: Sequence[int] | Numbers) -> int:
     return int(max(counts) - 1).bit_length()

@@ -3,28 +3,28 @@
 ::
 
     EdgedraftError
-    ├── SettingsError           a value that somebody chose is not allowed
-    │   └── ContextLengthError  prompt or answer does not fit the model's context
+    ├── SettingsError           a setting has an invalid value
+    │   └── ContextLengthError  the prompt or the answer exceeds the context length
     ├── ModelError              a model cannot be found, read or used
-    │   ├── BundleError         a bundle is missing, damaged or of another format
-    │   ├── QualityError           an exported model is too unlike the one it was made from
-    │   └── MismatchError       draft and target model do not belong together
-    ├── KeyFileError            a key is missing, damaged or open to others
+    │   ├── BundleError         a bundle is missing, damaged or has another format version
+    │   ├── QualityError        an exported model differs too much from its target
+    │   └── MismatchError       draft and target model are incompatible
+    ├── KeyFileError            a key file is missing, damaged or readable by others
     ├── LinkError               the other end cannot be reached
     ├── ClosingError            the base station is shutting down
-    ├── FullError               the base station has no room for another session
-    ├── BusyError               more requests wait already than are taken
-    ├── AdmissionError          the two ends do not know each other's keys
-    │   └── RevokedError        a device's key was taken back
-    └── ProtocolError           what a peer sent is not allowed
-        ├── FrameError          bytes that are no message
-        ├── LimitError          more than the base station allows
-        ├── StateError          a message that may not follow what came before
-        │   └── UnknownSessionError  a request in a session that the base station does not have
-        └── FaultError          the peer reported one of these errors to us
+    ├── FullError               the base station has no capacity for another session
+    ├── BusyError               the request queue is full
+    ├── AdmissionError          one end does not have the other's key
+    │   └── RevokedError        a device's key was revoked
+    └── ProtocolError           a peer sent something invalid
+        ├── FrameError          bytes that are not a valid message
+        ├── LimitError          a request exceeds a limit of the base station
+        ├── StateError          a message is not allowed in the session's state
+        │   └── UnknownSessionError  a request names a session that the base station does not have
+        └── FaultError          the peer reported an error
 
-A message says the value, what is allowed and what to do; the command line
-prints it in one line and leaves with the error's ``exit_code``.
+A message states the value, what is allowed and what to do; the command line
+prints it in one line and exits with the error's ``exit_code``.
 """
 
 from typing import ClassVar
@@ -33,7 +33,7 @@ from typing import ClassVar
 class EdgedraftError(Exception):
     """Root of the tree; ``code`` names the error on the wire.
 
-    ``retry_seconds`` is after how long it is worth trying again, 0 where nobody can say.
+    ``retry_seconds`` is the time to wait before a retry; 0 if unknown.
     """
 
     code: ClassVar[str] = "error"
@@ -42,12 +42,12 @@ class EdgedraftError(Exception):
 
 
 class SettingsError(EdgedraftError):
-    """A value that somebody chose is not allowed.
+    """A setting has an invalid value.
 
     Args:
         name: the setting, as the user knows it.
-        value: what was given.
-        allowed: what would have been accepted.
+        value: the given value.
+        allowed: the allowed values.
     """
 
     code = "settings"
@@ -61,7 +61,7 @@ class SettingsError(EdgedraftError):
 
 
 class ContextLengthError(SettingsError):
-    """Prompt or answer does not fit the model's context."""
+    """The prompt or the answer exceeds the model's context length."""
 
     code = "context_length"
 
@@ -73,31 +73,31 @@ class ModelError(EdgedraftError):
 
 
 class BundleError(ModelError):
-    """A bundle is missing, damaged or of another format."""
+    """A bundle is missing, damaged or has another format version."""
 
     code = "bundle"
 
 
 class QualityError(ModelError):
-    """An exported model is too unlike the model it was made from."""
+    """An exported model differs too much from its target."""
 
     code = "quality"
 
 
 class MismatchError(ModelError):
-    """Draft and target model do not belong together."""
+    """Draft and target model are incompatible."""
 
     code = "mismatch"
 
 
 class KeyFileError(EdgedraftError):
-    """A key is missing, damaged or open to others."""
+    """A key file is missing, damaged or readable by others."""
 
     code = "key_file"
 
 
 class LinkError(EdgedraftError):
-    """The other end cannot be reached, or went away."""
+    """The other end cannot be reached, or the connection was lost."""
 
     code = "link"
 
@@ -109,7 +109,7 @@ class ClosingError(EdgedraftError):
 
 
 class FullError(EdgedraftError):
-    """The base station has no room for another session; it says when to come back."""
+    """The base station has no capacity for another session; ``retry_seconds`` tells when to retry."""
 
     code = "full"
 
@@ -119,67 +119,67 @@ class FullError(EdgedraftError):
 
 
 class BusyError(EdgedraftError):
-    """More requests wait already than are taken."""
+    """The request queue is full."""
 
     code = "busy"
 
 
 class AdmissionError(EdgedraftError):
-    """The two ends do not know each other's keys."""
+    """One end does not have the other's key."""
 
     code = "admission"
 
 
 class RevokedError(AdmissionError):
-    """A device's key was taken back while it was in use."""
+    """A device's key was revoked while it was in use."""
 
     code = "revoked"
 
 
 class ProtocolError(EdgedraftError):
-    """What a peer sent is not allowed."""
+    """A peer sent something invalid."""
 
     code = "protocol"
 
 
 class FrameError(ProtocolError):
-    """Bytes that are no message."""
+    """Bytes that are not a valid message."""
 
     code = "frame"
 
 
 class LimitError(ProtocolError):
-    """More than the base station allows.
+    """A request exceeds a limit of the base station.
 
     Args:
-        option: the base station's setting.
-        value: what was asked for.
-        allowed: what it is set to.
+        option: the base station's option.
+        value: the requested value.
+        allowed: the value of the option.
     """
 
     code = "limit"
 
     def __init__(self, option: str, value: object, allowed: int) -> None:
-        super().__init__(f"{value} where the base station's {option} allows {allowed}")
+        super().__init__(f"{value} exceeds the base station's {option} of {allowed}")
 
 
 class StateError(ProtocolError):
-    """A message that may not follow what came before."""
+    """A message is not allowed in the session's state."""
 
     code = "state"
 
 
 class UnknownSessionError(StateError):
-    """A request in a session that the base station does not have, or no longer.
+    """A request names a session that the base station does not have, or has dropped.
 
-    A device answers it by greeting again and opening a new session on all committed tokens.
+    The device then sends Hello again and opens a new session on all committed tokens.
     """
 
     code = "unknown_session"
 
 
 class FaultError(ProtocolError):
-    """The peer reported an error; ``fault_code`` is the ``code`` of one of the classes here."""
+    """The peer reported an error; ``fault_code`` is the ``code`` of one of these classes."""
 
     code = "fault"
 

@@ -1,20 +1,20 @@
-"""Messages to bytes and back; the only file that knows msgpack.
+"""Encode messages as frames and decode them; the only file that knows msgpack.
 
-A frame is a msgpack array: a tag that names the message, then its fields in
-order. Token ids travel as one binary field of ⌈log2 V⌉ bits each. Decoding is
-validation: what it returns is a message both ends may rely on, and whatever is
-wrong with the bytes raises FrameError before anything large is allocated.
+A frame is a msgpack array: a tag that identifies the message, then its fields in
+order. Token ids are one binary field with ⌈log2 V⌉ bits per id. Decoding is
+validation: a decoded message is valid, and invalid bytes raise FrameError before
+anything large is allocated.
 
-Fields are only ever appended. A field that holds its default is left out at the
-end of a frame, and what follows the known fields is ignored: so each end may
-know more than the other.
+Fields are only ever appended. Trailing fields that hold their default are omitted,
+and fields after the known ones are ignored, so the two ends may have different versions.
 
-After its session and round, and its assumed_bonus where it has one, a Draft has one of these:
+After its session, its round and its assumed bonus token, if any, a Draft has one of:
 
-- nothing, where nothing was drafted;
-- the ids, in modes that send ids alone;
-- how many tokens, entries and steps there are, and their bits (``drafted.py``);
-- the ids, and all V probabilities of each in FP16.
+- nothing, if no tokens were drafted;
+- the ids, in modes that send only ids;
+- the numbers of tokens, entries and steps, and the bits of encoding ``sparse``
+  (``draft_codec.py``);
+- the ids, and all V probabilities of each token in FP16.
 """
 
 import struct
@@ -52,14 +52,14 @@ from protocol.sparse import SparseDistribution
 MAX_FAULT_TEXT = 1000
 _MAX_ARRAY_LEN = 256
 _DRAFT_TAGS = _DRAFT_TAG, _PIPELINED_DRAFT_TAG = 5, 10
-_MIN_ID_BITS = 8  # so that what fills the last byte is no id
+_MIN_ID_BITS = 8  # more than the padding of the last byte
 _MAX_COUNTER = 2**32 - 1
 _Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True)
 class _Field:
-    """How one field of a message becomes a msgpack value and is checked on its way back."""
+    """Converts one field of a message to a msgpack value, and back with validation."""
 
     pack: Callable[[Any], Any]
     unpack: Callable[[Any], Any]
@@ -67,7 +67,7 @@ class _Field:
 
 @dataclass(frozen=True)
 class _Layout:
-    """A message's tag, its fields, and the default of each field that may be left out."""
+    """The tag and the fields of a message; fields with a default may be omitted."""
 
     kind: type[Message]
     tag: int
@@ -91,7 +91,7 @@ class _Layout:
 
 
 class FrameCodec:
-    """Bytes of messages about models with ``vocab_size`` tokens."""
+    """Encodes and decodes messages for models with ``vocab_size`` tokens."""
 
     def __init__(self, vocab_size: int, limits: Limits | None = None) -> None:
         self.vocab_size = vocab_size
@@ -106,27 +106,27 @@ class FrameCodec:
 
     @property
     def max_frame_bytes(self) -> int:
-        """No honest frame is longer; a socket should refuse what is."""
+        """The length of the longest valid frame; a socket should refuse longer ones."""
         draft = self.limits.max_draft_len * (3 * self.vocab_size + 16)
         return max(draft, self.limits.max_prompt_len * self._id_bits // 8) + 1024
 
     def encode(self, message: Message) -> bytes:
-        """The frame of ``message``."""
+        """Encode a message."""
         values = self._pack_draft(message) if isinstance(message, Draft) else self._by_kind[type(message)].pack(message)
         frame: bytes = msgpack.packb(values)
         return frame
 
     def decode(self, frame: bytes) -> Message:
-        """The message of ``frame``.
+        """Decode a frame.
 
         Raises:
-            FrameError: the bytes are no message, or a field of it is not allowed.
-            LimitError: it is more than this codec's limits allow.
+            FrameError: the bytes are not a valid message.
+            LimitError: the message exceeds this codec's limits.
         """
         try:
             values = msgpack.unpackb(frame, max_array_len=_MAX_ARRAY_LEN, max_map_len=0)
         except (ValueError, msgpack.UnpackException, RecursionError) as error:
-            raise FrameError(f"{len(frame)} bytes are no msgpack array: {error}") from error
+            raise FrameError(f"{len(frame)} bytes are not a msgpack array: {error}") from error
         if not isinstance(values, list) or not values or type(values[0]) is not int:
             raise FrameError("a frame must be an array that starts with its tag")
         tag, *rest = values
@@ -180,11 +180,11 @@ class FrameCodec:
             return []
         if not draft.distributions:
             return [self._draft_ids.pack(draft.token_ids)]
-        if draft.distributions[0].whole:
+        if draft.distributions[0].is_full:
             fp16 = b"".join(one.encode_fp16() for one in draft.distributions)
             return [self._draft_ids.pack(draft.token_ids), fp16]
-        packed = encode_drafted(draft.token_ids, draft.distributions)
-        return [packed.draft_len, packed.entries, packed.steps, packed.data]
+        encoded = encode_drafted(draft.token_ids, draft.distributions)
+        return [encoded.draft_len, encoded.entries, encoded.steps, encoded.data]
 
     def _unpack_draft(self, values: list[object], pipelined: bool) -> Draft:
         head = (self._counter, self._counter, self._token)[: 2 + pipelined]
@@ -201,20 +201,20 @@ class FrameCodec:
             case [ids]:
                 return self._draft_ids.unpack(ids), ()
             case [ids, fp16]:
-                return self._unpack_whole(self._draft_ids.unpack(ids), _expect(bytes, fp16))
+                return self._unpack_fp16(self._draft_ids.unpack(ids), _expect(bytes, fp16))
             case [draft_len, entries, steps, data]:
                 sizes = [_expect(int, value) for value in (draft_len, entries, steps)]
-                return self._unpack_sets(EncodedDraft(sizes[0], sizes[1], sizes[2], _expect(bytes, data)))
+                return self._unpack_sparse(EncodedDraft(sizes[0], sizes[1], sizes[2], _expect(bytes, data)))
         raise FrameError(f"Draft has {len(values)} fields of drafted tokens; allowed: 0, 1, 2 or 4")
 
-    def _unpack_sets(self, packed: EncodedDraft) -> DraftedTokens:
-        self.limits.check("max_draft_len", packed.draft_len)
-        self.limits.check("max_uplink_k", -(-packed.entries // max(1, packed.draft_len)))
-        token_ids, distributions = decode_drafted(packed, self.vocab_size)
+    def _unpack_sparse(self, encoded: EncodedDraft) -> DraftedTokens:
+        self.limits.check("max_draft_len", encoded.draft_len)
+        self.limits.check("max_uplink_k", -(-encoded.entries // max(1, encoded.draft_len)))
+        token_ids, distributions = decode_drafted(encoded, self.vocab_size)
         self.limits.check("max_uplink_k", max(map(len, distributions)))
         return token_ids, distributions
 
-    def _unpack_whole(self, token_ids: tuple[int, ...], fp16: bytes) -> DraftedTokens:
+    def _unpack_fp16(self, token_ids: tuple[int, ...], fp16: bytes) -> DraftedTokens:
         size = 2 * self.vocab_size
         if len(fp16) != len(token_ids) * size:
             raise FrameError(
@@ -225,12 +225,12 @@ class FrameCodec:
         )
         for token_id, one in zip(token_ids, distributions, strict=True):
             if one.probability(token_id) == 0:
-                raise FrameError(f"token {token_id} was drafted from a distribution in which it is impossible")
+                raise FrameError(f"drafted token {token_id} has probability 0 in its distribution")
         return token_ids, distributions
 
 
 def _expect(kind: type[_Value], value: object) -> _Value:
-    if type(value) is not kind:  # a bool is no int here
+    if type(value) is not kind:  # a bool is not accepted as an int
         raise FrameError(f"a field is of type {type(value).__name__}; allowed: {kind.__name__}")
     return value
 
@@ -279,17 +279,15 @@ def _array_of(inner: _Field) -> _Field:
     )
 
 
-# A mode's number on the wire is its place here.
+# A mode's number on the wire is its index: append only.
 _MODES = (Mode.IDS, Mode.TOPK, Mode.FULL, Mode.TARGET, Mode.COUPLED, Mode.TOPP)
-
-
-# And so is an encoding's.
+# An encoding's number on the wire is its index: append only.
 _ENCODINGS = (Encoding.SPARSE, Encoding.FP16)
 
 
 def _one_of(choices: Sequence[Any]) -> _Field:
-    place = _integer(len(choices) - 1)
-    return _Field(choices.index, lambda value: choices[place.unpack(value)])
+    index = _integer(len(choices) - 1)
+    return _Field(choices.index, lambda value: choices[index.unpack(value)])
 
 
 def _unpack_sampling(value: object) -> Sampling:

@@ -1,4 +1,4 @@
-"""What a base station allows: each limit a setting, with a name that its Faults tell."""
+"""The limits of a base station. Each is an option, which Faults name."""
 
 from dataclasses import dataclass, fields
 
@@ -7,16 +7,16 @@ from protocol.errors import LimitError, SettingsError
 
 @dataclass(frozen=True)
 class Limits:
-    """The most of everything; checked before anything large is allocated.
+    """Limits, checked before anything large is allocated.
 
     Attributes:
-        max_prompt_len: tokens of an Open or Extend.
-        max_draft_len: tokens of a Draft.
-        max_uplink_k: entries of one distribution, mode ``full`` aside.
-        max_sessions: open at once by one device.
-        max_requests_per_second: of one device, over some seconds.
-        window: Drafts under way in a session.
-        idle_timeout: that a session is kept when its device is silent.
+        max_prompt_len: tokens in an Open or Extend.
+        max_draft_len: tokens in a Draft.
+        max_uplink_k: entries of a distribution, except in mode ``full``.
+        max_sessions: open sessions per device.
+        max_requests_per_second: requests per device, averaged over a few seconds.
+        window: Drafts in flight per session.
+        idle_timeout: seconds after which an idle session is dropped.
     """
 
     max_prompt_len: int = 131_072
@@ -30,13 +30,13 @@ class Limits:
     def __post_init__(self) -> None:
         for entry in fields(self):
             if getattr(self, entry.name) < 1:
-                raise SettingsError(option_name(entry.name), getattr(self, entry.name), "1 and more")
+                raise SettingsError(option_name(entry.name), getattr(self, entry.name), "1 or more")
 
     def check(self, name: str, value: int) -> None:
-        """Hold a value against the limit ``name``.
+        """Check a value against the limit ``name``.
 
         Raises:
-            LimitError: it is more.
+            LimitError: the value exceeds the limit.
         """
         allowed = getattr(self, name)
         if value > allowed:
@@ -44,5 +44,5 @@ class Limits:
 
 
 def option_name(name: str) -> str:
-    """A setting as the command line calls it."""
+    """The command-line option of a setting."""
     return "--" + name.replace("_", "-")

@@ -1,22 +1,22 @@
-"""What the two ends say to each other.
+"""The messages between device and base station.
 
-A device greets once (Hello, Welcome). In a session every *request* of the
-device carries the next ``round_id``, and every reply names the round it answers:
+A device first sends Hello and receives Welcome. In a session every *request* of the
+device carries the next ``round_id``, and every reply carries the round that it answers:
 
 =========  ==========================================  =======================
-request    says                                        answered by
+request    content                                     reply
 =========  ==========================================  =======================
-Open       the prompt and how to sample                Opened
-Draft      assumed bonus tokens of the next tokens                  one Verdict
-Decode     "target, decode alone for a while"          a Verdict for each token
+Open       the prompt and the sampling settings        Opened
+Draft      drafted tokens                              one Verdict
+Decode     a number of tokens for the target alone     a Verdict for each token
 Extend     the next turn of a conversation             Opened
 =========  ==========================================  =======================
 
-Close and Fault end a session and are not answered. Resume asks whether a session
-is still there, changes nothing in it, and is answered by Resumed.
+Close and Fault end a session and have no reply. Resume asks whether a session still
+exists, does not change it, and is answered by Resumed.
 
-Fields are only ever appended, with defaults: who speaks an older version ignores
-or leaves out what it does not know.
+Fields are only ever appended, with defaults: an older version ignores or omits the
+fields that it does not know.
 """
 
 import hashlib
@@ -33,36 +33,36 @@ from protocol.sparse import SparseDistribution
 
 PROTOCOL_VERSION = 2
 OLDEST_VERSION = 1
-"""Without Resume, windows and encodings."""
+"""It has no Resume, window or encodings."""
 HASH_BYTES = 8
 MIN_TEMPERATURE = 1e-3
 MAX_TEMPERATURE = 100.0
 
 
 class Encoding(StrEnum):
-    """How the distributions of a Draft are packed."""
+    """How the distributions of a Draft are encoded."""
 
     SPARSE = "sparse"
-    """Supports and weights of the whole round, each as one set of integers (``drafted.py``)."""
+    """The supports and the weights of a round, each as one set of integers (``draft_codec.py``)."""
     FP16 = "fp16"
     """All V probabilities in FP16."""
 
 
 class Mode(StrEnum):
-    """What is sent for each drafted token."""
+    """What a Draft carries for each token."""
 
     IDS = "ids"
-    """The id: temperature 0, where verification is a match of argmaxes."""
+    """The id, at temperature 0: verification compares it with the target's argmax."""
     COUPLED = "coupled"
-    """The id: both ends add the same noise to their scores, and the base station's choice is the answer."""
+    """The id: both ends add the same noise to their scores, and the base station's choice is the output."""
     TOPK = "topk"
-    """The id and the K likeliest entries of the distribution it was drawn from."""
+    """The id and the K most likely entries of its distribution."""
     TOPP = "topp"
-    """The id and the likeliest entries that together reach a probability, as many as that takes."""
+    """The id and the fewest most likely entries whose mass reaches a threshold."""
     FULL = "full"
-    """The id and all V probabilities: the baseline the paper compares with."""
+    """The id and all V probabilities: the baseline of the paper."""
     TARGET = "target"
-    """Nothing: the target decodes alone; the baseline of every comparison."""
+    """Nothing: the target decodes alone, the baseline of every comparison."""
 
     @property
     def sends_ids_alone(self) -> bool:
@@ -71,7 +71,7 @@ class Mode(StrEnum):
 
     @property
     def encoding(self) -> Encoding | None:
-        """Of its distributions, where it sends any."""
+        """The encoding of the mode's distributions, if it sends any."""
         if self is Mode.FULL:
             return Encoding.FP16
         return Encoding.SPARSE if self in (Mode.TOPK, Mode.TOPP) else None
@@ -79,7 +79,7 @@ class Mode(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How the target is sampled; the answer is distributed as if it had been so, alone.
+    """The target's sampling settings; the output is distributed as the target's own with the same settings.
 
     ``temperature`` 0 is argmax. ``top_k`` 0 and ``top_p`` 1 keep every token.
     They are applied in this order: temperature, top-k, top-p.
@@ -95,10 +95,10 @@ class Sampling:
             raise SettingsError(
                 "temperature",
                 self.temperature,
-                f"0 (always the likeliest token), or {MIN_TEMPERATURE:g} to {MAX_TEMPERATURE:g}",
+                f"0 (argmax), or {MIN_TEMPERATURE:g} to {MAX_TEMPERATURE:g}",
             )
         if not 0 <= self.top_k < 2**31:
-            raise SettingsError("top_k", self.top_k, "0 (all tokens) or a count of tokens")
+            raise SettingsError("top_k", self.top_k, "0 (all tokens) or a number of tokens")
         if not 0 < self.top_p <= 1:
             raise SettingsError("top_p", self.top_p, "above 0, up to 1 (all tokens)")
         if not 0 <= self.seed < 2**63:
@@ -106,13 +106,13 @@ class Sampling:
 
     @property
     def greedy(self) -> bool:
-        """Whether only the likeliest token can follow."""
+        """Whether the next token is the argmax."""
         return self.temperature == 0
 
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """First word of a device: which vocabulary its draft model speaks."""
+    """The first message of a device: its protocol version and its draft model's vocabulary."""
 
     version: int
     vocab_size: int
@@ -122,10 +122,10 @@ class Hello:
 
 @dataclass(frozen=True, slots=True)
 class Welcome:
-    """The base station knows that vocabulary, and says what it serves.
+    """The base station accepts the vocabulary, and describes its target and its limits.
 
-    ``version`` is what both ends speak from now on. The limits are those of
-    ``limits.py``; an older base station tells none but the draft length.
+    ``version`` is the protocol version that both ends use from now on. The limits are
+    those of ``limits.py``; an older base station sends only the draft length.
     """
 
     version: int
@@ -143,7 +143,7 @@ class Welcome:
 
 @dataclass(frozen=True, slots=True)
 class Open:
-    """Begin a session: the prompt, once, and how the answer is sampled."""
+    """Open a session with a prompt, a mode and sampling settings."""
 
     session_id: int
     round_id: int
@@ -154,7 +154,7 @@ class Open:
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """An Open or Extend was taken."""
+    """An Open or Extend was accepted."""
 
     session_id: int
     round_id: int
@@ -162,7 +162,7 @@ class Opened:
 
 @dataclass(frozen=True, slots=True)
 class Extend:
-    """Keep the first ``start`` committed tokens and go on with ``token_ids``."""
+    """Keep the first ``start`` committed tokens and append ``token_ids``."""
 
     session_id: int
     round_id: int
@@ -172,11 +172,12 @@ class Extend:
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """``draft_len`` pipelined tokens and, in sampled modes, the distribution each was drawn from.
+    """Drafted tokens and, in modes that send them, the distribution that each was drawn from.
 
-    No tokens at all ask for one token of the target. A Draft with a ``assumed_bonus`` is
-    sent before the Verdict of the round before it: it is right where all tokens
-    of that round stand and ``assumed_bonus`` follows them, and otherwise void.
+    A Draft without tokens requests one token of the target. A Draft with an
+    ``assumed_bonus`` is sent before the Verdict of the previous round. It is valid if
+    all tokens of that round are accepted and the Verdict's token is ``assumed_bonus``;
+    otherwise it is invalidated.
     """
 
     session_id: int
@@ -188,9 +189,9 @@ class Draft:
 
 @dataclass(frozen=True, slots=True)
 class Decode:
-    """Ask the target for ``count`` tokens of its own, until a stop id.
+    """Request ``count`` tokens of the target alone, up to a stop id.
 
-    It stands for as many empty Drafts, ``round_id`` being the first one's.
+    Equivalent to ``count`` empty Drafts, the first of which has ``round_id``.
     """
 
     session_id: int
@@ -200,9 +201,10 @@ class Decode:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """The first ``accepted`` drafted tokens stand, and ``token_id`` follows them.
+    """The first ``accepted`` drafted tokens are accepted, and ``token_id`` follows them.
 
-    It is *recovered* where a drafted token was rejected and a *bonus* where all stand.
+    ``token_id`` is the *recovered* token if a drafted token was rejected, and the
+    *bonus* token otherwise.
     """
 
     session_id: int
@@ -213,10 +215,10 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Resume:
-    """Is the session still there, with these tokens?
+    """Ask whether a session still exists with these committed tokens.
 
-    ``round_id`` is the round that the device awaits or begins next; the hash is of
-    the first ``committed_len`` tokens.
+    ``round_id`` is the round whose reply the device awaits, or its next round; the hash
+    covers the ``committed_len`` committed tokens.
     """
 
     session_id: int
@@ -226,18 +228,18 @@ class Resume:
 
     @classmethod
     def of(cls, session_id: int, round_id: int, tokens: Sequence[int]) -> Self:
-        """For a session in which ``tokens`` are committed."""
+        """The Resume of a session with the committed ``tokens``."""
         return cls(session_id, round_id, len(tokens), _hash(tokens))
 
     def agrees(self, tokens: Sequence[int]) -> bool:
-        """Whether ``tokens`` begin as the device's do."""
+        """Whether ``tokens`` start with the device's committed tokens."""
         known = tokens[: self.committed_len]
         return len(known) == self.committed_len and _hash(known) == self.committed_hash
 
 
 @dataclass(frozen=True, slots=True)
 class Resumed:
-    """The session is there; the base station stands at ``round_id`` and has committed so many tokens."""
+    """The session exists, at round ``round_id`` and with ``committed_len`` committed tokens."""
 
     session_id: int
     round_id: int
@@ -246,17 +248,17 @@ class Resumed:
 
 @dataclass(frozen=True, slots=True)
 class Close:
-    """The device has no more use for the session."""
+    """The device ends the session."""
 
     session_id: int
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """Something went wrong: ``code`` of an ``EdgedraftError`` and one line about it.
+    """An error: the ``code`` of an ``EdgedraftError`` and one line of text.
 
-    ``session_id`` is None where no session can be blamed. ``retry_seconds`` is after
-    how long it is worth trying again, 0 where that is not told.
+    ``session_id`` is None if the error belongs to no session. ``retry_seconds`` is the
+    time to wait before a retry, 0 if unknown.
     """
 
     session_id: int | None

@@ -1,9 +1,9 @@
-"""Random numbers that are a function of (seed, position), the same on both ends.
+"""Random numbers as a function of (seed, position), the same on both ends.
 
-A lost and repeated round, a resumed session or another batch asks for the same
-number and gets it: nothing here has a state. ``position`` counts the tokens of
-the whole sequence, the prompt included, so no position is judged twice with
-different numbers, and rejected drafts of later positions were never looked at.
+There is no generator state, so a resent round, a resumed session or another batch
+gets the same numbers. ``position`` counts the tokens of the sequence, the prompt
+included. No position is verified twice with different numbers, and the numbers of
+positions after a rejected token were not used.
 """
 
 from enum import IntEnum
@@ -15,20 +15,20 @@ import numpy.typing as npt
 WORD_BITS = 64
 _WORD = 2**WORD_BITS - 1
 _GOLDEN = 0x9E3779B97F4A7C15  # 2⁶⁴ / golden ratio: the step of the SplitMix64 generator
-UNIFORM_BITS = 53  # what a float64 in [0, 1) can hold exactly
+UNIFORM_BITS = 53  # a float64 in [0, 1) holds them exactly
 
 
 class Stream(IntEnum):
-    """What a random number is for; numbers of different streams are independent."""
+    """The purpose of a random number; numbers of different streams are independent."""
 
     DRAFT = 1
     """The device draws a draft token."""
     ACCEPT = 2
     """The base station accepts or rejects it."""
     RESULT = 3
-    """The base station draws the recovered or the bonus token."""
+    """The base station draws the recovered or bonus token."""
     NOISE = 4
-    """Both ends make the noise that couples their choices."""
+    """Both ends generate the shared noise of mode ``coupled``."""
 
 
 def random_bits(seed: int, position: int, stream: Stream) -> int:
@@ -54,7 +54,7 @@ def uniform(seed: int, position: int, stream: Stream) -> float:
 
 
 def random_words(seeds: npt.ArrayLike, positions: npt.ArrayLike, stream: Stream) -> npt.NDArray[np.uint64]:
-    """``random_word`` of many at once, one stream: uint64 [n]."""
+    """``random_word`` of many seeds and positions, one stream: uint64 [n]."""
     words = np.zeros(np.shape(seeds), np.uint64)
     for part in (seeds, positions, stream):
         words = _mix((words ^ np.asarray(part, np.uint64)) + np.uint64(_GOLDEN))
@@ -62,13 +62,13 @@ def random_words(seeds: npt.ArrayLike, positions: npt.ArrayLike, stream: Stream)
 
 
 def uniforms(seeds: npt.ArrayLike, positions: npt.ArrayLike, stream: Stream) -> npt.NDArray[np.float64]:
-    """``uniform`` of many at once, one stream: float64 [n]."""
+    """``uniform`` of many seeds and positions, one stream: float64 [n]."""
     bits = random_words(seeds, positions, stream) >> np.uint64(WORD_BITS - UNIFORM_BITS)
     return bits.astype(np.float64) * 2.0**-UNIFORM_BITS
 
 
 def _mix(word: Any) -> Any:
-    """Of an int, or of uint64 numbers, whose products wrap by themselves."""
+    """Mix an int, or a uint64 array, whose products wrap modulo 2⁶⁴."""
     word = (word ^ word >> 30) * 0xBF58476D1CE4E5B9 & _WORD
     word = (word ^ word >> 27) * 0x94D049BB133111EB & _WORD
     return word ^ word >> 31

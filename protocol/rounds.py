@@ -1,9 +1,9 @@
-"""What may follow what in a session: a state machine that both ends keep, without I/O.
+"""The state machine of a session, kept by both ends, without I/O.
 
 Each end passes every message of the session, sent or received, through its own
-``SessionRounds``; the two machines then agree on the state, on the next round
-and on how many tokens are committed. The transition table is data, and the
-diagram of docs/protocol.md follows it.
+``SessionRounds``. Both machines then agree on the state, the next round and the
+number of committed tokens. The transition table is data; the diagram in
+docs/protocol.md is generated from it.
 """
 
 from collections.abc import Mapping
@@ -17,12 +17,12 @@ SessionMessage: TypeAlias = Request | Reply | Close | Fault
 
 
 class State(StrEnum):
-    """Where a session stands."""
+    """The state of a session."""
 
     NEW = "new"
     OPENING = "opening"
     READY = "ready"
-    VERIFYING = "judging"
+    VERIFYING = "verifying"
     DECODING = "decoding"
     EXTENDING = "extending"
     CLOSED = "closed"
@@ -33,7 +33,7 @@ TRANSITIONS: Mapping[tuple[State, type[SessionMessage]], State] = {
     (State.OPENING, Opened): State.READY,
     (State.READY, Draft): State.VERIFYING,
     (State.VERIFYING, Draft): State.VERIFYING,
-    (State.VERIFYING, Verdict): State.READY,  # VERIFYING while another Draft is under way: see _take_verdict
+    (State.VERIFYING, Verdict): State.READY,  # VERIFYING while another Draft is in flight: see _take_verdict
     (State.READY, Decode): State.DECODING,
     (State.DECODING, Verdict): State.DECODING,  # READY with the last token: see _take_decoded
     (State.READY, Extend): State.EXTENDING,
@@ -43,7 +43,7 @@ TRANSITIONS: Mapping[tuple[State, type[SessionMessage]], State] = {
 
 
 def diagram() -> str:
-    """The transition table as a Mermaid state diagram, one arrow a row, as docs/protocol.md shows it."""
+    """The transition table as the Mermaid state diagram of docs/protocol.md, one arrow per transition."""
     arrows = [f"    {origin} --> {goal}: {kind.__name__}" for (origin, kind), goal in TRANSITIONS.items()]
     return "\n".join(["stateDiagram-v2", *sorted(arrows)])
 
@@ -51,19 +51,20 @@ def diagram() -> str:
 class SessionRounds:
     """One end's view of a session.
 
-    Several Drafts may be under way, each but the first on a assumed_bonus. Where a Verdict
-    shows a assumed_bonus to be wrong, that Draft and all after it are void on both ends:
-    nobody judges or answers them, and their rounds are skipped.
+    Several Drafts may be in flight, each except the first with an assumed bonus token.
+    If a Verdict shows an assumed bonus token to be wrong, its Draft and all later ones
+    are invalidated on both ends: they are neither verified nor answered, and their
+    rounds are skipped.
 
     Args:
         stop_ids: the ids that end a Decode.
-        window: how many Drafts may be under way.
+        window: the maximum number of Drafts in flight.
 
     Attributes:
-        state: where the session stands.
+        state: the state of the session.
         next_round: ``round_id`` of the next request.
-        committed_len: tokens both ends agree on, the prompt included.
-        in_flight: the Drafts that wait for their Verdicts, the oldest first.
+        committed_len: the number of committed tokens, the prompt included.
+        in_flight: the Drafts without a Verdict, oldest first.
     """
 
     def __init__(self, stop_ids: frozenset[int], window: int = 1) -> None:
@@ -80,15 +81,15 @@ class SessionRounds:
 
     @property
     def round_id(self) -> int:
-        """Of the reply that is awaited, or of the next request."""
+        """The round of the awaited reply, or of the next request."""
         return self.next_round if self._awaited is None else self._awaited
 
     def is_old(self, request: Request) -> bool:
-        """Whether a request belongs to a round that is over or under way: a repetition, nothing to act upon."""
+        """Whether the round of a request is complete or in flight, so that the request is a repetition."""
         return request.round_id < self.next_round
 
     def is_invalidated(self, draft: Draft) -> bool:
-        """Whether a Draft builds on a wrong assumed_bonus, or on one that has not arrived."""
+        """Whether a Draft has a wrong assumed bonus token, or builds on a round that has not arrived."""
         if draft.assumed_bonus is None:
             return False
         if self.in_flight:
@@ -96,17 +97,16 @@ class SessionRounds:
         return self._base_round != (draft.round_id - 1, draft.assumed_bonus)
 
     def advance(self, message: SessionMessage) -> None:
-        """Take one message, sent or received.
+        """Process one message, sent or received.
 
         Raises:
-            StateError: it may not follow what came before; the machine is unchanged.
+            StateError: the message is not allowed in this state; the machine is unchanged.
         """
         state = TRANSITIONS.get((self.state, type(message)))
         if state is None:
             allowed = [kind.__name__ for origin, kind in TRANSITIONS if origin is self.state]
             raise StateError(
-                f"{type(message).__name__} in a session that is {self.state}; "
-                f"allowed: {', '.join(allowed) or 'nothing'}"
+                f"{type(message).__name__} in state {self.state}; allowed: {', '.join(allowed) or 'nothing'}"
             )
         if not isinstance(message, Close | Fault):
             self._check_round(message)
@@ -115,14 +115,14 @@ class SessionRounds:
         self._take(message)
 
     def _check_round(self, message: Request | Reply) -> None:
-        """A reply is the awaited one. A request is the next, or behind void Drafts that got lost."""
+        """A reply has the awaited round. A request has the next round, or a later one after lost invalidated Drafts."""
         ahead = 0
         if isinstance(message, Opened | Verdict):
             expected = self.round_id
         else:
             expected, ahead = self.next_round, self._window - 1 if self.state is State.READY else 0
         if not expected <= message.round_id <= expected + ahead:
-            raise StateError(f"round {message.round_id} where {expected} comes next")
+            raise StateError(f"round {message.round_id}; expected round {expected}")
 
     def _check(self, message: Request | Reply) -> None:
         if isinstance(message, Draft):
@@ -148,20 +148,20 @@ class SessionRounds:
 
     def _check_draft(self, draft: Draft) -> None:
         if self._mode is Mode.TARGET and draft.token_ids:
-            raise StateError("a Draft with tokens in mode 'target', in which the target decodes alone")
+            raise StateError("a Draft with tokens in mode 'target'; allowed: none")
         if draft.token_ids and self._mode.sends_ids_alone == bool(draft.distributions):
             kind = "with" if draft.distributions else "without"
             raise StateError(f"a Draft {kind} distributions in mode {self._mode.value!r}")
         if self.is_invalidated(draft):
-            raise StateError(f"a Draft on the assumed_bonus {draft.assumed_bonus}, which is void")
+            raise StateError(f"an invalidated Draft: its assumed bonus token {draft.assumed_bonus} is wrong")
         if self.in_flight and draft.assumed_bonus is None:
-            raise StateError("a Draft without a assumed_bonus while another is under way")
+            raise StateError("a Draft without an assumed bonus token while another is in flight")
         if len(self.in_flight) >= self._window:
-            raise StateError(f"{len(self.in_flight) + 1} Drafts under way; allowed: {self._window} (--window)")
+            raise StateError(f"{len(self.in_flight) + 1} Drafts in flight; allowed: {self._window} (--window)")
 
     @property
     def _drafted(self) -> int:
-        """Tokens of the Draft whose Verdict is awaited; 0 in a Decode."""
+        """The number of tokens in the oldest Draft in flight; 0 in a Decode."""
         return len(self.in_flight[0].token_ids) if self.in_flight else 0
 
     def _take(self, message: SessionMessage) -> None:
@@ -185,8 +185,8 @@ class SessionRounds:
 
     def _take_verdict(self, verdict: Verdict) -> None:
         self.committed_len += verdict.accepted + 1
-        all_stand = verdict.accepted == self._drafted
-        self._base_round = (verdict.round_id, verdict.token_id) if all_stand else None
+        all_accepted = verdict.accepted == self._drafted
+        self._base_round = (verdict.round_id, verdict.token_id) if all_accepted else None
         if self.state is State.DECODING:
             self._take_decoded(verdict)
             return

@@ -1,4 +1,4 @@
-"""Peers that mean harm: each does one kind of it, over and over, until it is told to stop."""
+"""Hostile peers: each repeats one kind of attack until the test ends."""
 
 import os
 import random
@@ -15,7 +15,7 @@ import msgpack
 import numpy as np
 import zmq
 
-from device.curve_keys import LinkKeys
+from device.curve_keys import CurveKeys
 from protocol.draft_codec import encode_drafted
 from protocol.frames import FrameCodec
 from protocol.limits import Limits
@@ -25,27 +25,27 @@ from protocol.sparse import SparseDistribution
 _GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x00CURVE" + bytes(47)  # ZMTP 3 (RFC 23)
 _PAUSE = 0.02
 _BURST = 1500
-_PATIENCE_MS = 500
+_SEND_TIMEOUT_MS = 500
 
 
 @dataclass(frozen=True)
-class Ground:
-    """Where harm is done: ``keys`` of an enrolled device, or none; ``hello`` would be believed."""
+class AttackedStation:
+    """The attacked base station: ``keys`` are those of an enrolled device, if any; ``hello`` is valid."""
 
     address: str
     hello: Hello
-    keys: LinkKeys | None
-    strange_keys: LinkKeys | None
+    keys: CurveKeys | None
+    unknown_keys: CurveKeys | None
 
     @property
     def codec(self) -> FrameCodec:
         return FrameCodec(self.hello.vocab_size, Limits(max_uplink_k=10**6))
 
     @contextmanager
-    def dealer(self, keys: LinkKeys | None) -> Iterator["zmq.Socket[bytes]"]:
+    def dealer(self, keys: CurveKeys | None) -> Iterator["zmq.Socket[bytes]"]:
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         dealer = context.socket(zmq.DEALER)
-        dealer.setsockopt(zmq.SNDTIMEO, _PATIENCE_MS)  # who is refused may have nobody to send to
+        dealer.setsockopt(zmq.SNDTIMEO, _SEND_TIMEOUT_MS)  # a refused peer may have no connection
         dealer.setsockopt(zmq.ROUTING_ID, b"\x01" + os.urandom(15))
         if keys:
             keys.protect(dealer)
@@ -60,47 +60,47 @@ class Ground:
         return socket.create_connection(("127.0.0.1", int(self.address.rpartition(":")[2])), timeout=5)
 
 
-Harm: TypeAlias = Callable[[Ground, random.Random], None]
+Attack: TypeAlias = Callable[[AttackedStation, random.Random], None]
 
 
-def garbage(ground: Ground, chance: random.Random) -> None:
-    """Bytes that are no frame, in any number of parts."""
-    with ground.dealer(ground.keys) as dealer:
+def garbage(station: AttackedStation, chance: random.Random) -> None:
+    """Random bytes in any number of message parts."""
+    with station.dealer(station.keys) as dealer:
         for _ in range(50):
             parts = [chance.randbytes(chance.choice([0, 1, 20, 3000])) for _ in range(chance.choice([1, 1, 1, 4]))]
             dealer.send_multipart(parts)
-        _hear(dealer)
+        _discard_replies(dealer)
 
 
-def half_frames(ground: Ground, chance: random.Random) -> None:
-    """A connection that ends in the middle of a greeting or a frame, or promises more than it sends."""
-    with ground.tcp() as connection:
+def half_frames(station: AttackedStation, chance: random.Random) -> None:
+    """A connection that ends inside a greeting or a frame, or announces more bytes than it sends."""
+    with station.tcp() as connection:
         connection.sendall(_GREETING[: chance.randint(0, len(_GREETING))])
         if chance.random() < 0.5:
             connection.sendall(b"\x02" + struct.pack(">Q", chance.choice([10, 2**31, 2**63 - 1])) + b"half")
         time.sleep(_PAUSE)
 
 
-def silence(ground: Ground, chance: random.Random) -> None:
-    """Connections on which nothing is ever said."""
-    connections = [ground.tcp() for _ in range(20)]
+def idle_connections(station: AttackedStation, chance: random.Random) -> None:
+    """Connections that send nothing."""
+    connections = [station.tcp() for _ in range(20)]
     time.sleep(chance.uniform(0.2, 1))
     for connection in connections:
         connection.close()
 
 
-def strange_keys(ground: Ground, _: random.Random) -> None:
-    """Keys that nobody enrolled, or none where keys are asked for, or keys where there are none."""
-    for keys in (ground.strange_keys, None):
-        with ground.dealer(keys) as dealer:
-            dealer.send(ground.codec.encode(ground.hello))
-            _hear(dealer)
+def unknown_keys(station: AttackedStation, _: random.Random) -> None:
+    """Keys that are not enrolled, no keys for a base station with keys, or keys for one without."""
+    for keys in (station.unknown_keys, None):
+        with station.dealer(keys) as dealer:
+            dealer.send(station.codec.encode(station.hello))
+            _discard_replies(dealer)
 
 
-def wrong_rounds(ground: Ground, chance: random.Random) -> None:
-    """Rounds replayed, left out and out of order; sessions that are not there."""
+def wrong_rounds(station: AttackedStation, chance: random.Random) -> None:
+    """Rounds that are repeated, omitted and out of order, and sessions that do not exist."""
     session = chance.randrange(100)
-    said: list[Message] = [
+    messages: list[Message] = [
         _open(session),
         *(Draft(session, chance.randrange(12), (1, 2), assumed_bonus=chance.choice([None, 3])) for _ in range(12)),
         Decode(session, chance.randrange(5), 2**32 - 1),
@@ -110,75 +110,83 @@ def wrong_rounds(ground: Ground, chance: random.Random) -> None:
         Fault(session, "closing", "x" * 900),
         Draft(10**6, 1, (1,)),
     ]
-    chance.shuffle(said)
-    with ground.dealer(ground.keys) as dealer:
-        for message in [ground.hello, _open(session), *said, *said, Close(session)]:
-            dealer.send(ground.codec.encode(message))
-        _hear(dealer)
+    chance.shuffle(messages)
+    with station.dealer(station.keys) as dealer:
+        for message in [station.hello, _open(session), *messages, *messages, Close(session)]:
+            dealer.send(station.codec.encode(message))
+        _discard_replies(dealer)
 
 
-def wrong_distributions(ground: Ground, chance: random.Random) -> None:
-    """Ids that are none, probabilities that are none, sums other than 1, sets that are none, too much of everything."""
-    session, vocab_size, codec = chance.randrange(100), ground.hello.vocab_size, ground.codec
+def wrong_distributions(station: AttackedStation, chance: random.Random) -> None:
+    """Invalid ids, probabilities and sets, sums other than 1, and sizes beyond every limit."""
+    session, vocab_size, codec = chance.randrange(100), station.hello.vocab_size, station.codec
     head = [5, session, 1]
     ids = msgpack.unpackb(codec.encode(Draft(0, 1, (1,))))[3]
-    number = np.full(vocab_size, chance.choice([np.nan, np.inf, -1.0, 0.0, 2.0, 1.0]), "<f2")
-    even = SparseDistribution.quantize(vocab_size, np.arange(4), np.full(4, 0.25), 96)
-    packed = encode_drafted((0, 1), (even, even))
-    damaged = bytearray(packed.data)
+    fp16 = np.full(vocab_size, chance.choice([np.nan, np.inf, -1.0, 0.0, 2.0, 1.0]), "<f2")
+    uniform = SparseDistribution.quantize(vocab_size, np.arange(4), np.full(4, 0.25), 96)
+    encoded = encode_drafted((0, 1), (uniform, uniform))
+    damaged = bytearray(encoded.data)
     damaged[chance.randrange(len(damaged))] ^= 1 << chance.randrange(8)
     frames = [
         FrameCodec(2**20).encode(Draft(session, 1, (vocab_size, 2**20 - 1))),
-        msgpack.packb([*head, ids, number.tobytes()]),
-        msgpack.packb([*head, ids, number.tobytes()[:-1]]),
-        msgpack.packb([*head, 2, packed.entries, packed.steps, bytes(damaged)]),
-        msgpack.packb([*head, 2, packed.entries + 1, packed.steps, packed.data]),
+        msgpack.packb([*head, ids, fp16.tobytes()]),
+        msgpack.packb([*head, ids, fp16.tobytes()[:-1]]),
+        msgpack.packb([*head, 2, encoded.entries, encoded.steps, bytes(damaged)]),
+        msgpack.packb([*head, 2, encoded.entries + 1, encoded.steps, encoded.data]),
         msgpack.packb([*head, 2**63, 2**64 - 1, 2**64 - 1, b""]),
         msgpack.packb([*head, 64, 4096 * 64, 2**24, b"\xff" * 9]),
         msgpack.packb([2, session + 1, 0, 1, struct.pack("<dIdQ", float("nan"), 0, 2.0, 2**63), ids]),
     ]
-    with ground.dealer(ground.keys) as dealer:
+    with station.dealer(station.keys) as dealer:
         opening = replace(_open(session), mode=Mode.TOPK, sampling=Sampling(1.0))
-        for frame in (codec.encode(ground.hello), codec.encode(opening), *frames):
+        for frame in (codec.encode(station.hello), codec.encode(opening), *frames):
             dealer.send(frame)
-        _hear(dealer)
+        _discard_replies(dealer)
 
 
-def flood(ground: Ground, _: random.Random) -> None:
-    """Far more than the rate that is allowed, of requests that cost passes if they are taken."""
-    with ground.dealer(ground.keys) as dealer:
-        dealer.send(ground.codec.encode(ground.hello))
-        dealer.send(ground.codec.encode(_open(0)))
+def flood(station: AttackedStation, _: random.Random) -> None:
+    """Requests far beyond the rate limit, each of which would cost a forward pass."""
+    with station.dealer(station.keys) as dealer:
+        dealer.send(station.codec.encode(station.hello))
+        dealer.send(station.codec.encode(_open(0)))
         for round_id in range(_BURST):
             with suppress(zmq.Again):
-                dealer.send(ground.codec.encode(Draft(0, 1 + round_id, (1, 2, 3))), zmq.NOBLOCK)
-        _hear(dealer)
+                dealer.send(station.codec.encode(Draft(0, 1 + round_id, (1, 2, 3))), zmq.NOBLOCK)
+        _discard_replies(dealer)
 
 
-HARMS: tuple[Harm, ...] = (garbage, half_frames, silence, strange_keys, wrong_rounds, wrong_distributions, flood)
+ATTACKS: tuple[Attack, ...] = (
+    garbage,
+    half_frames,
+    idle_connections,
+    unknown_keys,
+    wrong_rounds,
+    wrong_distributions,
+    flood,
+)
 
 
 @contextmanager
-def attacked(ground: Ground) -> Iterator[dict[str, int]]:
-    """All harms at once, each in a thread of its own; how often each was done so far, and what went wrong with it."""
-    stopping, done = threading.Event(), {harm.__name__: 0 for harm in HARMS}
+def attacked(station: AttackedStation) -> Iterator[dict[str, int]]:
+    """Run all attacks, each in its own thread; yields the number of runs of each, and raises the first failure."""
+    stopping, runs = threading.Event(), {attack.__name__: 0 for attack in ATTACKS}
     failures: list[Exception] = []
 
-    def work(harm: Harm, seed: int) -> None:
+    def work(attack: Attack, seed: int) -> None:
         chance = random.Random(seed)  # noqa: S311
         try:
             while not stopping.wait(_PAUSE):
                 with suppress(zmq.Again):
-                    harm(ground, chance)
-                done[harm.__name__] += 1
+                    attack(station, chance)
+                runs[attack.__name__] += 1
         except Exception as error:  # noqa: BLE001 - raised below, in the thread of the test
             failures.append(error)
 
-    threads = [threading.Thread(target=work, args=(harm, seed)) for seed, harm in enumerate(HARMS)]
+    threads = [threading.Thread(target=work, args=(attack, seed)) for seed, attack in enumerate(ATTACKS)]
     for thread in threads:
         thread.start()
     try:
-        yield done
+        yield runs
     finally:
         stopping.set()
         for thread in threads:
@@ -191,7 +199,7 @@ def _open(session: int) -> Open:
     return Open(session, 0, Mode.IDS, Sampling(), (1, 2, 3))
 
 
-def _hear(dealer: "zmq.Socket[bytes]") -> None:
-    """Take what comes back in a little while, and forget it."""
+def _discard_replies(dealer: "zmq.Socket[bytes]") -> None:
+    """Receive and discard replies until none arrives for 100 ms."""
     while dealer.poll(100):
         dealer.recv()

@@ -1,4 +1,4 @@
-"""A device that says exactly what it is told to."""
+"""A device that sends the messages and frames that a test gives it."""
 
 from protocol.messages import PROTOCOL_VERSION, Hello, Message, Welcome
 from tests.fakes import manifest
@@ -6,27 +6,27 @@ from tests.link_pair import Station
 
 
 def hello(vocab_size: int) -> Hello:
-    """The greeting of a draft model that is a table."""
-    kin = manifest(vocab_size)
-    return Hello(PROTOCOL_VERSION, vocab_size, bytes.fromhex(kin.vocabulary_hash), kin.stop_ids)
+    """The Hello of a draft model that is a table."""
+    bundle = manifest(vocab_size)
+    return Hello(PROTOCOL_VERSION, vocab_size, bytes.fromhex(bundle.vocabulary_hash), bundle.stop_ids)
 
 
 class RawDevice:
-    """Frames of one device to a base station in memory, and what comes back."""
+    """Sends frames of one device to a base station in memory, and receives the replies."""
 
     def __init__(self, station: Station, peer: bytes = b"a", greet: bool = True) -> None:
         self.station, self.peer = station, peer
         if greet:
-            assert isinstance(self.say(hello(station.codec.vocab_size)), Welcome)
+            assert isinstance(self.request(hello(station.codec.vocab_size)), Welcome)
 
-    def say(self, message: Message) -> Message | None:
-        """Send a message; the next reply, if there is one."""
-        return self.send(self.station.codec.encode(message))
+    def request(self, message: Message) -> Message | None:
+        """Send a message and return the next reply, if any."""
+        return self.send_frame(self.station.codec.encode(message))
 
-    def send(self, frame: bytes) -> Message | None:
+    def send_frame(self, frame: bytes) -> Message | None:
         self.station.push(self.peer, frame)
-        return self.hear()
+        return self.receive()
 
-    def hear(self) -> Message | None:
-        """The next reply, after as many passes as it takes."""
+    def receive(self) -> Message | None:
+        """The next reply, after as many forward passes as needed."""
         return self.station.pull(self.peer)

@@ -1,4 +1,4 @@
-"""What a user does wrong on the command line is one line."""
+"""A usage error on the command line is reported in one line."""
 
 import subprocess
 import sys
@@ -6,10 +6,10 @@ import sys
 import pytest
 
 
-@pytest.mark.parametrize("room", ["device", "basestation", "bench", "export"])
-@pytest.mark.parametrize(("arguments", "told"), [(["nope"], "No such command"), (["--nope"], "No such option")])
-def test_a_wrong_word_is_one_line(room: str, arguments: list[str], told: str) -> None:
-    assert told in line_of(room, *arguments)
+@pytest.mark.parametrize("package", ["device", "basestation", "bench", "export"])
+@pytest.mark.parametrize(("arguments", "message"), [(["nope"], "No such command"), (["--nope"], "No such option")])
+def test_an_unknown_command_or_option_is_one_line(package: str, arguments: list[str], message: str) -> None:
+    assert message in line_of(package, *arguments)
 
 
 @pytest.mark.parametrize(
@@ -20,12 +20,12 @@ def test_a_wrong_word_is_one_line(room: str, arguments: list[str], told: str) ->
         (["bench", "demo"], "--bundle"),
     ],
 )
-def test_an_option_that_is_missing_is_named(arguments: list[str], option: str) -> None:
+def test_a_missing_option_is_named(arguments: list[str], option: str) -> None:
     assert f"Missing option '{option}'" in line_of(*arguments)
 
 
-def line_of(room: str, *arguments: str) -> str:
-    done = subprocess.run([sys.executable, "-m", room, *arguments], capture_output=True, text=True, check=False)
+def line_of(package: str, *arguments: str) -> str:
+    done = subprocess.run([sys.executable, "-m", package, *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.count("\n") == 1

@@ -1,4 +1,4 @@
-"""The tokens of a round with their distributions: few bytes, one meaning, and rubbish is refused."""
+"""Encoding ``sparse``: round trips, few bytes, one encoding per draft, and refusal of invalid bytes."""
 
 from dataclasses import replace
 from typing import Any
@@ -37,26 +37,26 @@ def drawn(draw: st.DrawFn, vocab_size: int, steps: int) -> DraftedTokens:
 
 @pytest.mark.parametrize("vocab_size", [2, 300, 49_152, 200_000])
 @pytest.mark.parametrize("steps", [1, 2, 7, 768, MAX_STEPS])
-def test_what_was_drawn_arrives_as_it_was_sent(vocab_size: int, steps: int) -> None:
+def test_drafts_round_trip(vocab_size: int, steps: int) -> None:
     @given(drawn(vocab_size, steps))
     @settings(relaxed, max_examples=40)
-    def arrives(case: DraftedTokens) -> None:
-        packed = encode_drafted(*case)
-        assert decode_drafted(packed, vocab_size) == case
-        assert encode_drafted(*decode_drafted(packed, vocab_size)) == packed
+    def round_trips(case: DraftedTokens) -> None:
+        encoded = encode_drafted(*case)
+        assert decode_drafted(encoded, vocab_size) == case
+        assert encode_drafted(*decode_drafted(encoded, vocab_size)) == encoded
 
-    arrives()
+    round_trips()
 
 
-def test_bytes_once_written_keep_their_meaning() -> None:
+def test_known_bytes_keep_their_meaning() -> None:
     probs = np.array([0.5, 0.3, 0.15, 0.05])
     distributions = (
         SparseDistribution.quantize(49_152, np.array([40_000, 7, 1234, 9]), probs, 768),
         SparseDistribution.quantize(49_152, np.array([49_151, 0]), np.array([0.9, 0.1]), 768),
     )
-    packed = EncodedDraft(2, 6, 768, bytes.fromhex("e53c004800964011c0007fff64a730fed240"))
-    assert encode_drafted((1234, 0), distributions) == packed
-    token_ids, (first, second) = decode_drafted(packed, 49_152)
+    encoded = EncodedDraft(2, 6, 768, bytes.fromhex("e53c004800964011c0007fff64a730fed240"))
+    assert encode_drafted((1234, 0), distributions) == encoded
+    token_ids, (first, second) = decode_drafted(encoded, 49_152)
     assert token_ids == (1234, 0)
     assert (first.support.tolist(), first.weights.tolist()) == ([7, 9, 1234, 40_000], [230, 39, 115, 384])
     assert (second.support.tolist(), second.weights.tolist()) == ([0, 49_151], [77, 691])
@@ -70,7 +70,7 @@ def test_32_of_49152_tokens_take_at_most_80_bytes_at_the_socket(support: range, 
     assert socket_bytes(frame) <= 8 * 80
 
 
-def test_a_peaked_distribution_takes_less() -> None:
+def test_a_peaked_distribution_takes_fewer_bytes() -> None:
     weights = np.exp2(-np.arange(32.0))
     one = SparseDistribution.quantize(49_152, np.arange(32) * 1536, weights, 768)
     assert 8 <= len(one) <= 12
@@ -79,61 +79,61 @@ def test_a_peaked_distribution_takes_less() -> None:
 
 @given(st.data())
 @settings(relaxed, max_examples=500)
-def test_any_bytes_are_a_draft_or_a_frame_error(data: st.DataObject) -> None:
+def test_random_bytes_decode_or_raise_frame_error(data: st.DataObject) -> None:
     vocab_size, steps = data.draw(st.integers(2, 300)), data.draw(st.integers(1, 300))
     sizes = st.integers(-1, 30) | st.just(2**62)
-    packed = data.draw(st.builds(EncodedDraft, sizes, sizes, st.just(steps) | sizes, st.binary(max_size=60)))
-    unpacks_or_raises_frame_error(packed, vocab_size)
+    encoded = data.draw(st.builds(EncodedDraft, sizes, sizes, st.just(steps) | sizes, st.binary(max_size=60)))
+    decodes_or_raises_frame_error(encoded, vocab_size)
 
 
-def unpacks_or_raises_frame_error(packed: EncodedDraft, vocab_size: int) -> None:
+def decodes_or_raises_frame_error(encoded: EncodedDraft, vocab_size: int) -> None:
     try:
-        token_ids, distributions = decode_drafted(packed, vocab_size)
+        token_ids, distributions = decode_drafted(encoded, vocab_size)
     except FrameError:
         return
-    assert len(token_ids) == len(distributions) == packed.draft_len
+    assert len(token_ids) == len(distributions) == encoded.draft_len
     for token_id, one in zip(token_ids, distributions, strict=True):
         assert one.probability(token_id) > 0
         assert one.support.tolist() == sorted(set(one.support.tolist()))
         assert 0 <= one.support[0] <= one.support[-1] < vocab_size
         assert (one.weights >= 1).all()
-        assert one.weights.sum() == one.total == packed.steps
-    assert encode_drafted(token_ids, distributions) == packed
+        assert one.weights.sum() == one.total == encoded.steps
+    assert encode_drafted(token_ids, distributions) == encoded
 
 
 @pytest.mark.parametrize("steps", [1, 3, 200])
-def test_a_damaged_draft_is_another_one_or_a_frame_error(steps: int) -> None:
+def test_damaged_drafts_decode_or_raise_frame_error(steps: int) -> None:
     @given(drawn(60, steps), st.data())
     @settings(relaxed, max_examples=200)
     def damaged(case: DraftedTokens, data: st.DataObject) -> None:
-        packed = encode_drafted(*case)
-        frame = bytearray(packed.data)
+        encoded = encode_drafted(*case)
+        frame = bytearray(encoded.data)
         for _ in range(data.draw(st.integers(1, 3))):
             frame[data.draw(st.integers(0, len(frame) - 1))] ^= 1 << data.draw(st.integers(0, 7))
-        unpacks_or_raises_frame_error(replace(packed, data=bytes(frame)), 60)
+        decodes_or_raises_frame_error(replace(encoded, data=bytes(frame)), 60)
 
     damaged()
 
 
-HONEST = encode_drafted((7, 200), (even(300, [7, 9, 200], 10), even(300, [100, 200], 10)))
+VALID = encode_drafted((7, 200), (even(300, [7, 9, 200], 10), even(300, [100, 200], 10)))
 
 
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"draft_len": 0}, "0 drafted tokens; allowed: 1 and more"),
+        ({"draft_len": 0}, "0 drafted tokens; allowed: 1 or more"),
         ({"steps": 0}, "steps of 1/0; allowed: 1 to 16777216"),
         ({"steps": 2**24 + 1}, "steps of 1/16777217; allowed: 1 to 16777216"),
         ({"entries": 1}, "1 entries of distributions; allowed: 2 to 20"),
         ({"entries": 21}, "21 entries of distributions; allowed: 2 to 20"),
         ({"entries": 2**63}, "entries of distributions; allowed: 2 to 20"),
-        ({"data": HONEST.data[:-1]}, "bits; the message says"),
+        ({"data": VALID.data[:-1]}, "bits; expected"),
         ({"data": b""}, "a field has 0 bits"),
-        ({"data": HONEST.data + b"\x00"}, "more bits than the message says"),
+        ({"data": VALID.data + b"\x00"}, "more bits than expected"),
     ],
     ids=str,
 )
-def test_what_does_not_fit_together_is_refused(change: dict[str, Any], match: str) -> None:
-    assert len(decode_drafted(HONEST, 300)[0]) == 2
+def test_inconsistent_sizes_are_refused(change: dict[str, Any], match: str) -> None:
+    assert len(decode_drafted(VALID, 300)[0]) == 2
     with pytest.raises(FrameError, match=match):
-        decode_drafted(replace(HONEST, **change), 300)
+        decode_drafted(replace(VALID, **change), 300)

@@ -1,4 +1,4 @@
-"""Frames: every message survives the way through bytes; whatever else arrives is a FrameError."""
+"""Frames: every message round-trips; any other bytes raise FrameError or LimitError."""
 
 import struct
 from dataclasses import MISSING, fields, replace
@@ -56,7 +56,7 @@ TAGS = {
     Resume: 11,
     Resumed: 12,
 }
-GUESSED_DRAFT_TAG = 10
+PIPELINED_DRAFT_TAG = 10
 SAMPLING = Sampling(0.5, 3, 0.9, 7)
 
 
@@ -84,7 +84,7 @@ samplings = st.builds(
 
 
 def field_strategies(vocab_size: int) -> dict[str, st.SearchStrategy[Any]]:
-    """By the name of the field; all others are counters."""
+    """Strategies by field name; all other fields are counters."""
     token_ids = st.lists(st.integers(0, vocab_size - 1), max_size=64).map(tuple)
     return {
         "vocabulary_hash": st.binary(min_size=32, max_size=32),
@@ -129,25 +129,25 @@ def refused(frame: bytes, match: str, error: type[ProtocolError] = FrameError) -
 
 
 def ids_of(*ids: int, width: int = 9) -> bytes:
-    """Each id's lowest bit first, as one string of bits."""
+    """Pack ids as one bit string, the lowest bit of each first."""
     bits = "".join(f"{token_id:0{width}b}"[::-1] for token_id in ids)
     return bytes(int(bits[start : start + 8].ljust(8, "0"), 2) for start in range(0, len(bits), 8))
 
 
 @pytest.mark.parametrize("vocab_size", VOCAB_SIZES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_message_arrives_as_it_was_sent(kind: type[Message], vocab_size: int) -> None:
+def test_every_message_round_trips(kind: type[Message], vocab_size: int) -> None:
     codec = FrameCodec(vocab_size)
 
     @given(messages(kind, vocab_size))
     @settings(relaxed, max_examples=40)
-    def survives(message: Message) -> None:
+    def round_trips(message: Message) -> None:
         frame = codec.encode(message)
         assert codec.decode(frame) == message
         assert type(codec.decode(frame)) is kind
         assert len(frame) <= codec.max_frame_bytes
 
-    survives()
+    round_trips()
 
 
 def test_every_message_has_its_tag() -> None:
@@ -167,29 +167,29 @@ def test_ids_take_as_many_bits_as_the_vocabulary_needs(vocab_size: int) -> None:
 
 
 @pytest.mark.parametrize("vocab_size", [2, 300, 70_000])
-def test_whole_distributions_arrive_as_they_were_sent(vocab_size: int) -> None:
+def test_full_distributions_round_trip(vocab_size: int) -> None:
     probs = np.random.default_rng(1).dirichlet(np.ones(vocab_size))
-    whole = SparseDistribution.quantize_fp16(probs)
-    draft = Draft(0, 1, (int(probs.argmax()),) * 2, (whole, whole))
+    full = SparseDistribution.quantize_fp16(probs)
+    draft = Draft(0, 1, (int(probs.argmax()),) * 2, (full, full))
     assert FrameCodec(vocab_size).decode(FrameCodec(vocab_size).encode(draft)) == draft
 
 
-def test_the_largest_honest_frames_are_within_the_bound() -> None:
+def test_the_largest_valid_frames_are_within_the_bound() -> None:
     for vocab_size in (2, 6, 15, 16, 300):
         codec = FrameCodec(vocab_size)
-        spread, whole = np.full(vocab_size, 1 / vocab_size), (2**32 - 1, 2**32 - 1, (1,) * 64)
+        uniform, fields_and_ids = np.full(vocab_size, 1 / vocab_size), (2**32 - 1, 2**32 - 1, (1,) * 64)
         for one in (
-            SparseDistribution.quantize_fp16(spread),
-            SparseDistribution.quantize(vocab_size, np.arange(vocab_size), spread, MAX_STEPS),
+            SparseDistribution.quantize_fp16(uniform),
+            SparseDistribution.quantize(vocab_size, np.arange(vocab_size), uniform, MAX_STEPS),
         ):
-            assert len(codec.encode(Draft(*whole, (one,) * 64))) <= codec.max_frame_bytes
+            assert len(codec.encode(Draft(*fields_and_ids, (one,) * 64))) <= codec.max_frame_bytes
     codec = FrameCodec(300)
     assert len(codec.encode(Open(0, 0, Mode.IDS, Sampling(), (299,) * 131_072))) <= codec.max_frame_bytes
 
 
 @given(st.binary(max_size=120))
 @settings(relaxed, max_examples=1500)
-def test_random_bytes_are_a_message_or_a_frame_error(frame: bytes) -> None:
+def test_random_bytes_decode_or_raise_frame_error(frame: bytes) -> None:
     decodes_or_raises_frame_error(CODEC, frame)
 
 
@@ -207,7 +207,7 @@ def test_random_bytes_are_a_message_or_a_frame_error(frame: bytes) -> None:
     st.integers(0, 12),
 )
 @settings(relaxed, max_examples=500)
-def test_any_msgpack_values_are_a_message_or_a_frame_error(values: object, tag: int) -> None:
+def test_random_msgpack_values_decode_or_raise_frame_error(values: object, tag: int) -> None:
     decodes_or_raises_frame_error(CODEC, msgpack.packb(values))
     decodes_or_raises_frame_error(CODEC, frame_of(tag, *(values if isinstance(values, list) else [values])))
 
@@ -221,17 +221,17 @@ def decodes_or_raises_frame_error(codec: FrameCodec, frame: bytes) -> bool:
     return True
 
 
-def test_damaged_frames_are_a_message_or_a_frame_error() -> None:
+def test_damaged_frames_decode_or_raise_frame_error() -> None:
     codec, rng = FrameCodec(300), np.random.default_rng(0)
     pair = SparseDistribution.quantize(300, np.array([7, 200]), np.array([0.25, 0.75]), 12)
-    whole = SparseDistribution.quantize_fp16(np.full(300, 1 / 300))
-    honest: list[Message] = [
+    full = SparseDistribution.quantize_fp16(np.full(300, 1 / 300))
+    valid: list[Message] = [
         Hello(1, 300, bytes(range(32)), (2, 7)),
         Welcome(1, "table", 4096, 64, tuple(Mode)),
         Open(0, 0, Mode.TOPK, SAMPLING, (1, 2, 299)),
         Extend(3, 300, 70_000, (1, 2)),
         Draft(0, 9, (7, 200), (pair, pair)),
-        Draft(0, 9, (7,), (whole,)),
+        Draft(0, 9, (7,), (full,)),
         Draft(0, 9, (7, 7, 1)),
         Draft(0, 9, (7, 1), assumed_bonus=5),
         Resume.of(3, 70, (1, 2, 3)),
@@ -239,25 +239,25 @@ def test_damaged_frames_are_a_message_or_a_frame_error() -> None:
         Decode(1, 2, 3),
         Fault(None, "state", "no"),
     ]
-    frames = [codec.encode(message) for message in honest]
+    frames = [codec.encode(message) for message in valid]
     refusals = 0
     for _ in range(6000):
         frame = bytearray(frames[rng.integers(len(frames))])
         for _ in range(rng.integers(1, 4)):
-            place = int(rng.integers(len(frame)))
+            index = int(rng.integers(len(frame)))
             change = rng.integers(4)
             if change == 0:
-                frame[place] ^= 1 << int(rng.integers(8))
+                frame[index] ^= 1 << int(rng.integers(8))
             elif change == 1:
-                frame[place] = int(rng.integers(256))
+                frame[index] = int(rng.integers(256))
             elif change == 2:
-                frame.insert(place, int(rng.integers(256)))
+                frame.insert(index, int(rng.integers(256)))
             elif len(frame) > 1:
-                del frame[place:]
+                del frame[index:]
             if not frame:
                 break
         refusals += not decodes_or_raises_frame_error(codec, bytes(frame) or b"\x00")
-    assert 1000 < refusals < 6000  # some damage makes another honest message
+    assert 1000 < refusals < 6000  # some damage makes another valid message
 
 
 @pytest.mark.parametrize(
@@ -287,12 +287,12 @@ def test_damaged_frames_are_a_message_or_a_frame_error() -> None:
     ],
     ids=lambda frame: frame[:8].hex() or "empty",
 )
-def test_what_is_no_message_at_all_is_refused(frame: bytes) -> None:
+def test_bytes_that_are_not_a_message_are_refused(frame: bytes) -> None:
     refused(frame, ".")
 
 
 def test_an_unknown_tag_is_refused() -> None:
-    known = ", ".join(map(str, sorted([*TAGS.values(), GUESSED_DRAFT_TAG])))
+    known = ", ".join(map(str, sorted([*TAGS.values(), PIPELINED_DRAFT_TAG])))
     for tag in (13, 255, -1, 2**63):
         refused(frame_of(tag, 0), rf"the tag {tag}; allowed: \[{known}\]")
 
@@ -300,7 +300,7 @@ def test_an_unknown_tag_is_refused() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_too_few_fields_are_refused(kind: type[Message]) -> None:
     if kind is Draft:
-        for tag, due in ((TAGS[Draft], 2), (GUESSED_DRAFT_TAG, 3)):
+        for tag, due in ((TAGS[Draft], 2), (PIPELINED_DRAFT_TAG, 3)):
             refused(frame_of(tag, *[0] * (due - 1)), f"Draft has {due - 1} fields; allowed: {due} or more")
         return
     due = sum(entry.default is MISSING for entry in fields(kind))
@@ -311,7 +311,7 @@ def test_too_few_fields_are_refused(kind: type[Message]) -> None:
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind is not Draft])
 @given(st.data())
 @settings(relaxed, max_examples=20)
-def test_fields_behind_the_known_ones_are_ignored(kind: type[Message], data: st.DataObject) -> None:
+def test_fields_after_the_known_ones_are_ignored(kind: type[Message], data: st.DataObject) -> None:
     message = data.draw(messages(kind, 300))
     values = msgpack.unpackb(FrameCodec(300).encode(message))
     left_out = len(fields(kind)) - len(values) + 1
@@ -319,7 +319,7 @@ def test_fields_behind_the_known_ones_are_ignored(kind: type[Message], data: st.
         assert FrameCodec(300).decode(frame_of(*values, 7, [None], "new")) == message
 
 
-def test_fields_that_hold_their_defaults_are_left_out_at_the_end() -> None:
+def test_trailing_fields_that_hold_their_defaults_are_omitted() -> None:
     welcome = Welcome(2, "table", 4096, 64, (Mode.IDS,))
     assert msgpack.unpackb(CODEC.encode(welcome)) == [1, 2, "table", 4096, 64, [0]]
     wider = replace(welcome, max_uplink_k=9)
@@ -341,9 +341,9 @@ def test_fields_that_hold_their_defaults_are_left_out_at_the_end() -> None:
         (frame_of(7, 0, 1, 0, True), "of type bool; allowed: int"),
         (frame_of(5, 0, 1, ids_of(300)), "token id 300; allowed: 0 to 299"),
         (frame_of(5, 0, 1, ids_of(5, 511)), "token id 511; allowed: 0 to 299"),
-        (frame_of(5, 0, 1, b"\x01"), "more bits than the message says"),
-        (frame_of(5, 0, 1, b"\x00"), "more bits than the message says"),
-        (frame_of(5, 0, 1, ids_of(1)[:-1] + b"\x01"), "more bits than the message says"),
+        (frame_of(5, 0, 1, b"\x01"), "more bits than expected"),
+        (frame_of(5, 0, 1, b"\x00"), "more bits than expected"),
+        (frame_of(5, 0, 1, ids_of(1)[:-1] + b"\x01"), "more bits than expected"),
         (frame_of(5, 0, 1, [1, 2]), "of type list; allowed: bytes"),
         (frame_of(5, 0, 1, "ab"), "of type str; allowed: bytes"),
         (frame_of(0, 1, 300, bytes(31), []), "31 bytes; allowed: 32"),
@@ -358,7 +358,7 @@ def test_fields_that_hold_their_defaults_are_left_out_at_the_end() -> None:
         (frame_of(9, False, "", ""), "of type bool; allowed: int"),
     ],
 )
-def test_a_field_that_is_not_allowed_is_named_with_what_is(frame: bytes, match: str) -> None:
+def test_an_invalid_field_is_refused_with_the_allowed_values(frame: bytes, match: str) -> None:
     refused(frame, match)
 
 
@@ -367,24 +367,24 @@ def test_a_field_that_is_not_allowed_is_named_with_what_is(frame: bytes, match: 
     [
         (
             frame_of(2, 0, 0, 1, struct.pack("<dIdQ", 0, 0, 1, 0), ids_of(*[1] * 5)),
-            "5 where .*--max-prompt-len allows 4",
+            "5 exceeds .*--max-prompt-len of 4",
         ),
-        (frame_of(4, 0, 1, 0, ids_of(1, 2, 3, 4, 5)), "5 where the base station's --max-prompt-len allows 4"),
-        (frame_of(5, 0, 1, ids_of(1, 2, 3, 4)), "4 where the base station's --max-draft-len allows 3"),
-        (frame_of(10, 0, 1, 7, ids_of(1, 2, 3, 4)), "4 where the base station's --max-draft-len allows 3"),
-        (frame_of(5, 0, 1, 4, 4, 10, b""), "4 where the base station's --max-draft-len allows 3"),
-        (frame_of(5, 0, 1, 1, 6, 10, b""), "6 where the base station's --max-uplink-k allows 5"),
-        (frame_of(5, 0, 1, 3, 2**64 - 1, 10, b""), "--max-uplink-k allows 5"),
+        (frame_of(4, 0, 1, 0, ids_of(1, 2, 3, 4, 5)), "5 exceeds the base station's --max-prompt-len of 4"),
+        (frame_of(5, 0, 1, ids_of(1, 2, 3, 4)), "4 exceeds the base station's --max-draft-len of 3"),
+        (frame_of(10, 0, 1, 7, ids_of(1, 2, 3, 4)), "4 exceeds the base station's --max-draft-len of 3"),
+        (frame_of(5, 0, 1, 4, 4, 10, b""), "4 exceeds the base station's --max-draft-len of 3"),
+        (frame_of(5, 0, 1, 1, 6, 10, b""), "6 exceeds the base station's --max-uplink-k of 5"),
+        (frame_of(5, 0, 1, 3, 2**64 - 1, 10, b""), "--max-uplink-k of 5"),
     ],
 )
-def test_what_is_more_than_allowed_is_refused_by_the_name_of_the_limit(frame: bytes, match: str) -> None:
+def test_a_request_beyond_a_limit_is_refused_by_the_limits_name(frame: bytes, match: str) -> None:
     refused(frame, match, LimitError)
 
 
-def test_one_distribution_among_small_ones_is_not_too_large() -> None:
+def test_each_distribution_of_a_draft_is_checked_against_the_limit() -> None:
     small = SparseDistribution.quantize(300, np.array([7]), np.ones(1), 12)
     large = SparseDistribution.quantize(300, np.arange(6), np.full(6, 1 / 6), 12)
-    refused(FrameCodec(300).encode(Draft(0, 1, (7, 5), (small, large))), "6 where .*--max-uplink-k", LimitError)
+    refused(FrameCodec(300).encode(Draft(0, 1, (7, 5), (small, large))), "6 exceeds .*--max-uplink-k", LimitError)
 
 
 @pytest.mark.parametrize(
@@ -411,51 +411,51 @@ def test_sampling_settings_out_of_range_are_refused(values: tuple[float, int, fl
 
 
 ONE = encode_drafted((7,), (SparseDistribution.quantize(300, np.array([7, 200]), np.array([0.5, 0.5]), 10),))
-HALVES = SparseDistribution.quantize_fp16(np.eye(300)[7]).encode_fp16()
+FP16 = SparseDistribution.quantize_fp16(np.eye(300)[7]).encode_fp16()
 
 
 @pytest.mark.parametrize(
-    ("drawn", "match"),
+    ("drafted", "match"),
     [
         ([1, 2, 10, ONE.data, 0], "Draft has 5 fields of drafted tokens; allowed: 0, 1, 2 or 4"),
         ([1, 2, 10], "Draft has 3 fields of drafted tokens; allowed: 0, 1, 2 or 4"),
         ([True, 2, 10, ONE.data], "of type bool; allowed: int"),
         ([1, 2.0, 10, ONE.data], "of type float; allowed: int"),
         ([1, 2, 10, list(ONE.data)], "of type list; allowed: bytes"),
-        ([0, 1, 10, ONE.data], "0 drafted tokens; allowed: 1 and more"),
-        ([-1, 1, 10, ONE.data], "-1 drafted tokens; allowed: 1 and more"),
+        ([0, 1, 10, ONE.data], "0 drafted tokens; allowed: 1 or more"),
+        ([-1, 1, 10, ONE.data], "-1 drafted tokens; allowed: 1 or more"),
         ([1, 0, 10, ONE.data], "0 entries of distributions; allowed: 1 to 10"),
         ([1, 2, 2**64 - 1, ONE.data], "steps of 1/18446744073709551615"),
-        ([ids_of(7), HALVES + HALVES], "1200 bytes of probabilities for 1 drafted tokens; allowed: 600 for each"),
+        ([ids_of(7), FP16 + FP16], "1200 bytes of probabilities for 1 drafted tokens; allowed: 600 for each"),
         ([ids_of(7), b""], "0 bytes of probabilities for 1 drafted tokens"),
-        ([ids_of(7), [HALVES]], "of type list; allowed: bytes"),
-        ([ids_of(6), HALVES], "token 6 .* impossible"),
-        ([ids_of(7, 299), HALVES + HALVES], "token 299 .* impossible"),
+        ([ids_of(7), [FP16]], "of type list; allowed: bytes"),
+        ([ids_of(6), FP16], "token 6 has probability 0"),
+        ([ids_of(7, 299), FP16 + FP16], "token 299 has probability 0"),
     ],
 )
-def test_what_was_drawn_must_belong_together(drawn: list[object], match: str) -> None:
+def test_inconsistent_drafted_tokens_are_refused(drafted: list[object], match: str) -> None:
     assert isinstance(CODEC.decode(frame_of(5, 0, 1, 1, 2, 10, ONE.data)), Draft)
-    assert isinstance(CODEC.decode(frame_of(5, 0, 1, ids_of(7), HALVES)), Draft)
-    refused(frame_of(5, 0, 1, *drawn), match)
+    assert isinstance(CODEC.decode(frame_of(5, 0, 1, ids_of(7), FP16)), Draft)
+    refused(frame_of(5, 0, 1, *drafted), match)
 
 
-def test_every_mode_and_setting_of_a_session_arrives() -> None:
+def test_every_mode_round_trips() -> None:
     for mode in Mode:
         opening = Open(1, 0, mode, Sampling(0.7, 40, 0.95, 2**63 - 1), (1, 2))
         assert CODEC.decode(CODEC.encode(opening)) == opening
 
 
-def test_a_long_fault_is_cut_and_not_refused() -> None:
+def test_a_long_fault_text_is_truncated() -> None:
     fault = CODEC.decode(CODEC.encode(Fault(1, "state", "é" * 5000)))
     assert fault == Fault(1, "state", "é" * 1000)
 
 
-def test_a_fault_says_when_to_come_back_behind_all_that_an_older_device_knows() -> None:
-    known = CODEC.encode(Fault(1, "full", "no room"))
-    told = CODEC.encode(Fault(1, "full", "no room", 5))
-    assert msgpack.unpackb(known) == [9, 1, "full", "no room"]
-    assert msgpack.unpackb(told) == [9, 1, "full", "no room", 5]
-    assert CODEC.decode(told) == Fault(1, "full", "no room", 5)
+def test_retry_seconds_follow_the_fields_that_an_older_device_knows() -> None:
+    without = CODEC.encode(Fault(1, "full", "no room"))
+    with_retry = CODEC.encode(Fault(1, "full", "no room", 5))
+    assert msgpack.unpackb(without) == [9, 1, "full", "no room"]
+    assert msgpack.unpackb(with_retry) == [9, 1, "full", "no room", 5]
+    assert CODEC.decode(with_retry) == Fault(1, "full", "no room", 5)
 
 
 def test_rounds_take_few_bytes_at_the_socket() -> None:

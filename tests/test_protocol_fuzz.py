@@ -1,7 +1,7 @@
-"""Mutated frames: a message or a ProtocolError, in memory and time that the frame's own size bounds.
+"""Mutated frames decode or raise ProtocolError, in memory and time bounded by the frame's size.
 
-Frames of all versions are mutated as bytes and as values. Each generation is
-seeded, so that what fails once fails again: keep its seed in ``SEEDS``.
+Frames of all versions are mutated as bytes and as values. Generation is seeded, so a
+failure is reproducible: keep its seed in ``SEEDS``.
 """
 
 import random
@@ -18,10 +18,10 @@ from protocol.errors import ProtocolError
 from protocol.frames import FrameCodec
 from protocol.limits import Limits
 from protocol.messages import OLDEST_VERSION, PROTOCOL_VERSION
-from tests.vectors import kept
+from tests.vectors import recorded_vectors
 
 FRAMES_A_SEED = 50_000
-HANGS_AFTER = 120  # seconds for all frames of a seed, which take a few
+TIMEOUT = 120  # seconds for all frames of a seed, which take a few
 SEEDS = range(20)
 TIGHT = Limits(max_prompt_len=64, max_draft_len=8, max_uplink_k=32)
 ODD_NUMBERS = (0, 1, -1, 2, 127, 128, 255, 256, 2**16, 2**31, 2**32 - 1, 2**32, 2**63, 2**64 - 1, -(2**63))
@@ -42,19 +42,19 @@ ODD_VALUES: tuple[Any, ...] = (
 CORPUS = [
     (vector["vocab_size"], bytes.fromhex(vector["frame"]))
     for version in range(OLDEST_VERSION, PROTOCOL_VERSION + 1)
-    for vector in kept(version)["frames"]
+    for vector in recorded_vectors(version)["frames"]
 ]
 
 
 class Mutator:
-    """Makes frames out of the corpus; a function of its seed."""
+    """Mutates frames of the corpus, as a function of a seed."""
 
     def __init__(self, seed: int) -> None:
         self.chance = random.Random(seed)  # noqa: S311
         self.bytewise: list[Callable[[bytearray], None]] = [self.flip, self.cut, self.insert, self.repeat, self.splice]
 
     def frame(self) -> tuple[int, bytes]:
-        """A vocabulary size, and a frame for it."""
+        """A vocabulary size and a frame for it."""
         vocab_size, frame = self.chance.choice(CORPUS)
         if self.chance.random() < 0.5:
             values = msgpack.unpackb(frame)
@@ -75,8 +75,8 @@ class Mutator:
         del frame[start : start + self.chance.randint(1, 16)]
 
     def insert(self, frame: bytearray) -> None:
-        place = self.chance.randint(0, len(frame))
-        frame[place:place] = self.chance.randbytes(self.chance.randint(1, 8))
+        index = self.chance.randint(0, len(frame))
+        frame[index:index] = self.chance.randbytes(self.chance.randint(1, 8))
 
     def repeat(self, frame: bytearray) -> None:
         start = self.chance.randint(0, len(frame))
@@ -87,12 +87,12 @@ class Mutator:
         frame[self.chance.randint(0, len(frame)) :] = other[self.chance.randint(0, len(other)) :]
 
     def alter(self, value: Any) -> Any:
-        """Another value in one place, however deep, or another number of values."""
+        """Change one value, at any depth, or the number of values."""
         if isinstance(value, list) and value and self.chance.random() < 0.9:
-            place = self.chance.randrange(len(value))
+            index = self.chance.randrange(len(value))
             if self.chance.random() < 0.1:
-                return self.chance.choice([value[:place], [*value, value[place]], value[place:]])
-            return [*value[:place], self.alter(value[place]), *value[place + 1 :]]
+                return self.chance.choice([value[:index], [*value, value[index]], value[index:]])
+            return [*value[:index], self.alter(value[index]), *value[index + 1 :]]
         if isinstance(value, bytes) and self.chance.random() < 0.7:
             mutated = bytearray(value)
             self.chance.choice(self.bytewise)(mutated)
@@ -106,7 +106,7 @@ CODECS = {size: (FrameCodec(size), FrameCodec(size, TIGHT)) for size, _ in CORPU
 
 
 def decode(vocab_size: int, frame: bytes) -> None:
-    """As a device and as a base station with tight limits; and what it may hold of distributions by itself."""
+    """Decode as a device, as a base station with tight limits, and as the bits of encoding ``sparse``."""
     for codec in CODECS[vocab_size]:
         with suppress(ProtocolError):
             message = codec.decode(frame)
@@ -122,25 +122,24 @@ def run(seed: int) -> None:
         decode(*mutator.frame())
 
 
-@pytest.mark.timeout(HANGS_AFTER)
+@pytest.mark.timeout(TIMEOUT)
 @pytest.mark.parametrize("seed", SEEDS)
-def test_one_million_mutated_frames_are_messages_or_protocol_errors(seed: int) -> None:
+def test_one_million_mutated_frames_decode_or_raise_protocol_error(seed: int) -> None:
     run(seed)
 
 
-def test_decoding_takes_memory_in_proportion_to_the_frame() -> None:
+def test_decoding_memory_is_proportional_to_the_frame() -> None:
     mutator = Mutator(seed=9)
     frames = [mutator.frame() for _ in range(2000)]
     for vocab_size, frame in frames:
-        decode(vocab_size, frame)  # what is made once
+        decode(vocab_size, frame)  # allocate what is cached
     tracemalloc.start()
     try:
         for vocab_size, frame in frames:
             tracemalloc.reset_peak()
             before, _ = tracemalloc.get_traced_memory()
             decode(vocab_size, frame)
-            assert tracemalloc.get_traced_memory()[1] - before < 300_000 + 400 * len(
-                frame
-            )  # msgpack writes into 256 KB
+            used = tracemalloc.get_traced_memory()[1] - before
+            assert used < 300_000 + 400 * len(frame)  # msgpack allocates a buffer of 256 KB
     finally:
         tracemalloc.stop()

@@ -1,4 +1,4 @@
-"""Random numbers: a function of (seed, position, stream), uniform, and unlike their neighbours."""
+"""Random numbers are a function of (seed, position, stream), uniform and uncorrelated."""
 
 import math
 from itertools import combinations, product
@@ -12,7 +12,7 @@ from protocol.randomness import UNIFORM_BITS, Stream, random_bits, random_word, 
 
 COUNT = 50_000
 FALSE_ALARM = 1e-4
-KEPT = [
+KNOWN = [
     (0, 0, Stream.DRAFT, 1660627371350223),
     (1, 2, Stream.ACCEPT, 8204650028589493),
     (2**63 - 1, 131_072, Stream.RESULT, 2741292405388044),
@@ -25,33 +25,33 @@ def numbers(seed: int, stream: Stream, count: int = COUNT, first: int = 0) -> np
 
 
 def correlation(one: npt.NDArray[np.float64], other: npt.NDArray[np.float64]) -> float:
-    """In standard deviations of what independent numbers show."""
+    """In standard deviations of the correlation of independent numbers."""
     return abs(float(np.corrcoef(one, other)[0, 1])) * math.sqrt(len(one))
 
 
-@pytest.mark.parametrize(("seed", "position", "stream", "bits"), KEPT)
-def test_kept_numbers_stay_as_they_are(seed: int, position: int, stream: Stream, bits: int) -> None:
+@pytest.mark.parametrize(("seed", "position", "stream", "bits"), KNOWN)
+def test_known_numbers_are_reproduced(seed: int, position: int, stream: Stream, bits: int) -> None:
     assert random_bits(seed, position, stream) == bits
 
 
 @pytest.mark.parametrize("stream", Stream)
-def test_many_numbers_at_once_are_those_of_each(stream: Stream) -> None:
+def test_vectorized_numbers_equal_scalar_ones(stream: Stream) -> None:
     seeds, positions = (list(values) for values in zip(*product((0, 1, 42, 2**63 - 1), (0, 7, 131_072)), strict=True))
     pairs = list(zip(seeds, positions, strict=True))
     assert random_words(seeds, positions, stream).tolist() == [random_word(*pair, stream) for pair in pairs]
     assert uniforms(seeds, positions, stream).tolist() == [uniform(*pair, stream) for pair in pairs]
 
 
-def test_invariant_2_a_number_depends_on_seed_position_and_stream_alone() -> None:
+def test_invariant_2_a_number_depends_only_on_seed_position_and_stream() -> None:
     asked = list(product((0, 1, 2**63 - 1), range(40), Stream))
     first = {key: random_bits(*key) for key in asked}
     again = {key: random_bits(*key) for key in reversed(asked) for _ in range(2)}
     assert first == again
-    assert len(set(first.values())) == len(asked)  # and on each of them
+    assert len(set(first.values())) == len(asked)  # depends on each of them
 
 
-def test_a_uniform_number_is_the_bits_as_a_fraction() -> None:
-    for seed, position, stream, bits in KEPT:
+def test_a_uniform_number_is_its_bits_as_a_fraction() -> None:
+    for seed, position, stream, bits in KNOWN:
         assert 0 <= bits < 2**UNIFORM_BITS
         assert uniform(seed, position, stream) == bits / 2**UNIFORM_BITS < 1
 
@@ -75,18 +75,18 @@ def test_streams_are_uncorrelated() -> None:
         assert correlation(numbers(7, one), numbers(7, other)) < 4
 
 
-def test_neighbouring_positions_are_uncorrelated() -> None:
+def test_adjacent_positions_are_uncorrelated() -> None:
     sample = numbers(7, Stream.DRAFT)
     for lag in (1, 2, 8):
         assert correlation(sample[:-lag], sample[lag:]) < 4
 
 
-def test_neighbouring_seeds_are_uncorrelated() -> None:
+def test_adjacent_seeds_are_uncorrelated() -> None:
     for other in (8, 7 + 2**32, 6):
         assert correlation(numbers(7, Stream.RESULT), numbers(other, Stream.RESULT)) < 4
 
 
 def test_seed_and_position_are_not_interchangeable() -> None:
-    """The numbers of seed 1 are not those of seed 0 one position on."""
+    """Seed 1 is not seed 0 shifted by one position."""
     assert correlation(numbers(0, Stream.DRAFT, first=1), numbers(1, Stream.DRAFT)) < 4
     assert random_bits(3, 5, Stream.DRAFT) != random_bits(5, 3, Stream.DRAFT)

@@ -1,4 +1,4 @@
-"""The rounds of a session: two machines that see the same messages agree; the rest is refused."""
+"""The session state machine: both ends agree after the same messages, and all other messages are refused."""
 
 from dataclasses import replace
 from random import Random
@@ -72,7 +72,7 @@ def refuses(rounds: SessionRounds, message: SessionMessage, match: str) -> None:
 
 
 def candidates(rounds: SessionRounds, shift: int = 0) -> list[SessionMessage]:
-    """A message of each kind, of the round that is due (or ``shift`` rounds away)."""
+    """A message of each kind, in the expected round plus ``shift``."""
     following, awaited = rounds.next_round + shift, rounds.round_id + shift
     return [
         replace(open_in(Mode.IDS), round_id=following),
@@ -84,7 +84,7 @@ def candidates(rounds: SessionRounds, shift: int = 0) -> list[SessionMessage]:
     ]
 
 
-def test_two_ends_that_see_the_same_messages_agree_after_each() -> None:
+def test_both_ends_agree_after_each_message() -> None:
     script: list[tuple[SessionMessage, tuple[State, int, int]]] = [
         (open_in(Mode.IDS), (State.OPENING, 0, 3)),
         (Opened(0, 0), (State.READY, 1, 3)),
@@ -110,7 +110,7 @@ def test_two_ends_that_see_the_same_messages_agree_after_each() -> None:
 
 @st.composite
 def walks(draw: st.DrawFn) -> list[tuple[SessionMessage, int]]:
-    """Requests with their replies, and how many tokens are committed after each."""
+    """Requests and replies, with the number of committed tokens after each."""
     walk: list[tuple[SessionMessage, int]] = [(open_in(Mode.IDS), 3), (Opened(0, 0), 3)]
     committed, round_id = 3, 1
     for _ in range(draw(st.integers(0, 12))):
@@ -139,7 +139,7 @@ def walks(draw: st.DrawFn) -> list[tuple[SessionMessage, int]]:
 
 @given(walks())
 @settings(deadline=None)
-def test_any_walk_of_rounds_is_counted_alike_at_both_ends(walk: list[tuple[SessionMessage, int]]) -> None:
+def test_both_ends_agree_in_any_sequence_of_rounds(walk: list[tuple[SessionMessage, int]]) -> None:
     device, station = after(), after()
     for message, committed in walk:
         device.advance(message)
@@ -150,7 +150,7 @@ def test_any_walk_of_rounds_is_counted_alike_at_both_ends(walk: list[tuple[Sessi
 
 
 @pytest.mark.parametrize("state", State)
-def test_what_may_not_follow_is_refused_and_changes_nothing(state: State) -> None:
+def test_a_message_that_is_not_allowed_is_refused_and_changes_nothing(state: State) -> None:
     rounds = windowed(*PATHS[state])
     assert rounds.state is state
     taken = 0
@@ -161,13 +161,13 @@ def test_what_may_not_follow_is_refused_and_changes_nothing(state: State) -> Non
             assert fresh.state is ALLOWED[state][type(message)]
             taken += 1
         else:
-            refuses(fresh, message, f"{type(message).__name__} in a session that is {state}; allowed: ")
+            refuses(fresh, message, f"{type(message).__name__} in state {state}; allowed: ")
     assert taken == len(ALLOWED[state])
 
 
 @pytest.mark.parametrize("state", State)
 @pytest.mark.parametrize("end", [Close(0), Fault(0, "state", "")], ids=["Close", "Fault"])
-def test_close_and_fault_end_a_session_wherever_it_stands_and_but_once(state: State, end: SessionMessage) -> None:
+def test_close_and_fault_end_a_session_in_any_state_once(state: State, end: SessionMessage) -> None:
     rounds = after(*PATHS[state])
     if state is not State.CLOSED:
         rounds.advance(end)
@@ -175,21 +175,21 @@ def test_close_and_fault_end_a_session_wherever_it_stands_and_but_once(state: St
     refuses(rounds, end, "allowed: nothing")
 
 
-def test_a_message_of_no_session_is_refused() -> None:
-    refuses(after(*READY), cast(SessionMessage, Hello(1, 2, bytes(32), ())), "Hello in a session that is ready")
+def test_a_message_outside_sessions_is_refused() -> None:
+    refuses(after(*READY), cast(SessionMessage, Hello(1, 2, bytes(32), ())), "Hello in state ready")
 
 
 @pytest.mark.parametrize("state", [state for state in State if ALLOWED[state]])
 @pytest.mark.parametrize("shift", [-1, 1, 1000])
-def test_another_round_than_the_next_is_refused(state: State, shift: int) -> None:
+def test_an_unexpected_round_is_refused(state: State, shift: int) -> None:
     rounds = after(*PATHS[state])
     for message in candidates(rounds, shift):
         if type(message) in ALLOWED[state]:
             due = message.round_id - shift  # type: ignore[union-attr]
-            refuses(after(*PATHS[state]), message, f"round {due + shift} where {due} comes next")
+            refuses(after(*PATHS[state]), message, f"round {due + shift}; expected round {due}")
 
 
-def test_messages_of_rounds_that_are_over_are_old() -> None:
+def test_requests_of_earlier_rounds_are_old() -> None:
     rounds = after(*READY, Draft(0, 1, ()), Verdict(0, 1, 0, 6))
     assert [rounds.is_old(Draft(0, round_id, ())) for round_id in range(4)] == [True, True, False, False]
 
@@ -197,7 +197,7 @@ def test_messages_of_rounds_that_are_over_are_old() -> None:
 @pytest.mark.parametrize(
     ("state", "drafted"), [(State.VERIFYING, 2), (State.DECODING, 0)], ids=["of a Draft", "of a Decode"]
 )
-def test_no_more_tokens_are_accepted_than_drafted(state: State, drafted: int) -> None:
+def test_a_verdict_accepts_at_most_the_drafted_tokens(state: State, drafted: int) -> None:
     rounds = after(*PATHS[state])
     refuses(rounds, Verdict(0, 1, drafted + 1, 6), f"{drafted + 1} tokens accepted of {drafted} drafted")
     rounds.advance(Verdict(0, 1, drafted, 6))
@@ -209,7 +209,7 @@ def test_a_decode_after_a_draft_accepts_nothing() -> None:
     refuses(rounds, Verdict(0, 2, 1, 6), "1 tokens accepted of 0")
 
 
-def test_a_decode_ends_with_its_count() -> None:
+def test_a_decode_ends_after_its_count() -> None:
     rounds = after(*READY, Decode(0, 1, 3))
     for round_id in (1, 2):
         rounds.advance(Verdict(0, round_id, 0, 6))
@@ -218,12 +218,12 @@ def test_a_decode_ends_with_its_count() -> None:
     assert view(rounds) == (State.READY, 4, 6)
 
 
-def test_a_decode_ends_with_a_stop_id() -> None:
+def test_a_decode_ends_at_a_stop_id() -> None:
     rounds = after(*READY, Decode(0, 1, 3), Verdict(0, 1, 0, 6), Verdict(0, 2, 0, STOP))
     assert view(rounds) == (State.READY, 3, 5)
     rounds.advance(Decode(0, 3, 2))
     rounds.advance(Verdict(0, 3, 0, 6))
-    assert rounds.state is State.DECODING  # the count of the one that stopped is forgotten
+    assert rounds.state is State.DECODING  # the count of the previous Decode is dropped
 
 
 def test_a_decode_of_no_tokens_is_refused() -> None:
@@ -231,13 +231,13 @@ def test_a_decode_of_no_tokens_is_refused() -> None:
 
 
 @pytest.mark.parametrize(("start", "token_ids"), [(4, (7,)), (1000, (7,)), (3, ()), (0, ())])
-def test_an_extend_that_leaves_a_gap_or_says_nothing_is_refused(start: int, token_ids: tuple[int, ...]) -> None:
+def test_an_extend_with_a_gap_or_without_tokens_is_refused(start: int, token_ids: tuple[int, ...]) -> None:
     match = f"Extend of {len(token_ids)} tokens after the first {start}; allowed: 1 or more, after at most 3"
     refuses(after(*READY), Extend(0, 1, start, token_ids), match)
 
 
 @pytest.mark.parametrize("start", [0, 1, 3])
-def test_an_extend_goes_on_anywhere_in_what_is_committed(start: int) -> None:
+def test_an_extend_keeps_any_number_of_committed_tokens(start: int) -> None:
     rounds = after(*READY, Extend(0, 1, start, (7, 8)), Opened(0, 1))
     assert view(rounds) == (State.READY, 2, start + 2)
 
@@ -246,28 +246,28 @@ def test_an_open_without_a_prompt_is_refused() -> None:
     refuses(after(), replace(open_in(Mode.IDS), prompt_ids=()), "without a prompt; allowed: 1 token or more")
 
 
-def test_ids_alone_are_refused_where_tokens_are_sampled() -> None:
+def test_mode_ids_requires_temperature_0() -> None:
     refuses(after(), open_in(Mode.IDS, SAMPLED), "mode 'ids' at temperature 1.0; allowed: temperature 0")
     for mode in (Mode.TOPK, Mode.FULL, Mode.TARGET):
         assert after(open_in(mode, SAMPLED)).state is State.OPENING
 
 
-def test_distributions_are_sent_in_the_modes_that_have_them_and_in_no_other() -> None:
-    alone, accompanied = Draft(0, 1, (3,)), Draft(0, 1, (3,), (CERTAIN,))
+def test_a_draft_has_distributions_exactly_in_the_modes_that_send_them() -> None:
+    without, with_distribution = Draft(0, 1, (3,)), Draft(0, 1, (3,), (CERTAIN,))
     for mode in (Mode.TOPK, Mode.FULL):
         ready = (open_in(mode, SAMPLED), Opened(0, 0))
-        refuses(after(*ready), alone, f"without distributions in mode '{mode}'")
-        assert after(*ready, accompanied).state is State.VERIFYING
-    refuses(after(*READY), accompanied, "with distributions in mode 'ids'")
+        refuses(after(*ready), without, f"without distributions in mode '{mode}'")
+        assert after(*ready, with_distribution).state is State.VERIFYING
+    refuses(after(*READY), with_distribution, "with distributions in mode 'ids'")
 
 
 @pytest.mark.parametrize("distributions", [(), (CERTAIN,)], ids=["ids", "distributions"])
-def test_nothing_is_drafted_where_the_target_decodes_alone(distributions: tuple[SparseDistribution, ...]) -> None:
+def test_mode_target_allows_no_drafted_tokens(distributions: tuple[SparseDistribution, ...]) -> None:
     refuses(after(open_in(Mode.TARGET), Opened(0, 0)), Draft(0, 1, (3,), distributions), "mode 'target'")
 
 
 @pytest.mark.parametrize("mode", Mode)
-def test_an_empty_draft_asks_for_one_token_in_every_mode(mode: Mode) -> None:
+def test_an_empty_draft_requests_one_token_in_every_mode(mode: Mode) -> None:
     rounds = after(open_in(mode), Opened(0, 0), Draft(0, 1, ()), Verdict(0, 1, 0, 6))
     assert view(rounds) == (State.READY, 2, 4)
 
@@ -280,7 +280,7 @@ SECOND = Draft(0, 2, (6,), assumed_bonus=7)
 THIRD = Draft(0, 3, (8, 8), assumed_bonus=9)
 
 
-def test_drafts_on_right_guesses_are_judged_in_turn() -> None:
+def test_drafts_with_correct_assumed_bonus_are_verified_in_order() -> None:
     rounds = windowed(*READY, FIRST, SECOND, THIRD)
     assert (rounds.in_flight, rounds.next_round) == ((FIRST, SECOND, THIRD), 4)
     rounds.advance(Verdict(0, 1, 2, 7))
@@ -294,25 +294,25 @@ def test_drafts_on_right_guesses_are_judged_in_turn() -> None:
 @pytest.mark.parametrize(
     "verdict", [Verdict(0, 1, 1, 7), Verdict(0, 1, 2, 8), Verdict(0, 1, 0, 4)], ids=["rejected", "other token", "both"]
 )
-def test_a_wrong_guess_voids_all_that_builds_on_it(verdict: Verdict) -> None:
+def test_a_wrong_assumed_bonus_invalidates_all_later_drafts(verdict: Verdict) -> None:
     rounds = windowed(*READY, FIRST, SECOND, THIRD, verdict)
     assert rounds.in_flight == ()
     assert view(rounds) == (State.READY, 4, 3 + verdict.accepted + 1)
-    for void in (SECOND, THIRD, Draft(0, 4, (1,), assumed_bonus=1)):
-        assert rounds.is_invalidated(void)
+    for draft in (SECOND, THIRD, Draft(0, 4, (1,), assumed_bonus=1)):
+        assert rounds.is_invalidated(draft)
     rounds.advance(Draft(0, 4, (1,)))
     assert view(rounds)[:2] == (State.VERIFYING, 4)
 
 
-def test_a_station_that_missed_void_drafts_takes_the_next_one() -> None:
+def test_a_base_station_that_missed_invalidated_drafts_accepts_the_next_one() -> None:
     for lost in range(3):
         rounds = windowed(*READY, *(FIRST, SECOND, THIRD)[: 3 - lost], Verdict(0, 1, 0, 3))
         rounds.advance(Draft(0, 4, (1,)))
         assert rounds.round_id == 4
-    refuses(windowed(*READY, FIRST, Verdict(0, 1, 0, 3)), Draft(0, 5, (1,)), "round 5 where 2 comes next")
+    refuses(windowed(*READY, FIRST, Verdict(0, 1, 0, 3)), Draft(0, 5, (1,)), "round 5; expected round 2")
 
 
-def test_a_draft_on_a_guess_may_come_after_the_verdict_it_guesses() -> None:
+def test_a_draft_with_assumed_bonus_may_arrive_after_the_verdict() -> None:
     rounds = windowed(*READY, FIRST, Verdict(0, 1, 2, 7))
     assert not rounds.is_invalidated(SECOND)
     rounds.advance(SECOND)
@@ -320,49 +320,49 @@ def test_a_draft_on_a_guess_may_come_after_the_verdict_it_guesses() -> None:
     for verdict in (Verdict(0, 1, 2, 6), Verdict(0, 1, 1, 7)):
         late = windowed(*READY, FIRST, verdict)
         assert late.is_invalidated(SECOND)
-        refuses(late, SECOND, "a Draft on the assumed_bonus 7, which is void")
+        refuses(late, SECOND, "its assumed bonus token 7 is wrong")
 
 
-def test_a_draft_whose_predecessor_is_not_here_is_not_taken() -> None:
+def test_a_draft_without_its_base_round_is_invalidated() -> None:
     rounds = windowed(*READY, FIRST)
     assert rounds.is_invalidated(THIRD)
     rounds.advance(SECOND)
     assert not rounds.is_invalidated(THIRD)
 
 
-def test_no_more_drafts_than_the_window_are_under_way() -> None:
+def test_at_most_window_drafts_are_in_flight() -> None:
     refuses(
         windowed(*READY, FIRST, SECOND, THIRD),
         Draft(0, 4, (), assumed_bonus=1),
-        r"4 Drafts under way; allowed: 3 \(--window",
+        r"4 Drafts in flight; allowed: 3 \(--window",
     )
-    refuses(after(*READY, FIRST), SECOND, r"2 Drafts under way; allowed: 1")
-    refuses(windowed(*READY, FIRST), Draft(0, 2, (6,)), "without a assumed_bonus while another is under way")
+    refuses(after(*READY, FIRST), SECOND, r"2 Drafts in flight; allowed: 1")
+    refuses(windowed(*READY, FIRST), Draft(0, 2, (6,)), "without an assumed bonus token while another is in flight")
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 2)), max_size=30), st.randoms(use_true_random=False))
 @settings(deadline=None)
-def test_two_ends_agree_whatever_is_lost_of_a_window(steps: list[tuple[bool, int]], chance: Random) -> None:
-    """A device drafts ahead, the station judges; Drafts get lost, are late and come again; both commit the same."""
+def test_both_ends_agree_when_drafts_are_lost_or_reordered(steps: list[tuple[bool, int]], chance: Random) -> None:
+    """The device drafts ahead and the base station verifies; Drafts are lost, delayed and repeated."""
     device, station = windowed(*READY), windowed(*READY)
-    air: list[Draft] = []
-    unheard: list[Verdict] = []
+    sent: list[Draft] = []
+    unread: list[Verdict] = []
     for drafts_ahead, accepted in steps:
         if device.state is State.READY or (drafts_ahead and len(device.in_flight) < 3):
             assumed_bonus = None if device.state is State.READY else 7
             device.advance(Draft(0, device.next_round, (4, 5), assumed_bonus=assumed_bonus))
-        air = [*air, *device.in_flight]
-        chance.shuffle(air)
-        for draft in air[: chance.randint(0, len(air))]:
+        sent = [*sent, *device.in_flight]
+        chance.shuffle(sent)
+        for draft in sent[: chance.randint(0, len(sent))]:
             if draft.round_id >= station.next_round and not station.is_invalidated(draft):
                 station.advance(draft)
         if station.in_flight:
             verdict = Verdict(0, station.round_id, accepted, 7 if accepted == 2 else 3)
             station.advance(verdict)
-            unheard.append(verdict)
-        while unheard and unheard[0].round_id == device.round_id and device.in_flight and chance.random() < 0.7:
-            device.advance(unheard.pop(0))
-    for verdict in unheard:
+            unread.append(verdict)
+        while unread and unread[0].round_id == device.round_id and device.in_flight and chance.random() < 0.7:
+            device.advance(unread.pop(0))
+    for verdict in unread:
         device.advance(verdict)
     assert device.committed_len == station.committed_len
     assert not device.in_flight or device.in_flight[0].round_id >= station.round_id

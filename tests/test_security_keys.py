@@ -1,4 +1,4 @@
-"""Key files, the folder of a base station, and the commands that make them."""
+"""Key files, the key folder of a base station, and the commands that create them."""
 
 import json
 import sys
@@ -12,19 +12,19 @@ from basestation.key_folder import KeyFolder
 from common.command_line import run
 from common.key_files import read_public, read_secret, write_pair
 from device.cli import app as device_app
-from device.curve_keys import LinkKeys, new_key
+from device.curve_keys import CurveKeys, new_key
 from protocol.errors import KeyFileError, SettingsError
 
 
-def test_a_pair_is_read_as_it_was_written(tmp_path: Path) -> None:
+def test_key_files_round_trip(tmp_path: Path) -> None:
     public = new_key(tmp_path / "phone")
     assert read_public(public) == read_public(str(tmp_path / "phone.pub")) == public
-    keys = LinkKeys.read(tmp_path / "phone", public)
+    keys = CurveKeys.read(tmp_path / "phone", public)
     assert keys.secret not in repr(keys)
     assert keys.secret not in (tmp_path / "phone.pub").read_text()
 
 
-def test_a_secret_is_its_owners_alone(tmp_path: Path) -> None:
+def test_only_the_owner_can_read_a_secret_key(tmp_path: Path) -> None:
     new_key(tmp_path / "phone")
     KeyFolder.create(tmp_path / "keys")
     for path in (tmp_path / "phone", tmp_path / "keys" / "station"):
@@ -33,7 +33,7 @@ def test_a_secret_is_its_owners_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o620, 0o601])
-def test_a_secret_that_is_open_to_others_is_refused(tmp_path: Path, mode: int) -> None:
+def test_a_secret_key_readable_by_others_is_refused(tmp_path: Path, mode: int) -> None:
     new_key(tmp_path / "phone")
     (tmp_path / "phone").chmod(mode)
     with pytest.raises(KeyFileError, match="chmod 600"):
@@ -50,7 +50,7 @@ def test_no_key_is_overwritten(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("key", ["", "a" * 39, "a" * 41, "a" * 39 + " ", "#" * 40, "~" * 40, "é" * 40])
-def test_what_is_no_key_is_refused(tmp_path: Path, key: str) -> None:
+def test_an_invalid_key_is_refused(tmp_path: Path, key: str) -> None:
     with pytest.raises(SettingsError, match="40 characters of Z85") if key else pytest.raises(KeyFileError):
         read_public(key)
     write_pair(tmp_path / "pair", "a" * 40, "b" * 40)
@@ -59,7 +59,7 @@ def test_what_is_no_key_is_refused(tmp_path: Path, key: str) -> None:
         read_public(str(tmp_path / "pair.pub"))
 
 
-def test_a_secret_key_is_no_public_one_and_the_other_way_round(tmp_path: Path) -> None:
+def test_secret_and_public_keys_are_not_interchangeable(tmp_path: Path) -> None:
     new_key(tmp_path / "phone")
     with pytest.raises(KeyFileError, match="edgedraft-public-key"):
         read_public(str(tmp_path / "phone"))
@@ -68,7 +68,7 @@ def test_a_secret_key_is_no_public_one_and_the_other_way_round(tmp_path: Path) -
         read_secret(tmp_path / "phone.pub")
 
 
-def test_devices_come_and_go(tmp_path: Path) -> None:
+def test_devices_are_enrolled_and_revoked(tmp_path: Path) -> None:
     folder = KeyFolder.create(tmp_path / "keys")
     keys = {name: new_key(tmp_path / name) for name in ("phone", "camera")}
     for name, key in keys.items():
@@ -80,7 +80,7 @@ def test_devices_come_and_go(tmp_path: Path) -> None:
     assert [device.name for device in KeyFolder(tmp_path / "keys").devices()] == ["camera"]
 
 
-def test_names_and_keys_are_enrolled_once(tmp_path: Path) -> None:
+def test_names_and_keys_are_unique(tmp_path: Path) -> None:
     folder = KeyFolder.create(tmp_path / "keys")
     first, second = new_key(tmp_path / "one"), new_key(tmp_path / "two")
     folder.enroll("phone", first)
@@ -93,13 +93,13 @@ def test_names_and_keys_are_enrolled_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["", "-x", "a b", "a/b", "../x", "a\n", "x" * 65])
-def test_a_name_is_one_plain_word(tmp_path: Path, name: str) -> None:
+def test_invalid_device_names_are_refused(tmp_path: Path, name: str) -> None:
     folder = KeyFolder.create(tmp_path / "keys")
     with pytest.raises(SettingsError, match="the device's name"):
         folder.enroll(name, new_key(tmp_path / "phone"))
 
 
-def test_a_new_pair_of_the_station_keeps_its_devices(tmp_path: Path) -> None:
+def test_a_new_station_key_keeps_the_enrolled_devices(tmp_path: Path) -> None:
     folder = KeyFolder.create(tmp_path / "keys")
     folder.enroll("phone", new_key(tmp_path / "phone"))
     with pytest.raises(KeyFileError, match="exists already"):
@@ -131,7 +131,7 @@ def commands(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str])
     return Commands(monkeypatch, capfd)
 
 
-def test_the_commands_from_new_to_revoke(commands: Commands, tmp_path: Path) -> None:
+def test_the_commands_new_enroll_list_and_revoke(commands: Commands, tmp_path: Path) -> None:
     keys, phone = tmp_path / "keys", tmp_path / "phone"
     code, output, errors = commands.run(device_app, "keys", "new", phone)
     assert (code, errors) == (0, "")
@@ -156,7 +156,7 @@ def test_the_commands_from_new_to_revoke(commands: Commands, tmp_path: Path) -> 
     ("arguments", "words", "exit_code"),
     [
         (["new", "HERE/keys"], ["exists already"], 1),
-        (["new", "/dev/null/keys"], ["/dev/null", "cannot be made"], 1),
+        (["new", "/dev/null/keys"], ["/dev/null", "cannot be created"], 1),
         (["enroll", "HERE/keys", "phone", "nonsense"], ["'nonsense'", "40 characters of Z85"], 2),
         (["enroll", "HERE/keys", "phone", "HERE/keys/station"], ["edgedraft-public-key"], 1),
         (["enroll", "HERE", "phone", "HERE/keys/station.pub"], ["station'", "cannot be read as a key file"], 1),
@@ -164,7 +164,7 @@ def test_the_commands_from_new_to_revoke(commands: Commands, tmp_path: Path) -> 
         (["list", "HERE/none"], ["cannot be read as a key file"], 1),
     ],
 )
-def test_an_error_of_the_station_is_one_line(
+def test_an_error_of_the_base_station_command_is_one_line(
     arguments: list[str], words: list[str], exit_code: int, commands: Commands, tmp_path: Path
 ) -> None:
     KeyFolder.create(tmp_path / "keys")
@@ -186,7 +186,7 @@ def test_an_error_of_the_station_is_one_line(
         (["--key", "HERE/phone.pub", "--station-key", "HERE/phone.pub"], ["edgedraft-secret-key"]),
     ],
 )
-def test_an_error_of_the_device_is_one_line(
+def test_an_error_of_the_device_command_is_one_line(
     options: list[str], words: list[str], commands: Commands, tmp_path: Path
 ) -> None:
     new_key(tmp_path / "phone")

@@ -1,4 +1,4 @@
-"""Keys on real sockets: who gets in, whose sessions are whose, and how a revoked device ends."""
+"""CURVE keys on real sockets: admission, isolation of sessions, and revocation."""
 
 import subprocess
 import sys
@@ -14,11 +14,12 @@ import zmq
 from basestation.admission import check_bind
 from basestation.key_folder import KeyFolder
 from basestation.server import Server
-from device.client import Client, Timeouts
-from device.curve_keys import LinkKeys, new_key
+from device.client import Client
+from device.curve_keys import CurveKeys, new_key
 from device.draft_model import DraftModel
 from device.link import Link
-from device.session import DeviceSession, DraftSettings
+from device.session import DeviceSession
+from device.settings import DraftSettings, Timeouts
 from protocol.errors import AdmissionError, FaultError, SettingsError
 from protocol.frames import FrameCodec
 from protocol.messages import (
@@ -33,6 +34,7 @@ from protocol.messages import (
     Verdict,
 )
 from tests.fakes import FakeDraftModel, FakeTarget, blend, random_table, target_alone
+from tests.link_pair import open_session
 from tests.raw_device import hello
 from tests.relay import CountingRelay
 from tests.serving import serving
@@ -43,7 +45,7 @@ DRAFT = blend(TARGET, random_table(VOCAB, seed=2), 0.7)
 PROMPT = [3, 1, 4, 1, 5]
 IDS = DraftSettings(Mode.IDS, Sampling(), 4, 4)
 CODEC = FrameCodec(VOCAB)
-PATIENCE = Timeouts(connect=5, repeat=0.2, reply=10)
+TIMEOUTS = Timeouts(connect=5, resend=0.2, retry=10)
 OPEN = Open(0, 0, Mode.IDS, Sampling(), tuple(PROMPT))
 
 
@@ -57,30 +59,30 @@ def answer_of(session: DeviceSession, count: int) -> list[int]:
 
 @dataclass
 class Site:
-    """A base station with keys, and as many devices as a test likes."""
+    """A base station with keys, and its devices."""
 
     path: Path
     folder: KeyFolder
     address: str
     cleanup: ExitStack = field(default_factory=ExitStack)
 
-    def keys(self, name: str, enroll: bool = True, station: str | None = None) -> LinkKeys:
+    def keys(self, name: str, enroll: bool = True, station: str | None = None) -> CurveKeys:
         path = self.path / name
         public = new_key(path)
         if enroll:
             self.folder.enroll(name, public)
-        return LinkKeys.read(path, station or self.folder.public_key)
+        return CurveKeys.read(path, station or self.folder.public_key)
 
-    def link(self, keys: LinkKeys | None, address: str | None = None) -> Link:
+    def link(self, keys: CurveKeys | None, address: str | None = None) -> Link:
         link = Link.connect(address or self.address, CODEC, keys)
         self.cleanup.callback(link.close)
         return link
 
-    def client(self, keys: LinkKeys | None, address: str | None = None) -> Client:
-        return Client(self.link(keys, address), draft_model().manifest, PATIENCE)
+    def client(self, keys: CurveKeys | None, address: str | None = None) -> Client:
+        return Client(self.link(keys, address), draft_model().manifest, TIMEOUTS)
 
-    def dealer(self, keys: LinkKeys, routing_id: bytes) -> "Dealer":
-        """A device with software of its own, which claims any routing id it likes."""
+    def dealer(self, keys: CurveKeys, routing_id: bytes) -> "Dealer":
+        """A device with modified software, which claims any routing id."""
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self.cleanup.callback(context.destroy, linger=0)
         socket = context.socket(zmq.DEALER)
@@ -95,17 +97,17 @@ class Site:
 class Dealer:
     socket: "zmq.Socket[bytes]"
 
-    def say(self, message: Message) -> None:
+    def send(self, message: Message) -> None:
         self.socket.send(CODEC.encode(message))
 
-    def hear(self, seconds: float = 5) -> Message | None:
+    def receive(self, seconds: float = 5) -> Message | None:
         return CODEC.decode(self.socket.recv()) if self.socket.poll(round(seconds * 1000)) else None
 
     def opened(self) -> "Dealer":
-        self.say(hello(VOCAB))
-        assert self.hear() is not None
-        self.say(OPEN)
-        assert self.hear() == Opened(0, 0)
+        self.send(hello(VOCAB))
+        assert self.receive() is not None
+        self.send(OPEN)
+        assert self.receive() == Opened(0, 0)
         return self
 
 
@@ -113,21 +115,21 @@ class Dealer:
 def site(tmp_path: Path) -> Iterator[Site]:
     folder = KeyFolder.create(tmp_path / "keys")
     with serving(Server(FakeTarget.make(TARGET), "tcp://127.0.0.1:0", keys=folder)) as server:
-        place = Site(tmp_path, folder, server.address)
-        with place.cleanup:
-            yield place
+        site = Site(tmp_path, folder, server.address)
+        with site.cleanup:
+            yield site
 
 
-# -- who gets in --
+# -- admission --
 
 
 def test_an_enrolled_device_is_served(site: Site) -> None:
-    session = site.client(site.keys("phone")).open(IDS, draft_model(), PROMPT)
+    session = open_session(site.client(site.keys("phone")), IDS, draft_model(), PROMPT)
     assert answer_of(session, 30) == target_alone(TARGET, PROMPT, 30)
 
 
-def test_devices_of_any_number_are_served_apart(site: Site) -> None:
-    sessions = [site.client(site.keys(f"phone{i}")).open(IDS, draft_model(), PROMPT[i:]) for i in range(3)]
+def test_devices_are_served_independently(site: Site) -> None:
+    sessions = [open_session(site.client(site.keys(f"phone{i}")), IDS, draft_model(), PROMPT[i:]) for i in range(3)]
     streams = [session.answer(10) for session in sessions]
     answers = list(zip(*([token.token_id for token in stream] for stream in streams), strict=True))
     expected = (target_alone(TARGET, PROMPT[i:], 10) for i in range(3))
@@ -135,13 +137,13 @@ def test_devices_of_any_number_are_served_apart(site: Site) -> None:
 
 
 def refused(call: Callable[[], object]) -> str:
-    """The message of a refusal, which comes sooner than the patience of a device ends."""
+    """The message of a refusal, which arrives before the retry timeout."""
     with pytest.raises(AdmissionError) as caught:
         call()
     return str(caught.value)
 
 
-def test_a_device_that_is_not_enrolled_is_refused(site: Site) -> None:
+def test_an_unenrolled_device_is_refused(site: Site) -> None:
     keys = site.keys("phone", enroll=False)
     text = refused(lambda: site.client(keys))
     assert site.address in text
@@ -157,7 +159,7 @@ def test_a_device_can_be_enrolled_while_the_station_runs(site: Site) -> None:
 
 def test_a_station_with_another_key_is_refused(site: Site) -> None:
     keys = site.keys("phone", station=KeyFolder.create(site.path / "other").public_key)
-    assert "is another one than the station key says" in refused(lambda: site.client(keys))
+    assert "does not have the key that --station-key names" in refused(lambda: site.client(keys))
 
 
 def test_a_device_without_keys_is_refused(site: Site) -> None:
@@ -170,71 +172,73 @@ def test_a_station_without_keys_is_refused_by_a_device_with_keys(site: Site) -> 
     assert "uses no keys" in text
 
 
-def test_a_public_key_alone_opens_nothing(site: Site) -> None:
+def test_a_public_key_without_its_secret_is_refused(site: Site) -> None:
     victim, thief = site.keys("phone"), site.keys("thief", enroll=False)
     dealer = site.dealer(thief, b"\x01thief")
     dealer.socket.setsockopt(zmq.CURVE_PUBLICKEY, zmq.curve_public(victim.secret.encode()))
     dealer.socket.disconnect(site.address)
     dealer.socket.connect(site.address)
-    dealer.say(hello(VOCAB))
-    assert dealer.hear(1) is None
+    dealer.send(hello(VOCAB))
+    assert dealer.receive(1) is None
 
 
-# -- whose session is whose --
+# -- isolation of sessions --
 
 
-def test_another_key_neither_reads_nor_steers_nor_ends_a_session(site: Site) -> None:
+def test_another_key_cannot_read_or_change_or_end_a_session(site: Site) -> None:
     victim = site.dealer(site.keys("victim"), b"\x01same").opened()
     other = site.dealer(site.keys("other"), b"\x01same")
     expected = target_alone(TARGET, PROMPT, 5)
     for round_id in range(1, 6):
         for message in (hello(VOCAB), Close(0), Draft(0, round_id, (1, 2)), Fault(0, "state", "no"), Close(0)):
-            other.say(message)
+            other.send(message)
         time.sleep(0.05)
-        victim.say(Draft(0, round_id, ()))
-        assert victim.hear() == Verdict(0, round_id, 0, expected[round_id - 1])
-    while (heard := other.hear(0.3)) is not None:
-        assert not isinstance(heard, Verdict | Opened)
+        victim.send(Draft(0, round_id, ()))
+        assert victim.receive() == Verdict(0, round_id, 0, expected[round_id - 1])
+    while (reply := other.receive(0.3)) is not None:
+        assert not isinstance(reply, Verdict | Opened)
 
 
-def test_the_number_of_a_session_is_of_no_use_to_another_key(site: Site) -> None:
+def test_a_session_id_is_useless_to_another_key(site: Site) -> None:
     victim = site.dealer(site.keys("victim"), b"\x01victim").opened()
     other = site.dealer(site.keys("other"), b"\x01other")
-    other.say(hello(VOCAB))
-    other.hear()
+    other.send(hello(VOCAB))
+    other.receive()
     for message in (Draft(0, 1, ()), Close(0), Draft(0, 1, ())):
-        other.say(message)
-    assert [isinstance(other.hear(), Fault) for _ in range(2)] == [True, True]
-    victim.say(Draft(0, 1, ()))
-    assert victim.hear() == Verdict(0, 1, 0, target_alone(TARGET, PROMPT, 1)[0])
+        other.send(message)
+    assert [isinstance(other.receive(), Fault) for _ in range(2)] == [True, True]
+    victim.send(Draft(0, 1, ()))
+    assert victim.receive() == Verdict(0, 1, 0, target_alone(TARGET, PROMPT, 1)[0])
 
 
-def test_a_session_goes_on_over_another_connection_of_the_same_key(site: Site) -> None:
+def test_a_session_continues_over_another_connection_of_the_same_key(site: Site) -> None:
     keys = site.keys("phone")
     first = site.dealer(keys, b"\x01one").opened()
     first.socket.close(linger=0)
     second = site.dealer(keys, b"\x01two")
-    second.say(Draft(0, 1, ()))
-    assert second.hear() == Verdict(0, 1, 0, target_alone(TARGET, PROMPT, 1)[0])
+    second.send(Draft(0, 1, ()))
+    assert second.receive() == Verdict(0, 1, 0, target_alone(TARGET, PROMPT, 1)[0])
 
 
 def test_an_answer_survives_a_broken_connection(site: Site) -> None:
     port = int(site.address.rpartition(":")[2])
     with CountingRelay(port) as first:
         keys = site.keys("phone")
-        session = site.client(keys, f"tcp://127.0.0.1:{first.port}").open(IDS, draft_model(), PROMPT)
+        session = open_session(site.client(keys, f"tcp://127.0.0.1:{first.port}"), IDS, draft_model(), PROMPT)
         stream = session.answer(20)
         tokens = [next(stream).token_id]
-        first.hang_up()
+        first.drop_connections()
         tokens += [token.token_id for token in stream]
     assert tokens == target_alone(TARGET, PROMPT, 20)
 
 
-# -- revoking --
+# -- revocation --
 
 
-def test_revoking_ends_the_live_session_and_no_other(site: Site) -> None:
-    revoked, kept = (site.client(site.keys(name)).open(IDS, draft_model(), PROMPT) for name in ("revoked", "kept"))
+def test_revocation_ends_the_live_session_and_no_other(site: Site) -> None:
+    revoked, kept = (
+        open_session(site.client(site.keys(name)), IDS, draft_model(), PROMPT) for name in ("revoked", "kept")
+    )
     streams = revoked.answer(10_000), kept.answer(1000)
     tokens = [next(streams[1]).token_id]
     next(streams[0])
@@ -246,10 +250,10 @@ def test_revoking_ends_the_live_session_and_no_other(site: Site) -> None:
     assert tokens == target_alone(TARGET, PROMPT, 1000)
 
 
-def test_a_silent_session_of_a_revoked_device_is_told(site: Site) -> None:
+def test_an_idle_session_of_a_revoked_device_receives_a_fault(site: Site) -> None:
     dealer = site.dealer(site.keys("phone"), b"\x01phone").opened()
     site.folder.revoke("phone")
-    message = dealer.hear()
+    message = dealer.receive()
     assert isinstance(message, Fault)
     assert (message.session_id, message.code) == (0, "revoked")
 
@@ -258,16 +262,16 @@ def test_a_revoked_device_is_refused_on_old_and_new_connections(site: Site) -> N
     keys = site.keys("phone")
     dealer = site.dealer(keys, b"\x01phone").opened()
     site.folder.revoke("phone")
-    dealer.hear()
+    dealer.receive()
     for request in (hello(VOCAB), OPEN, Draft(0, 1, ())):
-        dealer.say(request)
-        message = dealer.hear()
+        dealer.send(request)
+        message = dealer.receive()
         assert isinstance(message, Fault)
         assert (message.session_id, message.code) == (None, "revoked")
     refused(lambda: site.client(keys))
 
 
-def test_a_device_with_a_new_key_takes_the_name_of_the_revoked_one(site: Site) -> None:
+def test_a_new_key_can_take_the_name_of_a_revoked_device(site: Site) -> None:
     keys = site.keys("phone")
     site.folder.revoke("phone")
     (site.path / "phone").unlink()
@@ -276,17 +280,17 @@ def test_a_device_with_a_new_key_takes_the_name_of_the_revoked_one(site: Site) -
     refused(lambda: site.client(keys))
 
 
-# -- what is counted, and where a station listens --
+# -- byte counts and bind addresses --
 
 
-def test_invariant_6_bytes_in_their_envelopes_are_counted_as_a_relay_sees_them(site: Site) -> None:
+def test_invariant_6_counted_bytes_with_curve_equal_those_of_a_relay(site: Site) -> None:
     port = int(site.address.rpartition(":")[2])
     with CountingRelay(port) as relay:
         link = site.link(site.keys("phone"), f"tcp://127.0.0.1:{relay.port}")
-        client = Client(link, draft_model().manifest, PATIENCE)
-        before, counted = relay.settled(), (link.uplink_bytes, link.downlink_bytes)
-        answer_of(client.open(IDS, draft_model(), PROMPT * 60), 20)
-        after = relay.settled()
+        client = Client(link, draft_model().manifest, TIMEOUTS)
+        before, counted = relay.wait_until_idle(), (link.uplink_bytes, link.downlink_bytes)
+        answer_of(open_session(client, IDS, draft_model(), PROMPT * 60), 20)
+        after = relay.wait_until_idle()
         counted = link.uplink_bytes - counted[0], link.downlink_bytes - counted[1]
     assert counted == (after[0] - before[0], after[1] - before[1])
 
@@ -295,7 +299,7 @@ def test_invariant_6_bytes_in_their_envelopes_are_counted_as_a_relay_sees_them(s
     "bind",
     ["tcp://0.0.0.0:0", "tcp://*:0", "tcp://[::]:0", "tcp://192.0.2.1:0", "tcp://eth0:0", "tcp://127.0.0.1.example:0"],
 )
-def test_an_address_for_other_machines_needs_keys_or_a_word(bind: str) -> None:
+def test_a_public_address_needs_keys_or_insecure(bind: str) -> None:
     with pytest.raises(SettingsError, match="--keys DIR, or --insecure"):
         Server(FakeTarget.make(TARGET), bind)
     check_bind(bind, allowed=True)
@@ -304,18 +308,18 @@ def test_an_address_for_other_machines_needs_keys_or_a_word(bind: str) -> None:
 @pytest.mark.parametrize(
     "bind", ["tcp://127.0.0.1:0", "tcp://127.1.2.3:0", "tcp://[::1]:0", "tcp://localhost:0", "ipc://x"]
 )
-def test_an_address_for_this_machine_needs_neither(bind: str) -> None:
+def test_a_loopback_address_needs_neither(bind: str) -> None:
     check_bind(bind, allowed=False)
 
 
-def test_an_insecure_station_serves_everybody() -> None:
+def test_an_insecure_station_serves_any_device() -> None:
     with serving(Server(FakeTarget.make(TARGET), "tcp://0.0.0.0:0", insecure=True)) as server:
         link = Link.connect(server.address.replace("0.0.0.0", "127.0.0.1"), CODEC)  # noqa: S104
-        assert Client(link, draft_model().manifest, PATIENCE).welcome.model == "table"
+        assert Client(link, draft_model().manifest, TIMEOUTS).welcome.model == "table"
         link.close()
 
 
-def test_the_command_refuses_before_it_loads_the_target() -> None:
+def test_an_invalid_bind_is_refused_before_the_target_is_loaded() -> None:
     command = [sys.executable, "-m", "basestation", "serve", "--target", "nowhere", "--bind", "tcp://0.0.0.0:5755"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2

@@ -1,8 +1,8 @@
-"""Test vectors of the protocol: what a client in another language must reproduce.
+"""Test vectors of the protocol, which a client in another language must reproduce.
 
-``docs/vectors/version-N.json`` holds what version N of the protocol said. A file is
-written once, with the code of its version (``python -m tests.vectors FILE``), and
-then kept: what is read from it must stay so.
+``docs/vectors/version-N.json`` holds the vectors of protocol version N. A file is
+written once, by the code of its version (``python -m tests.vectors FILE``), and its
+bytes never change.
 """
 
 import json
@@ -43,12 +43,12 @@ from tests.raw_device import hello
 
 FOLDER = Path(__file__).parents[1] / "docs" / "vectors"
 Vector: TypeAlias = dict[str, Any]
-MANY = 49_152
-SIZES = (300, MANY)
+LARGE_VOCAB = 49_152
+SIZES = (300, LARGE_VOCAB)
 SEEDS = (0, 7, 2**63 - 1)
 VOCAB = 12
 CODEC = FrameCodec(VOCAB)
-SAID: list[Message] = [
+REQUESTS: list[Message] = [
     Open(5, 0, Mode.IDS, Sampling(), (2, 7)),
     Draft(5, 1, (0, 1, 6)),
     Draft(5, 2, (0, 8)),
@@ -67,14 +67,14 @@ SAID: list[Message] = [
 
 
 def messages(vocab_size: int) -> list[Message]:
-    """One or more of every kind."""
+    """At least one message of every kind."""
     last = vocab_size - 1
     support = np.array([3, 17, 40, last])
     one = SparseDistribution.quantize(vocab_size, support, np.array([0.5, 0.25, 0.15, 0.1]), 96)
     other = SparseDistribution.quantize(vocab_size, np.array([5]), np.ones(1), 96)
     fp16 = np.zeros(vocab_size)
     fp16[[2, 9, last]] = 0.5, 0.375, 0.125
-    whole = SparseDistribution.quantize_fp16(fp16)
+    full = SparseDistribution.quantize_fp16(fp16)
     modes = (Mode.IDS, Mode.TOPK, Mode.FULL, Mode.TARGET, Mode.COUPLED, Mode.TOPP)
     return [
         Hello(PROTOCOL_VERSION, vocab_size, bytes(range(32)), (2, 7)),
@@ -89,7 +89,7 @@ def messages(vocab_size: int) -> list[Message]:
         Draft(1, 2, (5, 0, last), assumed_bonus=17),
         Draft(1, 3, (40, 5), (one, other)),
         Draft(1, 3, (40, 5), (one, other), assumed_bonus=0),
-        *([Draft(1, 4, (9,), (whole,))] if vocab_size < MANY else []),
+        *([Draft(1, 4, (9,), (full,))] if vocab_size < LARGE_VOCAB else []),
         Decode(1, 5, 70_000),
         Verdict(1, 2, 3, last),
         Resume.of(1, 2, (1, last, 0)),
@@ -101,7 +101,7 @@ def messages(vocab_size: int) -> list[Message]:
 
 
 def counting_table() -> Table:
-    """Logits of the target of ``conversation``."""
+    """The logits of the target in ``conversation``."""
     table = np.zeros((VOCAB,) * 3, np.float32)
     for last in range(VOCAB):
         table[:, last, (5 * last + 1) % VOCAB] = 1
@@ -109,7 +109,7 @@ def counting_table() -> Table:
 
 
 def describe(value: object) -> Any:
-    """A message as JSON: its kind and fields, bytes in hexadecimal."""
+    """A message as JSON: its kind and fields, with bytes in hexadecimal."""
     if isinstance(value, SparseDistribution):
         kept = np.flatnonzero(value.weights)
         return {"support": value.support[kept].tolist(), "weights": value.weights[kept].tolist(), "total": value.total}
@@ -122,7 +122,7 @@ def describe(value: object) -> Any:
 
 
 def frame_vectors() -> list[Vector]:
-    """Messages and their bytes."""
+    """Messages and their frames."""
     return [
         {
             "vocab_size": size,
@@ -135,7 +135,7 @@ def frame_vectors() -> list[Vector]:
 
 
 def word_vectors() -> list[Vector]:
-    """The 64-bit words behind all random numbers, in hexadecimal."""
+    """The 64-bit words of all random numbers, in hexadecimal."""
     return [
         {"seed": seed, "position": position, "stream": stream, "word": f"{random_word(seed, position, stream):016x}"}
         for seed in SEEDS
@@ -145,7 +145,7 @@ def word_vectors() -> list[Vector]:
 
 
 def drawn_vectors() -> list[Vector]:
-    """The token that a drafting device draws from a distribution."""
+    """The token that a device draws from a distribution."""
     one = SparseDistribution.quantize(300, np.array([3, 17, 299]), np.array([0.5, 0.3, 0.2]), 100)
     return [
         {
@@ -160,7 +160,7 @@ def drawn_vectors() -> list[Vector]:
 
 
 def noise_vectors() -> list[Vector]:
-    """The noise of some tokens in mode ``coupled``, and the choice among logits that fall evenly: −id / 64."""
+    """The noise of some tokens in mode ``coupled``, and the choice among the logits −id / 64."""
     ids = np.array([0, 1, 255, 256, 299])
     return [
         {
@@ -177,27 +177,27 @@ def noise_vectors() -> list[Vector]:
 
 
 def conversation() -> list[Vector]:
-    """What a device and a base station say, whose target always has (5 · last token + 1) mod 12 follow."""
-    answers = replies_of(Station(FakeTarget.make(counting_table())))
-    frames = [CODEC.encode(hello(VOCAB)), *map(CODEC.encode, SAID)]
-    return [{"device": frame.hex(), "station": answers(frame)} for frame in frames]
+    """The frames of a device and a base station; the target's next token is (5 · last token + 1) mod 12."""
+    replies = replies_of(Station(FakeTarget.make(counting_table())))
+    frames = [CODEC.encode(hello(VOCAB)), *map(CODEC.encode, REQUESTS)]
+    return [{"device": frame.hex(), "station": replies(frame)} for frame in frames]
 
 
 def replies_of(station: Station) -> Callable[[bytes], list[str]]:
-    """What a base station answers to each frame of one device."""
+    """A function that sends a device's frame to a base station and returns the replies."""
 
     def replies(frame: bytes) -> list[str]:
         station.push(b"a", frame)
-        heard = []
+        received = []
         while (message := station.pull(b"a")) is not None:
-            heard.append(CODEC.encode(message).hex())
-        return heard
+            received.append(CODEC.encode(message).hex())
+        return received
 
     return replies
 
 
 def all_vectors() -> Vector:
-    """All that a file holds."""
+    """All vectors of a file."""
     return {
         "version": PROTOCOL_VERSION,
         "frames": frame_vectors(),
@@ -208,14 +208,14 @@ def all_vectors() -> Vector:
     }
 
 
-def kept(version: int) -> Vector:
-    """The vectors of a version, by what they are about."""
+def recorded_vectors(version: int) -> Vector:
+    """The vectors of a version, by name."""
     vectors: Vector = json.loads((FOLDER / f"version-{version}.json").read_text("utf-8"))
     return vectors
 
 
 def write(path: Path) -> None:
-    """Write a file with one vector a line."""
+    """Write a file with one vector per line."""
     version, *lists = all_vectors().items()
     parts = [f' "{name}": [\n  ' + ",\n  ".join(map(json.dumps, vectors)) + "\n ]" for name, vectors in lists]
     path.write_text("{\n" + ",\n".join([f' "version": {version[1]}', *parts]) + "\n}\n", encoding="utf-8")

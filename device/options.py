@@ -1,0 +1,111 @@
+"""The options that ``generate``, ``chat`` and ``serve`` share."""
+
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from device.curve_keys import CurveKeys
+from device.settings import DEFAULT_UPLINK_K, DraftSettings, Timeouts, choose_mode
+from protocol.bundle import Manifest
+from protocol.errors import SettingsError
+from protocol.messages import Mode, Sampling
+
+
+@dataclass(frozen=True)
+class AnswerOptions:
+    """Where bundle and base station are, how to sample, how to draft, and how long to wait."""
+
+    bundle: Annotated[Path, typer.Option(help="Bundle folder, made by edgedraft-export convert.")]
+    server: Annotated[str, typer.Option(help="Endpoint of the base station, tcp://HOST:PORT.")]
+    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.")] = 0.0
+    top_k: Annotated[int, typer.Option(help="Sample from the N most likely tokens; 0 for all.")] = 0
+    top_p: Annotated[float, typer.Option(help="Sample from the most likely tokens of this probability; 1 for all.")] = (
+        1.0
+    )
+    seed: Annotated[int | None, typer.Option(help="Random seed; a new one each time if omitted.")] = None
+    mode: Annotated[
+        str,
+        typer.Option(
+            help="auto, ids, coupled, topk, topp, full or target; auto: ids at temperature 0, else coupled or topk."
+        ),
+    ] = "auto"
+    uplink_k: Annotated[
+        int | None, typer.Option(help="Entries sent of each distribution; default 32 in mode topk, up to 256 in topp.")
+    ] = None
+    uplink_p: Annotated[float, typer.Option(help="Probability that the entries sent in mode topp reach.")] = 0.95
+    uplink_steps: Annotated[int, typer.Option(help="Send probabilities in steps of 1/N; 0 for the mode's default.")] = 0
+    draft_len: Annotated[
+        str, typer.Option(help="Tokens drafted in each round; auto decides after each token from measured times.")
+    ] = "auto"
+    threads: Annotated[int, typer.Option(help="Threads of the draft model; 0 for all cores.")] = 0
+    provider: Annotated[str, typer.Option(help="Execution provider of ONNX Runtime.")] = "CPUExecutionProvider"
+    connect_timeout: Annotated[float, typer.Option(help="Seconds to wait for the base station's first reply.")] = 5.0
+    retry_timeout: Annotated[
+        float,
+        typer.Option(help="Seconds to wait for a base station that is unreachable, full or shutting down.", min=1),
+    ] = 60.0
+    key: Annotated[
+        Path | None, typer.Option("--key", metavar="FILE", help="This device's secret key, made by keys new.")
+    ] = None
+    station_key: Annotated[
+        str | None, typer.Option(help="The base station's public key, or the file that holds it.")
+    ] = None
+    record: Annotated[Path | None, typer.Option(metavar="FILE", help="Append a JSON line for each round.")] = None
+
+    @property
+    def sampling(self) -> Sampling:
+        """The sampling; without ``--seed`` each call draws another seed."""
+        seed = secrets.randbits(63) if self.seed is None else self.seed
+        return Sampling(self.temperature, self.top_k, self.top_p, seed)
+
+    def draft_settings(self, sampling: Sampling) -> DraftSettings:
+        """How to draft for a sampling.
+
+        Raises:
+            SettingsError: a value is not allowed.
+            BundleError: the bundle's manifest cannot be read.
+        """
+        mode = self._mode_for(sampling)
+        uplink_k = DEFAULT_UPLINK_K.get(mode, 1) if self.uplink_k is None else self.uplink_k
+        return DraftSettings(mode, sampling, uplink_k, self._fixed_draft_len, self.uplink_p, self.uplink_steps)
+
+    @property
+    def timeouts(self) -> Timeouts:
+        """How long to wait for the base station."""
+        return Timeouts(self.connect_timeout, retry=self.retry_timeout)
+
+    def curve_keys(self) -> CurveKeys | None:
+        """The keys of the link, both or none: without the station's key anybody could pose as the base station.
+
+        Raises:
+            SettingsError: one key is given without the other.
+            KeyFileError: a key file cannot be used.
+        """
+        if self.key is None and self.station_key is None:
+            return None
+        if self.key is None:
+            raise SettingsError("--key", None, "a file that keys new made, together with --station-key")
+        if self.station_key is None:
+            raise SettingsError("--station-key", None, "a public key or its file, together with --key")
+        return CurveKeys.read(self.key, self.station_key)
+
+    def _mode_for(self, sampling: Sampling) -> Mode:
+        if self.mode not in ("auto", *Mode):
+            raise SettingsError("mode", self.mode, f"auto, {', '.join(Mode)}")
+        mode = choose_mode(Manifest.read(self.bundle).quality, sampling) if self.mode == "auto" else Mode(self.mode)
+        if mode is Mode.IDS and not sampling.greedy:
+            raise SettingsError(
+                "mode", self.mode, f"coupled, topk, topp, full or target at temperature {sampling.temperature:g}"
+            )
+        return mode
+
+    @property
+    def _fixed_draft_len(self) -> int | None:
+        if self.draft_len == "auto":
+            return None
+        if not self.draft_len.isdecimal() or int(self.draft_len) < 1:
+            raise SettingsError("draft-len", self.draft_len, "auto, or 1 or more")
+        return int(self.draft_len)
