@@ -1,1 +1,1 @@
-"""The base station: holds the target model, judges the drafts of many devices."""
+"""The base station: holds the target model, verifies the drafts of many devices."""

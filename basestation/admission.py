@@ -1,7 +1,7 @@
-"""Who gets in: where a base station may listen, and its answer to each handshake and to what comes after it.
+"""Admission of devices: the addresses a base station may bind, and the answer to each CURVE handshake.
 
-ZeroMQ asks at every handshake, after the device has proved that it has its
-secret key (ZAP, RFC 27; CURVE, RFC 26), and then should_notify the key with each message.
+ZeroMQ sends a request for every handshake, after the device has proved that it
+holds its secret key (ZAP, RFC 27; CURVE, RFC 26), and then attaches the key to each message.
 """
 
 import logging
@@ -20,10 +20,10 @@ _DOMAIN = b"edgedraft"
 
 
 class Admission:
-    """Lets enrolled keys in, and takes back what it allowed when they are revoked.
+    """Admits enrolled keys, and reports those that are revoked later.
 
     Attributes:
-        socket: where ZeroMQ asks; whoever polls it calls ``answer``.
+        socket: receives ZeroMQ's requests; call ``answer`` when it is readable.
     """
 
     def __init__(self, keys: KeyFolder, context: "zmq.Context[zmq.Socket[bytes]]") -> None:
@@ -33,14 +33,14 @@ class Admission:
         self.socket.bind(_ENDPOINT)
 
     def guard(self, router: "zmq.Socket[bytes]") -> None:
-        """Make a socket ask here about every device; before it is bound."""
+        """Require admission on a socket, before it is bound."""
         router.setsockopt(zmq.CURVE_SERVER, 1)
         router.setsockopt(zmq.CURVE_SECRETKEY, self._keys.secret_key.encode())
         router.setsockopt(zmq.ZAP_DOMAIN, _DOMAIN)
-        router.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)  # without it everybody gets in where nobody answers
+        router.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)  # without it ZeroMQ admits every device when nobody answers
 
     def answer(self) -> None:
-        """Answer one question: version, request, domain, address, identity, mechanism, credentials."""
+        """Answer one request: version, request id, domain, address, identity, mechanism, credentials."""
         version, request, _, address, _, mechanism, *credentials = self.socket.recv_multipart()
         key = z85.encode(credentials[0]).decode() if mechanism == b"CURVE" else ""
         name = self._keys.name_of(key) if key else None
@@ -53,28 +53,28 @@ class Admission:
         self.socket.send_multipart([version, request, b"200", b"", key.encode(), b""])
 
     def admits(self, key: str) -> bool:
-        """Whether messages of a key are taken; its connection outlives its enrolment."""
+        """Whether messages of a key are accepted; a connection outlives the enrolment of its key."""
         return key in self._admitted
 
     def revoked(self) -> list[str]:
-        """The keys that were let in and are not enrolled any more, each told once."""
-        gone = [key for key in self._admitted if self._keys.name_of(key) is None]
-        self._admitted.difference_update(gone)
-        return gone
+        """Admitted keys that are not enrolled any more; each is returned once."""
+        revoked = [key for key in self._admitted if self._keys.name_of(key) is None]
+        self._admitted.difference_update(revoked)
+        return revoked
 
 
 def revocation() -> RevokedError:
-    """What a device is told whose key was taken back."""
+    """The error for a device whose key was revoked."""
     return RevokedError("this device's key was revoked; ask the base station's operator to enroll a new one")
 
 
 def check_bind(bind: str, allowed: bool) -> None:
-    """Refuse an address that other machines can reach, unless that is ``allowed``.
+    """Refuse an address that other machines can reach, unless ``allowed``.
 
     Raises:
-        SettingsError: it is one.
+        SettingsError: other machines can reach it.
     """
     if not allowed and not is_loopback(bind):
         raise SettingsError(
-            "bind", bind, "tcp://127.0.0.1:PORT; for other machines say --keys DIR, or --insecure to let everybody in"
+            "bind", bind, "tcp://127.0.0.1:PORT; for other machines add --keys DIR, or --insecure to admit every device"
         )

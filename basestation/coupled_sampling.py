@@ -1,6 +1,6 @@
-"""The shared noise of ``protocol.coupling`` for many positions at once, as tensors on the model's device.
+"""Coupled sampling: the shared noise of ``protocol.coupling``, for many positions at once, on the model's device.
 
-The same integers, the same noise and the same choice as ``PositionNoise``.
+Computes the same integers, noise and choice as ``PositionNoise``.
 """
 
 from collections.abc import Sequence
@@ -12,21 +12,21 @@ from protocol.coupling import BLOCK, SLACK, Integers64, hash32, noise_keys
 
 
 def coupled_choice(logits: Tensor, temperatures: Tensor, seeds: Sequence[int], positions: Sequence[int]) -> Tensor:
-    """For each row the token with the largest score plus noise: int64 [n].
+    """The token with the largest score plus noise, for each row: int64 [n].
 
-    Blocks and tokens are looked at as ``PositionNoise.choose`` does, all rows at once.
+    Examines the same blocks and tokens as ``PositionNoise.choose``, for all rows at once.
 
     Args:
-        logits: [n, V], -inf for what may not be drawn.
-        temperatures: [n], float64; scores are logits over it.
-        seeds: for each row that of its session.
-        positions: for each row that of the token in the whole sequence.
+        logits: [n, V], -inf for tokens that must not be sampled.
+        temperatures: [n], float64; scores are logits divided by it.
+        seeds: of each row's session.
+        positions: of each row's token in the whole sequence.
     """
     rows, vocab_size = logits.shape
     width = min(BLOCK, vocab_size)
     noise = _Noise(noise_keys(seeds, positions), vocab_size, logits.device)
-    missing = -vocab_size % width
-    padded = torch.nn.functional.pad(logits, (0, missing), value=-torch.inf) if missing else logits
+    padding = -vocab_size % width
+    padded = torch.nn.functional.pad(logits, (0, padding), value=-torch.inf) if padding else logits
     grid = padded.view(rows, -1, width)
     row, scale = torch.arange(rows, device=logits.device), temperatures[:, None]
     largest = grid.amax(dim=2)
@@ -36,16 +36,16 @@ def coupled_choice(logits: Tensor, temperatures: Tensor, seeds: Sequence[int], p
     needed = ((best - noise.maxima - SLACK) * scale).to(logits.dtype)  # [n, blocks]
     near_row, near_block = (largest >= needed).nonzero(as_tuple=True)
     near = grid[near_row, near_block]
-    place, offset = (near >= needed[near_row, near_block][:, None]).nonzero(as_tuple=True)
-    rival_row, rival = near_row[place], near_block[place] * BLOCK + offset
-    sums = near[place, offset] / temperatures[rival_row] + noise.of(rival_row, rival)
+    near_index, offset = (near >= needed[near_row, near_block][:, None]).nonzero(as_tuple=True)
+    rival_row, rival = near_row[near_index], near_block[near_index] * BLOCK + offset
+    sums = near[near_index, offset] / temperatures[rival_row] + noise.of(rival_row, rival)
     winning = torch.full((rows,), -torch.inf, dtype=sums.dtype, device=logits.device)
     wins = sums == winning.scatter_reduce(0, rival_row, sums, "amax")[rival_row]
     return torch.empty_like(row).scatter_(0, rival_row[wins], rival[wins])
 
 
 class _Noise:
-    """Noise of n positions; see ``PositionNoise`` for what is hashed."""
+    """Noise of n positions; ``PositionNoise`` documents the hashed indices."""
 
     def __init__(self, keys: Integers64, vocab_size: int, torch_device: torch.device) -> None:
         self._low, self._high = torch.from_numpy(keys).to(torch_device)
@@ -54,11 +54,11 @@ class _Noise:
         self._blocks = len(block)
         row = torch.arange(len(self._low), device=torch_device)[:, None]
         self.maxima = sizes.double().log() - (-self._uniform(row, block).log()).log()  # [n, blocks]
-        places = hash32(block + self._blocks, self._low[row], self._high[row]) * sizes >> 32
-        self._peaks = block * BLOCK + places
+        peaks = hash32(block + self._blocks, self._low[row], self._high[row]) * sizes >> 32
+        self._peaks = block * BLOCK + peaks
 
     def of(self, row: Tensor, token_ids: Tensor) -> Tensor:
-        """The noise of tokens at the positions of ``row``, which broadcasts to their shape."""
+        """The noise of ``token_ids`` at the positions of ``row``; the two broadcast."""
         block = token_ids // BLOCK
         maxima = self.maxima[row, block]
         below = -((-maxima).exp() - self._uniform(row, token_ids + 2 * self._blocks).log()).log()

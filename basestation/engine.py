@@ -1,69 +1,33 @@
-"""The engine owns the target: it runs what has arrived in passes, and hands out replies.
+"""The engine owns the target: it takes requests, runs them in batches and delivers the replies.
 
-Knows sessions and peers by name; touches no socket. ``step`` is one pass:
-gather, run, judge, deliver.
+Knows sessions and peers by name; touches no socket. ``step`` is one forward pass:
+schedule, run, verify, deliver.
 """
 
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from typing import TypeAlias
 
+from basestation.handshake import Handshake
 from basestation.memory import OutOfMemory, catch_out_of_memory
 from basestation.metrics import Metrics
 from basestation.pass_records import PassRecord, PassRecordFile, VerifiedRound
+from basestation.peer import Peer
 from basestation.scheduler import BUSY_SECONDS, PassBudget, ScheduledUnit, Scheduler
 from basestation.session import Session
 from basestation.target_model import TargetModel
 from basestation.verify import VerificationResult, verify_rounds
-from protocol.errors import ClosingError, EdgedraftError, FullError, MismatchError, StateError, UnknownSessionError
+from protocol.errors import ClosingError, EdgedraftError, FullError, StateError, UnknownSessionError
 from protocol.limits import Limits
-from protocol.messages import (
-    OLDEST_VERSION,
-    PROTOCOL_VERSION,
-    Close,
-    Decode,
-    Draft,
-    Extend,
-    Fault,
-    Hello,
-    Message,
-    Mode,
-    Open,
-    Request,
-    Resume,
-    Welcome,
-)
+from protocol.messages import Close, Decode, Draft, Extend, Fault, Hello, Message, Mode, Open, Reply, Request, Resume
 
 Deliver: TypeAlias = Callable[[bytes, Message], int]
-"""Takes an address and a message for it; gives the bytes it takes."""
+"""Sends a message to an address; returns its size in bytes."""
 
 logger = logging.getLogger(__name__)
 
-_QUIET_SECONDS = 1.0
-_MAX_GREETED = 10_000  # who is forgotten is told so, and greets again
-
-
-@dataclass(frozen=True, slots=True)
-class Peer:
-    """Who speaks, and where it is answered.
-
-    Attributes:
-        owner: whose sessions these are: a device's public key, or its address where there are no keys.
-        address: of the connection that the message came by.
-    """
-
-    owner: str
-    address: bytes
-
-    @classmethod
-    def without_key(cls, address: bytes) -> "Peer":
-        """A device that is nobody but its address."""
-        return cls(address.hex(), address)
-
-    def __str__(self) -> str:
-        return self.owner[:8]
+_IDLE_SECONDS = 1.0
 
 
 class Engine:
@@ -71,11 +35,11 @@ class Engine:
 
     Args:
         target: the model; nothing else may run it.
-        limits: what a device may ask for.
-        budget: how much fits into a pass.
+        limits: of what a device may request.
+        budget: of a forward pass.
         deliver: called with an address and every message for it.
-        metrics: counts what happens.
-        records: keeps a line for every round.
+        metrics: counters.
+        records: gets a line for every round.
         clock: seconds, monotonic.
     """
 
@@ -96,24 +60,24 @@ class Engine:
         self._records = records
         self._clock = clock
         self._draining = False
-        self._greeted: dict[str, int] = {}  # the version that each speaks
-        self._sessions: dict[tuple[str, int], Session] = {}
+        self._handshake = Handshake(target, limits)
+        self._sessions: dict[tuple[str, int], Session] = {}  # by owner and session id
         self._scheduler = Scheduler(target.kv_pool, budget, self._note_eviction)
         self._metrics.watch(self._sessions.__len__, target.kv_pool)
 
     @property
     def busy(self) -> bool:
-        """Whether a pass has anything to do."""
+        """Whether any session has something to run."""
         return any(session.waiting for session in self._sessions.values())
 
     @property
-    def quiet(self) -> bool:
-        """Whether no session has anything to do, nor had a moment ago."""
+    def idle(self) -> bool:
+        """Whether no session has something to run, and none was active in the last second."""
         now = self._clock()
-        return not any(one.waiting or now - one.heard_at < _QUIET_SECONDS for one in self._sessions.values())
+        return not any(one.waiting or now - one.last_active < _IDLE_SECONDS for one in self._sessions.values())
 
     def receive(self, peer: Peer, message: Message, size: int = 0) -> None:
-        """Take a message of ``size`` bytes; what is wrong ends its session alone, with a Fault (invariant 7)."""
+        """Take a message of ``size`` bytes; an error ends its session alone, with a Fault (invariant 7)."""
         session_id = getattr(message, "session_id", None)
         mode = self._mode_of(peer, session_id)
         try:
@@ -124,61 +88,78 @@ class Engine:
             self._metrics.count_uplink(mode or self._mode_of(peer, session_id), size)
 
     def fault(self, peer: Peer, session_id: int | None, error: EdgedraftError) -> None:
-        """Tell a peer what it did wrong, and end the session it did it in."""
-        place = {"peer": peer.owner, "session": session_id, "code": error.code}
-        logger.warning("peer %s, session %s: %s", peer, session_id, error, extra=place)
+        """Report an error to a peer and end the session it occurred in, if any."""
+        fields = {"peer": peer.owner, "session": session_id, "code": error.code}
+        logger.warning("peer %s, session %s: %s", peer, session_id, error, extra=fields)
         if session_id is not None:
             self._drop(peer.owner, session_id)
-        self._tell_fault(peer, session_id, error)
+        self._send_fault(peer, session_id, error)
 
     def drain(self) -> None:
-        """Open no more sessions; those that are open go on."""
+        """Refuse new sessions; open ones continue."""
         self._draining = True
 
     def revoke(self, owner: str, error: EdgedraftError) -> None:
-        """End all sessions of an owner, who has to greet again."""
+        """End all sessions of an owner, and require another Hello."""
         logger.warning("peer %s: %s", owner[:8], error)
-        self._greeted.pop(owner, None)
-        for key in [key for key in self._sessions if key[0] == owner]:
-            self._tell_fault(Peer(owner, self._sessions[key].address), key[1], error)
-            self._drop(*key)
+        self._handshake.drop(owner)
+        for key, session in list(self._sessions.items()):
+            if session.peer.owner == owner:
+                self._send_fault(session.peer, session.session_id, error)
+                self._drop(*key)
 
     def step(self) -> None:
-        """One pass over what waits: gather, run, judge, deliver."""
-        self._run(self._scheduler.gather(self._sessions.values(), self._clock()))
+        """One forward pass over what is ready: schedule, run, verify, deliver."""
+        self._run(self._scheduler.schedule(self._sessions.values(), self._clock()))
+
+    def drop_idle(self) -> None:
+        """Drop sessions that were not active for ``limits.idle_timeout`` seconds."""
+        timeout = self._limits.idle_timeout
+        oldest = self._clock() - timeout
+        for key, session in list(self._sessions.items()):
+            if session.last_active < oldest:
+                logger.info("peer %s, session %s: idle for %d s, dropped", session.peer, session.session_id, timeout)
+                self._drop(*key)
+
+    def close(self) -> None:
+        """Tell every peer that the base station is shutting down."""
+        error = ClosingError("the base station is shutting down")
+        for session in self._sessions.values():
+            self._send_fault(session.peer, session.session_id, error)
+        self._sessions.clear()
 
     def _run(self, units: Sequence[ScheduledUnit]) -> None:
         if not units:
             return
-        judged = [unit.session for unit in units if unit.segment.num_logits]
         lengths = [unit.session.kv_cache.length for unit in units]
-        began, shortage = self._clock(), ""
+        start, out_of_memory = self._clock(), ""
         try:
             with catch_out_of_memory():
                 logits = self._target.forward([unit.segment for unit in units])
-                judging = self._clock()
-                results = verify_rounds(logits, [session.round for session in judged])
+                verify_start = self._clock()
+                results = verify_rounds(logits, [unit.round for unit in units if unit.round])
         except OutOfMemory as error:
-            shortage = str(error)
-        if shortage:  # outside of the handler, where the error would keep the tensors of the pass
+            out_of_memory = str(error)
+        if out_of_memory:  # handled outside of the except clause, where the traceback would keep the pass's tensors
             for unit, length in zip(units, lengths, strict=True):
                 unit.session.kv_cache.rollback(length)
-            self._run_in_halves(units, shortage)
+            self._run_in_halves(units, out_of_memory)
             return
-        ended = self._clock()
+        end = self._clock()
+        verified = [unit.session for unit in units if unit.round]
         rounds = [
-            self._conclude(session, result, began, ended) for session, result in zip(judged, results, strict=True)
+            self._conclude(session, result, start, end) for session, result in zip(verified, results, strict=True)
         ]
         tokens = sum(len(unit.segment.token_ids) for unit in units)
-        self._report(PassRecord(len(units), tokens, judging - began, ended - judging, rounds))
+        self._record(PassRecord(len(units), tokens, verify_start - start, end - verify_start, rounds))
 
-    def _conclude(self, session: Session, result: VerificationResult, began: float, ended: float) -> VerifiedRound:
-        drafted, queueing_delay = session.round_len - 1, began - session.waiting_since
-        verdict = session.commit(result)
-        session.waiting_since = session.heard_at = ended
-        self._deliver(session.address, verdict, session)
+    def _conclude(self, session: Session, result: VerificationResult, start: float, end: float) -> VerifiedRound:
+        """Commit a round and deliver its Verdict; ``start`` and ``end`` are the times of the pass."""
+        drafted, queueing_delay = session.round_len - 1, start - session.ready_since
+        verdict = session.commit(result, end)
+        self._deliver(session.peer, verdict, session)
         return VerifiedRound(
-            session.owner,
+            session.peer.owner,
             verdict.session_id,
             verdict.round_id,
             session.mode,
@@ -188,18 +169,19 @@ class Engine:
             queueing_delay,
         )
 
-    def _report(self, report: PassRecord) -> None:
-        self._metrics.count_pass(report)
+    def _record(self, record: PassRecord) -> None:
+        self._metrics.count_pass(record)
         if self._records:
-            self._records.write(report)
+            self._records.write(record)
 
-    def _run_in_halves(self, units: Sequence[ScheduledUnit], shortage: str) -> None:
-        """Run in fp16 what was too much for the memory.
+    def _run_in_halves(self, units: Sequence[ScheduledUnit], reason: str) -> None:
+        """Run a pass that ran out of memory in two halves.
 
-        A session that is too much alone costs the silent their keys and values, and is refused if they have none.
+        If one session alone runs out of memory, idle sessions' KV caches are evicted;
+        if there are none, the session is refused.
         """
         self._metrics.count_out_of_memory()
-        logger.warning("a pass of %d sessions is too much for the memory: %s", len(units), shortage)
+        logger.warning("out of memory in a pass of %d sessions: %s", len(units), reason)
         if len(units) > 1:
             half = len(units) // 2
             self._run(units[:half])
@@ -210,128 +192,63 @@ class Engine:
             self._refuse(units[0].session)
 
     def _refuse(self, session: Session) -> None:
-        session_id = next(key[1] for key, one in self._sessions.items() if one is session)
         seconds = round(BUSY_SECONDS)
-        error = FullError(f"the base station is out of memory; come back in {seconds} s", seconds)
-        self.fault(Peer(session.owner, session.address), session_id, error)
-
-    def drop_idle(self) -> None:
-        """Forget sessions whose device has been silent for ``limits.idle_timeout``."""
-        kept = self._limits.idle_timeout
-        oldest = self._clock() - kept
-        for key, session in list(self._sessions.items()):
-            if session.heard_at < oldest:
-                owner, session_id = key
-                logger.info(
-                    "peer %s, session %s: silent for %d s, dropped", owner[:8], session_id, self._limits.idle_timeout
-                )
-                self._drop(*key)
-
-    def close(self) -> None:
-        """Tell every peer that the base station goes away."""
-        for (owner, session_id), session in self._sessions.items():
-            self._tell_fault(
-                Peer(owner, session.address), session_id, ClosingError("the base station is shutting down")
-            )
-        self._sessions.clear()
+        error = FullError(f"the base station is out of memory; retry in {seconds} s", seconds)
+        self.fault(session.peer, session.session_id, error)
 
     def _dispatch(self, peer: Peer, message: Message) -> None:
         match message:
             case Hello():
-                self._greet(peer, message)
+                self._deliver(peer, self._handshake.greet(peer.owner, message))
             case Open() | Draft() | Decode() | Extend():
                 self._request(peer, message)
             case Resume():
                 self._resume(peer, message)
             case Close():
-                logger.info("peer %s, session %s: closed by its device", peer, message.session_id)
+                logger.info("peer %s, session %s: closed by the device", peer, message.session_id)
                 self._drop(peer.owner, message.session_id)
             case Fault():
                 logger.warning("peer %s reports %s: %s", peer, message.code, message.text)
                 if message.session_id is not None:
                     self._drop(peer.owner, message.session_id)
             case _:
-                raise StateError(f"{type(message).__name__} is for devices; a base station sends it")
-
-    def _greet(self, peer: Peer, hello: Hello) -> None:
-        self._check_hello(hello)
-        version = min(hello.version, PROTOCOL_VERSION)
-        self._greeted.pop(peer.owner, None)
-        self._greeted[peer.owner] = version
-        if len(self._greeted) > _MAX_GREETED:
-            del self._greeted[next(iter(self._greeted))]
-        limits = self._limits
-        welcome = Welcome(
-            version,
-            self._target.name,
-            self._target.context_length,
-            limits.max_draft_len,
-            tuple(Mode),
-        )
-        if welcome.version > OLDEST_VERSION:
-            welcome = replace(
-                welcome,
-                max_prompt_len=limits.max_prompt_len,
-                max_uplink_k=limits.max_uplink_k,
-                max_sessions=limits.max_sessions,
-                max_requests_per_second=limits.max_requests_per_second,
-                window=limits.window,
-            )
-        self._deliver(peer.address, welcome)
-
-    def _check_hello(self, hello: Hello) -> None:
-        vocabulary = self._target.vocabulary
-        if hello.version < OLDEST_VERSION:
-            raise MismatchError(
-                f"protocol version {hello.version}; this base station speaks {OLDEST_VERSION} to {PROTOCOL_VERSION}"
-            )
-        if hello.vocab_size != vocabulary.size:
-            raise MismatchError(f"a draft model of {hello.vocab_size} tokens; the target has {vocabulary.size}")
-        if hello.vocabulary_hash != vocabulary.sha256:
-            raise MismatchError("the draft model's tokens are not the target's, though there are as many")
-        if frozenset(hello.stop_ids) != vocabulary.stop_ids:
-            raise MismatchError(
-                f"a draft model that stops at the tokens {sorted(hello.stop_ids)}; "
-                f"the target stops at {sorted(vocabulary.stop_ids)}"
-            )
+                raise StateError(f"{type(message).__name__} is sent by base stations only")
 
     def _request(self, peer: Peer, request: Request) -> None:
-        if peer.owner not in self._greeted:
+        if not self._handshake.greeted(peer.owner):
             raise UnknownSessionError(f"{type(request).__name__} before Hello")
         session = self._sessions.get((peer.owner, request.session_id))
-        if session is None:
-            if not isinstance(request, Open):
-                raise UnknownSessionError(f"session {request.session_id} is not open")
-            session = self._open(peer, request)
+        if session is not None:
+            session.touch(peer, self._clock())
             replies = session.take(request)
-            self._scheduler.check_room(session, self._sessions.values(), self._clock())
-            session.owner, session.waiting_since = peer.owner, self._clock()
-            self._sessions[peer.owner, request.session_id] = session
-            prompt_len = len(request.prompt_ids)
-            logger.info("peer %s, session %s: %s, %d tokens", peer, request.session_id, request.mode, prompt_len)
+        elif isinstance(request, Open):
+            session, replies = self._open(peer, request)
         else:
-            if not session.waiting:
-                session.waiting_since = self._clock()
-            replies = session.take(request)
-        session.heard_at, session.address = self._clock(), peer.address
+            raise UnknownSessionError(f"session {request.session_id} is not open")
         for reply in replies:
-            self._deliver(peer.address, reply, session)
+            self._deliver(peer, reply, session)
 
-    def _open(self, peer: Peer, request: Open) -> Session:
+    def _open(self, peer: Peer, request: Open) -> tuple[Session, list[Reply]]:
         if self._draining:
             raise ClosingError("the base station is shutting down")
         self._limits.check("max_sessions", 1 + sum(owner == peer.owner for owner, _ in self._sessions))
-        target = self._target
-        return Session(
-            request, target.new_kv_cache(), target.vocabulary.stop_ids, target.context_length, self._limits.window
-        )
+        target, now = self._target, self._clock()
+        kv_cache, stop_ids = target.new_kv_cache(), target.vocabulary.stop_ids
+        session = Session(peer, request, kv_cache, stop_ids, target.context_length, self._limits.window, now)
+        replies = session.take(request)
+        self._scheduler.admit(session, self._sessions.values(), now)
+        self._sessions[peer.owner, request.session_id] = session
+        prompt_len = len(request.prompt_ids)
+        logger.info("peer %s, session %s: %s, %d tokens", peer, request.session_id, request.mode, prompt_len)
+        return session, replies
 
     def _resume(self, peer: Peer, message: Resume) -> None:
         session = self._sessions.get((peer.owner, message.session_id))
         if session is None:
             raise UnknownSessionError(f"session {message.session_id} is not open")
-        self._deliver(peer.address, session.resume(message), session)
-        session.heard_at, session.address = self._clock(), peer.address
+        resumed = session.resume(message)
+        session.touch(peer, self._clock())
+        self._deliver(peer, resumed, session)
 
     def _drop(self, owner: str, session_id: int) -> None:
         session = self._sessions.pop((owner, session_id), None)
@@ -340,15 +257,17 @@ class Engine:
 
     def _note_eviction(self, session: Session) -> None:
         self._metrics.count_eviction()
-        logger.info("peer %s: keys and values of %d tokens gave way to others", session.owner[:8], len(session.tokens))
+        logger.info(
+            "peer %s, session %s: evicted, with %d tokens", session.peer, session.session_id, len(session.tokens)
+        )
 
-    def _tell_fault(self, peer: Peer, session_id: int | None, error: EdgedraftError) -> None:
+    def _send_fault(self, peer: Peer, session_id: int | None, error: EdgedraftError) -> None:
         self._metrics.count_fault(error.code)
-        known = self._greeted.get(peer.owner, OLDEST_VERSION) > OLDEST_VERSION  # the oldest take no further field
-        self._deliver(peer.address, Fault(session_id, error.code, str(error), error.retry_seconds if known else 0))
+        retry_seconds = 0 if self._handshake.speaks_oldest(peer.owner) else error.retry_seconds
+        self._deliver(peer, Fault(session_id, error.code, str(error), retry_seconds))
 
-    def _deliver(self, address: bytes, message: Message, session: Session | None = None) -> None:
-        size = self._send(address, message)
+    def _deliver(self, peer: Peer, message: Message, session: Session | None = None) -> None:
+        size = self._send(peer.address, message)
         self._metrics.count_downlink(session.mode if session else None, size)
 
     def _mode_of(self, peer: Peer, session_id: int | None) -> Mode | None:

@@ -1,13 +1,13 @@
-"""The keys of a base station: its own pair, and the devices that it lets in.
+"""The keys of a base station: its own key pair, and the enrolled devices.
 
 ::
 
-    DIR/station          the secret key, for its owner alone
-    DIR/station.pub      the public key; devices need it
-    DIR/devices/HEX      one enrolled device: the file is called after its key and holds its name
+    DIR/station          the secret key, readable by its owner only
+    DIR/station.pub      the public key, for the devices
+    DIR/devices/HEX      one enrolled device: the file's name is its key, the content its name
 
-So asking whether a key is enrolled is one look at one file, and a running base
-station sees at once what ``enroll`` and ``revoke`` did.
+Looking up a key reads one file, so a running base station sees the effect of
+``enroll`` and ``revoke`` at once.
 """
 
 import logging
@@ -29,20 +29,20 @@ _FILE_NAME = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class EnrolledDevice:
-    """A device that is let in; the field names are those of ``keys list --json``."""
+    """An enrolled device; ``keys list --json`` has the same field names."""
 
     name: str
     public_key: str
 
 
 class KeyFolder:
-    """A folder that ``create`` made.
+    """A key folder.
 
     Args:
-        path: the folder.
+        path: of a folder created by ``create``.
 
     Raises:
-        KeyFileError: it holds no secret key of a station, or one that is open to others.
+        KeyFileError: the secret key is missing, or readable by others.
     """
 
     def __init__(self, path: Path) -> None:
@@ -53,39 +53,41 @@ class KeyFolder:
 
     @classmethod
     def create(cls, path: Path) -> "KeyFolder":
-        """Make a key pair for a station. Devices that are enrolled in the folder already stay so.
+        """Create a key pair for a base station. Devices that are already enrolled in the folder stay enrolled.
 
         Raises:
-            KeyFileError: the folder has a key pair already, or cannot be written.
+            KeyFileError: the folder already has a key pair, or cannot be written.
         """
         try:
             path.mkdir(0o700, parents=True, exist_ok=True)
             (path / "devices").mkdir(exist_ok=True)
         except OSError as error:
-            raise KeyFileError(f"{error.filename!r} cannot be made: {error.strerror}") from error
+            raise KeyFileError(f"{error.filename!r} cannot be created: {error.strerror}") from error
         public, secret = zmq.curve_keypair()
         write_pair(path / "station", public.decode(), secret.decode())
         return cls(path)
 
     def enroll(self, name: str, key: str) -> None:
-        """Let a device in.
+        """Enroll a device; a running base station admits it at once.
 
         Raises:
-            SettingsError: the name is not allowed or taken, or the key is enrolled already.
+            SettingsError: the name is invalid or taken, or the key is already enrolled.
         """
         if not _NAME.fullmatch(name):
-            raise SettingsError("the device's name", name, "1 to 64 letters, digits, '.', '_' and '-', no mark first")
+            raise SettingsError(
+                "the device's name", name, "1 to 64 letters, digits, '.', '_', '-', the first a letter or digit"
+            )
         if name in self._names():
-            raise SettingsError("the device's name", name, "one that is not enrolled yet; revoke this one first")
+            raise SettingsError("the device's name", name, "a name that is not enrolled; revoke this one first")
         if (known := self.name_of(key)) is not None:
-            raise SettingsError("the device's key", key, f"one that is not enrolled yet; this one is {known!r}")
+            raise SettingsError("the device's key", key, f"a key that is not enrolled; this one is {known!r}")
         self._file(key).write_text(f"{name}\n", encoding="ascii")
 
     def revoke(self, name: str) -> None:
-        """Let a device in no more; a running base station ends its sessions.
+        """Revoke a device's key; a running base station ends its sessions.
 
         Raises:
-            SettingsError: no device of that name is enrolled.
+            SettingsError: no device with that name is enrolled.
         """
         if name not in self._names():
             raise SettingsError("the device's name", name, ", ".join(self._names()) or "none: no device is enrolled")
@@ -94,7 +96,7 @@ class KeyFolder:
                 self._file(device.public_key).unlink(missing_ok=True)
 
     def devices(self) -> list[EnrolledDevice]:
-        """All enrolled devices, by name."""
+        """All enrolled devices, sorted by name."""
         keys = (
             z85.encode(bytes.fromhex(path.name)).decode()
             for path in self._devices.iterdir()
@@ -104,13 +106,13 @@ class KeyFolder:
         return sorted(named, key=lambda device: device.name)
 
     def name_of(self, key: str) -> str | None:
-        """The name that a key is enrolled under, now; None where it is not."""
+        """The name under which a key is enrolled now; None if it is not."""
         try:
             return self._file(key).read_text(encoding="ascii", errors="replace").strip()
         except FileNotFoundError:
             return None
         except OSError as error:
-            logger.error("no device with this key gets in: %s", error)  # noqa: TRY400 - the reason is one line
+            logger.error("cannot read a key file, its device is not admitted: %s", error)  # noqa: TRY400 - the message contains the reason
             return None
 
     def _names(self) -> list[str]:

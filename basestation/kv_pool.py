@@ -1,33 +1,26 @@
-"""Keys and values of many sessions, and attention over them in one forward pass.
+"""The KV caches of all sequences: memory for keys and values, bounded by a pool, with shared prefix blocks.
 
-A pass is one flat row of tokens from any number of sessions, without padding.
-transformers calls ``packed_attention`` in every layer; it writes the row's new
-keys and values into each session's own kv_cache and attends over that kv_cache
-alone. A kv_cache is shortened by lowering its length: nothing is copied. Stretches
-that begin with the same tokens can hold that beginning in common, in blocks.
+Each sequence has a contiguous tensor of its own. Rollback lowers its length and
+copies nothing. Sequences with the same first tokens can share read-only blocks
+of ``BLOCK_SIZE`` positions, counted by reference.
 
-Knows shapes and tensors, not sessions, messages or what is judged.
+Knows shapes and tensors; not sessions, messages or attention.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import takewhile
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 from basestation.memory import map_pages
 
-ATTENTION_NAME = "edgedraft_packed"
-STEP = 128
-"""Positions by which kv_caches grow, and of a block."""
+BLOCK_SIZE = 128
+"""Positions of a shared block; capacities are multiples of it."""
 
 
 @dataclass(frozen=True)
 class KVShape:
-    """What one token's keys and values take: ``layers`` × 2 × ``kv_heads`` × ``head_size`` of ``dtype``."""
+    """Keys and values of one position: ``layers`` × 2 × ``kv_heads`` × ``head_size`` of ``dtype``."""
 
     layers: int
     kv_heads: int
@@ -41,27 +34,27 @@ class KVShape:
         return self.layers * 2 * self.kv_heads * self.head_size * self.dtype.itemsize
 
     def allocate(self, capacity: int) -> Tensor:
-        """An empty tensor [layers, 2, kv_heads, capacity, head_size]."""
+        """An uninitialised tensor [layers, 2, kv_heads, capacity, head_size]."""
         size = (self.layers, 2, self.kv_heads, capacity, self.head_size)
         if self.torch_device.type == "cpu" and capacity:
             return torch.frombuffer(map_pages(capacity * self.position_bytes), dtype=self.dtype).view(size)
         return torch.empty(size, dtype=self.dtype, device=self.torch_device)
 
-    def copied(self, keys_values: Tensor) -> Tensor:
-        """What ``allocate`` gives, holding the same as ``keys_values``."""
+    def copy_of(self, keys_values: Tensor) -> Tensor:
+        """A newly allocated copy of ``keys_values``."""
         return self.allocate(keys_values.shape[3]).copy_(keys_values)
 
 
 class KVPool:
-    """Room for the keys and values of all sessions, bounded by a budget.
+    """The budget for the KV caches of all sequences.
 
     Args:
-        shape: what a position takes.
-        capacity: positions in all.
+        shape: of one position.
+        capacity: positions in total.
 
     Attributes:
-        used: positions that kv_caches hold room for; what several hold counts once.
-        shared: positions that this saves.
+        used: allocated positions; a shared block counts once.
+        shared: positions saved by prefix sharing.
     """
 
     def __init__(self, shape: KVShape, capacity: int) -> None:
@@ -72,37 +65,37 @@ class KVPool:
 
     @property
     def free(self) -> int:
-        """Positions that no kv_cache holds."""
+        """Positions that are not allocated."""
         return self.capacity - self.used
 
     @staticmethod
-    def rounded(length: int) -> int:
-        """The room that ``length`` positions take: kv_caches grow by steps."""
-        return -(-length // STEP) * STEP
+    def round_up(length: int) -> int:
+        """The capacity of a KV cache for ``length`` positions: the next multiple of ``BLOCK_SIZE``."""
+        return -(-length // BLOCK_SIZE) * BLOCK_SIZE
 
-    def hold(self, block: "Block") -> None:
-        """Count another kv_cache that begins with ``block``."""
+    def acquire(self, block: "Block") -> None:
+        """Add a reference to ``block``."""
         if block.ref_count:
-            self.shared += STEP
+            self.shared += BLOCK_SIZE
         else:
-            self.used += STEP
+            self.used += BLOCK_SIZE
         block.ref_count += 1
 
-    def drop(self, block: "Block") -> None:
-        """Count one less; with the last the block is gone."""
+    def release(self, block: "Block") -> None:
+        """Remove a reference to ``block``; with the last one its positions are free."""
         block.ref_count -= 1
         if block.ref_count:
-            self.shared -= STEP
+            self.shared -= BLOCK_SIZE
         else:
-            self.used -= STEP
+            self.used -= BLOCK_SIZE
 
 
 class Block:
-    """The keys and values of ``STEP`` positions that any number of kv_caches hold; nobody writes to them.
+    """Keys and values of ``BLOCK_SIZE`` positions, read-only, shared by any number of sequences.
 
     Attributes:
-        layers: [2, kv_heads, STEP, head_size] of each layer.
-        ref_count: how many kv_caches hold it.
+        layers: one tensor [2, kv_heads, BLOCK_SIZE, head_size] per layer.
+        ref_count: sequences that use it.
     """
 
     def __init__(self, keys_values: Tensor) -> None:
@@ -111,10 +104,11 @@ class Block:
 
 
 class SequenceKVCache:
-    """The keys and values of one session: the first ``length`` positions count.
+    """Keys and values of one sequence: shared prefix blocks, then a tensor of its own.
 
     Attributes:
-        blocks: its first positions, those that it holds in common with others.
+        length: cached positions.
+        blocks: its first positions, where they are shared.
     """
 
     def __init__(self, kv_pool: KVPool) -> None:
@@ -125,176 +119,74 @@ class SequenceKVCache:
 
     @property
     def capacity(self) -> int:
-        """Positions it holds room for."""
+        """Allocated positions, those of the blocks included."""
         return self._own_start + self._own.shape[3]
 
     def reserve(self, length: int) -> None:
-        """Make room for ``length`` positions."""
+        """Grow the capacity to ``length`` positions or more."""
         if length <= self.capacity:
             return
-        grown = self._kv_pool.shape.allocate(KVPool.rounded(length) - self._own_start)
+        grown = self._kv_pool.shape.allocate(KVPool.round_up(length) - self._own_start)
         count = self.length - self._own_start
         grown[:, :, :, :count] = self._own[:, :, :, :count]
-        self._keep(grown)
+        self._replace_own(grown)
 
     def release(self) -> None:
-        """Forget everything and give the room back."""
+        """Drop all positions and free their memory."""
         self.rollback(0)
-        self._keep(self._kv_pool.shape.allocate(0))
+        self._replace_own(self._kv_pool.shape.allocate(0))
 
     def rollback(self, length: int) -> None:
-        """Forget all positions from ``length`` on, and with them the whole of a block that they begin in."""
+        """Drop the positions from ``length`` on; a block that is only partly kept is dropped whole."""
         self.length = min(self.length, length)
         while self.length < self._own_start:
-            self._kv_pool.drop(self.blocks.pop())
+            self._kv_pool.release(self.blocks.pop())
             self.length = min(self.length, self._own_start)
 
-    def join(self, source: "SequenceKVCache", length: int) -> None:
-        """Begin as ``source`` does, whose first ``length`` positions, whole blocks, are held by both from now on."""
+    def share_prefix(self, source: "SequenceKVCache", length: int) -> None:
+        """Replace the content by the first ``length`` positions of ``source``, as blocks that both use.
+
+        Args:
+            source: a cache of the same first tokens.
+            length: a multiple of ``BLOCK_SIZE``, at most the length of ``source``.
+        """
         assert length <= source.length
-        assert length % STEP == 0
-        source._share(length // STEP)
+        assert length % BLOCK_SIZE == 0
+        source._convert_to_blocks(length // BLOCK_SIZE)
         self.release()
-        self.blocks, self.length = source.blocks[: length // STEP], length
+        self.blocks, self.length = source.blocks[: length // BLOCK_SIZE], length
         for block in self.blocks:
-            self._kv_pool.hold(block)
+            self._kv_pool.acquire(block)
 
-    def store(self, layer: int, keys: Tensor, values: Tensor, workspace: "Workspace") -> tuple[Tensor, Tensor]:
-        """Write [kv_heads, n, head_size] behind the counted positions; give all up to there, the new ones included.
+    def store(self, layer: int, keys: Tensor, values: Tensor) -> Tensor:
+        """Write ``keys`` and ``values`` [kv_heads, n, head_size] of one layer after the cached positions.
 
-        What is given may lie in ``workspace`` and holds until that is used again.
+        Returns:
+            A view [2, kv_heads, m + n, head_size] of the m cached positions after the blocks and the n new ones.
         """
         start = self.length - self._own_start
         end = start + keys.shape[1]
         own = self._own[layer]
         own[0, :, start:end] = keys
         own[1, :, start:end] = values
-        stored = own[:, :, :end]
-        if self.blocks:
-            stored = workspace.join(layer, self.blocks, stored)
-        return stored[0], stored[1]
+        return own[:, :, :end]
 
     @property
     def _own_start(self) -> int:
-        return len(self.blocks) * STEP
+        return len(self.blocks) * BLOCK_SIZE
 
-    def _share(self, count: int) -> None:
-        """Make blocks of the first positions until there are ``count``."""
+    def _convert_to_blocks(self, count: int) -> None:
+        """Move positions from the sequence's own tensor into blocks until there are ``count``."""
         missing = count - len(self.blocks)
         if missing <= 0:
             return
-        copied = self._kv_pool.shape.copied
-        blocks = [Block(copied(part)) for part in torch.split(self._own, STEP, dim=3)[:missing]]
-        self._keep(copied(self._own[:, :, :, missing * STEP :]))
+        copy_of = self._kv_pool.shape.copy_of
+        blocks = [Block(copy_of(part)) for part in torch.split(self._own, BLOCK_SIZE, dim=3)[:missing]]
+        self._replace_own(copy_of(self._own[:, :, :, missing * BLOCK_SIZE :]))
         for block in blocks:
-            self._kv_pool.hold(block)
+            self._kv_pool.acquire(block)
         self.blocks += blocks
 
-    def _keep(self, own: Tensor) -> None:
+    def _replace_own(self, own: Tensor) -> None:
         self._kv_pool.used += own.shape[3] - self._own.shape[3]
         self._own = own
-
-
-class Workspace:
-    """One run of memory for what a session holds in blocks and has of its own, of one session and layer at a time.
-
-    Blocks that the session before began with as well are there already.
-
-    Args:
-        capacity: positions of the longest session.
-    """
-
-    def __init__(self, capacity: int) -> None:
-        self._capacity = capacity
-        self._keys_values: Tensor | None = None
-        self._layer = -1
-        self._blocks: list[Block] = []
-
-    def join(self, layer: int, blocks: Sequence[Block], own: Tensor) -> Tensor:
-        """The keys and values [2, kv_heads, n, head_size] of ``blocks``, and ``own`` behind them."""
-        if self._keys_values is None:
-            self._keys_values = own.new_empty((*own.shape[:2], self._capacity, own.shape[3]))
-        if layer != self._layer:
-            self._layer, self._blocks = layer, []
-        pairs = zip(self._blocks, blocks, strict=False)
-        there = sum(1 for _ in takewhile(lambda pair: pair[0] is pair[1], pairs))
-        for index, block in enumerate(blocks[there:], start=there):
-            self._keys_values[:, :, index * STEP : (index + 1) * STEP] = block.layers[layer]
-        self._blocks = list(blocks)
-        start = len(blocks) * STEP
-        end = start + own.shape[2]
-        self._keys_values[:, :, start:end] = own
-        return self._keys_values[:, :, :end]
-
-
-@dataclass(frozen=True)
-class Segment:
-    """One session's part of a pass: ``token_ids`` to run, logits of the last ``judged`` of them wanted."""
-
-    kv_cache: SequenceKVCache
-    token_ids: Sequence[int]
-    num_logits: int
-
-
-class PackedPass:
-    """The layout of one pass, handed by transformers to ``packed_attention`` in every layer."""
-
-    def __init__(self, segments: Sequence[Segment]) -> None:
-        self.segments = segments
-        self._masks: dict[tuple[int, int | None], Tensor | None] = {}
-        for segment in segments:
-            segment.kv_cache.reserve(segment.kv_cache.length + len(segment.token_ids))
-        self.workspace = Workspace(max((one.kv_cache.capacity for one in segments if one.kv_cache.blocks), default=0))
-
-    def mask(self, index: int, window: int | None, query: Tensor) -> Tensor | None:
-        """What is added to the scores of a segment's ``query`` [kv_heads, group · n, head_size]: [group · n, past + n].
-
-        0 for all positions before a token and its own, at most ``window`` back, -inf
-        for others; None where nothing is hidden.
-        """
-        if (index, window) not in self._masks:
-            self._masks[index, window] = self._make_mask(self.segments[index], window, query)
-        return self._masks[index, window]
-
-    @staticmethod
-    def _make_mask(segment: Segment, window: int | None, query: Tensor) -> Tensor | None:
-        past, new = segment.kv_cache.length, len(segment.token_ids)
-        if new == 1 and (window is None or past < window):
-            return None
-        position = torch.arange(past, past + new, device=query.device)[:, None]
-        key = torch.arange(past + new, device=query.device)[None, :]
-        hidden = key > position if window is None else (key > position) | (key <= position - window)
-        mask = torch.zeros(hidden.shape, dtype=query.dtype, device=query.device).masked_fill_(hidden, -torch.inf)
-        return mask.repeat(query.shape[1] // new, 1)
-
-
-def packed_attention(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    packed_pass: PackedPass,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """Attention of one layer, in the form that ``transformers.AttentionInterface`` calls.
-
-    ``query`` is [1, heads, T, head_size], ``key`` and ``value`` [1, kv_heads, T, head_size]
-    for the T tokens of the whole pass, idle ones behind those of the segments; the result is [1, T, heads, head_size].
-    The heads that share keys are one head with more rows: so no key is read twice.
-    """
-    heads, head_size = query.shape[1], query.shape[3]
-    rows, start = [], 0
-    for index, segment in enumerate(packed_pass.segments):
-        end = start + len(segment.token_ids)
-        new_keys, new_values = key[0, :, start:end], value[0, :, start:end]
-        keys, values = segment.kv_cache.store(module.layer_idx, new_keys, new_values, packed_pass.workspace)
-        grouped = query[0, :, start:end].reshape(len(keys), -1, head_size)
-        mask = packed_pass.mask(index, sliding_window, grouped)
-        mixed = scaled_dot_product_attention(grouped[None], keys[None], values[None], attn_mask=mask, scale=scaling)
-        rows.append(mixed.reshape(heads, end - start, head_size))
-        start = end
-    rows.append(query.new_zeros(heads, query.shape[2] - start, head_size))
-    return torch.cat(rows, dim=1).transpose(0, 1)[None], None

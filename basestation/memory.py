@@ -1,4 +1,4 @@
-"""Memory: how much there is, how much a model takes, and what happens when there is not enough."""
+"""Memory: how much is free, how much a model needs, and how "out of memory" is recognised."""
 
 import contextlib
 import errno
@@ -18,23 +18,23 @@ from protocol.errors import ModelError, SettingsError
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
 _KV_SHARE = {"cuda": 0.9, "cpu": 0.5}
-_CPU_SHORTAGE = re.compile(r"not enough memory|can't allocate memory", re.IGNORECASE)
+_CPU_OUT_OF_MEMORY = re.compile(r"not enough memory|can't allocate memory", re.IGNORECASE)
 
 
-class OutOfMemory(Exception):  # noqa: N818 - no error of anybody's
-    """A pass needed more memory than there is."""
+class OutOfMemory(Exception):  # noqa: N818 - expected under load; the engine handles it
+    """A forward pass needs more memory than is free."""
 
 
 @contextlib.contextmanager
 def catch_out_of_memory() -> Iterator[None]:
-    """Raise ``OutOfMemory`` where PyTorch, in its several ways, or the system says that memory is short."""
+    """Raise ``OutOfMemory`` for the different errors with which PyTorch and the system report it."""
     try:
         yield
     except torch.OutOfMemoryError as error:
         torch.cuda.empty_cache()
         raise OutOfMemory(str(error)) from error
     except RuntimeError as error:
-        if not _CPU_SHORTAGE.search(str(error)):
+        if not _CPU_OUT_OF_MEMORY.search(str(error)):
             raise
         raise OutOfMemory(str(error)) from error
     except OSError as error:
@@ -44,26 +44,26 @@ def catch_out_of_memory() -> Iterator[None]:
 
 
 def map_pages(size: int) -> mmap.mmap:
-    """``size`` bytes straight from the system, which has them back when the last tensor over them is gone.
+    """Map ``size`` bytes of anonymous memory, which return to the system with the last tensor that uses them.
 
-    A heap keeps what lies between blocks that are still used: where blocks of many
-    sizes come and go for hours, that is as much again.
+    A heap allocator keeps free memory that lies between used blocks. After hours of
+    KV caches of many sizes, this fragmentation doubles the resident memory.
 
     Raises:
-        OSError: there is not that much.
+        OSError: there is not enough memory.
     """
     pages = mmap.mmap(-1, size, access=mmap.ACCESS_COPY)
     if sys.platform == "linux":
-        with contextlib.suppress(OSError):  # a kernel without large pages gives small ones, in more time
+        with contextlib.suppress(OSError):  # a kernel without huge pages: small ones work too, more slowly
             pages.madvise(mmap.MADV_HUGEPAGE)
     return pages
 
 
 def parse_size(option: str, text: str) -> int:
-    """Bytes of ``4GiB``, ``512M`` or ``1000000``; a unit is 1024 of the one before.
+    """Bytes of a size like ``4GiB``, ``512M`` or ``1000000``; each unit is 1024 of the previous one.
 
     Raises:
-        SettingsError: it is no size.
+        SettingsError: ``text`` is not a size.
     """
     found = _SIZE.fullmatch(text.strip())
     if found is None:
@@ -72,27 +72,27 @@ def parse_size(option: str, text: str) -> int:
 
 
 def readable_size(size: float) -> str:
-    """A size for people."""
+    """A size in bytes, formatted with a unit."""
     unit = next((unit for unit in ("KiB", "MiB", "GiB") if size < 1024 * _UNITS[unit[0]]), "TiB")
     return f"{size / _UNITS[unit[0]]:.1f} {unit}"
 
 
 def free_memory(placement: torch.device) -> int:
-    """Bytes that are free where the model runs."""
+    """Free bytes on a PyTorch device."""
     if placement.type == "cuda":
         return int(torch.cuda.mem_get_info(placement)[0])
     return int(psutil.virtual_memory().available)
 
 
 def kv_budget(kv_memory: str, placement: torch.device) -> int:
-    """Bytes for keys and values: what was asked for, or with ``auto`` a share of what the loaded model leaves."""
+    """Bytes for the KV pool: the given size, or with ``auto`` a share of the memory that is free now."""
     if kv_memory != "auto":
         return parse_size("kv-memory", kv_memory)
     return int(free_memory(placement) * _KV_SHARE.get(placement.type, 0.5))
 
 
 def parameter_count(config: Any) -> int:
-    """Parameters of a model, which is not built for it."""
+    """Parameters of a model, without allocating it."""
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config)
     return sum(one.numel() for one in skeleton.parameters())
@@ -102,7 +102,7 @@ def check_fits(config: Any, dtype: torch.dtype, placement: torch.device) -> None
     """Refuse a model whose weights do not fit, before they are read.
 
     Raises:
-        ModelError: with the sizes.
+        ModelError: with both sizes.
     """
     count = parameter_count(config)
     each = packed_bytes(dtype) if placement.type == "cpu" else dtype.itemsize
@@ -111,5 +111,5 @@ def check_fits(config: Any, dtype: torch.dtype, placement: torch.device) -> None
         precision = str(dtype).removeprefix("torch.")
         raise ModelError(
             f"{count / 1e9:.2f} billion parameters in {precision} take {readable_size(needed)}, "
-            f"and {readable_size(free)} are free on {placement}; name a smaller model or dtype, or free some memory"
+            f"and {readable_size(free)} are free on {placement}; choose a smaller model or dtype, or free some memory"
         )

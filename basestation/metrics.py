@@ -1,6 +1,6 @@
-"""What the base station counts, for Prometheus. docs/operations.md says what each is for."""
+"""Prometheus metrics of the base station. docs/operations.md explains each."""
 
-from collections import Counter as Tally
+import collections
 from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -12,55 +12,59 @@ from protocol.messages import Mode
 _SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
 _COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 NO_SESSION = "none"
-"""The mode of messages that belong to no session."""
+"""The mode label of messages outside of a session."""
 
 
 class Metrics:
-    """Counters of one base station, in a registry of their own."""
+    """The metrics of one base station, in a registry of their own."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self._sessions = self._gauge("sessions", "Open sessions.")
-        self._kv_used = self._gauge("kv_positions_used", "Positions of keys and values that sessions hold room for.")
-        self._kv_shared = self._gauge("kv_positions_shared", "Positions besides that common beginnings save.")
-        self._kv_capacity = self._gauge("kv_positions_capacity", "Positions of keys and values that fit.")
-        self._queue = self._histogram("queue_seconds", "From when a round could be run until it was.", _SECONDS)
-        self._forward = self._histogram("forward_seconds", "The target's forward pass.", _SECONDS)
-        self._verify = self._histogram("verify_seconds", "Judging the rounds of a pass.", _SECONDS)
-        self._pass_sessions = self._histogram("pass_sessions", "Sessions in a pass.", _COUNTS)
-        self._pass_tokens = self._histogram("pass_tokens", "Tokens in a pass.", _COUNTS)
-        self._rounds = self._counter("rounds", "Judged rounds.", "mode")
-        self._drafted = self._counter("drafted_tokens", "Drafted tokens that were judged.", "mode")
-        self._accepted = self._counter("accepted_tokens", "Drafted tokens that stand.", "mode")
-        self._drafted_at = self._counter("drafted_tokens_at", "Drafted tokens by place in their round.", "position")
-        self._accepted_at = self._counter("accepted_tokens_at", "Of those, the ones that stand.", "position")
-        self._uplink = self._counter("uplink_bytes", "Received, as they lie in the TCP stream.", "mode")
-        self._downlink = self._counter("downlink_bytes", "Sent, as they lie in the TCP stream.", "mode")
-        self._faults = self._counter("faults", "Faults told to devices.", "code")
-        self._idle = Counter("edgedraft_idle_seconds", "In which the engine had nothing to do.", registry=self.registry)
-        self._evictions = Counter(
-            "edgedraft_evictions", "Sessions that lost their keys and values to others.", registry=self.registry
+        self._kv_used = self._gauge("kv_positions_used", "Allocated KV-cache positions.")
+        self._kv_shared = self._gauge("kv_positions_shared", "KV-cache positions saved by prefix sharing.")
+        self._kv_capacity = self._gauge("kv_positions_capacity", "KV-cache positions that fit into the KV pool.")
+        self._queueing_delay = self._histogram(
+            "queueing_delay_seconds",
+            "Queueing delay: from a request being ready to the start of its forward pass.",
+            _SECONDS,
         )
-        self._shortages = Counter(
-            "edgedraft_memory_shortages", "Passes that needed more memory than there was.", registry=self.registry
+        self._forward = self._histogram("forward_seconds", "Time of a forward pass of the target.", _SECONDS)
+        self._verify = self._histogram("verify_seconds", "Time to verify the rounds of a forward pass.", _SECONDS)
+        self._batch_sessions = self._histogram("batch_sessions", "Sessions in a forward pass.", _COUNTS)
+        self._batch_tokens = self._histogram("batch_tokens", "Tokens in a forward pass.", _COUNTS)
+        self._rounds = self._counter("rounds", "Verified rounds.", "mode")
+        self._drafted = self._counter("drafted_tokens", "Verified drafted tokens.", "mode")
+        self._accepted = self._counter("accepted_tokens", "Accepted drafted tokens.", "mode")
+        self._drafted_at = self._counter(
+            "drafted_tokens_at", "Verified drafted tokens by position in their round.", "position"
         )
+        self._accepted_at = self._counter(
+            "accepted_tokens_at", "Accepted drafted tokens by position in their round.", "position"
+        )
+        self._uplink = self._counter("uplink_bytes", "Bytes received in the TCP stream.", "mode")
+        self._downlink = self._counter("downlink_bytes", "Bytes sent in the TCP stream.", "mode")
+        self._faults = self._counter("faults", "Faults sent to devices.", "code")
+        self._idle = self._counter("idle_seconds", "Time in which the engine waited for requests.")
+        self._evictions = self._counter("evictions", "KV caches evicted to make room for others.")
+        self._out_of_memory = self._counter("out_of_memory", "Forward passes that ran out of memory.")
 
     def watch(self, sessions: Callable[[], int], kv_pool: KVPool) -> None:
-        """Ask these whenever somebody asks for the gauges."""
+        """Read the gauges from these whenever the metrics are scraped."""
         self._sessions.set_function(sessions)
         self._kv_used.set_function(lambda: kv_pool.used)
         self._kv_shared.set_function(lambda: kv_pool.shared)
         self._kv_capacity.set(kv_pool.capacity)
 
-    def count_pass(self, report: PassRecord) -> None:
-        """A pass is done."""
-        self._forward.observe(report.forward_seconds)
-        self._verify.observe(report.verify_seconds)
-        self._pass_sessions.observe(report.sessions)
-        self._pass_tokens.observe(report.tokens)
-        drafted, accepted = Tally[int](), Tally[int]()
-        for one in report.rounds:
-            self._queue.observe(one.queueing_delay)
+    def count_pass(self, record: PassRecord) -> None:
+        """Count a forward pass and the rounds it verified."""
+        self._forward.observe(record.forward_seconds)
+        self._verify.observe(record.verify_seconds)
+        self._batch_sessions.observe(record.sessions)
+        self._batch_tokens.observe(record.tokens)
+        drafted, accepted = collections.Counter[int](), collections.Counter[int]()
+        for one in record.rounds:
+            self._queueing_delay.observe(one.queueing_delay)
             self._rounds.labels(one.mode).inc()
             self._drafted.labels(one.mode).inc(one.drafted)
             self._accepted.labels(one.mode).inc(one.accepted)
@@ -71,31 +75,31 @@ class Metrics:
                 counter.labels(position).inc(count)
 
     def count_uplink(self, mode: Mode | None, size: int) -> None:
-        """A message came, in a session of that mode or in none."""
+        """Count a received message, of a session with that mode or of none."""
         self._uplink.labels(mode or NO_SESSION).inc(size)
 
     def count_downlink(self, mode: Mode | None, size: int) -> None:
-        """A message was sent."""
+        """Count a sent message, of a session with that mode or of none."""
         self._downlink.labels(mode or NO_SESSION).inc(size)
 
     def count_fault(self, code: str) -> None:
-        """A device was told that something is wrong."""
+        """Count a Fault that was sent."""
         self._faults.labels(code).inc()
 
     def count_eviction(self) -> None:
-        """A session lost its keys and values."""
+        """Count an eviction."""
         self._evictions.inc()
 
     def count_idle(self, seconds: float) -> None:
-        """The engine waited for something to do."""
+        """Count time in which the engine waited for requests."""
         self._idle.inc(seconds)
 
     def count_out_of_memory(self) -> None:
-        """A pass did not fit into the memory."""
-        self._shortages.inc()
+        """Count a forward pass that ran out of memory."""
+        self._out_of_memory.inc()
 
-    def _counter(self, name: str, text: str, label: str) -> Counter:
-        return Counter(f"edgedraft_{name}", text, [label], registry=self.registry)
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"edgedraft_{name}", text, labels, registry=self.registry)
 
     def _gauge(self, name: str, text: str) -> Gauge:
         return Gauge(f"edgedraft_{name}", text, registry=self.registry)

@@ -1,4 +1,4 @@
-"""What a monitoring system asks over HTTP: /metrics, /healthz, /readyz."""
+"""HTTP endpoints for a monitoring system: /metrics, /healthz, /readyz."""
 
 import threading
 from collections.abc import Callable
@@ -13,22 +13,22 @@ from protocol.errors import SettingsError
 
 Check: TypeAlias = Callable[[], bool]
 
-_FORMS = "HOST:PORT, like 127.0.0.1:9464; port 0 takes a free one"
+_FORMS = "HOST:PORT, like 127.0.0.1:9464; port 0 chooses a free port"
 
 
 class Monitor:
-    """An HTTP server in a thread of its own.
+    """An HTTP server in its own thread.
 
     Attributes:
-        alive: whether the base station units; asked by /healthz.
-        ready: whether it takes new sessions; asked by /readyz.
+        alive: whether the engine makes progress; /healthz reports it.
+        ready: whether new sessions are accepted; /readyz reports it.
 
     Args:
         bind: ``HOST:PORT``.
-        metrics: what /metrics shows.
+        metrics: served at /metrics.
 
     Raises:
-        SettingsError: nothing can listen there.
+        SettingsError: the address cannot be bound.
     """
 
     def __init__(self, bind: str, metrics: Metrics) -> None:
@@ -45,12 +45,12 @@ class Monitor:
 
     @property
     def url(self) -> str:
-        """Where it listens."""
+        """The base URL."""
         host, port = self._server.server_address[:2]
         return f"http://{host!s}:{port}"
 
     def close(self) -> None:
-        """Listen no more."""
+        """Stop listening."""
         self._server.shutdown()
         self._thread.join()
         self._server.server_close()
@@ -61,7 +61,7 @@ class Monitor:
         class Handler(MetricsHandler):
             registry = metrics.registry
 
-            def do_GET(self) -> None:  # noqa: N802 - http.server calls it so
+            def do_GET(self) -> None:  # noqa: N802 - the name that http.server calls
                 path = self.path.partition("?")[0]
                 if path == "/metrics":
                     super().do_GET()

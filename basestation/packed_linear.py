@@ -1,8 +1,8 @@
-"""Matrix products of a few rows with a large weight, fast on a CPU.
+"""Linear layers for a few rows at a time on a CPU, with weights packed by oneDNN.
 
-Speculative decoding multiplies a handful of rows at a time: too many for a
-matrix-vector product, too few for the libraries' matrix product, which spends
-its time rearranging the weight. oneDNN can rearrange ("pack") it once.
+Speculative decoding multiplies a few rows at a time: too many for a
+matrix-vector product, too few to amortise the rearranged copy of the weight
+that a matrix product makes. oneDNN can make ("pack") that copy once.
 
 All linear layers of a model with 135M parameters, in ms, on 2 cores with bfloat16 instructions:
 
@@ -13,10 +13,10 @@ bfloat16                  22      25      32      48      80
 bfloat16, packed          10      11      18      33      59
 =====================  =====  ======  ======  ======  ======
 
-A bfloat16 model on a processor without such instructions keeps its rounded
-weights and computes in float32, which holds every bfloat16 number: there, a
-bfloat16 product takes time in proportion to the rows. Only for a row or two is
-it the faster one, because it reads half the bytes, and those use it.
+Without such instructions the time of a bfloat16 product grows in proportion to
+the rows. A bfloat16 model then keeps its rounded weights and computes in
+float32, which represents every bfloat16 number exactly; only one or two rows use
+the bfloat16 weights, because they are half the bytes to read.
 In ms, on 2 cores without bfloat16 instructions:
 
 =====================  =====  ======  ======  ======
@@ -33,21 +33,21 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 _DIRECT_ROWS = 2
-_PACKED_FOR_ROWS = 16  # the layout of the packed weight is chosen for this many rows and serves any number
+_PACKED_FOR_ROWS = 16  # the packed layout is optimised for this many rows and works for any number
 
 
 class PackedLinear(nn.Module):
-    """An ``nn.Linear`` for inference on a CPU: the weight packed once, rows in and out of ``dtype``."""
+    """An ``nn.Linear`` for inference on a CPU, with a packed weight; input and output are of ``dtype``."""
 
     def __init__(self, original: nn.Linear, dtype: torch.dtype) -> None:
         super().__init__()
         weight = original.weight.detach()
         self._bias = None if original.bias is None else original.bias.detach().to(dtype)
-        self._direct = None if weight.dtype is dtype else weight  # no parameter: it keeps its dtype
+        self._direct = None if weight.dtype is dtype else weight  # not a parameter: it keeps its dtype
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype).contiguous(), _PACKED_FOR_ROWS)
 
     def forward(self, rows: Tensor) -> Tensor:
-        """[…, in] → […, out]."""
+        """Apply the layer: […, in_features] to […, out_features]."""
         if self._direct is not None and rows.numel() <= _DIRECT_ROWS * rows.shape[-1]:
             product = linear(rows.to(self._direct.dtype), self._direct).to(rows.dtype)
             return product if self._bias is None else product + self._bias
@@ -56,17 +56,20 @@ class PackedLinear(nn.Module):
 
 
 def packed_bytes(held: torch.dtype) -> int:
-    """What a parameter of a linear layer takes on the CPU once it is packed, in bytes."""
+    """Bytes per parameter of a packed linear layer whose original dtype is ``held``."""
     dtype = _packed_dtype(held)
     return dtype.itemsize if dtype is held else dtype.itemsize + held.itemsize
 
 
 def pack_linears(model: nn.Module) -> None:
-    """Make a model on the CPU compute with packed weights, where oneDNN is there."""
+    """Replace a CPU model's linear layers by packed ones, if oneDNN is available.
+
+    Each layer is freed before the next one is packed.
+    """
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return
     dtype = _packed_dtype(next(model.parameters()).dtype)
-    parents = [module for module in model.modules() if type(module) is not nn.Linear]  # which are to go one by one
+    parents = [module for module in model.modules() if type(module) is not nn.Linear]
     for module in parents:
         for name in [name for name, child in module.named_children() if type(child) is nn.Linear]:
             setattr(module, name, PackedLinear(getattr(module, name), dtype))

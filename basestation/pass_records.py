@@ -1,4 +1,4 @@
-"""What a forward pass did: counted by the metrics, and written to the record file, one line for each verified round."""
+"""Records of forward passes: the metrics count them, and the record file gets a line for each verified round."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -26,7 +26,7 @@ class VerifiedRound:
 
 @dataclass(frozen=True, slots=True)
 class PassRecord:
-    """One forward pass: it ran ``tokens`` of ``sessions`` and verified ``rounds``."""
+    """One forward pass over ``tokens`` of ``sessions``, which verified ``rounds``."""
 
     sessions: int
     tokens: int

@@ -1,16 +1,16 @@
-"""Beginnings that sessions have in common: computed once, kept once.
+"""Prefix sharing: sessions with the same first tokens compute and store their KV cache once.
 
-A session that has computed nothing yet looks for another whose tokens begin as
-its own do, and holds that one's keys and values from then on. Where the other is
-still computing them, it waits: two would take longer than one.
+A session with an empty KV cache looks for another one with the same first tokens
+and shares its blocks. While that *source* is still computing them, the session
+waits, because computing them twice would take longer.
 
-Knows tokens and lengths; not what a pass is.
+Knows tokens and lengths; not how a batch is scheduled.
 """
 
 import logging
 from collections.abc import Iterable, Sequence
 
-from basestation.kv_pool import STEP
+from basestation.kv_pool import BLOCK_SIZE
 from basestation.memory import OutOfMemory, catch_out_of_memory
 from basestation.session import Session
 
@@ -18,38 +18,39 @@ logger = logging.getLogger(__name__)
 
 
 def share_prefixes(newcomers: Iterable[Session], sessions: Iterable[Session]) -> dict[Session, Session]:
-    """Let ``newcomers``, whose kv_caches are empty, hold what ``sessions`` have computed of the same tokens.
+    """Let ``newcomers``, whose KV caches are empty, share the cached prefixes of ``sessions``.
 
     Returns:
-        Those that should wait, each with the other session that is computing what it can hold.
+        The newcomers that should wait, each with the source that is computing their prefix.
     """
-    ahead = [one for one in sessions if one.kv_cache.length]
-    behind = {}
+    sources = [one for one in sessions if one.kv_cache.length]
+    waiting = {}
     for newcomer in sorted(newcomers, key=lambda one: len(one.tokens)):
-        shared = [(shared_len(one, newcomer), one) for one in ahead]
+        shared = [(shared_len(one, newcomer), one) for one in sources]
         length, source = max(shared, key=lambda pair: (pair[0], pair[1].kv_cache.length), default=(0, newcomer))
         if not length:
-            ahead.append(newcomer)
+            sources.append(newcomer)
         elif source.kv_cache.length < length:
-            behind[newcomer] = source
+            waiting[newcomer] = source
         else:
-            _join(newcomer, source, length)
-    return behind
+            _share(newcomer, source, length)
+    return waiting
 
 
 def shared_len(one: Session, other: Session) -> int:
-    """How many positions both can hold in common: whole blocks, without the last token, which is run with a round."""
+    """Positions that two sessions can share: whole blocks, without the last token, which runs with a round."""
     return _common_len(one.tokens, other.tokens, min(len(one.tokens), len(other.tokens)) - 1)
 
 
-def _common_len(one: Sequence[int], other: Sequence[int], most: int) -> int:
-    ends = range(STEP, most + 1, STEP)
-    return next((end - STEP for end in ends if one[end - STEP : end] != other[end - STEP : end]), len(ends) * STEP)
+def _common_len(one: Sequence[int], other: Sequence[int], limit: int) -> int:
+    starts = range(0, limit - BLOCK_SIZE + 1, BLOCK_SIZE)
+    different = (start for start in starts if one[start : start + BLOCK_SIZE] != other[start : start + BLOCK_SIZE])
+    return next(different, len(starts) * BLOCK_SIZE)
 
 
-def _join(newcomer: Session, source: Session, length: int) -> None:
+def _share(newcomer: Session, source: Session, length: int) -> None:
     try:
         with catch_out_of_memory():
-            newcomer.kv_cache.join(source.kv_cache, length)
+            newcomer.kv_cache.share_prefix(source.kv_cache, length)
     except OutOfMemory as error:
-        logger.warning("no memory to make a beginning of %d tokens a shared one: %s", length, error)
+        logger.warning("out of memory while sharing a prefix of %d tokens: %s", length, error)

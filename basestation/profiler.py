@@ -1,4 +1,4 @@
-"""A PyTorch trace of some passes, for chrome://tracing or Perfetto."""
+"""A PyTorch trace of some forward passes, for chrome://tracing or Perfetto."""
 
 from pathlib import Path
 from types import TracebackType
@@ -12,10 +12,10 @@ _PASSES = 20
 
 
 class PassProfiler:
-    """Traces ``_PASSES`` passes after the first few, and writes the file when it has them or is closed.
+    """Traces ``_PASSES`` passes after ``_WARM_UP_PASSES``, and writes the file after the last one or on ``close``.
 
     Args:
-        path: of the trace.
+        path: of the trace file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -26,7 +26,7 @@ class PassProfiler:
         self._running = False
 
     def step(self) -> None:
-        """A pass is about to begin."""
+        """Call before each pass."""
         self._passes += 1
         if self._passes == _WARM_UP_PASSES + 1 and self._profile:
             self._profile.start()
@@ -35,7 +35,7 @@ class PassProfiler:
             self.close()
 
     def close(self) -> None:
-        """Write what was traced."""
+        """Write the trace, if there is one."""
         if self._profile and self._running:
             self._profile.stop()
             self._profile.export_chrome_trace(str(self._path))

@@ -1,28 +1,28 @@
-"""How much a device may ask for in a second, seen before anything is decoded."""
+"""The rate limit of each device's requests, applied before a message is decoded."""
 
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 _BURST_SECONDS = 4.0
-_TELL_SECONDS = 1.0
+_NOTIFY_SECONDS = 1.0
 _MAX_SENDERS = 10_000
 
 
 @dataclass
 class _Sender:
-    """What a sender may still send at the time ``seen``, and when it was last told that it may not."""
+    """A token bucket: ``tokens`` at the time ``updated``, and when its sender was last notified of the limit."""
 
-    left: float
-    seen: float
-    told: float = float("-inf")
+    tokens: float
+    updated: float
+    notified: float = float("-inf")
 
 
 class RateLimiter:
-    """A token bucket for each sender, filled ``per_second`` and holding some seconds' worth.
+    """A token bucket per sender, filled at ``per_second``, with a capacity of ``_BURST_SECONDS``.
 
     Args:
-        per_second: messages of one sender.
+        per_second: messages per sender.
         clock: seconds, monotonic.
     """
 
@@ -32,23 +32,23 @@ class RateLimiter:
         self._senders: dict[str, _Sender] = {}
 
     def allows(self, name: str) -> bool:
-        """Take note of a message; whether it is within bounds."""
-        now, full = self._clock(), self._per_second * _BURST_SECONDS
-        sender = self._senders.pop(name, None) or _Sender(full, now)
-        sender.left = min(full, sender.left + (now - sender.seen) * self._per_second)
-        sender.seen = now
+        """Count a message; whether it is within the limit."""
+        now, capacity = self._clock(), self._per_second * _BURST_SECONDS
+        sender = self._senders.pop(name, None) or _Sender(capacity, now)
+        sender.tokens = min(capacity, sender.tokens + (now - sender.updated) * self._per_second)
+        sender.updated = now
         self._senders[name] = sender
         if len(self._senders) > _MAX_SENDERS:
             del self._senders[next(iter(self._senders))]
-        if sender.left < 1:
+        if sender.tokens < 1:
             return False
-        sender.left -= 1
+        sender.tokens -= 1
         return True
 
     def should_notify(self, name: str) -> bool:
-        """Whether a sender that is not allowed is to be told so: not more than once a second."""
+        """Whether to notify a sender that exceeded the limit: at most once a second."""
         sender = self._senders[name]
-        if self._clock() - sender.told < _TELL_SECONDS:
+        if self._clock() - sender.notified < _NOTIFY_SECONDS:
             return False
-        sender.told = self._clock()
+        sender.notified = self._clock()
         return True

@@ -1,7 +1,7 @@
-"""The socket of the base station: frames in, frames out, and a queue to the engine each way.
+"""The socket of the base station: frames in, frames out, and a queue to and from the engine.
 
-The socket's thread never touches the model and the engine's thread never
-touches the socket: frames are taken and checked while a pass runs, and a slow
+The I/O thread never touches the model and the engine's thread never touches the
+socket: frames are received and checked while a forward pass runs, and a slow
 peer delays no pass.
 """
 
@@ -18,10 +18,11 @@ from typing import TypeAlias
 import zmq
 
 from basestation.admission import Admission, check_bind, revocation
-from basestation.engine import Engine, Peer
+from basestation.engine import Engine
 from basestation.key_folder import KeyFolder
 from basestation.metrics import Metrics
 from basestation.pass_records import PassRecordFile
+from basestation.peer import Peer
 from basestation.profiler import PassProfiler
 from basestation.rate_limit import RateLimiter
 from basestation.scheduler import PassBudget
@@ -35,7 +36,7 @@ from protocol.zmtp import CURVE_BYTES, socket_bytes
 logger = logging.getLogger(__name__)
 
 Task: TypeAlias = Callable[[], None]
-"""Something for the engine to do, in its own thread."""
+"""A call that the engine makes in its own thread."""
 
 _POLL_MS = 200
 _LINGER_MS = 500
@@ -43,27 +44,27 @@ _IDLE_SECONDS = 5.0
 _DRAIN_POLL_SECONDS = 0.1
 _DEAD_SECONDS = 60.0
 _HEARTBEAT_MS = 5000
-_REVIEW_SECONDS = 0.5
-_MAX_WAITING_TASKS = 20_000
-_FRAMES_AT_ONCE = 500
-"""Taken before replies are sent: a flood delays these, and stops them not."""
-_TAKING_SECONDS = 0.05
-"""Time for what has arrived, before a pass: likewise."""
+_REVOCATION_POLL_SECONDS = 0.5
+_MAX_QUEUED_TASKS = 20_000
+_MAX_FRAMES_PER_TURN = 500
+"""Received before replies are sent, so that a flood of frames only delays them."""
+_MAX_TASK_SECONDS = 0.05
+"""For queued tasks before a forward pass, so that a flood of requests only delays it."""
 
 
 class Server:
-    """A ROUTER socket in a thread of its own, and the engine behind it.
+    """A ROUTER socket in an I/O thread, and the engine behind it.
 
     Args:
         target: the model to serve.
-        bind: a ZeroMQ endpoint, ``tcp://127.0.0.1:5755``; port 0 takes a free one.
-        limits: what a device may ask for.
-        keys: let in nobody but the devices enrolled here; without, everybody.
-        insecure: serve everybody at an address that other machines can reach.
-        budget: how much fits into a pass.
-        metrics: counts what happens.
-        records: keeps a line for every round.
-        profiler: traces some passes.
+        bind: a ZeroMQ endpoint like ``tcp://127.0.0.1:5755``; port 0 chooses a free port.
+        limits: of what a device may request.
+        keys: admit only the devices enrolled here; None admits every device.
+        insecure: allow an address that other machines can reach without ``keys``.
+        budget: of a forward pass.
+        metrics: counters.
+        records: gets a line for every round.
+        profiler: traces some forward passes.
 
     Raises:
         SettingsError: other machines can reach the address, and neither ``keys`` nor ``insecure`` is given.
@@ -102,7 +103,7 @@ class Server:
         self._stop_at = math.inf
         self._beat = time.monotonic()
         self._failure: Exception | None = None
-        self._next_review = 0.0
+        self._next_revocation_poll = 0.0
 
     @property
     def address(self) -> str:
@@ -112,11 +113,11 @@ class Server:
     def serve(self) -> None:
         """Serve until ``stop`` is called or a thread fails.
 
-        The engine runs in the calling thread, which should be the one that
-        loaded the target: each thread that computes with PyTorch gets a pool of
-        its own, and two pools on the same cores halve each other's speed.
+        The engine runs in the calling thread. Call it in the thread that loaded the
+        target: PyTorch creates a thread pool for each thread that computes, and two
+        pools on the same cores halve each other's speed.
         """
-        io_thread = threading.Thread(target=self._exchange_frames, name="socket", daemon=True)
+        io_thread = threading.Thread(target=self._exchange_frames, name="io", daemon=True)
         io_thread.start()
         try:
             self._run_engine()
@@ -129,29 +130,29 @@ class Server:
             raise self._failure
 
     def stop(self, drain_seconds: float = 0.0) -> None:
-        """Make ``serve`` return; may be called from another thread or a signal handler.
+        """Make ``serve`` return. Safe to call from another thread or a signal handler.
 
         Args:
-            drain_seconds: open no more sessions, and let the open ones go on for so long at most.
+            drain_seconds: how long open sessions may continue; new ones are refused.
         """
         self._stop_at = min(self._stop_at, time.monotonic() + drain_seconds)
         self._inbox.put(None)
 
     @property
     def alive(self) -> bool:
-        """Whether the engine still takes what arrives."""
+        """Whether the engine made progress in the last minute."""
         return time.monotonic() - self._beat < _DEAD_SECONDS
 
     @property
     def draining(self) -> bool:
-        """Whether it was told to stop."""
+        """Whether ``stop`` was called."""
         return self._stop_at < math.inf
 
     def _bind(self, bind: str) -> "zmq.Socket[bytes]":
         router = self._context.socket(zmq.ROUTER)
         for option, value in (
-            # Without keys, the address is the peer and a reconnected device must get it back. With
-            # keys, each connection has one of its own, and nobody may take it while it lasts.
+            # Without keys, the address identifies the device, which takes it over when it reconnects.
+            # With keys, each connection has its own address, which no other may take over.
             (zmq.ROUTER_HANDOVER, int(self._admission is None)),
             (zmq.MAXMSGSIZE, self._codec.max_frame_bytes + (CURVE_BYTES if self._admission else 0)),
             (zmq.HEARTBEAT_IVL, _HEARTBEAT_MS),
@@ -165,7 +166,7 @@ class Server:
             router.bind(bind)
         except zmq.ZMQError as error:
             self._context.destroy(linger=0)
-            raise LinkError(f"cannot bind {bind!r}: {error}; name a free address like tcp://127.0.0.1:5755") from error
+            raise LinkError(f"cannot bind {bind!r}: {error}; try a free address like tcp://127.0.0.1:5755") from error
         return router
 
     def _exchange_frames(self) -> None:
@@ -182,17 +183,17 @@ class Server:
                 if self._outbox in ready:
                     self._flush()
                 if self._router in ready:
-                    self._take_frames()
-        except Exception as error:  # noqa: BLE001 - handed to the thread that serves, which raises it
+                    self._receive_frames()
+        except Exception as error:  # noqa: BLE001 - the thread in ``serve`` raises it
             self._failure = error
             self.stop()
 
-    def _admit(self, admission: Admission, asked: bool) -> None:
-        """Answer a handshake, and now and then see whose key was revoked."""
-        if asked:
+    def _admit(self, admission: Admission, readable: bool) -> None:
+        """Answer a handshake, and regularly end the sessions of revoked keys."""
+        if readable:
             admission.answer()
-        if time.monotonic() >= self._next_review:
-            self._next_review = time.monotonic() + _REVIEW_SECONDS
+        if time.monotonic() >= self._next_revocation_poll:
+            self._next_revocation_poll = time.monotonic() + _REVOCATION_POLL_SECONDS
             for key in admission.revoked():
                 self._inbox.put(partial(self._engine.revoke, key, revocation()))
 
@@ -201,30 +202,30 @@ class Server:
             while True:
                 self._router.send_multipart(self._outbox.recv_multipart(zmq.NOBLOCK), zmq.NOBLOCK)
 
-    def _take_frames(self) -> None:
+    def _receive_frames(self) -> None:
         with contextlib.suppress(zmq.Again):
-            for _ in range(_FRAMES_AT_ONCE):
+            for _ in range(_MAX_FRAMES_PER_TURN):
                 address, *parts = self._router.recv_multipart(zmq.NOBLOCK, copy=False)
                 task = self._task(address.bytes, parts)
-                if task is not None and self._inbox.qsize() < _MAX_WAITING_TASKS:  # a request that is lost is repeated
+                if task is not None and self._inbox.qsize() < _MAX_QUEUED_TASKS:  # devices resend lost requests
                     self._inbox.put(task)
 
     def _task(self, address: bytes, parts: list[zmq.Frame]) -> Task | None:
-        """What the engine has to do about a message, if anything."""
+        """The engine's task for a message, if any."""
         peer = Peer.without_key(address)
         if self._admission:
             peer = Peer(str(parts[0].get("User-Id")), address)
             if not self._admission.admits(peer.owner):
                 return partial(self._engine.fault, peer, None, revocation())
         if not self._rate_limiter.allows(peer.owner):
-            return self._refusal(peer) if self._rate_limiter.should_notify(peer.owner) else None
+            return self._rate_fault(peer) if self._rate_limiter.should_notify(peer.owner) else None
         try:
             size = sum(socket_bytes(part.bytes, self._envelope_bytes) for part in parts)
             return partial(self._engine.receive, peer, self._decode(parts), size)
         except ProtocolError as error:
             return partial(self._engine.fault, peer, None, error)
 
-    def _refusal(self, peer: Peer) -> Task:
+    def _rate_fault(self, peer: Peer) -> Task:
         allowed = self._limits.max_requests_per_second
         error = LimitError(option_name("max_requests_per_second"), "more requests a second", allowed)
         return partial(self._engine.fault, peer, None, error)
@@ -253,14 +254,14 @@ class Server:
         self._engine.close()
 
     def _finished(self) -> bool:
-        return self.draining and (self._engine.quiet or time.monotonic() >= self._stop_at)
+        return self.draining and (self._engine.idle or time.monotonic() >= self._stop_at)
 
     def _tasks(self) -> Iterator[Task]:
-        """What has arrived, as far as there is time; waits for the first where the engine has nothing else to do."""
+        """The queued tasks, for a limited time; waits for the first one if the engine has nothing to run."""
         try:
             if not self._engine.busy:
                 yield from self._first_task()
-            end = time.monotonic() + _TAKING_SECONDS
+            end = time.monotonic() + _MAX_TASK_SECONDS
             while time.monotonic() < end:
                 task = self._inbox.get_nowait()
                 if task is not None:
@@ -269,10 +270,10 @@ class Server:
             pass
 
     def _first_task(self) -> Iterator[Task]:
-        began = time.monotonic()
+        start = time.monotonic()
         try:
             task = self._inbox.get(timeout=_DRAIN_POLL_SECONDS if self.draining else _IDLE_SECONDS)
         finally:
-            self._metrics.count_idle(time.monotonic() - began)
+            self._metrics.count_idle(time.monotonic() - start)
         if task is not None:
             yield task

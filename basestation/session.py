@@ -1,58 +1,82 @@
-"""One device's session at the base station: what is committed, cached and asked for.
+"""One session at the base station: its committed tokens, its KV cache and its round state.
 
-Keeps the round state machine, answers repeated requests with the stored
-replies, and says which tokens the next pass must run. Knows no socket and runs
-no model.
+Answers repeated requests with the stored replies and says which tokens the next
+forward pass must run. Knows no socket and no clock, and runs no model.
 """
 
 from collections.abc import Sequence
 from dataclasses import replace
 
-from basestation.kv_pool import Segment, SequenceKVCache
-from basestation.verify import Round, VerificationResult
+from basestation.kv_pool import SequenceKVCache
+from basestation.peer import Peer
+from basestation.segment import Segment
+from basestation.verify import RoundToVerify, VerificationResult
 from protocol.errors import ContextLengthError, StateError, UnknownSessionError
 from protocol.messages import Decode, Draft, Extend, Mode, Open, Opened, Reply, Request, Resume, Resumed, Verdict
 from protocol.rounds import SessionRounds, State
 
 
 class Session:
-    """A session between its Open and its Close.
+    """A session between its Open and its Close. Other modules read its attributes and never write them.
+
+    Args:
+        peer: who opened it.
+        opening: the Open; ``take`` it next.
+        kv_cache: an empty one.
+        stop_ids: that end a Decode.
+        context_length: of the target.
+        window: how many Drafts may be in flight.
+        now: the engine's clock.
 
     Attributes:
-        rounds: this end's view of what may follow.
+        peer: who owns it, and the address for its replies.
+        session_id: chosen by the device.
+        rounds: this end's round state.
         tokens: the committed tokens, the prompt included.
-        kv_cache: its keys and values.
-        heard_at: when its device last asked for something or was last answered, by the engine's clock.
-        waiting_since: when what it waits for could first have been run.
-        owner: whose it is.
-        address: where it asked from, and is answered.
+        kv_cache: of these tokens.
+        last_active: when the device last sent a request or got a Verdict.
+        ready_since: since when the session has had something to run, if it has.
     """
 
     def __init__(
-        self, opening: Open, kv_cache: SequenceKVCache, stop_ids: frozenset[int], context_length: int, window: int
+        self,
+        peer: Peer,
+        opening: Open,
+        kv_cache: SequenceKVCache,
+        stop_ids: frozenset[int],
+        context_length: int,
+        window: int,
+        now: float,
     ) -> None:
+        self.peer = peer
+        self.session_id = opening.session_id
         self.rounds = SessionRounds(stop_ids, window)
         self.tokens: list[int] = []
         self.kv_cache = kv_cache
-        self.heard_at = 0.0
-        self.waiting_since = 0.0
-        self.owner = ""
-        self.address = b""
+        self.last_active = now
+        self.ready_since = now
         self._opening = opening
         self._evicted = False
         self._context_length = context_length
         self._window = window
         self._answered: dict[int, tuple[Request, list[Reply]]] = {}
 
-    def take(self, request: Request) -> list[Reply]:
-        """Take a request; give the replies that are due at once.
+    def touch(self, peer: Peer, now: float) -> None:
+        """Note a request of the device before it is taken; replies go to ``peer`` from now on."""
+        if not self.waiting:
+            self.ready_since = now
+        self.peer = peer
+        self.last_active = now
 
-        A repeated request gets the replies stored for it (invariant 4). One of a
-        round that is long over gets none, and neither does a void Draft.
+    def take(self, request: Request) -> list[Reply]:
+        """Take a request and return the replies that are due at once.
+
+        A repeated request gets its stored replies (invariant 4). An old or
+        invalidated one gets none.
 
         Raises:
-            StateError: the request may not come now.
-            ContextLengthError: it does not fit the target's context.
+            StateError: the request is not allowed in this state.
+            ContextLengthError: it exceeds the target's context.
         """
         known, replies = self._answered.get(request.round_id, (None, []))
         if _without_distributions(request) == known:
@@ -73,10 +97,10 @@ class Session:
         return [self._record(Opened(request.session_id, request.round_id))]
 
     def resume(self, message: Resume) -> Resumed:
-        """Say where the session stands, to a device that stands in the same place or a little behind.
+        """Tell the round and the committed length to a device with the same tokens, or with the first of them.
 
         Raises:
-            UnknownSessionError: it is another session than the device's.
+            UnknownSessionError: the device's tokens are others, or its round is too old.
         """
         if not message.agrees(self.tokens) or message.round_id < min(self._answered):
             raise UnknownSessionError(f"session {message.session_id} has other tokens here")
@@ -84,29 +108,29 @@ class Session:
 
     @property
     def mode(self) -> Mode:
-        """What its device sends."""
+        """The uplink mode."""
         return self._opening.mode
 
     @property
     def waiting(self) -> bool:
-        """Whether the session has unit for a pass; an evicted one has none until its device's next word."""
+        """Whether the session has something to run; an evicted one does not before its device's next request."""
         return self._verifying or (self.backlog > 0 and not self._evicted)
 
     @property
     def backlog(self) -> int:
-        """How many committed tokens are to be run before a round can be judged."""
+        """Committed tokens that must be prefilled before a round can be verified."""
         return max(0, len(self.tokens) - 1 - self.kv_cache.length)
 
     @property
     def round_len(self) -> int:
-        """How many tokens are run to judge the round under way, if there is one."""
+        """Tokens to run for the verification of the current round, 0 without one."""
         return len(self._drafted) + 1 if self._verifying else 0
 
     def segment(self, limit: int) -> Segment:
-        """What a pass must run next, at most ``limit`` tokens: the backlog, and with all of that the round.
+        """The next tokens to run, at most ``limit``: the backlog, and with the rest of it the round.
 
-        The last committed token is run only together with what follows it: its
-        logits judge the first drafted token.
+        The last committed token runs together with the drafted tokens, because its
+        logits verify the first of them.
         """
         if self._verifying and self.backlog + self.round_len <= limit:
             token_ids = [*self.tokens[self.kv_cache.length :], *self._drafted]
@@ -114,29 +138,29 @@ class Session:
         start = self.kv_cache.length
         return Segment(self.kv_cache, self.tokens[start : start + min(limit, self.backlog)], num_logits=0)
 
+    @property
+    def round(self) -> RoundToVerify:
+        """The current round, for the logits of a segment that includes it."""
+        draft = self.rounds.in_flight[0] if self.rounds.in_flight else None
+        sampling, position, by_rejection = self._opening.sampling, len(self.tokens), self._rejection_sampling
+        if draft is None:
+            return RoundToVerify(sampling, position, rejection_sampling=by_rejection)
+        distributions = draft.distributions if by_rejection else ()
+        return RoundToVerify(sampling, position, draft.token_ids, distributions, by_rejection)
+
     def evict(self) -> None:
-        """Give back the room of the keys and values; they are made again from the tokens when they are needed."""
+        """Free the KV cache; it is recomputed from the tokens when they are needed again."""
         self.kv_cache.release()
         self._evicted = not self._verifying
 
-    @property
-    def round(self) -> Round:
-        """What the judged rows of this session's segment are for."""
-        draft = self.rounds.in_flight[0] if self.rounds.in_flight else None
-        sampling, position, by_distributions = self._opening.sampling, len(self.tokens), self._by_distributions
-        if draft is None:
-            return Round(sampling, position, by_distributions=by_distributions)
-        return Round(
-            sampling, position, draft.token_ids, draft.distributions if by_distributions else (), by_distributions
-        )
-
-    def commit(self, result: VerificationResult) -> Verdict:
-        """Take the result of the round under way; give its Verdict."""
+    def commit(self, result: VerificationResult, now: float) -> Verdict:
+        """Commit the result of the current round, roll the KV cache back to it, and return the Verdict."""
         accepted, token_id = result.accepted, result.token_id
         self.tokens += [*self._drafted[:accepted], token_id]
         self.kv_cache.rollback(len(self.tokens) - 1)
-        verdict = Verdict(self._opening.session_id, self.rounds.round_id, accepted, token_id)
+        verdict = Verdict(self.session_id, self.rounds.round_id, accepted, token_id)
         self._record(verdict)
+        self.ready_since = self.last_active = now
         return verdict
 
     @property
@@ -144,8 +168,7 @@ class Session:
         return self.rounds.state in (State.VERIFYING, State.DECODING)
 
     @property
-    def _by_distributions(self) -> bool:
-        """Whether drafts are judged by what they were drawn from, and not by the target's own tokens."""
+    def _rejection_sampling(self) -> bool:
         return not self._opening.sampling.greedy and self._opening.mode.encoding is not None
 
     @property
@@ -153,7 +176,7 @@ class Session:
         return self.rounds.in_flight[0].token_ids if self.rounds.in_flight else ()
 
     def _remember(self, request: Request) -> None:
-        """Keep a request, but for its distributions, with its replies for as long as it may be repeated."""
+        """Store a request, without its distributions, and its replies for as long as it may be repeated."""
         self._answered[request.round_id] = _without_distributions(request), []
         while len(self._answered) > self._window + 1:
             del self._answered[min(self._answered)]
@@ -185,5 +208,5 @@ class Session:
 
 
 def _without_distributions(request: Request) -> Request:
-    """What should_notify one request from another; they alone are large."""
+    """A request without its only large field, which is not needed to recognise it."""
     return replace(request, distributions=()) if isinstance(request, Draft) else request

@@ -1,6 +1,6 @@
-"""The target model: a transformers causal language model that runs packed passes.
+"""The target model: a transformers causal language model that runs packed batches.
 
-Runs on transformers 4.57 and 5.x. Knows tokens and logits; not what a draft is.
+Works with transformers 4.57 and 5.x. Knows tokens and logits; not drafts.
 """
 
 import contextlib
@@ -17,9 +17,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.utils import logging as transformers_logging
 
-from basestation.kv_pool import ATTENTION_NAME, KVPool, KVShape, PackedPass, Segment, SequenceKVCache, packed_attention
+from basestation.attention import ATTENTION_NAME, PackedBatch, packed_attention
+from basestation.kv_pool import KVPool, KVShape, SequenceKVCache
 from basestation.memory import check_fits, kv_budget, readable_size
 from basestation.packed_linear import pack_linears
+from basestation.segment import Segment
 from protocol.bundle import stop_ids, vocabulary_hash
 from protocol.errors import ModelError, SettingsError
 
@@ -38,15 +40,15 @@ SUPPORTED = (
     "smollm3",
     "starcoder2",
 )
-"""Architectures whose packed passes the tests hold against their own forward passes."""
-_LEAST_CONTEXT = 128
-_UNFILLED_ROWS = 32
-"""A pass of more rows is filled with idle ones on a CPU: up to seven, or a sixteenth of more than 256."""
+"""Architectures whose packed batches the tests compare with their own forward passes."""
+_MIN_CONTEXT = 128
+_MAX_UNPADDED_ROWS = 32
+"""Row counts above it are padded on a CPU: by up to 7 rows, above 256 by up to a sixteenth."""
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What must agree with the draft model: ids, tokens and which of them end an answer."""
+    """What the draft model must match: the tokens and their ids, and the stop ids."""
 
     size: int
     sha256: bytes
@@ -57,19 +59,19 @@ class TargetModel:
     """A loaded target model.
 
     Attributes:
-        name: for people, the last part of where it came from.
+        name: the last part of its path or hub name.
         vocabulary: see ``Vocabulary``.
-        context_length: positions it was made for, or as many as the kv_pool holds if those are fewer.
-        kv_pool: where the keys and values of its sessions lie.
+        context_length: the model's, or the KV pool's capacity if that is less.
+        kv_pool: for the KV caches of its sessions.
 
     Args:
-        model: of transformers, on its device.
+        model: a transformers model, on its PyTorch device.
         vocabulary: see ``Vocabulary``.
         name: see above.
-        kv_bytes: what keys and values may take.
+        kv_bytes: memory for the KV pool.
 
     Raises:
-        SettingsError: that is not enough for one session.
+        SettingsError: ``kv_bytes`` is not enough for one session.
     """
 
     def __init__(self, model: Any, vocabulary: Vocabulary, name: str, kv_bytes: int) -> None:
@@ -87,12 +89,12 @@ class TargetModel:
             torch_device=self.torch_device,
         )
         capacity = kv_bytes // shape.position_bytes
-        least = KVPool.rounded(_LEAST_CONTEXT)
-        if capacity < least:
-            needed = readable_size(least * shape.position_bytes)
-            raise SettingsError("kv-memory", readable_size(kv_bytes), f"{needed} and more, for {least} tokens")
+        minimum = KVPool.round_up(_MIN_CONTEXT)
+        if capacity < minimum:
+            needed = readable_size(minimum * shape.position_bytes)
+            raise SettingsError("kv-memory", readable_size(kv_bytes), f"{needed} or more, for {minimum} tokens")
         self.kv_pool = KVPool(shape, capacity)
-        self.context_length = min(int(config.max_position_embeddings), capacity // least * least)
+        self.context_length = min(int(config.max_position_embeddings), capacity // minimum * minimum)
 
     @classmethod
     def load(
@@ -101,28 +103,28 @@ class TargetModel:
         """Load a model folder, hub name or ``.gguf`` file.
 
         Args:
-            model: where it is.
+            model: the path or name.
             dtype: ``float32``, ``bfloat16``, or ``auto``: bfloat16 on CUDA, float32 elsewhere.
-            torch_device: a name PyTorch knows, or ``auto``: CUDA where there is one.
-            kv_memory: for keys and values, like ``4GiB``, or ``auto``: of what the model leaves
-                nine tenths on CUDA, half elsewhere.
+            torch_device: a PyTorch device, or ``auto``: CUDA if available.
+            kv_memory: for the KV pool, like ``4GiB``, or ``auto``: of the memory that is free
+                after loading, nine tenths on CUDA and half elsewhere.
 
         Raises:
-            SettingsError: no such dtype or device, or not enough memory for keys and values.
-            ModelError: it cannot be found or read, does not fit, or is of an architecture that is not supported.
+            SettingsError: the dtype or the device does not exist, or the KV pool is too small.
+            ModelError: it cannot be found or read, does not fit, or has an unsupported architecture.
         """
         placement = choose_placement(torch_device)
         precision = choose_dtype(dtype, placement)
-        kv_budget(kv_memory, placement)  # what is no size is refused before what takes long
+        kv_budget(kv_memory, placement)  # refuse an invalid size before the slow part
         register_attention()
         with _quiet_tools(), _named_failures(model):
-            place, options = _source(model)
-            config = AutoConfig.from_pretrained(place, **options)
+            source, options = _source(model)
+            config = AutoConfig.from_pretrained(source, **options)
             refuse_unsupported(config)
             check_fits(config, precision, placement)
-            tokenizer = AutoTokenizer.from_pretrained(place, **options)
+            tokenizer = AutoTokenizer.from_pretrained(source, **options)
             loaded = AutoModelForCausalLM.from_pretrained(
-                place, dtype=precision, attn_implementation=ATTENTION_NAME, **options
+                source, dtype=precision, attn_implementation=ATTENTION_NAME, **options
             )
         vocabulary = _vocabulary(tokenizer, loaded)
         loaded.eval().to(placement)
@@ -131,56 +133,57 @@ class TargetModel:
         return cls(loaded, vocabulary, Path(model).stem, kv_budget(kv_memory, placement))
 
     def new_kv_cache(self) -> SequenceKVCache:
-        """An empty place for one session's keys and values."""
+        """An empty KV cache for one session."""
         return SequenceKVCache(self.kv_pool)
 
     @torch.inference_mode()
     def forward(self, segments: Sequence[Segment]) -> Tensor:
-        """Run all segments in one pass and count their positions as cached.
+        """Run all segments in one forward pass and append their tokens to their KV caches.
 
         Returns:
-            The logits [rows, V], float32, of the last ``judged`` tokens of each segment, one segment after the other.
+            The logits [rows, V], float32, of the last ``num_logits`` tokens of each segment, in order.
         """
-        flat: list[int] = []
+        token_ids: list[int] = []
         positions: list[int] = []
-        wanted: list[int] = []
+        logit_rows: list[int] = []
         for segment in segments:
             past, new = segment.kv_cache.length, len(segment.token_ids)
-            flat += segment.token_ids
+            token_ids += segment.token_ids
             positions += range(past, past + new)
-            wanted += range(len(flat) - segment.num_logits, len(flat))
-        rows, judged = [flat, positions], wanted or [0]
+            logit_rows += range(len(token_ids) - segment.num_logits, len(token_ids))
+        rows, kept = [token_ids, positions], logit_rows or [0]
         if self.torch_device.type == "cpu":
-            rows, judged = [_filled(row) for row in rows], _filled(judged)
-        logits = self._run(rows, judged, PackedPass(segments))
+            rows, kept = [_padded(row) for row in rows], _padded(kept)
+        logits = self._run(rows, kept, PackedBatch(segments))
         for segment in segments:
             segment.kv_cache.length += len(segment.token_ids)
-        return logits[: len(wanted)]
+        return logits[: len(logit_rows)]
 
-    def _run(self, rows: list[list[int]], judged: list[int], packed_pass: PackedPass) -> Tensor:
+    def _run(self, rows: list[list[int]], logit_rows: list[int], packed_batch: PackedBatch) -> Tensor:
         ids_positions = torch.tensor(rows, device=self.torch_device)
         output = self._model(
             input_ids=ids_positions[:1],
             position_ids=ids_positions[1:],
             use_cache=False,
-            logits_to_keep=torch.tensor(judged, device=self.torch_device),
-            packed_pass=packed_pass,
+            logits_to_keep=torch.tensor(logit_rows, device=self.torch_device),
+            packed_batch=packed_batch,
         )
         logits: Tensor = output.logits[0, :, : self.vocabulary.size].float()
         return logits
 
 
-def _filled(row: list[int]) -> list[int]:
-    """The row with zeros behind it, so that of the many lengths that occur those that differ little are one.
+def _padded(row: list[int]) -> list[int]:
+    """Pad with zeros to one of a few lengths.
 
-    For each length oneDNN prepares its matrix products, which takes a tenth of a pass, and keeps what it prepared.
+    Row counts are padded to a few buckets, so that oneDNN's primitive cache stays bounded.
+    Creating the primitives for a new row count takes a tenth of a forward pass.
     """
-    step = max(8, 2 ** (len(row).bit_length() - 5)) if len(row) > _UNFILLED_ROWS else 1
+    step = max(8, 2 ** (len(row).bit_length() - 5)) if len(row) > _MAX_UNPADDED_ROWS else 1
     return row + [0] * (-len(row) % step)
 
 
 def choose_placement(torch_device: str) -> torch.device:
-    """The device of that name, or with ``auto`` CUDA where there is one.
+    """The PyTorch device with that name; ``auto`` is CUDA if available, else the CPU.
 
     Raises:
         SettingsError: this machine has no such device.
@@ -199,10 +202,10 @@ def choose_placement(torch_device: str) -> torch.device:
 
 
 def choose_dtype(dtype: str, placement: torch.device) -> torch.dtype:
-    """The data type of that name, or with ``auto`` bfloat16 on CUDA, float32 elsewhere.
+    """The data type with that name; ``auto`` is bfloat16 on CUDA, float32 elsewhere.
 
     Raises:
-        SettingsError: it is none that a target runs in.
+        SettingsError: targets do not run in this type.
     """
     if dtype == "auto":
         return torch.bfloat16 if placement.type == "cuda" else torch.float32
@@ -212,14 +215,14 @@ def choose_dtype(dtype: str, placement: torch.device) -> torch.dtype:
 
 
 def _source(model: str) -> tuple[str, dict[str, str]]:
-    """Where transformers shall read ``model``, and with which options."""
+    """The path or hub name for transformers' ``from_pretrained``, and its options."""
     path = Path(model)
     if path.suffix == ".gguf":
         if not path.is_file():
-            raise ModelError(f"{model!r} does not exist; name a model folder, a hub name or a .gguf file")
+            raise ModelError(f"{model!r} does not exist; give a model folder, a hub name or a .gguf file")
         return str(path.parent), {"gguf_file": path.name}
     if path.is_dir() and not (path / "config.json").is_file():
-        raise ModelError(f"{model!r} is no model folder: it holds no config.json")
+        raise ModelError(f"{model!r} is not a model folder: it contains no config.json")
     return model, {}
 
 
@@ -232,13 +235,13 @@ def _named_failures(model: str) -> Iterator[None]:
     except Exception as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelError(
-            f"target model {model!r} cannot be loaded: {reason[0]}; name a model folder, a hub name or a .gguf file"
+            f"target model {model!r} cannot be loaded: {reason[0]}; give a model folder, a hub name or a .gguf file"
         ) from error
 
 
 @contextlib.contextmanager
 def _quiet_tools() -> Iterator[None]:
-    """Keep the advice and retries of transformers and the hub away from operators."""
+    """Silence the warnings of transformers and the hub client."""
     hub = logging.getLogger("huggingface_hub")
     level, verbosity = hub.level, transformers_logging.get_verbosity()
     hub.setLevel(logging.CRITICAL)
@@ -251,16 +254,16 @@ def _quiet_tools() -> Iterator[None]:
 
 
 def register_attention() -> None:
-    """Make packed attention known to transformers."""
+    """Register packed attention with transformers."""
     transformers.AttentionInterface.register(ATTENTION_NAME, packed_attention)
     AttentionMaskInterface.register(ATTENTION_NAME, lambda *_, **__: None)
 
 
 def refuse_unsupported(config: Any) -> None:
-    """Refuse what packed passes are not tested with.
+    """Refuse an architecture that packed batches are not tested with.
 
     Raises:
-        ModelError: names the architecture, and those that are supported.
+        ModelError: with the architecture and the supported ones.
     """
     architecture = config.get_text_config().model_type
     if architecture not in SUPPORTED or getattr(config, "is_encoder_decoder", False):

@@ -1,4 +1,4 @@
-"""``edgedraft-basestation top``: a live table of what a base station's metrics say."""
+"""``edgedraft-basestation top``: a live table of a base station's metrics."""
 
 import time
 import urllib.error
@@ -19,29 +19,29 @@ _PREFIX = "edgedraft_"
 
 @dataclass(frozen=True)
 class Snapshot:
-    """All samples at one time, by name, and for each the values by label."""
+    """All samples at one time: for each name, the values by label."""
 
     time: float
     samples: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def total(self, name: str) -> float:
-        """Over all labels."""
+        """The sum over all labels."""
         return sum(self.samples.get(name, {}).values())
 
     def value(self, name: str, label: str) -> float:
-        """Of one label."""
+        """The value of one label, 0 where it does not exist."""
         return self.samples.get(name, {}).get(label, 0.0)
 
 
 def read_snapshot(url: str, now: float | None = None) -> Snapshot:
-    """Ask a base station.
+    """Scrape a base station.
 
     Raises:
-        LinkError: none answers there.
-        SettingsError: what answers is none.
+        LinkError: nothing answers at ``url``.
+        SettingsError: ``url`` is not a base station's.
     """
     if not url.startswith(("http://", "https://")):
-        raise SettingsError("url", url, "http://HOST:PORT, what the base station's --metrics-bind says")
+        raise SettingsError("url", url, "http://HOST:PORT, the address in the base station's --metrics-bind")
     try:
         with urllib.request.urlopen(url.rstrip("/") + "/metrics", timeout=_TIMEOUT) as answer:  # noqa: S310 - checked
             text = answer.read().decode()
@@ -53,10 +53,10 @@ def read_snapshot(url: str, now: float | None = None) -> Snapshot:
 
 
 def parse_snapshot(text: str, now: float) -> Snapshot:
-    """What a scrape says.
+    """Parse the text of a scrape.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is not in Prometheus' format.
     """
     samples: dict[str, dict[str, float]] = defaultdict(dict)
     for family in text_string_to_metric_families(text):
@@ -67,7 +67,7 @@ def parse_snapshot(text: str, now: float) -> Snapshot:
 
 
 def render(before: Snapshot, now: Snapshot) -> Group:
-    """What happened between two snapshots, and what is."""
+    """Tables of the rates between two snapshots, and of the current values."""
     return Group(_passes(before, now), _modes(before, now), _positions(now))
 
 
@@ -75,19 +75,19 @@ def _passes(before: Snapshot, now: Snapshot) -> Table:
     table = Table(title="base station", title_justify="left")
     rows = (
         ("sessions", f"{now.total('sessions'):.0f}"),
-        ("KV memory in use", _share(now.total("kv_positions_used"), now.total("kv_positions_capacity"))),
-        ("passes/s", f"{_rate(before, now, 'forward_seconds_count'):.1f}"),
-        ("sessions a pass", _mean(before, now, "pass_sessions", 1, "")),
-        ("tokens a pass", _mean(before, now, "pass_tokens", 1, "")),
+        ("KV pool in use", _share(now.total("kv_positions_used"), now.total("kv_positions_capacity"))),
+        ("forward passes/s", f"{_rate(before, now, 'forward_seconds_count'):.1f}"),
+        ("sessions per pass", _mean(before, now, "batch_sessions", 1, "")),
+        ("tokens per pass", _mean(before, now, "batch_tokens", 1, "")),
         ("forward", _mean(before, now, "forward_seconds", 1e3, " ms")),
         ("verify", _mean(before, now, "verify_seconds", 1e3, " ms")),
-        ("queue", _mean(before, now, "queue_seconds", 1e3, " ms")),
+        ("queueing delay", _mean(before, now, "queueing_delay_seconds", 1e3, " ms")),
         ("evictions", f"{now.total('evictions_total'):.0f}"),
-        ("memory shortages", f"{now.total('memory_shortages_total'):.0f}"),
+        ("out of memory", f"{now.total('out_of_memory_total'):.0f}"),
         ("faults", ", ".join(_counts(now, "faults_total")) or "0"),
     )
-    table.add_column("what")
-    table.add_column("now", justify="right")
+    table.add_column("metric")
+    table.add_column("value", justify="right")
     for row in rows:
         table.add_row(*row)
     return table
@@ -106,7 +106,7 @@ def _modes(before: Snapshot, now: Snapshot) -> Table:
 
 
 def _positions(now: Snapshot) -> Table:
-    table = Table("place in the round", "drafted", "accepted", title="acceptance so far", title_justify="left")
+    table = Table("position in round", "drafted", "accepted", title="acceptance since the start", title_justify="left")
     drafted = now.samples.get("drafted_tokens_at_total", {})
     for position in sorted(drafted, key=int):
         accepted = now.value("accepted_tokens_at_total", position)

@@ -1,4 +1,4 @@
-"""One base station with the real target in float32, shared by the tests that need it."""
+"""Fixtures: one base station with the sample model in float32, shared by all tests marked ``model``."""
 
 from collections.abc import Iterator
 
@@ -16,6 +16,6 @@ def station_address() -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def place(station_address: str) -> Iterator[BenchSetup]:
+def sample_setup(station_address: str) -> Iterator[BenchSetup]:
     with bench_setup(BUNDLE, station_address) as ready:
         yield ready

@@ -1,4 +1,4 @@
-"""Images run as a container engine would run them: their user, no capability, a read-only root, volumes."""
+"""Runs images as a container engine does: as their user, without capabilities, on a read-only root, with volumes."""
 
 import json
 import subprocess
@@ -24,12 +24,12 @@ mount -t tmpfs tmpfs "$root/tmp"
 exec setpriv --no-new-privs --bounding-set=-all,+sys_chroot,+setuid,+setgid \
   chroot --userspec="$user" --groups= "$root" "$@"
 """
-"""ROOT USER (HOST CONTAINER)… -- COMMAND…: every step replaces the one before, so signals reach the command."""
+"""ROOT USER (HOST CONTAINER)… -- COMMAND…: each step execs the next, so signals reach the command."""
 
 
 @dataclass(frozen=True)
 class Image:
-    """An image whose files lie at ``root``; ``network`` is a network namespace, this machine's without one."""
+    """An image mounted at ``root``; ``network`` names a network namespace, None is the host's."""
 
     root: Path
     config: Mapping[str, Any]
@@ -37,21 +37,21 @@ class Image:
     volumes: Mapping[Path, str] = field(default_factory=dict)
 
     def command(self, arguments: Sequence[str], entrypoint: Sequence[str] | None = None) -> list[str]:
-        """The command that runs a container in place of itself."""
+        """The command that runs a container of this image."""
         start = [*(self.config["Entrypoint"] if entrypoint is None else entrypoint), *arguments]
-        mounts = [str(one) for pair in self.volumes.items() for one in pair]
+        mounts = [str(path) for pair in self.volumes.items() for path in pair]
         inside = ["unshare", "--mount", "sh", "-c", _CONTAIN, "sh", str(self.root), self.config["User"], *mounts, "--"]
         environment = ["env", "-i", *self.config["Env"], "HOME=/"]
         return [*in_network(self.network), *inside, *environment, *start]
 
     def run(self, *arguments: str, entrypoint: Sequence[str] | None = None) -> "subprocess.CompletedProcess[str]":
-        """Run to the end."""
+        """Run a container until it exits."""
         command = self.command(arguments, entrypoint)
         return subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
 
     @contextmanager
     def started(self, *arguments: str) -> Iterator["subprocess.Popen[str]"]:
-        """Run in the background, until the end of the block at most; what it says goes to stderr's pipe."""
+        """Run a container in the background and kill it at the end of the block; its stderr is piped."""
         command = self.command(arguments)
         with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
             try:
@@ -60,13 +60,13 @@ class Image:
                 process.kill()
 
     def healthy(self) -> bool:
-        """What the image's own health check says."""
+        """Run the image's health check."""
         kind, *check = self.config["Healthcheck"]["Test"]
         assert kind == "CMD"
         return self.run(*check, entrypoint=[]).returncode == 0
 
     def size(self) -> dict[str, int]:
-        """Bytes of its files, by part: each package of Python by its name, all that is not of these as the base."""
+        """Size in bytes of each Python package, and of everything else as ``base``."""
         packages = next(self.root.glob("opt/edgedraft/lib/python3*/site-packages"))
         parts = {path.name: _bytes(path) for path in packages.iterdir()}
         return {"base": _bytes(self.root) - sum(parts.values()), **parts}
@@ -74,7 +74,7 @@ class Image:
 
 @contextmanager
 def image(name: str, network: str | None = None, volumes: Mapping[Path, str] | None = None) -> Iterator[Image]:
-    """The image ``localhost/edgedraft-NAME``, its files mounted."""
+    """Mount the image ``localhost/edgedraft-NAME``."""
     tag = f"localhost/edgedraft-{name}"
     container = buildah("from", "--pull-never", tag)
     try:
@@ -85,14 +85,14 @@ def image(name: str, network: str | None = None, volumes: Mapping[Path, str] | N
 
 
 def buildah(*arguments: str) -> str:
-    """What a command of buildah prints."""
+    """Run buildah and return its output."""
     finished = subprocess.run(["buildah", *arguments], capture_output=True, text=True, check=True)
     return finished.stdout.strip()
 
 
 @contextmanager
 def network(name: str) -> Iterator[str]:
-    """A network namespace that has nothing but a loopback interface: what listens there, no other machine reaches."""
+    """A network namespace with only a loopback interface, unreachable from other machines."""
     subprocess.run(["ip", "netns", "add", name], check=True)
     try:
         subprocess.run([*in_network(name), "ip", "link", "set", "lo", "up"], check=True)
@@ -102,7 +102,7 @@ def network(name: str) -> Iterator[str]:
 
 
 def in_network(name: str | None) -> list[str]:
-    """What to put before a command."""
+    """The prefix that runs a command in network namespace ``name``."""
     return ["ip", "netns", "exec", name] if name else []
 
 

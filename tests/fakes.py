@@ -1,7 +1,7 @@
-"""Models without weights: the next token's logits are a table over the last two tokens.
+"""Models without weights: the next token's logits come from a table indexed by the last two tokens.
 
-They keep the whole history as the real ones keep keys and values, so a wrong
-rollback or a token run twice shows in what they say next.
+They keep all tokens, as real models keep their KV cache, so a wrong rollback or a
+token that runs twice changes the next logits.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from basestation.kv_pool import KVPool, KVShape, Segment, SequenceKVCache
+from basestation.kv_pool import KVPool, KVShape, SequenceKVCache
+from basestation.segment import Segment
 from basestation.target_model import TargetModel, Vocabulary
 from device.draft_model import DraftModel
 from protocol.bundle import CacheKind, Manifest, QualityFigures, vocabulary_hash
@@ -25,13 +26,13 @@ def random_table(vocab_size: int, seed: int, sharpness: float = 1.5) -> Table:
 
 
 def blend(one: Table, other: Table, share: float) -> Table:
-    """A table somewhere between two, so that a draft is sometimes right."""
+    """A mixture of two tables, so that some drafted tokens are accepted."""
     return (share * one + (1 - share) * other).astype(np.float32)
 
 
 def next_logits(table: Table, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
-    before = tokens[-2] if len(tokens) > 1 else 0
-    logits: npt.NDArray[np.float32] = table[before, tokens[-1]]
+    previous = tokens[-2] if len(tokens) > 1 else 0
+    logits: npt.NDArray[np.float32] = table[previous, tokens[-1]]
     return logits
 
 
@@ -85,7 +86,7 @@ class FakeDraftModel:
 
 
 class FakeSequenceKVCache(SequenceKVCache):
-    """A kv_cache that keeps the tokens too."""
+    """A KV cache that also keeps the tokens."""
 
     def __init__(self, kv_pool: KVPool) -> None:
         super().__init__(kv_pool)
@@ -95,8 +96,8 @@ class FakeSequenceKVCache(SequenceKVCache):
         super().rollback(length)
         del self.tokens[self.length :]
 
-    def join(self, source: SequenceKVCache, length: int) -> None:
-        super().join(source, length)
+    def share_prefix(self, source: SequenceKVCache, length: int) -> None:
+        super().share_prefix(source, length)
         self.tokens = cast(FakeSequenceKVCache, source).tokens[:length]
 
 
@@ -108,11 +109,11 @@ class FakeTarget:
     name: str = "table"
     kv_pool: KVPool = field(default_factory=lambda: new_kv_pool(2**20))
     memory: int | None = None
-    """Tokens that a pass may have, before it is told that there is no memory."""
+    """Tokens in a forward pass above which it raises an out-of-memory error."""
     passes: list[int] = field(default_factory=list)
-    """Sessions in each pass so far."""
+    """Sessions in each forward pass so far."""
     tokens: list[int] = field(default_factory=list)
-    """Tokens in each."""
+    """Tokens in each forward pass so far."""
 
     @classmethod
     def make(
@@ -136,7 +137,7 @@ class FakeTarget:
     def forward(self, segments: Sequence[Segment]) -> torch.Tensor:
         tokens = sum(len(segment.token_ids) for segment in segments)
         if self.memory is not None and tokens > self.memory:
-            raise torch.OutOfMemoryError("this model says so")
+            raise torch.OutOfMemoryError("more tokens than this fake target allows")
         self.passes.append(len(segments))
         self.tokens.append(tokens)
         return torch.cat([self._run(segment) for segment in segments])
@@ -159,7 +160,7 @@ def new_kv_pool(capacity: int) -> KVPool:
 
 
 def target_alone(table: Table, prompt: Sequence[int], count: int) -> list[int]:
-    """The slow and obvious twin of every greedy answer."""
+    """The target's own greedy tokens: the slow and obvious twin of every greedy answer."""
     tokens = list(prompt)
     for _ in range(count):
         tokens.append(int(next_logits(table, tokens).argmax()))

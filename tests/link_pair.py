@@ -1,31 +1,35 @@
-"""A device and a base station joined in memory, over a link that can lose and repeat frames."""
+"""A device and a base station joined in memory, over a link that can lose and duplicate frames."""
 
 from collections import defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from basestation.engine import Engine, Peer
+from basestation.engine import Engine
+from basestation.peer import Peer
 from basestation.scheduler import PassBudget
 from basestation.target_model import TargetModel
-from device.client import Client, Timeouts
+from device.client import Client
 from device.draft_model import DraftModel
 from device.link import Link
+from device.planner import Planners
+from device.session import DeviceSession
+from device.settings import DraftSettings, Timeouts
 from protocol.errors import FullError, ProtocolError
 from protocol.frames import FrameCodec
 from protocol.limits import Limits
 from protocol.messages import Fault, Message, Open
 
-Fate: TypeAlias = Callable[[Message], int]
-"""How many times a message arrives: 0 loses it, 2 repeats it."""
+CopyCount: TypeAlias = Callable[[Message], int]
+"""How many copies of a message arrive: 0 loses it, 2 duplicates it."""
 
 
-def once(_: Message) -> int:
+def deliver_once(_: Message) -> int:
     return 1
 
 
 class Station:
-    """An engine without a socket: frames of any number of peers in, frames out."""
+    """An engine without a socket, for any number of peers."""
 
     def __init__(self, target: TargetModel, limits: Limits | None = None, budget: PassBudget | None = None) -> None:
         self.limits = limits or Limits()
@@ -54,12 +58,12 @@ class Station:
 
 @dataclass
 class MemoryTransport:
-    """One device's frames; time passes only while it waits."""
+    """Transports the frames of one device; the clock advances only while it waits."""
 
     station: Station
     peer: bytes = b"a"
-    up: Fate = once
-    down: Fate = once
+    up: CopyCount = deliver_once
+    down: CopyCount = deliver_once
     now: float = 0.0
     connections: int = 1
     uplink: list[bytes] = field(default_factory=list)
@@ -88,7 +92,7 @@ class MemoryTransport:
 
 
 class TimedTransport(MemoryTransport):
-    """The base station's time passes with the device's."""
+    """Advances the base station's clock with the device's."""
 
     def receive(self, timeout: float) -> bytes | None:
         before = self.now
@@ -98,13 +102,13 @@ class TimedTransport(MemoryTransport):
 
 
 class RefusingTransport(TimedTransport):
-    """A base station that opens no session before a certain time.
+    """A base station that refuses to open sessions until a given time.
 
     Attributes:
-        code: what it says instead.
-        opens_at: until when, in seconds.
-        retry_seconds: what it says of that.
-        refused_at: when it did.
+        code: error code of the Faults.
+        opens_at: time of the first Open that is not refused, in seconds.
+        retry_seconds: ``retry_seconds`` of the Faults.
+        refused_at: times of the refused Opens.
     """
 
     code = FullError.code
@@ -125,8 +129,16 @@ class RefusingTransport(TimedTransport):
             super().send(frame)
 
 
+def open_session(
+    client: Client, settings: DraftSettings, model: DraftModel, prompt: list[int], planners: Planners | None = None
+) -> DeviceSession:
+    """Open a session; sessions that share ``planners`` share their measurements."""
+    planner = (planners or Planners(model.manifest.quality)).for_settings(settings)
+    return DeviceSession(client, planner, settings, model, prompt)
+
+
 def join(station: Station, model: DraftModel, transport: MemoryTransport | None = None) -> tuple[Client, Link]:
-    """A greeted client of ``station``."""
+    """Connect a client to ``station``."""
     transport = transport or MemoryTransport(station)
     link = Link(transport, FrameCodec(model.manifest.vocab_size), "memory")
     return Client(link, model.manifest, Timeouts(), clock=lambda: transport.now), link

@@ -1,4 +1,4 @@
-"""A TCP relay between devices and a base station that counts what passes, and can hang up."""
+"""A TCP relay between devices and a base station that counts bytes and can drop connections."""
 
 import contextlib
 import socket
@@ -7,10 +7,11 @@ import time
 
 
 class CountingRelay:
-    """Listens at ``port`` of loopback and passes everything on to a base station.
+    """Forwards connections to ``port`` on loopback to a base station.
 
     Attributes:
-        station_port: of loopback, where new connections margin.
+        port: the port the relay listens on.
+        station_port: the base station's port on loopback, for new connections.
     """
 
     def __init__(self, station_port: int) -> None:
@@ -26,21 +27,21 @@ class CountingRelay:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._listener.shutdown(socket.SHUT_RDWR)  # closing alone would let one more connection in
+        self._listener.shutdown(socket.SHUT_RDWR)  # close() alone would accept one more connection
         self._accepting.join()
         self._listener.close()
-        self.hang_up()
+        self.drop_connections()
 
-    def hang_up(self) -> None:
-        """Break all connections; new ones are taken."""
+    def drop_connections(self) -> None:
+        """Close all connections; the relay still accepts new ones."""
         while self._sockets:
-            one = self._sockets.pop()
+            connection = self._sockets.pop()
             with contextlib.suppress(OSError):
-                one.shutdown(socket.SHUT_RDWR)
-            one.close()
+                connection.shutdown(socket.SHUT_RDWR)
+            connection.close()
 
-    def settled(self) -> tuple[int, int]:
-        """Bytes up and down, once nothing has passed for a while."""
+    def wait_until_idle(self) -> tuple[int, int]:
+        """Wait until no bytes are in transit; return the bytes up and down so far."""
         before = None
         while before != (now := (self._counts[0], self._counts[1])):
             before = now
@@ -48,7 +49,7 @@ class CountingRelay:
         return now
 
     def _accept(self) -> None:
-        with contextlib.suppress(OSError):  # the listener is shut down, as at the end of every test
+        with contextlib.suppress(OSError):  # __exit__ shuts the listener down
             while True:
                 device, _ = self._listener.accept()
                 self._sockets.append(device)
@@ -61,12 +62,12 @@ class CountingRelay:
                     threading.Thread(target=self._pump, args=(source, sink, direction), daemon=True).start()
 
     def _connect(self) -> socket.socket | None:
-        with contextlib.suppress(OSError):  # the base station is gone
+        with contextlib.suppress(OSError):  # no base station is listening
             return socket.create_connection(("127.0.0.1", self.station_port))
         return None
 
     def _pump(self, source: socket.socket, sink: socket.socket, direction: int) -> None:
-        with contextlib.suppress(OSError):  # one end is gone
+        with contextlib.suppress(OSError):  # one end closed the connection
             while data := source.recv(65536):
                 self._counts[direction] += len(data)
                 sink.sendall(data)

@@ -1,4 +1,4 @@
-"""The real sample model and its bundle, as ``make models`` leaves them."""
+"""Paths of the sample model and its bundle, which ``make models`` writes."""
 
 from pathlib import Path
 

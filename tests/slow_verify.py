@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from basestation.verify import Round, VerificationResult
+from basestation.verify import RoundToVerify, VerificationResult
 from protocol.coupling import PositionNoise
 from protocol.messages import Sampling
 from protocol.randomness import Stream, uniform
@@ -15,7 +15,7 @@ Probs = npt.NDArray[np.float64]  # [V]
 
 
 def target_probs(logits: npt.NDArray[np.floating], sampling: Sampling) -> Probs:
-    """Temperature, then top-k with its ties, then the smallest set of likeliest tokens that reaches top-p."""
+    """P after temperature, top-k (with ties), then top-p."""
     scores = logits.astype(np.float64) / sampling.temperature
     probs: Probs = np.exp(scores - scores.max())
     if sampling.top_k:
@@ -30,48 +30,52 @@ def target_probs(logits: npt.NDArray[np.floating], sampling: Sampling) -> Probs:
 
 
 def dense(distribution: SparseDistribution) -> Probs:
-    """Q with a number for every token."""
+    """Q as a dense vector."""
     probs = np.zeros(distribution.vocab_size)
     probs[distribution.support] = distribution.probs
     return probs
 
 
-def draw_one(weights: Probs, number: float) -> int:
-    """The token that ``number`` in [0, 1) falls on."""
+def sample_one(weights: Probs, number: float) -> int:
+    """Inverse-transform sampling with ``number`` in [0, 1)."""
     cumulative = np.cumsum(weights)
     return int(np.searchsorted(cumulative, cumulative[-1] * number, side="right"))
 
 
 def accepts(number: float, target_prob: float, draft_prob: float) -> bool:
-    """With the probability min(1, P/Q)."""
+    """True with probability min(1, P/Q)."""
     return number * draft_prob < target_prob
 
 
-def judge_one(
-    logits: npt.NDArray[np.float32], judged: Round, accepts: Callable[[float, float, float], bool] = accepts
+def verify_one(
+    logits: npt.NDArray[np.float32],
+    drafted_round: RoundToVerify,
+    accepts: Callable[[float, float, float], bool] = accepts,
 ) -> VerificationResult:
     """One round, token by token, in the paper's order; logits [draft_len + 1, V]."""
-    if not judged.by_distributions:
-        return _match(logits, judged)
-    seed = judged.sampling.seed
-    for index, (token_id, sent) in enumerate(zip(judged.drafted, judged.distributions, strict=True)):
-        target, draft = target_probs(logits[index], judged.sampling), dense(sent)
-        position = judged.position + index
+    if not drafted_round.rejection_sampling:
+        return _verify_by_match(logits, drafted_round)
+    seed = drafted_round.sampling.seed
+    for index, (token_id, sent) in enumerate(zip(drafted_round.drafted, drafted_round.distributions, strict=True)):
+        target, draft = target_probs(logits[index], drafted_round.sampling), dense(sent)
+        position = drafted_round.position + index
         if not accepts(uniform(seed, position, Stream.ACCEPT), target[token_id], draft[token_id]):
             return VerificationResult(
-                index, draw_one(np.maximum(0, target - draft), uniform(seed, position, Stream.RESULT))
+                index, sample_one(np.maximum(0, target - draft), uniform(seed, position, Stream.RESULT))
             )
-    end = len(judged.drafted)
-    bonus = target_probs(logits[end], judged.sampling)
-    return VerificationResult(end, draw_one(bonus, uniform(seed, judged.position + end, Stream.RESULT)))
+    end = len(drafted_round.drafted)
+    bonus = target_probs(logits[end], drafted_round.sampling)
+    return VerificationResult(end, sample_one(bonus, uniform(seed, drafted_round.position + end, Stream.RESULT)))
 
 
-def _match(logits: npt.NDArray[np.float32], judged: Round) -> VerificationResult:
-    target_ids = [_own_token(row, judged.sampling, judged.position + index) for index, row in enumerate(logits)]
-    return VerificationResult(*_agreed(target_ids, judged.drafted))
+def _verify_by_match(logits: npt.NDArray[np.float32], drafted_round: RoundToVerify) -> VerificationResult:
+    target_ids = [
+        _target_token(row, drafted_round.sampling, drafted_round.position + index) for index, row in enumerate(logits)
+    ]
+    return VerificationResult(*_longest_match(target_ids, drafted_round.drafted))
 
 
-def _own_token(logits: npt.NDArray[np.float32], sampling: Sampling, position: int) -> int:
+def _target_token(logits: npt.NDArray[np.float32], sampling: Sampling, position: int) -> int:
     if sampling.greedy:
         return int(logits.argmax())
     with np.errstate(divide="ignore"):
@@ -80,7 +84,7 @@ def _own_token(logits: npt.NDArray[np.float32], sampling: Sampling, position: in
     return int((scores + noise).argmax())
 
 
-def _agreed(target_ids: Sequence[int], drafted: Sequence[int]) -> tuple[int, int]:
+def _longest_match(target_ids: Sequence[int], drafted: Sequence[int]) -> tuple[int, int]:
     accepted = 0
     while accepted < len(drafted) and drafted[accepted] == target_ids[accepted]:
         accepted += 1

@@ -1,4 +1,4 @@
-"""What an operator sees: metrics as Prometheus reads them, health, records, logs, a trace, and how it ends."""
+"""Operation: metrics, health endpoints, records, logs, traces and draining."""
 
 import json
 import logging
@@ -22,13 +22,15 @@ from basestation.pass_records import PassRecordFile
 from basestation.profiler import PassProfiler
 from basestation.server import Server
 from basestation.top import parse_snapshot, read_snapshot, render
-from device.client import Client, Timeouts
+from device.client import Client
 from device.link import Link
-from device.session import DeviceSession, DraftSettings
+from device.session import DeviceSession
+from device.settings import DraftSettings, Timeouts
 from protocol.errors import FaultError, LinkError, SettingsError
 from protocol.frames import FrameCodec
 from protocol.messages import Mode, Sampling
 from tests.fakes import FakeDraftModel, FakeTarget, blend, random_table, target_alone
+from tests.link_pair import open_session
 from tests.sample import PROJECT
 from tests.serving import serving
 
@@ -44,19 +46,19 @@ SETTINGS = (
 
 
 @dataclass
-class Place:
-    """A base station with all that watches it."""
+class MonitoredStation:
+    """A base station with a monitor and a record file."""
 
     server: Server
     monitor: Monitor
     record: Path
     links: list[Link] = field(default_factory=list)
 
-    def session(self, settings: DraftSettings, patience: Timeouts | None = None) -> tuple[DeviceSession, Link]:
+    def session(self, settings: DraftSettings, timeouts: Timeouts | None = None) -> tuple[DeviceSession, Link]:
         model = FakeDraftModel.make(DRAFT)
         link = Link.connect(self.server.address, FrameCodec(VOCAB))
         self.links.append(link)
-        return Client(link, model.manifest, patience).open(settings, model, PROMPT), link
+        return open_session(Client(link, model.manifest, timeouts), settings, model, PROMPT), link
 
     def get(self, path: str) -> tuple[int, str]:
         return get(self.monitor.url + path)
@@ -72,7 +74,7 @@ class Place:
 
 def get(url: str) -> tuple[int, str]:
     try:
-        with urllib.request.urlopen(url, timeout=5) as answer:  # noqa: S310 - our own
+        with urllib.request.urlopen(url, timeout=5) as answer:  # noqa: S310 - the test's own server
             return answer.status, answer.read().decode()
     except urllib.error.HTTPError as error:
         with error:
@@ -80,92 +82,92 @@ def get(url: str) -> tuple[int, str]:
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Iterator[Place]:
+def monitored(tmp_path: Path) -> Iterator[MonitoredStation]:
     metrics, record = Metrics(), tmp_path / "rounds.jsonl"
     with closing(Monitor("127.0.0.1:0", metrics)) as monitor, closing(PassRecordFile(record)) as records:
         server = Server(FakeTarget.make(TARGET), "tcp://127.0.0.1:0", metrics=metrics, records=records)
         monitor.alive, monitor.ready = (lambda: server.alive), (lambda: not server.draining)
-        place = Place(server, monitor, record)
+        monitored = MonitoredStation(server, monitor, record)
         with serving(server):
-            yield place
-            for link in place.links:
+            yield monitored
+            for link in monitored.links:
                 link.close()
 
 
-def settled(place: Place, name: str, label: str, value: float) -> float:
-    """What a counter says once it has come to ``value``, or after a while."""
+def settled(monitored: MonitoredStation, name: str, label: str, value: float) -> float:
+    """A counter once it has reached ``value``, or after two seconds."""
     for _ in range(100):
-        if place.samples().get((name, label)) == value:
+        if monitored.samples().get((name, label)) == value:
             break
         time.sleep(0.02)
-    return place.samples().get((name, label), 0.0)
+    return monitored.samples().get((name, label), 0.0)
 
 
-def test_a_scrape_counts_what_the_devices_count(place: Place) -> None:
+def test_a_scrape_agrees_with_the_devices_counters(monitored: MonitoredStation) -> None:
     for settings in SETTINGS:
-        session, link = place.session(settings)
+        session, link = monitored.session(settings)
         tokens = [token.token_id for token in session.answer(30)]
         session.close()
         mode, counters = str(settings.mode), session.counters
-        assert settled(place, "rounds_total", mode, counters.rounds) == counters.rounds
-        samples = place.samples()
+        assert settled(monitored, "rounds_total", mode, counters.rounds) == counters.rounds
+        samples = monitored.samples()
         assert samples["drafted_tokens_total", mode] == counters.drafted
         assert samples["accepted_tokens_total", mode] == counters.accepted
         assert counters.accepted + counters.rounds == len(tokens) == 30
-        greeting = [samples[f"{way}_bytes_total", "none"] for way in ("uplink", "downlink")]
-        assert greeting[0] > 0
+        handshake = [samples[f"{direction}_bytes_total", "none"] for direction in ("uplink", "downlink")]
+        assert handshake[0] > 0
         assert link.uplink_bytes > samples["uplink_bytes_total", mode] > link.uplink_bytes / 2
         assert link.downlink_bytes > samples["downlink_bytes_total", mode] > link.downlink_bytes / 3
-    assert settled(place, "sessions", "", 0) == 0
-    samples = place.samples()
+    assert settled(monitored, "sessions", "", 0) == 0
+    samples = monitored.samples()
     uplink = sum(value for (name, _), value in samples.items() if name == "uplink_bytes_total")
     downlink = sum(value for (name, _), value in samples.items() if name == "downlink_bytes_total")
-    assert uplink == sum(link.uplink_bytes for link in place.links)
-    assert downlink == sum(link.downlink_bytes for link in place.links)
+    assert uplink == sum(link.uplink_bytes for link in monitored.links)
+    assert downlink == sum(link.downlink_bytes for link in monitored.links)
 
 
-def test_acceptance_by_position_sums_to_the_whole(place: Place) -> None:
-    session, _ = place.session(SETTINGS[0])
+def test_acceptance_by_position_sums_to_the_total(monitored: MonitoredStation) -> None:
+    session, _ = monitored.session(SETTINGS[0])
     for _ in session.answer(40):
         pass
-    assert settled(place, "rounds_total", "ids", session.counters.rounds) == session.counters.rounds
-    samples = place.samples()
-    for name, whole in (("drafted", session.counters.drafted), ("accepted", session.counters.accepted)):
+    assert settled(monitored, "rounds_total", "ids", session.counters.rounds) == session.counters.rounds
+    samples = monitored.samples()
+    for name, total in (("drafted", session.counters.drafted), ("accepted", session.counters.accepted)):
         counts = [samples.get((f"{name}_tokens_at_total", str(position)), 0.0) for position in range(1, 5)]
-        assert sum(counts) == whole
+        assert sum(counts) == total
         assert counts == sorted(counts, reverse=True)
         assert (f"{name}_tokens_at_total", "5") not in samples
 
 
-def test_faults_are_counted_by_code(place: Place) -> None:
-    session, link = place.session(SETTINGS[0])
+def test_faults_are_counted_by_code(monitored: MonitoredStation) -> None:
+    session, link = monitored.session(SETTINGS[0])
     with pytest.raises(FaultError):
         Client(link, FakeDraftModel.make(random_table(VOCAB + 1, 0)).manifest)
-    assert place.samples()["faults_total", "mismatch"] == 2  # it greets in two versions
+    assert monitored.samples()["faults_total", "mismatch"] == 2  # it sends Hello in two versions
     assert [token.token_id for token in session.answer(5)] == target_alone(TARGET, PROMPT, 5)
 
 
-def test_every_metric_stands_in_the_operations_manual() -> None:
+def test_the_operations_manual_documents_every_metric() -> None:
     manual = (PROJECT / "docs" / "operations.md").read_text(encoding="utf-8")
     names = {family.name for family in Metrics().registry.collect()}
     assert len(names) > 10
     assert [name for name in names if f"`{name}" not in manual] == []
 
 
-def test_a_base_station_is_ready_until_it_drains(place: Place) -> None:
-    session, _ = place.session(SETTINGS[0])
+def test_a_base_station_is_ready_until_it_drains(monitored: MonitoredStation) -> None:
+    session, _ = monitored.session(SETTINGS[0])
     stream = session.answer(20)
     first = next(stream).token_id
-    assert [place.get(path)[0] for path in ("/healthz", "/readyz", "/nothing")] == [200, 200, 404]
-    place.server.stop(drain_seconds=30)
-    assert [place.get(path)[0] for path in ("/healthz", "/readyz")] == [200, 503]
+    assert [monitored.get(path)[0] for path in ("/healthz", "/readyz", "/nothing")] == [200, 200, 404]
+    monitored.server.stop(drain_seconds=30)
+    assert [monitored.get(path)[0] for path in ("/healthz", "/readyz")] == [200, 503]
     with pytest.raises(FaultError, match="shutting down") as caught:
-        place.session(SETTINGS[0], Timeouts(reply=1))
+        monitored.session(SETTINGS[0], Timeouts(retry=1))
     assert caught.value.fault_code == "closing"
     assert [first, *(token.token_id for token in stream)] == target_alone(TARGET, PROMPT, 20)
 
 
-def test_a_drained_base_station_stops_before_its_time_is_up() -> None:
+def test_a_drained_base_station_stops_before_the_drain_time_ends() -> None:
     server = Server(FakeTarget.make(TARGET), "tcp://127.0.0.1:0")
     thread = threading.Thread(target=server.serve)
     thread.start()
@@ -174,7 +176,7 @@ def test_a_drained_base_station_stops_before_its_time_is_up() -> None:
     assert not thread.is_alive()
 
 
-def test_a_monitor_says_not_ready_while_the_model_is_loaded() -> None:
+def test_a_monitor_reports_not_ready_while_the_model_loads() -> None:
     with closing(Monitor("127.0.0.1:0", Metrics())) as monitor:
         assert get(monitor.url + "/readyz")[0] == 503
         assert get(monitor.url + "/healthz")[0] == 200
@@ -185,29 +187,29 @@ def test_a_monitor_says_not_ready_while_the_model_is_loaded() -> None:
             Monitor(bind, Metrics())
 
 
-def test_every_round_leaves_a_line_that_joins_with_the_devices(place: Place) -> None:
-    session, _ = place.session(SETTINGS[0])
+def test_every_round_is_recorded_in_a_line(monitored: MonitoredStation) -> None:
+    session, _ = monitored.session(SETTINGS[0])
     committed = [token.token_id for token in session.answer(30)]
-    assert settled(place, "rounds_total", "ids", session.counters.rounds) == session.counters.rounds
-    lines = [json.loads(line) for line in place.record.read_text(encoding="utf-8").splitlines()]
+    assert settled(monitored, "rounds_total", "ids", session.counters.rounds) == session.counters.rounds
+    lines = [json.loads(line) for line in monitored.record.read_text(encoding="utf-8").splitlines()]
     assert [(line["session"], line["round"]) for line in lines] == [(0, 1 + index) for index in range(len(lines))]
     assert sum(line["drafted"] for line in lines) == session.counters.drafted
     assert sum(line["accepted"] + 1 for line in lines) == len(committed)
     assert lines[-1]["token_id"] == committed[-1]
     assert {line["mode"] for line in lines} == {"ids"}
     for line in lines:
-        assert line["queue_seconds"] >= 0
-        assert line["pass_tokens"] >= line["drafted"] + 1
+        assert line["queueing_delay"] >= 0
+        assert line["batch_tokens"] >= line["drafted"] + 1
 
 
-def test_a_table_shows_what_happened_between_two_looks(place: Place) -> None:
-    session, _ = place.session(SETTINGS[0])
-    before = read_snapshot(place.monitor.url, now=0.0)
+def test_top_shows_the_rates_between_two_snapshots(monitored: MonitoredStation) -> None:
+    session, _ = monitored.session(SETTINGS[0])
+    before = read_snapshot(monitored.monitor.url, now=0.0)
     for _ in session.answer(40):
         pass
-    assert settled(place, "rounds_total", "ids", session.counters.rounds) == session.counters.rounds
+    assert settled(monitored, "rounds_total", "ids", session.counters.rounds) == session.counters.rounds
     console = Console(width=120, record=True, file=Path("/dev/null").open("w", encoding="utf-8"))  # noqa: SIM115
-    console.print(render(before, read_snapshot(place.monitor.url, now=2.0)))
+    console.print(render(before, read_snapshot(monitored.monitor.url, now=2.0)))
     console.file.close()
     rows = [line.replace("│", " ").split() for line in console.export_text().splitlines()]
     (ids,) = [row for row in rows if row[:1] == ["ids"]]
@@ -219,7 +221,7 @@ def test_a_table_shows_what_happened_between_two_looks(place: Place) -> None:
     assert ["sessions", "1"] in rows
 
 
-def test_a_table_of_nothing_is_refused_in_a_line() -> None:
+def test_top_refuses_an_address_without_metrics() -> None:
     with pytest.raises(LinkError, match="--metrics-bind"):
         read_snapshot("http://127.0.0.1:9")
     with pytest.raises(SettingsError, match="url is 'file:///etc/passwd'"):
@@ -227,7 +229,7 @@ def test_a_table_of_nothing_is_refused_in_a_line() -> None:
     assert parse_snapshot("", 0.0).total("sessions") == 0
 
 
-def test_a_line_of_the_json_log_has_its_fields() -> None:
+def test_a_json_log_line_has_all_fields() -> None:
     record = logging.makeLogRecord(
         {"msg": "peer %s: %s", "args": ("ab", 'a "word"'), "levelname": "WARNING", "name": "basestation", "session": 7}
     )
@@ -237,7 +239,7 @@ def test_a_line_of_the_json_log_has_its_fields() -> None:
     assert line["time"].endswith("+00:00")
 
 
-def test_a_trace_is_written_when_some_passes_are_done_or_the_station_stops(tmp_path: Path) -> None:
+def test_a_trace_is_written_after_some_passes_or_on_close(tmp_path: Path) -> None:
     for name, count in (("long", 40), ("short", 10)):
         path = tmp_path / f"{name}.json"
         with PassProfiler(path) as profiler:

@@ -1,14 +1,15 @@
-"""Resume: is the session still there, with the same tokens? It is found, or opened anew; the answer is the same."""
+"""Resume: a session with the same tokens continues, another is opened again; the answer is the same."""
 
 import pytest
 
-from basestation.engine import Engine, Peer
+from basestation.engine import Engine
+from basestation.peer import Peer
 from basestation.scheduler import PassBudget
-from device.session import DraftSettings
+from device.settings import DraftSettings
 from protocol.limits import Limits
 from protocol.messages import Draft, Fault, Message, Mode, Open, Opened, Resume, Resumed, Sampling, Verdict
 from tests.fakes import FakeDraftModel, FakeTarget, blend, random_table, target_alone
-from tests.link_pair import MemoryTransport, Station, join
+from tests.link_pair import MemoryTransport, Station, join, open_session
 from tests.raw_device import RawDevice, hello
 
 VOCAB = 12
@@ -22,23 +23,23 @@ FIRST, SECOND = Draft(0, 1, (OWN[0],)), Draft(0, 2, (OWN[2],))
 
 def opened() -> RawDevice:
     device = RawDevice(Station(FakeTarget.make(TARGET)))
-    assert device.say(OPEN) == Opened(0, 0)
+    assert device.request(OPEN) == Opened(0, 0)
     return device
 
 
-def test_a_session_with_the_same_tokens_is_found() -> None:
+def test_a_session_with_the_same_tokens_is_resumed() -> None:
     device = opened()
-    assert device.say(Resume.of(0, 1, PROMPT)) == Resumed(0, 1, 3)
-    device.say(FIRST)
-    assert device.say(Resume.of(0, 2, (*PROMPT, *OWN[:2]))) == Resumed(0, 2, 5)
-    assert device.say(SECOND) == Verdict(0, 2, 1, OWN[3])
+    assert device.request(Resume.of(0, 1, PROMPT)) == Resumed(0, 1, 3)
+    device.request(FIRST)
+    assert device.request(Resume.of(0, 2, (*PROMPT, *OWN[:2]))) == Resumed(0, 2, 5)
+    assert device.request(SECOND) == Verdict(0, 2, 1, OWN[3])
 
 
-def test_a_device_that_missed_a_verdict_is_behind_and_gets_it_again() -> None:
+def test_a_device_that_missed_a_verdict_resumes_and_gets_it_again() -> None:
     device = opened()
-    verdict = device.say(FIRST)
-    assert device.say(Resume.of(0, 1, PROMPT)) == Resumed(0, 2, 5)
-    assert device.say(FIRST) == verdict
+    verdict = device.request(FIRST)
+    assert device.request(Resume.of(0, 1, PROMPT)) == Resumed(0, 2, 5)
+    assert device.request(FIRST) == verdict
 
 
 @pytest.mark.parametrize(
@@ -46,10 +47,10 @@ def test_a_device_that_missed_a_verdict_is_behind_and_gets_it_again() -> None:
     [Resume.of(0, 2, (*PROMPT, OWN[0], 1 + OWN[1])), Resume.of(0, 2, (*PROMPT, *OWN[:3])), Resume.of(1, 1, PROMPT)],
     ids=["other tokens", "more tokens", "no such session"],
 )
-def test_another_session_than_the_devices_is_unknown(resume: Resume) -> None:
+def test_a_session_with_other_tokens_is_unknown(resume: Resume) -> None:
     device = opened()
-    device.say(FIRST)
-    fault = device.say(resume)
+    device.request(FIRST)
+    fault = device.request(resume)
     assert isinstance(fault, Fault)
     assert (fault.session_id, fault.code) == (resume.session_id, "unknown_session")
 
@@ -57,12 +58,12 @@ def test_another_session_than_the_devices_is_unknown(resume: Resume) -> None:
 def test_a_device_too_far_behind_is_unknown() -> None:
     device, tokens = opened(), [*PROMPT]
     for round_id in range(1, 4 + Limits.window):
-        device.say(Draft(0, round_id, ()))
-    fault = device.say(Resume.of(0, 1, tokens))
+        device.request(Draft(0, round_id, ()))
+    fault = device.request(Resume.of(0, 1, tokens))
     assert isinstance(fault, Fault)
 
 
-def test_replies_go_to_where_the_device_resumed() -> None:
+def test_replies_go_to_the_address_that_resumed() -> None:
     delivered: list[tuple[bytes, Message]] = []
 
     def deliver(address: bytes, message: Message) -> int:
@@ -91,7 +92,7 @@ def test_an_extend_whose_reply_is_lost_keeps_the_session() -> None:
 
     transport = MemoryTransport(station, down=down)
     client, _ = join(station, model, transport)
-    session = client.open(DraftSettings(Mode.IDS, Sampling(), 4, 4), model, [*PROMPT])
+    session = open_session(client, DraftSettings(Mode.IDS, Sampling(), 4, 4), model, [*PROMPT])
     list(session.answer(10))
     session.extend([*PROMPT, 7, 8])
     assert lost
@@ -100,7 +101,7 @@ def test_an_extend_whose_reply_is_lost_keeps_the_session() -> None:
 
 
 class BreakingTransport(MemoryTransport):
-    """A link whose connection breaks at every third send: what is under way then is lost."""
+    """A link whose connection breaks at every third send; frames in flight are lost."""
 
     sends = 0
 
@@ -121,7 +122,7 @@ def test_a_device_resumes_over_every_new_connection(mode: Mode, temperature: flo
         station, model = Station(FakeTarget.make(TARGET)), FakeDraftModel.make(DRAFT)
         transport = kind(station)
         client, _ = join(station, model, transport)
-        session = client.open(DraftSettings(mode, Sampling(temperature, seed=3), 4, 4), model, [*PROMPT])
+        session = open_session(client, DraftSettings(mode, Sampling(temperature, seed=3), 4, 4), model, [*PROMPT])
         answers.append([token.token_id for token in session.answer(30)])
         resumed = sum(isinstance(station.codec.decode(frame), Resume) for frame in transport.uplink)
     assert answers[0] == answers[1]

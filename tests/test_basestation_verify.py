@@ -1,8 +1,8 @@
 """Losslessness: sequences of three tokens against their exact distribution.
 
-Drafts are drawn and judged with the functions that device and base station use,
-through the bytes that would be sent, many seeds at once. Planted defects show
-that the test can fail, and ``judge_one`` is the slow and obvious twin.
+Drafts are sampled and verified with the functions that device and base station
+use, through the encoded bytes, for many seeds at once. Planted defects show that
+the test can fail, and ``verify_one`` is the slow and obvious twin.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,34 +16,43 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from basestation.verify import Draw, Round, VerificationResult, choose_tokens, target_weights, verify_rounds
-from device.sampling import Uplink, draft_distribution, full_distribution
+from basestation.verify import (
+    RoundToVerify,
+    SamplingRow,
+    VerificationResult,
+    sample_target_tokens,
+    target_weights,
+    verify_rounds,
+)
+from device.sampling import full_distribution, sparse_distribution
+from device.settings import UplinkSettings
 from protocol.frames import FrameCodec
 from protocol.messages import Draft, Sampling
 from protocol.randomness import UNIFORM_BITS, WORD_BITS, Stream, random_words, uniform
 from protocol.sparse import MAX_STEPS, SparseDistribution
 from tests.fakes import blend, random_table
-from tests.slow_verify import draw_one, judge_one, target_probs
+from tests.slow_verify import sample_one, target_probs, verify_one
 
 VOCAB = 6
 SAMPLES = 200_000
 AT_ONCE = 50_000
 PROMPT = (1,)
 LENGTH = 3
-FALSE_ALARM = 1e-4  # a planted defect must be far below it
+FALSE_ALARM = 1e-4  # planted defects must have a far smaller p-value
 TARGET = random_table(VOCAB, seed=1)
 DRAFT = blend(TARGET, random_table(VOCAB, seed=2), 0.5)
 
 CODEC = FrameCodec(VOCAB)
 
 Ids = npt.NDArray[np.int64]
+Logits = npt.NDArray[np.float32]
 State = tuple[int, int]
 """The last two tokens, which the next one's logits depend on; 0 before the first."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """How to draft and sample; what is drafted is sent in steps of 1/``steps``, 0 being all V in FP16."""
+    """How to draft and sample; probabilities are sent in steps of 1/``steps``, or for 0 as all V in FP16."""
 
     uplink_k: int
     temperature: float = 1.0
@@ -73,25 +82,25 @@ CASES = [
 
 
 class Sampler:
-    """Draws sequences as device and base station do; the defects below replace a part each."""
+    """Samples sequences as device and base station do; each defect below replaces one part."""
 
     def __init__(self, case: Case) -> None:
         self.case = case
         self.sent = cache(self._sent)
 
-    def drawn_from(self, state: State) -> SparseDistribution:
+    def sampling_distribution(self, state: State) -> SparseDistribution:
         return self.sent(state)
 
-    def judged_by(self, state: State) -> SparseDistribution:
+    def verifying_distribution(self, state: State) -> SparseDistribution:
         return self.sent(state)
 
-    def judge(self, logits: npt.NDArray[np.float32], rounds: Sequence[Round]) -> list[VerificationResult]:
+    def verify(self, logits: Logits, rounds: Sequence[RoundToVerify]) -> list[VerificationResult]:
         return verify_rounds(torch.from_numpy(logits), rounds)
 
     def sequences(self, seeds: Ids) -> Ids:
-        """[n, LENGTH], one sequence a seed."""
+        """[n, LENGTH], one sequence per seed."""
         end = len(PROMPT) + LENGTH
-        tokens = np.zeros((len(seeds), end + self.case.draft_len + 1), np.int64)  # [:, 0] is 0: before the prompt
+        tokens = np.zeros((len(seeds), end + self.case.draft_len + 1), np.int64)  # [:, 0]: before the prompt
         tokens[:, 1 : 1 + len(PROMPT)] = PROMPT
         lengths = np.full(len(seeds), len(PROMPT))
         while (unfinished := np.flatnonzero(lengths < end)).size:
@@ -101,52 +110,52 @@ class Sampler:
         return tokens[:, 1 + len(PROMPT) : 1 + end]
 
     def round(self, tokens: Ids, length: int, seeds: Ids) -> tuple[Ids, Ids]:
-        """Draft and judge behind the first ``length`` tokens; gives the tokens, and how many count."""
+        """Draft and verify after the first ``length`` tokens; returns the tokens and their new lengths."""
         draft_len = self.case.draft_len
         for position in range(length, length + draft_len):
-            tokens[:, 1 + position] = self.draw(tokens[:, position - 1 : position + 1], seeds, position)
+            tokens[:, 1 + position] = self.sample(tokens[:, position - 1 : position + 1], seeds, position)
         states = np.stack([tokens[:, length + index - 1 : length + index + 1] for index in range(draft_len + 1)], 1)
         logits = TARGET[states[..., 0], states[..., 1]].reshape(-1, VOCAB)
-        judging = np.empty((VOCAB, VOCAB), object)
+        sent = np.empty((VOCAB, VOCAB), object)
         for before, last in product(range(VOCAB), repeat=2):
-            judging[before, last] = self.judged_by((before, last))
-        distributions = judging[states[:, :-1, 0], states[:, :-1, 1]]
+            sent[before, last] = self.verifying_distribution((before, last))
+        distributions = sent[states[:, :-1, 0], states[:, :-1, 1]]
         drafted = tokens[:, 1 + length : 1 + length + draft_len]
         rounds = [
-            Round(Sampling(self.case.temperature, top_p=self.case.top_p, seed=seed), length, ids, sent, True)
-            for seed, ids, sent in zip(seeds.tolist(), drafted.tolist(), distributions.tolist(), strict=True)
+            RoundToVerify(Sampling(self.case.temperature, top_p=self.case.top_p, seed=seed), length, ids, row, True)
+            for seed, ids, row in zip(seeds.tolist(), drafted.tolist(), distributions.tolist(), strict=True)
         ]
-        results = self.judge(logits, rounds)
+        results = self.verify(logits, rounds)
         accepted = np.array([one.accepted for one in results])
         tokens[np.arange(len(tokens)), 1 + length + accepted] = [one.token_id for one in results]
         return tokens, length + accepted + 1
 
-    def draw(self, states: Ids, seeds: Ids, position: int) -> Ids:
-        """What ``SparseDistribution.sample`` draws, for many seeds."""
+    def sample(self, states: Ids, seeds: Ids, position: int) -> Ids:
+        """``SparseDistribution.sample`` for many seeds."""
         bits = random_words(seeds, np.full(len(seeds), position), Stream.DRAFT) >> np.uint64(WORD_BITS - UNIFORM_BITS)
-        drawn = np.empty(len(seeds), np.int64)
+        sampled = np.empty(len(seeds), np.int64)
         for state in np.unique(states, axis=0):
             rows = (states == state).all(axis=1)
-            ids, starts = draws_of(self.drawn_from((int(state[0]), int(state[1]))))
-            drawn[rows] = ids[starts.searchsorted(bits[rows].astype(np.int64), side="right") - 1]
-        return drawn
+            ids, starts = thresholds_of(self.sampling_distribution((int(state[0]), int(state[1]))))
+            sampled[rows] = ids[starts.searchsorted(bits[rows].astype(np.int64), side="right") - 1]
+        return sampled
 
     def p_value(self, samples: int) -> float:
-        """Of the chi-squared test of ``samples`` sequences; rare ones are pooled into one cell."""
+        """Of a chi-squared test on ``samples`` sequences; rare ones are pooled into one cell."""
         counts = np.zeros((VOCAB,) * LENGTH)
         for start in range(0, samples, AT_ONCE):
-            drawn = self.sequences(np.arange(start, min(start + AT_ONCE, samples)))
-            np.add.at(counts, tuple(drawn.T), 1)
+            sequences = self.sequences(np.arange(start, min(start + AT_ONCE, samples)))
+            np.add.at(counts, tuple(sequences.T), 1)
         expected = np.zeros_like(counts)
         for sequence, probability in self.exact((0, *PROMPT)):
             expected[sequence] = probability * samples
         rare = expected < 5
         observed = np.append(counts[~rare], counts[rare].sum())
-        wanted = np.append(expected[~rare], expected[rare].sum())
-        if wanted[-1] == 0:
-            assert observed[-1] == 0, "an impossible sequence was drawn"
-            observed, wanted = observed[:-1], wanted[:-1]
-        return float(chisquare(observed, wanted).pvalue)
+        expected_counts = np.append(expected[~rare], expected[rare].sum())
+        if expected_counts[-1] == 0:
+            assert observed[-1] == 0, "an impossible sequence was sampled"
+            observed, expected_counts = observed[:-1], expected_counts[:-1]
+        return float(chisquare(observed, expected_counts).pvalue)
 
     def exact(self, tokens: tuple[int, ...], probability: float = 1.0) -> Iterator[tuple[tuple[int, ...], float]]:
         if len(tokens) == 1 + len(PROMPT) + LENGTH:
@@ -156,14 +165,14 @@ class Sampler:
         for token_id in range(VOCAB):
             yield from self.exact((*tokens, token_id), probability * float(row[token_id]))
 
-    def drafted(self, state: State, uplink: Uplink) -> SparseDistribution:
-        return draft_distribution(DRAFT[state], self.case.sampling, uplink)
+    def drafted(self, state: State, uplink: UplinkSettings) -> SparseDistribution:
+        return sparse_distribution(DRAFT[state], self.case.sampling, uplink)
 
     def _sent(self, state: State) -> SparseDistribution:
         if self.case.steps == 0:
             distribution = full_distribution(DRAFT[state], self.case.sampling)
         else:
-            distribution = self.drafted(state, Uplink(self.case.uplink_k, self.case.uplink_p, self.case.steps))
+            distribution = self.drafted(state, UplinkSettings(self.case.uplink_k, self.case.uplink_p, self.case.steps))
         draft = Draft(0, 1, (int(distribution.support[distribution.weights.argmax()]),), (distribution,))
         arrived = CODEC.decode(CODEC.encode(draft))
         assert isinstance(arrived, Draft)
@@ -176,19 +185,19 @@ def starts_of(support: tuple[int, ...], ends: tuple[int, ...], total: int) -> tu
     return np.array(support), np.array(firsts)
 
 
-def draws_of(distribution: SparseDistribution) -> tuple[Ids, Ids]:
-    """The tokens a distribution can draw, and the smallest random number that draws each.
+def thresholds_of(distribution: SparseDistribution) -> tuple[Ids, Ids]:
+    """The tokens a distribution can sample, and the smallest random number that samples each.
 
-    ``sample`` rises with its random number, so it is known where it is known at these numbers and just below.
+    ``sample`` is monotonic, so checking these numbers and the ones just below determines it.
     """
     possible = distribution.weights > 0
     weights = distribution.weights[possible]
     ids, starts = starts_of(
         tuple(distribution.support[possible].tolist()), tuple(weights.cumsum().tolist()), distribution.total
     )
-    for place in range(len(ids)):
-        assert distribution.sample(int(starts[place])) == ids[place]
-        assert place == 0 or distribution.sample(int(starts[place]) - 1) == ids[place - 1]
+    for index in range(len(ids)):
+        assert distribution.sample(int(starts[index])) == ids[index]
+        assert index == 0 or distribution.sample(int(starts[index]) - 1) == ids[index - 1]
     return ids, starts
 
 
@@ -197,52 +206,52 @@ def test_sampled_answers_are_distributed_as_the_targets_own(case: Case) -> None:
     assert Sampler(case).p_value(SAMPLES) > FALSE_ALARM
 
 
-class CutAfterSampling(Sampler):
-    """Draws from all of Q and cuts afterwards; the verifier takes the cut Q for what was drawn from."""
+class TruncatesAfterSampling(Sampler):
+    """Samples from all of Q and truncates afterwards; the verifier uses the truncated Q."""
 
-    def drawn_from(self, state: State) -> SparseDistribution:
-        return self.drafted(state, Uplink(VOCAB, 1.0, MAX_STEPS))
+    def sampling_distribution(self, state: State) -> SparseDistribution:
+        return self.drafted(state, UplinkSettings(VOCAB, 1.0, MAX_STEPS))
 
 
 class VerifiesUnrounded(Sampler):
-    """Verifies against what the device had before rounding, not against what it drew from."""
+    """Verifies against Q before rounding instead of the Q that was sampled from."""
 
-    def judged_by(self, state: State) -> SparseDistribution:
-        return self.drafted(state, Uplink(self.case.uplink_k, self.case.uplink_p, MAX_STEPS))
+    def verifying_distribution(self, state: State) -> SparseDistribution:
+        return self.drafted(state, UplinkSettings(self.case.uplink_k, self.case.uplink_p, MAX_STEPS))
 
 
 class RecoversFromTarget(Sampler):
-    """Draws the recovered token from the target itself instead of the residual."""
+    """Samples the recovered token from P instead of the residual."""
 
-    def judge(self, logits: npt.NDArray[np.float32], rounds: Sequence[Round]) -> list[VerificationResult]:
+    def verify(self, logits: Logits, rounds: Sequence[RoundToVerify]) -> list[VerificationResult]:
         results, start = [], 0
-        for result, judged in zip(super().judge(logits, rounds), rounds, strict=True):
-            probs = target_probs(logits[start + result.accepted], judged.sampling)
-            number = uniform(judged.sampling.seed, judged.position + result.accepted, Stream.RESULT)
-            results.append(VerificationResult(result.accepted, draw_one(probs, number)))
-            start += judged.rows
+        for result, one in zip(super().verify(logits, rounds), rounds, strict=True):
+            probs = target_probs(logits[start + result.accepted], one.sampling)
+            number = uniform(one.sampling.seed, one.position + result.accepted, Stream.RESULT)
+            results.append(VerificationResult(result.accepted, sample_one(probs, number)))
+            start += one.num_logits
         return results
 
 
 class AcceptsByInverse(Sampler):
-    """Accepts by Q/P where P/Q is right."""
+    """Accepts by Q/P instead of P/Q."""
 
-    def judge(self, logits: npt.NDArray[np.float32], rounds: Sequence[Round]) -> list[VerificationResult]:
-        parts = np.split(logits, np.cumsum([one.rows for one in rounds])[:-1])
-        inverse = partial(judge_one, accepts=lambda number, target, draft: number * target < draft)
+    def verify(self, logits: Logits, rounds: Sequence[RoundToVerify]) -> list[VerificationResult]:
+        parts = np.split(logits, np.cumsum([one.num_logits for one in rounds])[:-1])
+        inverse = partial(verify_one, accepts=lambda number, target, draft: number * target < draft)
         return [inverse(part, one) for part, one in zip(parts, rounds, strict=True)]
 
 
 @pytest.mark.parametrize(
     ("defect", "case"),
     [
-        (CutAfterSampling, Case(4)),
+        (TruncatesAfterSampling, Case(4)),
         (RecoversFromTarget, Case(4)),
         (AcceptsByInverse, Case(4)),
         (VerifiesUnrounded, Case(4, steps=8)),
     ],
 )
-def test_planted_defects_are_caught(defect: type[Sampler], case: Case) -> None:
+def test_planted_defects_are_detected(defect: type[Sampler], case: Case) -> None:
     assert defect(case).p_value(SAMPLES // 10) < FALSE_ALARM / 1000
 
 
@@ -255,52 +264,54 @@ SAMPLINGS = (
 )
 
 
-def random_round(rng: np.random.Generator, logits: npt.NDArray[np.float32]) -> Round:
-    """A round of any kind, drawn as a device draws it from logits that are like the target's [rows, V]."""
+def random_round(rng: np.random.Generator, logits: Logits) -> RoundToVerify:
+    """A round of any kind, drafted as a device does, from logits [rows, V] similar to the target's."""
     kind, draft_len = rng.integers(4), len(logits) - 1
     sampling, position = SAMPLINGS[rng.integers(len(SAMPLINGS))], int(rng.integers(1, 1000))
-    guessed = logits[:-1] + rng.normal(0, 0.7, logits[:-1].shape).astype(np.float32)
+    draft_logits = logits[:-1] + rng.normal(0, 0.7, logits[:-1].shape).astype(np.float32)
     if kind < 2:
-        greedy = [int(one.argmax()) for one in guessed]
-        return Round(Sampling() if kind == 0 else sampling, position, greedy)
-    how: Callable[[npt.NDArray[np.float32]], SparseDistribution] = partial(full_distribution, sampling=sampling)
+        greedy = [int(one.argmax()) for one in draft_logits]
+        return RoundToVerify(Sampling() if kind == 0 else sampling, position, greedy)
+    distribution_of: Callable[[Logits], SparseDistribution] = partial(full_distribution, sampling=sampling)
     if kind == 3:
-        how = partial(draft_distribution, sampling=sampling, uplink=Uplink(8, 1.0, 64))
-    distributions = [how(one) for one in guessed]
+        distribution_of = partial(sparse_distribution, sampling=sampling, uplink=UplinkSettings(8, 1.0, 64))
+    distributions = [distribution_of(one) for one in draft_logits]
     drafted = [one.sample(int(rng.integers(2**UNIFORM_BITS))) for one in distributions]
     assert len(drafted) == draft_len
-    return Round(sampling, position, drafted, distributions, by_distributions=True)
+    return RoundToVerify(sampling, position, drafted, distributions, rejection_sampling=True)
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_rounds_of_all_kinds_are_judged_as_each_alone_and_slowly(seed: int) -> None:
+def test_a_batch_is_verified_as_each_round_alone_and_as_the_slow_twin_does(seed: int) -> None:
     rng = np.random.default_rng(seed)
     parts = [rng.normal(0, 2, (1 + int(rng.integers(0, 6)), 40)).astype(np.float32) for _ in range(12)]
     rounds = [random_round(rng, part) for part in parts]
     results = verify_rounds(torch.from_numpy(np.concatenate(parts)), rounds)
     alone = [verify_rounds(torch.from_numpy(part), [one])[0] for part, one in zip(parts, rounds, strict=True)]
-    assert results == alone == [judge_one(part, one) for part, one in zip(parts, rounds, strict=True)]
+    assert results == alone == [verify_one(part, one) for part, one in zip(parts, rounds, strict=True)]
 
 
-def test_no_rounds_have_no_judgements() -> None:
+def test_no_rounds_give_no_results() -> None:
     assert verify_rounds(torch.empty(0, VOCAB), []) == []
 
 
-def test_a_drafted_token_outside_its_own_distribution_is_judged_like_any_other() -> None:
+def test_a_drafted_token_outside_its_own_distribution_is_verified_with_q_0() -> None:
     sent = SparseDistribution(3, np.array([1]), np.array([4]), 4)
     likely, impossible = torch.tensor([[9.0, 0, 0], [0, 0, 9.0]]), torch.tensor([[-torch.inf, 0, 0], [0, 0, 9.0]])
-    assert verify_rounds(likely, [Round(Sampling(1.0), 5, [0], [sent], True)])[0].accepted == 1
-    assert verify_rounds(impossible, [Round(Sampling(1.0), 5, [0], [sent], True)])[0] == VerificationResult(0, 2)
+    rounds = [RoundToVerify(Sampling(1.0), 5, [0], [sent], True)]
+    assert verify_rounds(likely, rounds)[0].accepted == 1
+    assert verify_rounds(impossible, rounds) == [VerificationResult(0, 2)]
 
 
 def test_greedy_accepts_up_to_the_first_difference() -> None:
     logits = torch.tensor([[0.0, 1, 0], [0, 0, 1], [1, 0, 0]])
-    assert choose_tokens(logits, [Draw(Sampling(), position) for position in range(3)]).tolist() == [1, 2, 0]
+    rows = [SamplingRow(Sampling(), position) for position in range(3)]
+    assert sample_target_tokens(logits, rows).tolist() == [1, 2, 0]
     for drafted, result in (([1, 2], (2, 0)), ([1, 1], (1, 2)), ([0, 2], (0, 1))):
-        assert verify_rounds(logits, [Round(Sampling(), 7, drafted)]) == [VerificationResult(*result)]
+        assert verify_rounds(logits, [RoundToVerify(Sampling(), 7, drafted)]) == [VerificationResult(*result)]
 
 
-def test_the_targets_probabilities_keep_the_nucleus_and_no_more() -> None:
+def test_target_probabilities_after_temperature_top_k_and_top_p() -> None:
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
     for sampling, kept in (
         (Sampling(1.0, top_p=0.8), [0.625, 0.375, 0, 0]),

@@ -1,4 +1,4 @@
-"""The drafter keeps the draft model's cache in step with whatever is committed, and runs nothing twice."""
+"""The drafter keeps the draft model's KV cache in step with the committed tokens, and runs no token twice."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from device.drafter import Drafter, DraftResult
-from device.sampling import Uplink, draft_distribution, full_distribution
+from device.sampling import full_distribution, sparse_distribution
+from device.settings import UplinkSettings
 from protocol.coupling import MAX_MARGIN
 from protocol.messages import Mode, Sampling
 from protocol.randomness import Stream, random_bits
@@ -26,45 +27,54 @@ token_ids = st.integers(0, VOCAB - 1)
 
 
 @dataclass
-class Fresh:
-    """A drafter that has run nothing yet, and its model."""
+class Setup:
+    """A drafter and its model."""
 
     drafter: Drafter
     model: FakeDraftModel
 
 
-def uplink_of(mode: Mode) -> Uplink:
-    return Uplink.of_mode(mode, 3, 0.7, 0)
+def uplink_of(mode: Mode) -> UplinkSettings:
+    return UplinkSettings.of_mode(mode, 3, 0.7, 0)
 
 
-def fresh(mode: Mode, sampling: Sampling, stop_ids: tuple[int, ...] = ()) -> Fresh:
+def new_setup(mode: Mode, sampling: Sampling, stop_ids: tuple[int, ...] = ()) -> Setup:
     model = FakeDraftModel.make(TABLE, stop_ids)
-    return Fresh(Drafter(model, mode, sampling, uplink_of(mode)), cast(FakeDraftModel, model))
+    return Setup(Drafter(model, mode, sampling, uplink_of(mode)), cast(FakeDraftModel, model))
 
 
 def slow_draft(mode: Mode, sampling: Sampling, tokens: list[int], draft_len: int) -> DraftResult:
-    """Without a cache: the whole sequence is looked at for each token."""
+    """Draft without a KV cache: the logits depend on the whole sequence."""
     drafted, distributions, margins = list(tokens), [], []
     for _ in range(draft_len):
         logits = next_logits(TABLE, drafted)
-        one = (
+        distribution = (
             full_distribution(logits, sampling)
             if mode is Mode.FULL
-            else draft_distribution(logits, sampling, uplink_of(mode))
+            else sparse_distribution(logits, sampling, uplink_of(mode))
         )
-        distributions.append(one)
+        distributions.append(distribution)
         second, first = sorted(logits)[-2:]
         margins.append(min(first - second, MAX_MARGIN) if sampling.greedy else None)
-        drafted.append(one.sample(random_bits(sampling.seed, len(drafted), Stream.DRAFT)))
+        drafted.append(distribution.sample(random_bits(sampling.seed, len(drafted), Stream.DRAFT)))
     return DraftResult(tuple(drafted[len(tokens) :]), () if mode is Mode.IDS else tuple(distributions), tuple(margins))
 
 
 @dataclass(frozen=True)
 class Round:
-    """Draft, perhaps run ahead; ``accepted`` of the drafted tokens stand, ``token_id`` follows; perhaps a new turn."""
+    """A round, and the start of the next turn.
+
+    Attributes:
+        draft_len: tokens drafted.
+        cache_last_token: whether the last drafted token is cached.
+        accepted: most drafted tokens that are accepted.
+        token_id: the recovered or bonus token.
+        keep: share of the committed tokens that the next turn keeps.
+        turn: tokens of the next turn's prompt; empty where none starts.
+    """
 
     draft_len: int
-    ahead: bool
+    cache_last_token: bool
     accepted: int
     token_id: int
     keep: float
@@ -74,7 +84,7 @@ class Round:
 rounds = st.builds(
     Round,
     draft_len=st.integers(0, 5),
-    ahead=st.booleans(),
+    cache_last_token=st.booleans(),
     accepted=st.integers(0, 5),
     token_id=token_ids,
     keep=st.just(1.0) | st.floats(0, 1),
@@ -84,125 +94,127 @@ rounds = st.builds(
 
 @given(st.sampled_from(MODES), st.lists(token_ids, min_size=1, max_size=6), st.lists(rounds, max_size=8), st.booleans())
 @settings(deadline=None)
-def test_after_any_rounds_a_draft_is_that_of_a_fresh_drafter(
+def test_draft_after_any_rounds_equals_that_of_a_new_drafter(
     mode: tuple[Mode, Sampling], prompt: list[int], script: list[Round], prefill: bool
 ) -> None:
-    kept, tokens = fresh(*mode), list(prompt)
-    for one in script:
-        drafted = kept.drafter.draft(tokens, one.draft_len)
-        assert drafted == fresh(*mode).drafter.draft(tokens, one.draft_len) == slow_draft(*mode, tokens, one.draft_len)
-        assert kept.model.tokens == [*tokens, *drafted.token_ids[:-1]][: kept.model.length]
-        if one.ahead:
-            kept.drafter.run_ahead()
-            assert kept.model.tokens == [*tokens, *drafted.token_ids]
-        tokens += [*drafted.token_ids[: one.accepted], one.token_id]
-        if one.turn:
-            tokens = [*tokens[: round(one.keep * len(tokens))], *one.turn]
+    setup, tokens = new_setup(*mode), list(prompt)
+    for step in script:
+        drafted = setup.drafter.draft(tokens, step.draft_len)
+        assert drafted == new_setup(*mode).drafter.draft(tokens, step.draft_len)
+        assert drafted == slow_draft(*mode, tokens, step.draft_len)
+        assert setup.model.tokens == [*tokens, *drafted.token_ids[:-1]][: setup.model.length]
+        if step.cache_last_token:
+            setup.drafter.cache_last_token()
+            assert setup.model.tokens == [*tokens, *drafted.token_ids]
+        tokens += [*drafted.token_ids[: step.accepted], step.token_id]
+        if step.turn:
+            tokens = [*tokens[: round(step.keep * len(tokens))], *step.turn]
             if prefill:
-                kept.drafter.prefill(tokens)
-                assert kept.model.tokens == tokens[:-1]
+                setup.drafter.prefill(tokens)
+                assert setup.model.tokens == tokens[:-1]
 
 
 @every_mode
-def test_a_round_runs_each_token_once(mode: Mode, sampling: Sampling) -> None:
-    """After the prompt: a pass for each drafted token, and nothing that was run and stands is run again."""
-    one, tokens = fresh(mode, sampling), list(PROMPT)
-    one.drafter.prefill(tokens)
-    assert one.model.passes == [len(PROMPT) - 1]
-    drafted = one.drafter.draft(tokens, 3)
-    assert one.model.passes[1:] == [1, 1, 1]
-    tokens += [*drafted.token_ids, 0]  # all stand: the last drafted token and the bonus were not run
-    one.drafter.draft(tokens, 3)
-    assert one.model.passes[4:] == [2, 1, 1]
-    tokens.append(5 if one.drafter.draft(tokens, 1).token_ids[0] != 5 else 4)  # none stands
-    one.drafter.draft(tokens, 2)
-    assert one.model.passes[8:] == [1, 1]
+def test_each_token_runs_once(mode: Mode, sampling: Sampling) -> None:
+    setup, tokens = new_setup(mode, sampling), list(PROMPT)
+    setup.drafter.prefill(tokens)
+    assert setup.model.passes == [len(PROMPT) - 1]
+    drafted = setup.drafter.draft(tokens, 3)
+    assert setup.model.passes[1:] == [1, 1, 1]
+    tokens += [*drafted.token_ids, 0]  # all accepted; the last drafted token and the bonus token have not run
+    setup.drafter.draft(tokens, 3)
+    assert setup.model.passes[4:] == [2, 1, 1]
+    tokens.append(5 if setup.drafter.draft(tokens, 1).token_ids[0] != 5 else 4)  # rejected
+    setup.drafter.draft(tokens, 2)
+    assert setup.model.passes[8:] == [1, 1]
 
 
 @every_mode
-def test_what_was_run_ahead_is_not_run_again(mode: Mode, sampling: Sampling) -> None:
-    one, tokens = fresh(mode, sampling), list(PROMPT)
-    tokens += [*one.drafter.draft(tokens, 3).token_ids, 0]  # all stand
-    one.drafter.run_ahead()
-    one.drafter.run_ahead()
-    one.drafter.draft(tokens, 2)
-    assert one.model.passes == [4, 1, 1, 1, 1, 1]
+def test_cached_last_token_does_not_run_again(mode: Mode, sampling: Sampling) -> None:
+    setup, tokens = new_setup(mode, sampling), list(PROMPT)
+    tokens += [*setup.drafter.draft(tokens, 3).token_ids, 0]  # all accepted
+    setup.drafter.cache_last_token()
+    setup.drafter.cache_last_token()
+    setup.drafter.draft(tokens, 2)
+    assert setup.model.passes == [4, 1, 1, 1, 1, 1]
 
 
-def test_nothing_is_run_ahead_behind_a_stop_id() -> None:
-    one = fresh(Mode.IDS, GREEDY, stop_ids=tuple(range(VOCAB)))
-    one.drafter.draft(PROMPT, 3)
-    one.drafter.run_ahead()
-    assert one.model.passes == [4]
+def test_stop_id_is_not_cached() -> None:
+    setup = new_setup(Mode.IDS, GREEDY, stop_ids=tuple(range(VOCAB)))
+    setup.drafter.draft(PROMPT, 3)
+    setup.drafter.cache_last_token()
+    assert setup.model.passes == [4]
 
 
 @every_mode
 def test_prefill_runs_all_but_the_last_token(mode: Mode, sampling: Sampling) -> None:
-    one = fresh(mode, sampling)
-    one.drafter.prefill(PROMPT)
-    assert one.model.tokens == PROMPT[:-1]
-    one.drafter.prefill([*PROMPT, 5, 0])
-    assert one.model.tokens == [*PROMPT, 5]
-    one.drafter.prefill([1, 2, 0, 0])
-    assert one.model.tokens == [1, 2, 0]
-    assert one.model.passes == [3, 2, 1]
+    setup = new_setup(mode, sampling)
+    setup.drafter.prefill(PROMPT)
+    assert setup.model.tokens == PROMPT[:-1]
+    setup.drafter.prefill([*PROMPT, 5, 0])
+    assert setup.model.tokens == [*PROMPT, 5]
+    setup.drafter.prefill([1, 2, 0, 0])
+    assert setup.model.tokens == [1, 2, 0]
+    assert setup.model.passes == [3, 2, 1]
 
 
-def test_prefill_of_one_token_or_of_what_is_cached_runs_nothing() -> None:
-    one = fresh(Mode.IDS, GREEDY)
-    one.drafter.prefill([3])
-    assert one.model.passes == []
-    one.drafter.prefill(PROMPT)
-    one.drafter.prefill(PROMPT)
-    assert one.model.passes == [3]
+def test_prefill_of_one_token_or_of_cached_tokens_runs_nothing() -> None:
+    setup = new_setup(Mode.IDS, GREEDY)
+    setup.drafter.prefill([3])
+    assert setup.model.passes == []
+    setup.drafter.prefill(PROMPT)
+    setup.drafter.prefill(PROMPT)
+    assert setup.model.passes == [3]
 
 
-def test_a_draft_of_no_tokens_runs_nothing() -> None:
-    one = fresh(Mode.TOPK, SAMPLED)
-    assert one.drafter.draft(PROMPT, 0) == DraftResult((), (), ())
-    assert one.model.passes == []
+def test_draft_of_no_tokens_runs_nothing() -> None:
+    setup = new_setup(Mode.TOPK, SAMPLED)
+    assert setup.drafter.draft(PROMPT, 0) == DraftResult((), (), ())
+    assert setup.model.passes == []
 
 
 @every_mode
-def test_a_draft_ends_after_a_stop_id(mode: Mode, sampling: Sampling) -> None:
-    unstopped = slow_draft(mode, sampling, PROMPT, 8).token_ids
-    for stop in sorted(set(unstopped)):
-        end = unstopped.index(stop) + 1
-        one = fresh(mode, sampling, (stop,))
-        drafted = one.drafter.draft(PROMPT, 8)
-        assert drafted.token_ids == unstopped[:end]
+def test_draft_ends_after_a_stop_id(mode: Mode, sampling: Sampling) -> None:
+    full_draft = slow_draft(mode, sampling, PROMPT, 8).token_ids
+    for stop in sorted(set(full_draft)):
+        end = full_draft.index(stop) + 1
+        setup = new_setup(mode, sampling, (stop,))
+        drafted = setup.drafter.draft(PROMPT, 8)
+        assert drafted.token_ids == full_draft[:end]
         assert len(drafted.distributions) == (0 if mode is Mode.IDS else end)
-        assert len(one.model.passes) == end
+        assert len(setup.model.passes) == end
 
 
-def test_greedy_drafts_are_the_draft_models_own_answer() -> None:
+def test_greedy_draft_equals_the_draft_models_greedy_output() -> None:
     for mode in (Mode.IDS, Mode.TOPK, Mode.FULL):
-        assert list(fresh(mode, GREEDY).drafter.draft(PROMPT, 8).token_ids) == target_alone(TABLE, PROMPT, 8)
+        assert list(new_setup(mode, GREEDY).drafter.draft(PROMPT, 8).token_ids) == target_alone(TABLE, PROMPT, 8)
 
 
-def test_distributions_have_the_entries_that_the_mode_sends() -> None:
+def test_number_of_entries_depends_on_the_mode() -> None:
     for mode, count in ((Mode.TOPK, 3), (Mode.FULL, VOCAB)):
-        drafted = fresh(mode, SAMPLED).drafter.draft(PROMPT, 4)
-        assert [len(one) for one in drafted.distributions] == [count] * 4
+        drafted = new_setup(mode, SAMPLED).drafter.draft(PROMPT, 4)
+        assert [len(distribution) for distribution in drafted.distributions] == [count] * 4
 
 
-def test_a_draft_depends_on_the_seed_and_on_the_positions_before_it_alone() -> None:
-    drafted = fresh(Mode.TOPK, SAMPLED).drafter.draft(PROMPT, 8)
+def test_draft_depends_only_on_seed_and_preceding_tokens() -> None:
+    drafted = new_setup(Mode.TOPK, SAMPLED).drafter.draft(PROMPT, 8)
     tokens = [*PROMPT, *drafted.token_ids[:3]]
-    assert fresh(Mode.TOPK, SAMPLED).drafter.draft(tokens, 5).token_ids == drafted.token_ids[3:]
-    others = [fresh(Mode.TOPK, Sampling(1.0, seed=seed)).drafter.draft(PROMPT, 8).token_ids for seed in range(10)]
-    assert len(set(others)) > 5
+    assert new_setup(Mode.TOPK, SAMPLED).drafter.draft(tokens, 5).token_ids == drafted.token_ids[3:]
+    drafts_by_seed = [
+        new_setup(Mode.TOPK, Sampling(1.0, seed=seed)).drafter.draft(PROMPT, 8).token_ids for seed in range(10)
+    ]
+    assert len(set(drafts_by_seed)) > 5
 
 
 @every_mode
-def test_drafting_ends_where_it_is_told_to(mode: Mode, sampling: Sampling) -> None:
-    whole = fresh(mode, sampling).drafter.draft(PROMPT, 5)
-    asked: list[tuple[float | None, ...]] = []
+def test_drafting_ends_when_should_continue_is_false(mode: Mode, sampling: Sampling) -> None:
+    full_draft = new_setup(mode, sampling).drafter.draft(PROMPT, 5)
+    calls: list[tuple[float | None, ...]] = []
 
     def should_continue(margins: Sequence[float | None]) -> bool:
-        asked.append(tuple(margins))
+        calls.append(tuple(margins))
         return len(margins) < 3
 
-    drafted = fresh(mode, sampling).drafter.draft(PROMPT, 5, should_continue)
-    assert drafted.token_ids == whole.token_ids[:3]
-    assert asked == [whole.margins[:count] for count in range(4)]
+    drafted = new_setup(mode, sampling).drafter.draft(PROMPT, 5, should_continue)
+    assert drafted.token_ids == full_draft.token_ids[:3]
+    assert calls == [full_draft.margins[:count] for count in range(4)]

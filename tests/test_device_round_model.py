@@ -1,4 +1,4 @@
-"""The formulas of draft lengths: the paper's tables, simulated rounds, and what may not be asked."""
+"""The round model against the paper's tables and simulated rounds; invalid arguments are refused."""
 
 import random
 from collections.abc import Callable
@@ -7,7 +7,7 @@ from math import inf, nan
 import pytest
 
 from device.round_model import (
-    LONGEST,
+    SEARCH_LIMIT,
     Acceptance,
     Direction,
     RoundTimes,
@@ -20,7 +20,7 @@ from device.round_model import (
 from protocol.errors import SettingsError
 
 ALPHAS: list[Acceptance] = [0.0, 0.3, 0.7, 0.95, 1.0, [0.9, 0.5, 0.2], [0.2, 1.0]]
-TABLE = {  # α: γ* at L = .01, .1, .2, .4, .6
+OPTIMAL_LENGTHS = {  # α: γ* at each of COSTS
     0.4: (4, 2, 1, 1, 1),
     0.6: (7, 3, 2, 1, 1),
     0.8: (14, 6, 4, 2, 1),
@@ -28,32 +28,32 @@ TABLE = {  # α: γ* at L = .01, .1, .2, .4, .6
 COSTS = (0.01, 0.1, 0.2, 0.4, 0.6)
 
 
-def accepted_in(chance: random.Random, alpha: Acceptance, draft_len: int) -> int:
-    """Accepted tokens of a simulated round."""
+def simulate_round(rng: random.Random, alpha: Acceptance, draft_len: int) -> int:
+    """How many tokens a simulated round accepts."""
     alphas = [alpha] * draft_len if isinstance(alpha, float) else [*alpha, *[alpha[-1]] * draft_len][:draft_len]
-    return next((place for place, one in enumerate(alphas) if chance.random() >= one), draft_len)
+    return next((index for index, probability in enumerate(alphas) if rng.random() >= probability), draft_len)
 
 
 @pytest.mark.parametrize("alpha", ALPHAS)
-def test_expected_tokens_are_those_of_simulated_rounds(alpha: Acceptance) -> None:
-    chance = random.Random(1)  # noqa: S311
+def test_expected_tokens_equal_the_mean_of_simulated_rounds(alpha: Acceptance) -> None:
+    rng = random.Random(1)  # noqa: S311
     rounds = 20_000
-    mean = 1 + sum(accepted_in(chance, alpha, 6) for _ in range(rounds)) / rounds
+    mean = 1 + sum(simulate_round(rng, alpha, 6) for _ in range(rounds)) / rounds
     assert expected_tokens(alpha, 6) == pytest.approx(mean, abs=0.06)
 
 
 @pytest.mark.parametrize("alpha", [0.3, 0.7, 0.95])
-def test_expected_tokens_are_the_papers_sum(alpha: float) -> None:
+def test_expected_tokens_equal_the_papers_closed_form(alpha: float) -> None:
     for draft_len in range(9):
         assert expected_tokens(alpha, draft_len) == pytest.approx((1 - alpha ** (draft_len + 1)) / (1 - alpha))
 
 
-@pytest.mark.parametrize("alpha", TABLE)
-def test_the_papers_table_of_draft_lengths(alpha: float) -> None:
-    assert tuple(optimal_draft_len(alpha, cost) for cost in COSTS) == TABLE[alpha]
+@pytest.mark.parametrize("alpha", OPTIMAL_LENGTHS)
+def test_optimal_draft_lengths_equal_the_papers_table(alpha: float) -> None:
+    assert tuple(optimal_draft_len(alpha, cost) for cost in COSTS) == OPTIMAL_LENGTHS[alpha]
 
 
-def test_the_adaptive_rule_drafts_only_where_that_is_faster() -> None:
+def test_adaptive_rule_drafts_only_where_the_speedup_exceeds_one() -> None:
     assert speedup(0.4, 0.4, 1) == pytest.approx(1)
     assert speedup(0.4, 0.6, 1) == pytest.approx(0.875)
     assert adaptive_draft_len(0.4, 0.6) == 0
@@ -63,37 +63,37 @@ def test_the_adaptive_rule_drafts_only_where_that_is_faster() -> None:
 
 @pytest.mark.parametrize("alpha", ALPHAS)
 @pytest.mark.parametrize("cost", [0.0, 0.01, 0.1, 0.5, 2.0])
-def test_no_draft_length_beats_the_optimal_one(alpha: Acceptance, cost: float) -> None:
+def test_optimal_draft_length_has_the_largest_speedup(alpha: Acceptance, cost: float) -> None:
     best = speedup(alpha, cost, optimal_draft_len(alpha, cost))
-    assert all(speedup(alpha, cost, draft_len) <= best for draft_len in range(1, LONGEST + 1, 7))
+    assert all(speedup(alpha, cost, draft_len) <= best for draft_len in range(1, SEARCH_LIMIT + 1, 7))
 
 
-def test_the_papers_costs_of_drafting() -> None:
+def test_drafting_costs_equal_the_papers() -> None:
     airtime = 16 * 32_000 / (50e6 * 44.5e-3)
     costs = [drafting_cost(0.07, airtime, uplink_k, 32_000) for uplink_k in (3, 32, 320, 3200, 32_000)]
     assert [round(cost, 4) for cost in costs] == [0.07, 0.0702, 0.0723, 0.093, 0.3001]
 
 
 def papers_times(round_trip_seconds: float, uplink_k: int = 320) -> RoundTimes:
-    """Of the paper's system: a pass takes 44.5 ms whatever it judges, and FP16 numbers go up at 50 Mbit/s."""
+    """The paper's system: a forward pass takes 44.5 ms for any draft length; FP16 probabilities at 50 Mbit/s."""
     uplink = Direction(token_bytes=2 * uplink_k, bytes_per_second=50e6 / 8)
     return RoundTimes(0.07 * 44.5e-3, lambda _: 44.5e-3, round_trip_seconds, uplink)
 
 
-def test_without_what_the_paper_leaves_out_the_model_is_the_papers() -> None:
+def test_round_model_without_round_trip_and_downlink_equals_the_papers() -> None:
     cost = drafting_cost(0.07, 16 * 32_000 / (50e6 * 44.5e-3), 320, 32_000)
     for draft_len in range(1, 9):
         assert papers_times(0).speedup(0.6, draft_len) == pytest.approx(speedup(0.6, cost, draft_len))
 
 
-def test_the_round_trip_eats_the_speedup() -> None:
+def test_speedup_falls_as_the_round_trip_grows() -> None:
     times = [papers_times(milliseconds / 1e3) for milliseconds in (0, 10, 20, 50, 100)]
-    best = [max(one.speedup(0.6, draft_len) for draft_len in range(1, 65)) for one in times]
+    best = [max(round_times.speedup(0.6, draft_len) for draft_len in range(1, 65)) for round_times in times]
     assert [round(value, 2) for value in best] == [1.79, 1.52, 1.33, 0.96, 0.66]
-    assert [one.best_draft_len(0.6, range(65)) for one in times] == [4, 4, 4, 0, 0]
+    assert [round_times.best_draft_len(0.6, range(65)) for round_times in times] == [4, 4, 4, 0, 0]
 
 
-def test_all_parts_of_a_round_take_their_time() -> None:
+def test_round_time_is_the_sum_of_its_parts() -> None:
     up, down = Direction(20, 5, 1000), Direction(10, 1, 100)
     times = RoundTimes(0.01, lambda draft_len: 0.2 + 0.02 * draft_len, 0.05, up, down)
     assert times.seconds(4) == pytest.approx(0.04 + 0.28 + 0.05 + 0.04 + 0.14)
@@ -102,7 +102,7 @@ def test_all_parts_of_a_round_take_their_time() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "ask"),
+    ("name", "call"),
     [
         ("alpha", lambda: expected_tokens(1.1, 3)),
         ("alpha", lambda: optimal_draft_len(-0.1, 0.5)),
@@ -123,7 +123,7 @@ def test_all_parts_of_a_round_take_their_time() -> None:
         ("round_trip_seconds", lambda: RoundTimes(1, lambda _: 1.0, -1)),
     ],
 )
-def test_impossible_values_are_refused_by_name(name: str, ask: Callable[[], object]) -> None:
+def test_invalid_argument_is_refused_by_name(name: str, call: Callable[[], object]) -> None:
     with pytest.raises(SettingsError, match=f"^{name} is ") as caught:
-        ask()
+        call()
     assert caught.value.name == name

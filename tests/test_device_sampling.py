@@ -1,17 +1,18 @@
-"""The distribution a draft token is drawn from, against its definition in plain steps."""
+"""The distribution that a draft token is sampled from, against a slow implementation of its definition."""
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 
-from device.sampling import Uplink, best_mode, draft_distribution, full_distribution
+from device.sampling import full_distribution, sparse_distribution
+from device.settings import UplinkSettings, choose_mode
 from protocol.bundle import QualityFigures
 from protocol.errors import SettingsError
 from protocol.messages import Mode, Sampling
 from protocol.sparse import MAX_STEPS, SparseDistribution
 
 VOCAB = 50
-UNIT = 1 / MAX_STEPS
+RESOLUTION = 1 / MAX_STEPS
 
 
 @pytest.mark.parametrize(
@@ -19,19 +20,20 @@ UNIT = 1 / MAX_STEPS
     [
         (0, 0.9, 0.1, Mode.IDS),
         (1, 0.86, 0.95, Mode.COUPLED),
-        (1, 0.64, 0.60, Mode.COUPLED),  # not worth its bytes
+        (1, 0.64, 0.60, Mode.COUPLED),  # topk's gain is not worth its bytes
         (1, 0.64, 0.55, Mode.TOPK),
     ],
 )
-def test_auto_is_the_mode_that_accepts_most_for_its_bytes(
+def test_auto_selects_topk_only_where_it_accepts_enough_more(
     temperature: float, topk: float, coupled: float, mode: Mode
 ) -> None:
     quality = QualityFigures(0.9, 0.9, topk_acceptance=topk, coupled_acceptance=coupled, positions=1)
-    assert best_mode(quality, Sampling(temperature)) is mode
+    assert choose_mode(quality, Sampling(temperature)) is mode
 
 
-def finest(uplink_k: int, uplink_p: float = 1.0) -> Uplink:
-    return Uplink(uplink_k, uplink_p, MAX_STEPS)
+def finest(uplink_k: int, uplink_p: float = 1.0) -> UplinkSettings:
+    """The finest quantisation that can be sent."""
+    return UplinkSettings(uplink_k, uplink_p, MAX_STEPS)
 
 
 def logits_of(seed: int, vocab_size: int = VOCAB) -> npt.NDArray[np.float32]:
@@ -39,7 +41,7 @@ def logits_of(seed: int, vocab_size: int = VOCAB) -> npt.NDArray[np.float32]:
 
 
 def slow_distribution(logits: npt.NDArray[np.float32], sampling: Sampling, uplink_k: int) -> dict[int, float]:
-    """Sort, cut, divide; token by token."""
+    """The definition, token by token: sort, truncate, renormalise."""
     order = sorted(range(len(logits)), key=lambda token_id: -logits[token_id])
     kept = order[: min(uplink_k, sampling.top_k or len(logits))]
     weights = [
@@ -55,13 +57,13 @@ def slow_distribution(logits: npt.NDArray[np.float32], sampling: Sampling, uplin
     return {token_id: weight / sum(weights) for token_id, weight in zip(kept, weights, strict=True)}
 
 
-def agrees(distribution: SparseDistribution, expected: dict[int, float]) -> None:
-    """Entry by entry, to the precision of the finest steps."""
-    sendable = {token_id for token_id, probability in expected.items() if probability > UNIT}
+def assert_equal(distribution: SparseDistribution, expected: dict[int, float]) -> None:
+    """Compare entry by entry, to the resolution of ``finest``."""
+    sendable = {token_id for token_id, probability in expected.items() if probability > RESOLUTION}
     support = set(distribution.support.tolist())
     assert sendable <= support <= set(expected)
     for token_id in support:
-        assert distribution.probability(token_id) == pytest.approx(expected[token_id], rel=0, abs=UNIT)
+        assert distribution.probability(token_id) == pytest.approx(expected[token_id], rel=0, abs=RESOLUTION)
     assert distribution.probs.sum() == pytest.approx(1)
 
 
@@ -81,82 +83,81 @@ def agrees(distribution: SparseDistribution, expected: dict[int, float]) -> None
     ],
     ids=str,
 )
-def test_it_is_what_its_definition_says(seed: int, uplink_k: int, sampling: Sampling) -> None:
+def test_sparse_distribution_equals_its_definition(seed: int, uplink_k: int, sampling: Sampling) -> None:
     logits = logits_of(seed)
-    agrees(draft_distribution(logits, sampling, finest(uplink_k)), slow_distribution(logits, sampling, uplink_k))
+    assert_equal(sparse_distribution(logits, sampling, finest(uplink_k)), slow_distribution(logits, sampling, uplink_k))
 
 
 @pytest.mark.parametrize("uplink_k", [1, 3, 10])
-def test_the_k_likeliest_entries_are_kept_and_renormalised(uplink_k: int) -> None:
+def test_top_k_entries_are_kept_and_renormalised(uplink_k: int) -> None:
     logits = logits_of(1)
-    distribution = draft_distribution(logits, Sampling(1.0), finest(uplink_k))
+    distribution = sparse_distribution(logits, Sampling(1.0), finest(uplink_k))
     assert distribution.support.tolist() == sorted(np.argsort(-logits)[:uplink_k].tolist())
     probs = np.exp(logits.astype(np.float64))[distribution.support]
     assert distribution.probs == pytest.approx(probs / probs.sum(), rel=2**-10)
 
 
-def test_all_tokens_are_kept_where_k_is_the_vocabulary_or_more() -> None:
+def test_uplink_k_of_the_vocabulary_size_or_more_keeps_all_tokens() -> None:
     for uplink_k in (VOCAB, VOCAB + 1, 10**6):
-        distribution = draft_distribution(logits_of(2), Sampling(1.0), finest(uplink_k))
+        distribution = sparse_distribution(logits_of(2), Sampling(1.0), finest(uplink_k))
         assert distribution.support.tolist() == list(range(VOCAB))
 
 
 def test_temperature_divides_the_logits() -> None:
     logits = np.log(np.array([0.2, 0.5, 0.3], np.float32))
-    assert draft_distribution(logits, Sampling(1.0), finest(3)).probs == pytest.approx([0.2, 0.5, 0.3], rel=2**-10)
-    assert draft_distribution(logits, Sampling(0.5), finest(3)).probs == pytest.approx(
+    assert sparse_distribution(logits, Sampling(1.0), finest(3)).probs == pytest.approx([0.2, 0.5, 0.3], rel=2**-10)
+    assert sparse_distribution(logits, Sampling(0.5), finest(3)).probs == pytest.approx(
         [0.04 / 0.38, 0.25 / 0.38, 0.09 / 0.38], rel=2**-10
     )
 
 
-def test_top_p_keeps_the_smallest_set_that_reaches_it() -> None:
+def test_top_p_keeps_the_smallest_set_that_reaches_p() -> None:
     logits = np.log(np.array([0.3, 0.5, 0.15, 0.05], np.float32))
     for top_p, support in ((0.4, [1]), (0.6, [0, 1]), (0.79, [0, 1]), (0.81, [0, 1, 2]), (0.99, [0, 1, 2, 3])):
-        assert draft_distribution(logits, Sampling(1.0, top_p=top_p), finest(4)).support.tolist() == support
+        assert sparse_distribution(logits, Sampling(1.0, top_p=top_p), finest(4)).support.tolist() == support
 
 
-def test_top_p_is_taken_of_the_kept_entries() -> None:
+def test_top_p_applies_to_the_kept_entries() -> None:
     logits = np.log(np.array([0.3, 0.5, 0.15, 0.05], np.float32))
-    assert draft_distribution(logits, Sampling(1.0, top_p=0.6), finest(2)).support.tolist() == [
-        1
-    ]  # 0.5 of 0.8 is 0.625
+    distribution = sparse_distribution(logits, Sampling(1.0, top_p=0.6), finest(2))
+    assert distribution.support.tolist() == [1]  # 0.5 of 0.8 is 0.625
 
 
 @pytest.mark.parametrize("uplink_k", [1, 5, VOCAB])
-def test_at_temperature_0_the_likeliest_token_is_certain(uplink_k: int) -> None:
+def test_temperature_0_gives_the_argmax_probability_one(uplink_k: int) -> None:
     logits = logits_of(3)
-    distribution = draft_distribution(logits, Sampling(0.0, top_k=4, top_p=0.5), finest(uplink_k))
+    distribution = sparse_distribution(logits, Sampling(0.0, top_k=4, top_p=0.5), finest(uplink_k))
     assert distribution.support.tolist() == [int(logits.argmax())]
     assert distribution.probs.tolist() == [1.0]
 
 
-def test_at_temperature_0_a_tie_goes_to_the_first_as_in_the_target() -> None:
-    assert draft_distribution(np.array([0, 2, 2, 1], np.float32), Sampling(), finest(4)).support.tolist() == [1]
+def test_temperature_0_resolves_ties_to_the_lowest_id() -> None:
+    assert sparse_distribution(np.array([0, 2, 2, 1], np.float32), Sampling(), finest(4)).support.tolist() == [1]
 
 
-def test_a_large_vocabulary_keeps_its_k_likeliest() -> None:
+def test_top_k_entries_are_kept_of_a_large_vocabulary() -> None:
     logits = logits_of(4, 49_152)
-    distribution = draft_distribution(logits, Sampling(1.0), finest(32))
+    distribution = sparse_distribution(logits, Sampling(1.0), finest(32))
     assert distribution.support.tolist() == sorted(np.argsort(-logits)[:32].tolist())
 
 
-def test_masked_tokens_are_impossible() -> None:
+def test_masked_tokens_have_probability_zero() -> None:
     logits = logits_of(5)
     logits[10:] = -np.inf
     for uplink_k in (4, 20, VOCAB):
-        distribution = draft_distribution(logits, Sampling(1.0), finest(uplink_k))
+        distribution = sparse_distribution(logits, Sampling(1.0), finest(uplink_k))
         assert distribution.probs[distribution.support >= 10].sum() == 0
 
 
 @pytest.mark.parametrize("temperature", [1e-6, 1e-300, 1e-308, 5e-324])
-def test_a_tiny_temperature_is_nearly_certain_or_refused(temperature: float) -> None:
+def test_tiny_temperature_gives_the_argmax_or_is_refused(temperature: float) -> None:
     logits = logits_of(6) + 10
     try:
         sampling = Sampling(temperature)
     except SettingsError:
         return
     for uplink_k in (4, VOCAB):
-        distribution = draft_distribution(logits, sampling, finest(uplink_k))
+        distribution = sparse_distribution(logits, sampling, finest(uplink_k))
         assert distribution.probability(int(logits.argmax())) == 1
 
 
@@ -164,40 +165,40 @@ def test_a_tiny_temperature_is_nearly_certain_or_refused(temperature: float) -> 
 @pytest.mark.parametrize("sampling", [Sampling(1.0), Sampling(2.0, top_k=20), Sampling(2.0, top_p=0.7)], ids=str)
 @pytest.mark.parametrize("uplink_p", [1e-9, 0.3, 0.8, 0.95, 0.999])
 @pytest.mark.parametrize("uplink_k", [1, 5, VOCAB, 10**6])
-def test_topp_is_the_smallest_set_of_likeliest_tokens_that_reaches_p(
+def test_topp_keeps_the_smallest_set_of_most_likely_tokens_that_reaches_p(
     seed: int, sampling: Sampling, uplink_p: float, uplink_k: int
 ) -> None:
     ordered = list(slow_distribution(logits_of(seed), sampling, VOCAB).items())
-    reached, kept = 0.0, {}
+    total, kept = 0.0, {}
     for token_id, probability in ordered[:uplink_k]:
-        if reached >= uplink_p:
+        if total >= uplink_p:
             break
         kept[token_id] = probability
-        reached += probability
-    expected = {token_id: probability / reached for token_id, probability in kept.items()}
-    agrees(draft_distribution(logits_of(seed), sampling, finest(uplink_k, uplink_p)), expected)
+        total += probability
+    expected = {token_id: probability / total for token_id, probability in kept.items()}
+    assert_equal(sparse_distribution(logits_of(seed), sampling, finest(uplink_k, uplink_p)), expected)
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0), Sampling(0.7, top_k=5, top_p=0.6)], ids=str)
-def test_a_whole_distribution_has_all_tokens_in_fp16(sampling: Sampling) -> None:
-    whole = full_distribution(logits_of(7), sampling)
+def test_full_distribution_has_all_tokens_in_fp16(sampling: Sampling) -> None:
+    distribution = full_distribution(logits_of(7), sampling)
     expected = slow_distribution(logits_of(7), Sampling(1.0, top_k=1) if sampling.greedy else sampling, VOCAB)
-    assert whole.support.tolist() == list(range(VOCAB))
+    assert distribution.support.tolist() == list(range(VOCAB))
     for token_id in range(VOCAB):
-        assert whole.probability(token_id) == pytest.approx(expected.get(token_id, 0), rel=2**-10, abs=2.0**-24)
+        assert distribution.probability(token_id) == pytest.approx(expected.get(token_id, 0), rel=2**-10, abs=2.0**-24)
 
 
-def test_a_mode_takes_its_own_steps_unless_told() -> None:
-    assert Uplink.of_mode(Mode.TOPK, 32, 0.5, 0) == Uplink(32, 1.0, 768)
-    assert Uplink.of_mode(Mode.TOPP, 256, 0.5, 0) == Uplink(256, 0.5, 4096)
-    assert Uplink.of_mode(Mode.TOPK, 32, 0.5, 10) == Uplink(32, 1.0, 10)
-    assert Uplink.of_mode(Mode.TOPK, 10**7, 0.5, 0).steps == MAX_STEPS
+def test_steps_default_to_the_modes() -> None:
+    assert UplinkSettings.of_mode(Mode.TOPK, 32, 0.5, 0) == UplinkSettings(32, 1.0, 768)
+    assert UplinkSettings.of_mode(Mode.TOPP, 256, 0.5, 0) == UplinkSettings(256, 0.5, 4096)
+    assert UplinkSettings.of_mode(Mode.TOPK, 32, 0.5, 10) == UplinkSettings(32, 1.0, 10)
+    assert UplinkSettings.of_mode(Mode.TOPK, 10**7, 0.5, 0).steps == MAX_STEPS
 
 
 @pytest.mark.parametrize(
     ("values", "match"),
     [
-        ((0, 0.5, 1), "uplink-k is 0; allowed: 1 and more"),
+        ((0, 0.5, 1), "uplink-k is 0; allowed: 1 or more"),
         ((1, 0.0, 1), "uplink-p is 0.0; allowed: above 0"),
         ((1, 1.1, 1), "uplink-p is 1.1; allowed: above 0"),
         ((1, float("nan"), 1), "uplink-p is nan; allowed: above 0"),
@@ -205,6 +206,6 @@ def test_a_mode_takes_its_own_steps_unless_told() -> None:
         ((1, 0.5, 2**24 + 1), "uplink-steps is 16777217; allowed: 1 to 16777216"),
     ],
 )
-def test_an_uplink_that_cannot_be_is_refused(values: tuple[int, float, int], match: str) -> None:
+def test_invalid_uplink_settings_are_refused(values: tuple[int, float, int], match: str) -> None:
     with pytest.raises(SettingsError, match=match):
-        Uplink(*values)
+        UplinkSettings(*values)

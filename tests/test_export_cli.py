@@ -1,4 +1,4 @@
-"""Whatever a user does wrong ends in one line and an exit code."""
+"""A user's mistake gives one line on stderr and an exit code."""
 
 import sys
 from pathlib import Path
@@ -10,7 +10,7 @@ from common.command_line import run
 from export.cli import app
 
 
-def leave(monkeypatch: pytest.MonkeyPatch, command: typer.Typer, *arguments: object) -> int:
+def exit_code_of(monkeypatch: pytest.MonkeyPatch, command: typer.Typer, *arguments: object) -> int:
     monkeypatch.setattr(sys, "argv", ["edgedraft-export", *map(str, arguments)])
     with pytest.raises(SystemExit) as exit_info:
         run(command, "export")
@@ -22,7 +22,7 @@ def leave(monkeypatch: pytest.MonkeyPatch, command: typer.Typer, *arguments: obj
     [
         (["--converter", "magic"], ["--converter", "magic", "optimum"], 2),
         (["--precision", "int3"], ["--precision", "int3", "int4"], 2),
-        ([], ["holds no config.json"], 1),
+        ([], ["contains no config.json"], 1),
     ],
 )
 def test_an_error_is_one_line(
@@ -33,7 +33,7 @@ def test_an_error_is_one_line(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    assert leave(monkeypatch, app, "convert", tmp_path, tmp_path / "bundle", *options) == exit_code
+    assert exit_code_of(monkeypatch, app, "convert", tmp_path, tmp_path / "bundle", *options) == exit_code
     output, errors = capfd.readouterr()
     assert output == ""
     assert errors.startswith("error: ")
@@ -49,5 +49,5 @@ def test_interrupting_is_one_line(monkeypatch: pytest.MonkeyPatch, capfd: pytest
     def wait() -> None:
         raise KeyboardInterrupt
 
-    assert leave(monkeypatch, interrupted) == 130
+    assert exit_code_of(monkeypatch, interrupted) == 130
     assert capfd.readouterr() == ("", "interrupted\n")

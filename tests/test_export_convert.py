@@ -1,4 +1,4 @@
-"""Bundles of a tiny random model: what ships is like the original, or nothing ships."""
+"""Bundles of a tiny random model: a bundle that differs from its source model is not written."""
 
 import io
 from dataclasses import replace
@@ -37,7 +37,7 @@ FP32_OPTIMUM = ConvertSettings(Converter.OPTIMUM, Precision.FP32)
 
 
 def save_tokenizer(folder: Path, special_tokens: list[str] = SPECIAL_TOKENS) -> int:
-    """A byte tokenizer; the number of its ids."""
+    """Save a byte tokenizer and return its number of ids."""
     tokens = special_tokens + sorted(pre_tokenizers.ByteLevel.alphabet())
     bytes_only = Tokenizer(models.BPE({token: index for index, token in enumerate(tokens)}, []))
     bytes_only.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -53,7 +53,7 @@ def save_model(folder: Path, eos_token_id: int = 1) -> Path:
     torch.manual_seed(0)
     config = LlamaConfig(
         **SMALL,
-        vocab_size=320,  # more logits than the tokenizer has ids, as large models have
+        vocab_size=320,  # more logits than token ids, as padded vocabularies have
         intermediate_size=128,
         max_position_embeddings=512,
         initializer_range=0.3,
@@ -67,19 +67,19 @@ def save_model(folder: Path, eos_token_id: int = 1) -> Path:
 
 
 @pytest.fixture(scope="session")
-def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def source_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(tmp_path_factory.mktemp("models") / "tiny-0.1B")
 
 
 @pytest.fixture(scope="session", params=[FP32_GENAI, FP32_OPTIMUM], ids=["genai", "optimum"])
-def fp32_bundle(request: pytest.FixtureRequest, original: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def fp32_bundle(request: pytest.FixtureRequest, source_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     bundle = tmp_path_factory.mktemp("bundles") / "fp32"
-    convert(str(original), bundle, request.param, CONSOLE)
+    convert(str(source_model), bundle, request.param, CONSOLE)
     return bundle
 
 
 def greedy_tokens_of_graph(bundle: Path, prompt_ids: list[int], count: int) -> list[int]:
-    """The slow twin: the whole sequence goes through the graph for every token."""
+    """The slow twin: run the whole sequence through the graph for each token."""
     session = onnxruntime.InferenceSession(bundle / "model.onnx", providers=["CPUExecutionProvider"])
     cache = graph.Cache.of(onnx.load(bundle / "model.onnx", load_external_data=False))
     empty = np.zeros((1, cache.kv_heads, 0, cache.head_size), np.float32)
@@ -106,14 +106,16 @@ def greedy_tokens_of_pytorch(model: PreTrainedModel, prompt_ids: list[int], coun
     return ids[len(prompt_ids) :]
 
 
-def test_fp32_graph_gives_the_original_s_tokens_from_the_last_position_alone(original: Path, fp32_bundle: Path) -> None:
+def test_an_fp32_graph_gives_the_source_models_tokens_from_the_last_position_only(
+    source_model: Path, fp32_bundle: Path
+) -> None:
     prompt_ids = [0, 40, 41, 42, 99, 7]
-    expected = greedy_tokens_of_pytorch(LlamaForCausalLM.from_pretrained(original), prompt_ids, 12)
+    expected = greedy_tokens_of_pytorch(LlamaForCausalLM.from_pretrained(source_model), prompt_ids, 12)
     assert len(set(expected)) > 2
     assert greedy_tokens_of_graph(fp32_bundle, prompt_ids, 12) == expected
 
 
-def test_manifest_describes_the_bundle(fp32_bundle: Path) -> None:
+def test_the_manifest_describes_the_bundle(fp32_bundle: Path) -> None:
     manifest = Manifest.read(fp32_bundle)
     manifest.check_files(fp32_bundle)
     kinds = {"genai": CacheKind.SHARED, "optimum": CacheKind.GROWING}
@@ -127,15 +129,15 @@ def test_manifest_describes_the_bundle(fp32_bundle: Path) -> None:
     assert (fp32_bundle / "chat_template.jinja").read_text() == CHAT_TEMPLATE
 
 
-def test_int8_bundle_passes_its_gate_and_keeps_no_float_matrix(original: Path, tmp_path: Path) -> None:
-    manifest = convert(str(original), tmp_path / "bundle", ConvertSettings(precision=Precision.INT8), CONSOLE)
+def test_an_int8_bundle_passes_the_quality_check_and_has_no_float_matrix(source_model: Path, tmp_path: Path) -> None:
+    manifest = convert(str(source_model), tmp_path / "bundle", ConvertSettings(precision=Precision.INT8), CONSOLE)
     assert manifest.precision == "int8"
     weights = onnx.load(tmp_path / "bundle" / "model.onnx").graph.initializer
     floats = [weight for weight in weights if weight.data_type == onnx.TensorProto.FLOAT]
-    assert max(np.prod(weight.dims) for weight in floats) <= 512 * 8  # cosines of the rotary embedding
+    assert max(np.prod(weight.dims) for weight in floats) <= 512 * 8  # the rotary embedding's cosines
 
 
-def test_int4_leaves_embedding_and_head_8_bits(fp32_bundle: Path) -> None:
+def test_int4_keeps_the_embedding_and_the_head_at_8_bits(fp32_bundle: Path) -> None:
     model = quantize(graph.load(fp32_bundle / "model.onnx"), Precision.INT4)
     bits = {
         (node.op_type, onnx.helper.get_node_attr_value(node, "bits"), "logits" in node.output)
@@ -145,7 +147,7 @@ def test_int4_leaves_embedding_and_head_8_bits(fp32_bundle: Path) -> None:
     assert bits == {("MatMulNBits", 4, False), ("MatMulNBits", 8, True), ("GatherBlockQuantized", 8, False)}
 
 
-def test_auto_takes_optimum_for_what_genai_does_not_know(tmp_path: Path) -> None:
+def test_auto_falls_back_to_optimum(tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = GPT2Config(
         vocab_size=258, n_embd=64, n_layer=2, n_head=4, n_positions=256, initializer_range=0.3,
@@ -160,51 +162,51 @@ def test_auto_takes_optimum_for_what_genai_does_not_know(tmp_path: Path) -> None
 
 
 def refused(
-    error: type[Exception], match: str, model: Path, place: Path, settings: ConvertSettings = FP32_GENAI
+    error: type[Exception], match: str, model: Path, folder: Path, settings: ConvertSettings = FP32_GENAI
 ) -> None:
-    """Converting fails as said, and leaves ``place`` as it was."""
-    before = sorted(place.rglob("*"))
+    """Assert that converting raises ``error`` and leaves ``folder`` unchanged."""
+    before = sorted(folder.rglob("*"))
     with pytest.raises(error, match=match):
-        convert(str(model), place / "bundle", settings, CONSOLE)
-    assert sorted(place.rglob("*")) == before
+        convert(str(model), folder / "bundle", settings, CONSOLE)
+    assert sorted(folder.rglob("*")) == before
 
 
-def test_unusable_models_are_named(tmp_path: Path) -> None:
-    place = tmp_path / "place"
-    place.mkdir()
-    refused(ModelError, "does not exist", tmp_path / "none.gguf", place)
-    refused(ModelError, "holds no config.json", place, place)
+def test_an_error_names_the_unusable_model(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    refused(ModelError, "does not exist", tmp_path / "none.gguf", folder)
+    refused(ModelError, "contains no config.json", folder, folder)
     truncated = save_model(tmp_path / "truncated")
     weights = truncated / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
-    refused(ModelError, "model.safetensors", truncated, place)
-    wordless = save_model(tmp_path / "wordless")
-    for path in wordless.glob("*token*"):
+    refused(ModelError, "model.safetensors", truncated, folder)
+    no_tokenizer = save_model(tmp_path / "no_tokenizer")
+    for path in no_tokenizer.glob("*token*"):
         path.unlink()
-    refused(ModelError, "the tokenizer of .*wordless", wordless, place)
+    refused(ModelError, "the tokenizer of .*no_tokenizer", no_tokenizer, folder)
 
 
-def test_a_folder_with_something_else_is_not_replaced(original: Path, tmp_path: Path) -> None:
+def test_a_folder_with_other_content_is_not_replaced(source_model: Path, tmp_path: Path) -> None:
     (tmp_path / "bundle").mkdir()
     (tmp_path / "bundle" / "thesis.tex").touch()
-    refused(SettingsError, "BUNDLE", original, tmp_path)
+    refused(SettingsError, "BUNDLE", source_model, tmp_path)
 
 
-def test_another_target_is_refused_before_any_work(
-    original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_mismatched_target_is_refused_before_conversion(
+    source_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delattr(convert_module, "convert_to_onnx")
-    place = tmp_path / "place"
-    place.mkdir()
+    folder = tmp_path / "folder"
+    folder.mkdir()
     other_stop = save_model(tmp_path / "other-stop", eos_token_id=2)
-    refused(MismatchError, "eos", original, place, replace(FP32_GENAI, target=str(other_stop)))
+    refused(MismatchError, "eos", source_model, folder, replace(FP32_GENAI, target=str(other_stop)))
     other_tokens = save_model(tmp_path / "other-tokens")
     save_tokenizer(other_tokens, ["<a>", "<b>"])
-    refused(MismatchError, "vocabulary", original, place, replace(FP32_GENAI, target=str(other_tokens)))
+    refused(MismatchError, "vocabulary", source_model, folder, replace(FP32_GENAI, target=str(other_tokens)))
 
 
-def test_a_graph_unlike_its_original_never_ships(
-    original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_graph_that_fails_the_quality_check_is_not_written(
+    source_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def corrupt(model: onnx.ModelProto, precision: Precision) -> onnx.ModelProto:
         for weight in model.graph.initializer:
@@ -214,42 +216,42 @@ def test_a_graph_unlike_its_original_never_ships(
         return model
 
     settings = ConvertSettings(Converter.GENAI, Precision.FP32)
-    good = convert(str(original), tmp_path / "bundle", settings, CONSOLE)
+    good = convert(str(source_model), tmp_path / "bundle", settings, CONSOLE)
     monkeypatch.setattr(convert_module, "quantize", corrupt)
-    refused(QualityError, "argmax_agreement .* allowed: 0.99", original, tmp_path, settings)
+    refused(QualityError, "argmax_agreement .* allowed: 0.99", source_model, tmp_path, settings)
     assert Manifest.read(tmp_path / "bundle") == good
     good.check_files(tmp_path / "bundle")
 
 
-def test_a_figure_that_is_no_number_fails_the_gate() -> None:
+def test_a_nan_fails_the_quality_check() -> None:
     with pytest.raises(QualityError, match="overlap"):
         quality.check(QualityFigures(1.0, float("nan"), 1.0, 1.0, positions=1), quality.LIMITS[Precision.INT4])
 
 
-def test_the_gate_measures_what_each_mode_would_accept() -> None:
+def test_the_quality_check_measures_the_acceptance_of_each_mode() -> None:
     rng = np.random.default_rng(1)
     draft, target = (rng.dirichlet(np.full(100, 0.3)) for _ in range(2))
     kept = np.sort(draft)[-32]
     sent = np.where(draft >= kept, draft, 0) / draft[draft >= kept].sum()
-    coupled = [1 / np.maximum(draft / draft[v], target / target[v]).sum() for v in range(100)]  # both choose token v
-    shares = np.mean([quality._likeness(draft, target, position) for position in range(300)], axis=0)
+    coupled = [1 / np.maximum(draft / draft[v], target / target[v]).sum() for v in range(100)]  # P(both choose v)
+    figures = np.mean([quality._compare(draft, target, position) for position in range(300)], axis=0)
     expected = [
         float(draft.argmax() == target.argmax()),
         np.minimum(draft, target).sum(),
         np.minimum(sent, target).sum(),
     ]
-    assert shares[:3].tolist() == pytest.approx(expected)
-    assert shares[3] == pytest.approx(sum(coupled), abs=0.02)
-    assert np.mean([quality._likeness(draft, draft, position) for position in range(9)], axis=0)[
-        [0, 1, 3]
-    ].tolist() == (pytest.approx([1, 1, 1]))
+    assert figures[:3].tolist() == pytest.approx(expected)
+    assert figures[3] == pytest.approx(sum(coupled), abs=0.02)
+    assert np.mean([quality._compare(draft, draft, position) for position in range(9)], axis=0)[[0, 1, 3]].tolist() == (
+        pytest.approx([1, 1, 1])
+    )
 
 
-def test_a_graph_that_gives_no_numbers_is_unlike_anything() -> None:
-    assert np.isnan(quality._likeness(np.full(100, np.nan), np.full(100, 0.01), 0)).all()
+def test_a_graph_that_gives_nan_gets_nan_figures() -> None:
+    assert np.isnan(quality._compare(np.full(100, np.nan), np.full(100, 0.01), 0)).all()
 
 
-def test_a_graph_without_a_known_head_gives_the_last_position_too() -> None:
+def test_a_graph_without_a_recognised_head_gives_only_the_last_position() -> None:
     hidden, logits = (
         onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1, "tokens", 4])
         for name in ("hidden", "logits")

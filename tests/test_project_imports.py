@@ -1,4 +1,4 @@
-"""What each room imports: ours and not a namesake, and on a device nothing a Raspberry Pi cannot carry."""
+"""What each package imports: the device loads no torch, the protocol only NumPy and msgpack."""
 
 import importlib
 import json
@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-PROJECT = Path(__file__).resolve().parents[1]
-ROOMS = ["protocol", "device", "basestation", "export", "bench"]
+from tests.sample import PROJECT
+
+PACKAGES = ["protocol", "common", "device", "basestation", "export", "bench"]
 PRINT_THIRD_PARTIES = """
 import json, sys
 print(json.dumps(sorted({
@@ -21,16 +22,16 @@ print(json.dumps(sorted({
 """
 
 
-def modules_of(room: str, *without: str) -> list[str]:
-    """All modules of a room but ``__main__``, which runs."""
-    path = str(PROJECT / room)
-    names = [f"{room}.{entry.name}" for entry in pkgutil.iter_modules([path]) if entry.name != "__main__"]
-    assert len(names) > 5
-    return [room, *(name for name in names if name not in without)]
+def modules_of(package: str) -> list[str]:
+    """All modules of a package but ``__main__``, which would run the command."""
+    path = str(PROJECT / package)
+    names = [f"{package}.{entry.name}" for entry in pkgutil.iter_modules([path]) if entry.name != "__main__"]
+    assert len(names) > 2
+    return [package, *names]
 
 
 def third_parties_after(modules: list[str]) -> set[str]:
-    """The top-level packages from site-packages that a fresh interpreter loads for ``modules``."""
+    """The third-party packages that a new interpreter loads for ``modules``."""
     lines = ["import sys", "before = set(sys.modules)", *(f"import {name}" for name in modules), PRINT_THIRD_PARTIES]
     done = subprocess.run(
         [sys.executable, "-c", "\n".join(lines)], cwd=PROJECT, capture_output=True, text=True, check=False
@@ -39,35 +40,39 @@ def third_parties_after(modules: list[str]) -> set[str]:
     return set(json.loads(done.stdout))
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_the_rooms_are_this_projects_own(room: str) -> None:
-    package = importlib.import_module(room)
-    assert package.__file__ is not None
-    assert Path(package.__file__).resolve() == PROJECT / room / "__init__.py"
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_package_is_imported_from_this_repository(package: str) -> None:
+    module = importlib.import_module(package)
+    assert module.__file__ is not None
+    assert Path(module.__file__).resolve() == PROJECT / package / "__init__.py"
 
 
 def test_the_device_loads_no_torch() -> None:
     modules = modules_of("device")
     assert "device.cli" in modules
     loaded = third_parties_after(modules)
-    assert {"numpy", "msgpack", "onnxruntime", "zmq", "tokenizers"} <= loaded  # the others could have been seen
+    assert {"numpy", "msgpack", "onnxruntime", "zmq", "tokenizers"} <= loaded  # so an unwanted one would show too
     assert not loaded & {"torch", "transformers", "optimum", "onnx"}
 
 
-def test_the_protocol_loads_numpy_and_msgpack_alone() -> None:
-    modules = modules_of("protocol", "common.command_line")
-    assert "common.command_line" not in modules
-    assert third_parties_after(modules) == {"numpy", "msgpack"}
+def test_the_protocol_loads_only_numpy_and_msgpack() -> None:
+    assert third_parties_after(modules_of("protocol")) == {"numpy", "msgpack"}
 
 
-@pytest.mark.parametrize("room", ["device", "export"])
-def test_onnx_runtime_reports_to_nobody(room: str, tmp_path: Path) -> None:
-    def keeps_an_identifier(before: str) -> bool:
+def test_common_loads_no_socket_and_no_model() -> None:
+    loaded = third_parties_after(modules_of("common"))
+    assert "typer" in loaded
+    assert not loaded & {"zmq", "torch", "transformers", "onnx", "onnxruntime", "tokenizers"}
+
+
+@pytest.mark.parametrize("package", ["device", "export"])
+def test_onnx_runtime_sends_no_telemetry(package: str, tmp_path: Path) -> None:
+    def writes_a_device_id(before: str) -> bool:
         home = tmp_path / (before or "none")
         home.mkdir()
         environment = {"HOME": str(home), "PYTHONPATH": str(PROJECT), "PATH": ""}
         subprocess.run([sys.executable, "-c", f"{before}\nimport onnxruntime"], env=environment, check=True)
         return any(home.rglob("deviceid"))
 
-    assert keeps_an_identifier("")  # else there is nothing to see here
-    assert not keeps_an_identifier(f"import {room}")
+    assert writes_a_device_id("")  # otherwise the next line proves nothing
+    assert not writes_a_device_id(f"import {package}")

@@ -1,0 +1,80 @@
+"""Hello and Welcome: which draft models fit the target, and which protocol version each owner speaks."""
+
+from dataclasses import replace
+
+from basestation.target_model import TargetModel
+from protocol.errors import MismatchError
+from protocol.limits import Limits
+from protocol.messages import OLDEST_VERSION, PROTOCOL_VERSION, Hello, Mode, Welcome
+
+_MAX_GREETED = 10_000  # an owner that was dropped gets the Fault "unknown_session" and sends Hello again
+
+
+class Handshake:
+    """Answers Hello, and keeps the version of every owner that sent one.
+
+    Args:
+        target: what draft models must match.
+        limits: announced in the Welcome.
+    """
+
+    def __init__(self, target: TargetModel, limits: Limits) -> None:
+        self._target = target
+        self._limits = limits
+        self._versions: dict[str, int] = {}
+
+    def greet(self, owner: str, hello: Hello) -> Welcome:
+        """Accept a draft model.
+
+        Raises:
+            MismatchError: its vocabulary, its stop ids or its protocol version does not match.
+        """
+        self._check(hello)
+        version = min(hello.version, PROTOCOL_VERSION)
+        self._versions.pop(owner, None)
+        self._versions[owner] = version
+        if len(self._versions) > _MAX_GREETED:
+            del self._versions[next(iter(self._versions))]
+        return self._welcome(version)
+
+    def greeted(self, owner: str) -> bool:
+        """Whether an owner sent Hello."""
+        return owner in self._versions
+
+    def speaks_oldest(self, owner: str) -> bool:
+        """Whether messages to an owner may have only the fields of the oldest version."""
+        return self._versions.get(owner, OLDEST_VERSION) == OLDEST_VERSION
+
+    def drop(self, owner: str) -> None:
+        """Require another Hello of an owner."""
+        self._versions.pop(owner, None)
+
+    def _welcome(self, version: int) -> Welcome:
+        target, limits = self._target, self._limits
+        welcome = Welcome(version, target.name, target.context_length, limits.max_draft_len, tuple(Mode))
+        if version == OLDEST_VERSION:
+            return welcome
+        return replace(
+            welcome,
+            max_prompt_len=limits.max_prompt_len,
+            max_uplink_k=limits.max_uplink_k,
+            max_sessions=limits.max_sessions,
+            max_requests_per_second=limits.max_requests_per_second,
+            window=limits.window,
+        )
+
+    def _check(self, hello: Hello) -> None:
+        vocabulary = self._target.vocabulary
+        if hello.version < OLDEST_VERSION:
+            raise MismatchError(
+                f"protocol version {hello.version}; this base station speaks {OLDEST_VERSION} to {PROTOCOL_VERSION}"
+            )
+        if hello.vocab_size != vocabulary.size:
+            raise MismatchError(f"a draft model of {hello.vocab_size} tokens; the target has {vocabulary.size}")
+        if hello.vocabulary_hash != vocabulary.sha256:
+            raise MismatchError(f"the draft model's tokens are not the target's (both have {vocabulary.size})")
+        if frozenset(hello.stop_ids) != vocabulary.stop_ids:
+            raise MismatchError(
+                f"a draft model that stops at the tokens {sorted(hello.stop_ids)}; "
+                f"the target stops at {sorted(vocabulary.stop_ids)}"
+            )

@@ -1,0 +1,24 @@
+"""A peer: who sent a message, and the connection that replies go to."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """The sender of a message.
+
+    Attributes:
+        owner: who owns the sessions: a device's public key, or without keys its address in hexadecimal.
+        address: the connection's ZeroMQ identity.
+    """
+
+    owner: str
+    address: bytes
+
+    @classmethod
+    def without_key(cls, address: bytes) -> "Peer":
+        """A device that is known by its address alone."""
+        return cls(address.hex(), address)
+
+    def __str__(self) -> str:
+        return self.owner[:8]

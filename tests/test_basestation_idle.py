@@ -1,0 +1,30 @@
+"""The base station drops idle sessions."""
+
+from protocol.messages import Draft, Fault
+from tests.fakes import target_alone
+from tests.invariants import CODEC, PROMPT, SETTINGS, TARGET, draft_model, new_station, token_ids_of
+from tests.link_pair import MemoryTransport, join, open_session
+
+
+def test_only_idle_sessions_are_dropped() -> None:
+    station, models = new_station(), [draft_model(), draft_model()]
+    clients = [
+        join(station, model, MemoryTransport(station, peer))[0]
+        for model, peer in zip(models, (b"a", b"b"), strict=True)
+    ]
+    idle, active = (
+        open_session(client, SETTINGS[0], model, PROMPT) for client, model in zip(clients, models, strict=True)
+    )
+    dropped = Fault(0, "unknown_session", "session 0 is not open")
+    tokens = []
+    for now in (599.0, 600.0):
+        station.now = now
+        tokens += token_ids_of(active, 5)
+        station.engine.drop_idle()
+    assert token_ids_of(idle, 1) == target_alone(TARGET, PROMPT, 1)  # idle for exactly 600 s is not yet too long
+    station.now = 1200.5
+    station.engine.drop_idle()
+    assert tokens == target_alone(TARGET, PROMPT, 10)
+    for peer in (b"a", b"b"):
+        station.push(peer, CODEC.encode(Draft(0, 99, ())))
+        assert station.pull(peer) == dropped

@@ -1,0 +1,342 @@
+"""The device backs off where the base station is full or shutting down; the answer does not change."""
+
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import pairwise
+from typing import cast
+
+import pytest
+
+from basestation.kv_pool import BLOCK_SIZE
+from basestation.server import Server
+from bench.setup.bench_setup import bench_setup
+from bench.setup.prompts import OWN_PROMPTS
+from bench.setup.station_process import running_station
+from device.client import Client
+from device.link import Link
+from device.planner import TRIAL, Planners
+from device.session import DeviceSession
+from device.settings import DraftSettings, Timeouts
+from protocol.errors import ClosingError, FaultError, FullError
+from protocol.frames import FrameCodec
+from protocol.messages import Decode, Draft, Fault, Hello, Message, Mode, Open, Sampling
+from tests.fakes import FakeDraftModel, FakeTarget, blend, random_table
+from tests.link_pair import MemoryTransport, RefusingTransport, Station, TimedTransport, join, open_session
+from tests.sample import BUNDLE, SAMPLE
+from tests.serving import serving
+
+TARGET = random_table(20, seed=1)
+DRAFT = blend(TARGET, random_table(20, seed=2), 0.7)
+PROMPT = [3, 1, 4, 1, 5]
+LONG_PROMPT = PROMPT * (2 * BLOCK_SIZE // len(PROMPT) + 1)
+MAX_NEW_TOKENS = 40
+SETTINGS = [
+    DraftSettings(mode, sampling, uplink_k=4, draft_len=4)
+    for mode in Mode
+    for sampling in (Sampling(), Sampling(1.0, seed=3))
+    if mode is not Mode.IDS or sampling.greedy
+]
+PLANNED = DraftSettings(Mode.IDS, Sampling(), uplink_k=1, draft_len=None)
+every_mode = pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: f"{s.mode}-{s.sampling.temperature:g}")
+
+
+def new_station() -> Station:
+    return Station(FakeTarget.make(TARGET, capacity=3 * BLOCK_SIZE))
+
+
+def open_over(transport: MemoryTransport, settings: DraftSettings, prompt: list[int] = PROMPT) -> DeviceSession:
+    model = FakeDraftModel.make(DRAFT)
+    return open_session(join(transport.station, model, transport)[0], settings, model, prompt)
+
+
+def token_ids_of(session: DeviceSession) -> list[int]:
+    return [token.token_id for token in session.answer(MAX_NEW_TOKENS)]
+
+
+def uninterrupted(settings: DraftSettings) -> list[int]:
+    return token_ids_of(open_over(MemoryTransport(new_station()), settings))
+
+
+def occupy(station: Station) -> DeviceSession:
+    """Open another device's session, which fills the KV pool until it counts as idle."""
+    return open_over(MemoryTransport(station, peer=b"b"), SETTINGS[0], LONG_PROMPT)
+
+
+def device_log(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name.startswith("device")]
+
+
+def pauses_of(transport: RefusingTransport) -> list[float]:
+    """Seconds between attempts to open a session."""
+    times = [*transport.refused_at, transport.now]
+    return [later - earlier for earlier, later in pairwise(times)]
+
+
+@every_mode
+def test_refused_device_connects_when_memory_is_free(settings: DraftSettings, caplog: pytest.LogCaptureFixture) -> None:
+    expected = uninterrupted(settings)
+    station = new_station()
+    occupy(station)
+    transport = TimedTransport(station)
+    assert token_ids_of(open_over(transport, settings)) == expected
+    assert 5 <= transport.now < 12
+    (line,) = device_log(caplog)
+    assert line.startswith("waiting for up to 60 s: the base station is full (busy sessions: 1); retry in ")
+
+
+@every_mode
+def test_refused_round_is_sent_again(settings: DraftSettings) -> None:
+    expected = uninterrupted(settings)
+    station = new_station()
+    target = cast(FakeTarget, station.engine._target)
+    transport = TimedTransport(station)
+    stream = open_over(transport, settings).answer(MAX_NEW_TOKENS)
+    tokens = [next(stream).token_id for _ in range(MAX_NEW_TOKENS // 2)]
+    target.memory = 0
+
+    def free_memory_after_7_seconds(_: Message) -> int:
+        target.memory = 0 if transport.now < 7 else None
+        return 1
+
+    transport.up = free_memory_after_7_seconds
+    tokens += [token.token_id for token in stream]
+    assert tokens == expected
+    assert transport.now > 7
+
+
+@pytest.mark.parametrize("code", [FullError.code, ClosingError.code])
+def test_pauses_grow_up_to_the_resend_timeout(code: str) -> None:
+    transport = RefusingTransport(new_station())
+    transport.code, transport.opens_at = code, 30.0
+    assert token_ids_of(open_over(transport, SETTINGS[0])) == uninterrupted(SETTINGS[0])
+    pauses = pauses_of(transport)
+    assert 1 <= pauses[0] <= 1.25
+    assert all(later >= earlier / 1.25 for earlier, later in pairwise(pauses))
+    assert max(pauses) <= Timeouts().resend * 1.25
+    assert pauses[-1] >= Timeouts().resend
+
+
+def test_pauses_last_as_long_as_the_fault_says() -> None:
+    transport = RefusingTransport(new_station())
+    transport.opens_at, transport.retry_seconds = 20.0, 9
+    token_ids_of(open_over(transport, SETTINGS[0]))
+    pauses = pauses_of(transport)
+    assert len(pauses) >= 2
+    assert all(9 <= pause <= 9 * 1.25 for pause in pauses)
+
+
+@pytest.mark.parametrize("code", [FullError.code, ClosingError.code])
+@pytest.mark.parametrize("retry_seconds", [0, 7])
+def test_retry_timeout_raises_the_last_fault(code: str, retry_seconds: int) -> None:
+    transport = RefusingTransport(new_station())
+    transport.code, transport.opens_at, transport.retry_seconds = code, 1e9, retry_seconds
+    with pytest.raises(FaultError, match=r"no room \(waited \d\d s\)") as caught:
+        open_over(transport, SETTINGS[0])
+    assert caught.value.fault_code == code
+    assert caught.value.retry_seconds == (retry_seconds or Timeouts().resend)
+    assert Timeouts().retry - 10 < transport.now <= Timeouts().retry
+
+
+def test_pause_longer_than_the_retry_timeout_raises_at_once() -> None:
+    transport = RefusingTransport(new_station())
+    transport.opens_at, transport.retry_seconds = 1e9, 3600
+    with pytest.raises(FaultError, match=r"no room \(waited 0 s\)") as caught:
+        open_over(transport, SETTINGS[0])
+    assert caught.value.retry_seconds == 3600
+    assert transport.now == 0
+
+
+def test_round_trip_estimate_excludes_back_off() -> None:
+    transport = RefusingTransport(new_station())
+    transport.opens_at = 30.0
+    model = FakeDraftModel.make(DRAFT)
+    client, _ = join(transport.station, model, transport)
+    planners = Planners(model.manifest.quality)
+    stream = open_session(client, PLANNED, model, PROMPT, planners).answer(TRIAL)
+    assert len(list(stream)) == TRIAL
+    assert transport.now >= 30
+    assert planners.for_settings(PLANNED).times.round_trip_seconds < 1e-6
+
+
+class RestartingTransport(RefusingTransport):
+    """A base station that shuts down after the first round, and takes 30 s to restart."""
+
+    greeted = False
+
+    def send(self, frame: bytes) -> None:
+        message = self.station.codec.decode(frame)
+        if isinstance(message, Draft | Decode) and message.session_id == 0 and message.round_id > 1:
+            self.station.outboxes[self.peer].append(Fault(0, ClosingError.code, "shutting down"))
+            return
+        if isinstance(message, Hello) and self.greeted:
+            self.now += 30
+        self.greeted = self.greeted or isinstance(message, Hello)
+        super().send(frame)
+
+
+def test_round_time_estimate_excludes_a_restart() -> None:
+    transport = RestartingTransport(new_station())
+    model = FakeDraftModel.make(DRAFT)
+    client, _ = join(transport.station, model, transport)
+    planners = Planners(model.manifest.quality)
+    assert len(token_ids_of(open_session(client, PLANNED, model, PROMPT, planners))) == MAX_NEW_TOKENS
+    assert transport.now >= 31
+    assert planners.for_settings(PLANNED).times.seconds(8) < 1e-6
+
+
+class SessionDroppingTransport(TimedTransport):
+    """A base station that opens every session and drops it at once."""
+
+    opened = 0
+
+    def send(self, frame: bytes) -> None:
+        message = self.station.codec.decode(frame)
+        self.opened += isinstance(message, Open)
+        if isinstance(message, Draft | Decode):
+            self.station.outboxes[self.peer].append(Fault(message.session_id, "unknown_session", "not open"))
+        else:
+            super().send(frame)
+
+
+def test_retry_timeout_applies_where_every_session_is_unknown() -> None:
+    transport = SessionDroppingTransport(new_station())
+    session = open_over(transport, SETTINGS[0])
+    with pytest.raises(FaultError, match=r"not open \(waited \d\d s\)"):
+        token_ids_of(session)
+    assert Timeouts().retry - 10 < transport.now <= Timeouts().retry
+    assert transport.opened < 25
+
+
+class RoundRefusingTransport(RefusingTransport):
+    """A base station that refuses a round, then every session."""
+
+    def send(self, frame: bytes) -> None:
+        message = self.station.codec.decode(frame)
+        if isinstance(message, Draft | Decode) and self.now < 50:
+            self.opens_at = 1e9
+            self.now += 30
+            self.station.outboxes[self.peer].append(Fault(message.session_id, FullError.code, "no memory", 40))
+        else:
+            super().send(frame)
+
+
+def test_retry_timeout_starts_at_the_first_refusal_of_any_request() -> None:
+    transport = RoundRefusingTransport(new_station())
+    session = open_over(transport, SETTINGS[0])
+    with pytest.raises(FaultError, match="no room"):
+        token_ids_of(session)
+    assert transport.now <= 30 + Timeouts().retry
+
+
+class ReconnectingTransport(RefusingTransport):
+    """Reconnects three seconds into the first pause, to a base station that has memory."""
+
+    def receive(self, timeout: float) -> bytes | None:
+        if timeout <= Timeouts().resend or self.connections > 1:
+            return super().receive(timeout)
+        self.connections = 2
+        self.opens_at = self.now = self.now + 3
+        return None
+
+
+def test_new_connection_ends_the_pause() -> None:
+    transport = ReconnectingTransport(new_station())
+    transport.opens_at, transport.retry_seconds = 1e9, 40
+    assert token_ids_of(open_over(transport, SETTINGS[0])) == uninterrupted(SETTINGS[0])
+    assert transport.now == 3
+
+
+@every_mode
+def test_answer_continues_at_the_replacement_of_a_stopped_base_station(settings: DraftSettings) -> None:
+    expected = uninterrupted(settings)
+    transport = TimedTransport(new_station())
+    session = open_over(transport, settings)
+    stream = session.answer(MAX_NEW_TOKENS)
+    tokens = [next(stream).token_id for _ in range(MAX_NEW_TOKENS // 2)]
+    stopped = transport.station
+    stopped.engine.close()
+
+    def replace_after_20_seconds(_: Message) -> int:
+        if transport.now > 20 and transport.station is stopped:
+            transport.station = new_station()
+        return int(transport.station is not stopped)
+
+    transport.up = replace_after_20_seconds
+    tokens += [token.token_id for token in stream]
+    assert tokens == expected
+    assert transport.now > 20
+
+
+# -- over a real socket --
+
+
+@contextmanager
+def client_at(address: str, timeouts: Timeouts) -> Iterator[Client]:
+    link = Link.connect(address, FrameCodec(len(DRAFT)))
+    try:
+        yield Client(link, FakeDraftModel.make(DRAFT).manifest, timeouts)
+    finally:
+        link.close()
+
+
+def new_server(bind: str = "tcp://127.0.0.1:0") -> Server:
+    return Server(FakeTarget.make(TARGET, capacity=3 * BLOCK_SIZE), bind)
+
+
+def test_refused_device_connects_when_another_leaves_over_a_socket(caplog: pytest.LogCaptureFixture) -> None:
+    with ExitStack() as stack:
+        server = stack.enter_context(serving(new_server()))
+        first, second = (stack.enter_context(client_at(server.address, Timeouts())) for _ in range(2))
+        occupant = open_session(first, SETTINGS[0], FakeDraftModel.make(DRAFT), LONG_PROMPT)
+        threading.Timer(0.5, occupant.close).start()
+        session = open_session(second, SETTINGS[0], FakeDraftModel.make(DRAFT), PROMPT)
+        assert token_ids_of(session) == uninterrupted(SETTINGS[0])
+    assert len(device_log(caplog)) == 1
+
+
+def test_answer_continues_after_a_restart_over_a_socket(caplog: pytest.LogCaptureFixture) -> None:
+    with ExitStack() as stack:
+        with serving(new_server()) as stopped:
+            address = stopped.address
+            client = stack.enter_context(client_at(address, Timeouts()))
+            stream = open_session(client, SETTINGS[0], FakeDraftModel.make(DRAFT), PROMPT).answer(MAX_NEW_TOKENS)
+            tokens = [next(stream).token_id for _ in range(10)]
+        stack.enter_context(serving(new_server(address)))
+        tokens += [token.token_id for token in stream]
+    assert tokens == uninterrupted(SETTINGS[0])
+    assert device_log(caplog) == ["waiting for up to 60 s: the base station is shutting down"]
+
+
+# -- the sample model, with memory for a single session --
+
+
+@pytest.mark.model
+def test_generate_logs_the_wait_and_prints_the_same_answer() -> None:
+    with (
+        running_station(str(SAMPLE), "float32", "--kv-memory", "13MiB") as address,
+        bench_setup(BUNDLE, address) as setup,
+    ):
+        settings = DraftSettings(Mode.IDS, Sampling(), 1, 4)
+        expected = setup.answer(setup.prompt_ids(OWN_PROMPTS[1]), 16, settings).text
+        occupant = setup.conversation(settings)
+        stream = occupant.begin(setup.prompt_ids(" ".join(OWN_PROMPTS))[:BLOCK_SIZE]).answer(BLOCK_SIZE)
+        command = [sys.executable, "-m", "device", "generate", "--bundle", str(BUNDLE), "--server", address]
+        with subprocess.Popen(
+            [*command, "--prompt", OWN_PROMPTS[1], "--max-new-tokens", "16", "--draft-len", "4"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as device:
+            assert device.stderr is not None
+            first_log_line = threading.Thread(target=device.stderr.readline)
+            first_log_line.start()
+            while first_log_line.is_alive():
+                next(stream)
+                first_log_line.join(1.0)  # the session stays busy, and has tokens left until the device waits
+            occupant.close()
+            text, errors = device.communicate(timeout=60)
+    assert device.returncode == 0
+    assert (text.removesuffix("\n"), errors) == (expected, "")

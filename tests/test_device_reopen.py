@@ -1,0 +1,74 @@
+"""The device reopens its session where a restarted base station no longer has it; the answer does not change."""
+
+import random
+
+import pytest
+
+from device.settings import DraftSettings
+from protocol.limits import Limits
+from protocol.messages import Draft, Message, Mode, Sampling, Verdict
+from tests.fakes import FakeDraftModel, FakeTarget, blend, random_table, target_alone
+from tests.link_pair import MemoryTransport, Station, join, open_session
+
+TARGET = random_table(20, seed=1)
+DRAFT = blend(TARGET, random_table(20, seed=2), 0.7)
+PROMPTS = ([3, 1, 4, 1, 5], [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5])
+SETTINGS = [
+    DraftSettings(mode, sampling, uplink_k=4, draft_len=4)
+    for mode in Mode
+    for sampling in (Sampling(), Sampling(1.0, seed=3))
+    if mode is not Mode.IDS or sampling.greedy
+]
+
+
+class RestartingTransport(MemoryTransport):
+    """A link to a base station that can be restarted, with other ``limits``."""
+
+    restarts = 0
+    limits: Limits | None = None
+
+    def restart(self) -> None:
+        self.station = Station(FakeTarget.make(TARGET), self.limits)
+        self.restarts += 1
+
+
+def answer(settings: DraftSettings, restart_rate: float) -> tuple[list[int], int]:
+    """The tokens of two turns, and how often the base station restarted."""
+    rng = random.Random(1)  # noqa: S311 - not a secret
+    transport = RestartingTransport(Station(FakeTarget.make(TARGET)))
+
+    def restart_at_random(message: Message) -> int:
+        if isinstance(message, Draft | Verdict) and rng.random() < restart_rate:
+            transport.restart()
+            return 0
+        return 1
+
+    transport.up = transport.down = restart_at_random
+    model = FakeDraftModel.make(DRAFT)
+    session = open_session(join(transport.station, model, transport)[0], settings, model, PROMPTS[0])
+    tokens = [token.token_id for token in session.answer(30)]
+    session.extend(PROMPTS[1])
+    tokens += [token.token_id for token in session.answer(30)]
+    session.close()
+    return tokens, transport.restarts
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: f"{s.mode}-{s.sampling.temperature:g}")
+def test_restarts_do_not_change_the_answer(settings: DraftSettings) -> None:
+    uninterrupted, _ = answer(settings, restart_rate=0)
+    interrupted, restarts = answer(settings, restart_rate=0.2)
+    assert restarts > 2
+    assert interrupted == uninterrupted
+
+
+def test_lower_limits_after_a_restart_are_respected() -> None:
+    transport = RestartingTransport(Station(FakeTarget.make(TARGET)))
+    transport.limits = Limits(max_draft_len=2)
+    model = FakeDraftModel.make(TARGET)
+    client, _ = join(transport.station, model, transport)
+    settings = DraftSettings(Mode.IDS, Sampling(), uplink_k=4, draft_len=None)
+    stream = open_session(client, settings, model, PROMPTS[0]).answer(40)
+    tokens = [next(stream).token_id for _ in range(10)]
+    transport.restart()
+    tokens += [token.token_id for token in stream]
+    assert tokens == target_alone(TARGET, PROMPTS[0], 40)

@@ -1,0 +1,47 @@
+"""Manifests: what is written is read back; an old format version is refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from protocol.bundle import FORMAT_VERSION, MANIFEST_NAME, Manifest
+from protocol.errors import BundleError
+from tests.fakes import manifest
+
+
+def altered(folder: Path, **changes: Any) -> None:
+    """Write a manifest with these values changed; None removes a key."""
+    manifest(12).write(folder)
+    path = folder / MANIFEST_NAME
+    values = {**json.loads(path.read_text(encoding="utf-8")), **changes}
+    path.write_text(json.dumps({key: value for key, value in values.items() if value is not None}), encoding="utf-8")
+
+
+def test_a_manifest_is_read_as_it_was_written(tmp_path: Path) -> None:
+    manifest(12, stop_ids=(2, 5)).write(tmp_path)
+    assert Manifest.read(tmp_path) == manifest(12, stop_ids=(2, 5))
+
+
+@pytest.mark.parametrize("version", range(1, FORMAT_VERSION))
+def test_an_old_format_version_is_refused_with_export_again(version: int, tmp_path: Path) -> None:
+    figures = json.loads(json.dumps(vars(manifest(12).quality)))
+    altered(tmp_path, format_version=version, quality=None, gate=figures)
+    with pytest.raises(BundleError, match=rf"format_version is {version}; allowed: {FORMAT_VERSION}; export .*again"):
+        Manifest.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"format_version": FORMAT_VERSION + 1}, "format_version is"),
+        ({"format_version": None}, "format_version is None"),
+        ({"quality": None}, "quality missing"),
+        ({"cache_kind": "magic"}, "magic"),
+    ],
+)
+def test_a_damaged_manifest_is_refused_with_export_again(changes: dict[str, Any], match: str, tmp_path: Path) -> None:
+    altered(tmp_path, **changes)
+    with pytest.raises(BundleError, match=rf"{match}.*export .*again"):
+        Manifest.read(tmp_path)
