@@ -165,20 +165,15 @@ class Client:
         while True:
             message = self.link.receive(min(self._timeouts.resend, limit))
             now = self._clock()
-            if message is None:
-                if now - received_at >= limit:
-                    raise LinkError(
-                        f"no base station answers at {self.link.address} (waited {now - received_at:.0f} s)"
-                    )
-                if now - sent_at >= self._timeouts.resend or self.link.connections > connections:
-                    if resume and self.welcome.version > OLDEST_VERSION:
-                        self.link.send(resume())
-                    self.link.send(request)
-                    sent_at, connections = now, max(1, self.link.connections)
-                continue
-            received_at = now
-            _raise_fault(message, getattr(request, "session_id", None))
-            yield message
+            if message is not None:
+                received_at = now
+                _raise_fault(message, getattr(request, "session_id", None))
+                yield message
+            elif (waited := now - received_at) >= limit:
+                raise LinkError(f"no base station answers at {self.link.address} (waited {waited:.0f} s)")
+            elif now - sent_at >= self._timeouts.resend or self.link.connections > connections:
+                self._resend(request, resume)
+                sent_at, connections = now, max(1, self.link.connections)
 
     def back_off(self, refusal: FaultError, since: float | None) -> float:
         """Wait where the base station is full or shutting down; a new connection ends the wait.
@@ -232,6 +227,11 @@ class Client:
     def close(self) -> None:
         """Close the link."""
         self.link.close()
+
+    def _resend(self, request: Hello | Request, resume: Callable[[], Resume] | None) -> None:
+        if resume and self.welcome.version > OLDEST_VERSION:
+            self.link.send(resume())
+        self.link.send(request)
 
     def _greet_in(self, version: int, timeout: float | None) -> Welcome:
         hello = replace(self._hello, version=version)
