@@ -1,4 +1,4 @@
-"""The measurements of capacity and churn, on a base station whose target is a table."""
+"""Capacity and churn, measured on a base station whose target is a table."""
 
 import os
 from collections.abc import Iterator
@@ -13,9 +13,12 @@ from basestation.server import Server
 from bench.report.report import write_report
 from bench.setup.results import Results, format_value
 from bench.setup.station_process import StationProcess
-from bench.station.capacity import CapacitySettings, measure_replay, ratios
+from bench.station.capacity import ratios
 from bench.station.churn import ChurnSettings, measure_churn
-from bench.station.replay import Pace, Recording, record
+from bench.station.recorder import record
+from bench.station.recording import Recording
+from bench.station.replay import CapacitySettings, measure_replay
+from bench.station.replay_client import ReplayTiming
 from tests.fakes import FakeDraftModel, FakeTarget, blend, manifest, random_table
 from tests.serving import serving
 
@@ -37,8 +40,8 @@ def recordings() -> list[Recording]:
     return record(FakeDraftModel.make(DRAFT), FakeTarget.make(TARGET), prompts, 12, 4, lambda: None)
 
 
-def test_a_run_has_a_row_for_each_case_and_its_ratios(station: StationProcess, tmp_path: Path) -> None:
-    settings = CapacitySettings(4, seconds=0.3, warm_up_seconds=0.1, turns=1, pace=Pace(0.0))
+def test_capacity_has_a_row_per_case_and_its_ratios(station: StationProcess, tmp_path: Path) -> None:
+    settings = CapacitySettings(4, seconds=0.3, warm_up_seconds=0.1, turns=1, timing=ReplayTiming(0.0))
     rows = measure_replay(station, recordings(), manifest(VOCAB), settings, lambda: None)
     assert [(row["case"], row["sessions"]) for row in rows] == [
         ("replay", 1),
@@ -46,7 +49,7 @@ def test_a_run_has_a_row_for_each_case_and_its_ratios(station: StationProcess, t
         ("target", 1),
         ("target", 4),
         ("rounds", 8),
-        ("rounds beside prompts of 2000", 8),
+        ("rounds during prefills of 2000 tokens", 8),
     ]
     for row in rows:
         assert isinstance(row["tokens_per_second"], float)
@@ -58,11 +61,11 @@ def test_a_run_has_a_row_for_each_case_and_its_ratios(station: StationProcess, t
     for one in rows:
         assert f"| {one['case']} | {one['sessions']} |" in text
     for one in compared:
-        assert f"| {one['case']} | {format_value(one['ratio'])} | {one['asked']} |" in text
+        assert f"| {one['case']} | {format_value(one['ratio'])} | {one['goal']} |" in text
 
 
-def test_churn_loses_no_session_that_its_device_kept(station: StationProcess) -> None:
-    settings = ChurnSettings(sessions=30, seconds=2.0, at_once=6, pace=Pace(0.0))
+def test_churn_loses_no_session_of_a_connected_device(station: StationProcess) -> None:
+    settings = ChurnSettings(sessions=30, seconds=2.0, concurrent=6, timing=ReplayTiming(0.0))
     rows = measure_churn(station, recordings(), manifest(VOCAB), settings, lambda: None)
     assert isinstance(rows[-1]["opened"], int)
     assert rows[-1]["opened"] >= 20

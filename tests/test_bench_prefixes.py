@@ -1,10 +1,11 @@
-"""The measurement of common beginnings, on a target with random weights."""
+"""Shared prefixes, measured on a target with random weights."""
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from basestation.kv_pool import ATTENTION_NAME, STEP
+from basestation.attention import ATTENTION_NAME
+from basestation.kv_pool import BLOCK_SIZE
 from basestation.target_model import TargetModel, Vocabulary, register_attention
 from bench.station.prefixes import measure_prefixes
 from protocol.errors import SettingsError
@@ -27,18 +28,18 @@ def target() -> TargetModel:
     return TargetModel(model, Vocabulary(97, bytes(32), frozenset()), "tiny", 2**24)
 
 
-def test_what_is_in_common_is_held_once_in_the_measured_passes(target: TargetModel) -> None:
-    rows = measure_prefixes(target, 4, STEP + 50, STEP, 5, lambda: None)
+def test_a_shared_prefix_is_stored_once(target: TargetModel) -> None:
+    rows = measure_prefixes(target, 4, BLOCK_SIZE + 50, BLOCK_SIZE, 5, lambda: None)
     assert [(row["case"], row["kv_positions"]) for row in rows] == [
-        ("pass, nothing in common", 8 * STEP),
-        ("pass, 128 in common", 5 * STEP),
-        ("prefill, all", None),
-        ("prefill, behind 128 in common", None),
+        ("pass, no prefix shared", 8 * BLOCK_SIZE),
+        ("pass, 128 tokens shared", 5 * BLOCK_SIZE),
+        ("prefill, no prefix shared", None),
+        ("prefill, 128 tokens shared", None),
     ]
     assert target.kv_pool.used == 0
 
 
-@pytest.mark.parametrize("shared", [0, -STEP, STEP + 1, 2 * STEP])
-def test_what_cannot_be_in_common_is_refused(target: TargetModel, shared: int) -> None:
+@pytest.mark.parametrize("shared", [0, -BLOCK_SIZE, BLOCK_SIZE + 1, 2 * BLOCK_SIZE])
+def test_a_prefix_that_cannot_be_shared_is_refused(target: TargetModel, shared: int) -> None:
     with pytest.raises(SettingsError, match=rf"shared is {shared}; allowed: a multiple of 128 below"):
-        measure_prefixes(target, 2, 2 * STEP, shared, 5, lambda: None)
+        measure_prefixes(target, 2, 2 * BLOCK_SIZE, shared, 5, lambda: None)

@@ -1,4 +1,4 @@
-"""Bytes and acceptance of every mode on the same positions, with models without weights."""
+"""Bytes and acceptance of every mode on the same positions, with fake models."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ def corpus(temperature: float) -> Corpus:
     return collect(model, target, [[1, 2], [3, 4]], 2, Sampling(temperature, seed=1), lambda: None)
 
 
-def test_at_temperature_one_more_entries_stand_more_often_and_cost_more() -> None:
+def test_more_entries_raise_acceptance_and_bytes() -> None:
     positions = corpus(1.0)
     rows = {row["case"]: row for row in uplink_rows(positions, [1, 8, 64, VOCAB])}
     assert list(rows)[:2] == ["target", "coupled"]
@@ -31,7 +31,7 @@ def test_at_temperature_one_more_entries_stand_more_often_and_cost_more() -> Non
     assert all(f"topp {p:g}" in rows for p in UPLINK_P)
 
 
-def test_the_whole_distribution_stands_with_one_less_the_total_variation() -> None:
+def test_full_acceptance_is_one_minus_the_total_variation() -> None:
     positions = corpus(1.0)
     overlaps = []
     for one in positions.positions:
@@ -45,7 +45,7 @@ def test_the_whole_distribution_stands_with_one_less_the_total_variation() -> No
     assert np.mean([one / (2 - one) for one in overlaps]) - 0.1 < coupled < np.mean(overlaps) + 0.1
 
 
-def test_at_temperature_zero_every_mode_accepts_alike() -> None:
+def test_all_modes_have_the_same_acceptance_at_temperature_zero() -> None:
     rows = uplink_rows(corpus(0.0), [1, 64])
     assert rows[1]["case"] == "ids"
     assert len({row["acceptance"] for row in rows[1:]}) == 1
@@ -53,6 +53,6 @@ def test_at_temperature_zero_every_mode_accepts_alike() -> None:
 
 
 @pytest.mark.parametrize("uplink_k", [0, VOCAB + 1])
-def test_more_entries_than_tokens_are_refused_by_name(uplink_k: int) -> None:
+def test_uplink_k_outside_the_vocabulary_is_refused(uplink_k: int) -> None:
     with pytest.raises(SettingsError, match=r"^uplink_k is "):
         check_uplink_k([3, uplink_k], VOCAB)

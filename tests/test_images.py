@@ -1,4 +1,4 @@
-"""The images as ``docker/offline.sh`` builds them, for this machine and, emulated, for a board's."""
+"""The images that ``docker/offline.sh`` builds, for this machine and, emulated, for arm64."""
 
 import json
 import re
@@ -24,11 +24,11 @@ MAX_DEVICE_BYTES = 330_000_000
 PROMPT = "Name three rivers."
 URL = "http://127.0.0.1:8080"
 STOP_SECONDS = 5
-"""What compose.yaml gives a container before it is killed."""
+"""``stop_grace_period`` in compose.yaml."""
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_a_device_holds_what_it_needs(arch: str) -> None:
+def test_a_device_image_contains_only_what_it_needs(arch: str) -> None:
     with image(f"device:{arch}") as device:
         parts = device.size()
         torch = list(device.root.rglob("*torch*.so*"))
@@ -37,18 +37,18 @@ def test_a_device_holds_what_it_needs(arch: str) -> None:
     largest = sorted(parts.items(), key=lambda part: -part[1])[:8]
     print(f"\ndevice:{arch}: {total / 1e6:.0f} MB:", ", ".join(f"{name} {size / 1e6:.0f}" for name, size in largest))
     assert total <= MAX_DEVICE_BYTES
-    assert {"onnxruntime", "numpy", "tokenizers", "zmq", "uvicorn"} <= set(parts)  # the others could have been seen
+    assert {"onnxruntime", "numpy", "tokenizers", "zmq", "uvicorn"} <= set(parts)  # so an unwanted one would show too
     assert not set(parts) & {"torch", "transformers", "optimum", "onnx", "pip", "huggingface_hub"}
     assert torch + caches == []
 
 
 @pytest.mark.parametrize("name", ["device:amd64", "device:arm64", "basestation:amd64"])
-def test_a_container_is_nobody_and_writes_nowhere(name: str) -> None:
+def test_a_container_has_no_privileges_and_a_read_only_root(name: str) -> None:
     script = "import os, json; print(json.dumps([os.getuid(), os.getgroups(), open('/proc/self/status').read()]))"
-    with image(name) as one:
-        user, groups, status = json.loads(one.run("python3", "-c", script, entrypoint=[]).stdout)
-        refused = one.run("python3", "-c", "open('/file', 'w')", entrypoint=[])
-        shown = one.run("--help")
+    with image(name) as container:
+        user, groups, status = json.loads(container.run("python3", "-c", script, entrypoint=[]).stdout)
+        refused = container.run("python3", "-c", "open('/file', 'w')", entrypoint=[])
+        shown = container.run("--help")
     assert user != 0
     assert groups in ([], [user])
     assert re.search(r"CapEff:\s+0+\n", status)
@@ -62,7 +62,7 @@ def test_the_base_station_is_on_the_newest_transformers() -> None:
     assert printed.stdout.startswith("5.")
 
 
-def test_the_emulated_board_gives_the_same_tokens(station_address: str) -> None:
+def test_the_arm64_image_gives_the_same_tokens(station_address: str) -> None:
     options = ["--bundle", "/bundle", "--server", station_address, "--prompt", PROMPT, "--max-new-tokens", "10"]
     answers = {}
     for arch in ARCHITECTURES:
@@ -81,11 +81,11 @@ def test_the_emulated_board_gives_the_same_tokens(station_address: str) -> None:
 
 
 class Composition:
-    """The services of compose.yaml in one network, with folders for its volumes."""
+    """Runs the services of compose.yaml in one network namespace, with folders as volumes."""
 
-    def __init__(self, folder: Path, where: str) -> None:
+    def __init__(self, folder: Path, namespace: str) -> None:
         self._folder = folder
-        self._network = where
+        self._network = namespace
         variables = {"TARGET": str(SAMPLE), "BUNDLE": str(BUNDLE), "STATION_OPTIONS": "--dtype float32"}
         text = (PROJECT / "docker" / "compose.yaml").read_text(encoding="utf-8")
         self._services = yaml.safe_load(_substitute(text, variables))["services"]
@@ -93,17 +93,17 @@ class Composition:
         self._hosts.write_text("".join(f"127.0.0.1 {name}\n" for name in ("localhost", *self._services)))
 
     def run(self, name: str) -> "subprocess.CompletedProcess[str]":
-        """A service that ends by itself."""
+        """Run a service until it exits."""
         service = self._services[name]
-        with self._image(service) as one:
-            return one.run(*service["command"], entrypoint=service["entrypoint"])
+        with self._image(service) as container:
+            return container.run(*service["command"], entrypoint=service["entrypoint"])
 
     @contextmanager
     def started(self, name: str) -> Iterator[tuple[Image, "subprocess.Popen[str]"]]:
-        """A service that runs until it is told to stop."""
+        """Run a service in the background."""
         service = self._services[name]
-        with self._image(service) as one, one.started(*service["command"].split()) as process:
-            yield one, process
+        with self._image(service) as container, container.started(*service["command"].split()) as process:
+            yield container, process
 
     @contextmanager
     def _image(self, service: Mapping[str, Any]) -> Iterator[Image]:
@@ -114,11 +114,11 @@ class Composition:
         for volume in service["volumes"]:
             source, target = volume.split(":")[:2]
             volumes[self._volume(source)] = target
-        with image(name, self._network, volumes) as one:
-            yield one
+        with image(name, self._network, volumes) as container:
+            yield container
 
     def _volume(self, source: str) -> Path:
-        """A folder of the host, or one that stands for a volume and belongs to the image's user as that would."""
+        """The host folder of a bind mount, or a folder owned by the image's user in place of a named volume."""
         if source.startswith("/"):
             return Path(source)
         path = self._folder / source
@@ -129,7 +129,7 @@ class Composition:
 
 
 def _substitute(text: str, variables: Mapping[str, str]) -> str:
-    """What compose makes of ``${NAME-default}`` and ``$$``."""
+    """Substitute ``${NAME-default}`` and ``$$`` as docker compose does."""
 
     def value(found: re.Match[str]) -> str:
         return "$" if found[0] == "$$" else variables.get(found[1], "" if found[2] == "?" else found[3] or "")
@@ -137,8 +137,8 @@ def _substitute(text: str, variables: Mapping[str, str]) -> str:
     return re.sub(r"\$\$|\$\{(\w+):?([-?])?([^}]*)\}", value, text)
 
 
-def ask(where: str | None, url: str, path: str, body: object = None) -> tuple[int, str]:
-    """Status and text of the device's answer over HTTP."""
+def http_request(namespace: str | None, url: str, path: str, body: object = None) -> tuple[int, str]:
+    """Send a request from a network namespace; return the status (0 without a response) and the text."""
     script = (
         "import sys, json, urllib.request, urllib.error\n"
         "try: answer = urllib.request.urlopen(sys.argv[1], sys.argv[2].encode() or None, 120)\n"
@@ -146,39 +146,39 @@ def ask(where: str | None, url: str, path: str, body: object = None) -> tuple[in
         "print(json.dumps([answer.status, answer.read().decode()]))"
     )
     data = "" if body is None else json.dumps(body)
-    command = [*in_network(where), sys.executable, "-c", script, url + path, data]
+    command = [*in_network(namespace), sys.executable, "-c", script, url + path, data]
     printed = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200).stdout
     status, text = json.loads(printed) if printed else (0, "")
     return status, text
 
 
 def wait_for(process: "subprocess.Popen[str]", words: str) -> str:
-    """The line that has ``words`` in it."""
+    """Read stderr up to a line that contains ``words``, and return that line."""
     assert process.stderr is not None
-    said = []
+    lines = []
     for line in process.stderr:
-        said.append(line)
+        lines.append(line)
         if words in line:
             return line
-    raise AssertionError("".join(said))
+    raise AssertionError("".join(lines))
 
 
 def stop(process: "subprocess.Popen[str]") -> float:
-    """Seconds from SIGTERM to the end, which is a clean one."""
+    """Send SIGTERM, assert a clean exit, and return the seconds it took."""
     began = time.monotonic()
     process.terminate()
     assert process.wait(STOP_SECONDS) == 0
     return time.monotonic() - began
 
 
-def test_compose_makes_keys_once_and_then_answers(tmp_path: Path) -> None:
-    with network("edgedraft-images") as where:
-        composition = Composition(tmp_path, where)
-        for name in ("device-key", "enrol"):
+def test_compose_creates_keys_once_and_then_answers(tmp_path: Path) -> None:
+    with network("edgedraft-images") as namespace:
+        composition = Composition(tmp_path, namespace)
+        for name in ("device-key", "enroll"):
             finished = composition.run(name)
             assert finished.returncode == 0, finished.stderr
         keys = {path: path.read_text() for path in tmp_path.rglob("*") if path.is_file()}
-        for name in ("device-key", "enrol"):
+        for name in ("device-key", "enroll"):
             assert composition.run(name).returncode == 0
         assert keys == {path: path.read_text() for path in tmp_path.rglob("*") if path.is_file()}
         assert (tmp_path / "station-keys" / "station").stat().st_mode & 0o777 == 0o600
@@ -187,35 +187,35 @@ def test_compose_makes_keys_once_and_then_answers(tmp_path: Path) -> None:
             wait_for(device_process, "loaded")
             wait_for(device_process, "serving")
             assert device.healthy()
-            assert ask(where, URL, "/readyz")[0] == 503
+            assert http_request(namespace, URL, "/readyz")[0] == 503
             with composition.started("basestation") as (station, station_process):
                 wait_for(station_process, "serving")
                 assert station.healthy()
                 wait_for(device_process, "answers again")
-                assert ask(where, URL, "/readyz")[0] == 200
+                assert http_request(namespace, URL, "/readyz")[0] == 200
                 question = {"messages": [{"role": "user", "content": PROMPT}], "max_tokens": 12}
-                status, text = ask(where, URL, "/v1/chat/completions", question)
+                status, text = http_request(namespace, URL, "/v1/chat/completions", question)
                 assert (status, json.loads(text)["usage"]["completion_tokens"]) == (200, 12)
                 station_seconds = stop(station_process)
-            assert ask(where, URL, "/v1/chat/completions", question)[0] == 503
+            assert http_request(namespace, URL, "/v1/chat/completions", question)[0] == 503
             device_seconds = stop(device_process)
         assert not device.healthy()
     print(f"\nstopped: base station in {station_seconds:.1f} s, device in {device_seconds:.1f} s")
 
 
-def test_a_device_is_ready_soon_after_its_model_is_loaded(station_address: str) -> None:
+def test_a_device_is_ready_after_its_model_is_loaded(station_address: str) -> None:
     options = ["--bundle", "/bundle", "--server", station_address, "--bind", "http://127.0.0.1:0"]
     with image("device:amd64", volumes={BUNDLE: "/bundle"}) as device, device.started("serve", *options) as process:
         wait_for(process, "loaded")
         loaded = time.monotonic()
         url = wait_for(process, "serving").split()[-1]
-        while ask(None, url, "/readyz")[0] != 200:
+        while http_request(None, url, "/readyz")[0] != 200:
             assert time.monotonic() < loaded + 60
         print(f"\nready {time.monotonic() - loaded:.2f} s after its model was loaded")
         stop(process)
 
 
-def test_scripts_and_dockerfiles_are_clean() -> None:
+def test_linters_accept_scripts_and_dockerfiles() -> None:
     scripts = sorted((PROJECT / "docker").glob("*.sh"))
     dockerfiles = sorted((PROJECT / "docker").glob("*.Dockerfile"))
     assert len(dockerfiles) == 4

@@ -1,4 +1,4 @@
-"""``docker/flash.sh`` makes a board a device: over a real ssh, a folder standing for a board without docker."""
+"""``docker/flash.sh`` over a real sshd, whose chroot stands in for a board without docker."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from tests.sample import BUNDLE, PROJECT, SAMPLE
 pytestmark = pytest.mark.images
 
 _SYSTEMCTL = """#!/bin/sh
-# enough of systemctl: restart runs what the unit says, as the user that it says
+# a minimal systemctl: restart runs the unit's ExecStart as its User
 unit=/etc/systemd/system/edgedraft-device.service
 echo "$@" >> /run/systemctl.log
 [ "$1" = restart ] || exit 0
@@ -29,12 +29,12 @@ setpriv --reuid "$user" --regid "$user" --clear-groups $(sed -n 's/^ExecStart=//
 echo $! > /run/pid
 """
 _SSHD = 'mount --bind /proc "$1/proc"; mount --bind /dev "$1/dev"; exec /usr/sbin/sshd -D -e -f "$2"'
-"""With mounts of its own: they are gone when it is."""
+"""In a mount namespace, so that the mounts disappear with the process."""
 
 
 @dataclass(frozen=True)
 class Board:
-    """A root folder behind an sshd on loopback; ``ssh`` in ``path`` reaches it by the name ``board``."""
+    """A root folder behind an sshd on loopback; the ``ssh`` in folder ``path`` connects to it."""
 
     root: Path
     path: Path
@@ -94,14 +94,14 @@ def board(tmp_path: Path) -> Iterator[Board]:
 
 
 def state_of(root: Path) -> dict[str, bytes]:
-    """What flashing leaves on a board, the environment's own files aside."""
-    places = [root / "var/lib/edgedraft" / name for name in ("keys", "bundle", "source")]
-    found = [path for place in places for path in place.rglob("*") if "__pycache__" not in path.parts]
+    """The files that flashing writes on a board, without the environment."""
+    folders = [root / "var/lib/edgedraft" / name for name in ("keys", "bundle", "source")]
+    found = [path for folder in folders for path in folder.rglob("*") if "__pycache__" not in path.parts]
     files = [path for path in (*found, *root.glob("etc/systemd/system/edgedraft*")) if path.is_file()]
     return {str(path.relative_to(root)): path.read_bytes() for path in files}
 
 
-def test_a_board_answers_after_one_command_and_stays_so_after_another(board: Board, tmp_path: Path) -> None:
+def test_a_board_is_ready_after_one_run_and_unchanged_by_a_second(board: Board, tmp_path: Path) -> None:
     keys, port = tmp_path / "station-keys", free_port()
     basestation = [sys.executable, "-m", "basestation", "keys"]
     subprocess.run([*basestation, "new", str(keys)], check=True, capture_output=True)
@@ -111,7 +111,15 @@ def test_a_board_answers_after_one_command_and_stays_so_after_another(board: Boa
 
         shown = board.flash("--dry-run", *options)
         assert shown.returncode == 0, shown.stderr
-        steps = ("make an environment", "copy the bundle", "make the board's key", "enrol", "unit", "start", "ready")
+        steps = (
+            "create an environment",
+            "copy the bundle",
+            "create the board's key",
+            "enroll",
+            "unit",
+            "start",
+            "ready",
+        )
         assert [step for step in steps if step not in shown.stdout] == []
         assert state_of(board.root) == {}
 
@@ -124,7 +132,7 @@ def test_a_board_answers_after_one_command_and_stays_so_after_another(board: Boa
 
         second = board.flash(*options)
         assert second.returncode == 0, second.stderr
-        assert "the bundle is there already" in second.stdout
+        assert "the board has this bundle already" in second.stdout
         assert "the board has a key already" in second.stdout
         assert state_of(board.root) == state
         assert (board.root / "run/systemctl.log").read_text().count("enable --quiet edgedraft-device") == 2
@@ -154,8 +162,8 @@ def test_a_board_with_docker_gets_the_image(board: Board, tmp_path: Path) -> Non
     [
         ([], "which board?"),
         (["--server", "10.0.0.1:5755", "board"], "tcp://HOST:PORT"),
-        (["--bundle", "/nowhere", "board"], "is no bundle"),
-        (["--colour", "board"], "--colour is no option"),
+        (["--bundle", "/nowhere", "board"], "is not a bundle"),
+        (["--colour", "board"], "--colour is not an option"),
         (["--server", "tcp://10.0.0.1:5755", "board"], "--keys is missing"),
     ],
 )

@@ -1,0 +1,61 @@
+"""The command line of the benchmarks, which imports only what a command needs."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from bench.cli import MODULES, app, summary
+
+HEAVY = ("torch", "transformers", "scipy", "matplotlib", "onnxruntime")
+PRINT_IMPORTED = f"""
+import json, sys
+from typer.testing import CliRunner
+from bench.cli import app
+result = CliRunner().invoke(app, ARGUMENTS)
+print(json.dumps([result.exit_code, result.output, [name for name in {HEAVY} if name in sys.modules]]))
+"""
+
+
+def run_fresh(*arguments: str) -> tuple[int, str, list[str]]:
+    """Exit code, output and imported heavy packages of a command line in a fresh interpreter."""
+    code = PRINT_IMPORTED.replace("ARGUMENTS", repr(arguments))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    exit_code, output, imported = json.loads(done.stdout)
+    return exit_code, output, imported
+
+
+def test_help_lists_every_command_without_importing_it() -> None:
+    exit_code, output, imported = run_fresh("--help")
+    assert exit_code == 0
+    assert imported == []
+    listed = [line.split()[1] for line in output.partition("Commands")[2].splitlines() if line.startswith("│ ")]
+    assert [name for name in listed if name in MODULES] == list(MODULES)
+    for name in MODULES:
+        assert summary(name).endswith(".")
+        assert summary(name).split()[0] in output
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("relay", []), ("link", []), ("churn", []), ("report", ["matplotlib"]), ("theory", ["scipy"])],
+)
+def test_a_command_imports_only_what_it_needs(name: str, expected: list[str]) -> None:
+    assert run_fresh(name, "--help")[2] == expected
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_command_shows_its_options(name: str) -> None:
+    result = CliRunner().invoke(app, [name, "--help"])
+    assert result.exit_code == 0
+    assert summary(name).split()[0] in result.output
+    assert "--help" in result.output
+    assert f"{name} [OPTIONS]" in result.output
+
+
+def test_a_misspelt_command_suggests_a_name() -> None:
+    result = CliRunner().invoke(app, ["capcity"])
+    assert result.exit_code == 2
+    assert "capacity" in result.output

@@ -1,0 +1,40 @@
+"""docs/results.md: losses, failures and missing cells are reported."""
+
+from pathlib import Path
+
+import pytest
+
+from bench.grid.cells import Cell
+from bench.report.report import COMMANDS, write_report
+from bench.setup.results import Results
+from protocol.errors import SettingsError
+from tests.grid_rows import CELL, LOOPBACK, rows_of
+from tests.sample import PROJECT
+
+
+def test_a_report_creates_its_folder_and_needs_a_folder_of_results(tmp_path: Path) -> None:
+    docs = tmp_path / "new" / "docs"
+    with pytest.raises(SettingsError, match=r"results is '.*nowhere'; allowed: a folder with the JSON files"):
+        write_report(tmp_path / "nowhere", docs)
+    assert not docs.exists()
+    assert write_report(tmp_path, docs).read_text(encoding="utf-8").count("Not measured") == len(COMMANDS)
+
+
+def test_the_report_names_losses_failures_and_missing_cells(tmp_path: Path) -> None:
+    rows = [*rows_of(LOOPBACK), *rows_of(CELL, auto=None), *rows_of(Cell(0.0, 50.0, 1.0), auto=15.0)]
+    Results({"tokens": 48}, rows).write(tmp_path / "grid.json")
+    text = write_report(tmp_path, tmp_path).read_text(encoding="utf-8")
+    assert "failed: the base station died" in text
+    assert text.count("2.00 (1.00)") == 2  # colocated, in every line
+    assert "0.20 (1.00)" in text  # the full vocabulary, which is slower than the target alone
+    assert "2 of the 30 cells of the grid were measured" in text
+    assert "in 0 of 1 cells; the smallest share is 0.54" in text
+    assert "above 2 in 1 of the cells" in text  # that of 50 ms
+    assert "| temperature 0, 50 ms, 1 Mbit/s | ids, draft length 4 | -29 % | -50 % | +43 % |" in text
+    assert text.count("Not measured.") == len(COMMANDS) - 2  # all but the grid and the ceiling, which says why
+    assert (tmp_path / "plots" / "speedup_0.svg").exists()
+
+
+def test_the_report_in_the_repository_is_that_of_its_result_files(tmp_path: Path) -> None:
+    written = write_report(PROJECT / "docs" / "results", tmp_path)
+    assert written.read_text(encoding="utf-8") == (PROJECT / "docs" / "results.md").read_text(encoding="utf-8")
