@@ -1,73 +1,85 @@
-"""``edgedraft-bench``: every figure of the documentation comes from one of these commands."""
+"""``edgedraft-bench``: the measurements behind every figure of the documentation."""
 
+import ast
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import Any
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
-from bench.commands_link import link, relay
-from bench.commands_speed import demo, exact, speedup
-from bench.commands_station import capacity, ceiling, churn, prefixes
-from bench.commands_uplink import encodings, overheads, uplink
-from bench.setup.options import JsonOption, console, progress_bar
 from common.command_line import Verbose, run
 
-app = typer.Typer(add_completion=False, help="Measure this system against its alternatives.", no_args_is_help=True)
+MODULES = {
+    "demo": "bench.demo",
+    "speedup": "bench.grid.speedup",
+    "grid": "bench.grid.run",
+    "exact": "bench.exact",
+    "uplink": "bench.uplink.modes",
+    "encodings": "bench.uplink.encodings",
+    "overheads": "bench.uplink.overheads",
+    "theory": "bench.theory",
+    "relay": "bench.link.relay",
+    "link": "bench.link.accuracy",
+    "capacity": "bench.station.capacity",
+    "churn": "bench.station.churn",
+    "prefixes": "bench.station.prefixes",
+    "ceiling": "bench.station.ceiling",
+    "report": "bench.report.report",
+}
+"""Each command and the module with the function of that name."""
+
+
+class LazyGroup(TyperGroup):
+    """Imports a command's module when the command is used: torch and its like take seconds to load.
+
+    The list of commands takes its texts from the sources, without importing them.
+    """
+
+    def __init__(self, **attributes: Any) -> None:
+        super().__init__(**attributes)
+        self.commands = {name: TyperCommand(name) for name in MODULES}
+        self._is_listing = False
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """The command, or in the list of commands one that has only its summary."""
+        if self._is_listing or cmd_name not in MODULES:
+            return super().get_command(ctx, cmd_name)
+        return _load(cmd_name)
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Write the help of the group."""
+        for name, command in self.commands.items():
+            command.help = summary(name)
+        self._is_listing = True
+        super().format_help(ctx, formatter)
+
+
+app = typer.Typer(cls=LazyGroup, add_completion=False, no_args_is_help=True)
 
 
 @app.callback()
 def options(verbose: Verbose = False) -> None:
-    """Measure this system against its alternatives."""
+    """Measure edgedraft against its alternatives."""
 
 
-def theory(json_file: JsonOption = None) -> None:
-    """The paper's tables recomputed, its closed form against brute force, and simulated rounds."""
-    from bench import theory as paper
-    from bench.setup.results import Results
-
-    with progress_bar() as progress:
-        task = progress.add_task("values of alpha", total=len(paper.FINE_ALPHAS))
-        found = paper.disagreements(lambda: progress.advance(task))
-    tables = [*paper.draft_len_rows(), *paper.cost_rows(), *paper.round_trip_rows()]
-    shown = Results({}, [*tables, paper.grid_row(found), *paper.simulated_rows()])
-    shown.show(console)
-    Results({}, [*shown.rows, *paper.map_rows()]).write(json_file)
-    if any(not one.is_tie for one in found):
-        raise typer.Exit(1)
-
-
-def report(
-    results: Annotated[Path, typer.Option(help="Folder with the JSON files that the commands wrote.")] = (
-        Path("docs/results")
-    ),
-    docs: Annotated[Path, typer.Option(help="Folder to write results.md and plots/ into.")] = Path("docs"),
-) -> None:
-    """Write docs/results.md and its plots from result files alone."""
-    from bench.report.report import write_report
-
-    console.print(f"wrote {write_report(results, docs)}")
-
-
-COMMANDS = (
-    demo,
-    speedup,
-    exact,
-    encodings,
-    overheads,
-    prefixes,
-    uplink,
-    theory,
-    report,
-    relay,
-    link,
-    capacity,
-    ceiling,
-    churn,
-)
-for command in COMMANDS:
-    app.command()(command)
+def summary(name: str) -> str:
+    """The first line of a command's docstring, read from its source."""
+    spec = find_spec(MODULES[name])
+    assert spec is not None
+    assert spec.origin is not None
+    tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+    function = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name)
+    return (ast.get_docstring(function) or "").partition("\n")[0]
 
 
 def main() -> None:
     """Run the command line."""
     run(app, "bench")
+
+
+def _load(name: str) -> Any:
+    single = typer.Typer(add_completion=False)
+    single.command(name)(getattr(import_module(MODULES[name]), name))
+    return typer.main.get_command(single)

@@ -1,37 +1,56 @@
-"""The demonstration: an answer streamed in colour, then what drafting was worth."""
+"""The demonstration: an answer streamed in colour, then a comparison with the target alone."""
+
+from contextlib import ExitStack
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from bench.grid.speedup import WARM_UP_TOKENS, full_vocabulary_bytes
-from bench.setup.bench_setup import BenchSetup
+from bench.grid.speedup import WARM_UP_TOKENS
+from bench.setup.bench_setup import BenchSetup, bench_setup
+from bench.setup.options import BundleOption, DtypeOption, TargetOption, console
+from bench.setup.station_process import running_station
 from device.answer import Answer
 from device.cli import ORIGIN_STYLES
-from device.session import DraftSettings
+from device.settings import DraftSettings
 from protocol.messages import Mode, Sampling
 
 PROMPT = "Explain in a few sentences why a small and a large language model work well together."
 MAX_NEW_TOKENS = 128
 
 
-def show_demo(place: BenchSetup, console: Console) -> None:
-    """Stream one answer, repeat it with the target alone, and print both in a table."""
-    alone = DraftSettings(Mode.TARGET, Sampling(), 1, None)
-    together = DraftSettings(Mode.IDS, Sampling(), 1, None)
-    prompt_ids = place.prompt_ids(PROMPT)
-    place.answer(prompt_ids, WARM_UP_TOKENS, together)  # first passes are slow
+def demo(bundle: BundleOption, target: TargetOption, dtype: DtypeOption = "bfloat16") -> None:
+    """Stream an answer in colour, then show the speedup over the target alone."""
+    with ExitStack() as stack:
+        with console.status("starting a base station"):
+            setup = stack.enter_context(bench_setup(bundle, stack.enter_context(running_station(target, dtype))))
+        show_demo(setup, console)
+    console.print("next: edgedraft-device chat, or edgedraft-bench speedup (see README.md)")
+
+
+def show_demo(setup: BenchSetup, console: Console) -> None:
+    """Stream one answer, repeat it with the target alone, and compare the two in a table."""
+    target_alone = DraftSettings(Mode.TARGET, Sampling(), 1, None)
+    drafting = DraftSettings(Mode.IDS, Sampling(), 1, None)
+    prompt_ids = setup.prompt_ids(PROMPT)
+    setup.answer(prompt_ids, WARM_UP_TOKENS, drafting)  # the first forward passes are slow
     console.print(f"[bold]{PROMPT}[/bold]\n")
-    drafted = _stream(place, prompt_ids, together, console)
+    drafted = _stream(setup, prompt_ids, drafting, console)
     console.print(_legend())
-    baseline = place.answer(prompt_ids, MAX_NEW_TOKENS, alone)
-    console.print(_table(drafted, baseline, full_vocabulary_bytes(place.model.manifest.vocab_size)))
-    same = "the same tokens" if drafted.token_ids == baseline.token_ids else "other tokens (bfloat16 rounds by batch)"
-    console.print(f"The target alone gives {same}.")
+    baseline = setup.answer(prompt_ids, MAX_NEW_TOKENS, target_alone)
+    console.print(_table(drafted, baseline, full_vocabulary_bytes(setup.model.manifest.vocab_size)))
+    same = drafted.token_ids == baseline.token_ids
+    result = "the same tokens" if same else "different tokens (bfloat16 rounding depends on the batch)"
+    console.print(f"The target alone generates {result}.")
 
 
-def _stream(place: BenchSetup, prompt_ids: list[int], settings: DraftSettings, console: Console) -> Answer:
-    conversation = place.conversation(settings)
+def full_vocabulary_bytes(vocab_size: int) -> int:
+    """Uplink bytes of one drafted token whose full distribution is sent in FP16."""
+    return 2 * vocab_size
+
+
+def _stream(setup: BenchSetup, prompt_ids: list[int], settings: DraftSettings, console: Console) -> Answer:
+    conversation = setup.conversation(settings)
     stream = conversation.ask(prompt_ids, MAX_NEW_TOKENS)
     for piece in stream:
         console.print(Text(piece.text, style=ORIGIN_STYLES[piece.origin]), end="")
@@ -47,10 +66,10 @@ def _legend() -> Text:
 def _table(drafted: Answer, baseline: Answer, full_vocabulary: int) -> Table:
     table = Table("", "with drafting", "target alone")
     speeds = (drafted.tokens_per_second, baseline.tokens_per_second)
-    table.add_row("tokens a second", f"{speeds[0]:.1f}  ({speeds[0] / speeds[1]:.2f}×)", f"{speeds[1]:.1f}")
+    table.add_row("tokens per second", f"{speeds[0]:.1f}  ({speeds[0] / speeds[1]:.2f}×)", f"{speeds[1]:.1f}")
     table.add_row("acceptance rate", f"{drafted.acceptance_rate or 0:.2f}", "–")
     table.add_row("tokens per round", f"{drafted.tokens_per_round:.2f}", f"{baseline.tokens_per_round:.2f}")
     uplink = [answer.uplink_bytes / len(answer.token_ids) for answer in (drafted, baseline)]
-    table.add_row("uplink bytes per token, prompt included", f"{uplink[0]:.1f}", f"{uplink[1]:.1f}")
-    table.add_row("… sending the full vocabulary instead", f"{full_vocabulary:,}", "–")
+    table.add_row("uplink bytes per token, including the prompt", f"{uplink[0]:.1f}", f"{uplink[1]:.1f}")
+    table.add_row("… if the full vocabulary were sent", f"{full_vocabulary:,}", "–")
     return table

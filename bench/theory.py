@@ -1,8 +1,8 @@
 """The paper's tables recomputed, its closed form against brute force, and its expectation against simulated rounds.
 
-Formulas and numbers are of arXiv:2509.04576; the integer search that a device
-uses stands in ``device/planner.py``, the closed form with the Lambert function
-here, because a device has no SciPy.
+Formulas and numbers are those of arXiv:2509.04576. The search over draft lengths
+is in ``device/round_model.py``; the closed form is here, because its Lambert
+function needs SciPy, which the device does not have.
 """
 
 from collections.abc import Callable, Iterator
@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from math import exp, floor, log, pi
 
 import numpy as np
+import typer
 from scipy.special import lambertw, wrightomega
 
-from bench.setup.results import Value
+from bench.setup.options import JsonOption, console, progress_bar
+from bench.setup.results import Results, Row
 from device.round_model import (
-    LONGEST,
+    SEARCH_LIMIT,
     Direction,
     RoundTimes,
     adaptive_draft_len,
@@ -35,21 +37,34 @@ BITS_PER_SECOND = 50e6
 FINE_ALPHAS = tuple(float(value) for value in np.arange(1, 100) / 100)
 FINE_COSTS = tuple(float(value) for value in np.arange(1, 200) / 200)
 TIE = 1e-9
-"""Speedups this near to each other are a tie: either draft length is best."""
+"""If two speedups differ by no more than this, both draft lengths are optimal."""
 _LARGEST_EXPONENT = 700.0
 ROUNDS = 100_000
 SIMULATED_ALPHAS = (0.2, 0.4, 0.6, 0.8, 0.95)
 SIMULATED_DRAFT_LENS = (1, 4, 8, 16)
 
 
+def theory(json_file: JsonOption = None) -> None:
+    """Recompute the paper's tables, check its closed form by brute force, and simulate rounds."""
+    with progress_bar() as progress:
+        task = progress.add_task("values of alpha", total=len(FINE_ALPHAS))
+        found = disagreements(lambda: progress.advance(task))
+    tables = [*draft_len_rows(), *cost_rows(), *round_trip_rows()]
+    shown = Results({}, [*tables, grid_row(found), *simulated_rows()])
+    shown.show(console)
+    Results({}, [*shown.rows, *map_rows()]).write(json_file)
+    if any(not one.is_tie for one in found):
+        raise typer.Exit(1)
+
+
 def closed_form_draft_len(alpha: float, cost: float) -> int:
-    """γ* by the lower branch of the Lambert function (arXiv:2509.04576): the better integer beside γ₀, at least 1.
+    """γ* by the lower branch of the Lambert function (arXiv:2509.04576): the better integer next to γ₀, at least 1.
 
     γ₀ = (1/ln α)·[W₋₁(−e⁻¹·α^(1/L − 1)) + 1] − 1/L
 
     Args:
-        alpha: α, above 0 and below 1.
-        cost: L, above 0 and below 1.
+        alpha: α, in (0, 1).
+        cost: L, in (0, 1).
     """
     best = (_lower_branch(1 - (1 / cost - 1) * log(alpha)) + 1) / log(alpha) - 1 / cost
     if best < 1:
@@ -59,7 +74,7 @@ def closed_form_draft_len(alpha: float, cost: float) -> int:
 
 
 def _lower_branch(exponent: float) -> float:
-    """W₋₁(−e^−t) of the exponent t, above 1; Wright's function takes over where e^−t is no float."""
+    """W₋₁(−e^−t) for an exponent t above 1; by Wright's omega function where e^−t underflows."""
     if exponent < _LARGEST_EXPONENT:
         return float(lambertw(-exp(-exponent), k=-1).real)
     return float(wrightomega(complex(-exponent, -pi)).real)
@@ -67,7 +82,7 @@ def _lower_branch(exponent: float) -> float:
 
 @dataclass(frozen=True)
 class Disagreement:
-    """A point of the grid where closed form and brute force differ, and by how much in speedup."""
+    """A grid point where closed form and brute force differ; ``gap`` is the difference in speedup."""
 
     alpha: float
     cost: float
@@ -77,12 +92,12 @@ class Disagreement:
 
     @property
     def is_tie(self) -> bool:
-        """Whether both are best."""
+        """Whether both are optimal."""
         return abs(self.gap) <= TIE
 
 
 def disagreements(advance: Callable[[], object]) -> list[Disagreement]:
-    """Where the closed form and the search over all draft lengths to ``LONGEST`` differ, on the fine grid."""
+    """The points of the fine grid where the closed form differs from the search up to ``SEARCH_LIMIT``."""
     found = []
     for alpha in FINE_ALPHAS:
         for cost in FINE_COSTS:
@@ -94,12 +109,12 @@ def disagreements(advance: Callable[[], object]) -> list[Disagreement]:
     return found
 
 
-def draft_len_rows() -> Iterator[dict[str, Value]]:
-    """γ* for α and L."""
+def draft_len_rows() -> Iterator[Row]:
+    """The paper's table of γ* over α and L."""
     for alpha in TABLE_ALPHAS:
         for cost in TABLE_COSTS:
             yield {
-                "case": "best draft length",
+                "case": "optimal draft length",
                 "alpha": alpha,
                 "cost": cost,
                 "draft_len": optimal_draft_len(alpha, cost),
@@ -109,16 +124,16 @@ def draft_len_rows() -> Iterator[dict[str, Value]]:
             }
 
 
-def cost_rows() -> Iterator[dict[str, Value]]:
-    """L for the paper's values of K: 50 Mbit/s, FP16, a pass of 44.5 ms, drafting a token .07 of that."""
+def cost_rows() -> Iterator[Row]:
+    """L for the paper's values of K: 50 Mbit/s, FP16, a forward pass of 44.5 ms, drafting a token at 0.07 of that."""
     airtime = 16 * PAPER_VOCABULARY / (BITS_PER_SECOND * TARGET_SECONDS)
     for uplink_k in TABLE_UPLINK_K:
         cost = drafting_cost(DRAFT_COST, airtime, uplink_k, PAPER_VOCABULARY)
         yield {"case": "cost of a drafted token", "uplink_k": uplink_k, "cost": cost, "bytes": 2 * uplink_k}
 
 
-def round_trip_rows(alpha: float = 0.6, uplink_k: int = 320) -> Iterator[dict[str, Value]]:
-    """The best speedup when each round waits for a round trip, with the extended model."""
+def round_trip_rows(alpha: float = 0.6, uplink_k: int = 320) -> Iterator[Row]:
+    """The best speedup where every round waits for a round trip, by the extended model."""
     uplink = Direction(token_bytes=2 * uplink_k, bytes_per_second=BITS_PER_SECOND / 8)
     for round_trip in TABLE_ROUND_TRIPS:
         times = RoundTimes(DRAFT_COST * TARGET_SECONDS, lambda _: TARGET_SECONDS, round_trip, uplink)
@@ -133,38 +148,38 @@ def round_trip_rows(alpha: float = 0.6, uplink_k: int = 320) -> Iterator[dict[st
         }
 
 
-def grid_row(found: list[Disagreement]) -> dict[str, Value]:
+def grid_row(found: list[Disagreement]) -> Row:
     """How often closed form and brute force agree on the fine grid."""
     return {
-        "case": "closed form against brute force",
+        "case": "closed form and brute force",
         "points": len(FINE_ALPHAS) * len(FINE_COSTS),
-        "longest": LONGEST,
+        "max_draft_len": SEARCH_LIMIT,
         "differ": len(found),
-        "differ_without_tie": sum(not one.is_tie for one in found),
+        "differ_beyond_ties": sum(not one.is_tie for one in found),
         "largest_gap": max((one.gap for one in found), default=0.0),
     }
 
 
-def simulated_rows(seed: int = 1) -> Iterator[dict[str, Value]]:
-    """Tokens of simulated rounds against E(γ); ``deviations`` is their distance in standard errors of the mean."""
-    chance = np.random.default_rng(seed)
+def simulated_rows(seed: int = 1) -> Iterator[Row]:
+    """Tokens per simulated round and E(γ); ``standard_errors`` is their difference in standard errors of the mean."""
+    rng = np.random.default_rng(seed)
     for alpha in SIMULATED_ALPHAS:
         for draft_len in SIMULATED_DRAFT_LENS:
-            stands = chance.random((ROUNDS, draft_len)) < alpha
-            tokens = 1 + np.cumprod(stands, axis=1).sum(axis=1)
+            accepted = rng.random((ROUNDS, draft_len)) < alpha
+            tokens = 1 + np.cumprod(accepted, axis=1).sum(axis=1)
             expected = expected_tokens(alpha, draft_len)
             yield {
                 "case": "simulated rounds",
                 "alpha": alpha,
                 "draft_len": draft_len,
-                "tokens": float(tokens.mean()),
+                "tokens_per_round": float(tokens.mean()),
                 "expected_tokens": expected,
-                "deviations": float((tokens.mean() - expected) / (tokens.std() / ROUNDS**0.5)),
+                "standard_errors": float((tokens.mean() - expected) / (tokens.std() / ROUNDS**0.5)),
             }
 
 
-def map_rows() -> Iterator[dict[str, Value]]:
-    """γ* by the adaptive rule on a coarse grid: what the map of the report is drawn from."""
+def map_rows() -> Iterator[Row]:
+    """γ* by the adaptive rule on a coarse grid, for the map of the report."""
     for alpha in FINE_ALPHAS[4::5]:
         for cost in FINE_COSTS[3::4]:
             yield {"case": "map", "alpha": alpha, "cost": cost, "adaptive": adaptive_draft_len(alpha, cost)}

@@ -1,19 +1,18 @@
-"""Speedups over a grid of links and temperatures: this system against its alternatives, and what the model predicts.
+"""The grid of links and temperatures, and what is measured in each cell.
 
-A *cell* is a temperature and a link; its *cases* are ways to get the same
+A *cell* is a temperature and a link; its *cases* are ways to generate the same
 answers, the target alone first. The first cell of each temperature is loopback:
-its rounds are what the predictions for all others are made from, and there too
-runs the draft model on the base station's own core, which needs no link.
+all predictions are made from its rounds, and the draft model also runs on the
+base station's core there, which needs no link.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
 
-from bench.grid.throughput import Length
-from bench.link.relay import Way
-from bench.setup.results import Row
-from device.sampling import ENTRIES
+from bench.link.relay import LinkDirection
+from bench.setup.results import Row, Value
+from device.settings import DEFAULT_UPLINK_K
 from protocol.errors import SettingsError
 from protocol.messages import Mode, Sampling
 
@@ -38,47 +37,64 @@ class Cell:
     uplink_mbit: float | None = None
 
     def __post_init__(self) -> None:
-        _ = Sampling(self.temperature)  # raises what is wrong with it
+        _ = Sampling(self.temperature)  # raises if it is not allowed
         if self.round_trip_ms is not None and not 0 <= self.round_trip_ms < inf:
-            raise SettingsError("round_trip_ms", self.round_trip_ms, "0 and more")
+            raise SettingsError("round_trip_ms", self.round_trip_ms, "0 or more")
         if self.uplink_mbit is not None and not self.uplink_mbit > 0:
             raise SettingsError("uplink_mbit", self.uplink_mbit, "above 0")
 
     def columns(self) -> Row:
-        """The cell as every one of its rows says it."""
+        """The columns that identify the cell in each of its rows."""
         return {
             "temperature": self.temperature,
             "round_trip_ms": self.round_trip_ms,
             "uplink_mbit": self.uplink_mbit,
         }
 
+    def has(self, row: Mapping[str, Value]) -> bool:
+        """Whether ``row`` belongs to this cell."""
+        columns = self.columns()
+        return {name: row[name] for name in columns} == columns
+
     @property
     def round_trip_seconds(self) -> float:
-        """Without airtime."""
+        """The round-trip time, without airtime."""
         return (self.round_trip_ms or 0.0) / 1e3
 
     @property
-    def up(self) -> Way:
-        """From the device."""
-        return Way(inf if self.uplink_mbit is None else 1e6 * self.uplink_mbit, self.round_trip_seconds / 2)
+    def up(self) -> LinkDirection:
+        """From the device to the base station."""
+        rate = inf if self.uplink_mbit is None else 1e6 * self.uplink_mbit
+        return LinkDirection(rate, self.round_trip_seconds / 2)
 
     @property
-    def down(self) -> Way:
-        """To the device."""
-        return Way(1e6 * DOWNLINK_MBIT, self.round_trip_seconds / 2)
+    def down(self) -> LinkDirection:
+        """From the base station to the device."""
+        return LinkDirection(1e6 * DOWNLINK_MBIT, self.round_trip_seconds / 2)
 
 
 @dataclass(frozen=True)
-class Answers:
-    """What is measured of each case in a cell: an answer of a ``length`` to each of the ``prompts``."""
+class AnswerLimits:
+    """An answer is measured for this many tokens or seconds, whichever ends first, and for two rounds at least."""
+
+    tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What each case of a cell generates: an answer to each of the ``prompts``, up to the ``limits``."""
 
     prompts: Sequence[str]
-    length: Length
+    limits: AnswerLimits
 
 
 @dataclass(frozen=True)
 class Case:
-    """A way to an answer; without a draft length the device plans it, ``colocated`` runs it at the base station."""
+    """A way to generate an answer; without a draft length, the planner chooses it.
+
+    Where ``colocated``, the draft model runs on the base station's core.
+    """
 
     name: str
     mode: Mode
@@ -92,7 +108,7 @@ COLOCATED = "colocated, auto"
 
 
 def cells(temperatures: Sequence[float], round_trips: Sequence[float], uplinks: Sequence[float]) -> list[Cell]:
-    """For each temperature loopback, then every link."""
+    """For each temperature the loopback cell, then a cell per link."""
     return [
         cell
         for temperature in temperatures
@@ -104,19 +120,18 @@ def cells(temperatures: Sequence[float], round_trips: Sequence[float], uplinks: 
 
 
 def cases(cell: Cell) -> list[Case]:
-    """What is measured in a cell; how many tokens ``FULL`` drafts in a round is left to what is predicted there."""
-    mode = _own_mode(cell.temperature)
-    lockstep = [Case(f"{mode}, {draft_len} a round", mode, draft_len) for draft_len in DRAFT_LENS]
-    others = [(Mode.TOPK, f"topk {ENTRIES[Mode.TOPK]}"), (Mode.TOPP, "topp .95")][: 2 if cell.temperature else 1]
+    """The cases of a cell; the draft length of ``FULL`` is chosen later, by prediction."""
+    mode = Mode.COUPLED if cell.temperature else Mode.IDS
+    fixed = [_fixed(str(mode), mode, draft_len) for draft_len in DRAFT_LENS]
+    others = [(Mode.TOPK, f"topk {DEFAULT_UPLINK_K[Mode.TOPK]}"), (Mode.TOPP, "topp 0.95")]
+    others = others if cell.temperature else others[:1]
     auto = [Case(f"{mode}, auto", mode), *(Case(f"{name}, auto", other) for other, name in others)]
     if cell.round_trip_ms is not None:
-        return [TARGET, *auto, *lockstep, FULL]
-    full = [Case(f"{FULL.name}, {draft_len} a round", Mode.FULL, draft_len) for draft_len in FULL_DRAFT_LENS]
-    sparse = [
-        Case(f"{name}, {draft_len} a round", other, draft_len) for other, name in others for draft_len in (4, 8, 16)
-    ]
-    return [TARGET, *auto, *lockstep, *sparse, *full, Case(COLOCATED, mode, colocated=True)]
+        return [TARGET, *auto, *fixed, FULL]
+    full = [_fixed(FULL.name, Mode.FULL, draft_len) for draft_len in FULL_DRAFT_LENS]
+    sparse = [_fixed(name, other, draft_len) for other, name in others for draft_len in (4, 8, 16)]
+    return [TARGET, *auto, *fixed, *sparse, *full, Case(COLOCATED, mode, colocated=True)]
 
 
-def _own_mode(temperature: float) -> Mode:
-    return Mode.COUPLED if temperature else Mode.IDS
+def _fixed(name: str, mode: Mode, draft_len: int) -> Case:
+    return Case(f"{name}, draft length {draft_len}", mode, draft_len)

@@ -1,10 +1,10 @@
-"""What ``--draft-len auto`` is predicted to gain: the live plan itself, over times of the model and measured tokens.
+"""Predicted throughput of ``--draft-len auto``: the planner runs over recorded rounds with modelled times.
 
-Where ids alone are sent, whether a drafted token stands is settled by its place
-in the answer, whatever the rounds before were. So rounds of a long fixed draft
-length, in their order, are a *track* on which any other plan can be run: at
-every place it says how the drafted token led and whether it stood. In other
-modes a round may fall differently, and the track is one that might have been.
+In modes ``ids`` and ``coupled``, whether a drafted token is accepted depends only
+on its position in the answer, not on the rounds before. Consecutive rounds of a
+long fixed draft length are therefore a trace over which any other plan can be
+simulated: for every position it holds the margin of the drafted token and whether
+it was accepted. In other modes acceptance is random, and the trace is one sample.
 """
 
 from collections.abc import Sequence
@@ -21,83 +21,91 @@ _WARM_UP = 24
 
 @dataclass(frozen=True)
 class VerifiedDraft:
-    """The margins of its drafted tokens, None where there is none to know, and how many of them stood."""
+    """The margins of the drafted tokens (None where sampled) and the number of accepted ones."""
 
     margins: Sequence[float | None]
     accepted: int
 
 
-class Track:
-    """Rounds of one draft length after the other, so that a round may begin at any of their tokens.
+class AcceptanceTrace:
+    """Consecutive rounds of one draft length; a simulated round can start at any of their tokens.
 
     Args:
-        rounds: in order; what followed the last one's tokens is taken to be the first one's.
+        rounds: in order; the last is followed by the first again.
     """
 
     def __init__(self, rounds: Sequence[VerifiedDraft]) -> None:
         self._rounds = rounds
-        self._begins = list(accumulate((one.accepted + 1 for one in rounds), initial=0))
-        self.length = self._begins.pop()
+        self._starts = list(accumulate((one.accepted + 1 for one in rounds), initial=0))
+        self.length = self._starts.pop()
         self._round_at = [index for index, one in enumerate(rounds) for _ in range(one.accepted + 1)]
 
-    def draft(self, place: int, planner: Planner) -> VerifiedDraft:
-        """What the plan drafts at a place, and how many of it stand.
+    def draft(self, position: int, planner: Planner) -> VerifiedDraft:
+        """The tokens that the planner drafts at a position, and how many of them are accepted.
 
-        The token behind a round that stood whole was the target's own, with no margin known; it counts as one that
-        would have stood. Behind a rejected token drafts go on as they did, and then as in the rounds that follow.
+        A bonus token was sampled by the target; its margin is unknown and it counts as accepted. After a rejected
+        token the draft continues as recorded in that round, then as in the rounds that follow.
         """
         margins: list[float | None] = []
-        accepted, standing = 0, True
-        index = self._round_at[place % self.length]
-        offset = place % self.length - self._begins[index]
+        accepted, all_accepted = 0, True
+        index = self._round_at[position % self.length]
+        offset = position % self.length - self._starts[index]
         while planner.should_continue(margins):
-            judged = self._rounds[index]
-            margins.append(judged.margins[offset] if offset < len(judged.margins) else None)
-            standing = standing and (offset < judged.accepted or offset == len(judged.margins))
-            accepted += standing
+            recorded = self._rounds[index]
+            margins.append(recorded.margins[offset] if offset < len(recorded.margins) else None)
+            all_accepted = all_accepted and (offset < recorded.accepted or offset == len(recorded.margins))
+            accepted += all_accepted
             offset += 1
-            if offset >= len(judged.margins) + (judged.accepted == len(judged.margins)):
+            has_bonus = recorded.accepted == len(recorded.margins)
+            if offset >= len(recorded.margins) + has_bonus:
                 index, offset = (index + 1) % len(self._rounds), 0
         return VerifiedDraft(margins, accepted)
 
 
 @dataclass(frozen=True)
-class PlannedPace:
-    """What a plan comes to: tokens a second, and tokens of a round in which something was drafted."""
+class PlannedThroughput:
+    """Predicted tokens per second, and tokens per round over the rounds that draft something."""
 
     tokens_per_second: float
     tokens_per_round: float | None
 
 
-def planned_pace(
+def planned_throughput(
     quality: QualityFigures, greedy: bool, rounds: Sequence[VerifiedDraft], times: RoundTimes
-) -> PlannedPace:
-    """The pace of the live plan, once around the track behind a warm-up.
+) -> PlannedThroughput:
+    """Simulate the planner for one pass over the trace, after a warm-up.
 
     Args:
-        quality: figures of the draft model, which the plan begins with.
+        quality: figures of the draft model, the planner's initial estimates.
         greedy: whether the temperature is 0.
-        rounds: of a fixed draft length, one and more.
+        rounds: of a fixed draft length; at least one.
         times: of a round.
     """
-    track, planner, pace = Track(rounds), Planner(quality, greedy), times.target_seconds()
+    trace, planner = AcceptanceTrace(rounds), Planner(quality, greedy)
     planner.observe_opened(times.round_trip_seconds)
-    place, seconds, begin = 0, 0.0, (0, 0.0)
+    position, seconds, start = 0, 0.0, (0, 0.0)
     round_tokens: list[int] = []
-    while place - begin[0] < track.length:
-        if count := planner.decode_len():
-            first, further = times.round_trip_seconds + pace, (count - 1) * pace
-            planner.observe_decoded(count, first, further)
-            place, seconds = place + count, seconds + first + further
-        else:
-            judged = track.draft(place, planner)
-            drafting = len(judged.margins) * times.draft_seconds
-            reply = times.seconds(len(judged.margins)) - drafting
-            planner.observe(judged.margins, judged.accepted, drafting, reply)
-            round_tokens.append(judged.accepted + 1)
-            place, seconds = place + judged.accepted + 1, seconds + drafting + reply
-        if place >= _WARM_UP and not begin[0]:
-            begin = place, seconds
+    while position - start[0] < trace.length:
+        tokens, elapsed, drafted = _step(planner, trace, position, times)
+        position, seconds = position + tokens, seconds + elapsed
+        if drafted:
+            round_tokens.append(tokens)
+        if position >= _WARM_UP and not start[0]:
+            start = position, seconds
             round_tokens.clear()
-    tokens_per_second = (place - begin[0]) / (seconds - begin[1])
-    return PlannedPace(tokens_per_second, fmean(round_tokens) if round_tokens else None)
+    tokens_per_second = (position - start[0]) / (seconds - start[1])
+    return PlannedThroughput(tokens_per_second, fmean(round_tokens) if round_tokens else None)
+
+
+def _step(planner: Planner, trace: AcceptanceTrace, position: int, times: RoundTimes) -> tuple[int, float, bool]:
+    """One decision of the planner: the tokens committed, the seconds taken, and whether it drafted."""
+    if count := planner.decode_len():
+        first = times.round_trip_seconds + times.target_seconds()
+        further = (count - 1) * times.target_seconds()
+        planner.observe_decoded(count, first, further)
+        return count, first + further, False
+    verified = trace.draft(position, planner)
+    drafting = len(verified.margins) * times.draft_seconds
+    reply = times.seconds(len(verified.margins)) - drafting
+    planner.observe(verified.margins, verified.accepted, drafting, reply)
+    return verified.accepted + 1, drafting + reply, True

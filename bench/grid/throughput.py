@@ -1,7 +1,7 @@
-"""How fast an answer goes on once it has begun: what a speedup is the ratio of.
+"""Throughput of an answer in steady state: what a speedup is the ratio of.
 
-The clock starts when the first tokens are there and stops with the last round,
-so that the prompt's prefill and half a round at the end do not blur a short
+The clock starts when the first tokens have arrived and stops with the last round,
+so that neither the prefill nor half a round at the end distorts a short
 measurement.
 """
 
@@ -9,69 +9,67 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bench.grid.recording_client import RecordingClient, RoundFigures
+from bench.grid.cells import AnswerLimits
+from bench.grid.recording_planner import RecordingPlanners, RoundFigures
 from bench.setup.bench_setup import BenchSetup
-from device.session import DraftSettings
+from device.settings import DraftSettings
 from protocol.messages import Mode
 
 
 @dataclass(frozen=True)
-class Pace:
-    """Of one answer, or of several: tokens, seconds and rounds, all behind the first tokens."""
+class Throughput:
+    """Tokens, seconds and rounds of one answer or of several, each after its first tokens.
+
+    ``ttft_seconds`` is the time to the first tokens; of several answers, the sum.
+    """
 
     tokens: int
     seconds: float
-    first_seconds: float
+    ttft_seconds: float
     uplink_bytes: int
     rounds: Sequence[RoundFigures]
     answers: int = 1
 
     @property
     def tokens_per_second(self) -> float:
-        """Without the first tokens and what came before."""
+        """In steady state."""
         return self.tokens / self.seconds
 
 
-@dataclass(frozen=True)
-class Length:
-    """How long an answer is measured: so many tokens, or seconds if they pass sooner, and two rounds at least."""
-
-    tokens: int
-    seconds: float
-
-
-def measure_pace(place: BenchSetup, prompt_ids: list[int], settings: DraftSettings, length: Length) -> Pace:
-    """One answer in a session of its own; it ends between rounds."""
-    client = place.client
-    assert isinstance(client, RecordingClient)
-    client.rounds.clear()
+def measure_throughput(
+    setup: BenchSetup, prompt_ids: list[int], settings: DraftSettings, limits: AnswerLimits
+) -> Throughput:
+    """Measure one answer in a session of its own; it ends between rounds."""
+    planners, link = setup.planners, setup.client.link
+    assert isinstance(planners, RecordingPlanners)
+    planners.rounds.clear()
     began = time.monotonic()
-    session = client.open(settings, place.model, prompt_ids)
-    longest = length.tokens + 1 if settings.mode is Mode.TARGET else 64 * length.tokens
+    session = setup.session(settings, prompt_ids)
+    longest = limits.tokens + 1 if settings.mode is Mode.TARGET else 64 * limits.tokens
     first = now = 0.0
-    before = had = sent = rounds = 0
+    before = committed = sent = rounds = 0
     for _ in session.answer(longest):
-        if len(session.tokens) == had:
-            continue  # of a round that is counted
-        now, had = time.monotonic(), len(session.tokens)
+        if len(session.tokens) == committed:
+            continue  # a further token of the same round
+        now, committed = time.monotonic(), len(session.tokens)
         if not before:
-            first, before, sent, rounds = now, had, place.link.uplink_bytes, len(client.rounds)
-        enough = had - before >= length.tokens or (now - first >= length.seconds and session.counters.rounds > 2)
-        if enough:
+            first, before, sent, rounds = now, committed, link.uplink_bytes, len(planners.rounds)
+        long_enough = now - first >= limits.seconds and session.counters.rounds > 2
+        if committed - before >= limits.tokens or long_enough:
             break
-    figures = tuple(client.rounds[rounds:])
-    uplink_bytes = place.link.uplink_bytes - sent
+    figures = tuple(planners.rounds[rounds:])
+    uplink_bytes = link.uplink_bytes - sent
     session.close()
-    return Pace(had - before, now - first, first - began, uplink_bytes, figures)
+    return Throughput(committed - before, now - first, first - began, uplink_bytes, figures)
 
 
-def together(paces: Sequence[Pace]) -> Pace:
-    """Several answers as one."""
-    return Pace(
-        sum(one.tokens for one in paces),
-        sum(one.seconds for one in paces),
-        sum(one.first_seconds for one in paces),
-        sum(one.uplink_bytes for one in paces),
-        [figures for one in paces for figures in one.rounds],
-        sum(one.answers for one in paces),
+def combined(measured: Sequence[Throughput]) -> Throughput:
+    """Several answers as one; of none, all is 0."""
+    return Throughput(
+        sum(one.tokens for one in measured),
+        sum(one.seconds for one in measured),
+        sum(one.ttft_seconds for one in measured),
+        sum(one.uplink_bytes for one in measured),
+        [figures for one in measured for figures in one.rounds],
+        sum(one.answers for one in measured),
     )

@@ -1,8 +1,8 @@
-"""A TCP relay that makes loopback a slow link: rate, delay, jitter and outages, for each direction.
+"""A TCP relay that emulates a slow link on loopback: rate, delay, jitter and outages of each direction.
 
-It takes what arrives at once and hands it on when a link of these properties
-would have: one thread reads a direction and says when each piece is due, another
-waits for that. It knows bytes, not messages.
+It reads whatever arrives at once and forwards it when a link with these properties
+would have delivered it: one thread per direction reads and schedules the pieces,
+another waits and sends. It handles bytes, not messages.
 """
 
 import contextlib
@@ -14,32 +14,61 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from math import inf
-from typing import TypeAlias
+from typing import Annotated, TypeAlias
+
+import typer
 
 from protocol.errors import LinkError, SettingsError
 
 PIECE = 1448
-"""Bytes of a TCP segment: what is handed on at once."""
-_WAITING_PIECES = 8192
+"""Bytes forwarded at a time: the payload of a TCP segment."""
+_QUEUED_PIECES = 8192
 Due: TypeAlias = tuple[float, bytes]
+
+_RateOption = Annotated[float, typer.Option(help="Rate in Mbit/s.")]
+_DelayOption = Annotated[float, typer.Option(help="One-way delay in milliseconds.")]
+_JitterOption = Annotated[float, typer.Option(help="Additional random delay, at most this many milliseconds.")]
+_OUTAGE = "START:SECONDS, relative to the start of the relay; repeatable."
+
+
+def relay(
+    server: Annotated[str, typer.Option(help="The base station, as tcp://HOST:PORT.")],
+    up_mbit: _RateOption = inf,
+    up_delay_ms: _DelayOption = 0.0,
+    up_jitter_ms: _JitterOption = 0.0,
+    up_outages: Annotated[list[str] | None, typer.Option("--up-outage", help=_OUTAGE)] = None,
+    down_mbit: _RateOption = inf,
+    down_delay_ms: _DelayOption = 0.0,
+    down_jitter_ms: _JitterOption = 0.0,
+    down_outages: Annotated[list[str] | None, typer.Option("--down-outage", help=_OUTAGE)] = None,
+) -> None:
+    """Emulate a slow link to a base station, until Ctrl-C.
+
+    Devices connect to the address that the command prints.
+    """
+    up = LinkDirection(1e6 * up_mbit, up_delay_ms / 1e3, up_jitter_ms / 1e3, parse_outages(up_outages or []))
+    down = LinkDirection(1e6 * down_mbit, down_delay_ms / 1e3, down_jitter_ms / 1e3, parse_outages(down_outages or []))
+    slow_link = Relay(*endpoint(server), up, down)
+    typer.echo(f"relaying {server} at {slow_link.address}", err=True)
+    slow_link.serve()
 
 
 @dataclass(frozen=True)
 class Outage:
-    """Nothing is sent from ``start`` for ``seconds``; in seconds since the relay began."""
+    """Nothing is sent for ``seconds`` from ``start``, in seconds since the relay started."""
 
     start: float
     seconds: float
 
 
 @dataclass(frozen=True)
-class Way:
+class LinkDirection:
     """One direction of a link.
 
     Attributes:
-        bits_per_second: it sends at most.
+        bits_per_second: its rate.
         delay_seconds: from the end of sending to arrival.
-        jitter_seconds: up to so much more, evenly spread; order is kept, as TCP keeps it.
+        jitter_seconds: largest additional delay, uniformly distributed; the order is kept, as TCP keeps it.
         outages: when nothing is sent.
 
     Raises:
@@ -58,64 +87,64 @@ class Way:
         times |= {"outage": min((min(one.start, one.seconds) for one in self.outages), default=0.0)}
         for name, value in times.items():
             if not 0 <= value < inf:
-                raise SettingsError(name, value, "0 and more seconds")
+                raise SettingsError(name, value, "0 or more seconds")
 
 
 class Schedule:
-    """When what is sent one way arrives.
+    """Arrival times in one direction.
 
     Args:
-        way: the direction's properties.
-        seed: of its jitter.
+        direction: its properties.
+        seed: of the jitter.
     """
 
-    def __init__(self, way: Way, seed: int = 0) -> None:
-        self._way = way
-        self._outages = sorted(way.outages, key=lambda one: one.start)
-        self._chance = random.Random(seed)  # noqa: S311 - a simulation
+    def __init__(self, direction: LinkDirection, seed: int = 0) -> None:
+        self._direction = direction
+        self._outages = sorted(direction.outages, key=lambda one: one.start)
+        self._rng = random.Random(seed)  # noqa: S311 - a simulation
         self._free = self._last = 0.0
 
     def due(self, now: float, size: int) -> float:
-        """When ``size`` bytes arrive that are handed over ``now``; in seconds since the relay began."""
-        self._free = self._sent(max(now, self._free), 8 * size / self._way.bits_per_second)
-        arrival = self._free + self._way.delay_seconds + self._chance.uniform(0, self._way.jitter_seconds)
+        """The arrival time of ``size`` bytes handed over ``now``, in seconds since the relay started."""
+        self._free = self._end_of_sending(max(now, self._free), 8 * size / self._direction.bits_per_second)
+        arrival = self._free + self._direction.delay_seconds + self._rng.uniform(0, self._direction.jitter_seconds)
         self._last = max(self._last, arrival)
         return self._last
 
-    def _sent(self, begin: float, airtime: float) -> float:
-        """When sending ends; an outage interrupts it."""
+    def _end_of_sending(self, start: float, airtime: float) -> float:
+        """When sending ends; outages interrupt it."""
         for outage in self._outages:
             end = outage.start + outage.seconds
-            if outage.start <= begin < end:
-                begin = end
-            elif begin < outage.start < begin + airtime:
-                airtime -= outage.start - begin
-                begin = end
-        return begin + airtime
+            if outage.start <= start < end:
+                start = end
+            elif start < outage.start < start + airtime:
+                airtime -= outage.start - start
+                start = end
+        return start + airtime
 
 
 class Relay:
-    """Listens at a free port of loopback, and passes on to a base station and back as the two ways allow.
+    """Listens on a free port of loopback, and forwards to a base station and back at the speed of the link.
 
     Args:
-        host: where the base station is.
-        port: of it.
+        host: of the base station.
+        port: of the base station.
         up: from devices to the base station.
-        down: from it to devices.
+        down: from the base station to devices.
 
     Attributes:
-        address: where devices connect to.
+        address: where devices connect.
     """
 
-    def __init__(self, host: str, port: int, up: Way, down: Way) -> None:
+    def __init__(self, host: str, port: int, up: LinkDirection, down: LinkDirection) -> None:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.address = "tcp://{}:{}".format(*self._listener.getsockname())
         self._target = (host, port)
-        self._ways = (up, down)
+        self._directions = (up, down)
         self._began = time.monotonic()
 
     def serve(self) -> None:
-        """Pass on until ``close``; a connection that the base station does not take is closed."""
+        """Forward until ``close``; a connection is closed if the base station does not accept it."""
         with contextlib.suppress(OSError):  # the listener was closed
             while True:
                 device, _ = self._listener.accept()
@@ -124,52 +153,52 @@ class Relay:
                 except OSError:
                     device.close()
                     continue
-                self._join(device, station)
+                self._forward(device, station)
 
     def close(self) -> None:
-        """Take no more connections."""
+        """Stop accepting connections."""
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
 
-    def _join(self, device: socket.socket, station: socket.socket) -> None:
+    def _forward(self, device: socket.socket, station: socket.socket) -> None:
         for end in (device, station):
             end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        for way, source, sink in zip(self._ways, (device, station), (station, device), strict=True):
-            waiting: queue.Queue[Due] = queue.Queue(_WAITING_PIECES)
-            threading.Thread(target=self._read, args=(source, Schedule(way), waiting), daemon=True).start()
-            threading.Thread(target=self._write, args=(sink, waiting), daemon=True).start()
+        for direction, source, sink in zip(self._directions, (device, station), (station, device), strict=True):
+            queued: queue.Queue[Due] = queue.Queue(_QUEUED_PIECES)
+            threading.Thread(target=self._read, args=(source, Schedule(direction), queued), daemon=True).start()
+            threading.Thread(target=self._write, args=(sink, queued), daemon=True).start()
 
-    def _read(self, source: socket.socket, schedule: Schedule, waiting: "queue.Queue[Due]") -> None:
-        """Take what arrives; an end of the connection travels like a byte."""
+    def _read(self, source: socket.socket, schedule: Schedule, queued: "queue.Queue[Due]") -> None:
+        """Schedule what arrives; the end of the connection is scheduled as an empty piece."""
         piece = b"-"
         while piece:
             try:
                 piece = source.recv(PIECE)
             except OSError:
                 piece = b""
-            waiting.put((schedule.due(time.monotonic() - self._began, len(piece)), piece))
+            queued.put((schedule.due(time.monotonic() - self._began, len(piece)), piece))
 
-    def _write(self, sink: socket.socket, waiting: "queue.Queue[Due]") -> None:
+    def _write(self, sink: socket.socket, queued: "queue.Queue[Due]") -> None:
         while True:
-            due, piece = waiting.get()
+            due, piece = queued.get()
             time.sleep(max(0.0, self._began + due - time.monotonic()))
-            with contextlib.suppress(OSError):  # that end is gone: the other one is told by its own reader
+            with contextlib.suppress(OSError):  # this end is closed, and its own reader closes the other one
                 if not piece:
                     sink.shutdown(socket.SHUT_WR)
                     return
                 sink.sendall(piece)
 
 
-def relay_command(server: str, up: Way, down: Way) -> list[str]:
-    """What starts a relay in front of ``server`` (``bench/serving.py``)."""
+def relay_command(server: str, up: LinkDirection, down: LinkDirection) -> list[str]:
+    """Arguments of ``python -m`` that start a relay in front of ``server``."""
     command = ["bench", "relay", "--server", server]
-    for name, way in (("up", up), ("down", down)):
-        if way.bits_per_second < inf:
-            command += [f"--{name}-mbit", f"{way.bits_per_second / 1e6:g}"]
-        command += [f"--{name}-delay-ms", f"{1e3 * way.delay_seconds:g}"]
-        command += [f"--{name}-jitter-ms", f"{1e3 * way.jitter_seconds:g}"]
-        command += [f"--{name}-outage={one.start:g}:{one.seconds:g}" for one in way.outages]
+    for name, direction in (("up", up), ("down", down)):
+        if direction.bits_per_second < inf:
+            command += [f"--{name}-mbit", f"{direction.bits_per_second / 1e6:g}"]
+        command += [f"--{name}-delay-ms", f"{1e3 * direction.delay_seconds:g}"]
+        command += [f"--{name}-jitter-ms", f"{1e3 * direction.jitter_seconds:g}"]
+        command += [f"--{name}-outage={one.start:g}:{one.seconds:g}" for one in direction.outages]
     return command
 
 
@@ -177,7 +206,7 @@ def endpoint(address: str) -> tuple[str, int]:
     """Host and port of ``tcp://HOST:PORT``.
 
     Raises:
-        LinkError: it is none such.
+        LinkError: the address has another form.
     """
     scheme, _, rest = address.partition("://")
     host, _, port = rest.rpartition(":")
@@ -187,10 +216,10 @@ def endpoint(address: str) -> tuple[str, int]:
 
 
 def parse_outages(texts: Sequence[str]) -> tuple[Outage, ...]:
-    """Outages from ``START:SECONDS`` each.
+    """Outages from texts START:SECONDS.
 
     Raises:
-        SettingsError: one is none such.
+        SettingsError: a text has another form.
     """
     outages: list[Outage] = []
     for text in texts:

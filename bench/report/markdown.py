@@ -1,4 +1,4 @@
-"""Tables of a report in Markdown."""
+"""Tables in Markdown."""
 
 from collections.abc import Mapping, Sequence
 from typing import TypeAlias
@@ -9,7 +9,7 @@ Rows: TypeAlias = Sequence[Mapping[str, Value]]
 
 
 def by_case(rows: Rows) -> dict[str, list[Mapping[str, Value]]]:
-    """The rows of each case, cases as they come."""
+    """The rows of each case, in order of appearance."""
     found: dict[str, list[Mapping[str, Value]]] = {}
     for row in rows:
         found.setdefault(str(row["case"]), []).append(row)
@@ -17,13 +17,13 @@ def by_case(rows: Rows) -> dict[str, list[Mapping[str, Value]]]:
 
 
 def table(rows: Rows, leave_out: Sequence[str] = ()) -> str:
-    """A line a row, a column for each name of the first row."""
+    """A table with a line per row and a column per name of the first row."""
     names = [name for name in rows[0] if name not in leave_out]
     head = [name.replace("_", " ") for name in names]
     return lines([head, *([format_value(row[name]) for name in names] for row in rows)])
 
 
 def lines(cells_of_lines: Sequence[Sequence[str]]) -> str:
-    """A table, its head first."""
+    """A table from its lines, the head first."""
     head, *rest = (f"| {' | '.join(line)} |" for line in cells_of_lines)
     return "\n".join([head, "|---" * len(cells_of_lines[0]) + "|", *rest])

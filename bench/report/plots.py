@@ -1,4 +1,4 @@
-"""The plots of the report, as SVG, drawn from result files alone."""
+"""The plots of the report as SVG, drawn from result files alone."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +17,7 @@ _SIZE = (7.0, 4.2)
 
 
 def plot_uplink(results: Results, path: Path) -> None:
-    """Acceptance over bytes of a drafted token, a line a temperature."""
+    """Acceptance over the bytes of a drafted token, a line per temperature."""
     figure, axes = _figure()
     temperatures = sorted({number(row, "temperature") for row in results.rows})
     for temperature in temperatures:
@@ -28,12 +28,12 @@ def plot_uplink(results: Results, path: Path) -> None:
         axes.plot(*_points(rest), "x", color=line.get_color())
         for row in rest if temperature == temperatures[-1] else []:
             axes.annotate(str(row["case"]), (number(row, "bytes_per_token"), number(row, "acceptance")), fontsize=7)
-    axes.set(xscale="log", xlabel="bytes of a drafted token at the socket", ylabel="acceptance rate")
+    axes.set(xscale="log", xlabel="bytes per drafted token at the socket", ylabel="acceptance rate")
     _save(figure, path)
 
 
 def plot_speedup(results: Results, temperature: float, path: Path) -> None:
-    """Speedup over the round trip, a panel an uplink rate: measured as points, predicted as lines."""
+    """Speedup over the round trip, a panel per uplink rate: measured as points, predicted as lines."""
     rows = [row for row in results.rows if row["temperature"] == temperature and row["round_trip_ms"] is not None]
     colocated = [
         row
@@ -45,24 +45,24 @@ def plot_speedup(results: Results, temperature: float, path: Path) -> None:
     panels: Any = figure.subplots(1, len(rates), sharey=True, squeeze=False)
     names = [name for name in dict.fromkeys(str(row["case"]) for row in rows) if name != TARGET.name]
     for axes, rate in zip(panels[0], rates, strict=True):
-        for place, name in enumerate(names):
-            colour = f"C{place % 10}"
+        for index, name in enumerate(names):
+            color = f"C{index % 10}"
             of_case = [row for row in rows if row["case"] == name and row["uplink_mbit"] == rate]
             for column, style in (("speedup", "o"), ("predicted_speedup", "-")):
                 known = [row for row in of_case if row[column] is not None]
                 points = [number(row, "round_trip_ms") for row in known], [number(row, column) for row in known]
-                axes.plot(*points, style, color=colour, markersize=4, linewidth=1, label=name if style == "o" else None)
+                axes.plot(*points, style, color=color, markersize=4, linewidth=1, label=name if style == "o" else None)
         axes.axhline(1, color="black", linewidth=0.8)
         if colocated:
             axes.axhline(number(colocated[0], "speedup"), color="grey", linestyle=":", label=COLOCATED)
         axes.set(title=f"uplink {rate:g} Mbit/s", xlabel="round trip, ms")
-    panels[0][0].set_ylabel("tokens a second against the target alone")
+    panels[0][0].set_ylabel("speedup over the target alone")
     figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=7)
     _save(figure, path)
 
 
 def plot_draft_lens(results: Results, path: Path) -> None:
-    """The best draft length over α and L; white where the target alone is as fast."""
+    """The optimal draft length over α and L; white where the target alone is as fast."""
     rows = [row for row in results.rows if row["case"] == "map"]
     alphas = sorted({number(row, "alpha") for row in rows})
     costs = sorted({number(row, "cost") for row in rows})
@@ -72,8 +72,8 @@ def plot_draft_lens(results: Results, path: Path) -> None:
     mesh = axes.pcolormesh(
         costs, alphas, np.ma.masked_equal(np.minimum(grid, 16), 0), cmap="viridis", shading="nearest", rasterized=True
     )
-    figure.colorbar(mesh, ax=axes, label="best draft length (16 and more alike)")
-    axes.set(xlabel="L: to draft and send a token, in passes of the target", ylabel="α")
+    figure.colorbar(mesh, ax=axes, label="optimal draft length (capped at 16)")
+    axes.set(xlabel="L: time to draft and send a token, in forward passes of the target", ylabel="α")
     _save(figure, path, legend=False)
 
 

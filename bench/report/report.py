@@ -1,11 +1,15 @@
-"""docs/results.md and its plots, from result files alone: what they do not hold, the report says is not measured."""
+"""docs/results.md and its plots, written from result files alone; a missing file is reported as not measured."""
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Annotated
 
-from bench.report.grid_tables import grid_parts
+import typer
+
+from bench.report.grid_section import grid_parts
 from bench.report.markdown import by_case, table
 from bench.report.plots import plot_draft_lens, plot_uplink
+from bench.setup.options import console
 from bench.setup.results import Results, format_value, number
 from protocol.errors import SettingsError
 
@@ -13,28 +17,38 @@ COMMANDS = {
     "theory": "edgedraft-bench theory",
     "link": "edgedraft-bench link",
     "uplink": "edgedraft-bench uplink --bundle build/bundle --target build/sample",
-    "speedup": "edgedraft-bench speedup --grid --dtype float32 --bundle build/bundle --target build/sample",
+    "grid": "edgedraft-bench grid --dtype float32 --bundle build/bundle --target build/sample",
     "capacity": "edgedraft-bench capacity --bundle build/bundle --target build/sample --turns 2 --seconds 4",
     "churn": "edgedraft-bench churn --bundle build/bundle --target build/sample --recording rounds.jsonl",
     "ceiling": "edgedraft-bench ceiling --shape 7b --torch-device cuda",
 }
-OF_THE_CEILING = 0.8
-"""What a packed pass of 64 sessions should reach."""
+CEILING_GOAL = 0.8
+"""Share of the ceiling that a packed pass of 64 sessions should reach."""
+
+
+def report(
+    results: Annotated[Path, typer.Option(help="Folder with the JSON files that the commands wrote.")] = (
+        Path("docs/results")
+    ),
+    docs: Annotated[Path, typer.Option(help="Folder to write results.md and plots/ into.")] = Path("docs"),
+) -> None:
+    """Write docs/results.md and its plots from the result files."""
+    console.print(f"wrote {write_report(results, docs)}")
 
 
 def write_report(results_folder: Path, docs: Path) -> Path:
-    """Write ``results.md`` and ``plots/`` into the folder ``docs``; gives the report's path.
+    """Write ``results.md`` and ``plots/`` into the folder ``docs``, and return the report's path.
 
     Raises:
-        SettingsError: there is no folder of results.
+        SettingsError: the folder of results does not exist.
     """
     if not results_folder.is_dir():
         raise SettingsError("results", str(results_folder), "a folder with the JSON files that edgedraft-bench wrote")
     docs.mkdir(parents=True, exist_ok=True)
     found = {name: _read(results_folder / f"{name}.json") for name in COMMANDS}
     plots = docs / "plots"
-    parts = [_head(), *_theory(found["theory"], plots), *_link(found["link"])]
-    parts += [*_uplink(found["uplink"], plots), *_speedup(found["speedup"], plots), *_capacity(found["capacity"])]
+    parts = [_introduction(), *_theory(found["theory"], plots), *_link(found["link"])]
+    parts += [*_uplink(found["uplink"], plots), *_grid(found["grid"], plots), *_capacity(found["capacity"])]
     parts += [*_churn(found["churn"]), *_ceiling(found["ceiling"])]
     path = docs / "results.md"
     path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
@@ -45,11 +59,11 @@ def _read(path: Path) -> Results | None:
     return Results.read(path) if path.exists() else None
 
 
-def _head() -> str:
+def _introduction() -> str:
     return (
         "# Results\n\n"
-        "Written by `edgedraft-bench report` from the files in `docs/results/`; each section names the command that "
-        "measured it (with `--json docs/results/NAME.json`). What is missing was not measured."
+        "Written by `edgedraft-bench report` from the files in `docs/results/`. Each section names the command that "
+        "measured it, run with `--json docs/results/NAME.json`. [benchmarks.md](benchmarks.md) explains the methods."
     )
 
 
@@ -60,100 +74,106 @@ def _section(title: str, name: str, results: Results | None, missing: str = "Not
         return
     machine = ", ".join(f"{key} {value}" for key, value in results.machine.items())
     settings = ", ".join(f"{key.replace('_', ' ')} {format_value(value)}" for key, value in results.settings.items())
-    yield f"Measured on: {machine}." + (f" With: {settings}." if settings else "")
+    yield f"Machine: {machine}." + (f" Settings: {settings}." if settings else "")
 
 
 def _theory(results: Results | None, plots: Path) -> Iterator[str]:
-    yield from _section("The paper's numbers", "theory", results)
+    yield from _section("The paper's tables", "theory", results)
     if results is None:
         return
     plot_draft_lens(results, plots / "draft_lens.svg")
     cases = by_case(results.rows)
     for case, text in (
         (
-            "best draft length",
-            "Best draft length for acceptance α and cost L; adaptive 0: the target alone.",
+            "optimal draft length",
+            "Optimal draft length for an acceptance α and a cost L. `adaptive` 0 means that the target alone is best.",
         ),
-        ("cost of a drafted token", "Cost L of a drafted token of whose 32,000 probabilities K are sent."),
-        ("round trip", "Best speedup when each round waits for a round trip."),
-        ("closed form against brute force", "The closed form against the search over all draft lengths."),
-        ("simulated rounds", "Tokens of 100,000 simulated rounds against E; deviations in standard errors."),
+        ("cost of a drafted token", "Cost L of a drafted token when K of its 32,000 probabilities are sent."),
+        ("round trip", "Best speedup when every round waits for a round trip."),
+        ("closed form and brute force", "The closed form against a search over all draft lengths."),
+        (
+            "simulated rounds",
+            "Tokens per round of 100,000 simulated rounds against E(γ), with the difference in standard errors.",
+        ),
     ):
         yield f"{text}\n\n{table(cases[case], leave_out=('case',))}"
-    yield "![best draft length over acceptance and cost](plots/draft_lens.svg)"
+    yield "![optimal draft length over acceptance and cost](plots/draft_lens.svg)"
 
 
 def _link(results: Results | None) -> Iterator[str]:
-    yield from _section("The emulated link", "link", results)
+    yield from _section("Accuracy of the emulated link", "link", results)
     if results is None:
         return
     rate = max(abs(number(row, "rate_error")) for row in results.rows)
-    typical = max(
-        abs(number(row, "median_milliseconds_off")) for row in results.rows if "up to" not in str(row["case"])
-    )
-    most = max(number(row, "most_milliseconds_off") for row in results.rows)
+    without_jitter = [row for row in results.rows if "jitter" not in str(row["case"])]
+    typical = max(abs(number(row, "median_error_milliseconds")) for row in without_jitter)
+    largest = max(number(row, "max_error_milliseconds") for row in results.rows)
     yield (
-        f"Delivered rates are within {100 * rate:.1f} % of what was asked; median delays within {typical:.2f} ms where "
-        f"there is no jitter; the latest single message of all was {most:.2f} ms late.\n\n{table(results.rows)}"
+        f"Delivered rates are within {100 * rate:.1f} % of the requested rate. Without jitter, median delays are "
+        f"within {typical:.2f} ms. The latest message of all arrived {largest:.2f} ms late.\n\n{table(results.rows)}"
     )
 
 
 def _uplink(results: Results | None, plots: Path) -> Iterator[str]:
-    yield from _section("What a drafted token costs, and how likely it stands", "uplink", results)
+    yield from _section("Uplink bytes and acceptance of a drafted token", "uplink", results)
     if results is None:
         return
     plot_uplink(results, plots / "uplink.svg")
     yield (
-        "Bytes at the socket, of rounds of 8 tokens; `papers bytes` are K numbers in FP16 without the ids, as the "
-        "paper counts them. At temperature 0 a distribution is a single token, so all modes accept alike.\n\n"
-        + table(results.rows)
+        "Bytes at the socket per token, in rounds of 8 tokens. `paper bytes` counts K probabilities in FP16 without "
+        "token ids, as the paper does. At temperature 0 each distribution has one entry, so all modes have the same "
+        "acceptance.\n\n" + table(results.rows)
     )
     yield "![acceptance over bytes](plots/uplink.svg)"
 
 
-def _speedup(results: Results | None, plots: Path) -> Iterator[str]:
-    yield from _section("Speedups over a grid of links", "speedup", results)
+def _grid(results: Results | None, plots: Path) -> Iterator[str]:
+    yield from _section("Speedup over a grid of links", "grid", results)
     if results is not None:
         yield from grid_parts(results, plots)
 
 
 def _capacity(results: Results | None) -> Iterator[str]:
-    yield from _section("What one base station serves", "capacity", results)
+    yield from _section("Capacity of one base station", "capacity", results)
     if results is None:
         return
     yield (
-        "`replay`: devices whose rounds were recorded; `target`: the target alone decodes for as many; `rounds`: of "
-        "running devices, without and with long prompts coming in; milliseconds of a round, or of a pass.\n\n"
-        + table([row for row in results.rows if "ratio" not in row])
+        "`replay`: devices that replay recorded rounds. `target`: the target alone decodes for the same number of "
+        "sessions. `rounds`: rounds of running devices, without and with prefills of long prompts beside them. "
+        "`packed_pass` and `dense_pass`: forward passes of the base station and of transformers. Milliseconds are per "
+        "round or per pass.\n\n" + table([row for row in results.rows if "ratio" not in row])
     )
     yield table([row for row in results.rows if "ratio" in row])
 
 
 def _churn(results: Results | None) -> Iterator[str]:
-    yield from _section("Devices that come and go", "churn", results)
+    yield from _section("Devices that connect and disconnect", "churn", results)
     if results is not None:
-        yield table(results.rows)
+        yield (
+            "Memory and counters of the base station. Every other device drops its connection without closing its "
+            "session.\n\n" + table(results.rows)
+        )
 
 
 def _ceiling(results: Results | None) -> Iterator[str]:
-    missing = "Not measured: it takes a CUDA device, and none was at hand."
-    yield from _section("A large target on a graphics card", "ceiling", results, missing)
+    missing = "Not measured: it needs a CUDA device, and none was available."
+    yield from _section("A large target on a GPU", "ceiling", results, missing)
     if results is None:
         return
     cases = by_case(results.rows)
-    compared = cases.pop("compared")
+    compared = cases.pop("comparison")
     reached = [
-        f"{number(row, 'of_the_ceiling'):.2f} at contexts of {row['context']}"
+        f"{number(row, 'share_of_ceiling'):.2f} at context length {row['context']}"
         for row in compared
-        if row["sessions"] == 64 and row["of_the_ceiling"] is not None
+        if row["sessions"] == 64 and row["share_of_ceiling"] is not None
     ]
     yield (
-        "`packed`: a pass of the base station, its rounds judged; `dense`: transformers' batch of as many tokens, the "
-        "ceiling; `target`: the base station without drafts, a token a session. Tokens are those that are run.\n\n"
-        + table([row for rows in cases.values() for row in rows])
+        "`packed`: a forward pass of the base station, including verification. `dense`: transformers' batch with the "
+        "same tokens, the ceiling. `target`: the base station without drafts, one token per session. Tokens per second "
+        "count the tokens that a pass runs.\n\n" + table([row for rows in cases.values() for row in rows])
     )
     yield (
-        f"At 64 sessions a packed pass reaches, of the ceiling: {', '.join(reached) or 'not measured'} (asked: "
-        f"{OF_THE_CEILING:g}). `most over target`: what drafts gain of which all tokens stand.\n\n"
-        + table(compared, leave_out=("case",))
+        f"Share of the ceiling that a packed pass of 64 sessions reaches: {', '.join(reached) or 'not measured'} "
+        f"(goal: {CEILING_GOAL:g}). `max gain over target`: the gain of drafting if all drafted tokens were accepted."
+        "\n\n" + table(compared, leave_out=("case",))
     )

@@ -1,6 +1,6 @@
-"""A device and a base station set up for measurement: one draft model, one station, many answers."""
+"""A draft model and a greeted base station, set up once for many measured answers."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,28 +9,33 @@ from device.answer import Answer, Conversation
 from device.client import Client
 from device.draft_model import DraftModel
 from device.link import Link
-from device.session import DraftSettings
+from device.planner import Planners
+from device.session import DeviceSession
+from device.settings import DraftSettings, Timeouts
 from device.tokenizer import Tokenizer
-from protocol.bundle import Manifest
 from protocol.frames import FrameCodec
 
 
 @dataclass(frozen=True)
 class BenchSetup:
-    """A loaded draft model with its tokenizer, greeted at a base station."""
+    """A loaded draft model with its tokenizer, and the client of a greeted base station."""
 
     model: DraftModel
     tokenizer: Tokenizer
-    link: Link
     client: Client
+    planners: Planners
 
     def prompt_ids(self, prompt: str, max_len: int | None = None) -> list[int]:
-        """A user's words through the chat template, cut to ``max_len`` tokens."""
+        """A user message rendered by the chat template, truncated to ``max_len`` tokens."""
         return self.tokenizer.encode_chat([{"role": "user", "content": prompt}])[:max_len]
+
+    def session(self, settings: DraftSettings, prompt_ids: list[int]) -> DeviceSession:
+        """A new session; close it after use."""
+        return DeviceSession(self.client, self.planners.for_settings(settings), settings, self.model, prompt_ids)
 
     def conversation(self, settings: DraftSettings) -> Conversation:
         """A new conversation; close it after use."""
-        return Conversation(self.link, self.client, self.model, self.tokenizer, settings)
+        return Conversation(self.client, self.planners, self.model, self.tokenizer, settings)
 
     def answer(self, prompt_ids: list[int], max_new_tokens: int, settings: DraftSettings) -> Answer:
         """One answer in a session of its own."""
@@ -44,19 +49,20 @@ class BenchSetup:
 
 @contextmanager
 def bench_setup(bundle: Path, address: str) -> Iterator[BenchSetup]:
-    """Load the bundle and greet the base station at ``address``."""
+    """Load the bundle, and greet the base station at ``address``."""
     model = DraftModel(bundle)
-    with connected(model, Tokenizer(bundle, model.manifest), address, Client) as place:
-        yield place
+    planners = Planners(model.manifest.quality)
+    with connected(model, Tokenizer(bundle, model.manifest), address, planners) as setup:
+        yield setup
 
 
 @contextmanager
 def connected(
-    model: DraftModel, tokenizer: Tokenizer, address: str, greet: Callable[[Link, Manifest], Client]
+    model: DraftModel, tokenizer: Tokenizer, address: str, planners: Planners, timeouts: Timeouts | None = None
 ) -> Iterator[BenchSetup]:
-    """A loaded model, greeted at ``address``."""
+    """Greet the base station at ``address`` with a loaded model."""
     link = Link.connect(address, FrameCodec(model.manifest.vocab_size))
     try:
-        yield BenchSetup(model, tokenizer, link, greet(link, model.manifest))
+        yield BenchSetup(model, tokenizer, Client(link, model.manifest, timeouts), planners)
     finally:
         link.close()

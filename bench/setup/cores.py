@@ -1,4 +1,4 @@
-"""One core for the device and another for the base station, as if they were two machines."""
+"""One core for the device and another for the base station, to emulate two machines."""
 
 import os
 from collections.abc import Iterator
@@ -11,27 +11,27 @@ from protocol.errors import SettingsError
 
 @dataclass(frozen=True)
 class Cores:
-    """Numbers of the two cores."""
+    """The indices of the two cores."""
 
     device: int
     station: int
 
     @classmethod
     def choose(cls) -> Self:
-        """The first two that this process may use.
+        """The first two cores that this process may use.
 
         Raises:
             SettingsError: there is only one.
         """
         allowed = sorted(os.sched_getaffinity(0))
         if len(allowed) < 2:
-            raise SettingsError("cores", len(allowed), "2 and more, one for the device and one for the base station")
+            raise SettingsError("cores", len(allowed), "2 or more, one for the device and one for the base station")
         return cls(allowed[0], allowed[1])
 
 
 @contextmanager
 def running_on(core: int) -> Iterator[None]:
-    """Keep this thread, and those it starts, on one core."""
+    """Pin this thread, and threads it starts, to one core."""
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {core})
     try:

@@ -1,4 +1,4 @@
-"""What the commands of ``edgedraft-bench`` have in common: options, the terminal, a progress bar."""
+"""Options that several commands of ``edgedraft-bench`` share, the console and the progress bar."""
 
 from pathlib import Path
 from typing import Annotated
@@ -10,14 +10,22 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 console = Console(highlight=False)
 
 BundleOption = Annotated[Path, typer.Option(help="Bundle of the draft model.")]
-TargetOption = Annotated[str, typer.Option(help="The target: model folder, hub name or .gguf file.")]
-PromptsOption = Annotated[Path | None, typer.Option(help="Spec-Bench jsonl file; left out, the project's own prompts.")]
+TargetOption = Annotated[str, typer.Option(help="Target model: a folder, a hub name or a .gguf file.")]
+DtypeOption = Annotated[str, typer.Option(help="Data type of the target: auto, float32 or bfloat16.")]
+TorchDeviceOption = Annotated[str, typer.Option(help="Torch device of the target: auto, cpu, cuda, …")]
+PromptsOption = Annotated[
+    Path | None, typer.Option(help="Spec-Bench jsonl file with prompts. Default: the built-in prompts.")
+]
+CountOption = Annotated[int, typer.Option(help="Number of prompts.")]
+MaxNewTokensOption = Annotated[int, typer.Option(help="Tokens per answer.")]
+RoundsOption = Annotated[int, typer.Option(help="Rounds of 8 tokens per prompt.")]
+DraftLenOption = Annotated[int, typer.Option(help="Tokens drafted per round.")]
+UplinkKOption = Annotated[int, typer.Option(help="Entries kept of each distribution in mode topk.")]
+BatchSessionsOption = Annotated[int, typer.Option("--sessions", help="Sessions in one forward pass.")]
 JsonOption = Annotated[Path | None, typer.Option("--json", help="Write the results to this file.")]
-DtypeOption = Annotated[str, typer.Option(help="Of the target: auto, float32 or bfloat16.")]
-TorchDeviceOption = Annotated[str, typer.Option(help="Of the target: auto, cpu, cuda …")]
 
 
 def progress_bar() -> Progress:
-    """One that is gone when the work is done."""
+    """A progress bar that disappears when the work is done."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     return Progress(*columns, console=console, transient=True)

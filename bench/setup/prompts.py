@@ -1,4 +1,4 @@
-"""The prompts that measurements use: a small set of the project's own, or a file of the user's."""
+"""Prompts for measurements: a small built-in set, or a file of the user's."""
 
 import json
 from pathlib import Path
@@ -30,16 +30,16 @@ OWN_PROMPTS = (
 
 
 def read_prompts(path: Path | None, count: int) -> list[str]:
-    """The first ``count`` prompts: the project's own, or the first turns of a Spec-Bench file.
+    """The first ``count`` prompts: the built-in ones, or the first turns of a Spec-Bench file.
 
-    A Spec-Bench file has a JSON object a line, with the user's words in ``turns``.
+    A Spec-Bench file has a JSON object per line, with the user messages in ``turns``.
 
     Raises:
-        SettingsError: the file is none such, or there are fewer prompts.
+        SettingsError: the file has another format, or there are fewer prompts.
     """
     prompts = list(OWN_PROMPTS) if path is None else _first_turns(path)
     if not 1 <= count <= len(prompts):
-        raise SettingsError("count", count, f"1 to {len(prompts)}, as many as there are prompts")
+        raise SettingsError("count", count, f"1 to {len(prompts)}, the number of prompts")
     return prompts[:count]
 
 

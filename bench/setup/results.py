@@ -1,4 +1,4 @@
-"""What a measurement leaves: one JSON object with the machine, the versions, the settings and a row a case."""
+"""The results of a measurement: one JSON object with the machine, the versions, the settings and a row per case."""
 
 import json
 import os
@@ -20,8 +20,8 @@ Row: TypeAlias = dict[str, Value]
 _PACKAGES = ("numpy", "onnxruntime", "torch", "transformers", "pyzmq", "msgpack")
 
 
-def machine() -> dict[str, Value]:
-    """The processor and how many cores of it this process may use."""
+def machine() -> Row:
+    """The processor, the number of cores that this process may use, and the system."""
     return {"processor": _processor(), "cores": len(os.sched_getaffinity(0)), "system": platform.platform()}
 
 
@@ -34,24 +34,25 @@ class Results:
     machine: Mapping[str, Value] = field(default_factory=machine)
 
     def write(self, path: Path | None) -> None:
-        """Write the JSON file, if one was asked for."""
-        if path is not None:
-            content = {
-                "machine": dict(self.machine),
-                "versions": {name: metadata.version(name) for name in _PACKAGES},
-                "settings": dict(self.settings),
-                "rows": [dict(row) for row in self.rows],
-            }
-            whole = path.with_name(f"{path.name}.part")
-            whole.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-            whole.replace(path)  # whoever interrupts this finds the old file or the new one
+        """Write the JSON file, unless ``path`` is None. An interrupted write leaves the old file in place."""
+        if path is None:
+            return
+        content = {
+            "machine": dict(self.machine),
+            "versions": {name: metadata.version(name) for name in _PACKAGES},
+            "settings": dict(self.settings),
+            "rows": [dict(row) for row in self.rows],
+        }
+        part = path.with_name(f"{path.name}.part")
+        part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        part.replace(path)
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """What ``write`` wrote.
+        """Read a file that ``write`` wrote.
 
         Raises:
-            SettingsError: the file is none such.
+            SettingsError: the file is missing or has other content.
         """
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
@@ -60,7 +61,7 @@ class Results:
             raise SettingsError("json", str(path), f"results of edgedraft-bench ({error!r})") from error
 
     def show(self, console: Console) -> None:
-        """Print the rows, those of like columns as one table."""
+        """Print the rows; consecutive rows with the same columns form one table."""
         for names, rows in groupby(self.rows, key=tuple):
             table = Table(*(name.replace("_", " ") for name in names))
             for row in rows:
@@ -82,14 +83,8 @@ def numbers(row: Mapping[str, Value], name: str) -> list[int]:
     return [count for count in value if isinstance(count, int)]
 
 
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.machine())
-
-
 def format_value(value: Value) -> str:
-    """Three digits of a number, a dash where there is none."""
+    """Floats with three significant digits; a dash for None."""
     if value is None:
         return "–"
     if isinstance(value, list):
@@ -97,3 +92,9 @@ def format_value(value: Value) -> str:
     if not isinstance(value, float):
         return str(value)
     return f"{value:.3g}" if abs(value) < 100 else f"{value:,.0f}"
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())

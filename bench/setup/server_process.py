@@ -1,4 +1,4 @@
-"""A command of ours in a process of its own, as an operator would start it, that says where it serves."""
+"""Start a server command of edgedraft in a process of its own, and wait until it prints its address."""
 
 import os
 import re
@@ -19,34 +19,34 @@ _STOP_SECONDS = 10
 
 @dataclass(frozen=True)
 class Served:
-    """A running command and the address that it serves."""
+    """A running command and the address it serves."""
 
     address: str
     process: subprocess.Popen[str]
 
     @property
     def alive(self) -> bool:
-        """Whether it still runs."""
+        """Whether the process still runs."""
         return self.process.poll() is None
 
 
 @contextmanager
 def serving(arguments: Sequence[str], core: int | None = None) -> Iterator[Served]:
-    """Start ``python -m`` with the arguments, on one core if it is named; gives it once it serves.
+    """Start ``python -m`` with the arguments, pinned to ``core`` if given, and yield once it serves.
 
     Raises:
-        LinkError: it ended before it served; its last line says why.
+        LinkError: it exited before it served; the message holds its last line.
     """
     process = subprocess.Popen(  # noqa: S603 - our own program
         [sys.executable, "-m", *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
     if core is not None:
-        os.sched_setaffinity(process.pid, {core})  # before it has threads, which then inherit it
+        os.sched_setaffinity(process.pid, {core})  # before it starts threads, which inherit it
     assert process.stderr is not None
     reader = threading.Thread(target=deque, args=(process.stderr, 0), daemon=True)
     try:
         address = _address(process.stderr, arguments[0])
-        reader.start()  # a pipe that nobody reads fills up, and the process stands still
+        reader.start()  # a full pipe would block the process
         yield Served(address, process)
     finally:
         process.terminate()

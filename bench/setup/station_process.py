@@ -1,4 +1,4 @@
-"""A base station in a process of its own, as an operator would start it, on loopback."""
+"""Start a base station in a process of its own, on a free port of loopback."""
 
 import socket
 from collections.abc import Iterator, Sequence
@@ -9,13 +9,13 @@ from bench.setup.server_process import serving
 
 
 def station_command(target: str, dtype: str) -> list[str]:
-    """What starts a base station on a free port."""
+    """Arguments of ``python -m`` that start a base station on a free port."""
     return ["basestation", "serve", "--target", target, "--dtype", dtype, "--bind", "tcp://127.0.0.1:0"]
 
 
 @dataclass(frozen=True)
 class StationProcess:
-    """A base station that serves: where devices connect, where its metrics are, and its process."""
+    """A running base station: the address for devices, the URL of its metrics, and its process id."""
 
     address: str
     metrics_url: str
@@ -24,10 +24,10 @@ class StationProcess:
 
 @contextmanager
 def running_station(target: str, dtype: str, *options: str) -> Iterator[str]:
-    """Start a base station on a free port, with further options; gives its address once it serves.
+    """Start a base station with further command-line options, and yield its address once it serves.
 
     Raises:
-        LinkError: it ended before it served; its last line says why.
+        LinkError: it exited before it served; the message holds its last line.
     """
     with serving([*station_command(target, dtype), *options]) as served:
         yield served.address
@@ -35,10 +35,10 @@ def running_station(target: str, dtype: str, *options: str) -> Iterator[str]:
 
 @contextmanager
 def station_process(target: str, dtype: str, options: Sequence[str] = ()) -> Iterator[StationProcess]:
-    """``running_station``, with more options of the command line, and all that is known of it.
+    """Like ``running_station``, with metrics; yields the address, the metrics URL and the process id.
 
     Raises:
-        LinkError: see above.
+        LinkError: it exited before it served; the message holds its last line.
     """
     metrics_bind = f"127.0.0.1:{_free_port()}"
     with serving([*station_command(target, dtype), "--metrics-bind", metrics_bind, *options]) as served:

@@ -1,23 +1,26 @@
-"""Packed passes of a large target against the dense batch, from one session to hundreds, on one torch device.
+"""Packed forward passes of a large target against a dense batch, from one session to hundreds, on one torch device.
 
-The target has random weights and is built where it runs: how long a pass takes
-depends on shapes, not on what is said. Both kinds of pass use the same weights.
+The target has random weights and is built on the torch device: the time of a pass
+depends on shapes, not on tokens. Both kinds of pass use the same weights.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from basestation.kv_pool import ATTENTION_NAME, KVPool, KVShape
+from basestation.attention import ATTENTION_NAME
+from basestation.kv_pool import KVPool, KVShape
 from basestation.memory import OutOfMemory, catch_out_of_memory, free_memory, parameter_count, readable_size
-from basestation.target_model import TargetModel, Vocabulary, register_attention
-from basestation.verify import Round, verify_rounds
-from bench.setup.results import Row
-from bench.station.passes import PREFILL_TOKENS, DensePass, PackedPass, seconds_of
+from basestation.target_model import TargetModel, Vocabulary, choose_dtype, choose_placement, register_attention
+from basestation.verify import RoundToVerify, verify_rounds
+from bench.setup.options import DraftLenOption, DtypeOption, JsonOption, TorchDeviceOption, console, progress_bar
+from bench.setup.results import Results, Row
+from bench.station.passes import PREFILL_TOKENS, DensePassRunner, PackedPassRunner, seconds_of
 from protocol.errors import SettingsError
 from protocol.messages import Sampling
 
@@ -28,7 +31,7 @@ SHAPES: dict[str, dict[str, int]] = {
         "intermediate_size": 14336,
         "num_hidden_layers": 32,
         "num_attention_heads": 32,
-        "num_key_value_heads": 8,  # a fourth of the keys and values of 32, as models of this size have today
+        "num_key_value_heads": 8,
     },
     "135m": {
         "vocab_size": 49152,
@@ -45,9 +48,39 @@ _REPEATS = 12
 _WARM_UP = 3
 
 
+def ceiling(
+    shape: Annotated[str, typer.Option(help="Shape of the target: 7b or 135m.")] = "7b",
+    dtype: DtypeOption = "bfloat16",
+    torch_device: TorchDeviceOption = "auto",
+    sessions: Annotated[
+        list[int] | None,
+        typer.Option(help="Sessions in one forward pass; repeatable. Default: 1, 4, 16, 64 and 256."),
+    ] = None,
+    contexts: Annotated[
+        list[int] | None, typer.Option("--context", help="Context length; repeatable. Default: 512 and 2048.")
+    ] = None,
+    draft_len: DraftLenOption = 5,
+    json_file: JsonOption = None,
+) -> None:
+    """Compare forward passes of a large target with a dense batch and with target-only decoding; meant for CUDA."""
+    if shape not in SHAPES:
+        raise SettingsError("shape", shape, " or ".join(SHAPES))
+    wanted = combinations(contexts or (512, 2048), sessions or (1, 4, 16, 64, 256), draft_len)
+    placement = choose_placement(torch_device)
+    described: Row = {"card": card(placement), "shape": shape, "dtype": dtype, "draft_len": draft_len}
+    measured = Ceiling(SHAPES[shape], choose_dtype(dtype, placement), placement)
+    rows: list[Row] = []
+    with progress_bar() as progress:
+        task = progress.add_task("cases", total=len(wanted) * len(CASES))
+        for combination in wanted:
+            rows += measured.rows(combination, lambda: progress.advance(task))
+            Results(described, [*rows, *compare(rows)]).write(json_file)
+    Results(described, [*rows, *compare(rows)]).show(console)
+
+
 @dataclass(frozen=True)
 class Combination:
-    """So many sessions behind contexts of one length, each with a draft."""
+    """A number of sessions with contexts of one length, each with a draft."""
 
     context: int
     sessions: int
@@ -55,16 +88,16 @@ class Combination:
 
     @property
     def new(self) -> int:
-        """Tokens of each session in a pass: the last committed one and the draft."""
+        """Tokens per session in a pass: the last committed token and the draft."""
         return self.draft_len + 1
 
 
 class Ceiling:
-    """A target with random weights, and what its passes take.
+    """A target with random weights, and the times of its forward passes.
 
     Args:
-        shape: what a llama's configuration says of it, like ``SHAPES["7b"]``.
-        dtype: of its weights, its keys and its values.
+        shape: values of a Llama configuration, like ``SHAPES["7b"]``.
+        dtype: of weights and KV cache.
         torch_device: where it is built and runs.
     """
 
@@ -79,52 +112,50 @@ class Ceiling:
         self._model: Any = None
 
     def rows(self, combination: Combination, advance: Callable[[], object]) -> Iterator[Row]:
-        """A row for each of ``CASES``; one that does not fit says so, with the sizes, and was not tried."""
+        """A row for each of ``CASES``; one that does not fit into memory is skipped, and its row says why."""
         for case in CASES:
             needed = self.needed(case, combination)
             seconds: float | None = None
-            left_out: str | None = f"takes {readable_size(needed)}, {readable_size(self._free)} are free"
+            skipped: str | None = f"needs {readable_size(needed)}, {readable_size(self._free)} are free"
             if needed <= self._free:
-                seconds, left_out = self._measure(case, combination)
-            yield _row(case, combination, seconds, left_out)
+                seconds, skipped = self._measure(case, combination)
+            yield _row(case, combination, seconds, skipped)
             advance()
 
     def needed(self, case: str, combination: Combination) -> int:
-        """Bytes that a case takes: weights, keys and values, and the largest tensors of a pass."""
+        """Bytes that a case needs: weights, KV cache and the largest tensors of a pass."""
         positions, copied = combination.context + combination.new, 0
-        if case == "dense":  # its cache is copied a layer at a time to grow
+        if case == "dense":  # DynamicCache copies a layer to grow
             copied = combination.sessions * positions * self._kv.position_bytes // self._kv.layers
         else:
-            positions = KVPool.rounded(positions)
+            positions = KVPool.round_up(positions)
         rows = combination.sessions * combination.new
         logits = rows * self._config.vocab_size * (self._dtype.itemsize + torch.float32.itemsize)
         hidden = 3 * max(rows, PREFILL_TOKENS, combination.context) * self._config.intermediate_size
-        kept = self._weights + combination.sessions * positions * self._kv.position_bytes
-        return int(kept + copied + logits + hidden * self._dtype.itemsize)
+        cached = self._weights + combination.sessions * positions * self._kv.position_bytes
+        return int(cached + copied + logits + hidden * self._dtype.itemsize)
 
     def _measure(self, case: str, combination: Combination) -> tuple[float | None, str | None]:
-        """Seconds of a pass; where the memory is short in spite of the estimate, what PyTorch says of it."""
-        shortage = ""
+        """Seconds of a pass, or PyTorch's message if memory runs out in spite of the estimate."""
         try:
             with catch_out_of_memory():
                 return self._seconds(case, combination), None
         except OutOfMemory as error:
-            shortage = str(error).splitlines()[0]
-        return None, shortage
+            return None, str(error).splitlines()[0]
 
     def _seconds(self, case: str, combination: Combination) -> float:
         self._model = self._model or self._build()
         new = 1 if case == "target" else combination.new
-        texts = self._texts(combination, new)
+        sequences = self._sequences(combination, new)
         if case == "dense":
             self._model.set_attn_implementation("sdpa")
-            dense = DensePass(self._model, texts, new)
+            dense = DensePassRunner(self._model, sequences, new)
             return self._median(dense.run)
         self._model.set_attn_implementation(ATTENTION_NAME)
         vocabulary = Vocabulary(self._config.vocab_size, bytes(32), frozenset())
         target = TargetModel(self._model, vocabulary, "random", self._free)
-        packed = PackedPass(target, texts, new)
-        rounds = [Round(Sampling(), combination.context + 1, tuple(text[-new:][1:])) for text in texts]
+        packed = PackedPassRunner(target, sequences, new)
+        rounds = [RoundToVerify(Sampling(), combination.context + 1, tuple(tokens[-new:][1:])) for tokens in sequences]
         try:
             return self._median(lambda: verify_rounds(packed.run(), rounds))
         finally:
@@ -139,35 +170,38 @@ class Ceiling:
             )
         return model.eval()
 
-    def _texts(self, combination: Combination, new: int) -> list[list[int]]:
+    def _sequences(self, combination: Combination, new: int) -> list[list[int]]:
         generator = torch.Generator().manual_seed(0)
         shape = combination.sessions, combination.context + new
-        texts: list[list[int]] = torch.randint(self._config.vocab_size, shape, generator=generator).tolist()
-        return texts
+        sequences: list[list[int]] = torch.randint(self._config.vocab_size, shape, generator=generator).tolist()
+        return sequences
 
     def _median(self, run: Callable[[], object]) -> float:
         return median([seconds_of(run, self._torch_device) for _ in range(_WARM_UP + _REPEATS)][_WARM_UP:])
 
 
 def combinations(contexts: Sequence[int], sessions: Sequence[int], draft_len: int) -> list[Combination]:
-    """All of them.
+    """Every context length with every number of sessions.
 
     Raises:
-        SettingsError: one of the numbers is less than 1.
+        SettingsError: a number is less than 1.
     """
     for option, values in (("context", contexts), ("sessions", sessions), ("draft-len", (draft_len,))):
         if min(values) < 1:
-            raise SettingsError(option, min(values), "1 and more")
+            raise SettingsError(option, min(values), "1 or more")
     return [Combination(context, count, draft_len) for context in contexts for count in sessions]
 
 
 def card(torch_device: torch.device) -> str:
-    """The name of the graphics card that a device is, or ``none``."""
+    """The name of the GPU, or ``none``."""
     return torch.cuda.get_device_name(torch_device) if torch_device.type == "cuda" else "none"
 
 
 def compare(rows: Sequence[Row]) -> list[Row]:
-    """For each combination: the packed pass over the dense one, and what drafts that all stand gain over no drafts."""
+    """For each combination the packed pass relative to the dense one, and the largest possible gain of drafting.
+
+    The gain is the packed pass's tokens per second, all drafted tokens accepted, over those of target-only decoding.
+    """
     found = {(row["context"], row["sessions"], row["case"]): row for row in rows}
     compared: list[Row] = []
     for (context, sessions, case), packed in found.items():
@@ -176,11 +210,11 @@ def compare(rows: Sequence[Row]) -> list[Row]:
         dense, target = (found[context, sessions, other] for other in ("dense", "target"))
         compared.append(
             {
-                "case": "compared",
+                "case": "comparison",
                 "context": context,
                 "sessions": sessions,
-                "of_the_ceiling": _ratio(dense["milliseconds"], packed["milliseconds"]),
-                "most_over_target": _ratio(packed["tokens_per_second"], target["tokens_per_second"]),
+                "share_of_ceiling": _ratio(dense["milliseconds"], packed["milliseconds"]),
+                "max_gain_over_target": _ratio(packed["tokens_per_second"], target["tokens_per_second"]),
             }
         )
     return compared
@@ -190,7 +224,7 @@ def _ratio(one: object, other: object) -> float | None:
     return one / other if isinstance(one, float) and isinstance(other, float) else None
 
 
-def _row(case: str, combination: Combination, seconds: float | None, left_out: str | None) -> Row:
+def _row(case: str, combination: Combination, seconds: float | None, skipped: str | None) -> Row:
     tokens = combination.sessions * (1 if case == "target" else combination.new)
     return {
         "case": case,
@@ -198,5 +232,5 @@ def _row(case: str, combination: Combination, seconds: float | None, left_out: s
         "sessions": combination.sessions,
         "milliseconds": None if seconds is None else 1e3 * seconds,
         "tokens_per_second": None if seconds is None else tokens / seconds,
-        "left_out": left_out,
+        "skipped": skipped,
     }

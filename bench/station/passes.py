@@ -1,4 +1,7 @@
-"""The packed pass against transformers' own dense batch of the same tokens, padded where lengths differ."""
+"""Packed forward passes of the base station, and dense batches of transformers with the same tokens.
+
+A dense batch is padded where lengths differ.
+"""
 
 import time
 from collections.abc import Callable, Sequence
@@ -9,81 +12,97 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from basestation.kv_pool import Segment, SequenceKVCache
+from basestation.kv_pool import SequenceKVCache
+from basestation.segment import Segment
 from basestation.target_model import DTYPES, TargetModel
 
-REPEATS = 15
+_REPEATS = 15
+_WARM_UP = 2
 PREFILL_TOKENS = 4096
 """Tokens of all sessions in one step of a dense prefill."""
 
 
 @dataclass(frozen=True)
 class PassTimes:
-    """Seconds of a pass, the median of some, the two kinds in turn."""
+    """Median seconds of a forward pass of each kind."""
 
     packed: float
     dense: float
 
 
-class DensePass:
-    """A batch of a DynamicCache, padded on the left."""
+class DensePassRunner:
+    """Runs a batch with a ``DynamicCache``, padded on the left.
 
-    def __init__(self, model: Any, texts: Sequence[list[int]], new: int) -> None:
+    Args:
+        model: the target in transformers.
+        sequences: the tokens of each sequence.
+        new: tokens at the end of each that a pass runs; the others are prefilled here.
+    """
+
+    def __init__(self, model: Any, sequences: Sequence[list[int]], new: int) -> None:
         self._model = model
-        longest = max(map(len, texts))
-        rows = torch.zeros((len(texts), longest), dtype=torch.int64, device=model.device)
+        longest = max(map(len, sequences))
+        rows = torch.zeros((len(sequences), longest), dtype=torch.int64, device=model.device)
         self._mask = torch.zeros_like(rows)
-        for row, text in enumerate(texts):
-            rows[row, longest - len(text) :] = torch.tensor(text)
-            self._mask[row, longest - len(text) :] = 1
+        for row, tokens in enumerate(sequences):
+            rows[row, longest - len(tokens) :] = torch.tensor(tokens)
+            self._mask[row, longest - len(tokens) :] = 1
         self._positions = (self._mask.cumsum(dim=1) - 1).clamp(min=0)
         self._past = longest - new
         self._new_ids = rows[:, self._past :]
         self._cache = DynamicCache()
-        step = max(1, PREFILL_TOKENS // len(texts))
+        step = max(1, PREFILL_TOKENS // len(sequences))
         for start in range(0, self._past, step):
             end = min(start + step, self._past)
             self._run(rows[:, start:end], slice(start, end), logits_to_keep=1)
 
     def run(self) -> None:
-        """One pass over the new tokens; the cache is as before."""
+        """Run the new tokens once, and roll the cache back."""
         self._run(self._new_ids, slice(self._past, self._mask.shape[1]))
         self._cache.crop(self._past)
 
     @torch.inference_mode()
-    def _run(self, ids: torch.Tensor, places: slice, logits_to_keep: int = 0) -> None:
+    def _run(self, ids: torch.Tensor, columns: slice, logits_to_keep: int = 0) -> None:
         self._model(
             input_ids=ids,
-            attention_mask=self._mask[:, : places.stop],
-            position_ids=self._positions[:, places],
+            attention_mask=self._mask[:, : columns.stop],
+            position_ids=self._positions[:, columns],
             past_key_values=self._cache,
             use_cache=True,
             logits_to_keep=logits_to_keep,
         )
 
 
-class PackedPass:
-    """The same tokens as the base station runs them, the first ``shared`` of each being held in common."""
+class PackedPassRunner:
+    """Runs the same tokens as the base station does.
 
-    def __init__(self, target: TargetModel, texts: Sequence[list[int]], new: int, shared: int = 0) -> None:
+    Args:
+        target: of the base station.
+        sequences: the tokens of each sequence.
+        new: tokens at the end of each that a pass runs; the others are prefilled here.
+        shared: tokens of the prefix that all sequences share in blocks.
+    """
+
+    def __init__(self, target: TargetModel, sequences: Sequence[list[int]], new: int, shared: int = 0) -> None:
         self._target = target
-        self._kv_caches: list[SequenceKVCache] = [target.new_kv_cache() for _ in texts]
-        self._segments = [Segment(one, text[-new:], new) for one, text in zip(self._kv_caches, texts, strict=True)]
-        self._lengths = [len(text) - new for text in texts]
-        for kv_cache, text in zip(self._kv_caches, texts, strict=True):
+        self._kv_caches: list[SequenceKVCache] = [target.new_kv_cache() for _ in sequences]
+        pairs = list(zip(self._kv_caches, sequences, strict=True))
+        self._segments = [Segment(kv_cache, tokens[-new:], new) for kv_cache, tokens in pairs]
+        self._lengths = [len(tokens) - new for tokens in sequences]
+        for kv_cache, tokens in pairs:
             if shared and kv_cache is not self._kv_caches[0]:
-                kv_cache.join(self._kv_caches[0], shared)
-            target.forward([Segment(kv_cache, text[kv_cache.length : -new], 0)])
+                kv_cache.share_prefix(self._kv_caches[0], shared)
+            target.forward([Segment(kv_cache, tokens[kv_cache.length : -new], 0)])
 
     def run(self) -> torch.Tensor:
-        """One pass over the new tokens, and its logits; the kv_caches are as before."""
+        """Run the new tokens once, roll the KV caches back, and return the logits."""
         logits = self._target.forward(self._segments)
         for kv_cache, length in zip(self._kv_caches, self._lengths, strict=True):
             kv_cache.rollback(length)
         return logits
 
     def release(self) -> None:
-        """Give the room back."""
+        """Free the KV caches."""
         for kv_cache in self._kv_caches:
             kv_cache.release()
 
@@ -95,7 +114,7 @@ def load_dense(model: str, dtype: str, torch_device: torch.device) -> Any:
 
 
 def seconds_of(work: Callable[[], object], torch_device: torch.device) -> float:
-    """How long some work takes, the device's included."""
+    """Wall-clock time of ``work``, including its kernels on the torch device."""
     began = time.perf_counter()
     work()
     if torch_device.type == "cuda":
@@ -103,16 +122,15 @@ def seconds_of(work: Callable[[], object], torch_device: torch.device) -> float:
     return time.perf_counter() - began
 
 
-def measure_passes(target: TargetModel, dense: Any, lengths: Sequence[int], new: int) -> PassTimes:
-    """Passes of ``new`` tokens behind contexts of these lengths, both kinds in turn."""
+def measure_passes(target: TargetModel, dense: Any, contexts: Sequence[int], new: int) -> PassTimes:
+    """Time forward passes of ``new`` tokens after contexts of these lengths, both kinds in turn."""
     generator = torch.Generator().manual_seed(0)
     size = target.vocabulary.size
-    texts = [torch.randint(size, (length + new,), generator=generator).tolist() for length in lengths]
-    packed_pass, dense_pass = PackedPass(target, texts, new), DensePass(dense, texts, new)
-    seconds: dict[Callable[[], object], list[float]] = {packed_pass.run: [], dense_pass.run: []}
-    for _ in range(REPEATS):
-        for run, spent in seconds.items():
-            spent.append(seconds_of(run, target.torch_device))
-    packed_pass.release()
-    packed, densely = (median(spent[2:]) for spent in seconds.values())
-    return PassTimes(packed, densely)
+    sequences = [torch.randint(size, (context + new,), generator=generator).tolist() for context in contexts]
+    packed, dense_batch = PackedPassRunner(target, sequences, new), DensePassRunner(dense, sequences, new)
+    seconds: dict[Callable[[], object], list[float]] = {packed.run: [], dense_batch.run: []}
+    for _ in range(_REPEATS):
+        for run, times in seconds.items():
+            times.append(seconds_of(run, target.torch_device))
+    packed.release()
+    return PassTimes(*(median(times[_WARM_UP:]) for times in seconds.values()))

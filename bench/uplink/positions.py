@@ -1,11 +1,12 @@
-"""What both models say about the same tokens: draft logits and target probabilities, position by position.
+"""Both models' outputs for the same tokens: draft logits and target probabilities, position by position.
 
-The tokens are answers that the draft model wrote; the target judges each answer in one pass.
+The draft model writes the answers; the target runs each answer in one forward pass.
 """
 
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 
 import numpy as np
@@ -13,11 +14,14 @@ import numpy.typing as npt
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from basestation.kv_pool import Segment
+from basestation.segment import Segment
 from basestation.target_model import TargetModel
 from basestation.verify import target_weights
+from bench.setup.prompts import read_prompts
 from device.draft_model import DraftModel, Logits
-from device.sampling import Uplink, draft_distribution
+from device.sampling import sparse_distribution
+from device.settings import UplinkSettings
+from device.tokenizer import Tokenizer
 from protocol.frames import FrameCodec
 from protocol.messages import Draft, Sampling
 from protocol.randomness import Stream, random_bits
@@ -25,39 +29,46 @@ from protocol.sparse import MAX_STEPS, SparseDistribution
 from protocol.zmtp import socket_bytes
 
 DRAFT_LEN = 8
-"""Tokens of a round, wherever bytes are counted."""
+"""Tokens per round, wherever bytes are counted."""
 Probs = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Position:
-    """What both models said about one token: draft logits [V] and target probabilities [V], float32.
+    """Draft logits [V] and target probabilities [V] of one token, float32.
 
-    ``place`` is its place in its sequence, ``token_id`` the draft model's.
+    ``index`` is the token's position in its sequence, ``token_id`` the token that the draft model sampled.
     """
 
     logits: Logits
     target_probs: npt.NDArray[np.float32]
-    place: int
+    index: int
     token_id: int
 
     def acceptance(self, support: npt.NDArray[np.int64], probs: Probs) -> float:
-        """Σ min(target, draft): how likely a token drawn from ``probs`` on ``support`` is to stand."""
+        """Σ min(target, draft): the probability that a token sampled from ``probs`` on ``support`` is accepted."""
         return float(np.minimum(self.target_probs[support], probs).sum())
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Positions in order, rounds of ``DRAFT_LEN`` to each answer; the draft model took ``draft_seconds`` for each."""
+    """Positions in order, whole rounds of ``DRAFT_LEN`` per answer, and the median seconds to draft a token."""
 
     sampling: Sampling
     positions: Sequence[Position]
     draft_seconds: float
 
     def mean_acceptance(self, distributions: Sequence[SparseDistribution]) -> float:
-        """Of a token drawn from the distribution of its position."""
+        """The mean acceptance of tokens sampled from ``distributions``, one per position."""
         pairs = zip(self.positions, distributions, strict=True)
         return float(np.mean([position.acceptance(one.support, one.probs) for position, one in pairs]))
+
+
+def load_draft_model(bundle: Path, prompts: Path | None, count: int) -> tuple[DraftModel, list[list[int]]]:
+    """The draft model, and the ids of the prompts rendered by its chat template."""
+    texts, model = read_prompts(prompts, count), DraftModel(bundle)
+    tokenizer = Tokenizer(bundle, model.manifest)
+    return model, [tokenizer.encode_chat([{"role": "user", "content": text}]) for text in texts]
 
 
 def collect(
@@ -68,7 +79,7 @@ def collect(
     sampling: Sampling,
     advance: Callable[[], object],
 ) -> Corpus:
-    """Positions of ``rounds`` rounds for each of the prompts."""
+    """The positions of ``rounds`` rounds per prompt."""
     positions: list[Position] = []
     seconds: list[float] = []
     for prompt in prompts:
@@ -77,14 +88,14 @@ def collect(
     return Corpus(sampling, positions, median(seconds))
 
 
-def unrounded(logits: Logits, sampling: Sampling, k: int, p: float) -> SparseDistribution:
-    """The likeliest entries in the finest steps there are."""
-    return draft_distribution(logits, sampling, Uplink(k, p, MAX_STEPS))
+def finest(logits: Logits, sampling: Sampling, k: int, p: float) -> SparseDistribution:
+    """The most likely entries, quantised in the smallest steps."""
+    return sparse_distribution(logits, sampling, UplinkSettings(k, p, MAX_STEPS))
 
 
-def by_round(sent: Sequence[SparseDistribution]) -> Iterator[Sequence[SparseDistribution]]:
-    """Of the positions of each round."""
-    return (sent[start : start + DRAFT_LEN] for start in range(0, len(sent), DRAFT_LEN))
+def by_round(distributions: Sequence[SparseDistribution]) -> Iterator[Sequence[SparseDistribution]]:
+    """The distributions of each round."""
+    return (distributions[start : start + DRAFT_LEN] for start in range(0, len(distributions), DRAFT_LEN))
 
 
 def send(codec: FrameCodec, distributions: Sequence[SparseDistribution], seed: int) -> tuple[int, float]:
@@ -113,16 +124,16 @@ def _answer_positions(
         start = time.perf_counter()
         rows.append(model.forward(tokens[model.length :]).copy())
         seconds.append(time.perf_counter() - start)
-        drawn = unrounded(rows[-1], sampling, len(rows[-1]), 1.0)
-        tokens.append(drawn.sample(random_bits(sampling.seed, len(tokens), Stream.DRAFT)))
+        distribution = finest(rows[-1], sampling, len(rows[-1]), 1.0)
+        tokens.append(distribution.sample(random_bits(sampling.seed, len(tokens), Stream.DRAFT)))
     logits = target.forward([Segment(target.new_kv_cache(), tokens[:-1], num_logits=count)])
-    places = range(len(prompt), len(tokens))
-    for place, row, probs in zip(places, rows, _target_probs(logits, sampling), strict=True):
-        yield Position(row, probs, place, tokens[place])
+    indices = range(len(prompt), len(tokens))
+    for index, row, probs in zip(indices, rows, _target_probs(logits, sampling), strict=True):
+        yield Position(row, probs, index, tokens[index])
 
 
 def _target_probs(logits: Tensor, sampling: Sampling) -> npt.NDArray[np.float32]:
-    """What the target is sampled from, [n, V]."""
+    """The probabilities that the target is sampled from, [n, V]."""
     if sampling.greedy:
         probs = one_hot(logits.argmax(dim=-1), logits.shape[-1])
     else:
