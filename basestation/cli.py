@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from basestation.admission import check_bind
+from basestation.authentication import check_bind
 from basestation.key_folder import KeyFolder
 from basestation.logs import LogFormat, start_logging
 from common.command_line import Verbose, run
@@ -110,7 +110,7 @@ def serve(
     limits = Limits(
         max_prompt_len, max_draft_len, max_uplink_k, max_sessions, max_requests_per_second, window, idle_timeout
     )
-    from basestation.serve import OperationOptions, SocketOptions, TargetOptions, run_base_station
+    from basestation.launcher import OperationOptions, SocketOptions, TargetOptions, run_base_station
 
     run_base_station(
         TargetOptions(target, dtype, torch_device, kv_memory, pass_tokens, prompt_tokens),

@@ -17,7 +17,7 @@ from typing import TypeAlias
 
 import zmq
 
-from basestation.admission import Admission, check_bind, revocation
+from basestation.authentication import Authenticator, check_bind, revocation
 from basestation.engine import Engine
 from basestation.key_folder import KeyFolder
 from basestation.metrics import Metrics
@@ -87,7 +87,7 @@ class Server:
         self._limits = limits = limits or Limits()
         self._codec = FrameCodec(target.vocabulary.size, limits)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._admission = Admission(keys, self._context) if keys else None
+        self._authenticator = Authenticator(keys, self._context) if keys else None
         self._router = self._bind(bind)
         self._outbox = self._context.socket(zmq.PULL)
         self._outbox.bind("inproc://replies")
@@ -153,15 +153,15 @@ class Server:
         for option, value in (
             # Without keys, the address identifies the device, which takes it over when it reconnects.
             # With keys, each connection has its own address, which no other may take over.
-            (zmq.ROUTER_HANDOVER, int(self._admission is None)),
-            (zmq.MAXMSGSIZE, self._codec.max_frame_bytes + (CURVE_BYTES if self._admission else 0)),
+            (zmq.ROUTER_HANDOVER, int(self._authenticator is None)),
+            (zmq.MAXMSGSIZE, self._codec.max_frame_bytes + (CURVE_BYTES if self._authenticator else 0)),
             (zmq.HEARTBEAT_IVL, _HEARTBEAT_MS),
             (zmq.TCP_KEEPALIVE, 1),
             (zmq.LINGER, _LINGER_MS),
         ):
             router.setsockopt(option, value)
-        if self._admission:
-            self._admission.guard(router)
+        if self._authenticator:
+            self._authenticator.guard(router)
         try:
             router.bind(bind)
         except zmq.ZMQError as error:
@@ -173,13 +173,13 @@ class Server:
         poller = zmq.Poller()
         poller.register(self._router, zmq.POLLIN)
         poller.register(self._outbox, zmq.POLLIN)
-        if self._admission:
-            poller.register(self._admission.socket, zmq.POLLIN)
+        if self._authenticator:
+            poller.register(self._authenticator.socket, zmq.POLLIN)
         try:
             while not self._stopping.is_set():
                 ready = dict(poller.poll(_POLL_MS))
-                if self._admission:
-                    self._admit(self._admission, self._admission.socket in ready)
+                if self._authenticator:
+                    self._admit(self._authenticator, self._authenticator.socket in ready)
                 if self._outbox in ready:
                     self._flush()
                 if self._router in ready:
@@ -188,13 +188,13 @@ class Server:
             self._failure = error
             self.stop()
 
-    def _admit(self, admission: Admission, readable: bool) -> None:
+    def _admit(self, authenticator: Authenticator, readable: bool) -> None:
         """Answer a handshake, and regularly end the sessions of revoked keys."""
         if readable:
-            admission.answer()
+            authenticator.answer()
         if time.monotonic() >= self._next_revocation_poll:
             self._next_revocation_poll = time.monotonic() + _REVOCATION_POLL_SECONDS
-            for key in admission.revoked():
+            for key in authenticator.revoked():
                 self._inbox.put(partial(self._engine.revoke, key, revocation()))
 
     def _flush(self) -> None:
@@ -213,9 +213,9 @@ class Server:
     def _task(self, address: bytes, parts: list[zmq.Frame]) -> Task | None:
         """The engine's task for a message, if any."""
         peer = Peer.without_key(address)
-        if self._admission:
+        if self._authenticator:
             peer = Peer(str(parts[0].get("User-Id")), address)
-            if not self._admission.admits(peer.owner):
+            if not self._authenticator.admits(peer.owner):
                 return partial(self._engine.fault, peer, None, revocation())
         if not self._rate_limiter.allows(peer.owner):
             return self._rate_fault(peer) if self._rate_limiter.should_notify(peer.owner) else None

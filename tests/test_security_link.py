@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import zmq
 
-from basestation.admission import check_bind
+from basestation.authentication import check_bind
 from basestation.key_folder import KeyFolder
 from basestation.server import Server
 from device.client import Client

@@ -1,4 +1,4 @@
-"""Admission of devices: the addresses a base station may bind, and the answer to each CURVE handshake.
+"""Authentication of devices: the addresses a base station may bind, and the answer to each CURVE handshake.
 
 ZeroMQ sends a request for every handshake, after the device has proved that it
 holds its secret key (ZAP, RFC 27; CURVE, RFC 26), and then attaches the key to each message.
@@ -19,7 +19,7 @@ _ENDPOINT = "inproc://zeromq.zap.01"
 _DOMAIN = b"edgedraft"
 
 
-class Admission:
+class Authenticator:
     """Admits enrolled keys, and reports those that are revoked later.
 
     Attributes:
