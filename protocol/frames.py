@@ -96,7 +96,7 @@ class FrameCodec:
     def __init__(self, vocab_size: int, limits: Limits | None = None) -> None:
         self.vocab_size = vocab_size
         self.limits = limits or Limits()
-        self._id_bits = max(_MIN_ID_BITS, (vocab_size - 1).bit_length())
+        self._id_bits = id_bits(vocab_size)
         self._draft_ids = self._ids("max_draft_len")
         self._counter = _integer(_MAX_COUNTER)
         self._token = _integer(vocab_size - 1)
@@ -139,12 +139,13 @@ class FrameCodec:
     def _make_layouts(self) -> list[_Layout]:
         counter, prompt = self._counter, self._ids("max_prompt_len")
         limits = (_array_of(_ENCODING), counter, counter, counter, counter, counter)
+        vocabulary = (counter, _array_of(counter))
         return [
             _Layout(Hello, 0, (counter, counter, _binary(32), _array_of(counter))),
-            _Layout(Welcome, 1, (counter, _text(200), counter, counter, _array_of(_MODE), *limits)),
+            _Layout(Welcome, 1, (counter, _text(200), counter, counter, _array_of(_MODE), *limits, *vocabulary)),
             _Layout(Open, 2, (counter, counter, _MODE, _SAMPLING, prompt)),
             _Layout(Opened, 3, (counter, counter)),
-            _Layout(Extend, 4, (counter, counter, counter, prompt)),
+            _Layout(Extend, 4, (counter, counter, counter, prompt, _optional(_SAMPLING))),
             _Layout(Decode, 6, (counter, counter, counter)),
             _Layout(Verdict, 7, (counter, counter, counter, self._token)),
             _Layout(Close, 8, (counter,)),
@@ -227,6 +228,11 @@ class FrameCodec:
             if one.probability(token_id) == 0:
                 raise FrameError(f"drafted token {token_id} has probability 0 in its distribution")
         return token_ids, distributions
+
+
+def id_bits(vocab_size: int) -> int:
+    """Bits of an encoded token id."""
+    return max(_MIN_ID_BITS, (vocab_size - 1).bit_length())
 
 
 def _expect(kind: type[_Value], value: object) -> _Value:

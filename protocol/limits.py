@@ -29,8 +29,8 @@ class Limits:
 
     def __post_init__(self) -> None:
         for entry in fields(self):
-            if getattr(self, entry.name) < 1:
-                raise SettingsError(option_name(entry.name), getattr(self, entry.name), "1 or more")
+            if not 1 <= getattr(self, entry.name) < 2**31:
+                raise SettingsError(option_name(entry.name), getattr(self, entry.name), "1 or more, up to 2147483647")
 
     def check(self, name: str, value: int) -> None:
         """Check a value against the limit ``name``.

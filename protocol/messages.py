@@ -31,7 +31,9 @@ from protocol.errors import SettingsError
 from protocol.limits import Limits
 from protocol.sparse import SparseDistribution
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
+VOCABULARY_VERSION = 3
+"""The first version with the vocabulary size and the stop ids in Welcome, and sampling settings in Extend."""
 OLDEST_VERSION = 1
 """It has no Resume, window or encodings."""
 HASH_BYTES = 8
@@ -125,7 +127,9 @@ class Welcome:
     """The base station accepts the vocabulary, and describes its target and its limits.
 
     ``version`` is the protocol version that both ends use from now on. The limits are
-    those of ``limits.py``; an older base station sends only the draft length.
+    those of ``limits.py``; an older base station sends only the draft length. Token ids
+    are encoded for ``vocab_size`` tokens, and ``stop_ids`` end an answer on both ends;
+    where ``vocab_size`` is 0 (version 2 and older) both are those of the Hello.
     """
 
     version: int
@@ -139,6 +143,8 @@ class Welcome:
     max_sessions: int = Limits.max_sessions
     max_requests_per_second: int = Limits.max_requests_per_second
     window: int = 1
+    vocab_size: int = 0
+    stop_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,12 +168,13 @@ class Opened:
 
 @dataclass(frozen=True, slots=True)
 class Extend:
-    """Keep the first ``start`` committed tokens and append ``token_ids``."""
+    """Keep the first ``start`` committed tokens and append ``token_ids``; ``sampling`` None keeps the settings."""
 
     session_id: int
     round_id: int
     start: int
     token_ids: tuple[int, ...]
+    sampling: Sampling | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from enum import StrEnum
 from typing import TypeAlias
 
 from protocol.errors import StateError
-from protocol.messages import Close, Decode, Draft, Extend, Fault, Mode, Open, Opened, Reply, Request, Verdict
+from protocol.messages import Close, Decode, Draft, Extend, Fault, Mode, Open, Opened, Reply, Request, Sampling, Verdict
 
 SessionMessage: TypeAlias = Request | Reply | Close | Fault
 
@@ -133,18 +133,23 @@ class SessionRounds:
             raise StateError("a Decode of 0 tokens; allowed: 1 or more")
         elif isinstance(message, Open):
             self._check_open(message)
-        elif isinstance(message, Extend) and not (0 <= message.start <= self.committed_len and message.token_ids):
-            raise StateError(
-                f"an Extend of {len(message.token_ids)} tokens after the first {message.start}; "
-                f"allowed: 1 or more, after at most {self.committed_len}"
-            )
+        elif isinstance(message, Extend):
+            self._check_extend(message)
 
     @staticmethod
     def _check_open(message: Open) -> None:
         if not message.prompt_ids:
             raise StateError("an Open without a prompt; allowed: 1 token or more")
-        if message.mode is Mode.IDS and not message.sampling.greedy:
-            raise StateError(f"mode 'ids' at temperature {message.sampling.temperature}; allowed: temperature 0")
+        _check_sampling(message.mode, message.sampling)
+
+    def _check_extend(self, message: Extend) -> None:
+        if not (0 <= message.start <= self.committed_len and message.token_ids):
+            raise StateError(
+                f"an Extend of {len(message.token_ids)} tokens after the first {message.start}; "
+                f"allowed: 1 or more, after at most {self.committed_len}"
+            )
+        if message.sampling is not None:
+            _check_sampling(self._mode, message.sampling)
 
     def _check_draft(self, draft: Draft) -> None:
         if self._mode is Mode.TARGET and draft.token_ids:
@@ -205,3 +210,8 @@ class SessionRounds:
         if self._left == 0 or verdict.token_id in self._stop_ids:
             self.state = State.READY
             self._awaited = None
+
+
+def _check_sampling(mode: Mode, sampling: Sampling) -> None:
+    if mode is Mode.IDS and not sampling.greedy:
+        raise StateError(f"mode 'ids' at temperature {sampling.temperature}; allowed: temperature 0")

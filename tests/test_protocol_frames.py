@@ -113,6 +113,8 @@ def messages(kind: type[Message], vocab_size: int) -> st.SearchStrategy[Message]
     )
     if kind is Draft:
         return plain | drafts_with_distributions(vocab_size)
+    if kind is Extend:
+        return plain | st.builds(Extend, counters, counters, counters, known["token_ids"])
     if kind is Fault:
         return plain | st.builds(Fault, st.none(), known["code"], known["text"])
     return plain
@@ -230,6 +232,7 @@ def test_damaged_frames_decode_or_raise_frame_error() -> None:
         Welcome(1, "table", 4096, 64, tuple(Mode)),
         Open(0, 0, Mode.TOPK, SAMPLING, (1, 2, 299)),
         Extend(3, 300, 70_000, (1, 2)),
+        Extend(3, 300, 70_000, (1, 2), SAMPLING),
         Draft(0, 9, (7, 200), (pair, pair)),
         Draft(0, 9, (7,), (full,)),
         Draft(0, 9, (7, 7, 1)),
@@ -456,6 +459,27 @@ def test_retry_seconds_follow_the_fields_that_an_older_device_knows() -> None:
     assert msgpack.unpackb(without) == [9, 1, "full", "no room"]
     assert msgpack.unpackb(with_retry) == [9, 1, "full", "no room", 5]
     assert CODEC.decode(with_retry) == Fault(1, "full", "no room", 5)
+
+
+def test_sampling_settings_follow_the_fields_of_an_extend_that_an_older_base_station_knows() -> None:
+    without, with_sampling = Extend(3, 9, 300, (1, 2)), Extend(3, 9, 300, (1, 2), SAMPLING)
+    values = msgpack.unpackb(CODEC.encode(with_sampling))
+    assert msgpack.unpackb(CODEC.encode(without)) == values[:5] == [4, 3, 9, 300, ids_of(1, 2)]
+    assert values[5:] == [struct.pack("<dIdQ", 0.5, 3, 0.9, 7)]
+    assert CODEC.decode(frame_of(*values[:5], None)) == without
+    refused(frame_of(*values[:5], struct.pack("<dIdQ", np.nan, 3, 0.9, 7)), "sampling settings: .*; allowed: ")
+    refused(frame_of(*values[:5], values[5][:-1]), "sampling settings")
+    refused(frame_of(*values[:5], 7), "of type int; allowed: bytes")
+
+
+def test_the_vocabulary_follows_the_fields_of_a_welcome_that_an_older_device_knows() -> None:
+    older = Welcome(3, "table", 4096, 64, (Mode.IDS,), (Encoding.SPARSE,), 4096, 512, 4, 100, 4)
+    newer = replace(older, vocab_size=70_000, stop_ids=(2, 69_999))
+    values = msgpack.unpackb(CODEC.encode(newer))
+    assert values[:12] == msgpack.unpackb(CODEC.encode(older))
+    assert values[12:] == [70_000, [2, 69_999]]
+    assert CODEC.decode(frame_of(*values)) == newer
+    assert CODEC.decode(frame_of(*values[:12])) == older
 
 
 def test_rounds_take_few_bytes_at_the_socket() -> None:

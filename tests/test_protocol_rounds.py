@@ -252,6 +252,16 @@ def test_mode_ids_requires_temperature_0() -> None:
         assert after(open_in(mode, SAMPLED)).state is State.OPENING
 
 
+def test_an_extend_may_change_the_sampling_as_its_mode_allows() -> None:
+    sampled = Extend(0, 1, 3, (7,), SAMPLED)
+    refuses(after(*READY), sampled, "mode 'ids' at temperature 1.0; allowed: temperature 0")
+    assert after(*READY, replace(sampled, sampling=Sampling(top_k=3))).state is State.EXTENDING
+    for mode in Mode:
+        if mode is not Mode.IDS:
+            assert after(open_in(mode), Opened(0, 0), sampled).state is State.EXTENDING
+            assert after(open_in(mode, SAMPLED), Opened(0, 0), replace(sampled, sampling=GREEDY)).committed_len == 4
+
+
 def test_a_draft_has_distributions_exactly_in_the_modes_that_send_them() -> None:
     without, with_distribution = Draft(0, 1, (3,)), Draft(0, 1, (3,), (CERTAIN,))
     for mode in (Mode.TOPK, Mode.FULL):

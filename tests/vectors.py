@@ -63,6 +63,13 @@ REQUESTS: list[Message] = [
     Draft(5, 9, (1, 4)),
     Close(5),
     Draft(5, 10, ()),
+    Open(6, 0, Mode.COUPLED, Sampling(0.8, seed=7), (2, 7)),
+    Decode(6, 1, 3),
+    Extend(6, 4, 2, (7, 1), Sampling(1.5, top_k=6, seed=11)),
+    Decode(6, 5, 3),
+    Extend(6, 8, 3, (1, 5)),
+    Decode(6, 9, 2),
+    Close(6),
 ]
 
 
@@ -80,10 +87,13 @@ def messages(vocab_size: int) -> list[Message]:
         Hello(PROTOCOL_VERSION, vocab_size, bytes(range(32)), (2, 7)),
         Welcome(PROTOCOL_VERSION, "target", 8192, 64, modes),
         Welcome(PROTOCOL_VERSION, "target", 8192, 64, modes, (Encoding.SPARSE,), 4096, 512, 4, 100, 4),
+        Welcome(PROTOCOL_VERSION, "target", 8192, 64, modes, window=4, vocab_size=vocab_size, stop_ids=(2, last)),
         *(Open(1, 0, mode, Sampling(0.7, 40, 0.9, SEEDS[-1]), (1, last, 0)) for mode in modes[1:]),
         Open(0, 0, Mode.IDS, Sampling(), (1, 2, 3, 4, 5)),
         Opened(1, 0),
         Extend(1, 9, 300, (4, 5)),
+        Extend(1, 10, 300, (4, last), Sampling(0.6, 20, 0.95, 11)),
+        Extend(1, 11, 0, (4,), Sampling()),
         Draft(1, 2, ()),
         Draft(1, 2, (5, 0, last)),
         Draft(1, 2, (5, 0, last), assumed_bonus=17),
@@ -177,7 +187,7 @@ def noise_vectors() -> list[Vector]:
 
 
 def conversation() -> list[Vector]:
-    """The frames of a device and a base station; the target's next token is (5 · last token + 1) mod 12."""
+    """The frames of a device and a base station; the target's logit of (5 · last token + 1) mod 12 is 1, others 0."""
     replies = replies_of(Station(FakeTarget.make(counting_table())))
     frames = [CODEC.encode(hello(VOCAB)), *map(CODEC.encode, REQUESTS)]
     return [{"device": frame.hex(), "station": replies(frame)} for frame in frames]
