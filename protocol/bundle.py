@@ -7,7 +7,8 @@ graph or from a configuration file of another project.
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
 from pathlib import Path
@@ -21,6 +22,9 @@ TOKENIZER_NAME = "tokenizer.json"
 CHAT_TEMPLATE_NAME = "chat_template.jinja"
 FORMAT_VERSION = 3
 QUALITY_UPLINK_K = 32
+_MOST_SHOWN = 60
+_MOST_SHARE = 1.001
+"""Sums of rounded probabilities may exceed 1."""
 
 
 class CacheKind(StrEnum):
@@ -109,7 +113,7 @@ class Manifest:
                 f"{str(folder)!r} is not a bundle: it has no {MANIFEST_NAME}; "
                 "make one with: edgedraft-export convert MODEL BUNDLE"
             ) from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise BundleError(f"{str(path)!r} cannot be read: {error}; export the bundle again") from error
         try:
             return cls._from_json(values)
@@ -117,13 +121,20 @@ class Manifest:
             raise BundleError(f"{str(path)!r} is not a valid manifest: {error}; export the bundle again") from error
 
     @classmethod
-    def _from_json(cls, values: dict[str, Any]) -> Self:
+    def _from_json(cls, values: Any) -> Self:
+        if not isinstance(values, dict):
+            raise TypeError(f"it holds a {type(values).__name__}; allowed: a JSON object")
         version = values.get("format_version")
         if version != FORMAT_VERSION:
             raise ValueError(f"format_version is {version!r}; allowed: {FORMAT_VERSION}")
-        missing = {entry.name for entry in fields(cls)} - set(values)
+        _check_fields(cls, values, "the manifest")
+        _check_fields(QualityFigures, values["quality"], "quality")
+        for name, record in values["files"].items():
+            _check_file_name(name)
+            _check_fields(FileRecord, record, f"files.{name}")
+        missing = {MODEL_NAME, TOKENIZER_NAME} - set(values["files"])
         if missing:
-            raise ValueError(f"{', '.join(sorted(missing))} missing")
+            raise ValueError(f"files lists no {', '.join(sorted(missing))}")
         return cls(
             **{
                 **values,
@@ -138,8 +149,11 @@ class Manifest:
         """Check the size and the hash of every listed file.
 
         Raises:
-            BundleError: a file is missing or differs from its record.
+            BundleError: a file is missing or differs from its record, or a part of the model is not listed.
         """
+        unlisted = sorted(path.name for path in folder.glob(f"{MODEL_NAME}*") if path.name not in self.files)
+        if unlisted:
+            raise BundleError(f"{str(folder / unlisted[0])!r} is not listed in the manifest; export the bundle again")
         for name, record in self.files.items():
             path = folder / name
             if not path.is_file():
@@ -153,20 +167,71 @@ class Manifest:
                 raise BundleError(f"{str(path)!r} has another SHA-256 than the manifest lists: export or copy it again")
 
 
-def vocabulary_hash(vocabulary: Mapping[str, int]) -> str:
-    """SHA-256 (hex) of a vocabulary, token → id.
+def _check_fields(kind: type[Any], values: Any, what: str) -> None:
+    """Check that ``values`` has every field of a dataclass, with an allowed value.
 
-    Draft and target model must assign the same token to each id. Only the device
-    tokenizes text, so the tokenizers may differ otherwise.
+    Raises:
+        TypeError: it does not.
     """
-    entries = sorted((token_id, token) for token, token_id in vocabulary.items())
-    return hashlib.sha256(json.dumps(entries, separators=(",", ":")).encode()).hexdigest()
+    if not isinstance(values, dict):
+        raise TypeError(f"{what} is of type {type(values).__name__}; allowed: an object")
+    names = {entry.name for entry in fields(kind)}
+    if missing := sorted(names - set(values)):
+        raise TypeError(f"{what} has no {', '.join(missing)}")
+    if unknown := sorted(set(values) - names):
+        raise TypeError(f"{what} has the unknown field {unknown[0]!r}")
+    for name, value in values.items():
+        allowed = _ALLOWED.get(name, _TEXT)
+        if not allowed.includes(value):
+            raise TypeError(f"{what}: {name} is {_shortened(value)}; allowed: {allowed.text}")
 
 
-def stop_ids(*settings: int | Sequence[int] | None) -> frozenset[int]:
-    """The ids that end an answer, from values of ``eos_token_id`` in configuration files: an id, several or none."""
-    ids: set[int] = set()
-    for setting in settings:
-        if setting is not None:
-            ids |= {setting} if isinstance(setting, int) else set(setting)
-    return frozenset(ids)
+@dataclass(frozen=True)
+class _Allowed:
+    """The values that a field of the manifest may have."""
+
+    text: str
+    includes: Callable[[Any], bool]
+
+
+def _is_count(value: Any, least: int = 0) -> bool:
+    return type(value) is int and least <= value < 2**31
+
+
+def _is_text(value: Any) -> bool:
+    """Whether a value is a string without halves of surrogate pairs, which JSON allows."""
+    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
+
+
+_TEXT = _Allowed("text", _is_text)
+_HASH = _Allowed(
+    "64 hexadecimal digits", lambda value: isinstance(value, str) and bool(re.fullmatch("[0-9a-f]{64}", value))
+)
+_POSITIVE = _Allowed("1 to 2147483647", lambda value: _is_count(value, 1))
+_SHARE = _Allowed("0 to 1", lambda value: type(value) in (int, float) and 0 <= value < _MOST_SHARE)
+_OBJECT = _Allowed("an object", lambda value: isinstance(value, dict))
+_ALLOWED: Mapping[str, _Allowed] = {
+    **dict.fromkeys(("vocab_size", "context_length", "layers", "kv_heads", "head_size", "positions"), _POSITIVE),
+    **dict.fromkeys(("argmax_agreement", "overlap", "topk_acceptance", "coupled_acceptance"), _SHARE),
+    **dict.fromkeys(("quality", "files"), _OBJECT),
+    **dict.fromkeys(("vocabulary_hash", "sha256"), _HASH),
+    "cache_kind": _Allowed(" or ".join(CacheKind), lambda value: value in list(CacheKind)),
+    "format_version": _Allowed(str(FORMAT_VERSION), lambda value: type(value) is int),
+    "size": _Allowed("a number of bytes", lambda value: type(value) is int and value >= 0),
+    "stop_ids": _Allowed("a list of ids", lambda value: isinstance(value, list) and all(map(_is_count, value))),
+}
+
+
+def _shortened(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}…"
+
+
+def _check_file_name(name: str) -> None:
+    """Check that a listed file lies in the bundle's own folder.
+
+    Raises:
+        ValueError: its name leads elsewhere.
+    """
+    if name in ("", ".", "..", MANIFEST_NAME) or any(mark in name for mark in ("/", "\\", "\0")):
+        raise ValueError(f"files lists {name!r}; allowed: names of files in the bundle's folder")

@@ -8,6 +8,7 @@
     ├── ModelError              a model cannot be found, read or used
     │   ├── BundleError         a bundle is missing, damaged or has another format version
     │   ├── QualityError        an exported model differs too much from its target
+    │   ├── NonFiniteError      a model's logits are NaN or infinite
     │   └── MismatchError       draft and target model are incompatible
     ├── KeyFileError            a key file is missing, damaged or readable by others
     ├── LinkError               the other end cannot be reached
@@ -82,6 +83,12 @@ class QualityError(ModelError):
     """An exported model differs too much from its target."""
 
     code = "quality"
+
+
+class NonFiniteError(ModelError):
+    """A model's logits are NaN or infinite."""
+
+    code = "non_finite"
 
 
 class MismatchError(ModelError):

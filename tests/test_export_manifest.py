@@ -1,12 +1,13 @@
 """Manifests: what is written is read back; an old format version is refused."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from protocol.bundle import FORMAT_VERSION, MANIFEST_NAME, Manifest
+from protocol.bundle import FORMAT_VERSION, MANIFEST_NAME, MODEL_NAME, TOKENIZER_NAME, FileRecord, Manifest
 from protocol.errors import BundleError
 from tests.fakes import manifest
 
@@ -20,8 +21,10 @@ def altered(folder: Path, **changes: Any) -> None:
 
 
 def test_a_manifest_is_read_as_it_was_written(tmp_path: Path) -> None:
-    manifest(12, stop_ids=(2, 5)).write(tmp_path)
-    assert Manifest.read(tmp_path) == manifest(12, stop_ids=(2, 5))
+    record = FileRecord(7, 64 * "a")
+    written = replace(manifest(12, stop_ids=(2, 5)), files={MODEL_NAME: record, TOKENIZER_NAME: record})
+    written.write(tmp_path)
+    assert Manifest.read(tmp_path) == written
 
 
 @pytest.mark.parametrize("version", range(1, FORMAT_VERSION))
@@ -37,7 +40,7 @@ def test_an_old_format_version_is_refused_with_export_again(version: int, tmp_pa
     [
         ({"format_version": FORMAT_VERSION + 1}, "format_version is"),
         ({"format_version": None}, "format_version is None"),
-        ({"quality": None}, "quality missing"),
+        ({"quality": None}, "the manifest has no quality"),
         ({"cache_kind": "magic"}, "magic"),
     ],
 )
