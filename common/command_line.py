@@ -1,5 +1,6 @@
 """Entry point of the four command lines: an error is one line, with a traceback only under ``-v``."""
 
+import io
 import sys
 import traceback
 from typing import Annotated, Any, NoReturn, cast
@@ -28,6 +29,7 @@ def run(app: typer.Typer, extra: str) -> NoReturn:
         app: the commands.
         extra: the optional dependencies that the commands need.
     """
+    _configure_streams()
     arguments = [argument for argument in sys.argv[1:] if argument not in _VERBOSE_FLAGS]
     try:
         code = app(arguments, standalone_mode=False)
@@ -48,6 +50,13 @@ def run(app: typer.Typer, extra: str) -> NoReturn:
     if code == _INTERRUPTED:
         typer.echo("interrupted", err=True)
     sys.exit(code)
+
+
+def _configure_streams() -> None:
+    """Write ``?`` for characters that stdout lacks; keep bytes of stdin that are not text, as ``sys.argv`` does."""
+    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace")):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)
 
 
 def _fail(message: str, exit_code: int) -> NoReturn:

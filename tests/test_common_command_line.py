@@ -1,7 +1,9 @@
-"""A usage error on the command line is reported in one line."""
+"""An error on the command line is reported in one line, and any text can be printed to any stdout."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -30,3 +32,93 @@ def line_of(package: str, *arguments: str) -> str:
     assert done.stdout == ""
     assert done.stderr.count("\n") == 1
     return done.stderr
+
+
+ASCII_OUTPUTS = [
+    {"PYTHONIOENCODING": "ascii"},
+    {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"},
+]
+PRINT = r"""
+import sys
+from {package}.cli import app, main
+
+@app.command()
+def echo():
+    sys.stdout.write(ascii(sys.stdin.readline()) + " \U0001F642\n")
+
+sys.argv = ["{package}", "echo"]
+main()
+"""
+
+
+@pytest.mark.parametrize("environment", ASCII_OUTPUTS)
+@pytest.mark.parametrize("package", ["device", "basestation", "export"])
+def test_characters_that_stdout_lacks_and_bytes_that_are_not_text_pass(
+    package: str, environment: dict[str, str]
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", PRINT.format(package=package)],
+        input=b"a\xff\n",
+        capture_output=True,
+        env=os.environ | environment,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"'a\\udcff\\n' ?\n", b"")
+
+
+@pytest.mark.parametrize("environment", ASCII_OUTPUTS)
+def test_a_report_is_printed_to_an_ascii_stdout(environment: dict[str, str], tmp_path: Path) -> None:
+    folder = "r\N{LATIN SMALL LETTER E WITH ACUTE}sultats"
+    done = subprocess.run(
+        [sys.executable, "-m", "bench", "report", "--results", str(tmp_path), "--docs", str(tmp_path / folder)],
+        capture_output=True,
+        env=os.environ | environment,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"sultats/results.md" in done.stdout.replace(b"\n", b"")
+    assert done.stdout.isascii()
+
+
+@pytest.mark.parametrize("environment", ASCII_OUTPUTS)
+@pytest.mark.parametrize(
+    "arguments", [["device", "--help"], ["basestation", "serve", "--help"], ["bench", "demo", "--help"]]
+)
+def test_help_is_printed_to_an_ascii_stdout(arguments: list[str], environment: dict[str, str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", *arguments], capture_output=True, env=os.environ | environment, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout.isascii()
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["keys", "list", "{keys}"], ["keys", "list", "{keys}", "--json"]])
+def test_a_full_disk_is_one_line_and_a_closed_pipe_is_silent(arguments: list[str], tmp_path: Path) -> None:
+    keys = str(tmp_path / "keys")
+    module = [sys.executable, "-m", "basestation"]
+    subprocess.run([*module, "keys", "new", keys], check=True, capture_output=True)
+    command = [*module, *(argument.format(keys=keys) for argument in arguments)]
+    reading, writing = os.pipe()
+    os.close(reading)
+    with Path("/dev/full").open("wb") as full, os.fdopen(writing, "wb") as closed:
+        outputs = (full, closed)
+        done = [subprocess.run(command, stdout=one, stderr=subprocess.PIPE, text=True, check=False) for one in outputs]
+    assert [one.returncode for one in done] == [1, 1]
+    assert [one.stderr for one in done] == ["error: [Errno 28] No space left on device\n", ""]
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        "--max-prompt-len=0",
+        "--max-draft-len=99999999999999999999",
+        "--window=-1",
+        "--idle-timeout=nan",
+        "--drain-seconds=nan",
+        "--drain-seconds=inf",
+        "--drain-seconds=-1",
+    ],
+)
+def test_a_number_that_a_base_station_does_not_allow_is_one_line(option: str) -> None:
+    line = line_of("basestation", "serve", "--target", "unused", "--bind", "tcp://127.0.0.1:0", option)
+    assert option.partition("=")[0] in line
