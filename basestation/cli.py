@@ -100,7 +100,9 @@ def serve(
     ),
     drain_seconds: Annotated[
         float,
-        typer.Option(help="Time for open sessions to finish after SIGTERM.", min=0, rich_help_panel=OPERATION),
+        typer.Option(
+            help="Time for open sessions to finish after SIGTERM.", min=0, max=86_400, rich_help_panel=OPERATION
+        ),
     ] = 3.0,
 ) -> None:
     """Serve a target model until interrupted; SIGTERM lets open sessions finish, SIGINT does not."""

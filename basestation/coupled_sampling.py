@@ -41,7 +41,7 @@ def coupled_choice(logits: Tensor, temperatures: Tensor, seeds: Sequence[int], p
     sums = near[near_index, offset] / temperatures[rival_row] + noise.of(rival_row, rival)
     winning = torch.full((rows,), -torch.inf, dtype=sums.dtype, device=logits.device)
     wins = sums == winning.scatter_reduce(0, rival_row, sums, "amax")[rival_row]
-    return torch.empty_like(row).scatter_(0, rival_row[wins], rival[wins])
+    return torch.zeros_like(row).scatter_(0, rival_row[wins], rival[wins])  # no token wins in a row with NaN
 
 
 class _Noise:

@@ -18,7 +18,7 @@ from basestation.scheduler import BUSY_SECONDS, PassBudget, ScheduledUnit, Sched
 from basestation.session import Session
 from basestation.target_model import TargetModel
 from basestation.verify import VerificationResult, verify_rounds
-from protocol.errors import ClosingError, EdgedraftError, FullError, StateError, UnknownSessionError
+from protocol.errors import ClosingError, EdgedraftError, FullError, NonFiniteError, StateError, UnknownSessionError
 from protocol.limits import Limits
 from protocol.messages import Close, Decode, Draft, Extend, Fault, Hello, Message, Mode, Open, Reply, Request, Resume
 
@@ -146,10 +146,14 @@ class Engine:
             self._run_in_halves(units, out_of_memory)
             return
         end = self._clock()
-        verified = [unit.session for unit in units if unit.round]
-        rounds = [
-            self._conclude(session, result, start, end) for session, result in zip(verified, results, strict=True)
-        ]
+        rounds = []
+        for session, result in zip((unit.session for unit in units if unit.round), results, strict=True):
+            if result.finite:
+                rounds.append(self._conclude(session, result, start, end))
+            else:
+                where = f"in the round after {len(session.tokens)} tokens of this session"
+                what = f"the target's logits are NaN or infinite {where}"
+                self.fault(session.peer, session.session_id, NonFiniteError(what))
         tokens = sum(len(unit.segment.token_ids) for unit in units)
         self._record(PassRecord(len(units), tokens, verify_start - start, end - verify_start, rounds))
 

@@ -5,8 +5,9 @@ from dataclasses import replace
 from basestation.target_model import TargetModel
 from protocol.errors import MismatchError
 from protocol.limits import Limits
-from protocol.messages import OLDEST_VERSION, PROTOCOL_VERSION, Hello, Mode, Welcome
+from protocol.messages import OLDEST_VERSION, PROTOCOL_VERSION, VOCABULARY_VERSION, Hello, Mode, Welcome
 
+_REMEDY = "export the draft model again with --target"
 _MAX_GREETED = 10_000  # an owner that was dropped gets the Fault "unknown_session" and sends Hello again
 
 
@@ -27,7 +28,7 @@ class Handshake:
         """Accept a draft model.
 
         Raises:
-            MismatchError: its vocabulary, its stop ids or its protocol version does not match.
+            MismatchError: its vocabulary or its protocol version does not match, before version 3 its stop ids.
         """
         self._check(hello)
         version = min(hello.version, PROTOCOL_VERSION)
@@ -54,7 +55,7 @@ class Handshake:
         welcome = Welcome(version, target.name, target.context_length, limits.max_draft_len, tuple(Mode))
         if version == OLDEST_VERSION:
             return welcome
-        return replace(
+        welcome = replace(
             welcome,
             max_prompt_len=limits.max_prompt_len,
             max_uplink_k=limits.max_uplink_k,
@@ -62,6 +63,9 @@ class Handshake:
             max_requests_per_second=limits.max_requests_per_second,
             window=limits.window,
         )
+        if version < VOCABULARY_VERSION:
+            return welcome
+        return replace(welcome, vocab_size=target.vocabulary.size, stop_ids=tuple(sorted(target.vocabulary.stop_ids)))
 
     def _check(self, hello: Hello) -> None:
         vocabulary = self._target.vocabulary
@@ -69,12 +73,34 @@ class Handshake:
             raise MismatchError(
                 f"protocol version {hello.version}; this base station speaks {OLDEST_VERSION} to {PROTOCOL_VERSION}"
             )
+        if hello.version < VOCABULARY_VERSION:
+            self._check_with_padding(hello)
+        elif hello.vocab_size > vocabulary.used_size:
+            raise MismatchError(self._other_size(hello))
+        else:
+            self._check_hash(hello, vocabulary.hash_of_first(hello.vocab_size))
+
+    def _check_with_padding(self, hello: Hello) -> None:
+        """Check as protocol versions 1 and 2 do: all tokens, padding included, and the stop ids are the same."""
+        vocabulary = self._target.vocabulary
         if hello.vocab_size != vocabulary.size:
-            raise MismatchError(f"a draft model of {hello.vocab_size} tokens; the target has {vocabulary.size}")
-        if hello.vocabulary_hash != vocabulary.sha256:
-            raise MismatchError(f"the draft model's tokens are not the target's (both have {vocabulary.size})")
+            raise MismatchError(self._other_size(hello))
+        self._check_hash(hello, vocabulary.hash_with_padding)
         if frozenset(hello.stop_ids) != vocabulary.stop_ids:
             raise MismatchError(
-                f"a draft model that stops at the tokens {sorted(hello.stop_ids)}; "
-                f"the target stops at {sorted(vocabulary.stop_ids)}"
+                f"a draft model that stops at the tokens {sorted(hello.stop_ids)}; the target stops at "
+                f"{sorted(vocabulary.stop_ids)}; {_REMEDY}, or use protocol version {VOCABULARY_VERSION}"
+            )
+
+    def _other_size(self, hello: Hello) -> str:
+        vocabulary = self._target.vocabulary
+        padded = f" ({vocabulary.size} with padding)" if vocabulary.size != vocabulary.used_size else ""
+        return f"a draft model of {hello.vocab_size} tokens; the target has {vocabulary.used_size}{padded}; {_REMEDY}"
+
+    def _check_hash(self, hello: Hello, expected: bytes) -> None:
+        if hello.vocabulary_hash != expected:
+            own, target = hello.vocabulary_hash.hex()[:12], expected.hex()[:12]
+            raise MismatchError(
+                f"the draft model's {hello.vocab_size} tokens (SHA-256 {own}…) are not the first of the target's "
+                f"{self._target.vocabulary.used_size} ({target}…); {_REMEDY}"
             )

@@ -158,13 +158,14 @@ class Server:
             (zmq.HEARTBEAT_IVL, _HEARTBEAT_MS),
             (zmq.TCP_KEEPALIVE, 1),
             (zmq.LINGER, _LINGER_MS),
+            (zmq.IPV6, int(bind.startswith("tcp://["))),
         ):
             router.setsockopt(option, value)
         if self._authenticator:
             self._authenticator.guard(router)
         try:
             router.bind(bind)
-        except zmq.ZMQError as error:
+        except (zmq.ZMQError, UnicodeError) as error:
             self._context.destroy(linger=0)
             raise LinkError(f"cannot bind {bind!r}: {error}; try a free address like tcp://127.0.0.1:5755") from error
         return router

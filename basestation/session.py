@@ -55,7 +55,8 @@ class Session:
         self.kv_cache = kv_cache
         self.last_active = now
         self.ready_since = now
-        self._opening = opening
+        self._mode = opening.mode
+        self._sampling = opening.sampling
         self._evicted = False
         self._context_length = context_length
         self._window = window
@@ -92,6 +93,7 @@ class Session:
         elif isinstance(request, Extend):
             self.tokens[request.start :] = request.token_ids
             self.kv_cache.rollback(request.start)
+            self._sampling = request.sampling or self._sampling
         else:
             return []
         return [self._record(Opened(request.session_id, request.round_id))]
@@ -109,7 +111,7 @@ class Session:
     @property
     def mode(self) -> Mode:
         """The uplink mode."""
-        return self._opening.mode
+        return self._mode
 
     @property
     def waiting(self) -> bool:
@@ -142,7 +144,7 @@ class Session:
     def round(self) -> RoundToVerify:
         """The current round, for the logits of a segment that includes it."""
         draft = self.rounds.in_flight[0] if self.rounds.in_flight else None
-        sampling, position, by_rejection = self._opening.sampling, len(self.tokens), self._rejection_sampling
+        sampling, position, by_rejection = self._sampling, len(self.tokens), self._rejection_sampling
         if draft is None:
             return RoundToVerify(sampling, position, rejection_sampling=by_rejection)
         distributions = draft.distributions if by_rejection else ()
@@ -169,7 +171,7 @@ class Session:
 
     @property
     def _rejection_sampling(self) -> bool:
-        return not self._opening.sampling.greedy and self._opening.mode.encoding is not None
+        return not self._sampling.greedy and self._mode.encoding is not None
 
     @property
     def _drafted(self) -> Sequence[int]:

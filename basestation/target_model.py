@@ -6,7 +6,6 @@ Works with transformers 4.57 and 5.x. Knows tokens and logits; not drafts.
 import contextlib
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,14 @@ from basestation.kv_pool import KVPool, KVShape, SequenceKVCache
 from basestation.memory import check_fits, kv_budget, readable_size
 from basestation.packed_linear import pack_linears
 from basestation.segment import Segment
-from protocol.bundle import stop_ids, vocabulary_hash
+from basestation.vocabulary import Vocabulary
+from common.chat_template import default_template
+from common.gguf_metadata import GgufVocabulary
+from common.hub import hub_folder, model_name
+from common.stop_ids import StopSources, all_stop_ids, gguf_stop_sources, stop_sources
 from protocol.errors import ModelError, SettingsError
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SUPPORTED = (
@@ -41,18 +46,14 @@ SUPPORTED = (
     "starcoder2",
 )
 """Architectures whose packed batches the tests compare with their own forward passes."""
+_HUB_FILES = ("*.json", "*.jinja", "*.txt", "tokenizer.model", "*.safetensors")
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+"""Position embeddings that depend on a token's own position alone."""
+_BATCH_DEPENDENT_ROPE = ("dynamic", "longrope", "su")
+_GGUF_REMEDY = "name the model's folder or hub name instead"
 _MIN_CONTEXT = 128
 _MAX_UNPADDED_ROWS = 32
 """Row counts above it are padded on a CPU: by up to 7 rows, above 256 by up to a sixteenth."""
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """What the draft model must match: the tokens and their ids, and the stop ids."""
-
-    size: int
-    sha256: bytes
-    stop_ids: frozenset[int]
 
 
 class TargetModel:
@@ -119,18 +120,23 @@ class TargetModel:
         register_attention()
         with _quiet_tools(), _named_failures(model):
             source, options = _source(model)
+            if "gguf_file" in options:
+                refuse_gguf_rope(Path(model))
             config = AutoConfig.from_pretrained(source, **options)
             refuse_unsupported(config)
             check_fits(config, precision, placement)
-            tokenizer = AutoTokenizer.from_pretrained(source, **options)
             loaded = AutoModelForCausalLM.from_pretrained(
                 source, dtype=precision, attn_implementation=ATTENTION_NAME, **options
             )
-        vocabulary = _vocabulary(tokenizer, loaded)
+            vocabulary = (
+                _gguf_vocabulary(Path(model), loaded)
+                if "gguf_file" in options
+                else _vocabulary(AutoTokenizer.from_pretrained(source), loaded)
+            )
         loaded.eval().to(placement)
         if placement.type == "cpu":
             pack_linears(loaded)
-        return cls(loaded, vocabulary, Path(model).stem, kv_budget(kv_memory, placement))
+        return cls(loaded, vocabulary, model_name(model), kv_budget(kv_memory, placement))
 
     def new_kv_cache(self) -> SequenceKVCache:
         """An empty KV cache for one session."""
@@ -223,7 +229,7 @@ def _source(model: str) -> tuple[str, dict[str, str]]:
         return str(path.parent), {"gguf_file": path.name}
     if path.is_dir() and not (path / "config.json").is_file():
         raise ModelError(f"{model!r} is not a model folder: it contains no config.json")
-    return model, {}
+    return (model if path.is_dir() else str(hub_folder(model, _HUB_FILES))), {}
 
 
 @contextlib.contextmanager
@@ -268,10 +274,72 @@ def refuse_unsupported(config: Any) -> None:
     architecture = config.get_text_config().model_type
     if architecture not in SUPPORTED or getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"architecture {architecture!r} is not supported; supported: {', '.join(SUPPORTED)}")
+    if getattr(config.get_text_config(), "use_bidirectional_attention", False):
+        raise ModelError("a model with use_bidirectional_attention is not supported: name a causal language model")
+    _refuse_rope(config.get_text_config())
+
+
+def _refuse_rope(config: Any) -> None:
+    """Refuse position embeddings other than ``ROPE_TYPES``.
+
+    transformers computes some from the longest sequence of a forward pass, so that one
+    long session would change the tokens of all others in its batch.
+
+    Raises:
+        ModelError: with the type and the supported ones.
+    """
+    # transformers 4.57 has rope_scaling; 5.x has rope_parameters, for some architectures per type of layer
+    settings = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    for one in [entry for entry in settings.values() if isinstance(entry, dict)] or [settings]:
+        kind = one.get("rope_type") or one.get("type") or "default"
+        if kind not in ROPE_TYPES:
+            reason = ": its factors depend on the longest sequence of a batch" if kind in _BATCH_DEPENDENT_ROPE else ""
+            raise ModelError(f"rope type {kind!r} is not supported{reason}; supported: {', '.join(ROPE_TYPES)}")
+
+
+def refuse_gguf_rope(path: Path) -> None:
+    """Refuse a GGUF file with scaled position embeddings, which transformers would load without the scaling.
+
+    Raises:
+        ModelError: names the field or the tensor.
+    """
+    import gguf  # only for .gguf files
+
+    reader = gguf.GGUFReader(path)
+    for name, entry in reader.fields.items():
+        if name.endswith(".rope.scaling.type") and (kind := entry.contents()) != "none":
+            raise ModelError(f"{str(path)!r} has {name} {kind!r}, which is not read from GGUF; {_GGUF_REMEDY}")
+    for tensor in reader.tensors:
+        if tensor.name.startswith(("rope_freqs", "rope_factors")):
+            raise ModelError(f"{str(path)!r} has the tensor {tensor.name!r}, which is not read; {_GGUF_REMEDY}")
 
 
 def _vocabulary(tokenizer: Any, model: Any) -> Vocabulary:
     ids: dict[str, int] = tokenizer.get_vocab()
-    stops = stop_ids(model.config.get_text_config().eos_token_id, model.generation_config.eos_token_id)
-    size = min(max(ids.values()) + 1, model.get_output_embeddings().weight.shape[0])
-    return Vocabulary(size, bytes.fromhex(vocabulary_hash(ids)), stops)
+    added = tokenizer.added_tokens_decoder
+    sources = stop_sources(
+        {
+            "config.json": model.config.get_text_config().eos_token_id,
+            "generation_config.json": model.generation_config.eos_token_id,
+            "tokenizer": tokenizer.eos_token_id,
+        },
+        {entry.content: token_id for token_id, entry in added.items()},
+        default_template(tokenizer.chat_template),
+        {name: value for name, value in tokenizer.special_tokens_map.items() if isinstance(value, str)},
+    )
+    return Vocabulary(ids, model.get_output_embeddings().weight.shape[0], _logged(sources))
+
+
+def _gguf_vocabulary(path: Path, model: Any) -> Vocabulary:
+    found = GgufVocabulary.read(path)
+    tokens = {token: token_id for token_id, token in enumerate(found.tokens)}
+    return Vocabulary(tokens, model.get_output_embeddings().weight.shape[0], _logged(gguf_stop_sources(found)))
+
+
+def _logged(sources: StopSources) -> frozenset[int]:
+    """The stop ids of all sources; a log line says which names which where they disagree."""
+    ids = all_stop_ids(sources)
+    if any(named != ids for named in sources.values()):
+        told = "; ".join(f"{source}: {sorted(named)}" for source, named in sources.items())
+        logger.info("stop ids %s, from %s", sorted(ids), told)
+    return ids

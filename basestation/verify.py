@@ -61,10 +61,14 @@ class RoundToVerify:
 
 @dataclass(frozen=True, slots=True)
 class VerificationResult:
-    """The number of ``accepted`` drafted tokens, and the recovered or bonus token ``token_id`` after them."""
+    """The number of ``accepted`` drafted tokens, and the recovered or bonus token ``token_id`` after them.
+
+    Unless ``finite``, it was computed from logits that are NaN or +inf, or all -inf, and has no meaning.
+    """
 
     accepted: int
     token_id: int
+    finite: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +86,9 @@ def verify_rounds(logits: Tensor, rounds: Sequence[RoundToVerify]) -> list[Verif
         logits: [rows, V], float32: the rows of the first round, then those of the next.
         rounds: what to verify; each has ``num_logits`` rows.
     """
-    results = torch.empty((len(rounds), 2), dtype=torch.int64, device=logits.device)
+    if not rounds:
+        return []
+    results = torch.empty((len(rounds), 3), dtype=torch.int64, device=logits.device)
     kinds = np.array([one.rejection_sampling for one in rounds], bool)
     row_kinds = kinds.repeat([one.num_logits for one in rounds])
     for kind, verify in ((False, _verify_by_match), (True, _verify_by_rejection_sampling)):
@@ -90,7 +96,7 @@ def verify_rounds(logits: Tensor, rounds: Sequence[RoundToVerify]) -> list[Verif
         if indices:
             rows = logits if len(indices) == len(rounds) else logits[np.flatnonzero(row_kinds == kind)]
             results[indices] = verify(rows, [rounds[index] for index in indices])
-    return [VerificationResult(accepted, token_id) for accepted, token_id in results.tolist()]
+    return [VerificationResult(accepted, token_id, bool(finite)) for accepted, token_id, finite in results.tolist()]
 
 
 def sample_target_tokens(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
@@ -172,18 +178,18 @@ def warp_scores(scores: Tensor, top_k: int, top_p: float) -> Tensor:
 
 
 def _verify_by_match(logits: Tensor, rounds: Sequence[RoundToVerify]) -> Tensor:
-    """Accept what equals the target's own tokens: int64 [rounds, 2], the columns of ``VerificationResult``."""
+    """Accept what equals the target's own tokens: int64 [rounds, 3], the columns of ``VerificationResult``."""
     rows = _VerifyRows(rounds, logits.device)
     sampling_rows = [
         SamplingRow(one.sampling, one.position + index) for one in rounds for index in range(one.num_logits)
     ]
     target_ids = sample_target_tokens(logits, sampling_rows)
     ends = rows.first_rejected(target_ids == rows.drafted)
-    return torch.stack([ends - rows.starts, target_ids[ends]], dim=1)
+    return torch.stack([ends - rows.starts, target_ids[ends], rows.finite_up_to(ends, logits)], dim=1)
 
 
 def _verify_by_rejection_sampling(logits: Tensor, rounds: Sequence[RoundToVerify]) -> Tensor:
-    """Accept by P/Q and sample the recovered or bonus token: int64 [rounds, 2], as in ``VerificationResult``."""
+    """Accept by P/Q and sample the recovered or bonus token: int64 [rounds, 3], as in ``VerificationResult``."""
     rows, sent = _VerifyRows(rounds, logits.device), _SentDistributions(rounds, logits.shape[1])
     accept_uniforms, result_uniforms = rows.uniforms(Stream.ACCEPT), rows.uniforms(Stream.RESULT)
     draft_probs = torch.from_numpy(sent.drafted_probs).to(logits.device)
@@ -192,7 +198,8 @@ def _verify_by_rejection_sampling(logits: Tensor, rounds: Sequence[RoundToVerify
     ends = rows.first_rejected((accept_uniforms * draft_probs < target_probs) & (rows.drafted != _NO_TOKEN))
     residual = weights[ends].double().div_(totals[ends])
     sent.subtract_from(residual, ends)
-    return torch.stack([ends - rows.starts, _sample(residual, result_uniforms[ends])], dim=1)
+    token_ids = _sample(residual, result_uniforms[ends])
+    return torch.stack([ends - rows.starts, token_ids, rows.finite_up_to(ends, logits)], dim=1)
 
 
 def _sample(weights: Tensor, numbers: Tensor) -> Tensor:
@@ -229,6 +236,14 @@ class _VerifyRows:
         """The first row of each round that is not ``accepted`` [n]: int64 [rounds]."""
         rejected = torch.where(accepted, len(accepted), torch.arange(len(accepted), device=accepted.device))
         return torch.full_like(self.starts, len(accepted)).scatter_reduce_(0, self._round_indices, rejected, "amin")
+
+    def finite_up_to(self, ends: Tensor, logits: Tensor) -> Tensor:
+        """Whether the logits [n, V] are finite up to the row ``ends`` of each round: bool [rounds].
+
+        Later rows follow a rejected token, so that the result does not depend on them. Single
+        logits of -inf are tokens that the target excludes.
+        """
+        return self.first_rejected(logits.amax(dim=-1).isfinite()) > ends  # the largest logit is NaN if any is
 
     def _to_device(self, numbers: npt.NDArray[Any]) -> Tensor:
         return torch.from_numpy(numbers).to(self._torch_device)

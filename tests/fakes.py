@@ -14,9 +14,11 @@ import torch
 
 from basestation.kv_pool import KVPool, KVShape, SequenceKVCache
 from basestation.segment import Segment
-from basestation.target_model import TargetModel, Vocabulary
+from basestation.target_model import TargetModel
+from basestation.vocabulary import Vocabulary
 from device.draft_model import DraftModel
-from protocol.bundle import CacheKind, Manifest, QualityFigures, vocabulary_hash
+from protocol.bundle import CacheKind, Manifest, QualityFigures
+from protocol.vocabulary import vocabulary_hash
 
 Table = npt.NDArray[np.float32]  # [vocab_size, vocab_size, vocab_size]: logits after the last two tokens
 
@@ -129,7 +131,7 @@ class FakeTarget:
     @property
     def vocabulary(self) -> Vocabulary:
         size = len(self.table)
-        return Vocabulary(size, bytes.fromhex(vocabulary_hash(token_names(size))), self.stop_ids)
+        return Vocabulary(token_names(size), size, self.stop_ids)
 
     def new_kv_cache(self) -> SequenceKVCache:
         return FakeSequenceKVCache(self.kv_pool)

@@ -30,7 +30,7 @@ class ScriptedDevice:
         self.tokens = list(prompt)
         self.round_id = 0
         vocabulary = target_of(station).vocabulary
-        self.send(Hello(version, VOCAB, vocabulary.sha256, tuple(vocabulary.stop_ids)))
+        self.send(Hello(version, VOCAB, vocabulary.hash_of_first(vocabulary.size), tuple(vocabulary.stop_ids)))
         self.station.outboxes[self.peer].clear()
         self.send(Open(0, 0, Mode.IDS, Sampling(), tuple(prompt)))
 

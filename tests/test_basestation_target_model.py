@@ -1,7 +1,11 @@
 """Packed batches of every supported architecture against its own forward pass; refusals before loading."""
 
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import gguf
+import numpy as np
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -11,8 +15,17 @@ from basestation.attention import ATTENTION_NAME
 from basestation.kv_pool import BLOCK_SIZE, SequenceKVCache
 from basestation.memory import check_fits, kv_budget, parse_size
 from basestation.segment import Segment
-from basestation.target_model import SUPPORTED, TargetModel, Vocabulary, refuse_unsupported, register_attention
+from basestation.target_model import (
+    ROPE_TYPES,
+    SUPPORTED,
+    TargetModel,
+    refuse_gguf_rope,
+    refuse_unsupported,
+    register_attention,
+)
+from basestation.vocabulary import Vocabulary
 from protocol.errors import ModelError, SettingsError
+from tests.fakes import token_names
 
 VOCAB = 97
 CPU = torch.device("cpu")
@@ -36,6 +49,12 @@ WINDOWS: dict[str, dict[str, Any]] = {
     "starcoder2": {"sliding_window": WINDOW},
     "qwen2": {"sliding_window": WINDOW, "use_sliding_window": True, "max_window_layers": 1},
     "qwen3": {"sliding_window": WINDOW, "use_sliding_window": True, "max_window_layers": 1},
+    "smollm3": {
+        "sliding_window": WINDOW,
+        "use_sliding_window": True,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "no_rope_layer_interval": 2,
+    },
     "gemma3_text": {
         "sliding_window": WINDOW,
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
@@ -61,7 +80,52 @@ def tiny_pair(architecture: str, **changes: Any) -> tuple[Any, TargetModel]:
     config = tiny_config(architecture, **changes)
     packed = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION_NAME).eval()
     packed.load_state_dict(plain.state_dict())
-    return plain, TargetModel(packed, Vocabulary(VOCAB, bytes(32), frozenset()), architecture, 2**24)
+    return plain, TargetModel(packed, Vocabulary(token_names(VOCAB), VOCAB, frozenset()), architecture, 2**24)
+
+
+ROPE_SETTINGS: dict[str, dict[str, Any]] = {
+    "default": {"rope_type": "default"},
+    "linear": {"rope_type": "linear", "factor": 4.0},
+    "llama3": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+    "dynamic": {"rope_type": "dynamic", "factor": 4.0, "original_max_position_embeddings": 64},
+    "longrope": {
+        "rope_type": "longrope",
+        "short_factor": [1.0] * 4,
+        "long_factor": [8.0] * 4,
+        "factor": 8.0,
+        "original_max_position_embeddings": 64,
+    },
+}
+ROPE_TYPES_OF = {"phi3": ("default",), "olmo2": ("default", "linear")}
+"""What configurations of transformers allow; all types for other architectures."""
+ROPE_CASES = [
+    (architecture, kind) for architecture in SUPPORTED for kind in ROPE_TYPES_OF.get(architecture, ROPE_TYPES)
+]
+
+
+def with_rope(architecture: str, kind: str) -> dict[str, Any]:
+    """The changes to a tiny configuration for a rope type, at the name that the installed transformers has."""
+    settings = ROPE_SETTINGS[kind]
+    if not hasattr(tiny_config(architecture), "rope_parameters"):
+        if kind == "default":
+            return {}
+        if architecture == "olmo2":
+            settings = {"type": kind, "factor": 4.0}
+        if architecture == "phi3":
+            settings = {"type": kind, **{name: settings[name] for name in ("short_factor", "long_factor")}}
+        return {"rope_scaling": settings}
+    theta = {"rope_theta": 10_000.0, **({"partial_rotary_factor": 0.5} if architecture == "phi" else {})}
+    if architecture == "gemma3_text":
+        local = {"rope_type": "default", "rope_theta": 10_000.0}
+        return {"rope_parameters": {"full_attention": {**theta, **settings}, "sliding_attention": local}}
+    return {"rope_parameters": {**theta, **settings}}
 
 
 def ids(length: int, seed: int) -> list[int]:
@@ -169,6 +233,102 @@ def test_an_unsupported_architecture_is_refused_with_the_supported_ones(architec
         refuse_unsupported(AutoConfig.for_model(architecture))
 
 
+@pytest.mark.parametrize(("architecture", "kind"), ROPE_CASES)
+def test_a_long_neighbour_changes_no_session(architecture: str, kind: str) -> None:
+    """A short session, and one that crosses the original context of 64 tokens, against the model's own ``generate``."""
+    plain, target = tiny_pair(architecture, **with_rope(architecture, kind))
+    neighbour, short, prompt = target.new_kv_cache(), ids(20, 1), ids(58, 2)
+    target.forward([Segment(neighbour, ids(200, 3), 0)])
+    beside = target.forward([Segment(target.new_kv_cache(), short, len(short)), Segment(neighbour, [5], 0)])
+    tokens, kv_cache, rows = list(prompt), target.new_kv_cache(), list[torch.Tensor]()
+    while len(tokens) < 70:
+        rows.append(target.forward([Segment(neighbour, [5], 0), Segment(kv_cache, tokens[kv_cache.length :], 1)]))
+        tokens.append(int(rows[-1].argmax()))
+    prompt_ids = torch.tensor([prompt])
+    settings: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    generated = plain.generate(prompt_ids, attention_mask=torch.ones_like(prompt_ids), **settings)
+    assert tokens == generated[0].tolist()
+    for logits, text in ((beside, short), (torch.cat(rows), tokens[:-1])):
+        with torch.inference_mode():
+            expected = plain(torch.tensor([text]), use_cache=False).logits[0, -len(logits) :]
+        assert torch.allclose(logits, expected, atol=2e-4, rtol=1e-4), float((logits - expected).abs().max())
+
+
+@pytest.mark.parametrize("kind", [kind for kind in ROPE_TYPES if kind != "default"])
+def test_a_rope_type_changes_the_logits(kind: str) -> None:
+    """Otherwise the tests of rope types would show nothing."""
+    default, scaled = (tiny_pair("llama", **with_rope("llama", one))[1] for one in ("default", kind))
+    text = ids(70, 0)
+    one, other = (target.forward([Segment(target.new_kv_cache(), text, 1)]) for target in (default, scaled))
+    assert not torch.allclose(one, other, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "kind"), [*(("llama", kind) for kind in ("dynamic", "longrope")), ("phi3", "longrope")]
+)
+def test_a_batch_dependent_rope_type_is_refused_by_name(architecture: str, kind: str) -> None:
+    config = tiny_config(architecture, **with_rope(architecture, kind), original_max_position_embeddings=64)
+    with pytest.raises(ModelError, match=f"rope type '{kind}' is not supported: .*; supported: default, linear"):
+        refuse_unsupported(config)
+
+
+def config_like(**fields: Any) -> Any:
+    """A configuration as another version of transformers may lay it out."""
+    config = SimpleNamespace(model_type="llama", **fields)
+    config.get_text_config = lambda: config
+    return config
+
+
+@pytest.mark.parametrize("name", ["rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("key", ["rope_type", "type"])
+@pytest.mark.parametrize("kind", ["dynamic", "longrope", "su", "proportional"])
+def test_every_layout_of_rope_settings_is_read(name: str, nested: bool, key: str, kind: str) -> None:
+    settings: dict[str, Any] = {key: kind, "factor": 2.0}
+    if nested:
+        settings = {"sliding_attention": {"rope_type": "default"}, "full_attention": settings}
+    with pytest.raises(ModelError, match=f"rope type '{kind}' is not supported"):
+        refuse_unsupported(config_like(**{name: settings}))
+
+
+@pytest.mark.parametrize("settings", [{}, None, {"rope_type": "yarn", "factor": 2.0}, {"type": "linear"}])
+def test_other_rope_settings_are_served(settings: dict[str, Any] | None) -> None:
+    refuse_unsupported(config_like(rope_scaling=settings))
+    refuse_unsupported(config_like(rope_parameters=settings))
+
+
+def test_a_bidirectional_model_is_refused_by_name() -> None:
+    with pytest.raises(ModelError, match="use_bidirectional_attention is not supported"):
+        refuse_unsupported(tiny_config("gemma3_text", use_bidirectional_attention=True))
+
+
+@pytest.mark.parametrize(
+    ("scaling", "tensor", "match"),
+    [
+        ("yarn", "", "llama.rope.scaling.type 'yarn', which is not read from GGUF; name the model's folder"),
+        ("", "rope_freqs.weight", "the tensor 'rope_freqs.weight', which is not read; name the model's folder"),
+        ("", "rope_factors_long.weight", "the tensor 'rope_factors_long.weight'"),
+        ("none", "token_embd.weight", ""),
+    ],
+)
+def test_a_gguf_file_with_scaled_positions_is_refused(scaling: str, tensor: str, match: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    if scaling:
+        writer.add_string("llama.rope.scaling.type", scaling)
+    if tensor:
+        writer.add_tensor(tensor, np.ones(32, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    if not match:
+        refuse_gguf_rope(path)
+        return
+    with pytest.raises(ModelError, match=match):
+        TargetModel.load(str(path))
+
+
 def test_a_target_that_does_not_fit_is_refused_with_both_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny_config("llama", hidden_size=1024, num_hidden_layers=16, intermediate_size=4096, vocab_size=32000)
     check_fits(config, torch.float32, CPU)
@@ -205,7 +365,7 @@ def test_row_counts_are_padded_to_a_few_buckets(monkeypatch: pytest.MonkeyPatch)
 def test_the_context_is_limited_by_the_kv_pool() -> None:
     config = tiny_config("llama")
     model = AutoModelForCausalLM.from_config(config)
-    vocabulary = Vocabulary(VOCAB, bytes(32), frozenset())
+    vocabulary = Vocabulary(token_names(VOCAB), VOCAB, frozenset())
     position = 3 * 2 * 2 * 8 * 4
     assert TargetModel(model, vocabulary, "tiny", 1000 * position).context_length == 512
     assert TargetModel(model, vocabulary, "tiny", 300 * position).context_length == 256

@@ -10,7 +10,7 @@ from device.settings import DraftSettings
 from protocol.errors import FaultError
 from protocol.frames import FrameCodec
 from protocol.limits import Limits
-from protocol.messages import Decode, Draft, Extend, Fault, Opened, Verdict, Welcome
+from protocol.messages import Decode, Draft, Extend, Fault, Opened, Sampling, Verdict, Welcome
 from tests.fakes import target_alone
 from tests.invariants import (
     CODEC,
@@ -39,6 +39,11 @@ BAD = {
     "a second Open": (CODEC.encode(replace(open_request(), round_id=1)), 0, "state"),
     "an Extend beyond the end": (CODEC.encode(Extend(0, 1, 20, (1,))), 0, "state"),
     "an empty Extend": (CODEC.encode(Extend(0, 1, 2, ())), 0, "state"),
+    "an Extend with a temperature in mode ids": (
+        CODEC.encode(Extend(0, 1, 2, (1,), Sampling(0.7))),
+        0,
+        "state",
+    ),
     "a Decode of no tokens": (CODEC.encode(Decode(0, 1, 0)), 0, "state"),
     "a Decode beyond the context": (CODEC.encode(Decode(0, 1, 2**32 - 1)), 0, "state"),
     "a Draft beyond the context": (CODEC.encode(Draft(0, 1, (1,) * 62)), 0, "state"),

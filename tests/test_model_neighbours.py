@@ -46,7 +46,11 @@ class DraftingDevice:
         self._answer = answer or rng.choices(WORDS, k=30)
         self._round_id = 0
         vocabulary = station.target.vocabulary
-        self._send(Hello(PROTOCOL_VERSION, vocabulary.size, vocabulary.sha256, tuple(vocabulary.stop_ids)))
+        self._send(
+            Hello(
+                PROTOCOL_VERSION, vocabulary.size, vocabulary.hash_of_first(vocabulary.size), tuple(vocabulary.stop_ids)
+            )
+        )
         self._send(Open(0, 0, self.mode, self.sampling, tuple(self.prompt)))
         station.outbox(self.peer).clear()
 
