@@ -7,7 +7,7 @@ NEXT_VENV := .venv-next
 SAMPLE := build/sample
 BUNDLE := build/bundle
 
-.PHONY: help demo test test-next endurance images test-images lint types bench models clean
+.PHONY: help demo test test-next test-gguf endurance images test-images lint types bench models clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 13
@@ -16,7 +16,7 @@ demo: models  ## stream an answer over loopback, then compare with the target al
 	@$(BIN)/edgedraft-bench demo --bundle $(BUNDLE) --target $(SAMPLE)
 
 test: lint types models $(DEVICE_VENV)/ready  ## lint, type checks and all tests, with the sample model
-	$(BIN)/pytest -q -n 2 --dist worksteal -m "not model and not endurance and not images"
+	$(BIN)/pytest -q -n 2 --dist worksteal -m "not model and not endurance and not images and not gguf"
 	$(BIN)/pytest -q -m "model and not endurance"
 
 endurance: models  ## tests that take minutes: broken links, killed base stations, hostile peers
@@ -32,6 +32,10 @@ test-images: models  ## build the images without a registry and test them; needs
 test-next: models $(DEVICE_VENV)/ready $(NEXT_VENV)/ready  ## the target model's tests on the newest transformers 5
 	$(NEXT_VENV)/bin/pytest -q -m "not model and not endurance" tests/test_basestation_target_model.py tests/test_basestation_operation.py
 	$(NEXT_VENV)/bin/pytest -q -m "model and not endurance" tests/test_model_answers.py tests/test_model_neighbours.py
+
+test-gguf: $(VENV)/ready  ## download two real GGUF files (700 MB) and test their import; takes about 10 minutes
+	$(BIN)/python -m tests.gguf_models
+	$(BIN)/pytest -q -m gguf
 
 lint: $(VENV)/ready  ## ruff and the import contracts
 	$(BIN)/ruff check .

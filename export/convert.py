@@ -12,11 +12,15 @@ from rich.progress import Progress
 from rich.table import Table
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from common.chat_template import ChatTemplate, default_template
+from common.hub import model_name
+from common.stop_ids import StopSources, all_stop_ids
 from export import graph, quality, source
 from export.atomic_folder import atomic_folder, is_free
 from export.converters import Converter, convert_to_onnx
 from export.quantize import Precision, quantize
 from export.quiet import quiet_tools
+from export.tokenizer_check import check_template, check_tokenizer
 from protocol.bundle import (
     CHAT_TEMPLATE_NAME,
     MANIFEST_NAME,
@@ -26,9 +30,9 @@ from protocol.bundle import (
     FileRecord,
     Manifest,
     QualityFigures,
-    vocabulary_hash,
 )
 from protocol.errors import MismatchError, ModelError, SettingsError
+from protocol.vocabulary import first_difference, vocabulary_hash, vocabulary_size
 
 
 @dataclass(frozen=True)
@@ -48,20 +52,26 @@ class SourceModel:
     folder: Path
     config: PretrainedConfig
     tokenizer: PreTrainedTokenizerBase
-    stop_ids: tuple[int, ...]
+    stop_sources: StopSources
 
     @classmethod
     def read(cls, name: str, scratch: Path, *, weights: bool) -> "SourceModel":
         """Read the configuration and tokenizer of model ``name``."""
         folder = source.model_folder(name, scratch, weights=weights)
         tokenizer = source.load_tokenizer(folder)
-        return cls(name, folder, source.load_config(folder), tokenizer, source.stop_ids_of(folder))
+        return cls(name, folder, source.load_config(folder), tokenizer, source.stop_sources_of(folder, tokenizer))
 
     @property
     def vocabulary(self) -> dict[str, int]:
         """Map of token to id."""
         vocabulary: dict[str, int] = self.tokenizer.get_vocab()
         return vocabulary
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids in use that the model has an output for."""
+        rows: int = self.config.get_text_config().vocab_size
+        return min(vocabulary_size(self.vocabulary), rows)
 
 
 def convert(model: str, bundle: Path, settings: ConvertSettings, console: Console) -> Manifest:
@@ -70,7 +80,7 @@ def convert(model: str, bundle: Path, settings: ConvertSettings, console: Consol
     Raises:
         SettingsError: ``bundle`` exists and is neither empty nor a bundle.
         ModelError: a model cannot be read or converted.
-        MismatchError: the target model has a different vocabulary or different stop ids.
+        MismatchError: the target model gives an id to another token.
         QualityError: the quality check fails.
     """
     if not is_free(bundle) and not (bundle / MANIFEST_NAME).is_file():
@@ -78,47 +88,62 @@ def convert(model: str, bundle: Path, settings: ConvertSettings, console: Consol
     with atomic_folder(bundle) as output, tempfile.TemporaryDirectory(dir=output.parent) as scratch:
         with console.status("reading the model"):
             draft = SourceModel.read(model, Path(scratch, "draft"), weights=True)
+            vocab_size = draft.vocab_size
             if settings.target is not None:
-                check_match(draft, SourceModel.read(settings.target, Path(scratch, "target"), weights=False))
-        return _write_bundle(output, draft, settings, Path(scratch, "graph"), console)
+                target = SourceModel.read(settings.target, Path(scratch, "target"), weights=False)
+                check_match(draft, target)
+                vocab_size = min(vocab_size, target.vocab_size)
+        _print_stop_ids(draft, console)
+        return _write_bundle(output, draft, vocab_size, settings, Path(scratch, "graph"), console)
 
 
 def check_match(draft: SourceModel, target: SourceModel) -> None:
-    """Check that two models have the same vocabulary and stop ids.
+    """Check that two models use the same token for every id that both know.
 
     Raises:
-        MismatchError: they differ.
+        MismatchError: names the first id that differs.
     """
-    if vocabulary_hash(draft.vocabulary) != vocabulary_hash(target.vocabulary):
+    difference = first_difference(draft.vocabulary, target.vocabulary)
+    if difference is not None:
+        token_id, own, other = difference
         raise MismatchError(
-            f"{draft.name!r} has {len(draft.vocabulary)} tokens and {target.name!r} has "
-            f"{len(target.vocabulary)}, and the vocabularies differ; a draft model needs its target's vocabulary"
+            f"id {token_id} is {own!r} in {draft.name!r} and {other!r} in {target.name!r}; "
+            "a draft model needs its target's vocabulary"
         )
-    if draft.stop_ids != target.stop_ids:
-        raise MismatchError(
-            f"{draft.name!r} has the stop ids {list(draft.stop_ids)}, {target.name!r} has "
-            f"{list(target.stop_ids)}; both need the same eos_token_id in generation_config.json"
+
+
+def _print_stop_ids(draft: SourceModel, console: Console) -> None:
+    """Say which source names which stop ids, and warn where they disagree."""
+    ids = all_stop_ids(draft.stop_sources)
+    names = draft.tokenizer.convert_ids_to_tokens(sorted(ids))
+    told = ", ".join(f"{token_id} {name}" for token_id, name in zip(sorted(ids), names, strict=True)) or "none"
+    sources = "; ".join(f"{name}: {sorted(named)}" for name, named in draft.stop_sources.items())
+    console.print(f"stop ids: {told} ({sources})", markup=False, highlight=False, soft_wrap=True)
+    if any(named != ids for named in draft.stop_sources.values()):
+        console.print(
+            "warning: the sources of stop ids disagree; an answer ends at any of them", highlight=False, soft_wrap=True
         )
 
 
 def _write_bundle(
-    output: Path, draft: SourceModel, settings: ConvertSettings, scratch: Path, console: Console
+    output: Path, draft: SourceModel, vocab_size: int, settings: ConvertSettings, scratch: Path, console: Console
 ) -> Manifest:
     with console.status("converting to ONNX"):
         converter = convert_to_onnx(draft.folder, scratch, settings.converter)
     with console.status(f"quantizing the weights to {settings.precision}"):
         cache = _write_graph(scratch / MODEL_NAME, output / MODEL_NAME, settings.precision)
         _write_tokenizer(output, draft.tokenizer)
-    figures = _check_quality(output / MODEL_NAME, draft, cache, settings.precision, console)
+    template = _checked_template(output, draft.tokenizer)
+    figures = _check_quality(output / MODEL_NAME, draft, template, vocab_size, cache, settings.precision, console)
     manifest = Manifest(
-        name=Path(draft.name).absolute().name.removesuffix(".gguf"),
+        name=model_name(draft.name),
         architecture=draft.config.model_type,
         converter=converter,
         precision=settings.precision,
         cache_kind=cache.kind,
-        vocab_size=_vocab_size(draft),
-        vocabulary_hash=vocabulary_hash(draft.vocabulary),
-        stop_ids=draft.stop_ids,
+        vocab_size=vocab_size,
+        vocabulary_hash=vocabulary_hash(draft.vocabulary, vocab_size),
+        stop_ids=tuple(token_id for token_id in sorted(all_stop_ids(draft.stop_sources)) if token_id < vocab_size),
         bos_token=draft.tokenizer.bos_token or "",
         eos_token=draft.tokenizer.eos_token or "",
         context_length=_context_length(draft),
@@ -143,19 +168,36 @@ def _write_graph(converted: Path, output: Path, precision: Precision) -> graph.C
 
 def _write_tokenizer(output: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.backend_tokenizer.save(str(output / TOKENIZER_NAME))
-    if tokenizer.chat_template is not None:
-        (output / CHAT_TEMPLATE_NAME).write_text(tokenizer.chat_template, encoding="utf-8")
+    if (template := default_template(tokenizer.chat_template)) is not None:
+        (output / CHAT_TEMPLATE_NAME).write_text(template, encoding="utf-8")
+
+
+def _checked_template(output: Path, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate | None:
+    """Check the files that ship; return the chat template as a device renders it, if there is one."""
+    check_tokenizer(output / TOKENIZER_NAME)
+    if default_template(tokenizer.chat_template) is None:
+        return None
+    special = {"bos_token": tokenizer.bos_token or "", "eos_token": tokenizer.eos_token or ""}
+    template = ChatTemplate((output / CHAT_TEMPLATE_NAME).read_text(encoding="utf-8"), special)
+    check_template(template, tokenizer)
+    return template
 
 
 def _check_quality(
-    graph_path: Path, draft: SourceModel, cache: graph.Cache, precision: Precision, console: Console
+    graph_path: Path,
+    draft: SourceModel,
+    template: ChatTemplate | None,
+    vocab_size: int,
+    cache: graph.Cache,
+    precision: Precision,
+    console: Console,
 ) -> QualityFigures:
     model = source.load_model(draft.folder)
     steps = 2 * quality.NEW_TOKENS * len(quality.PROMPTS)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("checking quality", total=steps)
         figures = quality.measure(
-            model, draft.tokenizer, graph_path, cache, _vocab_size(draft), lambda: progress.advance(task)
+            model, draft.tokenizer, template, graph_path, cache, vocab_size, lambda: progress.advance(task)
         )
     limits = quality.LIMITS[precision]
     console.print(_quality_table(figures, limits))
@@ -170,10 +212,6 @@ def _quality_table(figures: QualityFigures, limits: quality.QualityLimits) -> Ta
     table.add_row(f"acceptance in mode topk, K = {QUALITY_UPLINK_K}", f"{figures.topk_acceptance:.3f}", "")
     table.add_row("acceptance in mode coupled", f"{figures.coupled_acceptance:.3f}", "")
     return table
-
-
-def _vocab_size(draft: SourceModel) -> int:
-    return max(draft.vocabulary.values()) + 1
 
 
 def _context_length(draft: SourceModel) -> int:

@@ -16,6 +16,7 @@ import onnxruntime
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from common.chat_template import ChatTemplate
 from export.graph import Cache
 from export.quantize import Precision
 from protocol.bundle import QUALITY_UPLINK_K, QualityFigures
@@ -68,6 +69,7 @@ class Continuation:
 def measure(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
+    template: ChatTemplate | None,
     graph_path: Path,
     cache: Cache,
     vocab_size: int,
@@ -78,7 +80,9 @@ def measure(
     session = onnxruntime.InferenceSession(graph_path, providers=["CPUExecutionProvider"])
     figures: list[PositionFigures] = []
     for prompt in PROMPTS:
-        expected = _sample_continuation(model, _prompt_ids(tokenizer, prompt), vocab_size, generator, on_position)
+        expected = _sample_continuation(
+            model, _prompt_ids(tokenizer, template, prompt), vocab_size, generator, on_position
+        )
         rows = zip(expected.probs, _teacher_forced_logits(session, cache, expected), strict=True)
         for target_probs, logits in rows:
             figures.append(_compare(_softmax(logits[:vocab_size]), target_probs, len(figures)))
@@ -121,11 +125,11 @@ def check(figures: QualityFigures, limits: QualityLimits) -> None:
             )
 
 
-def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    if tokenizer.chat_template is None:
+def _prompt_ids(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate | None, prompt: str) -> list[int]:
+    if template is None:
         return list(tokenizer(prompt).input_ids)
-    messages = [{"role": "user", "content": prompt}]
-    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True))
+    text = template.render([{"role": "user", "content": prompt}])
+    return list(tokenizer(text, add_special_tokens=False).input_ids)
 
 
 @torch.inference_mode()

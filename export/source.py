@@ -9,8 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
@@ -22,13 +20,17 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from common.chat_template import default_template
+from common.gguf_metadata import GgufVocabulary
+from common.hub import hub_folder
+from common.stop_ids import GGUF_STOP_ROLES, StopSources, stop_sources
+from export.gguf_tokenizer import gguf_tokenizer
 from export.quiet import quiet_tools
-from protocol.bundle import stop_ids
+from export.tokenizer_check import check_tokens
 from protocol.errors import ModelError
 
 _DESCRIPTION_FILES = ["*.json", "*.jinja", "*.txt", "tokenizer.model"]
 _WEIGHT_FILES = ["*.safetensors"]
-_SPECIAL_TOKENS = ("bos", "eos", "pad", "unk")
 
 
 def model_folder(name: str, scratch: Path, *, weights: bool = True) -> Path:
@@ -60,17 +62,21 @@ def unpack_gguf(path: Path, folder: Path, *, weights: bool = True) -> Path:
 
     Raises:
         ModelError: the file is missing, damaged or of an unsupported architecture.
+        QualityError: a control or user-defined token does not encode to its id.
     """
     if not path.is_file():
         raise ModelError(f"{str(path)!r} does not exist; allowed: a model folder, a hub name or a .gguf file")
     with _reading(repr(str(path))):
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        vocabulary = GgufVocabulary.read(path)
+        tokenizer = gguf_tokenizer(vocabulary)
+        check_tokens(tokenizer.backend_tokenizer, vocabulary.added_tokens)
+        tokenizer.save_pretrained(folder)
         if weights:
             model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-            _save(folder, tokenizer, model.config, model)
+            _save(folder, model.config, model, vocabulary)
         else:
             config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-            _save(folder, tokenizer, config, config)
+            _save(folder, config, config, vocabulary)
     return folder
 
 
@@ -107,35 +113,39 @@ def load_model(folder: Path) -> PreTrainedModel:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def stop_ids_of(folder: Path) -> tuple[int, ...]:
-    """Return the stop ids from the configuration and the generation settings, sorted."""
-    configs = [load_config(folder)]
+def stop_sources_of(folder: Path, tokenizer: PreTrainedTokenizerBase) -> StopSources:
+    """Return the stop ids by the source that names them.
+
+    Raises:
+        ModelError: the configuration or the generation settings cannot be read.
+    """
+    settings = {"config.json": load_config(folder).get_text_config().eos_token_id}
     if (folder / "generation_config.json").is_file():
         with _reading(f"the generation settings of {str(folder)!r}"):
-            configs.append(GenerationConfig.from_pretrained(folder))
-    return tuple(sorted(stop_ids(*(config.eos_token_id for config in configs))))
+            settings["generation_config.json"] = GenerationConfig.from_pretrained(folder).eos_token_id
+    settings["tokenizer"] = tokenizer.eos_token_id
+    added = {entry.content: token_id for token_id, entry in tokenizer.added_tokens_decoder.items()}
+    return stop_sources(settings, added, default_template(tokenizer.chat_template), special_tokens_of(tokenizer))
+
+
+def special_tokens_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """The variables that a chat template may name."""
+    return {name: value for name, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
 
 
 def _save(
-    folder: Path,
-    tokenizer: PreTrainedTokenizerBase,
-    config: PretrainedConfig,
-    content: PreTrainedModel | PretrainedConfig,
+    folder: Path, config: PretrainedConfig, content: PreTrainedModel | PretrainedConfig, vocabulary: GgufVocabulary
 ) -> None:
     # The name in a GGUF file ("Smollm2 135M 8k Lc100K Mix1 Ep2") is not a hub name.
     vars(config).pop("_model_name_or_path", None)
-    _set_special_tokens(tokenizer, config)
-    tokenizer.save_pretrained(folder)
-    (folder / "tokenizer.model").unlink(missing_ok=True)  # a copy of the GGUF file
+    ids = vocabulary.special_ids
+    for role in ("bos", "eos", "pad"):  # an architecture's defaults are the ids of another vocabulary
+        setattr(config, f"{role}_token_id", ids.get(role))
     content.save_pretrained(folder)
-
-
-def _set_special_tokens(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:
-    # The special tokens of a GGUF file's tokenizer may differ from those of the model's configuration.
-    for name in _SPECIAL_TOKENS:
-        token_id = getattr(config, f"{name}_token_id", None)
-        if isinstance(token_id, int):
-            setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(token_id))
+    settings = GenerationConfig.from_model_config(config)
+    stops = sorted({ids[role] for role in GGUF_STOP_ROLES if role in ids})
+    settings.eos_token_id = stops if len(stops) > 1 else ids.get("eos")
+    settings.save_pretrained(folder)
 
 
 def _check_weights(folder: Path) -> None:
@@ -145,15 +155,8 @@ def _check_weights(folder: Path) -> None:
 
 
 def _download(name: str, *, weights: bool) -> Path:
-    patterns = _DESCRIPTION_FILES + (_WEIGHT_FILES if weights else [])
-    try:
-        with quiet_tools():
-            return Path(snapshot_download(name, allow_patterns=patterns))
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        raise ModelError(
-            f"{name!r} is not a local folder and cannot be downloaded from the hub ({_first_line(error)}); "
-            "allowed: a model folder, a hub name or a .gguf file"
-        ) from error
+    with quiet_tools():
+        return hub_folder(name, _DESCRIPTION_FILES + (_WEIGHT_FILES if weights else []))
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Bundles of a tiny random model: a bundle that differs from its source model is not written."""
 
 import io
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import onnxruntime
 import pytest
 import torch
 from rich.console import Console
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -25,8 +26,11 @@ from export import graph, quality
 from export.convert import ConvertSettings, convert
 from export.converters import Converter
 from export.quantize import Precision, quantize
+from export.source import load_tokenizer
 from protocol.bundle import CacheKind, Manifest, QualityFigures
 from protocol.errors import MismatchError, ModelError, QualityError, SettingsError
+from protocol.vocabulary import vocabulary_hash
+from tests.gguf_files import CHATML
 
 CONSOLE = Console(file=io.StringIO())
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
@@ -36,20 +40,26 @@ FP32_GENAI = ConvertSettings(Converter.GENAI, Precision.FP32)
 FP32_OPTIMUM = ConvertSettings(Converter.OPTIMUM, Precision.FP32)
 
 
-def save_tokenizer(folder: Path, special_tokens: list[str] = SPECIAL_TOKENS) -> int:
-    """Save a byte tokenizer and return its number of ids."""
-    tokens = special_tokens + sorted(pre_tokenizers.ByteLevel.alphabet())
+def save_tokenizer(
+    folder: Path, special_tokens: list[str] = SPECIAL_TOKENS, *, eos: str | None = None, more: Sequence[str] = ()
+) -> int:
+    """Save a byte tokenizer, with ``more`` tokens behind the bytes, and return its number of ids."""
+    tokens = [*special_tokens, *sorted(pre_tokenizers.ByteLevel.alphabet()), *more]
     bytes_only = Tokenizer(models.BPE({token: index for index, token in enumerate(tokens)}, []))
     bytes_only.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytes_only.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bytes_only, bos_token=special_tokens[0], eos_token=special_tokens[1]
+        tokenizer_object=bytes_only,
+        bos_token=special_tokens[0],
+        eos_token=eos or special_tokens[1],
+        additional_special_tokens=special_tokens[2:],
     )
-    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.chat_template = CHATML if "<|im_end|>" in special_tokens else CHAT_TEMPLATE
     tokenizer.save_pretrained(folder)
     return len(tokens)
 
 
-def save_model(folder: Path, eos_token_id: int = 1) -> Path:
+def save_model(folder: Path, eos_token_id: int | list[int] = 1) -> Path:
     torch.manual_seed(0)
     config = LlamaConfig(
         **SMALL,
@@ -198,11 +208,57 @@ def test_a_mismatched_target_is_refused_before_conversion(
     monkeypatch.delattr(convert_module, "convert_to_onnx")
     folder = tmp_path / "folder"
     folder.mkdir()
-    other_stop = save_model(tmp_path / "other-stop", eos_token_id=2)
-    refused(MismatchError, "eos", source_model, folder, replace(FP32_GENAI, target=str(other_stop)))
-    other_tokens = save_model(tmp_path / "other-tokens")
-    save_tokenizer(other_tokens, ["<a>", "<b>"])
-    refused(MismatchError, "vocabulary", source_model, folder, replace(FP32_GENAI, target=str(other_tokens)))
+    target = save_model(tmp_path / "other-tokens")
+    save_tokenizer(target, ["<s>", "</a>"])
+    match = r"id 1 is '</s>' in '.*tiny-0.1B' and '</a>' in '.*other-tokens'; a draft model needs"
+    refused(MismatchError, match, source_model, folder, replace(FP32_GENAI, target=str(target)))
+
+
+def test_a_chatml_draft_with_more_tokens_and_other_stop_ids_than_its_target_is_cut_to_the_target(
+    tmp_path: Path,
+) -> None:
+    draft = save_model(tmp_path / "draft", eos_token_id=0)
+    save_tokenizer(draft, ["<s>", "</s>", "<|im_start|>", "<|im_end|>"], eos="<|im_end|>", more=["<extra>", "<more>"])
+    target = save_model(tmp_path / "target", eos_token_id=[1, 0])
+    save_tokenizer(target, ["<s>", "</s>", "<|im_start|>", "<|im_end|>"], more=["[PAD260]", "[PAD261]", "[PAD262]"])
+    output = io.StringIO()
+    manifest = convert(
+        str(draft), tmp_path / "bundle", replace(FP32_GENAI, target=str(target)), Console(file=output, width=200)
+    )
+    assert manifest.vocab_size == 260
+    first = {token: token_id for token, token_id in load_tokenizer(draft).get_vocab().items() if token_id < 260}
+    assert manifest.vocabulary_hash == vocabulary_hash(first) == vocabulary_hash(load_tokenizer(target).get_vocab())
+    assert manifest.stop_ids == (0, 3)
+    printed = output.getvalue()
+    assert (
+        "stop ids: 0 <s>, 3 <|im_end|> "
+        "(config.json: [0]; generation_config.json: [0]; tokenizer: [3]; chat template: [3])" in printed
+    )
+    assert "warning: the sources of stop ids disagree; an answer ends at any of them" in printed
+
+
+@pytest.mark.parametrize(
+    ("draft_tokens", "target_tokens"),
+    [(["[PAD258]", "[PAD259]"], []), ([], ["[PAD258]"]), (["[PAD258]"], ["ab", "ba"]), (["ab"], ["ab", "ba"])],
+    ids=repr,
+)
+def test_one_family_whose_vocabularies_are_padded_differently_is_accepted(
+    draft_tokens: list[str], target_tokens: list[str], tmp_path: Path
+) -> None:
+    models = []
+    for name, more in (("draft", draft_tokens), ("target", target_tokens)):
+        folder = save_model(tmp_path / name)
+        save_tokenizer(folder, more=more)
+        models.append(convert_module.SourceModel.read(str(folder), tmp_path, weights=False))
+    convert_module.check_match(*models)
+
+
+def test_of_several_chat_templates_the_default_is_written(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(save_model(tmp_path / "model"))
+    tokenizer.chat_template = {"default": CHAT_TEMPLATE, "tool_use": "{{ tools }}"}
+    convert_module._write_tokenizer(tmp_path, tokenizer)
+    assert (tmp_path / "chat_template.jinja").read_text(encoding="utf-8") == CHAT_TEMPLATE
+    assert convert_module._checked_template(tmp_path, tokenizer) is not None
 
 
 def test_a_graph_that_fails_the_quality_check_is_not_written(

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from common.stop_ids import all_stop_ids
 from export import sample
 from export.sample import make_sample
-from export.source import load_config, load_tokenizer, stop_ids_of
+from export.source import load_config, load_tokenizer, stop_sources_of
 from protocol.errors import ModelError, SettingsError
 
 CONSOLE = Console(file=io.StringIO())
@@ -64,5 +65,13 @@ def test_the_tokenizer_and_the_model_have_the_same_stop_id(failing_pip: list[lis
     assert not failing_pip
     tokenizer = load_tokenizer(SAMPLE)
     assert tokenizer.convert_tokens_to_ids("<|im_end|>") == tokenizer.eos_token_id
-    assert stop_ids_of(SAMPLE) == (tokenizer.eos_token_id,) == (load_config(SAMPLE).eos_token_id,)
+    sources = stop_sources_of(SAMPLE, tokenizer)
+    assert all_stop_ids(sources) == {tokenizer.eos_token_id} == {load_config(SAMPLE).eos_token_id}
     assert not (SAMPLE / "tokenizer.model").exists()
+
+
+@pytest.mark.model
+def test_text_of_the_sample_model_begins_with_no_token_of_its_own() -> None:
+    tokenizer = load_tokenizer(SAMPLE)
+    assert tokenizer.encode("Hello") == tokenizer.encode("Hello", add_special_tokens=False)
+    assert tokenizer.encode("<|im_start|>") == [1]
