@@ -67,6 +67,9 @@ class Conversation:
         model: the draft model.
         tokenizer: of the same bundle.
         settings: how to draft and sample.
+
+    Attributes:
+        settings: of the next answer; ``sampling`` alone may change within a conversation.
     """
 
     def __init__(
@@ -85,12 +88,16 @@ class Conversation:
 
     def begin(self, prompt_ids: list[int]) -> DeviceSession:
         """The session, opened on the prompt or extended with it."""
+        planner = self._planners.for_settings(self.settings)
         if self._session is None:
-            planner = self._planners.for_settings(self.settings)
             self._session = DeviceSession(self._client, planner, self.settings, self._model, prompt_ids)
         else:
-            self._session.extend(prompt_ids)
+            self._session.extend(prompt_ids, self.settings.sampling, planner)
         return self._session
+
+    def accepts(self, settings: DraftSettings) -> bool:
+        """Whether the conversation can continue with these settings."""
+        return replace(settings, sampling=self.settings.sampling) == self.settings
 
     def snapshot(self) -> _Snapshot:
         """Clock and counters now."""
@@ -121,6 +128,11 @@ class AnswerStream:
         for text in self._conversation.tokenizer.decode_stream(self._token_ids()):
             yield TextChunk(text, self._tokens[-1].origin)
         self._ended = self._conversation.snapshot()
+
+    @property
+    def new_tokens(self) -> int:
+        """Tokens committed so far."""
+        return len(self._tokens)
 
     @property
     def answer(self) -> Answer:

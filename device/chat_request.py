@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from device.settings import DraftSettings
-from device.tokenizer import ChatMessage
+from device.tokenizer import ChatMessage, check_unicode
 from device.worker import AnswerRequest
 from protocol.errors import SettingsError
 from protocol.messages import Sampling
@@ -91,14 +91,10 @@ def _message(message: Any) -> ChatMessage:
     content = message.get("content")
     if isinstance(content, list) and all(_is_text(part) for part in content):
         content = "".join(part["text"] for part in content)
-    if not isinstance(content, str) or not _is_unicode(content):
+    if not isinstance(content, str):
         raise SettingsError("a message's content", content, "text, or a list of parts of type text")
+    check_unicode("a message's content", content)
     return {"role": message["role"], "content": content}
-
-
-def _is_unicode(text: str) -> bool:
-    """Whether the text has no lone surrogate, which JSON allows and UTF-8 does not."""
-    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _is_text(part: Any) -> bool:

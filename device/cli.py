@@ -28,7 +28,7 @@ from device.options import AnswerOptions
 from device.planner import Planners
 from device.round_records import RoundRecordFile
 from device.session import Origin
-from device.tokenizer import ChatMessage, Tokenizer
+from device.tokenizer import ChatMessage, Tokenizer, check_unicode
 from protocol.bundle import Manifest
 from protocol.frames import FrameCodec
 
@@ -63,6 +63,7 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the text.")] = False,
 ) -> None:
     """Answer one prompt; the text streams as it is committed."""
+    check_unicode("prompt", prompt)
     with _conversation(answer_options) as conversation:
         tokenizer = conversation.tokenizer
         ids = tokenizer.encode(prompt) if raw else tokenizer.encode_chat([{"role": "user", "content": prompt}])
@@ -101,8 +102,7 @@ def serve(
     Requests may set temperature, top_p, seed, stop and max_tokens; the options are the defaults.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    answer_options.draft_settings(answer_options.sampling)  # raises if an option is not allowed
-    answer_options.curve_keys()
+    answer_options.check()
     from device import http
     from device.chat_request import Defaults
     from device.worker import Worker
@@ -139,8 +139,8 @@ def main() -> None:
 @contextmanager
 def _conversation(answer_options: AnswerOptions) -> Iterator[Conversation]:
     """A conversation over a new link; both are closed at the end."""
+    answer_options.check()
     settings = answer_options.draft_settings(answer_options.sampling)
-    answer_options.curve_keys()  # raises before the model is loaded
     with _record_file(answer_options) as records:
         model, tokenizer = _load(answer_options)
         with closing(_connect(answer_options, model.manifest, records)) as client:

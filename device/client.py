@@ -18,14 +18,18 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 
+from device.drafter import DraftResult
 from device.link import Link
+from device.probe import unreachable_reason
 from device.round_records import Moment, Moments, RoundRecord, RoundRecordFile
 from device.settings import DraftSettings, Timeouts
 from protocol.bundle import Manifest
 from protocol.errors import (
     ClosingError,
+    ContextLengthError,
     FaultError,
     FullError,
+    LimitError,
     LinkError,
     MismatchError,
     SettingsError,
@@ -34,6 +38,7 @@ from protocol.errors import (
 from protocol.messages import (
     OLDEST_VERSION,
     PROTOCOL_VERSION,
+    VOCABULARY_VERSION,
     Close,
     Decode,
     Draft,
@@ -48,6 +53,7 @@ from protocol.messages import (
     Reply,
     Request,
     Resume,
+    Sampling,
     Verdict,
     Welcome,
 )
@@ -58,7 +64,8 @@ logger = logging.getLogger(__name__)
 _FIRST_PAUSE = 1.0
 _JITTER = 0.25
 """Pauses are up to this share longer, at random, so that refused devices do not all retry at once."""
-_RETRYABLE = (FullError.code, ClosingError.code, UnknownSessionError.code)
+_RETRYABLE = (FullError.code, ClosingError.code, UnknownSessionError.code, LimitError.code)
+"""``limit`` only where the base station turns out to have new limits."""
 
 
 class Client:
@@ -95,6 +102,7 @@ class Client:
         self._clock = clock
         self._next_session = first_session
         self._paused_seconds = 0.0
+        self._manifest = manifest
         self._hello = Hello(
             PROTOCOL_VERSION, manifest.vocab_size, bytes.fromhex(manifest.vocabulary_hash), manifest.stop_ids
         )
@@ -113,7 +121,19 @@ class Client:
                 raise
             self.welcome = self._greet_in(OLDEST_VERSION, timeout)
         except LinkError as error:
-            raise LinkError(f"{error}; start one with: edgedraft-basestation serve --target MODEL") from error
+            reason = unreachable_reason(self.link.address)
+            raise LinkError(f"{error}: {reason}; start one with: edgedraft-basestation serve --target MODEL") from error
+        self.link.use_vocabulary(self.vocab_size)
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that both ends encode ids for: the target's, or the draft model's before version 3."""
+        return self.welcome.vocab_size or self._manifest.vocab_size
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """The ids that end an answer on both ends: the target's, or the draft model's before version 3."""
+        return frozenset(self.welcome.stop_ids if self.welcome.vocab_size else self._manifest.stop_ids)
 
     def check_served(self, settings: DraftSettings) -> None:
         """Check settings against the base station's Welcome.
@@ -243,21 +263,19 @@ class SessionRequests:
 
     Args:
         client: the greeted base station.
-        settings: mode and sampling of the session.
-        stop_ids: the ids that end a Decode.
+        mode: of the session.
+        sampling: how the target is sampled.
         tokens: the committed tokens; the session that owns the list appends to it.
     """
 
-    def __init__(
-        self, client: Client, settings: DraftSettings, stop_ids: frozenset[int], tokens: Sequence[int]
-    ) -> None:
+    def __init__(self, client: Client, mode: Mode, sampling: Sampling, tokens: Sequence[int]) -> None:
         self._client = client
-        self._settings = settings
-        self._stop_ids = stop_ids
+        self._mode = mode
+        self._sampling = sampling
         self._tokens = tokens
         self._prefills = False
         self._session_id = client.new_session_id()
-        self._rounds = SessionRounds(stop_ids)
+        self._rounds = SessionRounds(client.stop_ids)
 
     @property
     def ready(self) -> bool:
@@ -269,38 +287,53 @@ class SessionRequests:
         self._prefills = True
         next(self._replies(lambda: self._open(prompt_ids)))
 
-    def extend(self, start: int, token_ids: Sequence[int]) -> None:
-        """Keep the first ``start`` committed tokens and append ``token_ids``."""
+    def extend(self, start: int, token_ids: Sequence[int], sampling: Sampling) -> None:
+        """Keep the first ``start`` committed tokens, append ``token_ids``, and sample with these settings."""
         self._prefills = True
-        next(self._replies(lambda: Extend(self._session_id, self._rounds.round_id, start, tuple(token_ids))))
+        before, self._sampling = self._sampling, sampling
+        changed = None if sampling == before else sampling
+        next(self._replies(lambda: Extend(self._session_id, self._rounds.round_id, start, tuple(token_ids), changed)))
 
-    def reopen(self, prompt_ids: Sequence[int]) -> None:
+    def can_extend(self, sampling: Sampling) -> bool:
+        """Whether no reply is outstanding, and the base station can continue with these settings."""
+        return self.ready and (sampling == self._sampling or self._client.welcome.version >= VOCABULARY_VERSION)
+
+    def reopen(self, prompt_ids: Sequence[int], sampling: Sampling) -> None:
         """Close the session and open a new one on a prompt."""
         self.close()
+        self._sampling = sampling
         self._start_session()
         self.open(prompt_ids)
 
-    def draft(self, draft: Callable[[int, int], Draft], while_waiting: Callable[[], None] | None = None) -> Verdict:
+    def draft(
+        self, drafted: DraftResult, while_waiting: Callable[[], None] | None = None
+    ) -> tuple[Sequence[int], Verdict]:
         """Send a Draft; wait for its Verdict.
 
-        Args:
-            draft: makes the Draft from a session id and a round id.
-            while_waiting: called once, after the Draft was sent.
+        Returns:
+            The drafted tokens that were sent, fewer than ``drafted`` where a restarted base station allows fewer,
+            and the Verdict.
         """
+        count = 0
 
         def request() -> Draft:
-            return draft(self._session_id, self._rounds.round_id)
+            nonlocal count
+            welcome = self._client.welcome
+            count = min(len(drafted.token_ids), welcome.max_draft_len, welcome.context_length - len(self._tokens) - 1)
+            token_ids, distributions = drafted.token_ids[:count], drafted.distributions[:count]
+            return Draft(self._session_id, self._rounds.round_id, token_ids, distributions)
 
         verdict = next(self._replies(request, while_waiting))
         assert isinstance(verdict, Verdict)
-        return verdict
+        return drafted.token_ids[:count], verdict
 
     def decode(self, count: int) -> Iterator[Verdict]:
-        """Let the target decode ``count`` tokens alone; yield the Verdicts as they come."""
+        """Let the target decode ``count`` tokens alone, at most to the end of its context; yield the Verdicts."""
         received = 0
 
         def remaining() -> Decode:
-            return Decode(self._session_id, self._rounds.round_id, count - received)
+            room = self._client.welcome.context_length - len(self._tokens)
+            return Decode(self._session_id, self._rounds.round_id, min(count - received, room))
 
         for verdict in self._replies(remaining):
             assert isinstance(verdict, Verdict)
@@ -344,10 +377,12 @@ class SessionRequests:
                 if fault.fault_code not in _RETRYABLE:
                     raise
                 with self._client.paused_clock():
-                    if unknown or fault.fault_code != UnknownSessionError.code:
+                    if fault.fault_code in (FullError.code, ClosingError.code) or unknown:
                         refused_at = self._client.back_off(fault, refused_at)
-                    unknown = True
+                    unknown, before = True, self._client.welcome
                     self._start_session()
+                    if fault.fault_code == LimitError.code and self._client.welcome == before:
+                        raise
                     if not isinstance(sent, Open):
                         next(self._replies(partial(self._open, self._tokens), refused_at=refused_at))
             else:
@@ -366,14 +401,21 @@ class SessionRequests:
                 return
 
     def _start_session(self) -> None:
-        """Greet, and take a new session id."""
+        """Greet, and take a new session id; the base station may have other limits and stop ids now."""
         self._client.greet()
         self._prefills = True
         self._session_id = self._client.new_session_id()
-        self._rounds = SessionRounds(self._stop_ids)
+        self._rounds = SessionRounds(self._client.stop_ids)
 
     def _open(self, prompt_ids: Sequence[int]) -> Open:
-        return Open(self._session_id, 0, self._settings.mode, self._settings.sampling, tuple(prompt_ids))
+        context_length = self._client.welcome.context_length
+        if len(prompt_ids) >= context_length:
+            raise ContextLengthError(
+                "conversation",
+                f"{len(prompt_ids)} tokens",
+                f"at most {context_length - 1} (the target's context at the base station)",
+            )
+        return Open(self._session_id, 0, self._mode, self._sampling, tuple(prompt_ids))
 
     def _resume(self) -> Resume:
         return Resume.of(self._session_id, self._rounds.round_id, self._tokens)

@@ -8,6 +8,7 @@ architecture.
 Knows arrays and ONNX Runtime; not what is sampled from the logits.
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol, TypeAlias
@@ -22,6 +23,7 @@ from protocol.errors import BundleError, SettingsError
 Logits: TypeAlias = npt.NDArray[np.float32]
 Arrays: TypeAlias = dict[str, npt.NDArray[np.generic]]
 _FIRST_CAPACITY = 512
+_MAX_THREADS = 1024
 
 
 class KeyValueCache(Protocol):
@@ -41,18 +43,19 @@ class DraftModel:
 
     Args:
         bundle: the folder that ``edgedraft-export convert`` wrote.
-        threads: of ONNX Runtime; 0 uses all cores.
+        threads: of ONNX Runtime; 0 uses all cores that the process may run on.
         providers: execution providers of ONNX Runtime, in order of preference.
 
     Raises:
         BundleError: the folder is not a bundle, is damaged, or cannot be loaded.
-        SettingsError: a provider that this ONNX Runtime does not have.
+        SettingsError: the number of threads, or a provider that this ONNX Runtime does not have.
     """
 
     def __init__(self, bundle: Path, threads: int = 0, providers: Sequence[str] = ("CPUExecutionProvider",)) -> None:
         self.manifest = Manifest.read(bundle)
         self.manifest.check_files(bundle)
         session = _load(bundle / MODEL_NAME, threads, providers)
+        _check_graph(session, self.manifest)
         self._input_names = {entry.name for entry in session.get_inputs()}
         shared = self.manifest.cache_kind is CacheKind.SHARED
         self._cache: KeyValueCache = (SharedCache if shared else GrowingCache)(session, self.manifest)
@@ -160,13 +163,36 @@ def _present_name(past_name: str) -> str:
     return past_name.replace("past_key_values", "present")
 
 
+def _check_graph(session: onnxruntime.InferenceSession, manifest: Manifest) -> None:
+    """Check the shapes of a graph against the manifest; dimensions without a number agree with everything.
+
+    Raises:
+        BundleError: they contradict each other.
+    """
+    shapes = {entry.name: entry.shape for entry in (*session.get_inputs(), *session.get_outputs())}
+    if missing := {"input_ids", "attention_mask", "logits"} - set(shapes):
+        raise BundleError(f"the graph has no {', '.join(sorted(missing))}; export the bundle again")
+    for name in _past_names(session):
+        for said, found in zip(("kv_heads", "head_size"), shapes[name][1::2], strict=False):
+            listed = getattr(manifest, said)
+            if isinstance(found, int) and found != listed:
+                raise BundleError(f"the graph has {said} {found}; the manifest says {listed}: export the bundle again")
+    rows = shapes["logits"][-1]
+    if isinstance(rows, int) and rows < manifest.vocab_size:
+        raise BundleError(
+            f"the graph has {rows} logits; the manifest says {manifest.vocab_size} tokens: export the bundle again"
+        )
+
+
 def _load(path: Path, threads: int, providers: Sequence[str]) -> onnxruntime.InferenceSession:
     available = onnxruntime.get_available_providers()
     unknown = [name for name in providers if name not in available]
     if unknown:
         raise SettingsError("provider", unknown[0], ", ".join(available))
+    if not 0 <= threads <= _MAX_THREADS:
+        raise SettingsError("threads", threads, f"0 (all usable cores) to {_MAX_THREADS}")
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
     options.log_severity_level = 3
     # Spinning between the operators of a run saves a fifth of it; longer spinning would take the cores from others.
     options.add_session_config_entry("session.intra_op.spin_duration_us", "100")

@@ -8,9 +8,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
+import numpy as np
+
 from device.draft_model import DraftModel, Logits
 from device.sampling import coupled_token, full_distribution, sparse_distribution
 from device.settings import UplinkSettings
+from protocol.errors import NonFiniteError
 from protocol.messages import Mode, Sampling
 from protocol.randomness import Stream, random_bits
 from protocol.sparse import SparseDistribution
@@ -35,19 +38,33 @@ class DraftResult:
 class Drafter:
     """Drafts the continuation of a sequence.
 
+    Attributes:
+        sampling: how the target is sampled; may change between two answers.
+
     Args:
         model: the draft model; nothing else may run it.
         mode: what is sent for each token.
         sampling: how the target is sampled.
         uplink: how much of each distribution is sent in modes ``topk`` and ``topp``.
+        vocab_size: of the target, whose first tokens the draft model knows; None for the draft model's own.
+        stop_ids: the ids that end an answer; None for the draft model's own.
     """
 
-    def __init__(self, model: DraftModel, mode: Mode, sampling: Sampling, uplink: UplinkSettings) -> None:
+    def __init__(
+        self,
+        model: DraftModel,
+        mode: Mode,
+        sampling: Sampling,
+        uplink: UplinkSettings,
+        vocab_size: int | None = None,
+        stop_ids: frozenset[int] | None = None,
+    ) -> None:
         self._model = model
-        self._sampling = sampling
+        self.sampling = sampling
+        self._missing = (vocab_size or model.manifest.vocab_size) - model.manifest.vocab_size
         self._uplink = None if mode is Mode.FULL else uplink
         self._ids_alone = mode.sends_ids_alone
-        self._stop_ids = frozenset(model.manifest.stop_ids)
+        self._stop_ids = frozenset(model.manifest.stop_ids) if stop_ids is None else stop_ids
         self._cached: list[int] = []
         self._pending: list[int] = []
 
@@ -72,11 +89,11 @@ class Drafter:
             logits = self._run()
             position = len(tokens) + len(drafted)
             margin = None
-            if self._ids_alone or self._sampling.greedy:
-                token_id, margin = coupled_token(logits, self._sampling, position)
+            if self._ids_alone or self.sampling.greedy:
+                token_id, margin = coupled_token(logits, self.sampling, position)
             if not self._ids_alone:
                 distribution = self._distribution(logits)
-                token_id = distribution.sample(random_bits(self._sampling.seed, position, Stream.DRAFT))
+                token_id = distribution.sample(random_bits(self.sampling.seed, position, Stream.DRAFT))
                 distributions.append(distribution)
             drafted.append(token_id)
             margins.append(margin)
@@ -94,12 +111,15 @@ class Drafter:
         logits = self._model.forward(self._pending)
         self._cached += self._pending
         self._pending = []
-        return logits
+        if not np.isfinite(logits.max()):
+            count = len(self._cached)
+            raise NonFiniteError(f"the draft model's logits are NaN or infinite after {count} tokens; export it again")
+        return np.pad(logits, (0, self._missing), constant_values=-np.inf) if self._missing else logits
 
     def _distribution(self, logits: Logits) -> SparseDistribution:
         if self._uplink is None:
-            return full_distribution(logits, self._sampling)
-        return sparse_distribution(logits, self._sampling, self._uplink)
+            return full_distribution(logits, self.sampling)
+        return sparse_distribution(logits, self.sampling, self._uplink)
 
     def _rollback(self, tokens: Sequence[int]) -> list[int]:
         """Shorten the KV cache to the prefix shared with ``tokens``; return the tokens to run, at least the last."""

@@ -245,8 +245,9 @@ def _listen(bind: str) -> socket.socket:
     family = socket.AF_INET6 if ":" in parts.hostname else socket.AF_INET
     try:
         return socket.create_server((parts.hostname, parts.port or 0), family=family)
-    except OSError as error:
-        raise LinkError(f"cannot bind {bind!r}: {error.strerror}; name a free address like {_EXAMPLE}") from error
+    except (OSError, TypeError, UnicodeError) as error:  # a name that is not text raises TypeError
+        reason = getattr(error, "strerror", None) or error
+        raise LinkError(f"cannot bind {bind!r}: {reason}; name a free address like {_EXAMPLE}") from error
 
 
 async def _error_response(_: Request, error: Exception) -> Response:

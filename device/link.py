@@ -12,7 +12,8 @@ import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from device.curve_keys import CurveKeys
-from protocol.errors import AdmissionError, FrameError, LinkError, ProtocolError
+from device.probe import needs_ipv6
+from protocol.errors import AdmissionError, FrameError, ProtocolError, SettingsError
 from protocol.frames import FrameCodec
 from protocol.messages import Message
 from protocol.zmtp import CURVE_BYTES, socket_bytes
@@ -65,10 +66,12 @@ class SocketTransport:
     one that is in use, and may notice a lost connection later than the device.
 
     Raises:
-        LinkError: ``address`` is not a ZeroMQ endpoint.
+        SettingsError: ``address`` is not ``tcp://HOST:PORT``.
+        LinkError: its host does not resolve.
     """
 
     def __init__(self, address: str, max_frame_bytes: int, keys: CurveKeys | None = None) -> None:
+        ipv6 = needs_ipv6(address)
         self._address = address
         self._keys = keys
         self.connections = 0
@@ -82,6 +85,7 @@ class SocketTransport:
             (zmq.RECONNECT_IVL_MAX, _RECONNECT_MAX_MS),
             (zmq.TCP_KEEPALIVE, 1),
             (zmq.LINGER, _LINGER_MS),
+            (zmq.IPV6, int(ipv6)),
         ):
             self._dealer.setsockopt(option, value)
         if keys:
@@ -94,7 +98,7 @@ class SocketTransport:
             self._connect()
         except zmq.ZMQError as error:
             self._context.destroy(linger=0)
-            raise LinkError(f"{address!r} is not an address: {error}; allowed: tcp://HOST:PORT") from error
+            raise SettingsError("server", address, f"tcp://HOST:PORT ({error})") from error
 
     def send(self, frame: bytes) -> None:
         """Send one frame; it is dropped where the base station has been unreachable for long.
@@ -200,7 +204,12 @@ class Link:
 
     @classmethod
     def connect(cls, address: str, codec: FrameCodec, keys: CurveKeys | None = None) -> "Link":
-        """A link over TCP, encrypted where there are keys. The base station need not be up yet."""
+        """A link over TCP, encrypted where there are keys. The base station need not be up yet.
+
+        Raises:
+            SettingsError: ``address`` is not ``tcp://HOST:PORT``.
+            LinkError: its host does not resolve.
+        """
         transport = SocketTransport(address, codec.max_frame_bytes, keys)
         return cls(transport, codec, address, CURVE_BYTES if keys else 0)
 
@@ -209,6 +218,11 @@ class Link:
         frame = self._codec.encode(message)
         self.uplink_bytes += socket_bytes(frame, self._envelope_bytes)
         self._transport.send(frame)
+
+    def use_vocabulary(self, vocab_size: int) -> None:
+        """Encode token ids for this many tokens from now on."""
+        if vocab_size != self._codec.vocab_size:
+            self._codec = FrameCodec(vocab_size, self._codec.limits)
 
     @property
     def connections(self) -> int:

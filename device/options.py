@@ -1,5 +1,6 @@
 """The options that ``generate``, ``chat`` and ``serve`` share."""
 
+import re
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Annotated
 import typer
 
 from device.curve_keys import CurveKeys
+from device.probe import endpoint
 from device.settings import DEFAULT_UPLINK_K, DraftSettings, Timeouts, choose_mode
 from protocol.bundle import Manifest
 from protocol.errors import SettingsError
@@ -40,7 +42,7 @@ class AnswerOptions:
     draft_len: Annotated[
         str, typer.Option(help="Tokens drafted in each round; auto decides after each token from measured times.")
     ] = "auto"
-    threads: Annotated[int, typer.Option(help="Threads of the draft model; 0 for all cores.")] = 0
+    threads: Annotated[int, typer.Option(help="Threads of the draft model; 0 for all usable cores.")] = 0
     provider: Annotated[str, typer.Option(help="Execution provider of ONNX Runtime.")] = "CPUExecutionProvider"
     connect_timeout: Annotated[float, typer.Option(help="Seconds to wait for the base station's first reply.")] = 5.0
     retry_timeout: Annotated[
@@ -60,6 +62,19 @@ class AnswerOptions:
         """The sampling; without ``--seed`` each call draws another seed."""
         seed = secrets.randbits(63) if self.seed is None else self.seed
         return Sampling(self.temperature, self.top_k, self.top_p, seed)
+
+    def check(self) -> None:
+        """Check everything but the model, before it is loaded.
+
+        Raises:
+            SettingsError: a value is not allowed.
+            KeyFileError: a key file cannot be used.
+            BundleError: the bundle's manifest cannot be read.
+        """
+        self.draft_settings(self.sampling)
+        self.curve_keys()
+        endpoint(self.server)
+        _ = self.timeouts
 
     def draft_settings(self, sampling: Sampling) -> DraftSettings:
         """How to draft for a sampling.
@@ -106,6 +121,6 @@ class AnswerOptions:
     def _fixed_draft_len(self) -> int | None:
         if self.draft_len == "auto":
             return None
-        if not self.draft_len.isdecimal() or int(self.draft_len) < 1:
+        if not re.fullmatch("[0-9]{1,9}", self.draft_len) or int(self.draft_len) < 1:
             raise SettingsError("draft-len", self.draft_len, "auto, or 1 or more")
         return int(self.draft_len)

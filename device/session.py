@@ -3,7 +3,7 @@
 Knows tokens, not text; ``client.py`` gets the requests answered.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -12,9 +12,9 @@ from device.draft_model import DraftModel
 from device.drafter import Drafter
 from device.planner import Planner
 from device.settings import DraftSettings
-from protocol.errors import ContextLengthError
+from protocol.errors import ContextLengthError, NonFiniteError
 from protocol.limits import option_name
-from protocol.messages import Draft, Mode, Verdict
+from protocol.messages import Mode, Sampling, Verdict
 
 _PREFILL_INTERVAL = 8
 """While the target decodes alone, the draft model runs the new tokens in chunks of this size, which is cheaper."""
@@ -58,11 +58,10 @@ class DeviceSession:
     Attributes:
         tokens: committed so far, the prompt included.
         counters: over all answers.
-        stop_ids: the ids that end an answer.
 
     Raises:
         SettingsError: the base station does not serve these settings.
-        ContextLengthError: the prompt does not fit both models' contexts, or exceeds the base station's limit.
+        ContextLengthError: the prompt does not fit the target's context, or exceeds the base station's limit.
     """
 
     def __init__(
@@ -71,36 +70,55 @@ class DeviceSession:
         client.check_served(settings)
         self.counters = Counters()
         self.tokens: list[int] = []
-        self.stop_ids = frozenset(model.manifest.stop_ids)
         self._client = client
         self._planner = planner
         self._settings = settings
         self._target_alone = settings.mode is Mode.TARGET
-        self._context_length = min(client.welcome.context_length, model.manifest.context_length)
-        self._drafter = Drafter(model, settings.mode, settings.sampling, settings.uplink)
-        self._requests = SessionRequests(client, settings, self.stop_ids, self.tokens)
+        self._draft_context = model.manifest.context_length
+        self._drafter = Drafter(
+            model, settings.mode, settings.sampling, settings.uplink, client.vocab_size, client.stop_ids
+        )
+        self._requests = SessionRequests(client, settings.mode, settings.sampling, self.tokens)
         self._check_prompt(prompt_ids)
         began = client.now()
         self._requests.open(prompt_ids)
         self._planner.observe_opened(client.now().seconds - began.seconds)
-        self._commit_prompt(prompt_ids)
+        try:
+            self._commit_prompt(prompt_ids)
+        except NonFiniteError:  # nobody else could close the session
+            self.close()
+            raise
 
-    def extend(self, prompt_ids: list[int]) -> None:
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """The ids that end an answer."""
+        return self._client.stop_ids
+
+    def extend(self, prompt_ids: list[int], sampling: Sampling | None = None, planner: Planner | None = None) -> None:
         """Continue with a prompt; only what differs from the committed tokens is sent and run.
 
+        Args:
+            prompt_ids: the whole conversation.
+            sampling: how the target is sampled from now on; None for no change.
+            planner: for these settings; None for no change.
+
         Raises:
-            ContextLengthError: it does not fit both models' contexts, or exceeds the base station's limit.
+            ContextLengthError: it does not fit the target's context, or exceeds the base station's limit.
         """
+        sampling = sampling or self._drafter.sampling
+        self._planner = planner or self._planner
         start = 0
         for old, new in zip(self.tokens, prompt_ids[:-1], strict=False):
             if old != new:
                 break
             start += 1
-        self._check_prompt(prompt_ids, start if self._requests.ready else 0)
-        if self._requests.ready:
-            self._requests.extend(start, prompt_ids[start:])
-        else:  # the previous answer was abandoned while the target decoded it
-            self._requests.reopen(prompt_ids)
+        can_extend = self._requests.can_extend(sampling)
+        self._check_prompt(prompt_ids, start if can_extend else 0)
+        self._drafter.sampling = sampling
+        if can_extend:
+            self._requests.extend(start, prompt_ids[start:], sampling)
+        else:  # the target still decodes an abandoned answer, or the base station is of an older version
+            self._requests.reopen(prompt_ids, sampling)
         self._commit_prompt(prompt_ids)
 
     def answer(self, max_new_tokens: int) -> Iterator[AnswerToken]:
@@ -108,14 +126,19 @@ class DeviceSession:
 
         Ends after a stop id, ``max_new_tokens`` tokens or at the end of the context.
         """
-        end = min(len(self.tokens) + max_new_tokens, self._context_length)
-        while len(self.tokens) < end:
-            room = end - len(self.tokens)
+        start = len(self.tokens)
+        end = start + max_new_tokens
+        while (room := min(end, self._client.welcome.context_length) - len(self.tokens)) > 0:
             alone = self._decode_len(room)
-            for token in self._decode(alone) if alone else self._round(room - 1):
-                yield token
-                if token.token_id in self.stop_ids:
-                    return
+            try:
+                for token in self._decode(alone) if alone else self._round(room - 1):
+                    yield token
+                    if token.token_id in self.stop_ids:
+                        return
+            except ContextLengthError:  # the base station restarted with a context that the committed tokens fill
+                if len(self.tokens) == start:
+                    raise
+                return
 
     def close(self) -> None:
         """End the session at the base station."""
@@ -125,28 +148,31 @@ class DeviceSession:
         """Draft up to ``room`` tokens, send them, and commit the accepted ones and the token that follows."""
         began = self._client.now()
         fixed = self._settings.draft_len
-        draft_len = min(self._client.welcome.max_draft_len if fixed is None else fixed, room)
+        draft_len = min(self._client.welcome.max_draft_len, room, self._draft_room, fixed or room)
         should_continue = self._planner.should_continue if fixed is None else None
         drafted = self._drafter.draft(self.tokens, draft_len, should_continue)
         sent = self._client.now()
-        verdict = self._requests.draft(
-            lambda session_id, round_id: Draft(session_id, round_id, drafted.token_ids, drafted.distributions),
-            self._drafter.cache_last_token if self._settings.cache_last_token else None,
-        )
+        while_waiting = self._drafter.cache_last_token if self._settings.cache_last_token else None
+        token_ids, verdict = self._requests.draft(drafted, while_waiting)
         received = self._client.now()
         reply_seconds = None if self._requests.take_prefilled() else received.seconds - sent.seconds
-        self._planner.observe(drafted.margins, verdict.accepted, sent.seconds - began.seconds, reply_seconds)
-        moments = (began, sent, received)
-        self._client.record(self._settings.mode, verdict, draft_len, len(drafted.token_ids), moments)
-        self.counters.drafted += len(drafted.token_ids)
+        margins = drafted.margins[: len(token_ids)]
+        self._planner.observe(margins, verdict.accepted, sent.seconds - began.seconds, reply_seconds)
+        self._client.record(self._settings.mode, verdict, draft_len, len(token_ids), (began, sent, received))
+        self.counters.drafted += len(token_ids)
         self.counters.accepted += verdict.accepted
-        return self._commit(drafted.token_ids, verdict)
+        return self._commit(token_ids, verdict)
 
     def _decode_len(self, room: int) -> int:
         """How many tokens the target decodes alone now; 0 where the device drafts."""
-        if self._target_alone:
+        if self._target_alone or not self._draft_room:
             return room
         return 0 if self._settings.draft_len else min(self._planner.decode_len(), room)
+
+    @property
+    def _draft_room(self) -> int:
+        """Tokens that fit the draft model's context after the committed ones; without any the target decodes alone."""
+        return max(0, self._draft_context - len(self.tokens))
 
     def _decode(self, count: int) -> Iterator[AnswerToken]:
         """Let the target decode alone, and commit its tokens as they come."""
@@ -164,10 +190,10 @@ class DeviceSession:
 
     def _prefill_draft_model(self) -> None:
         """Run the committed tokens through the draft model, so that drafting can start at once."""
-        if not self._target_alone:
+        if not self._target_alone and self._draft_room:
             self._drafter.prefill(self.tokens)
 
-    def _commit(self, drafted: tuple[int, ...], verdict: Verdict) -> list[AnswerToken]:
+    def _commit(self, drafted: Sequence[int], verdict: Verdict) -> list[AnswerToken]:
         self.counters.rounds += 1
         last = Origin.BONUS if verdict.accepted == len(drafted) else Origin.RECOVERED
         committed = [AnswerToken(token_id, Origin.ACCEPTED) for token_id in drafted[: verdict.accepted]]
@@ -180,10 +206,10 @@ class DeviceSession:
         self._prefill_draft_model()
 
     def _check_prompt(self, prompt_ids: list[int], start: int = 0) -> None:
-        if len(prompt_ids) >= self._context_length:
-            raise ContextLengthError(
-                "prompt", f"{len(prompt_ids)} tokens", f"at most {self._context_length - 1} (the models' context)"
-            )
+        context_length = self._client.welcome.context_length
+        if len(prompt_ids) >= context_length:
+            allowed = f"at most {context_length - 1} (the target's context at the base station)"
+            raise ContextLengthError("prompt", f"{len(prompt_ids)} tokens", allowed)
         new, most = len(prompt_ids) - start, self._client.welcome.max_prompt_len
         if new > most:
             allowed = f"at most {most} at once (the base station's {option_name('max_prompt_len')})"

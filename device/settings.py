@@ -3,7 +3,7 @@
 Settings are validated when they are made.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Self
 
 from protocol.bundle import QualityFigures
@@ -90,11 +90,20 @@ class Timeouts:
         connect: until the base station must have answered the first Hello.
         resend: until an unanswered request is sent again.
         retry: until the device gives up on a base station that is unreachable, full or shutting down.
+
+    Raises:
+        SettingsError: a time is not allowed.
     """
 
     connect: float = 5.0
     resend: float = 5.0
     retry: float = 60.0
+
+    def __post_init__(self) -> None:
+        for entry in fields(self):
+            seconds = getattr(self, entry.name)
+            if not seconds > 0:
+                raise SettingsError(f"{entry.name}-timeout", seconds, "more than 0 seconds")
 
 
 def choose_mode(quality: QualityFigures, sampling: Sampling) -> Mode:

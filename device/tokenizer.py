@@ -1,16 +1,23 @@
-"""Text to token ids and back, and the chat template, from the files of a bundle."""
+"""Text to token ids and back, and the chat template, from the files of a bundle.
 
+Text inside a message never becomes a control token: a user who types ``<|im_end|>``
+does not end the turn.
+"""
+
+import json
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
-from jinja2 import TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.decoders import DecodeStream
 
+from common.chat_template import ChatTemplate
 from protocol.bundle import CHAT_TEMPLATE_NAME, TOKENIZER_NAME, Manifest
 from protocol.errors import BundleError, SettingsError
+
+_PRIVATE_USE = range(0xE000, 0xF900)
 
 
 class ChatMessage(TypedDict):
@@ -21,21 +28,32 @@ class ChatMessage(TypedDict):
 
 
 class Tokenizer:
-    """A bundle's tokenizer, with its chat template if there is one."""
+    """A bundle's tokenizer, with its chat template if there is one.
+
+    Raises:
+        BundleError: the tokenizer or the chat template cannot be read.
+    """
 
     def __init__(self, bundle: Path, manifest: Manifest) -> None:
-        self._tokenizer = FastTokenizer.from_file(str(bundle / TOKENIZER_NAME))
-        self._tokens = {"bos_token": manifest.bos_token, "eos_token": manifest.eos_token}
-        template = bundle / CHAT_TEMPLATE_NAME
-        self._template = template.read_text(encoding="utf-8") if template.is_file() else None
+        self._path = bundle / TOKENIZER_NAME
+        try:
+            self._tokenizer = FastTokenizer.from_file(str(self._path))
+        except Exception as error:  # the library raises Exception itself
+            raise BundleError(f"{str(self._path)!r} cannot be read: {error}; export the bundle again") from error
+        self._added_ids = frozenset(self._tokenizer.get_added_tokens_decoder())
+        self._template: ChatTemplate | None = None
+        if CHAT_TEMPLATE_NAME in manifest.files:
+            special = {"bos_token": manifest.bos_token, "eos_token": manifest.eos_token}
+            self._template = ChatTemplate((bundle / CHAT_TEMPLATE_NAME).read_text(encoding="utf-8"), special)
 
     def encode(self, text: str) -> list[int]:
-        """Encode plain text, with the special tokens that the tokenizer adds.
+        """Encode plain text, with the special tokens that the tokenizer adds; control tokens in it count as such.
 
         Raises:
             SettingsError: the text has no tokens.
         """
-        return self._encode(text, add_special_tokens=True)
+        check_unicode("prompt", text)
+        return _not_empty(text, self._tokenizer.encode(text).ids)
 
     def encode_chat(self, messages: Sequence[ChatMessage]) -> list[int]:
         """Encode a conversation, rendered by the chat template, as the prompt for the next answer.
@@ -46,15 +64,12 @@ class Tokenizer:
         """
         if self._template is None:
             raise SettingsError("prompt", "a conversation", "plain text with --raw: this bundle has no chat template")
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals["raise_exception"] = _refuse
-        try:
-            text = environment.from_string(self._template).render(
-                messages=messages, add_generation_prompt=True, **self._tokens
-            )
-        except TemplateError as error:
-            raise BundleError(f"the bundle's chat template refuses the conversation: {error}") from error
-        return self._encode(text, add_special_tokens=False)
+        for message in messages:
+            check_unicode("prompt", message["content"])
+        mark = _unused_character(messages)
+        marked = [{**message, "content": self._mark(message["content"], mark)} for message in messages]
+        text = self._template.render(marked)
+        return _not_empty(text, self._encode_marked(text, mark))
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Decode ids, without special tokens."""
@@ -62,17 +77,100 @@ class Tokenizer:
         return text
 
     def decode_stream(self, token_ids: Iterator[int]) -> Iterator[str]:
-        """The text that each id adds; empty while a character is incomplete."""
-        stream = DecodeStream(skip_special_tokens=True)
+        """The text that each id adds, then what is left; empty while a character is incomplete."""
+        stream, text = DecodeStream(skip_special_tokens=True), ""
+        seen: list[int] = []
         for token_id in token_ids:
-            yield stream.step(self._tokenizer, token_id) or ""
+            seen.append(token_id)
+            piece = stream.step(self._tokenizer, token_id) or ""
+            text += piece
+            yield piece
+        whole = self.decode(seen)
+        if len(whole) > len(text) and whole.startswith(text):
+            yield whole[len(text) :]
 
-    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
-        if not ids:
-            raise SettingsError("prompt", text, "a text of at least one token")
-        return ids
+    def _mark(self, content: str, mark: str) -> str:
+        """The content with ``mark`` before each added token that the tokenizer would find in it.
+
+        Tokens for white space, such as Gemma's for two new lines, are no control tokens and stay.
+        """
+        parts, end = [], 0
+        for start, stop, _ in self._find_added(content):
+            if content[start:stop].isspace():
+                continue
+            parts += [content[end:start], mark, content[start:stop]]
+            end = stop
+        return "".join([*parts, content[end:]])
+
+    def _find_added(self, text: str) -> list[tuple[int, int, int]]:
+        """Start, end and id of each added token in a text."""
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        return [
+            (start, end, token_id)
+            for token_id, (start, end) in zip(encoding.ids, encoding.offsets, strict=True)
+            if token_id in self._added_ids
+        ]
+
+    def _encode_marked(self, text: str, mark: str) -> list[int]:
+        """Encode rendered text; an added token behind a ``mark`` is plain text."""
+        if mark not in text:
+            return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        ids: list[int] = []
+        begin = 0
+        for start, end, token_id in self._find_added(text):
+            if text[max(0, start - 1) : start] == mark or text[start : start + 1] == mark:
+                continue
+            ids += self._encode_plain(text[begin:start].replace(mark, ""), first=begin == 0)
+            ids.append(token_id)
+            begin = end
+        return ids + self._encode_plain(text[begin:].replace(mark, ""), first=begin == 0)
+
+    def _encode_plain(self, text: str, first: bool) -> list[int]:
+        """Encode text in which no added token counts; ``first`` where nothing precedes it."""
+        return list((self._plain_first if first else self._plain_rest).encode(text, add_special_tokens=False).ids)
+
+    @cached_property
+    def _plain_first(self) -> FastTokenizer:
+        return self._without_added("first")
+
+    @cached_property
+    def _plain_rest(self) -> FastTokenizer:
+        return self._without_added("never")
+
+    def _without_added(self, prepend_scheme: str) -> FastTokenizer:
+        """The tokenizer without its added tokens; ``prepend_scheme`` replaces a Metaspace's "first"."""
+        content = json.loads(self._path.read_text(encoding="utf-8"))
+        content["added_tokens"] = []
+        for part in _pre_tokenizers(content.get("pre_tokenizer")):
+            if part.get("type") == "Metaspace" and part.get("prepend_scheme") == "first":
+                part["prepend_scheme"] = prepend_scheme
+        return FastTokenizer.from_str(json.dumps(content))
 
 
-def _refuse(reason: str) -> None:
-    raise TemplateError(reason)
+def _pre_tokenizers(part: Any) -> Iterator[dict[str, Any]]:
+    if part:
+        yield part
+        for inner in part.get("pretokenizers", ()):
+            yield from _pre_tokenizers(inner)
+
+
+def _unused_character(messages: Sequence[ChatMessage]) -> str:
+    """A private-use character that no message contains."""
+    used = {character for message in messages for character in message["content"]}
+    return next(character for code in _PRIVATE_USE if (character := chr(code)) not in used)
+
+
+def check_unicode(name: str, text: str) -> None:
+    """Refuse half of a surrogate pair: JSON allows it, and so does a command line with undecodable bytes.
+
+    Raises:
+        SettingsError: the text called ``name`` has one.
+    """
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise SettingsError(name, text, "text in UTF-8")
+
+
+def _not_empty(text: str, ids: list[int]) -> list[int]:
+    if not ids:
+        raise SettingsError("prompt", text, "a text of at least one token")
+    return ids

@@ -149,27 +149,29 @@ class Worker:
         ids = self._tokenizer.encode_chat(request.messages)
         stream = self._conversation_with(request.settings).ask(ids, request.max_new_tokens)
         stops = StopStrings(request.stops)
-        new_tokens = 0
         for chunk in stream:
             self._connection.mark_received()
-            new_tokens += 1
             if text := stops.feed(chunk.text):
                 job.deliver(text)
             if stops.reached or job.cancelled.is_set() or self._stopping.is_set():
                 self._end_conversation()
-                return Finish("stop" if stops.reached else "length", len(ids), new_tokens)
+                return Finish("stop" if stops.reached else "length", len(ids), stream.new_tokens)
         if text := stops.flush():
             job.deliver(text)
         answer = stream.answer
-        logger.info("%d prompt tokens, %d new tokens, %.1f tokens/s", len(ids), new_tokens, answer.tokens_per_second)
-        return Finish(answer.finish_reason, len(ids), new_tokens)
+        finish_reason = "stop" if stops.reached else answer.finish_reason
+        logger.info(
+            "%d prompt tokens, %d new tokens, %.1f tokens/s", len(ids), stream.new_tokens, answer.tokens_per_second
+        )
+        return Finish(finish_reason, len(ids), stream.new_tokens)
 
     def _conversation_with(self, settings: DraftSettings) -> Conversation:
-        """The current conversation if its settings are the same, so that only what is new is sent and run."""
+        """The current conversation if it accepts these settings, so that only what is new is sent and run."""
         client = self._connection.client()
-        if self._conversation is None or self._conversation.settings != settings:
+        if self._conversation is None or not self._conversation.accepts(settings):
             self._end_conversation()
             self._conversation = Conversation(client, self._planners, self._model, self._tokenizer, settings)
+        self._conversation.settings = settings
         return self._conversation
 
     def _end_conversation(self) -> None:

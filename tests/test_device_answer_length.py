@@ -1,12 +1,14 @@
 """An answer ends at a stop id, at the requested length or at the context length."""
 
 from dataclasses import replace
+from typing import cast
 
 import pytest
 
 from device.settings import DraftSettings
 from protocol.errors import ContextLengthError, SettingsError
 from protocol.messages import Mode
+from tests.fakes import FakeDraftModel
 from tests.invariants import PROMPT, SETTINGS, answer, draft_model, every_setting, lossy, new_station, token_ids_of
 from tests.link_pair import MemoryTransport, join, open_session
 
@@ -48,9 +50,9 @@ def test_an_answer_has_the_requested_length(settings: DraftSettings, count: int)
 
 
 @every_setting
-@pytest.mark.parametrize(("draft_context", "target_context"), [(4096, 20), (20, 4096), (20, 20)])
-def test_an_answer_ends_at_the_context_length(settings: DraftSettings, draft_context: int, target_context: int) -> None:
-    station, model = new_station(context_length=target_context), draft_model(context_length=draft_context)
+@pytest.mark.parametrize("draft_context", [4096, 20, 10])
+def test_an_answer_ends_at_the_targets_context_length(settings: DraftSettings, draft_context: int) -> None:
+    station, model = new_station(context_length=20), draft_model(context_length=draft_context)
     client, _ = join(station, model)
     session = open_session(client, settings, model, PROMPT)
     assert len(token_ids_of(session)) == 20 - len(PROMPT)
@@ -59,11 +61,22 @@ def test_an_answer_ends_at_the_context_length(settings: DraftSettings, draft_con
     assert len(token_ids_of(session)) == 1
 
 
-@pytest.mark.parametrize(("draft_context", "target_context"), [(4096, 8), (8, 4096)])
-def test_a_prompt_that_fills_the_context_is_refused(draft_context: int, target_context: int) -> None:
-    station, model = new_station(context_length=target_context), draft_model(context_length=draft_context)
+@every_setting
+@pytest.mark.parametrize("draft_context", [1, 7, len(PROMPT), 15])
+def test_beyond_the_draft_models_context_the_target_decodes_alone(settings: DraftSettings, draft_context: int) -> None:
+    station, model = new_station(), draft_model(context_length=draft_context)
     client, _ = join(station, model)
-    with pytest.raises(ContextLengthError, match=r"8 tokens.*at most 7"):
+    tokens = token_ids_of(open_session(client, settings, model, PROMPT))
+    assert len(tokens) == len(answer(settings))
+    if settings.mode.encoding is None or settings.sampling.greedy:
+        assert tokens == answer(settings)
+    assert cast(FakeDraftModel, model).length <= draft_context
+
+
+def test_a_prompt_that_fills_the_targets_context_is_refused() -> None:
+    station, model = new_station(context_length=8), draft_model()
+    client, _ = join(station, model)
+    with pytest.raises(ContextLengthError, match=r"8 tokens.*at most 7 \(the target's context at the base station\)"):
         open_session(client, SETTINGS[0], model, PROMPT)
     session = open_session(client, SETTINGS[0], model, PROMPT[:7])
     assert len(token_ids_of(session)) == 1

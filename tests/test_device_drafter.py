@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,6 +13,7 @@ from device.drafter import Drafter, DraftResult
 from device.sampling import full_distribution, sparse_distribution
 from device.settings import UplinkSettings
 from protocol.coupling import MAX_MARGIN
+from protocol.errors import NonFiniteError
 from protocol.messages import Mode, Sampling
 from protocol.randomness import Stream, random_bits
 from tests.fakes import FakeDraftModel, next_logits, random_table, target_alone
@@ -218,3 +220,43 @@ def test_drafting_ends_when_should_continue_is_false(mode: Mode, sampling: Sampl
     drafted = new_setup(mode, sampling).drafter.draft(PROMPT, 5, should_continue)
     assert drafted.token_ids == full_draft.token_ids[:3]
     assert calls == [full_draft.margins[:count] for count in range(4)]
+
+
+def drafter_with(value: float, mode: Mode, sampling: Sampling, *token_ids: int) -> Drafter:
+    """A drafter whose model gives ``value`` as the logit of these tokens."""
+    table = TABLE.copy()
+    table[:, :, list(token_ids)] = value
+    return Drafter(FakeDraftModel.make(table), mode, sampling, uplink_of(mode))
+
+
+@every_mode
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("tokens", [(2,), tuple(range(VOCAB))])
+def test_logits_that_are_not_finite_end_the_draft_with_a_named_error(
+    mode: Mode, sampling: Sampling, value: float, tokens: tuple[int, ...]
+) -> None:
+    message = r"the draft model's logits are NaN or infinite after 4 tokens; export it again"
+    drafter = drafter_with(value, mode, sampling, *tokens)
+    for _ in range(2):  # an error leaves no state behind
+        with pytest.raises(NonFiniteError, match=message):
+            drafter.draft(PROMPT, 3)
+    with pytest.raises(NonFiniteError, match="after 3 tokens"):
+        drafter.prefill([5, *PROMPT[1:]])
+
+
+@every_mode
+def test_logits_that_are_all_minus_infinity_are_not_finite(mode: Mode, sampling: Sampling) -> None:
+    with pytest.raises(NonFiniteError):
+        drafter_with(-np.inf, mode, sampling, *range(VOCAB)).draft(PROMPT, 3)
+
+
+@every_mode
+@pytest.mark.parametrize("excluded", [(0,), (0, 3), tuple(range(1, VOCAB))])
+def test_tokens_of_minus_infinity_are_never_drafted(mode: Mode, sampling: Sampling, excluded: tuple[int, ...]) -> None:
+    drafted = drafter_with(-np.inf, mode, sampling, *excluded).draft(PROMPT, 20)
+    assert len(drafted.token_ids) == 20
+    assert not set(drafted.token_ids) & set(excluded)
+    for distribution in drafted.distributions:
+        probs = dict(zip(distribution.support.tolist(), distribution.probs.tolist(), strict=True))
+        assert all(probs.get(token_id, 0) == 0 for token_id in excluded)
+    assert all(margin is None or 0 <= margin <= MAX_MARGIN for margin in drafted.margins)

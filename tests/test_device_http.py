@@ -132,22 +132,50 @@ def test_stop_string_ends_the_answer() -> None:
     assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks) == choice["message"]["content"]
 
 
-def test_conversation_continues_in_one_session() -> None:
-    opened: list[Message] = []
+class OpenCounter:
+    """Delivers every message once, and counts the sessions that are opened."""
 
-    def count_opens(message: Message) -> int:
-        opened.extend([message] if isinstance(message, Open) else [])
+    def __init__(self) -> None:
+        self.opens = 0
+
+    def __call__(self, message: Message) -> int:
+        self.opens += isinstance(message, Open)
         return 1
 
-    with http_client(new_station(), count_opens) as client:
-        first = complete(client).json()["choices"][0]["message"]
-        messages = [*FIELDS["messages"], first, {"role": "user", "content": "9 2 6"}]  # type: ignore[misc]
-        second = complete(client, messages=messages).json()["choices"][0]["message"]["content"]
+
+def next_turn(answer: Any) -> list[Any]:
+    """The conversation so far with the answer, and another message of the user."""
+    first = answer.json()["choices"][0]["message"]
+    return [*FIELDS["messages"], first, {"role": "user", "content": "9 2 6"}]  # type: ignore[misc]
+
+
+def content_of(answer: Any) -> str:
+    content: str = answer.json()["choices"][0]["message"]["content"]
+    return content
+
+
+def test_conversation_continues_in_one_session() -> None:
+    counter = OpenCounter()
+    with http_client(new_station(), counter) as client:
+        second = complete(client, messages=next_turn(complete(client)))
         prompt = [*PROMPT, *target_alone(TARGET, PROMPT, 12), 9, 2, 6]
-        assert second == text_of(target_alone(TARGET, prompt, 12))
-        assert len(opened) == 1
+        assert content_of(second) == text_of(target_alone(TARGET, prompt, 12))
+        assert counter.opens == 1
         complete(client, temperature=1)
-        assert len(opened) == 2
+        assert counter.opens == 2
+
+
+@pytest.mark.parametrize("changed", [{"seed": 6}, {"temperature": 0.5}, {"top_p": 0.8}], ids=str)
+def test_a_turn_with_other_sampling_settings_continues_in_the_same_session(changed: dict[str, float]) -> None:
+    fields: dict[str, Any] = {"temperature": 1.0, "seed": 5}
+    counter = OpenCounter()
+    with http_client(new_station(), counter) as client:
+        messages = next_turn(complete(client, **fields))
+        texts = [content_of(complete(client, messages=messages, **fields | change)) for change in ({}, changed)]
+    assert counter.opens == 1
+    assert texts[0] != texts[1]
+    with http_client(new_station()) as client:
+        assert texts[1] == content_of(complete(client, messages=messages, **fields | changed))
 
 
 @pytest.mark.parametrize(

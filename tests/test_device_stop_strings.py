@@ -1,7 +1,7 @@
 """A stop string ends the text where it first appears, however tokens divide it."""
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from device.stop_strings import StopStrings
@@ -16,6 +16,9 @@ def feed_all(pieces: list[str], stops: list[str]) -> tuple[str, bool]:
     return text + stop_strings.flush(), stop_strings.reached
 
 
+@example(["ab", "c"], ["abc", "b"])
+@example(["a", "b", "d"], ["abc", "b"])
+@example(["ab"], ["abc", "b"])
 @given(st.lists(st.text("ab", max_size=4), max_size=12), st.lists(st.text("ab", min_size=1, max_size=3), max_size=3))
 def test_text_ends_before_the_first_stop_string(pieces: list[str], stops: list[str]) -> None:
     text, reached = feed_all(pieces, stops)

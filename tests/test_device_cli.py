@@ -1,0 +1,241 @@
+"""``edgedraft-device`` in a process of its own: what goes wrong is one line and an exit code, never a traceback."""
+
+import os
+import re
+import subprocess
+import sys
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from math import inf, nan
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from basestation.server import Server
+from device.draft_model import DraftModel
+from device.options import AnswerOptions
+from protocol.errors import SettingsError
+from tests.fakes import FakeTarget
+from tests.sample import PROJECT
+from tests.serving import serving
+from tests.tiny_bundle import VOCAB, one_word, table_of, write_bundle
+
+NOBODY = "tcp://127.0.0.1:1"
+ASCII_OUTPUTS = [
+    {"PYTHONIOENCODING": "ascii"},
+    {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"},
+]
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_bundle(tmp_path_factory.mktemp("tiny") / "bundle", one_word("🙂"))
+
+
+@pytest.fixture(scope="module")
+def station() -> Iterator[str]:
+    with serving(Server(FakeTarget.make(table_of(one_word("🙂"))), "tcp://127.0.0.1:0")) as server:
+        yield server.address
+
+
+def command(name: str, bundle: Path, server: str, *options: str | bytes) -> list[str | bytes]:
+    return [sys.executable, "-m", "device", name, "--bundle", str(bundle), "--server", server, *options]
+
+
+def device(
+    *arguments: Any, text: bytes = b"", environment: dict[str, str] | None = None
+) -> "subprocess.CompletedProcess[bytes]":
+    return subprocess.run(
+        command(*arguments), input=text, capture_output=True, env=os.environ | (environment or {}), check=False
+    )
+
+
+def error_line(done: "subprocess.CompletedProcess[bytes]", exit_code: int) -> str:
+    stderr = done.stderr.decode()
+    assert stderr.startswith("error: "), stderr
+    assert stderr.count("\n") == 1
+    assert done.returncode == exit_code
+    return stderr
+
+
+def generate_error(bundle: Path, server: str, exit_code: int) -> str:
+    return error_line(device("generate", bundle, server, "--connect-timeout", "1", "--prompt", "a"), exit_code)
+
+
+@pytest.mark.parametrize("raw", [(), ("--raw",)])
+def test_a_prompt_that_is_not_utf8_is_refused_before_the_base_station_is_asked(
+    bundle: Path, raw: tuple[str, ...]
+) -> None:
+    done = device("generate", bundle, NOBODY, "--prompt", b"a\xffb", *raw)
+    assert "prompt is 'a\\udcffb'; allowed: text in UTF-8" in error_line(done, 2)
+
+
+def test_chat_input_that_is_not_utf8_ends_the_chat(bundle: Path, station: str) -> None:
+    done = device("chat", bundle, station, "--max-new-tokens", "1", text=b"the cat\na\xffb\n")
+    assert "\N{SLIGHTLY SMILING FACE}" in done.stdout.decode()
+    assert "allowed: text in UTF-8" in error_line(done, 2)
+
+
+@pytest.mark.parametrize("environment", ASCII_OUTPUTS)
+@pytest.mark.parametrize("name", ["generate", "chat"])
+def test_characters_that_stdout_lacks_are_replaced(
+    name: str, bundle: Path, station: str, environment: dict[str, str]
+) -> None:
+    options = ("--prompt", "the cat") if name == "generate" else ()
+    done = device(name, bundle, station, "--max-new-tokens", "2", *options, text=b"cat\n", environment=environment)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"? ?" in done.stdout
+
+
+@pytest.fixture(scope="module")
+def web_server() -> Iterator[str]:
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_error(404)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"tcp://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_each_way_to_miss_the_base_station_has_its_own_line(bundle: Path, web_server: str) -> None:
+    expected = {
+        ("tcp://no-such-host.invalid:5755", 1): "'no-such-host.invalid' of .* does not resolve",
+        ("127.0.0.1:5755", 2): r"server is '127.0.0.1:5755'; allowed: tcp://HOST:PORT, as tcp://10\.0\.0\.5:5755",
+        (web_server, 1): "an HTTP server listens there; name the base station's own port",
+        (NOBODY, 1): "nothing listens there; start one with: edgedraft-basestation serve",
+    }
+    lines = [generate_error(bundle, server, exit_code) for server, exit_code in expected]
+    assert [bool(re.search(pattern, line)) for pattern, line in zip(expected.values(), lines, strict=True)] == [
+        True
+    ] * 4
+
+
+@contextmanager
+def http_service(bundle: Path, server: str) -> Iterator[tuple["subprocess.Popen[str]", str, str]]:
+    """A running ``serve``, its URL, and its log up to there and the first error of the connection."""
+    options = ("--bind", "http://127.0.0.1:0", "--connect-timeout", "1")
+    with subprocess.Popen(command("serve", bundle, server, *options), stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        log = ""
+        try:
+            while "WARNING" not in log or " at http://" not in log:
+                line = process.stderr.readline()
+                assert line, log
+                log += line
+            found = re.search(r"at (http://\S+)", log)
+            assert found
+            yield process, found[1], log
+        finally:
+            process.kill()
+
+
+def test_the_service_starts_although_the_base_stations_name_does_not_resolve(bundle: Path) -> None:
+    with http_service(bundle, "tcp://no-such-host.invalid:5755") as (process, url, log):
+        assert "does not resolve" in log
+        assert "Traceback" not in log
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            urllib.request.urlopen(f"{url}/readyz")  # noqa: S310 - our own
+        assert caught.value.code == 503
+        caught.value.close()
+        assert process.poll() is None
+
+
+def test_the_service_refuses_a_malformed_address_at_start(bundle: Path) -> None:
+    done = device("serve", bundle, "127.0.0.1:5755", "--bind", "http://127.0.0.1:0")
+    assert "server is '127.0.0.1:5755'" in error_line(done, 2)
+
+
+@pytest.mark.parametrize("value", [nan, inf])
+def test_logits_that_are_not_finite_are_one_line(value: float, tmp_path: Path, station: str) -> None:
+    logits = np.full((VOCAB, VOCAB), value, np.float32)
+    folder = write_bundle(tmp_path / "bundle", logits)
+    done = device("generate", folder, station, "--prompt", "the cat sees", "--draft-len", "2")
+    assert "the draft model's logits are NaN or infinite" in error_line(done, 1)
+
+
+COUNT_THREADS = """
+import os, sys
+from pathlib import Path
+cores = sorted(os.sched_getaffinity(0))[: int(sys.argv[2])]
+os.sched_setaffinity(0, cores)
+from device.draft_model import DraftModel
+def threads_of(count):
+    before = len(os.listdir("/proc/self/task"))
+    model = DraftModel(Path(sys.argv[1]), count)
+    return len(os.listdir("/proc/self/task")) - before + 1
+print(threads_of(0), threads_of(len(cores)), threads_of(len(cores) + 2), len(cores))
+"""
+
+
+@pytest.mark.parametrize("cores", range(1, len(os.sched_getaffinity(0)) + 1))
+def test_threads_0_uses_the_cores_that_the_process_may_run_on(cores: int, bundle: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", COUNT_THREADS, str(bundle), str(cores)],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=PROJECT,
+    )
+    assert [int(count) for count in done.stdout.split()] == [cores, cores, cores + 2, cores]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("connect_timeout", nan),
+        ("connect_timeout", 0.0),
+        ("connect_timeout", -1.0),
+        ("retry_timeout", nan),
+        ("temperature", nan),
+        ("temperature", inf),
+        ("temperature", -1.0),
+        ("top_k", -1),
+        ("top_k", 2**70),
+        ("top_p", nan),
+        ("top_p", 2.0),
+        ("seed", -1),
+        ("seed", 2**63),
+        ("uplink_k", 0),
+        ("uplink_steps", -1),
+        ("uplink_steps", 2**70),
+        ("draft_len", "0"),
+        ("draft_len", "1.5"),
+        ("draft_len", "nan"),
+        ("draft_len", "9" * 5000),
+        ("mode", "\udcff"),
+    ],
+)
+def test_a_number_that_is_not_allowed_is_refused_by_name(name: str, value: object, bundle: Path) -> None:
+    values: dict[str, Any] = {"bundle": bundle, "server": NOBODY, name: value}
+    with pytest.raises(SettingsError, match=f"(?i)^{name.replace('_', '[-_]')} is "):
+        AnswerOptions(**values).check()
+
+
+@pytest.mark.parametrize("uplink_p", [nan, -1.0, 0.0, 2.0, inf])
+def test_an_uplink_probability_that_is_not_allowed_is_refused(uplink_p: float, bundle: Path) -> None:
+    with pytest.raises(SettingsError, match=r"^uplink-p is "):
+        AnswerOptions(bundle, NOBODY, temperature=1.0, mode="topp", uplink_p=uplink_p).check()
+
+
+@pytest.mark.parametrize("threads", [-1, 1025, 2**70])
+def test_a_number_of_threads_that_is_not_allowed_is_refused(threads: int, bundle: Path) -> None:
+    with pytest.raises(SettingsError, match=r"^threads is "):
+        DraftModel(bundle, threads)
+
+
+@pytest.mark.parametrize("bind", ["http://a..b:80", b"http://a\xffb:80"])
+def test_a_service_that_cannot_bind_says_so(bind: str | bytes, bundle: Path) -> None:
+    done = device("serve", bundle, NOBODY, "--insecure", "--bind", bind)
+    assert done.stderr.splitlines()[-1].startswith(b"error: cannot bind 'http://a")
+    assert done.returncode == 1
