@@ -1,0 +1,111 @@
+"""Random sessions with the sample pair, over a link that breaks: every answer is the target's own.
+
+Settings, turns and breaks are drawn from a seed. At temperature 0 and in mode
+``coupled`` the reference is the target alone; in the other modes, whose answers
+are the target's in distribution, it is a new session over a link that does not break.
+"""
+
+import random
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+
+from bench.setup.bench_setup import BenchSetup, bench_setup
+from bench.setup.prompts import OWN_PROMPTS
+from device.session import DeviceSession
+from device.settings import DraftSettings
+from protocol.messages import Mode, Sampling
+from tests.relay import CountingRelay
+from tests.sample import BUNDLE
+
+SESSIONS = 300
+BREAK_CHANCE = 0.2
+"""Of an answer: the link breaks at one of its tokens."""
+DRAWN_FROM_TARGET = (Mode.TARGET, Mode.COUPLED)
+"""Modes whose sampled answer is, token for token, what the target alone samples with the same seed."""
+
+pytestmark = [pytest.mark.model, pytest.mark.endurance]
+
+
+def random_sampling(draw: random.Random, mode: Mode) -> Sampling:
+    if mode is Mode.IDS or draw.random() < 0.2:
+        return Sampling()
+    return Sampling(
+        temperature=draw.choice([0.3, 0.7, 1.0, 1.3]),
+        top_k=draw.choice([0, 0, 1, 20, 5000]),
+        top_p=draw.choice([1.0, 1.0, 0.95, 0.5]),
+        seed=draw.getrandbits(32),
+    )
+
+
+def random_settings(draw: random.Random) -> DraftSettings:
+    mode = draw.choice(list(Mode))
+    sampling = random_sampling(draw, mode)
+    fixed = [1, 2, 3, 4, 6, 8]
+    planned = [None] if sampling.greedy or mode in DRAWN_FROM_TARGET else []  # the planner depends on the time
+    uplink_k = draw.choice([1, 4, 32, 256])
+    return DraftSettings(mode, sampling, uplink_k, draw.choice([*fixed, *planned]))
+
+
+def reference(setup: BenchSetup, settings: DraftSettings, prompt: list[int], count: int) -> list[int]:
+    if settings.sampling.greedy or settings.mode in DRAWN_FROM_TARGET:
+        settings = replace(settings, mode=Mode.TARGET)
+    return setup.answer(prompt, count, settings).token_ids
+
+
+def turns(draw: random.Random, setup: BenchSetup) -> list[list[int]]:
+    """The tokens that each turn adds: mostly one or two, sometimes a long one."""
+    first = setup.prompt_ids(draw.choice(OWN_PROMPTS), draw.choice([1, 7, 30, 200]))
+    more = [
+        setup.tokenizer.encode(f" {draw.choice(OWN_PROMPTS)}")[: draw.choice([1, 12])] for _ in range(draw.randrange(3))
+    ]
+    return [first, *more]
+
+
+def tokens_of(session: DeviceSession, count: int, relay: CountingRelay, break_at: int | None) -> list[int]:
+    tokens: list[int] = []
+    for token in session.answer(count):
+        if len(tokens) == break_at:
+            relay.drop_connections()
+        tokens.append(token.token_id)
+    return tokens
+
+
+@contextmanager
+def relayed(address: str) -> Iterator[tuple[BenchSetup, CountingRelay]]:
+    with (
+        CountingRelay(int(address.rpartition(":")[2])) as relay,
+        bench_setup(BUNDLE, f"tcp://127.0.0.1:{relay.port}") as setup,
+    ):
+        yield setup, relay
+
+
+@pytest.mark.timeout(3600)
+def test_random_sessions_give_the_targets_answers(station_address: str, sample_setup: BenchSetup) -> None:
+    draw = random.Random(20250914)  # noqa: S311 - not a secret
+    seen: Counter[str] = Counter()
+    with relayed(station_address) as (setup, relay):
+        for number in range(SESSIONS):
+            settings = random_settings(draw)
+            conversation = setup.conversation(settings)
+            tokens: list[int] = []
+            for added in turns(draw, setup):
+                tokens += added
+                count = draw.randrange(1, 32)
+                break_at = draw.randrange(count) if draw.random() < BREAK_CHANCE else None
+                answer = tokens_of(conversation.begin(tokens), count, relay, break_at)
+                expected = reference(sample_setup, conversation.settings, tokens, count)
+                assert answer == expected, f"session {number}, {conversation.settings}, break at {break_at}"
+                seen.update(answers=1, breaks=break_at is not None)
+                seen[settings.mode] += 1
+                tokens = [*tokens, *answer]
+                if draw.random() < 0.3:
+                    sampling = random_sampling(draw, settings.mode)
+                    if settings.draft_len or settings.mode in DRAWN_FROM_TARGET or sampling.greedy:
+                        conversation.settings = replace(settings, sampling=sampling)
+            conversation.close()
+    assert all(seen[mode] for mode in Mode)
+    assert seen["breaks"] > 60
