@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.link.relay import LinkDirection, Outage, Relay, Schedule, endpoint, parse_outages, relay_command
+from bench.link.relay import LinkDirection, Outage, Relay, Schedule, parse_outages, relay_command
 from bench.setup.server_process import serving
-from protocol.errors import LinkError, SettingsError
+from device.probe import endpoint
+from protocol.errors import SettingsError
 
 SIZES = st.lists(st.integers(1, 1448), min_size=1, max_size=50)
 
@@ -66,11 +67,6 @@ def test_an_outage_interrupts_sending() -> None:
 def test_invalid_link_settings_are_refused_by_name(name: str, make: Callable[[], object]) -> None:
     with pytest.raises(SettingsError, match=f"^{name} is "):
         make()
-
-
-def test_an_invalid_address_is_refused() -> None:
-    with pytest.raises(LinkError, match="allowed: tcp://HOST:PORT"):
-        endpoint("127.0.0.1:5755")
 
 
 @contextmanager

@@ -6,9 +6,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from basestation.attention import ATTENTION_NAME
 from basestation.kv_pool import BLOCK_SIZE
-from basestation.target_model import TargetModel, Vocabulary, register_attention
+from basestation.target_model import TargetModel, register_attention
+from basestation.vocabulary import Vocabulary
 from bench.station.prefixes import measure_prefixes
 from protocol.errors import SettingsError
+from tests.fakes import token_names
 
 
 @pytest.fixture
@@ -25,7 +27,7 @@ def target() -> TargetModel:
         max_position_embeddings=512,
     )
     model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION_NAME, dtype=torch.float32).eval()
-    return TargetModel(model, Vocabulary(97, bytes(32), frozenset()), "tiny", 2**24)
+    return TargetModel(model, Vocabulary(token_names(97), 97, frozenset()), "tiny", 2**24)
 
 
 def test_a_shared_prefix_is_stored_once(target: TargetModel) -> None:

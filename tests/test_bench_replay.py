@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from basestation.server import Server
@@ -102,11 +103,20 @@ def test_a_client_can_recompute_its_prompt_for_every_answer(address: str) -> Non
 
 
 def test_a_fault_ends_the_run(address: str) -> None:
-    client = ReplayClient(recordings()[0], Mode.IDS, ReplayTiming(), manifest(VOCAB, stop_ids=(3,)))
+    client = ReplayClient(recordings()[0], Mode.IDS, ReplayTiming(), manifest(VOCAB + 1))
     load = LoadGenerator(address, VOCAB, [client])
-    with pytest.raises(FaultError, match="stop"):
+    with pytest.raises(FaultError, match=f"a draft model of {VOCAB + 1} tokens"):
         load.run(2.0)
     load.close()
+
+
+def test_ids_are_encoded_for_the_targets_vocabulary() -> None:
+    """The draft model knows fewer tokens, so that its own ids would take fewer bits."""
+    padded = np.pad(TARGET, (0, 257 - VOCAB), constant_values=-20.0)
+    with serving(Server(FakeTarget.make(padded), "tcp://127.0.0.1:0")) as server:
+        client = ReplayClient(recordings()[0], Mode.IDS, NO_DELAY, manifest(VOCAB))
+        run(server.address, [client])
+    assert client.score.accepted > 0
 
 
 def test_recordings_survive_a_round_trip_through_a_file(tmp_path: Path) -> None:

@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from statistics import median
 
-from bench.link.relay import PIECE, LinkDirection, endpoint, relay_command
+from bench.link.relay import PIECE, LinkDirection, relay_command
 from bench.setup.options import JsonOption, console, progress_bar
 from bench.setup.results import Results, Row
 from bench.setup.server_process import serving
+from device.probe import endpoint
 
 RATES = (1e6, 5e6, 50e6)
 DELAYS = (0.0, 0.005, 0.010, 0.025, 0.050)

@@ -18,7 +18,8 @@ from typing import Annotated, TypeAlias
 
 import typer
 
-from protocol.errors import LinkError, SettingsError
+from device.probe import endpoint
+from protocol.errors import SettingsError
 
 PIECE = 1448
 """Bytes forwarded at a time: the payload of a TCP segment."""
@@ -200,19 +201,6 @@ def relay_command(server: str, up: LinkDirection, down: LinkDirection) -> list[s
         command += [f"--{name}-jitter-ms", f"{1e3 * direction.jitter_seconds:g}"]
         command += [f"--{name}-outage={one.start:g}:{one.seconds:g}" for one in direction.outages]
     return command
-
-
-def endpoint(address: str) -> tuple[str, int]:
-    """Host and port of ``tcp://HOST:PORT``.
-
-    Raises:
-        LinkError: the address has another form.
-    """
-    scheme, _, rest = address.partition("://")
-    host, _, port = rest.rpartition(":")
-    if scheme != "tcp" or not host or not port.isdecimal():
-        raise LinkError(f"{address!r} is no address; allowed: tcp://HOST:PORT")
-    return host, int(port)
 
 
 def parse_outages(texts: Sequence[str]) -> tuple[Outage, ...]:

@@ -16,8 +16,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from basestation.attention import ATTENTION_NAME
 from basestation.kv_pool import KVPool, KVShape
 from basestation.memory import OutOfMemory, catch_out_of_memory, free_memory, parameter_count, readable_size
-from basestation.target_model import TargetModel, Vocabulary, choose_dtype, choose_placement, register_attention
+from basestation.target_model import TargetModel, choose_dtype, choose_placement, register_attention
 from basestation.verify import RoundToVerify, verify_rounds
+from basestation.vocabulary import Vocabulary
 from bench.setup.options import DraftLenOption, DtypeOption, JsonOption, TorchDeviceOption, console, progress_bar
 from bench.setup.results import Results, Row
 from bench.station.passes import PREFILL_TOKENS, DensePassRunner, PackedPassRunner, seconds_of
@@ -152,7 +153,7 @@ class Ceiling:
             dense = DensePassRunner(self._model, sequences, new)
             return self._median(dense.run)
         self._model.set_attn_implementation(ATTENTION_NAME)
-        vocabulary = Vocabulary(self._config.vocab_size, bytes(32), frozenset())
+        vocabulary = _vocabulary(self._config.vocab_size)
         target = TargetModel(self._model, vocabulary, "random", self._free)
         packed = PackedPassRunner(target, sequences, new)
         rounds = [RoundToVerify(Sampling(), combination.context + 1, tuple(tokens[-new:][1:])) for tokens in sequences]
@@ -218,6 +219,10 @@ def compare(rows: Sequence[Row]) -> list[Row]:
             }
         )
     return compared
+
+
+def _vocabulary(size: int) -> Vocabulary:
+    return Vocabulary({f"t{token_id}": token_id for token_id in range(size)}, size, frozenset())
 
 
 def _ratio(one: object, other: object) -> float | None:

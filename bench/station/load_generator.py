@@ -10,7 +10,7 @@ import zmq
 from bench.station.replay_client import ReplayClient, Score
 from protocol.errors import LinkError
 from protocol.frames import FrameCodec
-from protocol.messages import Close, Message
+from protocol.messages import Close, Message, Welcome
 
 _REPLY_TIMEOUT = 60.0
 _WARM_UP_SECONDS = 0.2
@@ -22,7 +22,7 @@ class LoadGenerator:
 
     Args:
         address: of the base station.
-        vocab_size: of its target.
+        vocab_size: of the draft model; the Welcome gives the size that ids are encoded for.
         clients: to start with.
     """
 
@@ -107,6 +107,8 @@ class LoadGenerator:
 
     def _receive(self, socket: "zmq.Socket[bytes]") -> None:
         message, now = self._codec.decode(socket.recv()), time.monotonic()
+        if isinstance(message, Welcome) and message.vocab_size:
+            self._codec = FrameCodec(message.vocab_size)
         following = self._clients[socket].reply_to(message, now)
         if following is not None:
             self._awaiting.discard(socket)

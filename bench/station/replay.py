@@ -15,6 +15,7 @@ from bench.station.load_generator import LoadGenerator
 from bench.station.recording import Recording
 from bench.station.replay_client import ReplayClient, ReplayTiming, Score
 from protocol.bundle import Manifest
+from protocol.errors import SettingsError
 from protocol.messages import Mode
 
 RUNNING_SESSIONS = 8
@@ -70,7 +71,11 @@ def measure_replay(
     settings: CapacitySettings,
     advance: Callable[[], object],
 ) -> list[Row]:
-    """Rows of the cases ``replay`` and ``target``, and of rounds during prefills."""
+    """Rows of the cases ``replay`` and ``target``, and of rounds during prefills.
+
+    Raises:
+        SettingsError: the turns are too short for two rounds of a case.
+    """
     clients = _clients_by_case(recordings, manifest, settings)
     turns: dict[Case, list[Turn]] = defaultdict(list)
     with ExitStack() as stack:
@@ -131,6 +136,8 @@ def _share_outside_forward(before: Snapshot, now: Snapshot) -> float:
 
 def _row(name: str, sessions: int, turns: Sequence[Turn]) -> Row:
     rounds = [seconds for turn in turns for seconds in turn.score.rounds]
+    if len(rounds) < 2:
+        raise SettingsError("seconds", round(turns[0].seconds, 1), f"more: {name!r} completed fewer than two rounds")
     drafted = sum(turn.score.drafted for turn in turns)
     return {
         "case": name,
