@@ -10,25 +10,38 @@ import zmq
 from zmq.utils import z85
 
 from basestation.key_folder import KeyFolder
+from basestation.metrics import Metrics
 from common.loopback import is_loopback
-from protocol.errors import RevokedError, SettingsError
+from protocol.errors import KeyFileError, RevokedError, SettingsError
 
 logger = logging.getLogger(__name__)
 
 _ENDPOINT = "inproc://zeromq.zap.01"
 _DOMAIN = b"edgedraft"
+_STATUS = {True: (b"200", b""), False: (b"400", b"not enrolled"), None: (b"300", b"try again")}
+"""ZAP status codes: success, refused, temporary error."""
 
 
 class Authenticator:
     """Admits enrolled keys, and reports those that are revoked later.
 
+    A key whose file cannot be looked at is neither: who was admitted stays so, and a
+    new connection is closed without a refusal, so that the device tries again.
+
+    Args:
+        keys: of the base station and the enrolled devices.
+        context: of the socket that is guarded.
+        metrics: count the files that could not be looked at.
+
     Attributes:
         socket: receives ZeroMQ's requests; call ``answer`` when it is readable.
     """
 
-    def __init__(self, keys: KeyFolder, context: "zmq.Context[zmq.Socket[bytes]]") -> None:
+    def __init__(self, keys: KeyFolder, context: "zmq.Context[zmq.Socket[bytes]]", metrics: Metrics) -> None:
         self._keys = keys
+        self._metrics = metrics
         self._admitted: set[str] = set()
+        self._unreadable: set[str] = set()
         self.socket = context.socket(zmq.REP)
         self.socket.bind(_ENDPOINT)
 
@@ -43,14 +56,14 @@ class Authenticator:
         """Answer one request: version, request id, domain, address, identity, mechanism, credentials."""
         version, request, _, address, _, mechanism, *credentials = self.socket.recv_multipart()
         key = z85.encode(credentials[0]).decode() if mechanism == b"CURVE" else ""
-        name = self._keys.name_of(key) if key else None
-        if name is None:
+        enrolled = self._is_enrolled(key) if key else False
+        status, text = _STATUS[enrolled]
+        if enrolled is False:
             logger.warning("refused a device at %s: key %r is not enrolled", address.decode(), key)
-            self.socket.send_multipart([version, request, b"400", b"not enrolled", b"", b""])
-            return
-        logger.info("peer %s is %s, at %s", key[:8], name, address.decode())
-        self._admitted.add(key)
-        self.socket.send_multipart([version, request, b"200", b"", key.encode(), b""])
+        if enrolled:
+            logger.info("peer %s is %s, at %s", key[:8], self._name_of(key), address.decode())
+            self._admitted.add(key)
+        self.socket.send_multipart([version, request, status, text, key.encode() if enrolled else b"", b""])
 
     def admits(self, key: str) -> bool:
         """Whether messages of a key are accepted; a connection outlives the enrolment of its key."""
@@ -58,9 +71,28 @@ class Authenticator:
 
     def revoked(self) -> list[str]:
         """Admitted keys that are not enrolled any more; each is returned once."""
-        revoked = [key for key in self._admitted if self._keys.name_of(key) is None]
+        revoked = [key for key in self._admitted if self._is_enrolled(key) is False]
         self._admitted.difference_update(revoked)
         return revoked
+
+    def _is_enrolled(self, key: str) -> bool | None:
+        """Whether a key is enrolled; where that cannot be looked up, True if it was admitted before, else None."""
+        try:
+            enrolled = self._keys.is_enrolled(key)
+        except KeyFileError as error:
+            self._metrics.count_unreadable_key()
+            if key not in self._unreadable:
+                logger.error("cannot tell whether a key is enrolled: %s", error)  # noqa: TRY400 - the message contains the reason
+            self._unreadable.add(key)
+            return True if key in self._admitted else None
+        self._unreadable.discard(key)
+        return enrolled
+
+    def _name_of(self, key: str) -> str:
+        try:
+            return self._keys.name_of(key) or "revoked"
+        except KeyFileError as error:
+            return f"enrolled ({error})"
 
 
 def revocation() -> RevokedError:

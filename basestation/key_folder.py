@@ -6,11 +6,10 @@
     DIR/station.pub      the public key, for the devices
     DIR/devices/HEX      one enrolled device: the file's name is its key, the content its name
 
-Looking up a key reads one file, so a running base station sees the effect of
+Looking up a key looks at one file, so a running base station sees the effect of
 ``enroll`` and ``revoke`` at once.
 """
 
-import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +19,6 @@ from zmq.utils import z85
 
 from common.key_files import public_path, read_secret, write_pair
 from protocol.errors import KeyFileError, SettingsError
-
-logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _FILE_NAME = re.compile(r"[0-9a-f]{64}")
@@ -96,27 +93,52 @@ class KeyFolder:
                 self._file(device.public_key).unlink(missing_ok=True)
 
     def devices(self) -> list[EnrolledDevice]:
-        """All enrolled devices, sorted by name."""
-        keys = (
-            z85.encode(bytes.fromhex(path.name)).decode()
-            for path in self._devices.iterdir()
-            if _FILE_NAME.fullmatch(path.name)
-        )
+        """All enrolled devices, sorted by name.
+
+        Raises:
+            KeyFileError: the folder cannot be read.
+        """
+        try:
+            files = [path.name for path in self._devices.iterdir() if _FILE_NAME.fullmatch(path.name)]
+        except OSError as error:
+            raise _unreadable(error) from error
+        keys = (z85.encode(bytes.fromhex(name)).decode() for name in files)
         named = [EnrolledDevice(name, key) for key in keys if (name := self.name_of(key)) is not None]
         return sorted(named, key=lambda device: device.name)
 
+    def is_enrolled(self, key: str) -> bool:
+        """Whether a key is enrolled now; opens no file, so it needs no descriptor.
+
+        Raises:
+            KeyFileError: the folder does not tell.
+        """
+        try:
+            self._file(key).stat()
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            raise _unreadable(error) from error
+        return True
+
     def name_of(self, key: str) -> str | None:
-        """The name under which a key is enrolled now; None if it is not."""
+        """The name under which a key is enrolled now; None if it is not.
+
+        Raises:
+            KeyFileError: its file cannot be read.
+        """
         try:
             return self._file(key).read_text(encoding="ascii", errors="replace").strip()
         except FileNotFoundError:
             return None
         except OSError as error:
-            logger.error("cannot read a key file, its device is not admitted: %s", error)  # noqa: TRY400 - the message contains the reason
-            return None
+            raise _unreadable(error) from error
 
     def _names(self) -> list[str]:
         return [device.name for device in self.devices()]
 
     def _file(self, key: str) -> Path:
         return self._devices / z85.decode(key).hex()
+
+
+def _unreadable(error: OSError) -> KeyFileError:
+    return KeyFileError(f"{str(error.filename)!r} cannot be read: {error.strerror}; check the key folder")

@@ -1,6 +1,7 @@
 """Running a base station: load the target, open the socket and the monitor, serve until a signal."""
 
 import logging
+import resource
 import signal
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -53,6 +54,7 @@ class OperationOptions:
 
 def run_base_station(target: TargetOptions, socket: SocketOptions, operation: OperationOptions) -> None:
     """Serve until SIGINT or SIGTERM; the second lets open sessions finish."""
+    _raise_descriptor_limit()
     metrics = Metrics()
     with ExitStack() as stack:
         metrics_bind, record, profile = operation.metrics_bind, operation.record, operation.profile
@@ -73,6 +75,12 @@ def run_base_station(target: TargetOptions, socket: SocketOptions, operation: Op
         logger.info("serving %s at %s", target.model, server.address)
         server.serve()
     logger.info("stopped")
+
+
+def _raise_descriptor_limit() -> None:
+    """Allow as many connections as the system lets this process have: each needs a descriptor."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _stop_on_signals(server: Server, drain_seconds: float) -> None:

@@ -47,6 +47,7 @@ class Metrics:
         self._faults = self._counter("faults", "Faults sent to devices.", "code")
         self._idle = self._counter("idle_seconds", "Time in which the engine waited for requests.")
         self._evictions = self._counter("evictions", "KV caches evicted to make room for others.")
+        self._unreadable_keys = self._counter("unreadable_keys", "Key files that could not be looked at.")
         self._out_of_memory = self._counter("out_of_memory", "Forward passes that ran out of memory.")
 
     def watch(self, sessions: Callable[[], int], kv_pool: KVPool) -> None:
@@ -85,6 +86,10 @@ class Metrics:
     def count_fault(self, code: str) -> None:
         """Count a Fault that was sent."""
         self._faults.labels(code).inc()
+
+    def count_unreadable_key(self) -> None:
+        """Count a key file that could not be looked at."""
+        self._unreadable_keys.inc()
 
     def count_eviction(self) -> None:
         """Count an eviction."""

@@ -44,6 +44,8 @@ _IDLE_SECONDS = 5.0
 _DRAIN_POLL_SECONDS = 0.1
 _DEAD_SECONDS = 60.0
 _HEARTBEAT_MS = 5000
+_HANDSHAKE_MS = 5000
+"""A connection that has not identified itself by then is closed, so that idle ones do not hold descriptors."""
 _REVOCATION_POLL_SECONDS = 0.5
 _MAX_QUEUED_TASKS = 20_000
 _MAX_FRAMES_PER_TURN = 500
@@ -87,14 +89,14 @@ class Server:
         self._limits = limits = limits or Limits()
         self._codec = FrameCodec(target.vocabulary.size, limits)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._authenticator = Authenticator(keys, self._context) if keys else None
+        self._metrics = metrics or Metrics()
+        self._authenticator = Authenticator(keys, self._context, self._metrics) if keys else None
         self._router = self._bind(bind)
         self._outbox = self._context.socket(zmq.PULL)
         self._outbox.bind("inproc://replies")
         self._replies = self._context.socket(zmq.PUSH)
         self._replies.connect("inproc://replies")
         self._inbox: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
-        self._metrics = metrics or Metrics()
         self._engine = Engine(target, limits, budget or PassBudget(), self._deliver, self._metrics, records)
         self._envelope_bytes = CURVE_BYTES if keys else 0
         self._rate_limiter = RateLimiter(limits.max_requests_per_second)
@@ -156,6 +158,7 @@ class Server:
             (zmq.ROUTER_HANDOVER, int(self._authenticator is None)),
             (zmq.MAXMSGSIZE, self._codec.max_frame_bytes + (CURVE_BYTES if self._authenticator else 0)),
             (zmq.HEARTBEAT_IVL, _HEARTBEAT_MS),
+            (zmq.HANDSHAKE_IVL, _HANDSHAKE_MS),
             (zmq.TCP_KEEPALIVE, 1),
             (zmq.LINGER, _LINGER_MS),
             (zmq.IPV6, int(bind.startswith("tcp://["))),

@@ -80,6 +80,17 @@ def test_devices_are_enrolled_and_revoked(tmp_path: Path) -> None:
     assert [device.name for device in KeyFolder(tmp_path / "keys").devices()] == ["camera"]
 
 
+def test_a_folder_that_cannot_be_looked_into_does_not_say_no(tmp_path: Path) -> None:
+    folder = KeyFolder.create(tmp_path / "keys")
+    key = new_key(tmp_path / "phone")
+    folder.enroll("phone", key)
+    (tmp_path / "keys" / "devices").rename(tmp_path / "gone")
+    (tmp_path / "keys" / "devices").touch()
+    for look in (folder.is_enrolled, folder.name_of, lambda _: folder.devices(), folder.revoke):
+        with pytest.raises(KeyFileError, match="cannot be read: Not a directory; check the key folder"):
+            look(key)
+
+
 def test_names_and_keys_are_unique(tmp_path: Path) -> None:
     folder = KeyFolder.create(tmp_path / "keys")
     first, second = new_key(tmp_path / "one"), new_key(tmp_path / "two")

@@ -1,10 +1,13 @@
 """CURVE keys on real sockets: admission, isolation of sessions, and revocation."""
 
+import os
+import resource
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -46,6 +49,7 @@ PROMPT = [3, 1, 4, 1, 5]
 IDS = DraftSettings(Mode.IDS, Sampling(), 4, 4)
 CODEC = FrameCodec(VOCAB)
 TIMEOUTS = Timeouts(connect=5, resend=0.2, retry=10)
+REVOCATION_POLL = 0.5
 OPEN = Open(0, 0, Mode.IDS, Sampling(), tuple(PROMPT))
 
 
@@ -269,6 +273,83 @@ def test_a_revoked_device_is_refused_on_old_and_new_connections(site: Site) -> N
         assert isinstance(message, Fault)
         assert (message.session_id, message.code) == (None, "revoked")
     refused(lambda: site.client(keys))
+
+
+# -- a key folder that cannot be looked into --
+
+
+@contextmanager
+def hidden_devices(site: Site) -> Iterator[None]:
+    """Put a file where the folder of enrolled devices is, as a file system that is gone would."""
+    devices, away = site.path / "keys" / "devices", site.path / "away"
+    devices.rename(away)
+    devices.touch()
+    yield
+    devices.unlink()
+    away.rename(devices)
+
+
+def test_a_folder_that_cannot_be_looked_into_revokes_nobody(site: Site, caplog: pytest.LogCaptureFixture) -> None:
+    session = open_session(site.client(site.keys("phone")), IDS, draft_model(), PROMPT)
+    tokens = session.answer(60)
+    first = [next(tokens) for _ in range(30)]
+    with hidden_devices(site):
+        time.sleep(2 * REVOCATION_POLL)
+        answer = [token.token_id for token in [*first, *tokens]]
+    assert answer == target_alone(TARGET, PROMPT, 60)
+    lines = [record.message for record in caplog.records if "cannot tell whether a key is enrolled" in record.message]
+    assert len(lines) == 1
+
+
+def test_a_device_that_cannot_be_looked_up_is_admitted_later(site: Site) -> None:
+    keys, manifest = site.keys("phone"), draft_model().manifest
+    with ThreadPoolExecutor() as pool:
+        with hidden_devices(site):
+            greeting = pool.submit(Client, site.link(keys), manifest, Timeouts(connect=30, resend=0.2))
+            time.sleep(1)
+            assert not greeting.done()
+        session = open_session(greeting.result(), IDS, draft_model(), PROMPT)
+        assert answer_of(session, 10) == target_alone(TARGET, PROMPT, 10)
+
+
+@contextmanager
+def few_descriptors(spare: int) -> Iterator[None]:
+    """Leave this process only ``spare`` more descriptors."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(list(Path("/proc/self/fd").iterdir())) + spare, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+FLOOD = """
+import socket, sys
+input()
+connections = [socket.create_connection(("127.0.0.1", int(sys.argv[1])), 5) for _ in range(100)]
+print("open", flush=True)
+input()
+"""
+
+
+def test_connections_that_use_up_all_descriptors_revoke_nobody(site: Site) -> None:
+    session = open_session(site.client(site.keys("phone")), IDS, draft_model(), PROMPT)
+    tokens = session.answer(60)
+    first = [next(tokens) for _ in range(30)]
+    command = [sys.executable, "-c", FLOOD, site.address.rpartition(":")[2]]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as flood:
+        assert flood.stdin is not None
+        assert flood.stdout is not None
+        with few_descriptors(40):
+            flood.stdin.write("\n")
+            flood.stdin.flush()
+            assert flood.stdout.readline() == "open\n"
+            time.sleep(2 * REVOCATION_POLL)
+            with pytest.raises(OSError, match="Too many open files"):
+                Path(os.devnull).open().close()
+            answer = [token.token_id for token in [*first, *tokens]]
+        flood.kill()
+    assert answer == target_alone(TARGET, PROMPT, 60)
 
 
 def test_a_new_key_can_take_the_name_of_a_revoked_device(site: Site) -> None:
