@@ -252,11 +252,13 @@ def _integer(largest: int) -> _Field:
 
 
 def _text(max_len: int) -> _Field:
+    """A text for people: line breaks and escape sequences, which could forge log lines, become a space or "�"."""
+
     def unpack(value: object) -> str:
         text = _expect(str, value)
         if len(text) > max_len:
             raise FrameError(f"a text of {len(text)} characters; allowed: {max_len}")
-        return text
+        return "".join(mark if mark.isprintable() else " " if mark.isspace() else "�" for mark in text)
 
     return _Field(lambda text: text[:max_len], unpack)
 

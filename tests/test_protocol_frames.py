@@ -1,7 +1,7 @@
 """Frames: every message round-trips; any other bytes raise FrameError or LimitError."""
 
 import struct
-from dataclasses import MISSING, fields, replace
+from dataclasses import MISSING, astuple, fields, replace
 from typing import Any, get_args
 
 import msgpack
@@ -74,6 +74,7 @@ def drafts_with_distributions(draw: st.DrawFn, vocab_size: int) -> Draft:
 
 
 counters = st.integers(0, 2**32 - 1)
+printable = st.characters(codec="utf-8", exclude_categories=["C", "Z"], include_characters=" ")
 samplings = st.builds(
     Sampling,
     temperature=st.just(0.0) | st.floats(MIN_TEMPERATURE, MAX_TEMPERATURE),
@@ -92,7 +93,7 @@ def field_strategies(vocab_size: int) -> dict[str, st.SearchStrategy[Any]]:
         "encodings": st.lists(st.sampled_from(Encoding), max_size=2).map(tuple),
         "assumed_bonus": st.none() | st.integers(0, vocab_size - 1),
         "stop_ids": st.lists(counters, max_size=20).map(tuple),
-        "model": st.text(max_size=200),
+        "model": st.text(printable, max_size=200),
         "modes": st.lists(st.sampled_from(Mode), max_size=6).map(tuple),
         "mode": st.sampled_from(Mode),
         "sampling": samplings,
@@ -101,8 +102,8 @@ def field_strategies(vocab_size: int) -> dict[str, st.SearchStrategy[Any]]:
         "distributions": st.just(()),
         "accepted": st.integers(0, 64),
         "token_id": st.integers(0, vocab_size - 1),
-        "code": st.text(max_size=40),
-        "text": st.text(max_size=1000),
+        "code": st.text(printable, max_size=40),
+        "text": st.text(printable, max_size=1000),
     }
 
 
@@ -134,6 +135,15 @@ def ids_of(*ids: int, width: int = 9) -> bytes:
     """Pack ids as one bit string, the lowest bit of each first."""
     bits = "".join(f"{token_id:0{width}b}"[::-1] for token_id in ids)
     return bytes(int(bits[start : start + 8].ljust(8, "0"), 2) for start in range(0, len(bits), 8))
+
+
+@pytest.mark.parametrize("text", ["full\r\n2026-01-01 ERROR forged", "\x1b[2Jfull", "\u2028full", "a\u202efull"])
+def test_texts_of_a_peer_cannot_forge_lines_or_control_a_terminal(text: str) -> None:
+    for message in (Fault(None, "full", text, 1), Fault(None, text, "full", 1), Welcome(3, text, 8, 8, (Mode.IDS,))):
+        received = CODEC.decode(CODEC.encode(message))
+        texts = [value for value in astuple(received) if isinstance(value, str)]
+        assert all(one.isprintable() for one in texts)
+        assert any("full" in one for one in texts)
 
 
 @pytest.mark.parametrize("vocab_size", VOCAB_SIZES)
