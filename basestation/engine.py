@@ -19,7 +19,7 @@ from basestation.session import Session
 from basestation.target_model import TargetModel
 from basestation.verify import VerificationResult, verify_rounds
 from protocol.errors import ClosingError, EdgedraftError, FullError, NonFiniteError, StateError, UnknownSessionError
-from protocol.limits import Limits
+from protocol.limits import Limits, option_name
 from protocol.messages import Close, Decode, Draft, Extend, Fault, Hello, Message, Mode, Open, Reply, Request, Resume
 
 Deliver: TypeAlias = Callable[[bytes, Message], int]
@@ -235,7 +235,7 @@ class Engine:
     def _open(self, peer: Peer, request: Open) -> tuple[Session, list[Reply]]:
         if self._draining:
             raise ClosingError("the base station is shutting down")
-        self._limits.check("max_sessions", 1 + sum(owner == peer.owner for owner, _ in self._sessions))
+        self._make_room(peer.owner)
         target, now = self._target, self._clock()
         kv_cache, stop_ids = target.new_kv_cache(), target.vocabulary.stop_ids
         session = Session(peer, request, kv_cache, stop_ids, target.context_length, self._limits.window, now)
@@ -245,6 +245,26 @@ class Engine:
         prompt_len = len(request.prompt_ids)
         logger.info("peer %s, session %s: %s, %d tokens", peer, request.session_id, request.mode, prompt_len)
         return session, replies
+
+    def _make_room(self, owner: str) -> None:
+        """Drop the longest idle session of an owner that has as many as allowed: a killed device closed none.
+
+        Raises:
+            FullError: all its sessions are active.
+        """
+        sessions, most = [one for one in self._sessions.values() if one.peer.owner == owner], self._limits.max_sessions
+        if len(sessions) < most:
+            return
+        before, seconds = self._clock() - BUSY_SECONDS, round(BUSY_SECONDS)
+        idle = [session for session in sessions if not session.waiting and session.last_active <= before]
+        if not idle:
+            option = option_name("max_sessions")
+            raise FullError(
+                f"{most} sessions of this device are active, all that {option} allows; retry in {seconds} s", seconds
+            )
+        longest = min(idle, key=lambda session: session.last_active)
+        logger.info("peer %s, session %s: dropped, for another of its device", longest.peer, longest.session_id)
+        self._drop(owner, longest.session_id)
 
     def _resume(self, peer: Peer, message: Resume) -> None:
         session = self._sessions.get((peer.owner, message.session_id))

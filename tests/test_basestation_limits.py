@@ -74,15 +74,44 @@ def test_a_prompt_that_is_too_long_is_refused_with_the_limits_name() -> None:
     assert (fault.code, fault.text) == ("limit", "7 exceeds the base station's --max-prompt-len of 6")
 
 
-def test_one_session_too_many_is_refused_and_the_others_continue() -> None:
+def test_one_active_session_too_many_is_told_to_retry_and_the_others_continue() -> None:
     device = RawDevice(station())
     assert [device.request(opening(number)) for number in (0, 1)] == [Opened(0, 0), Opened(1, 0)]
     fault = device.request(opening(2))
     assert isinstance(fault, Fault)
-    assert (fault.session_id, fault.code) == (2, "limit")
-    assert fault.text == "3 exceeds the base station's --max-sessions of 2"
+    assert (fault.session_id, fault.code, fault.retry_seconds) == (2, "full", 5)
+    assert fault.text == "2 sessions of this device are active, all that --max-sessions allows; retry in 5 s"
     assert device.request(Draft(1, 1, ())) == Verdict(1, 1, 0, target_alone(TARGET, (1, 2), 1)[0])
     assert RawDevice(device.station, b"b").request(opening(0)) == Opened(0, 0)
+
+
+def test_the_longest_idle_session_makes_room_for_another_of_its_device() -> None:
+    device = RawDevice(station())
+    stranger = RawDevice(device.station, b"b")
+    for each, numbers in ((stranger, (0,)), (device, (0, 1))):
+        for number in numbers:
+            assert each.request(opening(number)) == Opened(number, 0)
+            assert each.receive() is None  # the prompt is prefilled
+            device.station.now += 6
+    assert device.request(opening(2)) == Opened(2, 0)
+    token_id = target_alone(TARGET, (1, 2), 1)[0]
+    assert device.request(Draft(1, 1, ())) == Verdict(1, 1, 0, token_id)
+    assert stranger.request(Draft(0, 1, ())) == Verdict(0, 1, 0, token_id)
+    fault = device.request(Draft(0, 1, ()))
+    assert isinstance(fault, Fault)
+    assert fault.code == "unknown_session"
+
+
+def test_a_device_continues_in_a_session_that_made_room_for_another() -> None:
+    crowded = station()
+    client, _ = join(crowded, MODEL)
+    settings = DraftSettings(Mode.IDS, Sampling(), 4, 3)
+    sessions = [open_session(client, settings, MODEL, [1, 2]) for _ in range(2)]
+    crowded.now += 6
+    sessions.append(open_session(client, settings, MODEL, [1, 2]))
+    for session in sessions:
+        crowded.now += 6
+        assert [token.token_id for token in session.answer(8)] == target_alone(TARGET, (1, 2), 8)
 
 
 @pytest.mark.parametrize("name", list(vars(TIGHT)))
