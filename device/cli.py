@@ -95,6 +95,10 @@ def serve(
     insecure: Annotated[
         bool, typer.Option("--insecure", help="Serve an address that other machines can reach, unauthenticated.")
     ] = False,
+    cors_origins: Annotated[
+        list[str] | None,
+        typer.Option("--cors-origin", help="Origin of web pages that may send requests; repeatable."),
+    ] = None,
     max_new_tokens: MaxNewTokens = 512,
 ) -> None:
     """Serve OpenAI's chat completions API over HTTP until interrupted.
@@ -120,7 +124,7 @@ def serve(
             max_new_tokens,
             answer_options.draft_settings,
         )
-        http.serve(worker, model.manifest.name, defaults, bind, insecure)
+        http.serve(worker, model.manifest.name, defaults, bind, insecure, cors_origins or [])
 
 
 @keys_app.command()

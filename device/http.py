@@ -11,13 +11,15 @@ import secrets
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
+from typing import Any
 from urllib.parse import urlsplit
 
 import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
@@ -25,6 +27,7 @@ from starlette.routing import Route
 
 from common.loopback import is_loopback
 from device.chat_request import ChatRequest, Defaults, Fields
+from device.origin_check import OriginCheck
 from device.worker import AnswerRequest, Event, Finish, Job, Worker
 from protocol.errors import BundleError, EdgedraftError, FaultError, LinkError, SettingsError
 
@@ -36,6 +39,17 @@ _STOP_SECONDS = 1.0
 _DISCONNECT_POLL_SECONDS = 1.0
 _CHUNK = "chat.completion.chunk"
 _EXAMPLE = "http://127.0.0.1:8080"
+_UVICORN: dict[str, Any] = {
+    "loop": "asyncio",
+    "http": "h11",
+    "ws": "none",
+    "lifespan": "off",
+    "log_config": None,
+    "log_level": "warning",
+    "access_log": False,
+    "proxy_headers": False,
+    "timeout_graceful_shutdown": _GRACE_SECONDS,
+}
 _LOOPBACK_NAMES = ["localhost", "127.0.0.1", "::1", "[::1]"]
 
 
@@ -58,7 +72,9 @@ def check_bind(bind: str, insecure: bool) -> None:
         )
 
 
-def serve(worker: Worker, name: str, defaults: Defaults, bind: str, insecure: bool) -> None:
+def serve(
+    worker: Worker, name: str, defaults: Defaults, bind: str, insecure: bool, origins: Collection[str] = ()
+) -> None:
     """Serve until interrupted; port 0 in ``bind`` selects a free one.
 
     Args:
@@ -67,6 +83,7 @@ def serve(worker: Worker, name: str, defaults: Defaults, bind: str, insecure: bo
         defaults: for fields that a request leaves out.
         bind: ``http://HOST:PORT``.
         insecure: serve an address that other machines can reach.
+        origins: of the web pages that may send requests.
 
     Raises:
         SettingsError: other machines can reach the address, and ``insecure`` is not set.
@@ -75,18 +92,8 @@ def serve(worker: Worker, name: str, defaults: Defaults, bind: str, insecure: bo
     check_bind(bind, insecure)
     listening = _listen(bind)
     host, port = listening.getsockname()[:2]
-    config = uvicorn.Config(
-        application(worker, name, defaults, ["*"] if insecure else [*_LOOPBACK_NAMES, host]),
-        loop="asyncio",
-        http="h11",
-        ws="none",
-        lifespan="off",
-        log_config=None,
-        log_level="warning",
-        access_log=False,
-        proxy_headers=False,
-        timeout_graceful_shutdown=_GRACE_SECONDS,
-    )
+    hosts = ["*"] if insecure else [*_LOOPBACK_NAMES, host]
+    config = uvicorn.Config(application(worker, name, defaults, hosts, origins), **_UVICORN)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)  # uvicorn stops at them, then raises them again
     worker.start()
@@ -98,8 +105,14 @@ def serve(worker: Worker, name: str, defaults: Defaults, bind: str, insecure: bo
     logger.info("stopped")
 
 
-def application(worker: Worker, name: str, defaults: Defaults, hosts: list[str]) -> Starlette:
-    """The application; it refuses requests whose Host is not one of ``hosts``, so that DNS rebinding fails."""
+def application(
+    worker: Worker, name: str, defaults: Defaults, hosts: list[str], origins: Collection[str] = ()
+) -> Starlette:
+    """The application.
+
+    It refuses requests whose Host is not one of ``hosts``, so that DNS rebinding fails,
+    and those of web pages, except its own and those of ``origins``.
+    """
     endpoints = _Routes(worker, name, defaults)
     return Starlette(
         routes=[
@@ -108,7 +121,11 @@ def application(worker: Worker, name: str, defaults: Defaults, hosts: list[str])
             Route("/v1/models", endpoints.models),
             Route("/v1/chat/completions", endpoints.complete, methods=["POST"], max_body_size=_MAX_BODY_BYTES),
         ],
-        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts)],
+        middleware=[
+            Middleware(TrustedHostMiddleware, allowed_hosts=hosts),
+            Middleware(OriginCheck, origins=origins),
+            Middleware(CORSMiddleware, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["*"]),
+        ],
         exception_handlers={
             EdgedraftError: _error_response,
             HTTPException: _error_response,

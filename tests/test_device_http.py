@@ -63,12 +63,15 @@ def new_worker(
 
 @contextmanager
 def http_client(
-    station: Station, up: CopyCount = deliver_once, transport: MemoryTransport | None = None
+    station: Station,
+    up: CopyCount = deliver_once,
+    transport: MemoryTransport | None = None,
+    origins: Sequence[str] = (),
 ) -> Iterator[TestClient]:
     worker = new_worker(station, up, transport=transport)
     worker.start()
     try:
-        yield TestClient(application(worker, "numbers", DEFAULTS, ["testserver"]))
+        yield TestClient(application(worker, "numbers", DEFAULTS, ["testserver"], origins))
     finally:
         worker.stop(5)
 
@@ -235,6 +238,41 @@ def test_error_response_is_one_line_and_the_next_request_is_answered() -> None:
             assert response.status_code == status
             assert "\n" not in response.text.strip()
         assert complete(client).status_code == 200
+
+
+PAGE = "https://page.example"
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 200),
+        ({"Origin": "http://testserver"}, 200),
+        ({"Origin": "http://evil.example"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Origin": "http://evil.example", "Content-Type": "text/plain"}, 403),
+        ({"Sec-Fetch-Site": "cross-site"}, 403),
+        ({"Sec-Fetch-Site": "same-origin", "Origin": "http://testserver"}, 200),
+        ({"Origin": PAGE, "Sec-Fetch-Site": "cross-site"}, 200),
+    ],
+    ids=str,
+)
+def test_web_pages_of_other_origins_cannot_send_requests(headers: dict[str, str], status: int) -> None:
+    with http_client(new_station(), origins=[PAGE]) as client:
+        response = client.post("/v1/chat/completions", content=json.dumps(FIELDS), headers=headers)
+        assert response.status_code == status
+        assert client.get("/v1/models", headers=headers).status_code == status
+    if status == 403:
+        assert response.json()["error"]["code"] == "origin"
+
+
+def test_an_allowed_page_may_read_the_answer_and_asks_first() -> None:
+    ask = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "content-type"}
+    with http_client(new_station(), origins=[PAGE]) as client:
+        allowed = client.options("/v1/chat/completions", headers={"Origin": PAGE, **ask})
+        assert allowed.status_code == 200
+        assert allowed.headers["access-control-allow-origin"] == PAGE
+        assert client.options("/v1/chat/completions", headers={"Origin": "null", **ask}).status_code == 403
 
 
 def test_request_with_a_foreign_host_header_is_refused() -> None:
