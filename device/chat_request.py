@@ -5,7 +5,7 @@ unknown fields are ignored.
 """
 
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -18,18 +18,37 @@ from protocol.messages import Sampling
 Fields: TypeAlias = dict[str, Any]
 
 _ROLES = ("system", "user", "assistant")
+_ROLE_NAMES = {"developer": "system"}
+"""Roles that OpenAI's clients send under another name."""
 _MAX_STOPS = 4
-_UNSUPPORTED: Fields = {
-    "frequency_penalty": 0,
-    "functions": [],
-    "logit_bias": {},
-    "logprobs": False,
-    "n": 1,
-    "presence_penalty": 0,
-    "response_format": {"type": "text"},
-    "tools": [],
+_ANY = -1
+"""What clients send as ``seed`` for a random one, as ``max_tokens`` for no limit, and as ``top_k`` for all tokens."""
+_NO_LIMIT = 2**31 - 1
+_UNSUPPORTED: Mapping[str, Sequence[Any]] = {
+    "best_of": [1],
+    "chat_template_kwargs": [{}],
+    "echo": [False],
+    "frequency_penalty": [0],
+    "function_call": ["none", "auto"],
+    "functions": [[]],
+    "grammar": [""],
+    "guided_json": [],
+    "ignore_eos": [False],
+    "logit_bias": [{}],
+    "logprobs": [False],
+    "min_p": [0],
+    "min_tokens": [0],
+    "n": [1],
+    "presence_penalty": [0],
+    "repetition_penalty": [1],
+    "response_format": [{"type": "text"}],
+    "stop_token_ids": [[]],
+    "tool_choice": ["none", "auto"],
+    "tools": [[]],
+    "top_logprobs": [0],
+    "typical_p": [1],
 }
-"""Unsupported fields, with the one value that is accepted."""
+"""Unsupported fields that change the answer, with the values that do not."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +84,8 @@ class ChatRequest:
         if not isinstance(fields, dict):
             raise SettingsError("the request", fields, "a JSON object")
         for name, neutral in _UNSUPPORTED.items():
-            if fields.get(name) not in (None, neutral):
-                raise SettingsError(name, fields[name], f"{neutral!r}, or left out")
+            if fields.get(name) not in (None, *neutral):
+                raise SettingsError(name, fields[name], " or ".join([*map(repr, neutral), "left out"]))
         stream_options = _field(fields, "stream_options", dict, {}, "an object")
         request = AnswerRequest(
             _messages(fields),
@@ -86,15 +105,19 @@ def _messages(fields: Fields) -> tuple[ChatMessage, ...]:
 
 
 def _message(message: Any) -> ChatMessage:
-    if not isinstance(message, dict) or message.get("role") not in _ROLES:
+    role = message.get("role") if isinstance(message, dict) else None
+    role = _ROLE_NAMES.get(role, role) if isinstance(role, str) else None
+    if role not in _ROLES:
         raise SettingsError("a message", message, f"an object with role {', '.join(_ROLES)} and content")
     content = message.get("content")
+    if content is None and role == "assistant":  # of an answer that only called tools
+        content = ""
     if isinstance(content, list) and all(_is_text(part) for part in content):
         content = "".join(part["text"] for part in content)
     if not isinstance(content, str):
         raise SettingsError("a message's content", content, "text, or a list of parts of type text")
     check_unicode("a message's content", content)
-    return {"role": message["role"], "content": content}
+    return {"role": role, "content": content}
 
 
 def _is_text(part: Any) -> bool:
@@ -105,16 +128,19 @@ def _sampling(fields: Fields, defaults: Defaults) -> Sampling:
     """The sampling; greedy answers share one seed, so that a conversation can continue its session."""
     temperature = _number(fields, "temperature", defaults.temperature)
     top_p = _number(fields, "top_p", defaults.top_p)
-    fresh = secrets.randbits(63) if temperature and defaults.seed is None else defaults.seed or 0
-    return Sampling(temperature, defaults.top_k, top_p, _field(fields, "seed", int, fresh, "a whole number"))
+    top_k = _field(fields, "top_k", int, defaults.top_k, "a whole number")
+    seed = _field(fields, "seed", int, defaults.seed, "a whole number")
+    if seed in (None, _ANY):
+        seed = secrets.randbits(63) if temperature else 0
+    return Sampling(temperature, 0 if top_k == _ANY else top_k, top_p, seed)
 
 
 def _max_new_tokens(fields: Fields, defaults: Defaults) -> int:
     older: int = _field(fields, "max_tokens", int, defaults.max_new_tokens, "a whole number")
     count: int = _field(fields, "max_completion_tokens", int, older, "a whole number")
-    if count < 1:
-        raise SettingsError("max_tokens", count, "1 or more")
-    return count
+    if count < 1 and count != _ANY:
+        raise SettingsError("max_tokens", count, f"1 or more, or {_ANY} for no limit")
+    return _NO_LIMIT if count == _ANY else count
 
 
 def _stops(fields: Fields) -> tuple[str, ...]:

@@ -194,7 +194,9 @@ def test_a_turn_with_other_sampling_settings_continues_in_the_same_session(chang
         ({"temperature": 10**400}, ["temperature", "a number"]),
         ({"messages": [{"role": "user", "content": "3 \ud800"}]}, ["content", "text"]),
         ({"top_p": 0}, ["top_p", "0", "above 0"]),
-        ({"seed": -1}, ["seed", "-1"]),
+        ({"seed": -2}, ["seed", "-2"]),
+        ({"top_k": -2}, ["top", "-2"]),
+        ({"top_k": 1.5}, ["top_k", "1.5", "a whole number"]),
         ({"max_tokens": 0}, ["max_tokens", "0", "1 or more"]),
         ({"max_completion_tokens": 1.5}, ["max_completion_tokens", "1.5"]),
         ({"stop": ["a"] * 5}, ["stop", "up to 4"]),
@@ -216,6 +218,64 @@ def test_neutral_and_unknown_fields_are_ignored() -> None:
     assert ChatRequest.read(FIELDS | neutral, DEFAULTS) == ChatRequest.read(FIELDS, DEFAULTS)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("best_of", 2),
+        ("chat_template_kwargs", {"enable_thinking": False}),
+        ("echo", True),
+        ("grammar", 'root ::= "yes"'),
+        ("guided_json", {"type": "object"}),
+        ("ignore_eos", True),
+        ("min_p", 0.1),
+        ("min_tokens", 5),
+        ("repetition_penalty", 1.1),
+        ("stop_token_ids", [3]),
+        ("tool_choice", "required"),
+        ("top_logprobs", 3),
+        ("typical_p", 0.9),
+    ],
+)
+def test_a_field_that_would_change_the_answer_is_honoured_or_refused(name: str, value: object) -> None:
+    with http_client(new_station()) as client:
+        response = complete(client, **{name: value})
+    assert response.status_code == 400
+    assert f"{name} is" in response.json()["error"]["message"]
+    assert "left out" in response.json()["error"]["message"]
+
+
+def test_top_k_of_a_request_limits_what_is_sampled() -> None:
+    """With one candidate a sampled answer is the greedy one."""
+    with http_client(new_station()) as client:
+        assert content_of(complete(client, temperature=1.5, top_k=1)) == text_of(target_alone(TARGET, PROMPT, 12))
+    assert ChatRequest.read(FIELDS | {"top_k": -1}, DEFAULTS).request.settings.sampling.top_k == 0
+
+
+def test_minus_one_is_a_random_seed_and_no_limit_of_tokens() -> None:
+    requests = [ChatRequest.read(FIELDS | {"temperature": 1, "seed": -1}, DEFAULTS).request for _ in range(2)]
+    assert requests[0].settings.sampling.seed != requests[1].settings.sampling.seed
+    station = Station(FakeTarget.make(TARGET, context_length=40))
+    with http_client(station) as client:
+        usage = complete(client, max_tokens=-1).json()["usage"]
+    assert usage["total_tokens"] == 40
+
+
+def test_messages_are_read_as_their_senders_mean_them() -> None:
+    messages = [
+        {"role": "developer", "content": "3 1"},
+        {"role": "user", "content": "4"},
+        {"role": "assistant", "content": None, "tool_calls": []},
+        {"role": "user", "content": "1 5"},
+    ]
+    read = ChatRequest.read(FIELDS | {"messages": messages}, DEFAULTS).request.messages
+    assert [(one["role"], one["content"]) for one in read] == [
+        ("system", "3 1"),
+        ("user", "4"),
+        ("assistant", ""),
+        ("user", "1 5"),
+    ]
+
+
 def test_content_may_be_a_list_of_text_parts() -> None:
     parts = [{"type": "text", "text": "3 1 4 "}, {"type": "text", "text": "1 5"}]
     messages = [{"role": "user", "content": parts}]
@@ -229,7 +289,7 @@ def test_error_response_is_one_line_and_the_next_request_is_answered() -> None:
             (client.post("/v1/chat/completions", content=b"[1]"), 400),
             (client.post("/v1/chat/completions", content=b"[" * 100_000), 400),
             (client.post("/v1/chat/completions", content=b" " * 5_000_000), 413),
-            (complete(client, seed=-1), 400),
+            (complete(client, seed=-2), 400),
             (complete(client, messages=[{"role": "user", "content": "3 " * 5000}]), 400),
             (complete(client, model="numbers-2"), 404),
             (client.get("/v1/chat/completions"), 405),
