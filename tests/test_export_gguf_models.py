@@ -13,11 +13,15 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
+from bench.setup.bench_setup import bench_setup
+from bench.setup.station_process import running_station
 from common.gguf_metadata import GgufVocabulary, TokenType
 from common.stop_ids import all_stop_ids, gguf_stop_sources
+from device.settings import DraftSettings
 from export.gguf_tokenizer import gguf_tokenizer
 from export.tokenizer_check import check_tokenizer
 from protocol.bundle import Manifest
+from protocol.messages import Mode, Sampling
 from tests.gguf_files import QWEN2_SPLIT, sentencepiece_referee, slow_byte_level_ids
 from tests.gguf_models import FOLDER, GEMMA, QWEN, Model
 
@@ -106,17 +110,34 @@ def test_the_tokenizer_passes_the_check_of_the_export(model: Model) -> None:
     check_tokenizer(tokenizer_file(model))
 
 
+@cache
+def bundle_of(model: Model) -> Path:
+    bundle = FOLDER / model.path.stem
+    command = ["-m", "export", "convert", str(model.path), str(bundle), "--precision", "int4"]
+    subprocess.run([sys.executable, *command], check=True)
+    return bundle
+
+
 @pytest.mark.parametrize(
     ("model", "end"), [(GEMMA, "<end_of_turn>"), (QWEN, "<|im_end|>")], ids=lambda value: getattr(value, "name", value)
 )
 def test_a_bundle_stops_where_the_model_ends_its_turn(model: Model, end: str) -> None:
-    bundle = FOLDER / model.path.stem
-    if not (bundle / "manifest.json").is_file():
-        command = ["-m", "export", "convert", str(model.path), str(bundle), "--precision", "int4"]
-        subprocess.run([sys.executable, *command], check=True)
+    bundle = bundle_of(model)
     manifest = Manifest.read(bundle)
     tokenizer = Tokenizer.from_file(str(bundle / "tokenizer.json"))
     assert tokenizer.token_to_id(end) in manifest.stop_ids
     assert set(manifest.stop_ids) == all_stop_ids(gguf_stop_sources(vocabulary_of(model)))
     text = multilingual_text()
     assert tokenizer.encode(text).ids == tokenizer_of(model).encode(text).ids
+
+
+def test_an_answer_ends_where_the_model_ends_its_turn() -> None:
+    """With Qwen's file as draft and target; Gemma's is a base model, which ends no turn."""
+    bundle = bundle_of(QWEN)
+    with running_station(str(QWEN.path), "bfloat16") as address, bench_setup(bundle, address) as setup:
+        prompt = setup.prompt_ids("Say hello.")
+        answer = setup.answer(prompt, 64, DraftSettings(Mode.IDS, Sampling(), uplink_k=1, draft_len=4))
+    assert answer.finish_reason == "stop"
+    assert answer.token_ids[-1] == Tokenizer.from_file(str(bundle / "tokenizer.json")).token_to_id("<|im_end|>")
+    assert "<|" not in answer.text
+    assert answer.accepted > 0

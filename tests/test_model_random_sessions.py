@@ -1,8 +1,9 @@
 """Random sessions with the sample pair, over a link that breaks: every answer is the target's own.
 
 Settings, turns and breaks are drawn from a seed. At temperature 0 and in mode
-``coupled`` the reference is the target alone; in the other modes, whose answers
-are the target's in distribution, it is a new session over a link that does not break.
+``coupled`` the reference is the target alone, in a new session for each turn. In the
+other modes, whose answers are the target's in distribution and depend on the drafts,
+it is the same conversation over a link that does not break.
 """
 
 import random
@@ -50,10 +51,22 @@ def random_settings(draw: random.Random) -> DraftSettings:
     return DraftSettings(mode, sampling, uplink_k, draw.choice([*fixed, *planned]))
 
 
-def reference(setup: BenchSetup, settings: DraftSettings, prompt: list[int], count: int) -> list[int]:
-    if settings.sampling.greedy or settings.mode in DRAWN_FROM_TARGET:
-        settings = replace(settings, mode=Mode.TARGET)
-    return setup.answer(prompt, count, settings).token_ids
+class Reference:
+    """What a conversation must answer."""
+
+    def __init__(self, setup: BenchSetup, settings: DraftSettings) -> None:
+        self._setup = setup
+        self._unbroken = setup.conversation(settings)
+
+    def answers(self, prompt: list[int], count: int, settings: DraftSettings) -> Iterator[list[int]]:
+        if settings.sampling.greedy or settings.mode in DRAWN_FROM_TARGET:
+            yield self._setup.answer(prompt, count, replace(settings, mode=Mode.TARGET)).token_ids
+        if settings.mode.encoding:
+            self._unbroken.settings = settings
+            yield [token.token_id for token in self._unbroken.begin(prompt).answer(count)]
+
+    def close(self) -> None:
+        self._unbroken.close()
 
 
 def turns(draw: random.Random, setup: BenchSetup) -> list[list[int]]:
@@ -90,15 +103,15 @@ def test_random_sessions_give_the_targets_answers(station_address: str, sample_s
     with relayed(station_address) as (setup, relay):
         for number in range(SESSIONS):
             settings = random_settings(draw)
-            conversation = setup.conversation(settings)
+            conversation, reference = setup.conversation(settings), Reference(sample_setup, settings)
             tokens: list[int] = []
             for added in turns(draw, setup):
                 tokens += added
                 count = draw.randrange(1, 32)
                 break_at = draw.randrange(count) if draw.random() < BREAK_CHANCE else None
                 answer = tokens_of(conversation.begin(tokens), count, relay, break_at)
-                expected = reference(sample_setup, conversation.settings, tokens, count)
-                assert answer == expected, f"session {number}, {conversation.settings}, break at {break_at}"
+                for expected in reference.answers(tokens, count, conversation.settings):
+                    assert answer == expected, f"session {number}, {conversation.settings}, break at {break_at}"
                 seen.update(answers=1, breaks=break_at is not None)
                 seen[settings.mode] += 1
                 tokens = [*tokens, *answer]
@@ -107,5 +120,6 @@ def test_random_sessions_give_the_targets_answers(station_address: str, sample_s
                     if settings.draft_len or settings.mode in DRAWN_FROM_TARGET or sampling.greedy:
                         conversation.settings = replace(settings, sampling=sampling)
             conversation.close()
+            reference.close()
     assert all(seen[mode] for mode in Mode)
     assert seen["breaks"] > 60
