@@ -96,12 +96,15 @@ def serve(
     config = uvicorn.Config(application(worker, name, defaults, hosts, origins), **_UVICORN)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)  # uvicorn stops at them, then raises them again
-    worker.start()
+    server = uvicorn.Server(config)
+    worker.start(on_failure=lambda: setattr(server, "should_exit", True))
     logger.info("serving %s at http://%s:%d", name, f"[{host}]" if ":" in host else host, port)
     try:
-        uvicorn.Server(config).run([listening])
+        server.run([listening])
     finally:
         worker.stop(_STOP_SECONDS)
+    if worker.failure is not None:
+        raise worker.failure
     logger.info("stopped")
 
 
@@ -144,8 +147,10 @@ class _Routes:
         self._created = int(time.time())
 
     async def health(self, _: Request) -> Response:
-        """Liveness: the process is up."""
-        return PlainTextResponse("ok\n")
+        """Liveness: the process can answer."""
+        if self._worker.failure is None:
+            return PlainTextResponse("ok\n")
+        return PlainTextResponse("the worker failed\n", 503)
 
     async def readiness(self, _: Request) -> Response:
         """Readiness: the model is loaded and the base station answered recently."""
@@ -190,6 +195,7 @@ class _AnswerEvents:
 
         Raises:
             EdgedraftError: the answer failed.
+            HTTPException: it failed in a way that was not foreseen.
             ClientDisconnect: the client has left.
         """
         try:
@@ -197,8 +203,10 @@ class _AnswerEvents:
         except BaseException:
             self.cancel()
             raise
-        if isinstance(event, Exception):
+        if isinstance(event, EdgedraftError):
             raise event
+        if isinstance(event, Exception):  # logged by the worker
+            raise HTTPException(500, "internal error; the log of the device's service has the details")
         return event
 
     def cancel(self) -> None:
@@ -241,7 +249,7 @@ class _Completion:
             while isinstance(event, str):
                 yield self._chunk({"content": event})
                 event = await self._events.next()
-        except EdgedraftError as error:
+        except (EdgedraftError, HTTPException) as error:
             yield _event(_error(error))
             return
         finally:

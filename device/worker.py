@@ -21,11 +21,12 @@ from device.planner import Planners
 from device.settings import DraftSettings
 from device.stop_strings import StopStrings
 from device.tokenizer import ChatMessage, Tokenizer
-from protocol.errors import AdmissionError, BusyError, LinkError, ProtocolError
+from protocol.errors import AdmissionError, BusyError, EdgedraftError, LinkError, ProtocolError
 
 logger = logging.getLogger(__name__)
 
 _MAX_QUEUED = 16
+_ENDED = "the service is ending after an error; its log has the details"
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,9 @@ class Worker:
         tokenizer: of the same bundle.
         connect: opens a link and greets the base station over it.
         clock: seconds, monotonic.
+
+    Attributes:
+        failure: what ended the thread before ``stop``; None while it runs.
     """
 
     def __init__(
@@ -85,22 +89,27 @@ class Worker:
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="worker", daemon=True)
         self._conversation: Conversation | None = None
+        self._on_failure: Callable[[], None] = lambda: None
+        self.failure: Exception | None = None
 
     @property
     def ready(self) -> bool:
         """Whether the base station answered recently."""
         return self._connection.alive
 
-    def start(self) -> None:
-        """Start the thread."""
+    def start(self, on_failure: Callable[[], None] = lambda: None) -> None:
+        """Start the thread; it calls ``on_failure`` if it ends before ``stop``."""
+        self._on_failure = on_failure
         self._thread.start()
 
     def submit(self, job: Job) -> None:
         """Put a job into the queue.
 
         Raises:
-            BusyError: the queue is full.
+            BusyError: the queue is full, or the thread has ended.
         """
+        if self.failure is not None:
+            raise BusyError(_ENDED)
         try:
             self._jobs.put_nowait(job)
         except queue.Full:
@@ -114,6 +123,21 @@ class Worker:
         self._thread.join(seconds)
 
     def _run(self) -> None:
+        try:
+            self._answer_jobs()
+        except Exception as error:
+            logger.exception("the worker failed")
+            self.failure = error
+            self._refuse_waiting()
+            self._on_failure()
+
+    def _refuse_waiting(self) -> None:
+        with contextlib.suppress(queue.Empty):
+            while True:
+                if (job := self._jobs.get_nowait()) is not None:
+                    job.deliver(BusyError(_ENDED))
+
+    def _answer_jobs(self) -> None:
         wait = 0.0
         while not self._stopping.is_set():
             try:
@@ -140,8 +164,13 @@ class Worker:
             self._conversation = None  # its session cannot be closed over a broken link
             self._connection.lose(error)
             return error
-        except Exception as error:  # noqa: BLE001 - delivered to the caller, who raises it
+        except EdgedraftError as error:
             self._end_conversation()
+            return error
+        except Exception as error:
+            logger.exception("an answer failed; the next one begins over a new connection")
+            self._conversation = None
+            self._connection.close()
             return error
 
     def _answer(self, job: Job) -> Finish:

@@ -11,6 +11,7 @@ from starlette.testclient import TestClient
 
 from device.chat_request import ChatRequest, Defaults
 from device.client import Client
+from device.connection import Connection
 from device.http import application, check_bind
 from device.settings import DraftSettings
 from device.tokenizer import ChatMessage, Tokenizer
@@ -381,6 +382,42 @@ def test_stream_ends_with_an_error_when_the_base_station_is_lost() -> None:
     with http_client(new_station(), lose_after_three) as client:
         lines = complete(client, stream=True).text.strip().split("\n\n")
     assert json.loads(lines[-1].removeprefix("data: "))["error"]["code"] == LinkError.code
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_unforeseen_error_ends_that_request_alone(stream: bool, caplog: pytest.LogCaptureFixture) -> None:
+    with http_client(new_station()) as client:
+        response = complete(client, messages=[{"role": "user", "content": "not a number"}], stream=stream)
+        assert response.status_code == 500
+        assert response.json()["error"]["message"].startswith("internal error")
+        assert client.get("/healthz").status_code == 200
+        assert content_of(complete(client)) == text_of(target_alone(TARGET, PROMPT, 12))
+    assert "invalid literal" in caplog.text
+
+
+def test_an_unforeseen_error_within_a_stream_is_its_last_event(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail_at_third(_: object, token_ids: Iterator[int]) -> Iterator[str]:
+        for count, token_id in enumerate(token_ids):
+            if count == 2:
+                raise ZeroDivisionError
+            yield f"{token_id} "
+
+    monkeypatch.setattr(NumberTokenizer, "decode_stream", fail_at_third)
+    with http_client(new_station()) as client:
+        lines = complete(client, stream=True).text.strip().split("\n\n")
+    assert len(lines) == 4
+    assert json.loads(lines[-1].removeprefix("data: "))["error"]["message"].startswith("internal error")
+
+
+def test_a_worker_that_cannot_go_on_ends_the_service(monkeypatch: pytest.MonkeyPatch) -> None:
+    worker, ended = new_worker(new_station()), threading.Event()
+    monkeypatch.setattr(Connection, "keep_alive", lambda _: 1 / 0)
+    client = TestClient(application(worker, "numbers", DEFAULTS, ["testserver"]))
+    worker.start(ended.set)
+    assert ended.wait(5)
+    assert isinstance(worker.failure, ZeroDivisionError)
+    assert client.get("/healthz").status_code == 503
+    assert complete(client).status_code == 503
 
 
 def test_worker_is_ready_if_the_base_station_answered_recently() -> None:
