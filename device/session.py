@@ -1,16 +1,17 @@
 """The device's side of a session: draft, send the Draft, commit the Verdict.
 
-Knows tokens, not text; ``client.py`` gets the requests answered.
+Knows tokens, not text; ``session_requests.py`` gets the requests answered.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from device.client import Client, SessionRequests
+from device.client import Client
 from device.draft_model import DraftModel
 from device.drafter import Drafter
 from device.planner import Planner
+from device.session_requests import SessionRequests
 from device.settings import DraftSettings
 from protocol.errors import ContextLengthError, NonFiniteError
 from protocol.limits import option_name
