@@ -21,6 +21,7 @@ from basestation.kv_pool import KVPool, KVShape, SequenceKVCache
 from basestation.memory import check_fits, kv_budget, readable_size
 from basestation.packed_linear import pack_linears
 from basestation.segment import Segment
+from basestation.supported_models import refuse_gguf_rope, refuse_unsupported
 from basestation.vocabulary import Vocabulary
 from common.chat_template import default_template
 from common.gguf_metadata import GgufVocabulary
@@ -31,26 +32,7 @@ from protocol.errors import ModelError, SettingsError
 logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-SUPPORTED = (
-    "gemma",
-    "gemma3_text",
-    "granite",
-    "llama",
-    "mistral",
-    "olmo2",
-    "phi",
-    "phi3",
-    "qwen2",
-    "qwen3",
-    "smollm3",
-    "starcoder2",
-)
-"""Architectures whose packed batches the tests compare with their own forward passes."""
 _HUB_FILES = ("*.json", "*.jinja", "*.txt", "tokenizer.model", "*.safetensors")
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-"""Position embeddings that depend on a token's own position alone."""
-_BATCH_DEPENDENT_ROPE = ("dynamic", "longrope", "su")
-_GGUF_REMEDY = "name the model's folder or hub name instead"
 _MIN_CONTEXT = 128
 _MAX_UNPADDED_ROWS = 32
 """Row counts above it are padded on a CPU: by up to 7 rows, above 256 by up to a sixteenth."""
@@ -263,55 +245,6 @@ def register_attention() -> None:
     """Register packed attention with transformers."""
     transformers.AttentionInterface.register(ATTENTION_NAME, packed_attention)
     AttentionMaskInterface.register(ATTENTION_NAME, lambda *_, **__: None)
-
-
-def refuse_unsupported(config: Any) -> None:
-    """Refuse an architecture that packed batches are not tested with.
-
-    Raises:
-        ModelError: with the architecture and the supported ones.
-    """
-    architecture = config.get_text_config().model_type
-    if architecture not in SUPPORTED or getattr(config, "is_encoder_decoder", False):
-        raise ModelError(f"architecture {architecture!r} is not supported; supported: {', '.join(SUPPORTED)}")
-    if getattr(config.get_text_config(), "use_bidirectional_attention", False):
-        raise ModelError("a model with use_bidirectional_attention is not supported: name a causal language model")
-    _refuse_rope(config.get_text_config())
-
-
-def _refuse_rope(config: Any) -> None:
-    """Refuse position embeddings other than ``ROPE_TYPES``.
-
-    transformers computes some from the longest sequence of a forward pass, so that one
-    long session would change the tokens of all others in its batch.
-
-    Raises:
-        ModelError: with the type and the supported ones.
-    """
-    # transformers 4.57 has rope_scaling; 5.x has rope_parameters, for some architectures per type of layer
-    settings = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    for one in [entry for entry in settings.values() if isinstance(entry, dict)] or [settings]:
-        kind = one.get("rope_type") or one.get("type") or "default"
-        if kind not in ROPE_TYPES:
-            reason = ": its factors depend on the longest sequence of a batch" if kind in _BATCH_DEPENDENT_ROPE else ""
-            raise ModelError(f"rope type {kind!r} is not supported{reason}; supported: {', '.join(ROPE_TYPES)}")
-
-
-def refuse_gguf_rope(path: Path) -> None:
-    """Refuse a GGUF file with scaled position embeddings, which transformers would load without the scaling.
-
-    Raises:
-        ModelError: names the field or the tensor.
-    """
-    import gguf  # only for .gguf files
-
-    reader = gguf.GGUFReader(path)
-    for name, entry in reader.fields.items():
-        if name.endswith(".rope.scaling.type") and (kind := entry.contents()) != "none":
-            raise ModelError(f"{str(path)!r} has {name} {kind!r}, which is not read from GGUF; {_GGUF_REMEDY}")
-    for tensor in reader.tensors:
-        if tensor.name.startswith(("rope_freqs", "rope_factors")):
-            raise ModelError(f"{str(path)!r} has the tensor {tensor.name!r}, which is not read; {_GGUF_REMEDY}")
 
 
 def _vocabulary(tokenizer: Any, model: Any) -> Vocabulary:

@@ -15,14 +15,8 @@ from basestation.attention import ATTENTION_NAME
 from basestation.kv_pool import BLOCK_SIZE, SequenceKVCache
 from basestation.memory import check_fits, kv_budget, parse_size
 from basestation.segment import Segment
-from basestation.target_model import (
-    ROPE_TYPES,
-    SUPPORTED,
-    TargetModel,
-    refuse_gguf_rope,
-    refuse_unsupported,
-    register_attention,
-)
+from basestation.supported_models import ROPE_TYPES, SUPPORTED, refuse_gguf_rope, refuse_unsupported
+from basestation.target_model import TargetModel, register_attention
 from basestation.vocabulary import Vocabulary
 from protocol.errors import ModelError, SettingsError
 from tests.fakes import token_names
