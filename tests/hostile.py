@@ -176,7 +176,7 @@ def attacked(station: AttackedStation) -> Iterator[dict[str, int]]:
         chance = random.Random(seed)  # noqa: S311
         try:
             while not stopping.wait(_PAUSE):
-                with suppress(zmq.Again):
+                with suppress(zmq.Again, BrokenPipeError, ConnectionResetError):  # the base station may close it
                     attack(station, chance)
                 runs[attack.__name__] += 1
         except Exception as error:  # noqa: BLE001 - raised below, in the thread of the test
