@@ -28,7 +28,8 @@ import torch
 from torch import Tensor
 
 from basestation.coupled_sampling import coupled_choice
-from protocol.messages import Sampling
+from protocol.full_distribution import FullDistribution
+from protocol.messages import DraftDistribution, Sampling
 from protocol.randomness import Stream, uniforms
 from protocol.sparse import SparseDistribution
 
@@ -50,7 +51,7 @@ class RoundToVerify:
     sampling: Sampling
     position: int
     drafted: Sequence[int] = ()
-    distributions: Sequence[SparseDistribution] = ()
+    distributions: Sequence[DraftDistribution] = ()
     rejection_sampling: bool = False
 
     @property
@@ -250,7 +251,7 @@ class _VerifyRows:
 
 
 class _SentDistributions:
-    """The entries of all sent distributions, concatenated; each entry has a row, a token and a probability.
+    """What was sent for each row: the entries of sparse distributions, concatenated, and full ones in FP16.
 
     Attributes:
         drafted_probs: Q of the drafted token of each row, float64 [n]; 0 in the last row of a round.
@@ -262,15 +263,28 @@ class _SentDistributions:
         counts = np.array([one.num_logits for one in rounds])
         round_indices = np.repeat(np.arange(len(rounds)), counts - 1)
         rows = np.arange(len(round_indices)) + round_indices  # each earlier round has one row more than drafted tokens
-        lengths = [len(one) for one in distributions]
-        self._rows, self._round_indices = np.repeat(rows, lengths), np.repeat(round_indices, lengths)
-        self._support = _concatenate([one.support for one in distributions], np.int64)
-        self._probs = _concatenate([one.probs for one in distributions], np.float64)
+        sparse = [one for one in distributions if isinstance(one, SparseDistribution)]
+        full = [one for one in distributions if isinstance(one, FullDistribution)]
+        is_full = np.array([isinstance(one, FullDistribution) for one in distributions], bool)
+        lengths = [len(one) for one in sparse]
+        self._rows, self._round_indices = (np.repeat(one[~is_full], lengths) for one in (rows, round_indices))
+        self._support = _concatenate([one.support for one in sparse], np.int64)
+        self._probs = _concatenate([one.probs for one in sparse], np.float64)
+        self._full_rows, self._fp16 = rows[is_full], [one.fp16 for one in full]
         self.drafted_probs = np.zeros(counts.sum())
-        self.drafted_probs[rows] = self._probs_of(rows * vocab_size + drafted, vocab_size)
+        self.drafted_probs[rows[~is_full]] = self._probs_of((rows * vocab_size + drafted)[~is_full], vocab_size)
+        self.drafted_probs[rows[is_full]] = [
+            one.probability(token_id) for one, token_id in zip(full, drafted[is_full].tolist(), strict=True)
+        ]
 
     def subtract_from(self, target_probs: Tensor, ends: Tensor) -> None:
         """Turn target_probs [rounds, V], P of the rows ``ends``, into max(0, P − Q), in place."""
+        self._subtract_sparse(target_probs, ends)
+        if self._fp16:
+            self._subtract_full(target_probs, ends)
+        target_probs.clamp_(min=0)
+
+    def _subtract_sparse(self, target_probs: Tensor, ends: Tensor) -> None:
         rows, round_indices, support = (
             torch.from_numpy(one).to(ends.device) for one in (self._rows, self._round_indices, self._support)
         )
@@ -278,7 +292,15 @@ class _SentDistributions:
         draft_probs = torch.where(ends[round_indices] == rows, probs, 0.0)
         flat_indices = round_indices * target_probs.shape[1] + support
         target_probs.view(-1).index_add_(0, flat_indices, draft_probs, alpha=-1)
-        target_probs.clamp_(min=0)
+
+    def _subtract_full(self, target_probs: Tensor, ends: Tensor) -> None:
+        """Only the rows ``ends`` are converted to float64: all rows would need four times the memory of the Drafts."""
+        rows = torch.from_numpy(self._full_rows).to(ends.device)
+        fp16 = torch.from_numpy(np.stack(self._fp16)).to(ends.device)
+        indices = torch.searchsorted(rows, ends).clamp_(max=len(rows) - 1)
+        draft_probs = fp16[indices].double()
+        draft_probs /= draft_probs.sum(dim=-1, keepdim=True)
+        target_probs -= draft_probs * (rows[indices] == ends)[:, None]
 
     def _probs_of(self, keys: npt.NDArray[np.int64], vocab_size: int) -> npt.NDArray[np.float64]:
         """The probabilities of (row, token) pairs, given as row · V + token; 0 outside the support."""

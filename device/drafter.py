@@ -14,9 +14,8 @@ from device.draft_model import DraftModel, Logits
 from device.sampling import coupled_token, full_distribution, sparse_distribution
 from device.settings import UplinkSettings
 from protocol.errors import NonFiniteError
-from protocol.messages import Mode, Sampling
+from protocol.messages import DraftDistribution, Mode, Sampling
 from protocol.randomness import Stream, random_bits
-from protocol.sparse import SparseDistribution
 
 ShouldContinue: TypeAlias = Callable[[Sequence[float | None]], bool]
 """Takes the margins of the tokens drafted so far; says whether to draft another."""
@@ -31,7 +30,7 @@ class DraftResult:
     """
 
     token_ids: tuple[int, ...]
-    distributions: tuple[SparseDistribution, ...]
+    distributions: tuple[DraftDistribution, ...]
     margins: tuple[float | None, ...]
 
 
@@ -84,7 +83,7 @@ class Drafter:
         self._pending = self._rollback(tokens)
         drafted: list[int] = []
         margins: list[float | None] = []
-        distributions: list[SparseDistribution] = []
+        distributions: list[DraftDistribution] = []
         while len(drafted) < draft_len and (should_continue is None or should_continue(margins)):
             logits = self._run()
             position = len(tokens) + len(drafted)
@@ -116,7 +115,7 @@ class Drafter:
             raise NonFiniteError(f"the draft model's logits are NaN or infinite after {count} tokens; export it again")
         return np.pad(logits, (0, self._missing), constant_values=-np.inf) if self._missing else logits
 
-    def _distribution(self, logits: Logits) -> SparseDistribution:
+    def _distribution(self, logits: Logits) -> DraftDistribution:
         if self._uplink is None:
             return full_distribution(logits, self.sampling)
         return sparse_distribution(logits, self.sampling, self._uplink)

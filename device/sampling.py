@@ -11,6 +11,7 @@ import numpy.typing as npt
 from device.draft_model import Logits
 from device.settings import UplinkSettings
 from protocol.coupling import PositionNoise, argmax_and_margin
+from protocol.full_distribution import FullDistribution
 from protocol.messages import Sampling
 from protocol.sparse import SparseDistribution
 
@@ -37,12 +38,12 @@ def sparse_distribution(logits: Logits, sampling: Sampling, uplink: UplinkSettin
     return SparseDistribution.quantize(len(logits), support, probs, uplink.steps)
 
 
-def full_distribution(logits: Logits, sampling: Sampling) -> SparseDistribution:
+def full_distribution(logits: Logits, sampling: Sampling) -> FullDistribution:
     """All V probabilities at the user's temperature, top-k and top-p, in FP16."""
     support, probs = _top_probs(logits, sampling, len(logits))
     dense = np.zeros(len(logits))
     dense[support] = probs
-    return SparseDistribution.quantize_fp16(dense)
+    return FullDistribution.quantize(dense)
 
 
 def coupled_token(logits: Logits, sampling: Sampling, position: int) -> tuple[int, float]:

@@ -27,12 +27,14 @@ import msgpack
 from protocol.bits import BitReader, number_bits, pack
 from protocol.draft_codec import DraftedTokens, EncodedDraft, decode_drafted, encode_drafted
 from protocol.errors import FrameError, SettingsError
+from protocol.full_distribution import FullDistribution
 from protocol.limits import Limits
 from protocol.messages import (
     HASH_BYTES,
     Close,
     Decode,
     Draft,
+    DraftDistribution,
     Encoding,
     Extend,
     Fault,
@@ -181,10 +183,11 @@ class FrameCodec:
             return []
         if not draft.distributions:
             return [self._draft_ids.pack(draft.token_ids)]
-        if draft.distributions[0].is_full:
-            fp16 = b"".join(one.encode_fp16() for one in draft.distributions)
-            return [self._draft_ids.pack(draft.token_ids), fp16]
-        encoded = encode_drafted(draft.token_ids, draft.distributions)
+        full = [one for one in draft.distributions if isinstance(one, FullDistribution)]
+        if full:
+            return [self._draft_ids.pack(draft.token_ids), b"".join(one.encode() for one in full)]
+        sparse = [one for one in draft.distributions if isinstance(one, SparseDistribution)]
+        encoded = encode_drafted(draft.token_ids, sparse)
         return [encoded.draft_len, encoded.entries, encoded.steps, encoded.data]
 
     def _unpack_draft(self, values: list[object], pipelined: bool) -> Draft:
@@ -195,7 +198,7 @@ class FrameCodec:
         token_ids, distributions = self._unpack_drafted(values[len(head) :])
         return Draft(session_id, round_id, token_ids, distributions, assumed_bonus[0] if assumed_bonus else None)
 
-    def _unpack_drafted(self, values: list[object]) -> DraftedTokens:
+    def _unpack_drafted(self, values: list[object]) -> tuple[tuple[int, ...], tuple[DraftDistribution, ...]]:
         match values:
             case []:
                 return (), ()
@@ -215,17 +218,17 @@ class FrameCodec:
         self.limits.check("max_uplink_k", max(map(len, distributions)))
         return token_ids, distributions
 
-    def _unpack_fp16(self, token_ids: tuple[int, ...], fp16: bytes) -> DraftedTokens:
+    def _unpack_fp16(
+        self, token_ids: tuple[int, ...], fp16: bytes
+    ) -> tuple[tuple[int, ...], tuple[FullDistribution, ...]]:
         size = 2 * self.vocab_size
         if len(fp16) != len(token_ids) * size:
             raise FrameError(
                 f"{len(fp16)} bytes of probabilities for {len(token_ids)} drafted tokens; allowed: {size} for each"
             )
-        distributions = tuple(
-            SparseDistribution.decode_fp16(fp16[start : start + size]) for start in range(0, len(fp16), size)
-        )
+        distributions = FullDistribution.decode(fp16, self.vocab_size)
         for token_id, one in zip(token_ids, distributions, strict=True):
-            if one.probability(token_id) == 0:
+            if one.fp16[token_id] == 0:
                 raise FrameError(f"drafted token {token_id} has probability 0 in its distribution")
         return token_ids, distributions
 

@@ -28,6 +28,7 @@ from typing import Self, TypeAlias
 import numpy as np
 
 from protocol.errors import SettingsError
+from protocol.full_distribution import FullDistribution
 from protocol.limits import Limits
 from protocol.sparse import SparseDistribution
 
@@ -36,6 +37,8 @@ VOCABULARY_VERSION = 3
 """The first version with the vocabulary size and the stop ids in Welcome, and sampling settings in Extend."""
 OLDEST_VERSION = 1
 """It has no Resume, window or encodings."""
+DraftDistribution: TypeAlias = SparseDistribution | FullDistribution
+"""What a drafted token was sampled from; those of a Draft are of one kind."""
 HASH_BYTES = 8
 MIN_TEMPERATURE = 1e-3
 MAX_TEMPERATURE = 100.0
@@ -190,7 +193,7 @@ class Draft:
     session_id: int
     round_id: int
     token_ids: tuple[int, ...]
-    distributions: tuple[SparseDistribution, ...] = ()
+    distributions: tuple[DraftDistribution, ...] = ()
     assumed_bonus: int | None = None
 
 

@@ -7,9 +7,8 @@ import numpy.typing as npt
 
 from basestation.verify import RoundToVerify, VerificationResult
 from protocol.coupling import PositionNoise
-from protocol.messages import Sampling
+from protocol.messages import DraftDistribution, Sampling
 from protocol.randomness import Stream, uniform
-from protocol.sparse import SparseDistribution
 
 Probs = npt.NDArray[np.float64]  # [V]
 
@@ -29,7 +28,7 @@ def target_probs(logits: npt.NDArray[np.floating], sampling: Sampling) -> Probs:
     return probs
 
 
-def dense(distribution: SparseDistribution) -> Probs:
+def dense(distribution: DraftDistribution) -> Probs:
     """Q as a dense vector."""
     probs = np.zeros(distribution.vocab_size)
     probs[distribution.support] = distribution.probs

@@ -10,7 +10,8 @@ import torch
 from basestation.verify import RoundToVerify, VerificationResult, verify_rounds
 from device.settings import DraftSettings
 from protocol.errors import FaultError, NonFiniteError
-from protocol.messages import Draft, Fault, Message, Mode, Open, Opened, Sampling, Verdict
+from protocol.full_distribution import FullDistribution
+from protocol.messages import Draft, DraftDistribution, Fault, Message, Mode, Open, Opened, Sampling, Verdict
 from protocol.sparse import SparseDistribution
 from tests.fakes import FakeDraftModel, FakeTarget, Table, next_logits, random_table
 from tests.link_pair import Station, join, open_session
@@ -52,7 +53,7 @@ def draft(mode: Mode, sampling: Sampling, round_id: int = 1) -> Draft:
     if mode.sends_ids_alone:
         return Draft(0, round_id, (6, 7))
     probs = np.full(VOCAB, 1 / VOCAB)
-    one = SparseDistribution.quantize_fp16(probs)
+    one: DraftDistribution = FullDistribution.quantize(probs)
     if mode is not Mode.FULL:
         one = SparseDistribution.quantize(VOCAB, np.arange(4, 8), probs[:4] / probs[:4].sum(), 96)
     return Draft(0, round_id, (6, 7), (one, one))

@@ -27,7 +27,7 @@ from basestation.verify import (
 from device.sampling import full_distribution, sparse_distribution
 from device.settings import UplinkSettings
 from protocol.frames import FrameCodec
-from protocol.messages import Draft, Sampling
+from protocol.messages import Draft, DraftDistribution, Sampling
 from protocol.randomness import UNIFORM_BITS, WORD_BITS, Stream, random_words, uniform
 from protocol.sparse import MAX_STEPS, SparseDistribution
 from tests.fakes import blend, random_table
@@ -88,10 +88,10 @@ class Sampler:
         self.case = case
         self.sent = cache(self._sent)
 
-    def sampling_distribution(self, state: State) -> SparseDistribution:
+    def sampling_distribution(self, state: State) -> DraftDistribution:
         return self.sent(state)
 
-    def verifying_distribution(self, state: State) -> SparseDistribution:
+    def verifying_distribution(self, state: State) -> DraftDistribution:
         return self.sent(state)
 
     def verify(self, logits: Logits, rounds: Sequence[RoundToVerify]) -> list[VerificationResult]:
@@ -165,13 +165,12 @@ class Sampler:
         for token_id in range(VOCAB):
             yield from self.exact((*tokens, token_id), probability * float(row[token_id]))
 
-    def drafted(self, state: State, uplink: UplinkSettings) -> SparseDistribution:
+    def drafted(self, state: State, uplink: UplinkSettings) -> DraftDistribution:
         return sparse_distribution(DRAFT[state], self.case.sampling, uplink)
 
-    def _sent(self, state: State) -> SparseDistribution:
-        if self.case.steps == 0:
-            distribution = full_distribution(DRAFT[state], self.case.sampling)
-        else:
+    def _sent(self, state: State) -> DraftDistribution:
+        distribution: DraftDistribution = full_distribution(DRAFT[state], self.case.sampling)
+        if self.case.steps:
             distribution = self.drafted(state, UplinkSettings(self.case.uplink_k, self.case.uplink_p, self.case.steps))
         draft = Draft(0, 1, (int(distribution.support[distribution.weights.argmax()]),), (distribution,))
         arrived = CODEC.decode(CODEC.encode(draft))
@@ -185,7 +184,7 @@ def starts_of(support: tuple[int, ...], ends: tuple[int, ...], total: int) -> tu
     return np.array(support), np.array(firsts)
 
 
-def thresholds_of(distribution: SparseDistribution) -> tuple[Ids, Ids]:
+def thresholds_of(distribution: DraftDistribution) -> tuple[Ids, Ids]:
     """The tokens a distribution can sample, and the smallest random number that samples each.
 
     ``sample`` is monotonic, so checking these numbers and the ones just below determines it.
@@ -209,14 +208,14 @@ def test_sampled_answers_are_distributed_as_the_targets_own(case: Case) -> None:
 class TruncatesAfterSampling(Sampler):
     """Samples from all of Q and truncates afterwards; the verifier uses the truncated Q."""
 
-    def sampling_distribution(self, state: State) -> SparseDistribution:
+    def sampling_distribution(self, state: State) -> DraftDistribution:
         return self.drafted(state, UplinkSettings(VOCAB, 1.0, MAX_STEPS))
 
 
 class VerifiesUnrounded(Sampler):
     """Verifies against Q before rounding instead of the Q that was sampled from."""
 
-    def verifying_distribution(self, state: State) -> SparseDistribution:
+    def verifying_distribution(self, state: State) -> DraftDistribution:
         return self.drafted(state, UplinkSettings(self.case.uplink_k, self.case.uplink_p, MAX_STEPS))
 
 
@@ -272,7 +271,7 @@ def random_round(rng: np.random.Generator, logits: Logits) -> RoundToVerify:
     if kind < 2:
         greedy = [int(one.argmax()) for one in draft_logits]
         return RoundToVerify(Sampling() if kind == 0 else sampling, position, greedy)
-    distribution_of: Callable[[Logits], SparseDistribution] = partial(full_distribution, sampling=sampling)
+    distribution_of: Callable[[Logits], DraftDistribution] = partial(full_distribution, sampling=sampling)
     if kind == 3:
         distribution_of = partial(sparse_distribution, sampling=sampling, uplink=UplinkSettings(8, 1.0, 64))
     distributions = [distribution_of(one) for one in draft_logits]

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from protocol.draft_codec import encode_drafted
 from protocol.errors import FrameError, LimitError, ProtocolError
 from protocol.frames import FrameCodec
+from protocol.full_distribution import FullDistribution
 from protocol.limits import Limits
 from protocol.messages import (
     MAX_TEMPERATURE,
@@ -181,7 +182,7 @@ def test_ids_take_as_many_bits_as_the_vocabulary_needs(vocab_size: int) -> None:
 @pytest.mark.parametrize("vocab_size", [2, 300, 70_000])
 def test_full_distributions_round_trip(vocab_size: int) -> None:
     probs = np.random.default_rng(1).dirichlet(np.ones(vocab_size))
-    full = SparseDistribution.quantize_fp16(probs)
+    full = FullDistribution.quantize(probs)
     draft = Draft(0, 1, (int(probs.argmax()),) * 2, (full, full))
     assert FrameCodec(vocab_size).decode(FrameCodec(vocab_size).encode(draft)) == draft
 
@@ -191,7 +192,7 @@ def test_the_largest_valid_frames_are_within_the_bound() -> None:
         codec = FrameCodec(vocab_size)
         uniform, fields_and_ids = np.full(vocab_size, 1 / vocab_size), (2**32 - 1, 2**32 - 1, (1,) * 64)
         for one in (
-            SparseDistribution.quantize_fp16(uniform),
+            FullDistribution.quantize(uniform),
             SparseDistribution.quantize(vocab_size, np.arange(vocab_size), uniform, MAX_STEPS),
         ):
             assert len(codec.encode(Draft(*fields_and_ids, (one,) * 64))) <= codec.max_frame_bytes
@@ -236,7 +237,7 @@ def decodes_or_raises_frame_error(codec: FrameCodec, frame: bytes) -> bool:
 def test_damaged_frames_decode_or_raise_frame_error() -> None:
     codec, rng = FrameCodec(300), np.random.default_rng(0)
     pair = SparseDistribution.quantize(300, np.array([7, 200]), np.array([0.25, 0.75]), 12)
-    full = SparseDistribution.quantize_fp16(np.full(300, 1 / 300))
+    full = FullDistribution.quantize(np.full(300, 1 / 300))
     valid: list[Message] = [
         Hello(1, 300, bytes(range(32)), (2, 7)),
         Welcome(1, "table", 4096, 64, tuple(Mode)),
@@ -424,7 +425,7 @@ def test_sampling_settings_out_of_range_are_refused(values: tuple[float, int, fl
 
 
 ONE = encode_drafted((7,), (SparseDistribution.quantize(300, np.array([7, 200]), np.array([0.5, 0.5]), 10),))
-FP16 = SparseDistribution.quantize_fp16(np.eye(300)[7]).encode_fp16()
+FP16 = FullDistribution.quantize(np.eye(300)[7]).encode()
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from protocol.bundle import Manifest
 from protocol.draft_codec import decode_drafted, encode_drafted
 from protocol.errors import FrameError
 from protocol.frames import FrameCodec
+from protocol.full_distribution import FullDistribution
 from protocol.limits import Limits
 from protocol.messages import Draft, Mode, Sampling
 from protocol.randomness import UNIFORM_BITS, Stream, random_bits
@@ -46,8 +47,6 @@ def rounded_distributions(draw: st.DrawFn) -> tuple[SparseDistribution, Probs]:
 
 
 def decoded(distribution: SparseDistribution) -> SparseDistribution:
-    if distribution.is_full:
-        return SparseDistribution.decode_fp16(distribution.encode_fp16())
     encoded = encode_drafted(distribution.support[:1].tolist(), [distribution])
     _, (received,) = decode_drafted(encoded, distribution.vocab_size)
     return received
@@ -96,29 +95,29 @@ def test_no_distribution_with_the_same_steps_is_nearer(parts: list[int], steps: 
 def test_a_full_distribution_has_the_precision_of_fp16(vocab_size: int, seed: int, spread: float) -> None:
     exact = np.exp(np.random.default_rng(seed).normal(0, spread, vocab_size))
     exact /= exact.sum()
-    full = SparseDistribution.quantize_fp16(exact)
+    full = FullDistribution.quantize(exact)
     assert len(full) == vocab_size
     assert (np.abs(full.weights * 2.0**-24 - exact) <= exact * 2**-11 + 2.0**-25).all()
-    assert decoded(full) == full
-    assert len(full.encode_fp16()) == 2 * vocab_size
+    assert FullDistribution.decode(full.encode(), vocab_size) == (full,)
+    assert len(full.encode()) == 2 * vocab_size
 
 
 def test_probabilities_that_round_to_0_leave_the_support_of_sparse_distributions_only() -> None:
     probs = np.array([1e-9, 1 - 1e-9])
     assert SparseDistribution.quantize(3, np.array([2, 0]), probs, MAX_STEPS).support.tolist() == [0]
-    assert SparseDistribution.quantize_fp16(probs).weights.tolist() == [0, 2**24]
+    assert FullDistribution.quantize(probs).weights.tolist() == [0, 2**24]
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, -0.5, 1.001, 2.0, 65_504.0])
 def test_probabilities_outside_0_to_1_are_refused(bad: float) -> None:
-    assert SparseDistribution.decode_fp16(np.array([1.0, 0.0], "<f2").tobytes()).weights.tolist() == [2**24, 0]
+    assert FullDistribution.decode(np.array([1.0, 0.0], "<f2").tobytes(), 2)[0].weights.tolist() == [2**24, 0]
     with pytest.raises(FrameError, match=r"probability"):
-        SparseDistribution.decode_fp16(np.array([0.5, bad], "<f2").tobytes())
+        FullDistribution.decode(np.array([0.5, bad], "<f2").tobytes(), 2)
 
 
 def test_a_distribution_of_zeros_is_refused() -> None:
     with pytest.raises(FrameError, match="all probabilities"):
-        SparseDistribution.decode_fp16(bytes(2 * 5))
+        FullDistribution.decode(bytes(2 * 5), 5)
 
 
 def test_samples_follow_the_distribution() -> None:
@@ -156,7 +155,7 @@ def test_sampling_inverts_the_cumulative_distribution() -> None:
 
 
 def test_entries_of_probability_0_in_full_distributions_are_never_sampled() -> None:
-    distribution = SparseDistribution.quantize_fp16(np.array([0, 0.5, 0, 0]))
+    distribution = FullDistribution.quantize(np.array([0, 0.5, 0, 0]))
     assert {distribution.sample(bits) for bits in (0, 1, 2**UNIFORM_BITS - 1)} == {1}
 
 
@@ -207,8 +206,8 @@ def test_invariant_1_the_device_samples_from_the_decoded_distribution(mode: Mode
         assert isinstance(received, Draft)
         assert received.token_ids == drafted.token_ids
         assert received.distributions == drafted.distributions
-        for index, (token_id, distribution) in enumerate(zip(drafted.token_ids, drafted.distributions, strict=True)):
+        for index, (token_id, arrived) in enumerate(zip(drafted.token_ids, received.distributions, strict=True)):
             bits = random_bits(seed, len(prompt) + index, Stream.DRAFT)
-            assert token_id == decoded(distribution).sample(bits)
+            assert token_id == arrived.sample(bits)
             differs += token_id != unrounded_sample(len(prompt) + index, bits)
     assert differs > 0, "rounding never changed a token, so the test proves nothing"

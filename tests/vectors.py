@@ -16,6 +16,7 @@ import numpy as np
 
 from protocol.coupling import PositionNoise
 from protocol.frames import FrameCodec
+from protocol.full_distribution import FullDistribution
 from protocol.messages import (
     PROTOCOL_VERSION,
     Close,
@@ -81,7 +82,7 @@ def messages(vocab_size: int) -> list[Message]:
     other = SparseDistribution.quantize(vocab_size, np.array([5]), np.ones(1), 96)
     fp16 = np.zeros(vocab_size)
     fp16[[2, 9, last]] = 0.5, 0.375, 0.125
-    full = SparseDistribution.quantize_fp16(fp16)
+    full = FullDistribution.quantize(fp16)
     modes = (Mode.IDS, Mode.TOPK, Mode.FULL, Mode.TARGET, Mode.COUPLED, Mode.TOPP)
     return [
         Hello(PROTOCOL_VERSION, vocab_size, bytes(range(32)), (2, 7)),
@@ -120,7 +121,7 @@ def counting_table() -> Table:
 
 def describe(value: object) -> Any:
     """A message as JSON: its kind and fields, with bytes in hexadecimal."""
-    if isinstance(value, SparseDistribution):
+    if isinstance(value, SparseDistribution | FullDistribution):
         kept = np.flatnonzero(value.weights)
         return {"support": value.support[kept].tolist(), "weights": value.weights[kept].tolist(), "total": value.total}
     if is_dataclass(value):

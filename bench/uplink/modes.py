@@ -32,8 +32,7 @@ from protocol.coupling import PositionNoise
 from protocol.errors import SettingsError
 from protocol.frames import FrameCodec
 from protocol.limits import Limits
-from protocol.messages import Draft, Mode, Sampling
-from protocol.sparse import SparseDistribution
+from protocol.messages import Draft, DraftDistribution, Mode, Sampling
 from protocol.zmtp import socket_bytes
 
 UPLINK_K = (1, 3, 8, 32, 128, 320, 3200)
@@ -129,7 +128,7 @@ def _row(
     }
 
 
-def _measure(corpus: Corpus, sent: Sequence[SparseDistribution]) -> tuple[float, float, float]:
+def _measure(corpus: Corpus, sent: Sequence[DraftDistribution]) -> tuple[float, float, float]:
     """Bytes of a token at the socket, its acceptance, and the number of entries sent for it."""
     vocab_size = sent[0].vocab_size
     codec = FrameCodec(vocab_size, Limits(max_uplink_k=vocab_size))

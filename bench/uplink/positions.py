@@ -23,7 +23,7 @@ from device.sampling import sparse_distribution
 from device.settings import UplinkSettings
 from device.tokenizer import Tokenizer
 from protocol.frames import FrameCodec
-from protocol.messages import Draft, Sampling
+from protocol.messages import Draft, DraftDistribution, Sampling
 from protocol.randomness import Stream, random_bits
 from protocol.sparse import MAX_STEPS, SparseDistribution
 from protocol.zmtp import socket_bytes
@@ -58,7 +58,7 @@ class Corpus:
     positions: Sequence[Position]
     draft_seconds: float
 
-    def mean_acceptance(self, distributions: Sequence[SparseDistribution]) -> float:
+    def mean_acceptance(self, distributions: Sequence[DraftDistribution]) -> float:
         """The mean acceptance of tokens sampled from ``distributions``, one per position."""
         pairs = zip(self.positions, distributions, strict=True)
         return float(np.mean([position.acceptance(one.support, one.probs) for position, one in pairs]))
@@ -93,12 +93,12 @@ def finest(logits: Logits, sampling: Sampling, k: int, p: float) -> SparseDistri
     return sparse_distribution(logits, sampling, UplinkSettings(k, p, MAX_STEPS))
 
 
-def by_round(distributions: Sequence[SparseDistribution]) -> Iterator[Sequence[SparseDistribution]]:
+def by_round(distributions: Sequence[DraftDistribution]) -> Iterator[Sequence[DraftDistribution]]:
     """The distributions of each round."""
     return (distributions[start : start + DRAFT_LEN] for start in range(0, len(distributions), DRAFT_LEN))
 
 
-def send(codec: FrameCodec, distributions: Sequence[SparseDistribution], seed: int) -> tuple[int, float]:
+def send(codec: FrameCodec, distributions: Sequence[DraftDistribution], seed: int) -> tuple[int, float]:
     """Bytes of a Draft at the socket, and seconds to encode and decode it."""
     token_ids = tuple(one.sample(random_bits(seed, i, Stream.DRAFT)) for i, one in enumerate(distributions))
     draft = Draft(0, 1, token_ids, tuple(distributions))
