@@ -69,10 +69,20 @@ def serve(
     idle_timeout: Annotated[
         int, typer.Option(help="Seconds after which an idle session is dropped.", rich_help_panel=LIMITS)
     ] = Limits.idle_timeout,
+    max_bytes_per_second: Annotated[int, typer.Option(help="Bytes received per device.", rich_help_panel=LIMITS)] = (
+        Limits.max_bytes_per_second
+    ),
+    max_held_bytes: Annotated[
+        int, typer.Option(help="Bytes held per device, besides KV caches.", rich_help_panel=LIMITS)
+    ] = Limits.max_held_bytes,
     kv_memory: Annotated[
         str,
         typer.Option(help="Memory for KV caches: 4GiB, or auto, a share of the free memory.", rich_help_panel=PASSES),
     ] = "auto",
+    peer_memory: Annotated[
+        str,
+        typer.Option(help="Memory for what peers send and for the tensors of a pass.", rich_help_panel=PASSES),
+    ] = "2GiB",
     pass_tokens: Annotated[
         int | None, typer.Option(help="Tokens in a forward pass; default 256, on CUDA 2048.", rich_help_panel=PASSES)
     ] = None,
@@ -110,12 +120,20 @@ def serve(
     folder = KeyFolder(keys) if keys else None
     check_bind(bind, folder is not None or insecure)  # before the slow imports
     limits = Limits(
-        max_prompt_len, max_draft_len, max_uplink_k, max_sessions, max_requests_per_second, window, idle_timeout
+        max_prompt_len,
+        max_draft_len,
+        max_uplink_k,
+        max_sessions,
+        max_requests_per_second,
+        window,
+        idle_timeout,
+        max_bytes_per_second,
+        max_held_bytes,
     )
     from basestation.launcher import OperationOptions, SocketOptions, TargetOptions, run_base_station
 
     run_base_station(
-        TargetOptions(target, dtype, torch_device, kv_memory, pass_tokens, prompt_tokens),
+        TargetOptions(target, dtype, torch_device, kv_memory, peer_memory, pass_tokens, prompt_tokens),
         SocketOptions(bind, folder, insecure, limits),
         OperationOptions(metrics_bind, record, profile, drain_seconds),
     )

@@ -14,12 +14,14 @@ from basestation.memory import OutOfMemory, catch_out_of_memory
 from basestation.metrics import Metrics
 from basestation.pass_records import PassRecord, PassRecordFile, VerifiedRound
 from basestation.peer import Peer
+from basestation.rate_limit import RateLimiter
 from basestation.scheduler import BUSY_SECONDS, PassBudget, ScheduledUnit, Scheduler
 from basestation.session import Session
+from basestation.session_table import SessionTable
 from basestation.target_model import TargetModel
 from basestation.verify import VerificationResult, verify_rounds
 from protocol.errors import ClosingError, EdgedraftError, FullError, NonFiniteError, StateError, UnknownSessionError
-from protocol.limits import Limits, option_name
+from protocol.limits import Limits
 from protocol.messages import Close, Decode, Draft, Extend, Fault, Hello, Message, Mode, Open, Reply, Request, Resume
 
 Deliver: TypeAlias = Callable[[bytes, Message], int]
@@ -61,20 +63,21 @@ class Engine:
         self._clock = clock
         self._draining = False
         self._handshake = Handshake(target, limits)
-        self._sessions: dict[tuple[str, int], Session] = {}  # by owner and session id
+        self._sessions = SessionTable(limits)
+        self._repetitions = RateLimiter(limits.max_requests_per_second, clock)
         self._scheduler = Scheduler(target.kv_pool, budget, self._note_eviction)
         self._metrics.watch(self._sessions.__len__, target.kv_pool)
 
     @property
     def busy(self) -> bool:
         """Whether any session has something to run."""
-        return any(session.waiting for session in self._sessions.values())
+        return any(session.waiting for session in self._sessions.all())
 
     @property
     def idle(self) -> bool:
         """Whether no session has something to run, and none was active in the last second."""
         now = self._clock()
-        return not any(one.waiting or now - one.last_active < _IDLE_SECONDS for one in self._sessions.values())
+        return not any(one.waiting or now - one.last_active < _IDLE_SECONDS for one in self._sessions.all())
 
     def receive(self, peer: Peer, message: Message, size: int = 0) -> None:
         """Take a message of ``size`` bytes; an error ends its session alone, with a Fault (invariant 7)."""
@@ -92,7 +95,7 @@ class Engine:
         fields = {"peer": peer.owner, "session": session_id, "code": error.code}
         logger.warning("peer %s, session %s: %s", peer, session_id, error, extra=fields)
         if session_id is not None:
-            self._drop(peer.owner, session_id)
+            self._sessions.drop(peer.owner, session_id)
         self._send_fault(peer, session_id, error)
 
     def drain(self) -> None:
@@ -103,28 +106,27 @@ class Engine:
         """End all sessions of an owner, and require another Hello."""
         logger.warning("peer %s: %s", owner[:8], error)
         self._handshake.drop(owner)
-        for key, session in list(self._sessions.items()):
-            if session.peer.owner == owner:
-                self._send_fault(session.peer, session.session_id, error)
-                self._drop(*key)
+        for session in self._sessions.of(owner):
+            self._send_fault(session.peer, session.session_id, error)
+            self._sessions.drop(owner, session.session_id)
 
     def step(self) -> None:
         """One forward pass over what is ready: schedule, run, verify, deliver."""
-        self._run(self._scheduler.schedule(self._sessions.values(), self._clock()))
+        self._run(self._scheduler.schedule(self._sessions.all(), self._clock()))
 
     def drop_idle(self) -> None:
         """Drop sessions that were not active for ``limits.idle_timeout`` seconds."""
         timeout = self._limits.idle_timeout
         oldest = self._clock() - timeout
-        for key, session in list(self._sessions.items()):
+        for session in self._sessions.all():
             if session.last_active < oldest:
                 logger.info("peer %s, session %s: idle for %d s, dropped", session.peer, session.session_id, timeout)
-                self._drop(*key)
+                self._sessions.drop(session.peer.owner, session.session_id)
 
     def close(self) -> None:
         """Tell every peer that the base station is shutting down."""
         error = ClosingError("the base station is shutting down")
-        for session in self._sessions.values():
+        for session in self._sessions.all():
             self._send_fault(session.peer, session.session_id, error)
         self._sessions.clear()
 
@@ -190,7 +192,7 @@ class Engine:
             half = len(units) // 2
             self._run(units[:half])
             self._run(units[half:])
-        elif self._scheduler.evict_idle(self._sessions.values()):
+        elif self._scheduler.evict_idle(self._sessions.all()):
             self._run(units)
         else:
             self._refuse(units[0].session)
@@ -210,21 +212,21 @@ class Engine:
                 self._resume(peer, message)
             case Close():
                 logger.info("peer %s, session %s: closed by the device", peer, message.session_id)
-                self._drop(peer.owner, message.session_id)
+                self._sessions.drop(peer.owner, message.session_id)
             case Fault():
                 logger.warning("peer %s reports %s: %s", peer, message.code, message.text)
                 if message.session_id is not None:
-                    self._drop(peer.owner, message.session_id)
+                    self._sessions.drop(peer.owner, message.session_id)
             case _:
                 raise StateError(f"{type(message).__name__} is sent by base stations only")
 
     def _request(self, peer: Peer, request: Request) -> None:
         if not self._handshake.greeted(peer.owner):
             raise UnknownSessionError(f"{type(request).__name__} before Hello")
-        session = self._sessions.get((peer.owner, request.session_id))
+        session = self._sessions.get(peer.owner, request.session_id)
         if session is not None:
             session.touch(peer, self._clock())
-            replies = session.take(request)
+            replies = self._continue(session, request)
         elif isinstance(request, Open):
             session, replies = self._open(peer, request)
         else:
@@ -232,52 +234,38 @@ class Engine:
         for reply in replies:
             self._deliver(peer, reply, session)
 
+    def _continue(self, session: Session, request: Request) -> list[Reply]:
+        """Take a new request of an open session, or answer a repetition as far as its device's rate limit allows."""
+        owner = session.peer.owner
+        if session.is_new(request):
+            self._sessions.check_memory(owner, request)
+            return session.take(request)
+        replies = session.repeat(request, self._repetitions.left(owner))
+        self._repetitions.allows(owner, len(replies))
+        return replies
+
     def _open(self, peer: Peer, request: Open) -> tuple[Session, list[Reply]]:
         if self._draining:
             raise ClosingError("the base station is shutting down")
-        self._make_room(peer.owner)
         target, now = self._target, self._clock()
+        self._sessions.make_room(peer.owner, now)
+        self._sessions.check_memory(peer.owner, request)
         kv_cache, stop_ids = target.new_kv_cache(), target.vocabulary.stop_ids
         session = Session(peer, request, kv_cache, stop_ids, target.context_length, self._limits.window, now)
         replies = session.take(request)
-        self._scheduler.admit(session, self._sessions.values(), now)
-        self._sessions[peer.owner, request.session_id] = session
+        self._scheduler.admit(session, self._sessions.all(), now)
+        self._sessions.add(session)
         prompt_len = len(request.prompt_ids)
         logger.info("peer %s, session %s: %s, %d tokens", peer, request.session_id, request.mode, prompt_len)
         return session, replies
 
-    def _make_room(self, owner: str) -> None:
-        """Drop the longest idle session of an owner that has as many as allowed: a killed device closed none.
-
-        Raises:
-            FullError: all its sessions are active.
-        """
-        sessions, most = [one for one in self._sessions.values() if one.peer.owner == owner], self._limits.max_sessions
-        if len(sessions) < most:
-            return
-        before, seconds = self._clock() - BUSY_SECONDS, round(BUSY_SECONDS)
-        idle = [session for session in sessions if not session.waiting and session.last_active <= before]
-        if not idle:
-            option = option_name("max_sessions")
-            raise FullError(
-                f"{most} sessions of this device are active, all that {option} allows; retry in {seconds} s", seconds
-            )
-        longest = min(idle, key=lambda session: session.last_active)
-        logger.info("peer %s, session %s: dropped, for another of its device", longest.peer, longest.session_id)
-        self._drop(owner, longest.session_id)
-
     def _resume(self, peer: Peer, message: Resume) -> None:
-        session = self._sessions.get((peer.owner, message.session_id))
+        session = self._sessions.get(peer.owner, message.session_id)
         if session is None:
             raise UnknownSessionError(f"session {message.session_id} is not open")
         resumed = session.resume(message)
         session.touch(peer, self._clock())
         self._deliver(peer, resumed, session)
-
-    def _drop(self, owner: str, session_id: int) -> None:
-        session = self._sessions.pop((owner, session_id), None)
-        if session is not None:
-            session.kv_cache.release()
 
     def _note_eviction(self, session: Session) -> None:
         self._metrics.count_eviction()
@@ -295,5 +283,5 @@ class Engine:
         self._metrics.count_downlink(session.mode if session else None, size)
 
     def _mode_of(self, peer: Peer, session_id: int | None) -> Mode | None:
-        session = None if session_id is None else self._sessions.get((peer.owner, session_id))
+        session = self._sessions.get(peer.owner, session_id)
         return session.mode if session else None

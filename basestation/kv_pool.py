@@ -64,6 +64,11 @@ class KVPool:
         self.shape = shape
 
     @property
+    def bytes(self) -> int:
+        """Memory of all positions."""
+        return self.capacity * self.shape.position_bytes
+
+    @property
     def free(self) -> int:
         """Positions that are not allocated."""
         return self.capacity - self.used

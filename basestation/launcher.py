@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from basestation.key_folder import KeyFolder
+from basestation.memory import parse_size
+from basestation.memory_guard import MemoryGuard
 from basestation.metrics import Metrics
 from basestation.monitor import Monitor
 from basestation.pass_records import PassRecordFile
@@ -28,6 +30,7 @@ class TargetOptions:
     dtype: str
     torch_device: str
     kv_memory: str
+    peer_memory: str
     pass_tokens: int | None
     prompt_tokens: int | None
 
@@ -64,8 +67,10 @@ def run_base_station(target: TargetOptions, socket: SocketOptions, operation: Op
         logger.info("loading %s", target.model)
         model = TargetModel.load(target.model, target.dtype, target.torch_device, target.kv_memory)
         budget = PassBudget.of(target.pass_tokens, target.prompt_tokens, model.torch_device.type == "cuda")
+        kv_bytes = model.kv_pool.bytes if model.torch_device.type == "cpu" else 0
+        guard = MemoryGuard.of_process(kv_bytes, parse_size("peer-memory", target.peer_memory))
         server = Server(
-            model, socket.bind, socket.limits, socket.keys, socket.insecure, budget, metrics, records, profiler
+            model, socket.bind, socket.limits, socket.keys, socket.insecure, budget, metrics, records, profiler, guard
         )
         _stop_on_signals(server, operation.drain_seconds)
         if monitor:

@@ -8,7 +8,7 @@ Knows tokens and lengths; not how a batch is scheduled.
 """
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from basestation.kv_pool import BLOCK_SIZE
 from basestation.memory import OutOfMemory, catch_out_of_memory
@@ -20,16 +20,24 @@ logger = logging.getLogger(__name__)
 def share_prefixes(newcomers: Iterable[Session], sessions: Iterable[Session]) -> dict[Session, Session]:
     """Let ``newcomers``, whose KV caches are empty, share the cached prefixes of ``sessions``.
 
+    The work grows with the number of sessions and of their blocks, not with its square.
+
     Returns:
         The newcomers that should wait, each with the source that is computing their prefix.
     """
-    sources = [one for one in sessions if one.kv_cache.length]
+    ordered = sorted(newcomers, key=lambda one: len(one.tokens))
+    if not ordered:
+        return {}
+    sources: dict[bytes, Session] = {}  # by the key of each block: the source with the most cached positions
+    for session in sorted(sessions, key=lambda one: one.kv_cache.length):
+        if session.kv_cache.length:
+            sources.update(dict.fromkeys(session.tokens.shareable_keys, session))
     waiting = {}
-    for newcomer in sorted(newcomers, key=lambda one: len(one.tokens)):
-        shared = [(shared_len(one, newcomer), one) for one in sources]
-        length, source = max(shared, key=lambda pair: (pair[0], pair[1].kv_cache.length), default=(0, newcomer))
+    for newcomer in ordered:
+        length, source = _longest_prefix(newcomer, sources)
         if not length:
-            sources.append(newcomer)
+            for key in newcomer.tokens.shareable_keys:
+                sources.setdefault(key, newcomer)
         elif source.kv_cache.length < length:
             waiting[newcomer] = source
         else:
@@ -37,15 +45,17 @@ def share_prefixes(newcomers: Iterable[Session], sessions: Iterable[Session]) ->
     return waiting
 
 
-def shared_len(one: Session, other: Session) -> int:
-    """Positions that two sessions can share: whole blocks, without the last token, which runs with a round."""
-    return _common_len(one.tokens, other.tokens, min(len(one.tokens), len(other.tokens)) - 1)
-
-
-def _common_len(one: Sequence[int], other: Sequence[int], limit: int) -> int:
-    starts = range(0, limit - BLOCK_SIZE + 1, BLOCK_SIZE)
-    different = (start for start in starts if one[start : start + BLOCK_SIZE] != other[start : start + BLOCK_SIZE])
-    return next(different, len(starts) * BLOCK_SIZE)
+def _longest_prefix(newcomer: Session, sources: dict[bytes, Session]) -> tuple[int, Session]:
+    """Positions that a newcomer can share, and the source that has them; (0, the newcomer) without any."""
+    keys = newcomer.tokens.shareable_keys
+    known, unknown = 0, len(keys) + 1  # the first ``known`` blocks have a source, the first ``unknown`` have none
+    while unknown - known > 1:
+        middle = (known + unknown) // 2
+        if keys[middle - 1] in sources:
+            known = middle
+        else:
+            unknown = middle
+    return known * BLOCK_SIZE, sources[keys[known - 1]] if known else newcomer
 
 
 def _share(newcomer: Session, source: Session, length: int) -> None:

@@ -1,4 +1,4 @@
-"""The rate limit of each device's requests, applied before a message is decoded."""
+"""Rate limits of each device, applied before a message costs much."""
 
 import time
 from collections.abc import Callable
@@ -22,7 +22,7 @@ class RateLimiter:
     """A token bucket per sender, filled at ``per_second``, with a capacity of ``_BURST_SECONDS``.
 
     Args:
-        per_second: messages per sender.
+        per_second: messages, bytes or replies per sender.
         clock: seconds, monotonic.
     """
 
@@ -31,19 +31,17 @@ class RateLimiter:
         self._clock = clock
         self._senders: dict[str, _Sender] = {}
 
-    def allows(self, name: str) -> bool:
-        """Count a message; whether it is within the limit."""
-        now, capacity = self._clock(), self._per_second * _BURST_SECONDS
-        sender = self._senders.pop(name, None) or _Sender(capacity, now)
-        sender.tokens = min(capacity, sender.tokens + (now - sender.updated) * self._per_second)
-        sender.updated = now
-        self._senders[name] = sender
-        if len(self._senders) > _MAX_SENDERS:
-            del self._senders[next(iter(self._senders))]
-        if sender.tokens < 1:
+    def allows(self, name: str, cost: int = 1) -> bool:
+        """Charge ``cost`` to a sender if that is within the limit; whether it is."""
+        sender = self._filled(name)
+        if sender.tokens < cost:
             return False
-        sender.tokens -= 1
+        sender.tokens -= cost
         return True
+
+    def left(self, name: str) -> int:
+        """How much a sender may be charged now."""
+        return int(self._filled(name).tokens)
 
     def should_notify(self, name: str) -> bool:
         """Whether to notify a sender that exceeded the limit: at most once a second."""
@@ -52,3 +50,13 @@ class RateLimiter:
             return False
         sender.notified = self._clock()
         return True
+
+    def _filled(self, name: str) -> _Sender:
+        now, capacity = self._clock(), self._per_second * _BURST_SECONDS
+        sender = self._senders.pop(name, None) or _Sender(capacity, now)
+        sender.tokens = min(capacity, sender.tokens + (now - sender.updated) * self._per_second)
+        sender.updated = now
+        self._senders[name] = sender
+        if len(self._senders) > _MAX_SENDERS:
+            del self._senders[next(iter(self._senders))]
+        return sender

@@ -5,8 +5,11 @@ forward pass must run. Knows no socket and no clock, and runs no model.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
+from itertools import islice
 
+from basestation.answered_requests import AnsweredRequests
+from basestation.committed_tokens import CommittedTokens
+from basestation.held_bytes import held_bytes
 from basestation.kv_pool import SequenceKVCache
 from basestation.peer import Peer
 from basestation.segment import Segment
@@ -51,7 +54,7 @@ class Session:
         self.peer = peer
         self.session_id = opening.session_id
         self.rounds = SessionRounds(stop_ids, window)
-        self.tokens: list[int] = []
+        self.tokens = CommittedTokens()
         self.kv_cache = kv_cache
         self.last_active = now
         self.ready_since = now
@@ -59,8 +62,8 @@ class Session:
         self._sampling = opening.sampling
         self._evicted = False
         self._context_length = context_length
-        self._window = window
-        self._answered: dict[int, tuple[Request, list[Reply]]] = {}
+        self._answered = AnsweredRequests(opening.session_id, window + 1)
+        self._resume_round = 0
 
     def touch(self, peer: Peer, now: float) -> None:
         """Note a request of the device before it is taken; replies go to ``peer`` from now on."""
@@ -69,29 +72,36 @@ class Session:
         self.peer = peer
         self.last_active = now
 
-    def take(self, request: Request) -> list[Reply]:
-        """Take a request and return the replies that are due at once.
+    def is_new(self, request: Request) -> bool:
+        """Whether a request is neither a repetition, nor old, nor invalidated."""
+        if self._answered.repeats(request) or self.rounds.is_old(request):
+            return False
+        return not (isinstance(request, Draft) and self.rounds.is_invalidated(request))
 
-        A repeated request gets its stored replies (invariant 4). An old or
-        invalidated one gets none.
+    def repeat(self, request: Request, most: int) -> list[Reply]:
+        """The stored replies to a repetition (invariant 4), at most ``most``, from the round that the last Resume told.
+
+        There are none to an old or invalidated request.
+        """
+        if not self._answered.repeats(request):
+            return []
+        return list(islice(self._answered.replies(request, self._resume_round), most))
+
+    def take(self, request: Request) -> list[Reply]:
+        """Take a new request and return the replies that are due at once.
 
         Raises:
             StateError: the request is not allowed in this state.
             ContextLengthError: it exceeds the target's context.
         """
-        known, replies = self._answered.get(request.round_id, (None, []))
-        if _without_distributions(request) == known:
-            return list(replies)
-        if self.rounds.is_old(request) or (isinstance(request, Draft) and self.rounds.is_invalidated(request)):
-            return []
         self._check_length(request)
         self.rounds.advance(request)
         self._evicted = False
-        self._remember(request)
+        self._answered.remember(request)
         if isinstance(request, Open):
-            self.tokens = list(request.prompt_ids)
+            self.tokens.append(request.prompt_ids)
         elif isinstance(request, Extend):
-            self.tokens[request.start :] = request.token_ids
+            self.tokens.replace_from(request.start, request.token_ids)
             self.kv_cache.rollback(request.start)
             self._sampling = request.sampling or self._sampling
         else:
@@ -104,14 +114,20 @@ class Session:
         Raises:
             UnknownSessionError: the device's tokens are others, or its round is too old.
         """
-        if not message.agrees(self.tokens) or message.round_id < min(self._answered):
+        if not message.agrees(self.tokens[: message.committed_len]) or message.round_id < self._answered.oldest_round:
             raise UnknownSessionError(f"session {message.session_id} has other tokens here")
+        self._resume_round = message.round_id
         return Resumed(message.session_id, self.rounds.round_id, len(self.tokens))
 
     @property
     def mode(self) -> Mode:
         """The uplink mode."""
         return self._mode
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes that the session takes besides its KV cache."""
+        return self.tokens.nbytes + self._answered.nbytes + sum(map(held_bytes, self.rounds.in_flight))
 
     @property
     def waiting(self) -> bool:
@@ -138,7 +154,7 @@ class Session:
             token_ids = [*self.tokens[self.kv_cache.length :], *self._drafted]
             return Segment(self.kv_cache, token_ids, num_logits=self.round_len)
         start = self.kv_cache.length
-        return Segment(self.kv_cache, self.tokens[start : start + min(limit, self.backlog)], num_logits=0)
+        return Segment(self.kv_cache, self.tokens[start : start + min(limit, self.backlog)].tolist(), num_logits=0)
 
     @property
     def round(self) -> RoundToVerify:
@@ -158,7 +174,7 @@ class Session:
     def commit(self, result: VerificationResult, now: float) -> Verdict:
         """Commit the result of the current round, roll the KV cache back to it, and return the Verdict."""
         accepted, token_id = result.accepted, result.token_id
-        self.tokens += [*self._drafted[:accepted], token_id]
+        self.tokens.append((*self._drafted[:accepted], token_id))
         self.kv_cache.rollback(len(self.tokens) - 1)
         verdict = Verdict(self.session_id, self.rounds.round_id, accepted, token_id)
         self._record(verdict)
@@ -177,17 +193,11 @@ class Session:
     def _drafted(self) -> Sequence[int]:
         return self.rounds.in_flight[0].token_ids if self.rounds.in_flight else ()
 
-    def _remember(self, request: Request) -> None:
-        """Store a request, without its distributions, and its replies for as long as it may be repeated."""
-        self._answered[request.round_id] = _without_distributions(request), []
-        while len(self._answered) > self._window + 1:
-            del self._answered[min(self._answered)]
-
     def _record(self, reply: Reply) -> Reply:
         in_flight = self.rounds.in_flight
-        request_round = in_flight[0].round_id if in_flight else max(self._answered)
+        request_round = in_flight[0].round_id if in_flight else self._answered.newest_round
         self.rounds.advance(reply)
-        self._answered[request_round][1].append(reply)
+        self._answered.record(request_round, reply)
         return reply
 
     def _check_length(self, request: Request) -> None:
@@ -207,8 +217,3 @@ class Session:
                     "prompt", f"{needed - 1} tokens", f"at most {self._context_length - 1} (the target's context)"
                 )
             raise StateError(f"a round up to token {needed}; allowed: {self._context_length} (the target's context)")
-
-
-def _without_distributions(request: Request) -> Request:
-    """A request without its only large field, which is not needed to recognise it."""
-    return replace(request, distributions=()) if isinstance(request, Draft) else request

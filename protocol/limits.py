@@ -17,6 +17,8 @@ class Limits:
         max_requests_per_second: requests per device, averaged over a few seconds.
         window: Drafts in flight per session.
         idle_timeout: seconds after which an idle session is dropped.
+        max_bytes_per_second: bytes received per device, averaged over a few seconds.
+        max_held_bytes: bytes held per device for requests that wait and for its sessions, besides their KV caches.
     """
 
     max_prompt_len: int = 131_072
@@ -26,6 +28,8 @@ class Limits:
     max_requests_per_second: int = 500
     window: int = 4
     idle_timeout: int = 600
+    max_bytes_per_second: int = 32 * 2**20
+    max_held_bytes: int = 64 * 2**20
 
     def __post_init__(self) -> None:
         for entry in fields(self):

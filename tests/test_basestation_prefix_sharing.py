@@ -20,7 +20,7 @@ PROMPTS = [prompt_of(300, seed=100 + index) for index in range(3)]
 
 
 def sessions_of(station: Station) -> list[Session]:
-    return list(vars(station.engine)["_sessions"].values())
+    return list(vars(station.engine)["_sessions"].all())
 
 
 def close(station: Station, *devices: ScriptedDevice) -> None:
@@ -32,7 +32,7 @@ def check_kv_pool(station: Station) -> None:
     """Each KV cache has its session's tokens; the pool counts every position once and stays within its budget."""
     kv_pool, kv_caches = target_of(station).kv_pool, [one.kv_cache for one in sessions_of(station)]
     for session in sessions_of(station):
-        assert cast(FakeSequenceKVCache, session.kv_cache).tokens == session.tokens[: session.kv_cache.length]
+        assert cast(FakeSequenceKVCache, session.kv_cache).tokens == list(session.tokens[: session.kv_cache.length])
     blocks = [block for kv_cache in kv_caches for block in kv_cache.blocks]
     own = sum(kv_cache.capacity - BLOCK_SIZE * len(kv_cache.blocks) for kv_cache in kv_caches)
     assert kv_pool.used == own + BLOCK_SIZE * len(set(blocks)) <= kv_pool.capacity

@@ -1,0 +1,25 @@
+"""How much memory a decoded message takes."""
+
+from protocol.full_distribution import FullDistribution
+from protocol.messages import Draft, DraftDistribution, Extend, Message, Open
+
+_ID_BYTES = 40
+"""An int and its place in a tuple."""
+
+
+def held_bytes(message: Message) -> int:
+    """Bytes that a message takes as long as it is held; small ones count as 0."""
+    match message:
+        case Open():
+            return len(message.prompt_ids) * _ID_BYTES
+        case Extend():
+            return len(message.token_ids) * _ID_BYTES
+        case Draft():
+            return len(message.token_ids) * _ID_BYTES + sum(map(_distribution_bytes, message.distributions))
+    return 0
+
+
+def _distribution_bytes(distribution: DraftDistribution) -> int:
+    if isinstance(distribution, FullDistribution):
+        return distribution.fp16.nbytes
+    return distribution.support.nbytes + distribution.weights.nbytes

@@ -1,0 +1,65 @@
+"""The guard on resident memory: what peers make ZeroMQ buffer is bounded by no option of a socket.
+
+A message of endless parts, of which no part is delivered before the last, grows the
+process without end, even from a peer without a key. So new connections are refused
+when memory runs short, and the process ends before the system is out of memory: its
+supervisor starts it again, and devices reopen their sessions.
+"""
+
+import logging
+from collections.abc import Callable
+
+import psutil
+
+from basestation.memory import readable_size
+from protocol.errors import OverloadError
+
+logger = logging.getLogger(__name__)
+
+_REFUSING_SHARE = 0.5
+_FREE_SHARE = 0.9
+
+
+class MemoryGuard:
+    """Compares the resident memory of this process with what it may be.
+
+    Args:
+        expected: bytes that are resident when all KV caches are full and no peer is connected.
+        for_peers: bytes beyond that for peers and for the tensors of a forward pass.
+        resident: the bytes that are resident now.
+    """
+
+    def __init__(self, expected: int, for_peers: int, resident: Callable[[], int] | None = None) -> None:
+        self._most = expected + for_peers
+        self._refusing = self._most - int(for_peers * (1 - _REFUSING_SHARE))
+        self._resident = resident or _resident_bytes
+        self.accepting = True
+
+    @classmethod
+    def of_process(cls, kv_bytes: int, for_peers: int) -> "MemoryGuard":
+        """A guard for this process, with the model loaded and up to ``kv_bytes`` of KV caches to come."""
+        free = int(psutil.virtual_memory().available * _FREE_SHARE)
+        return cls(_resident_bytes() + min(kv_bytes, max(0, free - for_peers)), for_peers)
+
+    def check(self) -> bool:
+        """Whether new connections may be accepted.
+
+        Raises:
+            OverloadError: the process must end.
+        """
+        resident = self._resident()
+        if resident > self._most:
+            raise OverloadError(
+                f"{readable_size(resident)} of memory are resident; allowed: {readable_size(self._most)} for model, "
+                "the KV caches and --peer-memory; peers hold the rest, so start the base station again"
+            )
+        accepting = resident <= self._refusing
+        if accepting != self.accepting:
+            self.accepting = accepting
+            state = "accepting new connections again" if accepting else "refusing new connections"
+            logger.warning("%s of memory are resident: %s", readable_size(resident), state)
+        return accepting
+
+
+def _resident_bytes() -> int:
+    return int(psutil.Process().memory_info().rss)
