@@ -3,7 +3,7 @@
 #
 #   docker/base.sh amd64|arm64 FILE.tar
 #
-# Needs root and debootstrap, and qemu-user-static for a foreign architecture.
+# Needs root and debootstrap, and for a foreign architecture qemu-user-static and binfmt-support.
 set -euo pipefail
 
 SUITE=bookworm

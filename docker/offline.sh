@@ -4,7 +4,7 @@
 #
 #   docker/offline.sh [PIP]     default: the pip in PATH
 #
-# Needs root, buildah and the requirements of docker/base.sh.
+# Needs root, buildah and the requirements of docker/base.sh; the tests need shellcheck, ssh and sshd as well.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
