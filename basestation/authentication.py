@@ -41,7 +41,7 @@ class Authenticator:
         self._keys = keys
         self._metrics = metrics
         self._admitted: set[str] = set()
-        self._unreadable: set[str] = set()
+        self._lookups_fail = False
         self.socket = context.socket(zmq.REP)
         self.socket.bind(_ENDPOINT)
 
@@ -81,11 +81,11 @@ class Authenticator:
             enrolled = self._keys.is_enrolled(key)
         except KeyFileError as error:
             self._metrics.count_unreadable_key()
-            if key not in self._unreadable:
+            if not self._lookups_fail:
                 logger.error("cannot tell whether a key is enrolled: %s", error)  # noqa: TRY400 - the message contains the reason
-            self._unreadable.add(key)
+            self._lookups_fail = True
             return True if key in self._admitted else None
-        self._unreadable.discard(key)
+        self._lookups_fail = False
         return enrolled
 
     def _name_of(self, key: str) -> str:

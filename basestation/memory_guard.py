@@ -27,6 +27,9 @@ class MemoryGuard:
         expected: bytes that are resident when all KV caches are full and no peer is connected.
         for_peers: bytes beyond that for peers and for the tensors of a forward pass.
         resident: the bytes that are resident now.
+
+    Attributes:
+        accepting: whether new connections may be accepted.
     """
 
     def __init__(self, expected: int, for_peers: int, resident: Callable[[], int] | None = None) -> None:
@@ -41,8 +44,8 @@ class MemoryGuard:
         free = int(psutil.virtual_memory().available * _FREE_SHARE)
         return cls(_resident_bytes() + min(kv_bytes, max(0, free - for_peers)), for_peers)
 
-    def check(self) -> bool:
-        """Whether new connections may be accepted.
+    def check(self) -> None:
+        """Compare now, and note whether new connections may be accepted.
 
         Raises:
             OverloadError: the process must end.
@@ -58,7 +61,6 @@ class MemoryGuard:
             self.accepting = accepting
             state = "accepting new connections again" if accepting else "refusing new connections"
             logger.warning("%s of memory are resident: %s", readable_size(resident), state)
-        return accepting
 
 
 def _resident_bytes() -> int:

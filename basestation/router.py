@@ -1,11 +1,14 @@
 """The ROUTER socket: whole messages in and frames out, in turns that are bounded in time and bytes."""
 
 import contextlib
+import os
+import socket
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import zmq
+from zmq.utils.monitor import recv_monitor_message
 
 from basestation.authentication import Authenticator
 from protocol.errors import FrameError, LinkError
@@ -77,7 +80,8 @@ class Router:
         authenticator: admits devices by their keys; None admits every device.
 
     Attributes:
-        socket: to poll.
+        socket: to poll for messages.
+        connections: to poll for new connections; then call ``accept``.
         address: the endpoint that devices connect to.
 
     Raises:
@@ -94,7 +98,6 @@ class Router:
         self._keyed = authenticator is not None
         self._envelope_bytes = CURVE_BYTES if self._keyed else 0
         self._partial: ReceivedMessage | None = None
-        self._accepting = True
         self.socket = context.socket(zmq.ROUTER)
         for option, value in (
             # Without keys, the address identifies the device, which takes it over when it reconnects.
@@ -111,7 +114,12 @@ class Router:
             self.socket.setsockopt(option, value)
         if authenticator:
             authenticator.guard(self.socket)
-        self._bind(bind)
+        self.connections = self.socket.get_monitor_socket(zmq.EVENT_ACCEPTED)
+        try:
+            self.socket.bind(bind)
+        except (zmq.ZMQError, UnicodeError) as error:
+            self.close()
+            raise LinkError(f"cannot bind {bind!r}: {error}; try a free address like tcp://127.0.0.1:5755") from error
         self.address = self.socket.getsockopt_string(zmq.LAST_ENDPOINT)
 
     def receive(self) -> Iterator[ReceivedMessage]:
@@ -131,12 +139,19 @@ class Router:
             self.socket.send_multipart([address, frame], zmq.NOBLOCK)
 
     def accept(self, accepting: bool) -> None:
-        """Accept new connections, or refuse them; open ones stay."""
-        if accepting and not self._accepting:
-            self._bind(self.address)
-        elif self._accepting and not accepting:
-            self.socket.unbind(self.address)
-        self._accepting = accepting
+        """Accept the connections of a turn, or close them. Unbinding would close the open ones as well."""
+        turn = Turn()
+        while self.connections.poll(0) and turn.spend(0):
+            descriptor = recv_monitor_message(self.connections)["value"]
+            if not accepting:
+                with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as connection:
+                    connection.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Close the socket; frames that are not sent yet are lost."""
+        self.socket.disable_monitor()
+        self.connections.close(linger=0)
+        self.socket.close(linger=0)
 
     def _receive_part(self, turn: Turn) -> tuple[ReceivedMessage | None, bool]:
         """Receive a part; returns the message that it completes, if any, and whether anything is left of the turn."""
@@ -153,10 +168,3 @@ class Router:
             message.key = str(part.get("User-Id")) if self._keyed else ""
         self._partial = message if part.more else None
         return None if part.more else message, turn.spend(size)
-
-    def _bind(self, bind: str) -> None:
-        try:
-            self.socket.bind(bind)
-        except (zmq.ZMQError, UnicodeError) as error:
-            self.socket.close(linger=0)
-            raise LinkError(f"cannot bind {bind!r}: {error}; try a free address like tcp://127.0.0.1:5755") from error

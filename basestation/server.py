@@ -156,6 +156,7 @@ class Server:
     def _exchange_frames(self) -> None:
         poller = zmq.Poller()
         poller.register(self._router.socket, zmq.POLLIN)
+        poller.register(self._router.connections, zmq.POLLIN)
         poller.register(self._outbox, zmq.POLLIN)
         if self._authenticator:
             poller.register(self._authenticator.socket, zmq.POLLIN)
@@ -167,6 +168,8 @@ class Server:
                 if time.monotonic() >= self._next_check:
                     self._next_check = time.monotonic() + _CHECK_SECONDS
                     self._check()
+                if self._router.connections in ready:
+                    self._router.accept(self._memory_guard is None or self._memory_guard.accepting)
                 if self._outbox in ready:
                     self._flush(Turn())
                 if self._router.socket in ready:
@@ -177,11 +180,11 @@ class Server:
             self.stop()
 
     def _check(self) -> None:
-        """End the sessions of revoked keys, and refuse connections while memory is short."""
+        """End the sessions of revoked keys, and check the memory."""
         for key in self._authenticator.revoked() if self._authenticator else ():
             self._inbox.put(partial(self._engine.revoke, key, revocation()))
         if self._memory_guard:
-            self._router.accept(self._memory_guard.check())
+            self._memory_guard.check()
 
     def _flush(self, turn: Turn) -> None:
         with contextlib.suppress(zmq.Again):

@@ -1,6 +1,8 @@
 """Shared prefixes: stored once, correct for every session, and freed with the last one."""
 
 import logging
+from array import array
+from collections.abc import Sequence
 from typing import cast
 
 import numpy as np
@@ -8,12 +10,13 @@ import pytest
 import torch
 
 from basestation.attention import Workspace
+from basestation.committed_tokens import CommittedTokens
 from basestation.kv_pool import BLOCK_SIZE, SequenceKVCache
 from basestation.session import Session
 from protocol.messages import Close, Extend, Fault, Opened
 from tests.fakes import FakeSequenceKVCache, new_kv_pool
 from tests.link_pair import Station
-from tests.scripted_device import BUDGET, CODEC, ScriptedDevice, new_station, prompt_of, settle, target_of
+from tests.scripted_device import BUDGET, CODEC, VOCAB, ScriptedDevice, new_station, prompt_of, settle, target_of
 
 PREFIX = prompt_of(2 * BLOCK_SIZE + 50, seed=77)
 PROMPTS = [prompt_of(300, seed=100 + index) for index in range(3)]
@@ -318,3 +321,53 @@ def test_if_sharing_runs_out_of_memory_the_newcomer_runs_all_tokens_itself(
     settle(station)
     for device in devices:
         device.commit()
+
+
+def test_a_pass_looks_at_each_session_once_however_many_wait_for_a_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
+    station, many, looks, reads = new_station(), 20, 0, 0
+    keys, part_of = vars(CommittedTokens)["shareable_keys"].fget, CommittedTokens.__getitem__
+
+    def counted_keys(self: CommittedTokens) -> Sequence[bytes]:
+        nonlocal looks
+        looks += 1
+        return cast(Sequence[bytes], keys(self))
+
+    def counted_part(self: CommittedTokens, part: slice) -> "array[int]":
+        nonlocal reads
+        found = part_of(self, part)
+        reads += len(found)
+        return found
+
+    running, new = (prompt_of(10 * BLOCK_SIZE, seed=seed) for seed in (1, 2))
+    for name in range(many):
+        ScriptedDevice(station, name, [*running, name % VOCAB])
+    settle(station)
+    for name in range(many):
+        ScriptedDevice(station, 100 + name, [*new, name % VOCAB])
+    station.engine.step()
+    monkeypatch.setattr(CommittedTokens, "shareable_keys", property(counted_keys))
+    monkeypatch.setattr(CommittedTokens, "__getitem__", counted_part)
+    station.engine.step()
+    assert 0 < looks <= 4 * many
+    assert 0 < reads <= 2 * BUDGET.tokens
+
+
+def test_sessions_that_differ_inside_a_block_share_only_the_blocks_before_it() -> None:
+    station = new_station()
+    first, other = prompt_of(4 * BLOCK_SIZE + 1), prompt_of(4 * BLOCK_SIZE + 1)
+    other[2 * BLOCK_SIZE + 5] = (other[2 * BLOCK_SIZE + 5] + 1) % VOCAB
+    ScriptedDevice(station, 1, first)
+    settle(station)
+    ScriptedDevice(station, 2, other)
+    settle(station)
+    assert [len(one.kv_cache.blocks) for one in sessions_of(station)] == [2, 2]
+
+
+def test_replaced_tokens_have_other_keys() -> None:
+    tokens, fresh = CommittedTokens(), CommittedTokens()
+    tokens.append([1] * (3 * BLOCK_SIZE + 1))
+    before = list(tokens.shareable_keys)
+    tokens.replace_from(BLOCK_SIZE + 1, [2] * 2 * BLOCK_SIZE)
+    fresh.append([*[1] * (BLOCK_SIZE + 1), *[2] * 2 * BLOCK_SIZE])
+    assert list(tokens.shareable_keys) == list(fresh.shareable_keys)
+    assert [one == other for one, other in zip(tokens.shareable_keys, before, strict=True)] == [True, False, False]

@@ -1,0 +1,242 @@
+"""What one peer sends is bounded in time and memory, and the others are served meanwhile."""
+
+import os
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import psutil
+import pytest
+import zmq
+
+from basestation.inbox import Inbox
+from basestation.memory_guard import MemoryGuard
+from basestation.router import ReceivedMessage, Router
+from basestation.server import Server
+from basestation.session import Session
+from protocol.errors import OverloadError
+from protocol.frames import FrameCodec
+from protocol.full_distribution import FullDistribution
+from protocol.limits import Limits
+from protocol.messages import Draft, Fault, Mode, Open, Opened, Sampling, Verdict, Welcome
+from tests.fakes import FakeTarget, random_table
+from tests.link_pair import Station
+from tests.raw_device import RawDevice, hello
+from tests.serving import serving
+
+VOCAB = 12
+TARGET = random_table(VOCAB, seed=1)
+CODEC = FrameCodec(VOCAB)
+MIB = 2**20
+
+
+def do_nothing() -> None:
+    pass
+
+
+@contextmanager
+def dealer(address: str) -> Iterator["zmq.Socket[bytes]"]:
+    with zmq.Context() as context, context.socket(zmq.DEALER) as one:
+        one.setsockopt(zmq.ROUTING_ID, b"\x01" + os.urandom(7))
+        one.setsockopt(zmq.LINGER, 0)
+        one.connect(address)
+        yield one
+
+
+def greets(one: "zmq.Socket[bytes]", seconds: float = 20) -> bool:
+    """Whether a Hello is answered."""
+    one.send(CODEC.encode(hello(VOCAB)))
+    return bool(one.poll(int(seconds * 1000))) and isinstance(CODEC.decode(one.recv()), Welcome)
+
+
+# -- the socket --
+
+
+@contextmanager
+def router(max_frame_bytes: int) -> Iterator[Router]:
+    with zmq.Context() as context:
+        one = Router(context, "tcp://127.0.0.1:0", max_frame_bytes, None)
+        yield one
+        one.close()
+
+
+def test_a_turn_ends_after_some_megabytes_so_that_replies_are_sent_in_between() -> None:
+    with router(2 * MIB) as one, dealer(one.address) as device:
+        for _ in range(20):
+            device.send(bytes(MIB))
+        turns: list[int] = []
+        while sum(turns) < 20:
+            one.socket.poll(5000)
+            turns.append(len(list(one.receive())))
+        assert max(turns) <= 4
+
+
+def test_a_message_of_many_parts_takes_several_turns_and_keeps_one_part() -> None:
+    parts = 20_000
+    with router(2 * MIB) as one, dealer(one.address) as device:
+        device.send_multipart([b"part"] * parts)
+        messages: list[ReceivedMessage] = []
+        turns = 0
+        while not messages:
+            one.socket.poll(5000)
+            messages, turns = list(one.receive()), turns + 1
+        assert turns > 1
+        assert (messages[0].parts, messages[0].first) == (parts, b"part")
+        assert messages[0].size == parts * len(b"..part")
+
+
+# -- the queue to the engine --
+
+
+def test_an_owners_queued_bytes_are_bounded_and_free_again_when_its_tasks_are_taken() -> None:
+    inbox = Inbox(max_bytes=100)
+    assert [inbox.put(do_nothing, "a", 40) for _ in range(4)] == [True, True, False, False]
+    assert inbox.put(do_nothing, "b", 100)
+    assert inbox.put(do_nothing, "a")
+    for _ in range(2):
+        assert inbox.get(0) is not None
+    assert [inbox.put(do_nothing, "a", 50) for _ in range(3)] == [True, True, False]
+
+
+def test_waking_makes_a_waiting_get_return() -> None:
+    inbox = Inbox(max_bytes=1)
+    threading.Timer(0.1, inbox.wake).start()
+    task = inbox.get(60)
+    assert task is not None
+    task()
+    assert inbox.get(0) is None
+
+
+# -- the sessions --
+
+WIDE = 1024
+FULL = FullDistribution.quantize(np.full(WIDE, 1 / WIDE))
+
+
+def full_draft(session_id: int, round_id: int, count: int) -> Draft:
+    return Draft(session_id, round_id, (5,) * count, (FULL,) * count, None if round_id == 1 else 5)
+
+
+def test_full_drafts_are_held_in_fp16_and_only_up_to_the_limit() -> None:
+    frame_bytes = 2 * WIDE * 8
+    limits = Limits(max_held_bytes=3 * frame_bytes, window=4)
+    table = np.zeros((WIDE, 1, WIDE), np.float32)
+    station = Station(FakeTarget.make(np.broadcast_to(table, (WIDE, WIDE, WIDE))), limits)
+    device, other = RawDevice(station), RawDevice(station, b"b")
+    for one, count in ((device, 2), (other, 1)):
+        for session_id in range(count):
+            opening = Open(session_id, 0, Mode.FULL, Sampling(1.0), (1, 2))
+            assert one.request(opening) == Opened(session_id, 0)
+    first = sessions(station)[0]
+    for round_id in (1, 2):
+        station.push(b"a", station.codec.encode(full_draft(0, round_id, 8)))
+    assert 2 * frame_bytes <= first.held_bytes < 2.1 * frame_bytes
+    station.push(b"a", station.codec.encode(full_draft(1, 1, 8)))
+    (fault,) = station.outboxes[b"a"]
+    assert isinstance(fault, Fault)
+    assert (fault.session_id, fault.code) == (1, "limit")
+    assert "exceeds the base station's --max-held-bytes of" in fault.text
+    station.outboxes[b"a"].clear()
+    assert isinstance(other.request(full_draft(0, 1, 8)), Verdict)
+    assert isinstance(device.receive(), Verdict)
+
+
+def test_a_repeated_draft_is_not_counted_twice() -> None:
+    limits = Limits(max_held_bytes=2 * WIDE * 8 + 1000, window=4)
+    table = np.zeros((WIDE, 1, WIDE), np.float32)
+    station = Station(FakeTarget.make(np.broadcast_to(table, (WIDE, WIDE, WIDE))), limits)
+    device = RawDevice(station)
+    device.request(Open(0, 0, Mode.FULL, Sampling(1.0), (1, 2)))
+    for _ in range(5):
+        station.push(b"a", station.codec.encode(full_draft(0, 1, 8)))
+    assert isinstance(device.receive(), Verdict)
+
+
+def sessions(station: Station) -> list[Session]:
+    found: list[Session] = vars(station.engine)["_sessions"].all()
+    return found
+
+
+# -- resident memory --
+
+
+def test_the_guard_refuses_connections_at_half_and_ends_the_process_beyond_all() -> None:
+    resident = iter([100, 149, 151, 190, 149, 201])
+    guard = MemoryGuard(expected=100, for_peers=100, resident=lambda: next(resident))
+    accepting = []
+    for _ in range(5):
+        guard.check()
+        accepting.append(guard.accepting)
+    assert accepting == [True, True, False, False, True]
+    with pytest.raises(OverloadError, match=r"are resident; allowed: .*--peer-memory; .*start the base station again"):
+        guard.check()
+
+
+def test_new_connections_are_refused_while_memory_is_short_and_open_ones_continue() -> None:
+    resident = [0]
+    guard = MemoryGuard(expected=0, for_peers=100, resident=lambda: resident[0])
+    server = Server(FakeTarget.make(TARGET), "tcp://127.0.0.1:0", memory_guard=guard)
+    with serving(server), dealer(server.address) as early:
+        assert greets(early)
+        resident[0] = 60
+        wait_for(lambda: not guard.accepting)
+        with dealer(server.address) as late:
+            assert not greets(late, seconds=1)
+            assert greets(early)
+            resident[0] = 0
+            wait_for(lambda: guard.accepting)
+            wait_for(lambda: greets(late, seconds=1))
+
+
+def test_a_message_of_endless_parts_ends_the_process_and_not_the_machine() -> None:
+    server = Server(FakeTarget.make(TARGET), "tcp://127.0.0.1:0")
+    guard = MemoryGuard(psutil.Process().memory_info().rss, 150 * MIB)
+    vars(server)["_memory_guard"] = guard
+    failures: list[Exception] = []
+
+    def serve() -> None:
+        try:
+            server.serve()
+        except OverloadError as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    sent = send_endless_message(server.address, most=2000 * MIB)
+    thread.join(60)
+    assert len(failures) == 1
+    assert sent < 2000 * MIB
+
+
+def send_endless_message(address: str, most: int) -> int:
+    """Send parts of 1 KiB, each announcing another, until the connection ends; returns the bytes sent."""
+    greeting = b"\xff" + bytes(8) + b"\x7f\x03\x00" + b"NULL".ljust(20, b"\0") + bytes(32)
+    properties = _property(b"Socket-Type", b"DEALER") + _property(b"Identity", b"")
+    ready = b"\x05READY" + properties
+    part = b"\x01\xff" + bytes(255)
+    sent = 0
+    with socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2])), timeout=20) as connection:
+        connection.sendall(greeting)
+        connection.sendall(bytes([4, len(ready)]) + ready)
+        try:
+            while sent < most:
+                connection.sendall(part * 4096)
+                sent += len(part) * 4096
+        except OSError:
+            pass
+    return sent
+
+
+def _property(name: bytes, value: bytes) -> bytes:
+    return bytes([len(name)]) + name + struct.pack(">I", len(value)) + value
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
