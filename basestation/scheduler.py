@@ -1,7 +1,7 @@
 """Scheduling: what runs in the next forward pass, within a budget of tokens and of KV cache memory.
 
-Rounds first, in the order of arrival, then chunked prefill. No session waits for
-another's round. When the KV pool is full, idle sessions are evicted, the longest
+Rounds first, each device's oldest before any device's second, then chunked prefill. No
+session waits for another's round. When the KV pool is full, idle sessions are evicted, the longest
 idle first; they keep their tokens. Sessions with a common prefix compute it once.
 
 Knows lengths and times; not what tokens mean.
@@ -78,7 +78,10 @@ class Scheduler:
         self._on_eviction = on_eviction
 
     def schedule(self, sessions: Collection[Session], now: float) -> list[ScheduledUnit]:
-        """The next batch: the rounds that are ready longest, then a share of the remaining tokens for each prompt.
+        """The next batch: a round of each device, then further ones, then a share of the remaining tokens for prompts.
+
+        A device gets no more than its share of the tokens for its rounds, except for the
+        first, so that one with many long rounds delays no other's.
 
         The prompt that is ready longest comes first, so that none starves, then the
         shortest; tokens that one leaves unused go to the next. Of prompts with a
@@ -89,7 +92,7 @@ class Scheduler:
         ready.sort(key=lambda one: one.ready_since)
         batch = _BatchBuilder(self._kv_pool, sessions, self._on_eviction)
         left = self._budget.tokens
-        for session in (one for one in ready if not one.backlog):
+        for session in _fair_order([one for one in ready if not one.backlog], self._budget.tokens):
             if session.round_len > left and batch.units:
                 break
             left -= batch.add(session, session.round_len)
@@ -129,6 +132,28 @@ class Scheduler:
         ends = (one.last_active + BUSY_SECONDS for one, total in zip(busy, totals, strict=False) if total >= excess)
         seconds = max(1, math.ceil(next(ends, now) - now))
         raise FullError(f"the base station is full (busy sessions: {len(busy)}); retry in {seconds} s", seconds)
+
+
+def _fair_order(rounds: Sequence[Session], tokens: int) -> list[Session]:
+    """Every device's first round, then every device's second and so on, without what exceeds a device's share.
+
+    Args:
+        rounds: the sessions with a round, by the time since which it is ready.
+        tokens: of the pass.
+    """
+    by_owner: dict[str, list[Session]] = {}
+    for session in rounds:
+        by_owner.setdefault(session.peer.owner, []).append(session)
+    share = tokens // max(1, len(by_owner))
+    turns: list[list[Session]] = []
+    for sessions in by_owner.values():
+        totals = accumulate(session.round_len for session in sessions)
+        for turn, (session, total) in enumerate(zip(sessions, totals, strict=True)):
+            if turn and total > share:
+                break
+            turns += [[]] if turn == len(turns) else []
+            turns[turn].append(session)
+    return [session for turn in turns for session in sorted(turn, key=lambda one: one.ready_since)]
 
 
 def _prefill_order(prompts: Sequence[Session], sources: Mapping[Session, Session]) -> list[Session]:

@@ -10,7 +10,19 @@ from basestation.kv_pool import BLOCK_SIZE
 from basestation.scheduler import PassBudget
 from basestation.verify import RoundToVerify, VerificationResult, verify_rounds
 from protocol.errors import SettingsError
-from protocol.messages import OLDEST_VERSION, Close, Decode, Extend, Fault, Opened, Verdict
+from protocol.messages import (
+    OLDEST_VERSION,
+    Close,
+    Decode,
+    Draft,
+    Extend,
+    Fault,
+    Mode,
+    Open,
+    Opened,
+    Sampling,
+    Verdict,
+)
 from tests.fakes import target_alone
 from tests.scripted_device import BUDGET, CODEC, TARGET, ScriptedDevice, new_station, prompt_of, settle, target_of
 
@@ -300,3 +312,40 @@ def test_a_long_prompt_does_not_starve_behind_shorter_ones(shared: bool) -> None
         if any(isinstance(message, Verdict) for message in station.outboxes[waiter.peer]):
             return
     pytest.fail("never verified")
+
+
+def test_a_device_with_many_long_rounds_delays_the_rounds_of_no_other() -> None:
+    station = new_station()
+    runners = [ScriptedDevice(station, name, prompt_of(5, name)) for name in range(3)]
+    greedy, sessions = bytes([9]), range(1, 7)
+    ScriptedDevice(station, 9, prompt_of(3))
+    for session_id in sessions:
+        station.push(greedy, CODEC.encode(Open(session_id, 0, Mode.IDS, Sampling(), (1, 2))))
+    settle(station)
+    target_of(station).tokens.clear()
+    for session_id in sessions:
+        station.push(greedy, CODEC.encode(Draft(session_id, 1, (3,) * 39)))
+    for _ in sessions:
+        station.now += 1.0
+        for runner in runners:
+            runner.receive()
+            runner.draft()
+        station.engine.step()
+        for runner in runners:
+            runner.commit()
+    assert target_of(station).tokens == [40 + 3 * 5] * len(sessions)
+    verdicts = [one for one in station.outboxes[greedy] if isinstance(one, Verdict)]
+    assert [one.session_id for one in verdicts] == list(sessions)
+
+
+def test_short_rounds_of_one_device_share_a_pass() -> None:
+    station = new_station()
+    ScriptedDevice(station, 9, prompt_of(3))
+    for session_id in range(1, 7):
+        station.push(bytes([9]), CODEC.encode(Open(session_id, 0, Mode.IDS, Sampling(), (1, 2))))
+    settle(station)
+    target_of(station).tokens.clear()
+    for session_id in range(1, 7):
+        station.push(bytes([9]), CODEC.encode(Draft(session_id, 1, (3,) * 4)))
+    settle(station)
+    assert target_of(station).tokens == [6 * 5]
