@@ -115,11 +115,11 @@ class Engine:
         self._run(self._scheduler.schedule(self._sessions.all(), self._clock()))
 
     def drop_idle(self) -> None:
-        """Drop sessions that were not active for ``limits.idle_timeout`` seconds."""
+        """Drop sessions that have nothing to run and were not active for ``limits.idle_timeout`` seconds."""
         timeout = self._limits.idle_timeout
         oldest = self._clock() - timeout
         for session in self._sessions.all():
-            if session.last_active < oldest:
+            if session.last_active < oldest and not session.waiting:
                 logger.info("peer %s, session %s: idle for %d s, dropped", session.peer, session.session_id, timeout)
                 self._sessions.drop(session.peer.owner, session.session_id)
 

@@ -242,7 +242,8 @@ def _quiet_tools() -> Iterator[None]:
 
 
 def register_attention() -> None:
-    """Register packed attention with transformers."""
+    """Register packed attention with transformers, without cuDNN, which compiles a kernel for every new length."""
+    torch.backends.cuda.enable_cudnn_sdp(False)
     transformers.AttentionInterface.register(ATTENTION_NAME, packed_attention)
     AttentionMaskInterface.register(ATTENTION_NAME, lambda *_, **__: None)
 

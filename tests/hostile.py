@@ -6,7 +6,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import TypeAlias
@@ -167,9 +167,9 @@ ATTACKS: tuple[Attack, ...] = (
 
 
 @contextmanager
-def attacked(station: AttackedStation) -> Iterator[dict[str, int]]:
-    """Run all attacks, each in its own thread; yields the number of runs of each, and raises the first failure."""
-    stopping, runs = threading.Event(), {attack.__name__: 0 for attack in ATTACKS}
+def attacked(station: AttackedStation, attacks: Sequence[Attack] = ATTACKS) -> Iterator[dict[str, int]]:
+    """Run attacks, each in its own thread; yields the number of runs of each, and raises the first failure."""
+    stopping, runs = threading.Event(), {attack.__name__: 0 for attack in attacks}
     failures: list[Exception] = []
 
     def work(attack: Attack, seed: int) -> None:
@@ -182,7 +182,7 @@ def attacked(station: AttackedStation) -> Iterator[dict[str, int]]:
         except Exception as error:  # noqa: BLE001 - raised below, in the thread of the test
             failures.append(error)
 
-    threads = [threading.Thread(target=work, args=(attack, seed)) for seed, attack in enumerate(ATTACKS)]
+    threads = [threading.Thread(target=work, args=(attack, seed)) for seed, attack in enumerate(attacks)]
     for thread in threads:
         thread.start()
     try:

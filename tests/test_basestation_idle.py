@@ -1,6 +1,6 @@
 """The base station drops idle sessions."""
 
-from protocol.messages import Draft, Fault
+from protocol.messages import Draft, Fault, Verdict
 from tests.fakes import target_alone
 from tests.invariants import CODEC, PROMPT, SETTINGS, TARGET, draft_model, new_station, token_ids_of
 from tests.link_pair import MemoryTransport, join, open_session
@@ -28,3 +28,14 @@ def test_only_idle_sessions_are_dropped() -> None:
     for peer in (b"a", b"b"):
         station.push(peer, CODEC.encode(Draft(0, 99, ())))
         assert station.pull(peer) == dropped
+
+
+def test_a_session_whose_round_waits_is_not_idle_however_long_passes_take() -> None:
+    station, model = new_station(), draft_model()
+    transport = MemoryTransport(station)
+    client, _ = join(station, model, transport)
+    open_session(client, SETTINGS[0], model, PROMPT)
+    station.push(transport.peer, CODEC.encode(Draft(0, 1, ())))
+    station.now += 10_000.0
+    station.engine.drop_idle()
+    assert station.pull(transport.peer) == Verdict(0, 1, 0, target_alone(TARGET, PROMPT, 1)[0])
