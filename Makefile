@@ -6,8 +6,9 @@ DEVICE_VENV := .venv-device
 NEXT_VENV := .venv-next
 SAMPLE := build/sample
 BUNDLE := build/bundle
+CUDA_TESTS := $(addprefix tests/test_basestation_,target_model.py verify.py non_finite.py prefix_sharing.py memory.py)
 
-.PHONY: help demo test test-next test-gguf endurance images test-images lint types bench models clean
+.PHONY: help demo test test-next test-cuda test-gguf endurance images test-images lint types bench models clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 13
@@ -32,6 +33,9 @@ test-images: models  ## build the images without a registry and test them; needs
 test-next: models $(DEVICE_VENV)/ready $(NEXT_VENV)/ready  ## the target model's tests on the newest transformers 5
 	$(NEXT_VENV)/bin/pytest -q -m "not model and not endurance" tests/test_basestation_target_model.py tests/test_basestation_operation.py
 	$(NEXT_VENV)/bin/pytest -q -m "model and not endurance" tests/test_model_answers.py tests/test_model_neighbours.py
+
+test-cuda: $(VENV)/ready  ## the target's tests on a GPU
+	$(BIN)/pytest -q -p tests.on_cuda -m "not model and not endurance" $(CUDA_TESTS)
 
 test-gguf: $(VENV)/ready  ## download two real GGUF files (700 MB) and test their import; takes about 10 minutes
 	$(BIN)/python -m tests.gguf_models

@@ -128,11 +128,11 @@ def test_bad_rows_change_no_other_rounds_result(kind: str, seed: int) -> None:
     logits = rng.normal(0, 1, (3 * len(rounds), VOCAB)).astype(np.float32)
     logits[:, 3] = -np.inf  # a token that the target excludes
     logits[np.arange(0, len(logits), 3), 6] += rng.integers(0, 9, len(rounds))  # sometimes the first is accepted
-    healthy = verify_rounds(torch.from_numpy(logits), rounds)
+    healthy = verify_rounds(torch.tensor(logits), rounds)
     bad_rows = {index: int(rng.integers(3)) for index in range(0, len(rounds), 2)}
     for index, row in bad_rows.items():
         logits[3 * index + row] = bad_row(kind)
-    results = verify_rounds(torch.from_numpy(logits), rounds)
+    results = verify_rounds(torch.tensor(logits), rounds)
     for index, (result, before) in enumerate(zip(results, healthy, strict=True)):
         if index not in bad_rows or bad_rows[index] > before.accepted:
             assert result == before

@@ -95,7 +95,7 @@ class Sampler:
         return self.sent(state)
 
     def verify(self, logits: Logits, rounds: Sequence[RoundToVerify]) -> list[VerificationResult]:
-        return verify_rounds(torch.from_numpy(logits), rounds)
+        return verify_rounds(torch.tensor(logits), rounds)
 
     def sequences(self, seeds: Ids) -> Ids:
         """[n, LENGTH], one sequence per seed."""
@@ -285,8 +285,8 @@ def test_a_batch_is_verified_as_each_round_alone_and_as_the_slow_twin_does(seed:
     rng = np.random.default_rng(seed)
     parts = [rng.normal(0, 2, (1 + int(rng.integers(0, 6)), 40)).astype(np.float32) for _ in range(12)]
     rounds = [random_round(rng, part) for part in parts]
-    results = verify_rounds(torch.from_numpy(np.concatenate(parts)), rounds)
-    alone = [verify_rounds(torch.from_numpy(part), [one])[0] for part, one in zip(parts, rounds, strict=True)]
+    results = verify_rounds(torch.tensor(np.concatenate(parts)), rounds)
+    alone = [verify_rounds(torch.tensor(part), [one])[0] for part, one in zip(parts, rounds, strict=True)]
     assert results == alone == [verify_one(part, one) for part, one in zip(parts, rounds, strict=True)]
 
 
@@ -320,4 +320,4 @@ def test_target_probabilities_after_temperature_top_k_and_top_p() -> None:
     ):
         weights, totals = target_weights(logits, [sampling], [1])
         assert (weights / totals)[0].tolist() == pytest.approx(kept)
-        assert target_probs(logits[0].numpy(), sampling) == pytest.approx(kept)
+        assert target_probs(logits[0].cpu().numpy(), sampling) == pytest.approx(kept)
