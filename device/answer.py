@@ -95,6 +95,11 @@ class Conversation:
             self._session.extend(prompt_ids, self.settings.sampling, planner)
         return self._session
 
+    @property
+    def ready(self) -> bool:
+        """Whether another prompt can continue the session."""
+        return self._session is not None and self._session.ready
+
     def accepts(self, settings: DraftSettings) -> bool:
         """Whether the conversation can continue with these settings."""
         return replace(settings, sampling=self.settings.sampling) == self.settings
@@ -128,6 +133,11 @@ class AnswerStream:
         for text in self._conversation.tokenizer.decode_stream(self._token_ids()):
             yield TextChunk(text, self._tokens[-1].origin)
         self._ended = self._conversation.snapshot()
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of the prompt."""
+        return len(self._prompt_ids)
 
     @property
     def new_tokens(self) -> int:

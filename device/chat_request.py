@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+from device.job import AnswerRequest
 from device.settings import DraftSettings
 from device.tokenizer import ChatMessage, check_unicode
-from device.worker import AnswerRequest
 from protocol.errors import SettingsError
 from protocol.messages import Sampling
 

@@ -18,6 +18,8 @@ from protocol.messages import Mode, Sampling
 from protocol.randomness import Stream, random_bits
 from protocol.sparse import SparseDistribution
 
+_CHUNK = 64
+"""Most tokens of a forward pass, so that a long prefill can be cancelled."""
 ShouldContinue: TypeAlias = Callable[[Sequence[float | None]], bool]
 """Takes the margins of the tokens drafted so far; says whether to draft another."""
 
@@ -48,6 +50,7 @@ class Drafter:
         uplink: how much of each distribution is sent in modes ``topk`` and ``topp``.
         vocab_size: of the target, whose first tokens the draft model knows; None for the draft model's own.
         stop_ids: the ids that end an answer; None for the draft model's own.
+        before_pass: called before each forward pass; what it raises ends the draft, and the KV cache stays valid.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class Drafter:
         uplink: UplinkSettings,
         vocab_size: int | None = None,
         stop_ids: frozenset[int] | None = None,
+        before_pass: Callable[[], None] = lambda: None,
     ) -> None:
         self._model = model
         self.sampling = sampling
@@ -65,6 +69,7 @@ class Drafter:
         self._uplink = None if mode is Mode.FULL else uplink
         self._ids_alone = mode.sends_ids_alone
         self._stop_ids = frozenset(model.manifest.stop_ids) if stop_ids is None else stop_ids
+        self._before_pass = before_pass
         self._cached: list[int] = []
         self._pending: list[int] = []
 
@@ -108,9 +113,12 @@ class Drafter:
             self._run()
 
     def _run(self) -> Logits:
-        logits = self._model.forward(self._pending)
-        self._cached += self._pending
-        self._pending = []
+        while self._pending:
+            self._before_pass()
+            chunk = self._pending[:_CHUNK]
+            logits = self._model.forward(chunk)
+            self._cached += chunk
+            del self._pending[:_CHUNK]
         if not np.isfinite(logits.max()):
             count = len(self._cached)
             raise NonFiniteError(f"the draft model's logits are NaN or infinite after {count} tokens; export it again")

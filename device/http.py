@@ -27,8 +27,9 @@ from starlette.routing import Route
 
 from common.loopback import is_loopback
 from device.chat_request import ChatRequest, Defaults, Fields
+from device.job import AnswerRequest, Event, Finish, Job
 from device.origin_check import OriginCheck
-from device.worker import AnswerRequest, Event, Finish, Job, Worker
+from device.worker import Worker
 from protocol.errors import BundleError, EdgedraftError, FaultError, LinkError, SettingsError
 
 logger = logging.getLogger(__name__)
@@ -36,7 +37,6 @@ logger = logging.getLogger(__name__)
 _MAX_BODY_BYTES = 4 * 1024 * 1024
 _GRACE_SECONDS = 2
 _STOP_SECONDS = 1.0
-_DISCONNECT_POLL_SECONDS = 1.0
 _CHUNK = "chat.completion.chunk"
 _EXAMPLE = "http://127.0.0.1:8080"
 _UVICORN: dict[str, Any] = {
@@ -96,7 +96,7 @@ def serve(
     config = uvicorn.Config(application(worker, name, defaults, hosts, origins), **_UVICORN)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)  # uvicorn stops at them, then raises them again
-    server = uvicorn.Server(config)
+    server = _Server(config, worker)
     worker.start(on_failure=lambda: setattr(server, "should_exit", True))
     logger.info("serving %s at http://%s:%d", name, f"[{host}]" if ":" in host else host, port)
     try:
@@ -135,6 +135,19 @@ def application(
             ClientDisconnect: _no_response,
         },
     )
+
+
+class _Server(uvicorn.Server):
+    """Ends the answers before it waits for the connections to close."""
+
+    def __init__(self, config: uvicorn.Config, worker: Worker) -> None:
+        super().__init__(config)
+        self._worker = worker
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stop serving."""
+        self._worker.close()
+        await super().shutdown(sockets)
 
 
 class _Routes:
@@ -184,11 +197,11 @@ class _AnswerEvents:
     """An answer's events, handed from the worker's thread to the event loop."""
 
     def __init__(self, worker: Worker, answer_request: AnswerRequest, request: Request) -> None:
-        self._request = request
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[Event] = asyncio.Queue()
         self._job = Job(answer_request, self._deliver)
         worker.submit(self._job)
+        self._watch = self._loop.create_task(self._cancel_when_the_client_leaves(request))
 
     async def next(self) -> str | Finish:
         """The next event.
@@ -198,27 +211,22 @@ class _AnswerEvents:
             HTTPException: it failed in a way that was not foreseen.
             ClientDisconnect: the client has left.
         """
-        try:
-            event = await self._next_event()
-        except BaseException:
-            self.cancel()
-            raise
-        if isinstance(event, EdgedraftError):
+        event = await self._queue.get()
+        if isinstance(event, EdgedraftError | ClientDisconnect):
             raise event
         if isinstance(event, Exception):  # logged by the worker
             raise HTTPException(500, "internal error; the log of the device's service has the details")
         return event
 
     def cancel(self) -> None:
-        """Stop the answer."""
+        """Nobody waits for the answer any more."""
         self._job.cancelled.set()
 
-    async def _next_event(self) -> Event:
-        while True:
-            with contextlib.suppress(TimeoutError):
-                return await asyncio.wait_for(self._queue.get(), _DISCONNECT_POLL_SECONDS)
-            if await self._request.is_disconnected():
-                raise ClientDisconnect
+    async def _cancel_when_the_client_leaves(self, request: Request) -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        self.cancel()
+        self._queue.put_nowait(ClientDisconnect())
 
     def _deliver(self, event: Event) -> None:
         with contextlib.suppress(RuntimeError):  # the event loop has ended

@@ -15,6 +15,7 @@
     ├── ClosingError            the base station is shutting down
     ├── FullError               the base station has no capacity for another session
     ├── BusyError               the request queue is full
+    ├── CancelledError          nobody waits for the answer any more
     ├── AdmissionError          one end does not have the other's key
     │   └── RevokedError        a device's key was revoked
     └── ProtocolError           a peer sent something invalid
@@ -129,6 +130,12 @@ class BusyError(EdgedraftError):
     """The request queue is full."""
 
     code = "busy"
+
+
+class CancelledError(EdgedraftError):
+    """Nobody waits for the answer any more."""
+
+    code = "cancelled"
 
 
 class AdmissionError(EdgedraftError):

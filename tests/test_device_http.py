@@ -13,9 +13,10 @@ from device.chat_request import ChatRequest, Defaults
 from device.client import Client
 from device.connection import Connection
 from device.http import application, check_bind
+from device.job import AnswerRequest, Event, Finish, Job
 from device.settings import DraftSettings
 from device.tokenizer import ChatMessage, Tokenizer
-from device.worker import AnswerRequest, Event, Finish, Job, Worker
+from device.worker import Worker
 from protocol.errors import BusyError, LinkError, SettingsError
 from protocol.messages import Message, Mode, Open, Sampling
 from tests.fakes import FakeDraftModel, FakeTarget, blend, random_table, target_alone
