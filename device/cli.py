@@ -107,11 +107,11 @@ def serve(
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     answer_options.check()
-    from device import http
+    from device import http_server
     from device.chat_request import Defaults
     from device.worker import Worker
 
-    http.check_bind(bind, insecure)  # before the model is loaded
+    http_server.check_bind(bind, insecure)  # before the model is loaded
     with _record_file(answer_options) as records:
         model, tokenizer = _load(answer_options)
         logging.getLogger("device").info("loaded %s", answer_options.bundle)
@@ -124,7 +124,7 @@ def serve(
             max_new_tokens,
             answer_options.draft_settings,
         )
-        http.serve(worker, model.manifest.name, defaults, bind, insecure, cors_origins or [])
+        http_server.serve(worker, model.manifest.name, defaults, bind, insecure, cors_origins or [])
 
 
 @keys_app.command()

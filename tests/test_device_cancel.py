@@ -17,13 +17,10 @@ from device.tokenizer import Tokenizer
 from device.worker import Worker
 from protocol.errors import CancelledError, ClosingError
 from protocol.messages import Close, Message, Mode, Opened, Sampling, Verdict
-from tests.fakes import FakeDraftModel, FakeTarget, blend, random_table, target_alone
-from tests.link_pair import MemoryTransport, RefusingTransport, Station, join
-from tests.test_device_http import DEFAULTS, FIELDS, NumberTokenizer, text_of
+from tests.fakes import FakeDraftModel, target_alone
+from tests.link_pair import MemoryTransport, RefusingTransport, join
+from tests.number_service import DEFAULTS, DRAFT, FIELDS, PROMPT, TARGET, NumberTokenizer, new_station, text_of
 
-TARGET = random_table(20, seed=1)
-DRAFT = blend(TARGET, random_table(20, seed=2), 0.7)
-PROMPT = [3, 1, 4, 1, 5]
 LONG_PROMPT = PROMPT * 100
 GREEDY = DraftSettings(Mode.IDS, Sampling(), uplink_k=1, draft_len=4)
 WAIT_SECONDS = 20
@@ -38,10 +35,6 @@ class WatchedDraftModel(FakeDraftModel):
         logits = super().forward(token_ids)
         self.after_pass(len(self.passes))
         return logits
-
-
-def new_station() -> Station:
-    return Station(FakeTarget.make(TARGET))
 
 
 def watched_model() -> WatchedDraftModel:

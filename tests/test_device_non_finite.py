@@ -15,7 +15,7 @@ from protocol.errors import NonFiniteError
 from protocol.messages import Close, Mode, Open, Sampling
 from tests.fakes import FakeDraftModel, FakeTarget, random_table, target_alone
 from tests.link_pair import MemoryTransport, Station, join, open_session
-from tests.test_device_http import DEFAULTS, NumberTokenizer, complete, text_of
+from tests.number_service import DEFAULTS, NumberTokenizer, complete, text_of
 
 TARGET = random_table(20, seed=1)
 DAMAGED = 7
