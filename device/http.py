@@ -9,6 +9,7 @@ import json
 import secrets
 import time
 from collections.abc import AsyncIterator, Collection
+from dataclasses import dataclass
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -18,6 +19,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from device.api_key import ApiKeyCheck
 from device.chat_request import ChatRequest, Defaults, Fields
 from device.host_check import HostCheck
 from device.http_errors import HttpError, shown
@@ -30,14 +32,32 @@ _MAX_BODY_BYTES = 4 * 1024 * 1024
 _CHUNK = "chat.completion.chunk"
 
 
-def application(
-    worker: Worker, name: str, defaults: Defaults, hosts: Collection[str] | None, origins: Collection[str] = ()
-) -> Starlette:
-    """The application.
+@dataclass(frozen=True)
+class Access:
+    """Who may use the service.
 
-    It refuses requests whose Host is not one of ``hosts``, where these are given, and
-    those of web pages, except its own and those of ``origins``.
+    Attributes:
+        api_key: that requests must send, if there is one.
+        hosts: names by which the service may be called; None allows every name.
+        origins: of the web pages that may send requests, besides its own.
     """
+
+    api_key: str | None = None
+    hosts: Collection[str] | None = None
+    origins: Collection[str] = ()
+
+    def checks(self) -> list[Middleware]:
+        """The middleware that refuses all others; a page may ask for its access without the key."""
+        checks = [
+            Middleware(HostCheck, hosts=self.hosts),
+            Middleware(OriginCheck, origins=self.origins),
+            Middleware(CORSMiddleware, allow_origins=self.origins, allow_methods=["GET", "POST"], allow_headers=["*"]),
+        ]
+        return checks if self.api_key is None else [*checks, Middleware(ApiKeyCheck, api_key=self.api_key)]
+
+
+def application(worker: Worker, name: str, defaults: Defaults, access: Access) -> Starlette:
+    """The application."""
     endpoints = _Routes(worker, name, defaults)
     return Starlette(
         routes=[
@@ -46,11 +66,7 @@ def application(
             Route("/v1/models", endpoints.models),
             Route("/v1/chat/completions", endpoints.complete, methods=["POST"]),
         ],
-        middleware=[
-            Middleware(HostCheck, hosts=hosts),
-            Middleware(OriginCheck, origins=origins),
-            Middleware(CORSMiddleware, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["*"]),
-        ],
+        middleware=access.checks(),
         exception_handlers={
             HttpError: _error_response,
             EdgedraftError: _error_response,

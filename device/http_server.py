@@ -10,8 +10,9 @@ from urllib.parse import urlsplit
 import uvicorn
 
 from common.loopback import is_loopback
+from device.api_key import VARIABLE
 from device.chat_request import Defaults
-from device.http import application
+from device.http import Access, application
 from device.worker import Worker
 from protocol.errors import LinkError, SettingsError
 
@@ -34,8 +35,8 @@ _UVICORN: dict[str, Any] = {
 _LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 
 
-def check_bind(bind: str, insecure: bool) -> None:
-    """Refuse a malformed address, and one that other machines can reach unless ``insecure`` is set.
+def check_bind(bind: str, api_key: str | None) -> None:
+    """Refuse a malformed address, and one that other machines can reach unless there is an API key.
 
     Raises:
         SettingsError: the address is refused.
@@ -47,14 +48,12 @@ def check_bind(bind: str, insecure: bool) -> None:
         complete = False
     if not complete:
         raise SettingsError("bind", bind, _EXAMPLE)
-    if not insecure and not is_loopback(bind):
-        raise SettingsError(
-            "bind", bind, f"{_EXAMPLE}; to serve other machines, add --insecure: requests are not authenticated"
-        )
+    if api_key is None and not is_loopback(bind):
+        raise SettingsError("bind", bind, f"{_EXAMPLE}; to serve other machines, pass --api-key FILE or set {VARIABLE}")
 
 
 def serve(
-    worker: Worker, name: str, defaults: Defaults, bind: str, insecure: bool, origins: Collection[str] = ()
+    worker: Worker, name: str, defaults: Defaults, bind: str, api_key: str | None, origins: Collection[str] = ()
 ) -> None:
     """Serve until interrupted; port 0 in ``bind`` selects a free one.
 
@@ -63,18 +62,18 @@ def serve(
         name: of the model.
         defaults: for fields that a request leaves out.
         bind: ``http://HOST:PORT``.
-        insecure: serve an address that other machines can reach.
+        api_key: that requests must send; None serves loopback without one.
         origins: of the web pages that may send requests.
 
     Raises:
-        SettingsError: other machines can reach the address, and ``insecure`` is not set.
+        SettingsError: other machines can reach the address, and there is no API key.
         LinkError: the address cannot be bound.
     """
-    check_bind(bind, insecure)
+    check_bind(bind, api_key)
     listening = _listen(bind)
     host, port = listening.getsockname()[:2]
-    hosts = None if insecure else {*_LOOPBACK_NAMES, host}
-    config = uvicorn.Config(application(worker, name, defaults, hosts, origins), **_UVICORN)
+    access = Access(api_key, {*_LOOPBACK_NAMES, host} if is_loopback(bind) else None, origins)
+    config = uvicorn.Config(application(worker, name, defaults, access), **_UVICORN)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)  # uvicorn stops at them, then raises them again
     server = _Server(config, worker)

@@ -9,7 +9,7 @@ from starlette.testclient import TestClient
 
 from device.chat_request import Defaults
 from device.client import Client
-from device.http import application
+from device.http import Access, application
 from device.settings import DraftSettings
 from device.tokenizer import ChatMessage, Tokenizer
 from device.worker import Worker
@@ -64,11 +64,12 @@ def http_client(
     up: CopyCount = deliver_once,
     transport: MemoryTransport | None = None,
     origins: Sequence[str] = (),
+    api_key: str | None = None,
 ) -> Iterator[TestClient]:
     worker = new_worker(station, up, transport=transport)
     worker.start()
     try:
-        yield TestClient(application(worker, "numbers", DEFAULTS, ["testserver"], origins))
+        yield TestClient(application(worker, "numbers", DEFAULTS, Access(api_key, ["testserver"], origins)))
     finally:
         worker.stop(5)
 

@@ -10,7 +10,7 @@ import pytest
 
 from device.client import Client
 from device.draft_model import DraftModel
-from device.http import application
+from device.http import Access, application
 from device.job import AnswerRequest, Event, Finish, Job
 from device.settings import DraftSettings
 from device.tokenizer import Tokenizer
@@ -225,7 +225,7 @@ async def post_and_leave(worker: Worker, fields: object, answering: threading.Ev
     async def send(_: Any) -> None:
         pass
 
-    await application(worker, "numbers", DEFAULTS, ["testserver"])(scope, receive, send)
+    await application(worker, "numbers", DEFAULTS, Access())(scope, receive, send)
 
 
 def test_requests_are_refused_once_the_service_stops() -> None:

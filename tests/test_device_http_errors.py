@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from device.http import application
+from device.http import Access, application
 from device.worker import Worker
 from tests.number_service import DEFAULTS, complete, http_client, new_station, new_worker
 
@@ -101,7 +101,7 @@ def test_a_defect_gets_json_without_details(monkeypatch: pytest.MonkeyPatch) -> 
         raise ZeroDivisionError("inner detail")
 
     monkeypatch.setattr(Worker, "submit", fail)
-    app = application(new_worker(new_station()), "numbers", DEFAULTS, ["testserver"])
+    app = application(new_worker(new_station()), "numbers", DEFAULTS, Access())
     response = complete(TestClient(app, raise_server_exceptions=False))
     assert (response.status_code, error_of(response)["type"]) == (500, "server_error")
     assert "inner" not in response.text

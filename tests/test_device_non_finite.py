@@ -7,7 +7,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from device.draft_model import DraftModel
-from device.http import application
+from device.http import Access, application
 from device.settings import DraftSettings
 from device.tokenizer import Tokenizer
 from device.worker import Worker
@@ -44,7 +44,7 @@ def test_the_service_answers_with_an_error_and_serves_the_next_request(
     worker = Worker(model, cast(Tokenizer, NumberTokenizer()), lambda: join(station, model, transport)[0], lambda: 0.0)
     worker.start()
     try:
-        client = TestClient(application(worker, "numbers", DEFAULTS, ["testserver"]))
+        client = TestClient(application(worker, "numbers", DEFAULTS, Access()))
         refused = complete(client, **prompt_fields(prompt), stream=stream)
         answered = [complete(client, **prompt_fields(PROMPT)) for _ in range(2)]
     finally:
