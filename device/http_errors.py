@@ -62,6 +62,11 @@ class HttpError(Exception):
         headers = {"Retry-After": str(error.retry_seconds)} if error.retry_seconds else None
         return cls(status, _message(error), code or own_code, _param(error), kind, headers)
 
+    @classmethod
+    def overloaded(cls, message: str) -> "HttpError":
+        """The service cannot take another connection now."""
+        return cls(503, message, _RATE, kind=_RATE)
+
     def response(self) -> JSONResponse:
         """The response."""
         return JSONResponse(self.fields, self.status, self._headers)

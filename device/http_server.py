@@ -8,11 +8,13 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from common.loopback import is_loopback
 from device.api_key import VARIABLE
 from device.chat_request import Defaults
 from device.http import Access, application
+from device.http_connection import HttpConnection
 from device.worker import Worker
 from protocol.errors import LinkError, SettingsError
 
@@ -23,7 +25,7 @@ _STOP_SECONDS = 1.0
 _EXAMPLE = "http://127.0.0.1:8080"
 _UVICORN: dict[str, Any] = {
     "loop": "asyncio",
-    "http": "h11",
+    "http": HttpConnection,
     "ws": "none",
     "lifespan": "off",
     "log_config": None,
@@ -73,10 +75,9 @@ def serve(
     listening = _listen(bind)
     host, port = listening.getsockname()[:2]
     access = Access(api_key, {*_LOOPBACK_NAMES, host} if is_loopback(bind) else None, origins)
-    config = uvicorn.Config(application(worker, name, defaults, access), **_UVICORN)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)  # uvicorn stops at them, then raises them again
-    server = _Server(config, worker)
+    server = HttpServer(worker, application(worker, name, defaults, access))
     worker.start(on_failure=lambda: setattr(server, "should_exit", True))
     logger.info("serving %s at http://%s:%d", name, f"[{host}]" if ":" in host else host, port)
     try:
@@ -88,11 +89,16 @@ def serve(
     logger.info("stopped")
 
 
-class _Server(uvicorn.Server):
-    """Ends the answers before it waits for the connections to close."""
+class HttpServer(uvicorn.Server):
+    """uvicorn's server; to stop, it ends the answers before it waits for the connections to close.
 
-    def __init__(self, config: uvicorn.Config, worker: Worker) -> None:
-        super().__init__(config)
+    Args:
+        worker: gives the answers.
+        app: the service.
+    """
+
+    def __init__(self, worker: Worker, app: ASGIApp) -> None:
+        super().__init__(uvicorn.Config(app, **_UVICORN))
         self._worker = worker
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from openai import APIStatusError, OpenAI
+from openai import APIError, APIStatusError, OpenAI
 
 from bench.setup.prompts import OWN_PROMPTS
 from tests.sample import BUNDLE
@@ -86,7 +86,11 @@ def test_sigterm_stops_the_service_during_an_answer(serving: tuple["subprocess.P
         )
         next(iter(chunks))
         process.send_signal(signal.SIGTERM)
+        with pytest.raises(APIError, match="shutting down") as error:
+            list(chunks)
+        assert error.value.code == "closing"
         assert process.wait(timeout=30) == 0
-        chunks.close()
     assert process.stderr is not None
-    assert process.stderr.read().splitlines()[-1].endswith("stopped")
+    log = process.stderr.read().splitlines()
+    assert log[-1].endswith("stopped")
+    assert [line for line in log if " INFO " not in line] == []
