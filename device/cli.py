@@ -104,6 +104,9 @@ def serve(
         typer.Option("--cors-origin", help="Origin of web pages that may send requests; repeatable."),
     ] = None,
     max_new_tokens: MaxNewTokens = 512,
+    cache_tokens: Annotated[
+        int, typer.Option(help="Tokens of all conversations that are kept; the last one may exceed them alone.", min=1)
+    ] = 8192,
 ) -> None:
     """Serve OpenAI's chat completions API over HTTP until interrupted.
 
@@ -121,7 +124,8 @@ def serve(
     with _record_file(answer_options) as records:
         model, tokenizer = _load(answer_options)
         logging.getLogger("device").info("loaded %s", answer_options.bundle)
-        worker = Worker(model, tokenizer, partial(_connect, answer_options, model.manifest, records))
+        connect = partial(_connect, answer_options, model.manifest, records)
+        worker = Worker(model, tokenizer, connect, cache_tokens)
         defaults = Defaults(
             answer_options.temperature,
             answer_options.top_k,

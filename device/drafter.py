@@ -10,6 +10,7 @@ from typing import TypeAlias
 
 import numpy as np
 
+from device.common_prefix import common_prefix
 from device.draft_model import DraftModel, Logits
 from device.sampling import coupled_token, full_distribution, sparse_distribution
 from device.settings import UplinkSettings
@@ -44,7 +45,7 @@ class Drafter:
         sampling: how the target is sampled; may change between two answers.
 
     Args:
-        model: the draft model; nothing else may run it.
+        model: the draft model, whose KV cache nothing else may use; drafting begins with what it was forked with.
         mode: what is sent for each token.
         sampling: how the target is sampled.
         uplink: how much of each distribution is sent in modes ``topk`` and ``topp``.
@@ -70,7 +71,7 @@ class Drafter:
         self._ids_alone = mode.sends_ids_alone
         self._stop_ids = frozenset(model.manifest.stop_ids) if stop_ids is None else stop_ids
         self._before_pass = before_pass
-        self._cached: list[int] = []
+        model.rollback(model.forked_length)
         self._pending: list[int] = []
 
     def prefill(self, tokens: Sequence[int]) -> None:
@@ -117,10 +118,9 @@ class Drafter:
             self._before_pass()
             chunk = self._pending[:_CHUNK]
             logits = self._model.forward(chunk)
-            self._cached += chunk
             del self._pending[:_CHUNK]
         if not np.isfinite(logits.max()):
-            count = len(self._cached)
+            count = self._model.length
             raise NonFiniteError(f"the draft model's logits are NaN or infinite after {count} tokens; export it again")
         return np.pad(logits, (0, self._missing), constant_values=-np.inf) if self._missing else logits
 
@@ -131,11 +131,6 @@ class Drafter:
 
     def _rollback(self, tokens: Sequence[int]) -> list[int]:
         """Shorten the KV cache to the prefix shared with ``tokens``; return the tokens to run, at least the last."""
-        shared = 0
-        for cached, token in zip(self._cached, tokens[:-1], strict=False):
-            if cached != token:
-                break
-            shared += 1
+        shared = common_prefix(self._model.token_ids, tokens[:-1])
         self._model.rollback(shared)
-        del self._cached[shared:]
         return list(tokens[shared:])

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from device.client import Client
+from device.common_prefix import common_prefix
 from device.draft_model import DraftModel
 from device.drafter import Drafter
 from device.planner import Planner
@@ -119,11 +120,7 @@ class DeviceSession:
         """
         sampling = sampling or self._drafter.sampling
         self._planner = planner or self._planner
-        start = 0
-        for old, new in zip(self.tokens, prompt_ids[:-1], strict=False):
-            if old != new:
-                break
-            start += 1
+        start = common_prefix(self.tokens, prompt_ids[:-1])
         can_extend = self._requests.can_extend(sampling)
         self._check_prompt(prompt_ids, start if can_extend else 0)
         self._drafter.sampling = sampling

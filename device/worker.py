@@ -12,11 +12,10 @@ from collections.abc import Callable
 from device.answer import AnswerStream, Conversation
 from device.client import Client
 from device.connection import Connection
+from device.conversations import Conversations
 from device.draft_model import DraftModel
 from device.job import Finish, Job
 from device.job_queue import JobQueue
-from device.planner import Planners
-from device.settings import DraftSettings
 from device.stop_strings import StopStrings
 from device.tokenizer import Tokenizer
 from protocol.errors import (
@@ -41,6 +40,7 @@ class Worker:
         model: the draft model.
         tokenizer: of the same bundle.
         connect: opens a link and greets the base station over it.
+        cache_tokens: tokens that the conversations kept may have.
         clock: seconds, monotonic.
 
     Attributes:
@@ -52,16 +52,16 @@ class Worker:
         model: DraftModel,
         tokenizer: Tokenizer,
         connect: Callable[[], Client],
+        cache_tokens: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._model = model
         self._tokenizer = tokenizer
         self._connection = Connection(connect, clock)
-        self._planners = Planners(model.manifest.quality)
+        self._conversations = Conversations(model, tokenizer, cache_tokens)
+        self._current: Conversation | None = None
         self._jobs = JobQueue()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="worker", daemon=True)
-        self._conversation: Conversation | None = None
         self._on_failure: Callable[[], None] = lambda: None
         self.failure: Exception | None = None
 
@@ -111,13 +111,13 @@ class Worker:
                 wait = self._keep_alive()
             else:
                 job.deliver(self._outcome(job))
-        self._end_conversation()
+        self._conversations.end_all()
         self._connection.close()
 
     def _keep_alive(self) -> float:
         wait = self._connection.keep_alive()
         if not self._connection.alive:
-            self._conversation = None  # its session went with the connection
+            self._conversations.forget()
         return wait
 
     def _outcome(self, job: Job) -> Finish | Exception:
@@ -125,27 +125,32 @@ class Worker:
         try:
             return self._answer(job)
         except CancelledError as error:
-            self._end_unfinished_conversation()
+            if self._current is not None:
+                self._conversations.settle(self._current)
             return ClosingError(_STOPPING) if self._stopping.is_set() else error
         except (LinkError, AdmissionError, ProtocolError) as error:
-            self._conversation = None  # its session cannot be closed over a broken link
+            self._conversations.forget()  # their sessions cannot be closed over a broken link
             self._connection.lose(error)
             return error
         except EdgedraftError as error:
-            self._end_conversation()
+            if self._current is not None:
+                self._conversations.end(self._current)
             return error
         except Exception as error:
             logger.exception("an answer failed; the next one begins over a new connection")
-            self._conversation = None
+            self._conversations.forget()
             self._connection.close()
             return error
 
     def _answer(self, job: Job) -> Finish:
+        self._current = None
         ids = self._tokenizer.encode_chat(job.request.messages)
         client = self._connection.client()
+        self._current = self._conversations.for_prompt(client, ids, job.request.settings)
         with client.cancelled_by(lambda: job.cancelled.is_set() or self._stopping.is_set()):
-            stream = self._conversation_with(client, job.request.settings).ask(ids, job.request.max_new_tokens)
-            return self._deliver(stream, job)
+            finish = self._deliver(self._current.ask(ids, job.request.max_new_tokens), job)
+        self._conversations.settle(self._current)
+        return finish
 
     def _deliver(self, stream: AnswerStream, job: Job) -> Finish:
         """Deliver the text of an answer up to a stop string."""
@@ -155,7 +160,6 @@ class Worker:
             if text := stops.feed(chunk.text):
                 job.deliver(text)
             if stops.reached:
-                self._end_unfinished_conversation()
                 return Finish("stop", stream.prompt_tokens, stream.new_tokens)
         if text := stops.flush():
             job.deliver(text)
@@ -168,21 +172,3 @@ class Worker:
         )
         reason = "stop" if stops.reached else answer.finish_reason
         return Finish(reason, stream.prompt_tokens, stream.new_tokens)
-
-    def _conversation_with(self, client: Client, settings: DraftSettings) -> Conversation:
-        """The current conversation if it accepts these settings, so that only what is new is sent and run."""
-        if self._conversation is None or not self._conversation.accepts(settings):
-            self._end_conversation()
-            self._conversation = Conversation(client, self._planners, self._model, self._tokenizer, settings)
-        self._conversation.settings = settings
-        return self._conversation
-
-    def _end_unfinished_conversation(self) -> None:
-        """End the conversation if the base station still has a reply to send."""
-        if self._conversation is not None and not self._conversation.ready:
-            self._end_conversation()
-
-    def _end_conversation(self) -> None:
-        if self._conversation is not None:
-            self._conversation.close()
-            self._conversation = None

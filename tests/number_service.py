@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import count
 from typing import Any, cast
 
 from starlette.testclient import TestClient
@@ -48,14 +49,18 @@ DEFAULTS = Defaults(temperature=0, top_k=0, top_p=1, seed=None, max_new_tokens=8
 
 
 def new_worker(
-    station: Station, up: CopyCount = deliver_once, clock: Any = lambda: 0.0, transport: MemoryTransport | None = None
+    station: Station,
+    up: CopyCount = deliver_once,
+    clock: Any = lambda: 0.0,
+    transport: MemoryTransport | None = None,
+    cache_tokens: int = 4096,
 ) -> Worker:
-    model = FakeDraftModel.make(DRAFT)
+    model, peers = FakeDraftModel.make(DRAFT), count()
 
     def connect() -> Client:
-        return join(station, model, transport or MemoryTransport(station, up=up))[0]
+        return join(station, model, transport or MemoryTransport(station, bytes([next(peers)]), up))[0]
 
-    return Worker(model, cast(Tokenizer, NumberTokenizer()), connect, clock)
+    return Worker(model, cast(Tokenizer, NumberTokenizer()), connect, cache_tokens, clock)
 
 
 @contextmanager
@@ -65,8 +70,9 @@ def http_client(
     transport: MemoryTransport | None = None,
     origins: Sequence[str] = (),
     api_key: str | None = None,
+    cache_tokens: int = 4096,
 ) -> Iterator[TestClient]:
-    worker = new_worker(station, up, transport=transport)
+    worker = new_worker(station, up, transport=transport, cache_tokens=cache_tokens)
     worker.start()
     try:
         yield TestClient(application(worker, "numbers", DEFAULTS, Access(api_key, ["testserver"], origins)))

@@ -97,7 +97,7 @@ def test_a_second_request_of_a_connection_has_a_time_of_its_own(port: int, monke
         assert connection.recv(65536).startswith(b"HTTP/1.1 200")
         monkeypatch.setattr(HttpConnection, "request_seconds", 0.2)
         connection.sendall(REQUEST[:-2])
-        assert rest_of(connection).startswith(b"HTTP/1.1 408")
+        assert b"HTTP/1.1 408" in rest_of(connection)
 
 
 def test_an_answer_may_take_longer_than_its_request(monkeypatch: pytest.MonkeyPatch) -> None:

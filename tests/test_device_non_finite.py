@@ -41,7 +41,9 @@ def test_the_service_answers_with_an_error_and_serves_the_next_request(
 ) -> None:
     station, model = Station(FakeTarget.make(TARGET)), damaged_model(value)
     transport = MemoryTransport(station)
-    worker = Worker(model, cast(Tokenizer, NumberTokenizer()), lambda: join(station, model, transport)[0], lambda: 0.0)
+    worker = Worker(
+        model, cast(Tokenizer, NumberTokenizer()), lambda: join(station, model, transport)[0], 4096, lambda: 0.0
+    )
     worker.start()
     try:
         client = TestClient(application(worker, "numbers", DEFAULTS, Access()))
