@@ -25,7 +25,7 @@ _KINDS: Mapping[type[EdgedraftError], tuple[int, str, str | None]] = {
     EdgedraftError: (503, _SERVER, None),
 }
 """Status, type and code of each error and of those derived from it; None stands for the error's own code."""
-_PARAMS = {"prompt": "messages", "the request": None}
+_PARAMS = {"prompt": "messages", "conversation": "messages", "the request": None}
 """Fields of the request that a setting of another name comes from."""
 _LONGEST_VALUE = 100
 
@@ -79,6 +79,8 @@ def shown(value: object) -> str:
 
 
 def _message(error: EdgedraftError) -> str:
+    if isinstance(error, ContextLengthError):  # LiteLLM knows it by "prompt is too long"
+        return f"the {error.name} is too long: {error.value}; allowed: {error.allowed}"
     if isinstance(error, SettingsError):
         return f"{error.name} is {shown(error.value)}; allowed: {error.allowed}"
     return str(error)
