@@ -45,7 +45,7 @@ from protocol.messages import (
 logger = logging.getLogger(__name__)
 
 _FIRST_PAUSE = 1.0
-_CHECK_INTERVAL = 0.25
+_CHECK_INTERVAL = 0.125
 _JITTER = 0.25
 """Pauses are up to this share longer, at random, so that refused devices do not all retry at once."""
 
