@@ -5,7 +5,8 @@ begins a new one, with a copy of the longest common prefix that is cached. The l
 recently used conversations are dropped first.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from device.answer import Conversation
 from device.client import Client
@@ -14,6 +15,7 @@ from device.draft_model import DraftModel
 from device.planner import Planners
 from device.settings import DraftSettings
 from device.tokenizer import Tokenizer
+from protocol.errors import AdmissionError, CancelledError, EdgedraftError, LinkError, ProtocolError
 
 
 class Conversations:
@@ -33,41 +35,55 @@ class Conversations:
         self._max_sessions = 1
         self._kept: list[Conversation] = []
 
-    def for_prompt(self, client: Client, prompt_ids: Sequence[int], settings: DraftSettings) -> Conversation:
-        """The conversation that the prompt continues, or a new one; it is now the last used."""
-        continued = [one for one in self._kept if one.accepts(settings) and one.is_continued_by(prompt_ids)]
-        if continued:
-            conversation = max(continued, key=lambda one: len(one.token_ids))
-            self._kept.remove(conversation)
-        else:
+    @contextmanager
+    def for_prompt(self, client: Client, prompt_ids: Sequence[int], settings: DraftSettings) -> Iterator[Conversation]:
+        """The conversation that the prompt continues, or a new one; afterwards it is kept if it can go on."""
+        conversation = self._continued_by(prompt_ids, settings)
+        if conversation is None:
             model = self._model_with_prefix_of(prompt_ids)
             conversation = Conversation(client, self._planners, model, self._tokenizer, settings)
+        else:
+            self._kept.remove(conversation)
         conversation.settings = settings
         self._kept.append(conversation)
         self._max_sessions = client.welcome.max_sessions
         self._drop_oldest(len(prompt_ids))
-        return conversation
-
-    def settle(self, conversation: Conversation) -> None:
-        """Keep a conversation after its answer if another prompt can continue it."""
-        if conversation.ready:
-            self._drop_oldest(len(conversation.token_ids))
-        else:
-            self.end(conversation)
-
-    def end(self, conversation: Conversation) -> None:
-        """Drop a conversation and close its session."""
-        self._kept.remove(conversation)
-        conversation.close()
+        try:
+            yield conversation
+        except CancelledError:
+            self._settle(conversation)
+            raise
+        except (LinkError, AdmissionError, ProtocolError):  # no session can be closed over a broken link
+            raise
+        except EdgedraftError:
+            self._end(conversation)
+            raise
+        self._settle(conversation)
 
     def end_all(self) -> None:
         """Drop all conversations and close their sessions."""
         for conversation in [*self._kept]:
-            self.end(conversation)
+            self._end(conversation)
 
     def forget(self) -> None:
         """Drop all conversations; their sessions went with the connection."""
         self._kept.clear()
+
+    def _continued_by(self, prompt_ids: Sequence[int], settings: DraftSettings) -> Conversation | None:
+        found = [one for one in self._kept if one.accepts(settings) and one.is_continued_by(prompt_ids)]
+        return max(found, key=lambda one: len(one.token_ids), default=None)
+
+    def _settle(self, conversation: Conversation) -> None:
+        """Keep a conversation after its answer if another prompt can continue it."""
+        if conversation.ready:
+            self._drop_oldest(len(conversation.token_ids))
+        else:
+            self._end(conversation)
+
+    def _end(self, conversation: Conversation) -> None:
+        """Drop a conversation and close its session."""
+        self._kept.remove(conversation)
+        conversation.close()
 
     def _model_with_prefix_of(self, prompt_ids: Sequence[int]) -> DraftModel:
         """The draft model with a KV cache of its own, copied from the one that starts most like the prompt."""
@@ -82,4 +98,4 @@ class Conversations:
             tokens = sum(len(one.token_ids) for one in self._kept[:-1]) + last_length
             if tokens <= self._cache_tokens and len(self._kept) <= self._max_sessions:
                 return
-            self.end(self._kept[0])
+            self._end(self._kept[0])

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from device.answer import AnswerStream, Conversation
+from device.answer import AnswerStream
 from device.client import Client
 from device.connection import Connection
 from device.conversations import Conversations
@@ -58,7 +58,6 @@ class Worker:
         self._tokenizer = tokenizer
         self._connection = Connection(connect, clock)
         self._conversations = Conversations(model, tokenizer, cache_tokens)
-        self._current: Conversation | None = None
         self._jobs = JobQueue()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="worker", daemon=True)
@@ -125,16 +124,12 @@ class Worker:
         try:
             return self._answer(job)
         except CancelledError as error:
-            if self._current is not None:
-                self._conversations.settle(self._current)
             return ClosingError(_STOPPING) if self._stopping.is_set() else error
         except (LinkError, AdmissionError, ProtocolError) as error:
             self._conversations.forget()  # their sessions cannot be closed over a broken link
             self._connection.lose(error)
             return error
         except EdgedraftError as error:
-            if self._current is not None:
-                self._conversations.end(self._current)
             return error
         except Exception as error:
             logger.exception("an answer failed; the next one begins over a new connection")
@@ -143,14 +138,13 @@ class Worker:
             return error
 
     def _answer(self, job: Job) -> Finish:
-        self._current = None
         ids = self._tokenizer.encode_chat(job.request.messages)
         client = self._connection.client()
-        self._current = self._conversations.for_prompt(client, ids, job.request.settings)
-        with client.cancelled_by(lambda: job.cancelled.is_set() or self._stopping.is_set()):
-            finish = self._deliver(self._current.ask(ids, job.request.max_new_tokens), job)
-        self._conversations.settle(self._current)
-        return finish
+        with (
+            self._conversations.for_prompt(client, ids, job.request.settings) as conversation,
+            client.cancelled_by(lambda: job.cancelled.is_set() or self._stopping.is_set()),
+        ):
+            return self._deliver(conversation.ask(ids, job.request.max_new_tokens), job)
 
     def _deliver(self, stream: AnswerStream, job: Job) -> Finish:
         """Deliver the text of an answer up to a stop string."""
