@@ -65,7 +65,7 @@ class HttpError(Exception):
     @classmethod
     def overloaded(cls, message: str) -> "HttpError":
         """The service cannot take another connection now."""
-        return cls(503, message, _RATE, kind=_RATE)
+        return cls(503, message, BusyError.code, kind=_SERVER)
 
     def response(self) -> JSONResponse:
         """The response."""

@@ -10,7 +10,7 @@ from protocol.limits import Limits
 from protocol.messages import Message
 from tests.fakes import FakeDraftModel, FakeTarget, target_alone
 from tests.link_pair import Station
-from tests.number_service import TARGET, complete, content_of, http_client, text_of
+from tests.number_service import PROMPT, TARGET, complete, content_of, http_client, next_turn, text_of
 
 SYSTEM = [7, 3, 9, 1] * 10
 NEW_TOKENS = 6
@@ -166,3 +166,15 @@ def test_conversations_go_on_after_the_connection_was_lost() -> None:
         lost[0] = False
         for program in programs:
             program.take_turn()
+
+
+def test_a_conversation_goes_on_behind_a_stop_string() -> None:
+    sent = SentMessages()
+    stop = text_of(target_alone(TARGET, PROMPT, 12)[4:6]).strip()
+    with http_client(new_station(), sent) as client:
+        answer = complete(client, stop=[stop])
+        kept = [int(word) for word in content_of(answer).split()]
+        assert len(kept) < 6
+        second = complete(client, messages=next_turn(answer))
+    assert content_of(second) == text_of(target_alone(TARGET, [*PROMPT, *kept, 9, 2, 6], 12))
+    assert sent.counts["Open"] == 1

@@ -113,7 +113,7 @@ def test_connections_beyond_the_limit_are_refused_and_others_served(port: int) -
             first = idle.enter_context(connect(port))
         with connect(port) as refused:
             status, error = status_and_error(rest_of(refused))
-        assert (status, error["code"]) == (503, "rate_limit_exceeded")
+        assert (status, error["code"]) == (503, "busy")
         first.sendall(REQUEST)
         assert first.recv(65536).startswith(b"HTTP/1.1 200")
     with connect(port) as served:
