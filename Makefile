@@ -4,11 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEVICE_VENV := .venv-device
 NEXT_VENV := .venv-next
+CLIENTS_VENV := .venv-clients
+CLIENTS_NODE := build/clients
 SAMPLE := build/sample
 BUNDLE := build/bundle
 CUDA_TESTS := $(addprefix tests/test_basestation_,target_model.py verify.py non_finite.py prefix_sharing.py memory.py)
 
-.PHONY: help demo test test-next test-cuda test-gguf endurance images test-images lint types bench models clean
+.PHONY: help demo test test-next test-cuda test-gguf test-clients endurance images test-images lint types bench models clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 13
@@ -18,7 +20,7 @@ demo: models  ## stream an answer over loopback, then compare with the target al
 
 test: lint types models $(DEVICE_VENV)/ready  ## lint, type checks and all tests, with the sample model
 	$(BIN)/pytest -q -n 2 --dist worksteal -m "not model and not endurance and not images and not gguf"
-	$(BIN)/pytest -q -m "model and not endurance"
+	$(BIN)/pytest -q -m "model and not endurance and not clients"
 
 endurance: models  ## tests that take minutes: broken links, killed base stations, hostile peers
 	$(BIN)/pytest -q -m endurance
@@ -41,6 +43,9 @@ test-gguf: $(VENV)/ready  ## download two real GGUF files (700 MB) and test thei
 	$(BIN)/python -m tests.gguf_models
 	$(BIN)/pytest -q -m gguf
 
+test-clients: models $(CLIENTS_VENV)/ready $(CLIENTS_NODE)/ready  ## run openai (Python, Node), litellm and langchain against a pair; needs node
+	$(BIN)/pytest -q -m clients
+
 lint: $(VENV)/ready  ## ruff and the import contracts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -56,7 +61,7 @@ bench: models  ## measure the README's speedup, and check exactness
 models: $(BUNDLE)/manifest.json  ## download the sample model and export its bundle into build/
 
 clean:  ## delete the environments and build/
-	rm -rf $(VENV) $(DEVICE_VENV) $(NEXT_VENV) build
+	rm -rf $(VENV) $(DEVICE_VENV) $(NEXT_VENV) $(CLIENTS_VENV) build
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -75,6 +80,18 @@ $(NEXT_VENV)/ready: pyproject.toml constraints.txt
 	grep -vE '^(transformers|huggingface_hub|tokenizers|hf-xet)==' constraints.txt > $(NEXT_VENV)/constraints.txt
 	$(NEXT_VENV)/bin/python -m pip install --quiet --constraint $(NEXT_VENV)/constraints.txt --editable '.[device,basestation]' \
 		'transformers>=5,<6' hypothesis pytest pytest-timeout scipy
+	@touch $@
+
+# The clients have environments of their own, without edgedraft.
+$(CLIENTS_VENV)/ready: tests/clients/requirements.txt
+	$(PYTHON) -m venv $(CLIENTS_VENV)
+	$(CLIENTS_VENV)/bin/python -m pip install --quiet --requirement $<
+	@touch $@
+
+$(CLIENTS_NODE)/ready: tests/clients/package.json
+	mkdir -p $(CLIENTS_NODE)
+	cp $< $(CLIENTS_NODE)
+	npm install --silent --no-audit --no-fund --prefix $(CLIENTS_NODE)
 	@touch $@
 
 $(SAMPLE)/config.json: | $(VENV)/ready

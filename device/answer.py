@@ -1,10 +1,11 @@
 """An answer as its caller receives it: text as it is committed, then the figures."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from device.client import Client
+from device.common_prefix import common_prefix
 from device.draft_model import DraftModel
 from device.planner import Planners
 from device.session import AnswerToken, Counters, DeviceSession, Origin
@@ -70,6 +71,7 @@ class Conversation:
 
     Attributes:
         settings: of the next answer; ``sampling`` alone may change within a conversation.
+        model: the draft model.
     """
 
     def __init__(
@@ -79,7 +81,8 @@ class Conversation:
         self.settings = settings
         self._client = client
         self._planners = planners
-        self._model = model
+        self.model = model
+        self._prompt_len = 0
         self._session: DeviceSession | None = None
 
     def ask(self, prompt_ids: list[int], max_new_tokens: int) -> "AnswerStream":
@@ -89,11 +92,26 @@ class Conversation:
     def begin(self, prompt_ids: list[int]) -> DeviceSession:
         """The session, opened on the prompt or extended with it."""
         planner = self._planners.for_settings(self.settings)
+        self._prompt_len = len(prompt_ids)
         if self._session is None:
-            self._session = DeviceSession(self._client, planner, self.settings, self._model, prompt_ids)
+            self._session = DeviceSession(self._client, planner, self.settings, self.model, prompt_ids)
         else:
             self._session.extend(prompt_ids, self.settings.sampling, planner)
         return self._session
+
+    @property
+    def ready(self) -> bool:
+        """Whether another prompt can continue the session."""
+        return self._session is not None and self._session.ready
+
+    @property
+    def token_ids(self) -> Sequence[int]:
+        """The committed tokens."""
+        return self._session.tokens if self._session is not None else ()
+
+    def is_continued_by(self, prompt_ids: Sequence[int]) -> bool:
+        """Whether a prompt is the next turn, or the last prompt again."""
+        return common_prefix(self.token_ids, prompt_ids) >= self._prompt_len
 
     def accepts(self, settings: DraftSettings) -> bool:
         """Whether the conversation can continue with these settings."""
@@ -128,6 +146,11 @@ class AnswerStream:
         for text in self._conversation.tokenizer.decode_stream(self._token_ids()):
             yield TextChunk(text, self._tokens[-1].origin)
         self._ended = self._conversation.snapshot()
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of the prompt."""
+        return len(self._prompt_ids)
 
     @property
     def new_tokens(self) -> int:

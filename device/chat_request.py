@@ -4,14 +4,15 @@ Fields that would change the answer and are not supported are refused; other
 unknown fields are ignored.
 """
 
+import json
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+from device.job import AnswerRequest
 from device.settings import DraftSettings
 from device.tokenizer import ChatMessage, check_unicode
-from device.worker import AnswerRequest
 from protocol.errors import SettingsError
 from protocol.messages import Sampling
 
@@ -85,7 +86,7 @@ class ChatRequest:
             raise SettingsError("the request", fields, "a JSON object")
         for name, neutral in _UNSUPPORTED.items():
             if fields.get(name) not in (None, *neutral):
-                raise SettingsError(name, fields[name], " or ".join([*map(repr, neutral), "left out"]))
+                raise SettingsError(name, fields[name], " or ".join([*map(json.dumps, neutral), "left out"]))
         stream_options = _field(fields, "stream_options", dict, {}, "an object")
         request = AnswerRequest(
             _messages(fields),
@@ -101,22 +102,22 @@ def _messages(fields: Fields) -> tuple[ChatMessage, ...]:
     messages = _field(fields, "messages", list, [], "a list of messages")
     if not messages:
         raise SettingsError("messages", messages, "at least one message")
-    return tuple(_message(message) for message in messages)
+    return tuple(_message(f"messages[{index}]", message) for index, message in enumerate(messages))
 
 
-def _message(message: Any) -> ChatMessage:
+def _message(name: str, message: Any) -> ChatMessage:
     role = message.get("role") if isinstance(message, dict) else None
     role = _ROLE_NAMES.get(role, role) if isinstance(role, str) else None
     if role not in _ROLES:
-        raise SettingsError("a message", message, f"an object with role {', '.join(_ROLES)} and content")
+        raise SettingsError(name, message, f"an object with role {', '.join(_ROLES)} and content")
     content = message.get("content")
     if content is None and role == "assistant":  # of an answer that only called tools
         content = ""
     if isinstance(content, list) and all(_is_text(part) for part in content):
         content = "".join(part["text"] for part in content)
     if not isinstance(content, str):
-        raise SettingsError("a message's content", content, "text, or a list of parts of type text")
-    check_unicode("a message's content", content)
+        raise SettingsError(f"{name}.content", content, "text, or a list of parts of type text")
+    check_unicode(f"{name}.content", content)
     return {"role": role, "content": content}
 
 
@@ -136,10 +137,10 @@ def _sampling(fields: Fields, defaults: Defaults) -> Sampling:
 
 
 def _max_new_tokens(fields: Fields, defaults: Defaults) -> int:
-    older: int = _field(fields, "max_tokens", int, defaults.max_new_tokens, "a whole number")
-    count: int = _field(fields, "max_completion_tokens", int, older, "a whole number")
+    name = "max_tokens" if fields.get("max_completion_tokens") is None else "max_completion_tokens"
+    count: int = _field(fields, name, int, defaults.max_new_tokens, "a whole number")
     if count < 1 and count != _ANY:
-        raise SettingsError("max_tokens", count, f"1 or more, or {_ANY} for no limit")
+        raise SettingsError(name, count, f"1 or more, or {_ANY} for no limit")
     return _NO_LIMIT if count == _ANY else count
 
 

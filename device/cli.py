@@ -92,14 +92,21 @@ def serve(
     bind: Annotated[str, typer.Option(help="Address to listen on; port 0 selects a free one.")] = (
         "http://127.0.0.1:8080"
     ),
-    insecure: Annotated[
-        bool, typer.Option("--insecure", help="Serve an address that other machines can reach, unauthenticated.")
-    ] = False,
+    api_key: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="File with the API key that clients must send, or set EDGEDRAFT_API_KEY; required beyond loopback.",
+        ),
+    ] = None,
     cors_origins: Annotated[
         list[str] | None,
         typer.Option("--cors-origin", help="Origin of web pages that may send requests; repeatable."),
     ] = None,
     max_new_tokens: MaxNewTokens = 512,
+    cache_tokens: Annotated[
+        int, typer.Option(help="Tokens of all conversations that are kept; the last one may exceed them alone.", min=1)
+    ] = 8192,
 ) -> None:
     """Serve OpenAI's chat completions API over HTTP until interrupted.
 
@@ -107,15 +114,18 @@ def serve(
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     answer_options.check()
-    from device import http
+    from device import http_server
+    from device.api_key import read_api_key
     from device.chat_request import Defaults
     from device.worker import Worker
 
-    http.check_bind(bind, insecure)  # before the model is loaded
+    key = read_api_key(api_key)
+    http_server.check_bind(bind, key)  # before the model is loaded
     with _record_file(answer_options) as records:
         model, tokenizer = _load(answer_options)
         logging.getLogger("device").info("loaded %s", answer_options.bundle)
-        worker = Worker(model, tokenizer, partial(_connect, answer_options, model.manifest, records))
+        connect = partial(_connect, answer_options, model.manifest, records)
+        worker = Worker(model, tokenizer, connect, cache_tokens)
         defaults = Defaults(
             answer_options.temperature,
             answer_options.top_k,
@@ -124,7 +134,7 @@ def serve(
             max_new_tokens,
             answer_options.draft_settings,
         )
-        http.serve(worker, model.manifest.name, defaults, bind, insecure, cors_origins or [])
+        http_server.serve(worker, model.manifest.name, defaults, bind, key, cors_origins or [])
 
 
 @keys_app.command()

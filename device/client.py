@@ -21,6 +21,7 @@ from device.round_records import Moment, Moments, RoundRecord, RoundRecordFile
 from device.settings import DraftSettings, Timeouts
 from protocol.bundle import Manifest
 from protocol.errors import (
+    CancelledError,
     FaultError,
     LinkError,
     MismatchError,
@@ -44,6 +45,7 @@ from protocol.messages import (
 logger = logging.getLogger(__name__)
 
 _FIRST_PAUSE = 1.0
+_CHECK_INTERVAL = 0.125
 _JITTER = 0.25
 """Pauses are up to this share longer, at random, so that refused devices do not all retry at once."""
 
@@ -82,6 +84,7 @@ class Client:
         self._clock = clock
         self._next_session = first_session
         self._paused_seconds = 0.0
+        self._is_cancelled: Callable[[], bool] = lambda: False
         self._manifest = manifest
         self._hello = Hello(
             PROTOCOL_VERSION, manifest.vocab_size, bytes.fromhex(manifest.vocabulary_hash), manifest.stop_ids
@@ -163,7 +166,7 @@ class Client:
         if while_waiting:
             while_waiting()
         while True:
-            message = self.link.receive(min(self._timeouts.resend, limit))
+            message = self._receive(min(self._timeouts.resend, limit))
             now = self._clock()
             if message is not None:
                 received_at = now
@@ -189,6 +192,7 @@ class Client:
 
         Raises:
             FaultError: the next attempt would be more than ``timeouts.retry`` seconds after the first refusal.
+            CancelledError: nobody waits for the answer any more.
         """
         began = self._clock()
         waited = 0.0 if since is None else began - since
@@ -201,7 +205,7 @@ class Client:
             logger.warning("waiting for up to %.0f s: %s", self._timeouts.retry, refusal.text)
         connections = self.link.connections
         while (left := began + pause - self._clock()) > 0 and self.link.connections == connections:
-            self.link.receive(left)  # messages of sessions that have ended
+            self._receive(left)  # messages of sessions that have ended
         return began if since is None else since
 
     def send(self, message: Close) -> None:
@@ -211,6 +215,24 @@ class Client:
     def now(self) -> Moment:
         """The clock, which ``paused_clock`` stops, and the bytes counted so far."""
         return Moment(self._clock() - self._paused_seconds, self.link.uplink_bytes, self.link.downlink_bytes)
+
+    @contextmanager
+    def cancelled_by(self, is_cancelled: Callable[[], bool]) -> Iterator[None]:
+        """Ask ``is_cancelled`` while waiting and before each step of an answer; end the answer where it says so."""
+        self._is_cancelled = is_cancelled
+        try:
+            yield
+        finally:
+            self._is_cancelled = lambda: False
+
+    def check_cancelled(self) -> None:
+        """End the answer if nobody waits for it any more.
+
+        Raises:
+            CancelledError: nobody does.
+        """
+        if self._is_cancelled():
+            raise CancelledError("nobody waits for the answer any more")
 
     @contextmanager
     def paused_clock(self) -> Iterator[None]:
@@ -227,6 +249,11 @@ class Client:
     def close(self) -> None:
         """Close the link."""
         self.link.close()
+
+    def _receive(self, seconds: float) -> Message | None:
+        """The next message, or None after at most ``seconds``."""
+        self.check_cancelled()
+        return self.link.receive(min(seconds, _CHECK_INTERVAL))
 
     def _resend(self, request: Hello | Request, resume: Callable[[], Resume] | None) -> None:
         if resume and self.welcome.version > OLDEST_VERSION:

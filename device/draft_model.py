@@ -10,8 +10,9 @@ Knows arrays and ONNX Runtime; not what is sampled from the logits.
 
 import os
 from collections.abc import Sequence
+from copy import copy
 from pathlib import Path
-from typing import Protocol, TypeAlias
+from typing import Protocol, Self, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -37,14 +38,21 @@ class KeyValueCache(Protocol):
     def rollback(self, length: int) -> None:
         """Shorten the cache to ``length`` positions."""
 
+    def fork(self, length: int) -> Self:
+        """Another cache with a copy of the first ``length`` positions."""
+
 
 class DraftModel:
-    """A loaded bundle.
+    """A loaded bundle, with the KV cache of one sequence.
 
     Args:
         bundle: the folder that ``edgedraft-export convert`` wrote.
         threads: of ONNX Runtime; 0 uses all cores that the process may run on.
         providers: execution providers of ONNX Runtime, in order of preference.
+
+    Attributes:
+        token_ids: the tokens in the cache.
+        forked_length: how many of them it was forked with.
 
     Raises:
         BundleError: the folder is not a bundle, is damaged, or cannot be loaded.
@@ -59,11 +67,21 @@ class DraftModel:
         self._input_names = {entry.name for entry in session.get_inputs()}
         shared = self.manifest.cache_kind is CacheKind.SHARED
         self._cache: KeyValueCache = (SharedCache if shared else GrowingCache)(session, self.manifest)
+        self.token_ids: list[int] = []
+        self.forked_length = 0
 
     @property
     def length(self) -> int:
         """Positions in the cache."""
         return self._cache.length
+
+    def fork(self, length: int) -> "DraftModel":
+        """The same model with a cache of its own, which starts with a copy of the first ``length`` positions."""
+        fork = copy(self)
+        fork._cache = self._cache.fork(length)
+        fork.token_ids = self.token_ids[:length]
+        fork.forked_length = length
+        return fork
 
     def forward(self, token_ids: Sequence[int]) -> Logits:
         """Run one or more tokens after the cached ones.
@@ -78,11 +96,14 @@ class DraftModel:
         }
         if "position_ids" in self._input_names:
             inputs["position_ids"] = np.arange(start, end, dtype=np.int64)[None]
-        return self._cache.run(inputs, len(token_ids))[: self.manifest.vocab_size]
+        logits = self._cache.run(inputs, len(token_ids))[: self.manifest.vocab_size]
+        self.token_ids += token_ids
+        return logits
 
     def rollback(self, length: int) -> None:
         """Shorten the cache to ``length`` positions."""
         self._cache.rollback(min(length, self._cache.length))
+        del self.token_ids[length:]
 
 
 class SharedCache:
@@ -112,6 +133,15 @@ class SharedCache:
     def rollback(self, length: int) -> None:
         """Shorten the cache to ``length`` positions."""
         self.length = length
+
+    def fork(self, length: int) -> Self:
+        """Another cache with a copy of the first ``length`` positions."""
+        fork = copy(self)
+        fork.length = length
+        fork._capacity = 0
+        fork._buffers = dict(self._buffers) if length else {}
+        fork._reserve(length)
+        return fork
 
     def _reserve(self, length: int) -> None:
         """Grow to ``length`` positions; the capacity at least doubles, so that the copies cost little."""
@@ -153,6 +183,12 @@ class GrowingCache:
         """Shorten the cache to ``length`` positions."""
         self._past = {name: array[:, :, :length] for name, array in self._past.items()}
         self.length = length
+
+    def fork(self, length: int) -> Self:
+        """Another cache with the first ``length`` positions; a run writes into new arrays, so none is copied."""
+        fork = copy(self)
+        fork.rollback(length)
+        return fork
 
 
 def _past_names(session: onnxruntime.InferenceSession) -> list[str]:

@@ -10,6 +10,7 @@ from typing import TypeAlias
 
 import numpy as np
 
+from device.common_prefix import common_prefix
 from device.draft_model import DraftModel, Logits
 from device.sampling import coupled_token, full_distribution, sparse_distribution
 from device.settings import UplinkSettings
@@ -17,6 +18,8 @@ from protocol.errors import NonFiniteError
 from protocol.messages import DraftDistribution, Mode, Sampling
 from protocol.randomness import Stream, random_bits
 
+_CHUNK = 64
+"""Most tokens of a forward pass, so that a long prefill can be cancelled."""
 ShouldContinue: TypeAlias = Callable[[Sequence[float | None]], bool]
 """Takes the margins of the tokens drafted so far; says whether to draft another."""
 
@@ -41,12 +44,13 @@ class Drafter:
         sampling: how the target is sampled; may change between two answers.
 
     Args:
-        model: the draft model; nothing else may run it.
+        model: the draft model, whose KV cache nothing else may use; drafting begins with what it was forked with.
         mode: what is sent for each token.
         sampling: how the target is sampled.
         uplink: how much of each distribution is sent in modes ``topk`` and ``topp``.
         vocab_size: of the target, whose first tokens the draft model knows; None for the draft model's own.
         stop_ids: the ids that end an answer; None for the draft model's own.
+        before_pass: called before each forward pass; what it raises ends the draft, and the KV cache stays valid.
     """
 
     def __init__(
@@ -57,6 +61,7 @@ class Drafter:
         uplink: UplinkSettings,
         vocab_size: int | None = None,
         stop_ids: frozenset[int] | None = None,
+        before_pass: Callable[[], None] = lambda: None,
     ) -> None:
         self._model = model
         self.sampling = sampling
@@ -64,7 +69,8 @@ class Drafter:
         self._uplink = None if mode is Mode.FULL else uplink
         self._ids_alone = mode.sends_ids_alone
         self._stop_ids = frozenset(model.manifest.stop_ids) if stop_ids is None else stop_ids
-        self._cached: list[int] = []
+        self._before_pass = before_pass
+        model.rollback(model.forked_length)
         self._pending: list[int] = []
 
     def prefill(self, tokens: Sequence[int]) -> None:
@@ -107,11 +113,13 @@ class Drafter:
             self._run()
 
     def _run(self) -> Logits:
-        logits = self._model.forward(self._pending)
-        self._cached += self._pending
-        self._pending = []
+        while self._pending:
+            self._before_pass()
+            chunk = self._pending[:_CHUNK]
+            logits = self._model.forward(chunk)
+            del self._pending[:_CHUNK]
         if not np.isfinite(logits.max()):
-            count = len(self._cached)
+            count = self._model.length
             raise NonFiniteError(f"the draft model's logits are NaN or infinite after {count} tokens; export it again")
         return np.pad(logits, (0, self._missing), constant_values=-np.inf) if self._missing else logits
 
@@ -122,11 +130,6 @@ class Drafter:
 
     def _rollback(self, tokens: Sequence[int]) -> list[int]:
         """Shorten the KV cache to the prefix shared with ``tokens``; return the tokens to run, at least the last."""
-        shared = 0
-        for cached, token in zip(self._cached, tokens[:-1], strict=False):
-            if cached != token:
-                break
-            shared += 1
+        shared = common_prefix(self._model.token_ids, tokens[:-1])
         self._model.rollback(shared)
-        del self._cached[shared:]
         return list(tokens[shared:])

@@ -6,132 +6,72 @@ Knows JSON, status codes and server-sent events; the answers come from the worke
 import asyncio
 import contextlib
 import json
-import logging
 import secrets
-import signal
-import socket
 import time
 from collections.abc import AsyncIterator, Collection
-from typing import Any
-from urllib.parse import urlsplit
+from dataclasses import dataclass
 
-import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from common.loopback import is_loopback
+from device.api_key import ApiKeyCheck
 from device.chat_request import ChatRequest, Defaults, Fields
+from device.host_check import HostCheck
+from device.http_errors import HttpError, shown
+from device.job import AnswerRequest, Event, Finish, Job
 from device.origin_check import OriginCheck
-from device.worker import AnswerRequest, Event, Finish, Job, Worker
-from protocol.errors import BundleError, EdgedraftError, FaultError, LinkError, SettingsError
-
-logger = logging.getLogger(__name__)
+from device.worker import Worker
+from protocol.errors import EdgedraftError
 
 _MAX_BODY_BYTES = 4 * 1024 * 1024
-_GRACE_SECONDS = 2
-_STOP_SECONDS = 1.0
-_DISCONNECT_POLL_SECONDS = 1.0
 _CHUNK = "chat.completion.chunk"
-_EXAMPLE = "http://127.0.0.1:8080"
-_UVICORN: dict[str, Any] = {
-    "loop": "asyncio",
-    "http": "h11",
-    "ws": "none",
-    "lifespan": "off",
-    "log_config": None,
-    "log_level": "warning",
-    "access_log": False,
-    "proxy_headers": False,
-    "timeout_graceful_shutdown": _GRACE_SECONDS,
-}
-_LOOPBACK_NAMES = ["localhost", "127.0.0.1", "::1", "[::1]"]
 
 
-def check_bind(bind: str, insecure: bool) -> None:
-    """Refuse a malformed address, and one that other machines can reach unless ``insecure`` is set.
+@dataclass(frozen=True)
+class Access:
+    """Who may use the service.
 
-    Raises:
-        SettingsError: the address is refused.
+    Attributes:
+        api_key: that requests must send, if there is one.
+        hosts: names by which the service may be called; None allows every name.
+        origins: of the web pages that may send requests, besides its own.
     """
-    parts = urlsplit(bind)
-    try:
-        complete = parts.scheme == "http" and parts.hostname and parts.port is not None
-    except ValueError:
-        complete = False
-    if not complete:
-        raise SettingsError("bind", bind, _EXAMPLE)
-    if not insecure and not is_loopback(bind):
-        raise SettingsError(
-            "bind", bind, f"{_EXAMPLE}; to serve other machines, add --insecure: requests are not authenticated"
-        )
+
+    api_key: str | None = None
+    hosts: Collection[str] | None = None
+    origins: Collection[str] = ()
+
+    def checks(self) -> list[Middleware]:
+        """The middleware that refuses all others; a page may ask for its access without the key."""
+        checks = [
+            Middleware(HostCheck, hosts=self.hosts),
+            Middleware(OriginCheck, origins=self.origins),
+            Middleware(CORSMiddleware, allow_origins=self.origins, allow_methods=["GET", "POST"], allow_headers=["*"]),
+        ]
+        return checks if self.api_key is None else [*checks, Middleware(ApiKeyCheck, api_key=self.api_key)]
 
 
-def serve(
-    worker: Worker, name: str, defaults: Defaults, bind: str, insecure: bool, origins: Collection[str] = ()
-) -> None:
-    """Serve until interrupted; port 0 in ``bind`` selects a free one.
-
-    Args:
-        worker: answers the requests; it is started and stopped here.
-        name: of the model.
-        defaults: for fields that a request leaves out.
-        bind: ``http://HOST:PORT``.
-        insecure: serve an address that other machines can reach.
-        origins: of the web pages that may send requests.
-
-    Raises:
-        SettingsError: other machines can reach the address, and ``insecure`` is not set.
-        LinkError: the address cannot be bound.
-    """
-    check_bind(bind, insecure)
-    listening = _listen(bind)
-    host, port = listening.getsockname()[:2]
-    hosts = ["*"] if insecure else [*_LOOPBACK_NAMES, host]
-    config = uvicorn.Config(application(worker, name, defaults, hosts, origins), **_UVICORN)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: None)  # uvicorn stops at them, then raises them again
-    server = uvicorn.Server(config)
-    worker.start(on_failure=lambda: setattr(server, "should_exit", True))
-    logger.info("serving %s at http://%s:%d", name, f"[{host}]" if ":" in host else host, port)
-    try:
-        server.run([listening])
-    finally:
-        worker.stop(_STOP_SECONDS)
-    if worker.failure is not None:
-        raise worker.failure
-    logger.info("stopped")
-
-
-def application(
-    worker: Worker, name: str, defaults: Defaults, hosts: list[str], origins: Collection[str] = ()
-) -> Starlette:
-    """The application.
-
-    It refuses requests whose Host is not one of ``hosts``, so that DNS rebinding fails,
-    and those of web pages, except its own and those of ``origins``.
-    """
+def application(worker: Worker, name: str, defaults: Defaults, access: Access) -> Starlette:
+    """The application."""
     endpoints = _Routes(worker, name, defaults)
     return Starlette(
         routes=[
             Route("/healthz", endpoints.health),
             Route("/readyz", endpoints.readiness),
             Route("/v1/models", endpoints.models),
-            Route("/v1/chat/completions", endpoints.complete, methods=["POST"], max_body_size=_MAX_BODY_BYTES),
+            Route("/v1/chat/completions", endpoints.complete, methods=["POST"]),
         ],
-        middleware=[
-            Middleware(TrustedHostMiddleware, allowed_hosts=hosts),
-            Middleware(OriginCheck, origins=origins),
-            Middleware(CORSMiddleware, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["*"]),
-        ],
+        middleware=access.checks(),
         exception_handlers={
+            HttpError: _error_response,
             EdgedraftError: _error_response,
             HTTPException: _error_response,
+            Exception: _error_response,
             ClientDisconnect: _no_response,
         },
     )
@@ -166,12 +106,13 @@ class _Routes:
     async def complete(self, request: Request) -> Response:
         """An answer, whole or as server-sent events."""
         try:
-            fields = json.loads(await request.body())
+            fields = json.loads(await _body(request))
         except (ValueError, RecursionError) as error:
-            raise SettingsError("the request", str(error), "a JSON object") from error
+            raise HttpError(400, f"the body is not JSON: {error}") from error
         chat = ChatRequest.read(fields, self._defaults)
         if fields.get("model") not in (None, self._name):
-            raise HTTPException(404, f"model is {fields['model']!r}; allowed: {self._name!r}")
+            message = f"model is {shown(fields['model'])}; allowed: {shown(self._name)}"
+            raise HttpError(404, message, "model_not_found", "model")
         events = _AnswerEvents(self._worker, chat.request, request)
         completion = _Completion(self._name, events, chat.include_usage)
         if not chat.stream:
@@ -184,41 +125,35 @@ class _AnswerEvents:
     """An answer's events, handed from the worker's thread to the event loop."""
 
     def __init__(self, worker: Worker, answer_request: AnswerRequest, request: Request) -> None:
-        self._request = request
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[Event] = asyncio.Queue()
         self._job = Job(answer_request, self._deliver)
         worker.submit(self._job)
+        self._watch = self._loop.create_task(self._cancel_when_the_client_leaves(request))
 
     async def next(self) -> str | Finish:
         """The next event.
 
         Raises:
-            EdgedraftError: the answer failed.
-            HTTPException: it failed in a way that was not foreseen.
+            HttpError: the answer failed.
             ClientDisconnect: the client has left.
         """
-        try:
-            event = await self._next_event()
-        except BaseException:
-            self.cancel()
-            raise
-        if isinstance(event, EdgedraftError):
+        event = await self._queue.get()
+        if isinstance(event, ClientDisconnect):
             raise event
-        if isinstance(event, Exception):  # logged by the worker
-            raise HTTPException(500, "internal error; the log of the device's service has the details")
+        if isinstance(event, Exception):
+            raise HttpError.of(event)
         return event
 
     def cancel(self) -> None:
-        """Stop the answer."""
+        """Nobody waits for the answer any more."""
         self._job.cancelled.set()
 
-    async def _next_event(self) -> Event:
-        while True:
-            with contextlib.suppress(TimeoutError):
-                return await asyncio.wait_for(self._queue.get(), _DISCONNECT_POLL_SECONDS)
-            if await self._request.is_disconnected():
-                raise ClientDisconnect
+    async def _cancel_when_the_client_leaves(self, request: Request) -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        self.cancel()
+        self._queue.put_nowait(ClientDisconnect())
 
     def _deliver(self, event: Event) -> None:
         with contextlib.suppress(RuntimeError):  # the event loop has ended
@@ -249,8 +184,8 @@ class _Completion:
             while isinstance(event, str):
                 yield self._chunk({"content": event})
                 event = await self._events.next()
-        except (EdgedraftError, HTTPException) as error:
-            yield _event(_error(error))
+        except HttpError as error:
+            yield _event(error.fields)
             return
         finally:
             self._events.cancel()
@@ -264,37 +199,22 @@ class _Completion:
         return _event(self._head | {"object": _CHUNK, "choices": [choice]})
 
 
-def _listen(bind: str) -> socket.socket:
-    parts = urlsplit(bind)
-    assert parts.hostname is not None
-    family = socket.AF_INET6 if ":" in parts.hostname else socket.AF_INET
-    try:
-        return socket.create_server((parts.hostname, parts.port or 0), family=family)
-    except (OSError, TypeError, UnicodeError) as error:  # a name that is not text raises TypeError
-        reason = getattr(error, "strerror", None) or error
-        raise LinkError(f"cannot bind {bind!r}: {reason}; name a free address like {_EXAMPLE}") from error
+async def _body(request: Request) -> bytes:
+    body = bytearray()
+    async for part in request.stream():
+        body += part
+        if len(body) > _MAX_BODY_BYTES:
+            raise HttpError(413, f"the body is longer than {_MAX_BODY_BYTES} bytes")
+    return bytes(body)
 
 
 async def _error_response(_: Request, error: Exception) -> Response:
-    """The error as JSON, with its status code."""
-    if isinstance(error, HTTPException):
-        return JSONResponse(_error(error), error.status_code)
-    status = 400 if isinstance(error, SettingsError | BundleError) else 503
-    seconds = error.retry_seconds if isinstance(error, EdgedraftError) else 0
-    return JSONResponse(_error(error), status, {"Retry-After": str(seconds)} if seconds else None)
+    return HttpError.of(error).response()
 
 
 async def _no_response(_: Request, __: Exception) -> Response:
     """The client has left."""
     return Response()
-
-
-def _error(error: Exception) -> Fields:
-    code = error.code if isinstance(error, EdgedraftError) else None
-    if isinstance(error, FaultError):
-        code = error.fault_code
-    message = error.detail if isinstance(error, HTTPException) else str(error)
-    return {"error": {"message": message, "type": type(error).__name__, "param": None, "code": code}}
 
 
 def _usage(finish: Finish) -> Fields:

@@ -3,8 +3,9 @@
 from collections.abc import Collection
 
 from starlette.datastructures import Headers
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
+
+from device.http_errors import HttpError, shown
 
 
 class OriginCheck:
@@ -24,9 +25,8 @@ class OriginCheck:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request with status 403, or pass it on."""
         if scope["type"] == "http" and (refused := self._refused(Headers(scope=scope))):
-            message = f"a web page of {refused!r} may not send requests; allow it with: --cors-origin ORIGIN"
-            error = {"message": message, "type": "invalid_request_error", "param": None, "code": "origin"}
-            await JSONResponse({"error": error}, 403)(scope, receive, send)
+            message = f"a web page of {shown(refused)} may not send requests; allow it with: --cors-origin ORIGIN"
+            await HttpError(403, message, "origin").response()(scope, receive, send)
         else:
             await self._app(scope, receive, send)
 

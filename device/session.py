@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from device.client import Client
+from device.common_prefix import common_prefix
 from device.draft_model import DraftModel
 from device.drafter import Drafter
 from device.planner import Planner
 from device.session_requests import SessionRequests
 from device.settings import DraftSettings
-from protocol.errors import ContextLengthError, NonFiniteError
+from protocol.errors import CancelledError, ContextLengthError, NonFiniteError
 from protocol.limits import option_name
 from protocol.messages import Mode, Sampling, Verdict
 
@@ -77,18 +78,29 @@ class DeviceSession:
         self._target_alone = settings.mode is Mode.TARGET
         self._draft_context = model.manifest.context_length
         self._drafter = Drafter(
-            model, settings.mode, settings.sampling, settings.uplink, client.vocab_size, client.stop_ids
+            model,
+            settings.mode,
+            settings.sampling,
+            settings.uplink,
+            client.vocab_size,
+            client.stop_ids,
+            client.check_cancelled,
         )
         self._requests = SessionRequests(client, settings.mode, settings.sampling, self.tokens)
         self._check_prompt(prompt_ids)
         began = client.now()
-        self._requests.open(prompt_ids)
-        self._planner.observe_opened(client.now().seconds - began.seconds)
         try:
+            self._requests.open(prompt_ids)
+            self._planner.observe_opened(client.now().seconds - began.seconds)
             self._commit_prompt(prompt_ids)
-        except NonFiniteError:  # nobody else could close the session
+        except (NonFiniteError, CancelledError):  # nobody else could close the session
             self.close()
             raise
+
+    @property
+    def ready(self) -> bool:
+        """Whether another prompt can continue the session: no reply is outstanding."""
+        return self._requests.ready
 
     @property
     def stop_ids(self) -> frozenset[int]:
@@ -108,11 +120,7 @@ class DeviceSession:
         """
         sampling = sampling or self._drafter.sampling
         self._planner = planner or self._planner
-        start = 0
-        for old, new in zip(self.tokens, prompt_ids[:-1], strict=False):
-            if old != new:
-                break
-            start += 1
+        start = common_prefix(self.tokens, prompt_ids[:-1])
         can_extend = self._requests.can_extend(sampling)
         self._check_prompt(prompt_ids, start if can_extend else 0)
         self._drafter.sampling = sampling
@@ -133,6 +141,7 @@ class DeviceSession:
             alone = self._decode_len(room)
             try:
                 for token in self._decode(alone) if alone else self._round(room - 1):
+                    self._client.check_cancelled()
                     yield token
                     if token.token_id in self.stop_ids:
                         return

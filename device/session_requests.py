@@ -124,7 +124,9 @@ class SessionRequests:
             yield verdict
 
     def close(self) -> None:
-        """Tell the base station that the session has ended."""
+        """Tell the base station that the session has ended, once."""
+        if self._rounds.state is State.CLOSED:
+            return
         close = Close(self._session_id)
         self._rounds.advance(close)
         self._client.send(close)

@@ -4,61 +4,33 @@ A ZeroMQ socket and the draft model's KV cache belong to one thread. Callers
 submit a job, and the worker's thread delivers the text. Knows conversations, not HTTP.
 """
 
-import contextlib
 import logging
-import queue
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import TypeAlias
 
-from device.answer import Conversation
+from device.answer import AnswerStream
 from device.client import Client
 from device.connection import Connection
+from device.conversations import Conversations
 from device.draft_model import DraftModel
-from device.planner import Planners
-from device.settings import DraftSettings
+from device.job import Finish, Job
+from device.job_queue import JobQueue
 from device.stop_strings import StopStrings
-from device.tokenizer import ChatMessage, Tokenizer
-from protocol.errors import AdmissionError, BusyError, EdgedraftError, LinkError, ProtocolError
+from device.tokenizer import Tokenizer
+from protocol.errors import (
+    AdmissionError,
+    CancelledError,
+    ClosingError,
+    EdgedraftError,
+    LinkError,
+    ProtocolError,
+)
 
 logger = logging.getLogger(__name__)
 
-_MAX_QUEUED = 16
-_ENDED = "the service is ending after an error; its log has the details"
-
-
-@dataclass(frozen=True)
-class AnswerRequest:
-    """A conversation to continue; any of the ``stops`` in the text ends the answer."""
-
-    messages: tuple[ChatMessage, ...]
-    settings: DraftSettings
-    max_new_tokens: int
-    stops: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Finish:
-    """The end of an answer; ``reason`` is ``stop`` or ``length``, counts are tokens."""
-
-    reason: str
-    prompt_tokens: int
-    new_tokens: int
-
-
-Event: TypeAlias = str | Finish | Exception
-"""What a job delivers: text any number of times, then one of the others once."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """A request in the worker's queue; set ``cancelled`` when nobody waits for the answer any more."""
-
-    request: AnswerRequest
-    deliver: Callable[[Event], None]
-    cancelled: threading.Event = field(default_factory=threading.Event)
+_FAILED = "the service is ending after an error; its log has the details"
+_STOPPING = "the device's service is shutting down"
 
 
 class Worker:
@@ -68,6 +40,7 @@ class Worker:
         model: the draft model.
         tokenizer: of the same bundle.
         connect: opens a link and greets the base station over it.
+        cache_tokens: tokens that the conversations kept may have.
         clock: seconds, monotonic.
 
     Attributes:
@@ -79,16 +52,15 @@ class Worker:
         model: DraftModel,
         tokenizer: Tokenizer,
         connect: Callable[[], Client],
+        cache_tokens: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._model = model
         self._tokenizer = tokenizer
         self._connection = Connection(connect, clock)
-        self._planners = Planners(model.manifest.quality)
-        self._jobs: queue.Queue[Job | None] = queue.Queue(_MAX_QUEUED)
+        self._conversations = Conversations(model, tokenizer, cache_tokens)
+        self._jobs = JobQueue()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="worker", daemon=True)
-        self._conversation: Conversation | None = None
         self._on_failure: Callable[[], None] = lambda: None
         self.failure: Exception | None = None
 
@@ -106,20 +78,19 @@ class Worker:
         """Put a job into the queue.
 
         Raises:
-            BusyError: the queue is full, or the thread has ended.
+            BusyError: the queue is full.
+            ClosingError: the service is ending.
         """
-        if self.failure is not None:
-            raise BusyError(_ENDED)
-        try:
-            self._jobs.put_nowait(job)
-        except queue.Full:
-            raise BusyError(f"{_MAX_QUEUED} requests are waiting already; retry later") from None
+        self._jobs.put(job)
+
+    def close(self) -> None:
+        """Refuse all further requests and those that wait, and end the answer in progress."""
+        self._stopping.set()
+        self._jobs.close(_STOPPING)
 
     def stop(self, seconds: float) -> None:
-        """Stop after the token being decoded; wait up to ``seconds`` for the thread."""
-        self._stopping.set()
-        with contextlib.suppress(queue.Full):  # the thread is not idle and need not be woken
-            self._jobs.put_nowait(None)
+        """Close, and wait up to ``seconds`` for the thread."""
+        self.close()
         self._thread.join(seconds)
 
     def _run(self) -> None:
@@ -128,82 +99,70 @@ class Worker:
         except Exception as error:
             logger.exception("the worker failed")
             self.failure = error
-            self._refuse_waiting()
+            self._jobs.close(_FAILED)
             self._on_failure()
-
-    def _refuse_waiting(self) -> None:
-        with contextlib.suppress(queue.Empty):
-            while True:
-                if (job := self._jobs.get_nowait()) is not None:
-                    job.deliver(BusyError(_ENDED))
 
     def _answer_jobs(self) -> None:
         wait = 0.0
         while not self._stopping.is_set():
-            try:
-                job = self._jobs.get(timeout=wait) if wait else self._jobs.get_nowait()
-            except queue.Empty:
+            job = self._jobs.get(wait)
+            if job is None:
                 wait = self._keep_alive()
             else:
-                if job is not None and not job.cancelled.is_set():
-                    job.deliver(self._outcome(job))
-        self._end_conversation()
+                job.deliver(self._outcome(job))
+        self._conversations.end_all()
         self._connection.close()
 
     def _keep_alive(self) -> float:
         wait = self._connection.keep_alive()
         if not self._connection.alive:
-            self._conversation = None  # its session went with the connection
+            self._conversations.forget()
         return wait
 
     def _outcome(self, job: Job) -> Finish | Exception:
         """Answer the request; an error is delivered to its caller and ends this answer alone."""
         try:
             return self._answer(job)
+        except CancelledError as error:
+            return ClosingError(_STOPPING) if self._stopping.is_set() else error
         except (LinkError, AdmissionError, ProtocolError) as error:
-            self._conversation = None  # its session cannot be closed over a broken link
+            self._conversations.forget()  # their sessions cannot be closed over a broken link
             self._connection.lose(error)
             return error
         except EdgedraftError as error:
-            self._end_conversation()
             return error
         except Exception as error:
             logger.exception("an answer failed; the next one begins over a new connection")
-            self._conversation = None
+            self._conversations.forget()
             self._connection.close()
             return error
 
     def _answer(self, job: Job) -> Finish:
-        request = job.request
-        ids = self._tokenizer.encode_chat(request.messages)
-        stream = self._conversation_with(request.settings).ask(ids, request.max_new_tokens)
-        stops = StopStrings(request.stops)
+        ids = self._tokenizer.encode_chat(job.request.messages)
+        client = self._connection.client()
+        with (
+            self._conversations.for_prompt(client, ids, job.request.settings) as conversation,
+            client.cancelled_by(lambda: job.cancelled.is_set() or self._stopping.is_set()),
+        ):
+            return self._deliver(conversation.ask(ids, job.request.max_new_tokens), job)
+
+    def _deliver(self, stream: AnswerStream, job: Job) -> Finish:
+        """Deliver the text of an answer up to a stop string."""
+        stops = StopStrings(job.request.stops)
         for chunk in stream:
             self._connection.mark_received()
             if text := stops.feed(chunk.text):
                 job.deliver(text)
-            if stops.reached or job.cancelled.is_set() or self._stopping.is_set():
-                self._end_conversation()
-                return Finish("stop" if stops.reached else "length", len(ids), stream.new_tokens)
+            if stops.reached:
+                return Finish("stop", stream.prompt_tokens, stream.new_tokens)
         if text := stops.flush():
             job.deliver(text)
         answer = stream.answer
-        finish_reason = "stop" if stops.reached else answer.finish_reason
         logger.info(
-            "%d prompt tokens, %d new tokens, %.1f tokens/s", len(ids), stream.new_tokens, answer.tokens_per_second
+            "%d prompt tokens, %d new tokens, %.1f tokens/s",
+            stream.prompt_tokens,
+            stream.new_tokens,
+            answer.tokens_per_second,
         )
-        return Finish(finish_reason, len(ids), stream.new_tokens)
-
-    def _conversation_with(self, settings: DraftSettings) -> Conversation:
-        """The current conversation if it accepts these settings, so that only what is new is sent and run."""
-        client = self._connection.client()
-        if self._conversation is None or not self._conversation.accepts(settings):
-            self._end_conversation()
-            self._conversation = Conversation(client, self._planners, self._model, self._tokenizer, settings)
-        self._conversation.settings = settings
-        return self._conversation
-
-    def _end_conversation(self) -> None:
-        if self._conversation is not None:
-            self._conversation.close()
-            self._conversation = None
+        reason = "stop" if stops.reached else answer.finish_reason
+        return Finish(reason, stream.prompt_tokens, stream.new_tokens)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs the device on a board over ssh: the image (or a Python environment if the board has no docker), the bundle,
-# a key, and a service that starts at boot. Running it again replaces only what has changed.
+# its keys, and a service that starts at boot. Running it again replaces only what has changed.
 #
 #   docker/flash.sh [OPTION]… HOST           HOST is an ssh destination, user@address; the user is root or may use sudo
 #
@@ -37,6 +37,7 @@ main() {
   fi
   send_bundle
   make_key "$engine"
+  make_api_key
   enroll
   send_unit "$engine"
   step "start edgedraft-device at boot, and now"
@@ -134,6 +135,16 @@ make_key() {
   fi
 }
 
+# Clients of the service send this key; it stays the same.
+make_api_key() {
+  if ask_board "[ -e $STATE/keys/api ]"; then
+    step "the board has an API key already"
+    return
+  fi
+  step "create the API key of the service"
+  on_board "umask 077 && head -c 32 /dev/urandom | base64 | tr +/ -_ > $STATE/keys/api && chown $USER_ID:$USER_ID $STATE/keys/api"
+}
+
 # A key that is already enrolled keeps its name.
 enroll() {
   local key name=$NAME
@@ -163,7 +174,7 @@ unit() {
   local state=$STATE options
   [ "$1" = python ] || state=''
   options="serve --bundle $state/bundle --server $SERVER --key $state/keys/device --station-key $state/keys/station.pub"
-  options+=" --provider $PROVIDER"
+  options+=" --provider $PROVIDER --api-key $state/keys/api"
   cat <<UNIT
 [Unit]
 Description=edgedraft device
@@ -181,7 +192,7 @@ ExecStartPre=-/usr/bin/env docker rm --force edgedraft-device
 ExecStart=/usr/bin/env docker run --rm --name edgedraft-device --read-only --tmpfs /tmp --cap-drop ALL \\
   --security-opt no-new-privileges --publish 127.0.0.1:$PORT:8080 $(gpu)\\
   --volume $STATE/bundle:/bundle:ro --volume $STATE/keys:/keys:ro localhost/edgedraft-$IMAGE_NAME \\
-  $options --bind http://0.0.0.0:8080 --insecure
+  $options --bind http://0.0.0.0:8080
 ExecStop=/usr/bin/env docker stop --time 5 edgedraft-device
 UNIT
   else
@@ -222,6 +233,7 @@ wait_until_ready() {
     sleep 2
   done
   echo "ready: http://127.0.0.1:$PORT/v1 on the board; to reach it from here: ssh -N -L $PORT:127.0.0.1:$PORT $HOST"
+  echo "API key: $STATE/keys/api on the board"
 }
 
 board_arch() {

@@ -16,6 +16,7 @@
     ├── FullError               the base station has no capacity for another session
     ├── BusyError               the request queue is full
     ├── OverloadError           peers take more memory than the base station has for them
+    ├── CancelledError          nobody waits for the answer any more
     ├── AdmissionError          one end does not have the other's key
     │   └── RevokedError        a device's key was revoked
     └── ProtocolError           a peer sent something invalid
@@ -136,6 +137,12 @@ class OverloadError(EdgedraftError):
     """Peers take more memory than the base station has for them; its process must end."""
 
     code = "overload"
+
+
+class CancelledError(EdgedraftError):
+    """Nobody waits for the answer any more."""
+
+    code = "cancelled"
 
 
 class AdmissionError(EdgedraftError):

@@ -5,8 +5,9 @@ token that runs twice changes the next logits.
 """
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Self, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -68,6 +69,7 @@ class FakeDraftModel:
     manifest: Manifest
     tokens: list[int] = field(default_factory=list)
     passes: list[int] = field(default_factory=list)
+    forked_length: int = 0
 
     @classmethod
     def make(cls, table: Table, stop_ids: tuple[int, ...] = (), context_length: int = 4096) -> DraftModel:
@@ -76,6 +78,17 @@ class FakeDraftModel:
     @property
     def length(self) -> int:
         return len(self.tokens)
+
+    @property
+    def token_ids(self) -> list[int]:
+        return self.tokens
+
+    def fork(self, length: int) -> Self:
+        """Another sequence; the passes of all are counted together."""
+        fork = copy(self)
+        fork.tokens = self.tokens[:length]
+        fork.forked_length = length
+        return fork
 
     def forward(self, token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
         assert len(token_ids) > 0

@@ -235,10 +235,10 @@ class ReconnectingTransport(RefusingTransport):
     """Reconnects three seconds into the first pause, to a base station that has memory."""
 
     def receive(self, timeout: float) -> bytes | None:
-        if timeout <= Timeouts().resend or self.connections > 1:
+        if not self.refused_at or self.now < 3 or self.connections > 1:
             return super().receive(timeout)
         self.connections = 2
-        self.opens_at = self.now = self.now + 3
+        self.opens_at = self.now
         return None
 
 

@@ -235,7 +235,8 @@ def test_a_number_of_threads_that_is_not_allowed_is_refused(threads: int, bundle
 
 
 @pytest.mark.parametrize("bind", ["http://a..b:80", b"http://a\xffb:80"])
-def test_a_service_that_cannot_bind_says_so(bind: str | bytes, bundle: Path) -> None:
-    done = device("serve", bundle, NOBODY, "--insecure", "--bind", bind)
+def test_a_service_that_cannot_bind_says_so(bind: str | bytes, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDGEDRAFT_API_KEY", "secret")
+    done = device("serve", bundle, NOBODY, "--bind", bind)
     assert done.stderr.splitlines()[-1].startswith(b"error: cannot bind 'http://a")
     assert done.returncode == 1

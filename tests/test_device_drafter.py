@@ -9,14 +9,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from device.draft_model import DraftModel
 from device.drafter import Drafter, DraftResult
 from device.sampling import full_distribution, sparse_distribution
 from device.settings import UplinkSettings
 from protocol.coupling import MAX_MARGIN
-from protocol.errors import NonFiniteError
+from protocol.errors import CancelledError, NonFiniteError
 from protocol.messages import Mode, Sampling
 from protocol.randomness import Stream, random_bits
 from tests.fakes import FakeDraftModel, next_logits, random_table, target_alone
+from tests.sample import BUNDLE
 
 VOCAB = 6
 TABLE = random_table(VOCAB, seed=4)
@@ -158,6 +160,42 @@ def test_prefill_runs_all_but_the_last_token(mode: Mode, sampling: Sampling) -> 
     setup.drafter.prefill([1, 2, 0, 0])
     assert setup.model.tokens == [1, 2, 0]
     assert setup.model.passes == [3, 2, 1]
+
+
+@pytest.mark.model
+def test_a_prompt_that_runs_in_chunks_has_the_logits_of_one_pass() -> None:
+    model = DraftModel(BUNDLE)
+    prompt = np.random.default_rng(0).integers(0, model.manifest.vocab_size, 200).tolist()
+    model.forward(prompt[:-1])
+    in_one_pass = model.forward(prompt[-1:])
+    model.rollback(0)
+    passes: list[int] = []
+    drafter = Drafter(model, Mode.IDS, GREEDY, uplink_of(Mode.IDS), before_pass=lambda: passes.append(model.length))
+    drafter.prefill(prompt)
+    assert len(passes) > 3
+    assert np.array_equal(model.forward(prompt[-1:]), in_one_pass)
+
+
+def test_what_is_raised_between_two_passes_of_a_prefill_leaves_the_cache_valid() -> None:
+    setup = new_setup(Mode.IDS, GREEDY)
+    prompt = [token_id % VOCAB for token_id in range(500)]
+
+    cancellations = [CancelledError("nobody waits")]
+
+    def cancel_after_two() -> None:
+        if len(setup.model.passes) == 2 and cancellations:
+            raise cancellations.pop()
+
+    model = cast(DraftModel, setup.model)
+    drafter = Drafter(model, Mode.IDS, GREEDY, uplink_of(Mode.IDS), before_pass=cancel_after_two)
+    with pytest.raises(CancelledError):
+        drafter.prefill(prompt)
+    cached = len(setup.model.tokens)
+    assert 0 < cached < 200
+    setup.model.passes.clear()
+    drafter.prefill(prompt)
+    assert sum(setup.model.passes) == len(prompt) - 1 - cached
+    assert drafter.draft(prompt, 3) == slow_draft(Mode.IDS, GREEDY, prompt, 3)
 
 
 def test_prefill_of_one_token_or_of_cached_tokens_runs_nothing() -> None:

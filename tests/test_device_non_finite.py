@@ -7,7 +7,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from device.draft_model import DraftModel
-from device.http import application
+from device.http import Access, application
 from device.settings import DraftSettings
 from device.tokenizer import Tokenizer
 from device.worker import Worker
@@ -15,7 +15,7 @@ from protocol.errors import NonFiniteError
 from protocol.messages import Close, Mode, Open, Sampling
 from tests.fakes import FakeDraftModel, FakeTarget, random_table, target_alone
 from tests.link_pair import MemoryTransport, Station, join, open_session
-from tests.test_device_http import DEFAULTS, NumberTokenizer, complete, text_of
+from tests.number_service import DEFAULTS, NumberTokenizer, complete, text_of
 
 TARGET = random_table(20, seed=1)
 DAMAGED = 7
@@ -41,10 +41,12 @@ def test_the_service_answers_with_an_error_and_serves_the_next_request(
 ) -> None:
     station, model = Station(FakeTarget.make(TARGET)), damaged_model(value)
     transport = MemoryTransport(station)
-    worker = Worker(model, cast(Tokenizer, NumberTokenizer()), lambda: join(station, model, transport)[0], lambda: 0.0)
+    worker = Worker(
+        model, cast(Tokenizer, NumberTokenizer()), lambda: join(station, model, transport)[0], 4096, lambda: 0.0
+    )
     worker.start()
     try:
-        client = TestClient(application(worker, "numbers", DEFAULTS, ["testserver"]))
+        client = TestClient(application(worker, "numbers", DEFAULTS, Access()))
         refused = complete(client, **prompt_fields(prompt), stream=stream)
         answered = [complete(client, **prompt_fields(PROMPT)) for _ in range(2)]
     finally:

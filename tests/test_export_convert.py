@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from device.draft_model import DraftModel
 from export import convert as convert_module
 from export import graph, quality
 from export.convert import ConvertSettings, convert
@@ -123,6 +124,19 @@ def test_an_fp32_graph_gives_the_source_models_tokens_from_the_last_position_onl
     expected = greedy_tokens_of_pytorch(LlamaForCausalLM.from_pretrained(source_model), prompt_ids, 12)
     assert len(set(expected)) > 2
     assert greedy_tokens_of_graph(fp32_bundle, prompt_ids, 12) == expected
+
+
+def test_a_fork_continues_apart_from_the_model_it_was_forked_from(fp32_bundle: Path) -> None:
+    model, slow = DraftModel(fp32_bundle), DraftModel(fp32_bundle)
+    prompt, one, other = [*range(40, 60)], [99, 7, 70], [8, 200]
+    model.forward(prompt)
+    fork = model.fork(12)
+    model.rollback(10)
+    answers = [model.forward(one), fork.forward(other)]
+    for tokens, answer in zip(([*prompt[:10], *one], [*prompt[:12], *other]), answers, strict=True):
+        slow.rollback(0)
+        np.testing.assert_allclose(answer, slow.forward(tokens), atol=1e-5)
+    assert (model.token_ids, fork.token_ids) == ([*prompt[:10], *one], [*prompt[:12], *other])
 
 
 def test_the_manifest_describes_the_bundle(fp32_bundle: Path) -> None:

@@ -137,16 +137,20 @@ def _substitute(text: str, variables: Mapping[str, str]) -> str:
     return re.sub(r"\$\$|\$\{(\w+):?([-?])?([^}]*)\}", value, text)
 
 
-def http_request(namespace: str | None, url: str, path: str, body: object = None) -> tuple[int, str]:
+def http_request(
+    namespace: str | None, url: str, path: str, body: object = None, api_key: str | None = None
+) -> tuple[int, str]:
     """Send a request from a network namespace; return the status (0 without a response) and the text."""
     script = (
         "import sys, json, urllib.request, urllib.error\n"
-        "try: answer = urllib.request.urlopen(sys.argv[1], sys.argv[2].encode() or None, 120)\n"
+        "request = urllib.request.Request(sys.argv[1], sys.argv[2].encode() or None, json.loads(sys.argv[3]))\n"
+        "try: answer = urllib.request.urlopen(request, timeout=120)\n"
         "except urllib.error.HTTPError as error: answer = error\n"
         "print(json.dumps([answer.status, answer.read().decode()]))"
     )
     data = "" if body is None else json.dumps(body)
-    command = [*in_network(namespace), sys.executable, "-c", script, url + path, data]
+    headers = json.dumps({"Authorization": f"Bearer {api_key}"} if api_key else {})
+    command = [*in_network(namespace), sys.executable, "-c", script, url + path, data, headers]
     printed = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200).stdout
     status, text = json.loads(printed) if printed else (0, "")
     return status, text
@@ -181,7 +185,9 @@ def test_compose_creates_keys_once_and_then_answers(tmp_path: Path) -> None:
         for name in ("device-key", "enroll"):
             assert composition.run(name).returncode == 0
         assert keys == {path: path.read_text() for path in tmp_path.rglob("*") if path.is_file()}
-        assert (tmp_path / "station-keys" / "station").stat().st_mode & 0o777 == 0o600
+        secrets = [tmp_path / "station-keys" / "station", tmp_path / "device-keys" / "api"]
+        assert [path.stat().st_mode & 0o777 for path in secrets] == [0o600, 0o600]
+        api_key = secrets[1].read_text().strip()
 
         with composition.started("device") as (device, device_process):
             wait_for(device_process, "loaded")
@@ -194,10 +200,11 @@ def test_compose_creates_keys_once_and_then_answers(tmp_path: Path) -> None:
                 wait_for(device_process, "answers again")
                 assert http_request(namespace, URL, "/readyz")[0] == 200
                 question = {"messages": [{"role": "user", "content": PROMPT}], "max_tokens": 12}
-                status, text = http_request(namespace, URL, "/v1/chat/completions", question)
+                assert http_request(namespace, URL, "/v1/chat/completions", question)[0] == 401
+                status, text = http_request(namespace, URL, "/v1/chat/completions", question, api_key)
                 assert (status, json.loads(text)["usage"]["completion_tokens"]) == (200, 12)
                 station_seconds = stop(station_process)
-            assert http_request(namespace, URL, "/v1/chat/completions", question)[0] == 503
+            assert http_request(namespace, URL, "/v1/chat/completions", question, api_key)[0] == 503
             device_seconds = stop(device_process)
         assert not device.healthy()
     print(f"\nstopped: base station in {station_seconds:.1f} s, device in {device_seconds:.1f} s")

@@ -4,23 +4,16 @@ import json
 import re
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from openai import APIStatusError, OpenAI
+from openai import APIError, APIStatusError, OpenAI
 
 from bench.setup.prompts import OWN_PROMPTS
-from tests.sample import BUNDLE
+from tests.device_service import DeviceService, device_command, device_service
 
 pytestmark = pytest.mark.model
-
-_SERVING_LINE = re.compile(r"serving sample at (http://\S+)")
-
-
-def device_command(name: str, station_address: str, *options: str) -> list[str]:
-    return [sys.executable, "-m", "device", name, "--bundle", str(BUNDLE), "--server", station_address, *options]
 
 
 @pytest.fixture
@@ -29,21 +22,13 @@ def record_file(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def serving(station_address: str, record_file: Path) -> Iterator[tuple["subprocess.Popen[str]", str]]:
-    command = device_command("serve", station_address, "--bind", "http://127.0.0.1:0", "--record", str(record_file))
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
-        assert "loaded" in process.stderr.readline()
-        match = _SERVING_LINE.search(process.stderr.readline())
-        assert match, process.stderr.read()
-        try:
-            yield process, match.group(1)
-        finally:
-            process.kill()
+def serving(station_address: str, record_file: Path) -> Iterator[DeviceService]:
+    with device_service(station_address, "--record", str(record_file)) as service:
+        yield service
 
 
 def test_streamed_text_equals_the_output_of_generate(
-    station_address: str, serving: tuple["subprocess.Popen[str]", str], record_file: Path
+    station_address: str, serving: DeviceService, record_file: Path
 ) -> None:
     prompt, options = OWN_PROMPTS[1], ("--temperature", "0.8", "--seed", "4", "--max-new-tokens", "24")
     generated = subprocess.run(
@@ -52,7 +37,7 @@ def test_streamed_text_equals_the_output_of_generate(
         text=True,
         check=True,
     )
-    with OpenAI(base_url=f"{serving[1]}/v1", api_key="none", max_retries=0) as client:
+    with OpenAI(base_url=f"{serving.url}/v1", api_key="none", max_retries=0) as client:
         model = client.models.list().data[0].id
         with client.chat.completions.create(
             model=model,
@@ -72,11 +57,11 @@ def test_streamed_text_equals_the_output_of_generate(
             )
     rounds = [json.loads(line) for line in record_file.read_text(encoding="utf-8").splitlines()]
     assert sum(record["accepted"] + 1 for record in rounds) == 24
-    assert re.search("prompt tokens, 24 new tokens", serving[0].stderr.readline())  # type: ignore[union-attr]
+    assert re.search("prompt tokens, 24 new tokens", serving.process.stderr.readline())  # type: ignore[union-attr]
 
 
-def test_sigterm_stops_the_service_during_an_answer(serving: tuple["subprocess.Popen[str]", str]) -> None:
-    process, url = serving
+def test_sigterm_stops_the_service_during_an_answer(serving: DeviceService) -> None:
+    process, url = serving.process, serving.url
     with OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
         chunks = client.chat.completions.create(
             model="sample",
@@ -86,7 +71,11 @@ def test_sigterm_stops_the_service_during_an_answer(serving: tuple["subprocess.P
         )
         next(iter(chunks))
         process.send_signal(signal.SIGTERM)
+        with pytest.raises(APIError, match="shutting down") as error:
+            list(chunks)
+        assert error.value.code == "closing"
         assert process.wait(timeout=30) == 0
-        chunks.close()
     assert process.stderr is not None
-    assert process.stderr.read().splitlines()[-1].endswith("stopped")
+    log = process.stderr.read().splitlines()
+    assert log[-1].endswith("stopped")
+    assert [line for line in log if " INFO " not in line] == []

@@ -1,0 +1,92 @@
+"""Errors as OpenAI's API sends them: a status, and ``message``, ``type``, ``param`` and ``code`` in JSON."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
+
+from protocol.errors import (
+    BundleError,
+    BusyError,
+    ContextLengthError,
+    EdgedraftError,
+    FaultError,
+    SettingsError,
+)
+
+_INVALID, _RATE, _SERVER = "invalid_request_error", "rate_limit_exceeded", "server_error"
+_KINDS: Mapping[type[EdgedraftError], tuple[int, str, str | None]] = {
+    ContextLengthError: (400, _INVALID, "context_length_exceeded"),
+    SettingsError: (400, _INVALID, "invalid_value"),
+    BundleError: (400, _INVALID, "invalid_value"),  # the chat template cannot render the conversation
+    BusyError: (429, _RATE, _RATE),
+    EdgedraftError: (503, _SERVER, None),
+}
+"""Status, type and code of each error and of those derived from it; None stands for the error's own code."""
+_PARAMS = {"prompt": "messages", "conversation": "messages", "the request": None}
+"""Fields of the request that a setting of another name comes from."""
+_LONGEST_VALUE = 100
+
+
+class HttpError(Exception):
+    """An error with all that its response holds."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        code: str | None = None,
+        param: str | None = None,
+        kind: str = _INVALID,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.fields: dict[str, Any] = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+        self._headers = headers
+
+    @classmethod
+    def of(cls, error: Exception) -> "HttpError":
+        """The error as a client is told of it; what was not foreseen is told without details."""
+        if isinstance(error, HttpError):
+            return error
+        if isinstance(error, HTTPException):
+            kind = _INVALID if error.status_code < 500 else _SERVER
+            return cls(error.status_code, error.detail, kind=kind, headers=error.headers)
+        if not isinstance(error, EdgedraftError):
+            return cls(500, "internal error; the log of the device's service has the details", kind=_SERVER)
+        status, kind, code = next(_KINDS[base] for base in type(error).__mro__ if base in _KINDS)
+        own_code = error.fault_code if isinstance(error, FaultError) else error.code
+        headers = {"Retry-After": str(error.retry_seconds)} if error.retry_seconds else None
+        return cls(status, _message(error), code or own_code, _param(error), kind, headers)
+
+    @classmethod
+    def overloaded(cls, message: str) -> "HttpError":
+        """The service cannot take another connection now."""
+        return cls(503, message, BusyError.code, kind=_SERVER)
+
+    def response(self) -> JSONResponse:
+        """The response."""
+        return JSONResponse(self.fields, self.status, self._headers)
+
+
+def shown(value: object) -> str:
+    """A value as JSON writes it, shortened."""
+    text = json.dumps(value, ensure_ascii=False, default=str).encode(errors="backslashreplace").decode()
+    return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}…"
+
+
+def _message(error: EdgedraftError) -> str:
+    if isinstance(error, ContextLengthError):  # LiteLLM knows it by "prompt is too long"
+        return f"the {error.name} is too long: {error.value}; allowed: {error.allowed}"
+    if isinstance(error, SettingsError):
+        return f"{error.name} is {shown(error.value)}; allowed: {error.allowed}"
+    return str(error)
+
+
+def _param(error: EdgedraftError) -> str | None:
+    if isinstance(error, BundleError):
+        return "messages"
+    return _PARAMS.get(error.name, error.name) if isinstance(error, SettingsError) else None

@@ -1,0 +1,180 @@
+"""Several conversations are kept: each turn sends and runs only what is new, within the limits of both ends."""
+
+from collections import Counter
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient
+
+from protocol.limits import Limits
+from protocol.messages import Message
+from tests.fakes import FakeDraftModel, FakeTarget, target_alone
+from tests.link_pair import Station
+from tests.number_service import PROMPT, TARGET, complete, content_of, http_client, next_turn, text_of
+
+SYSTEM = [7, 3, 9, 1] * 10
+NEW_TOKENS = 6
+
+
+class Program:
+    """A program with a conversation of its own; it checks each answer against the target alone."""
+
+    def __init__(self, client: TestClient, name: int, system: list[int] = SYSTEM) -> None:
+        self._client = client
+        self._messages: list[Any] = [{"role": "system", "content": text_of(system)}]
+        self._tokens = list(system)
+        self._name = name
+
+    def take_turn(self, **fields: Any) -> None:
+        """Ask, and check the answer."""
+        turn = [self._name, len(self._messages) % 20]
+        self._messages.append({"role": "user", "content": text_of(turn)})
+        self._tokens += turn
+        answer = complete(self._client, messages=self._messages, max_tokens=NEW_TOKENS, **fields)
+        expected = target_alone(TARGET, self._tokens, NEW_TOKENS)
+        assert content_of(answer) == text_of(expected)
+        self._messages.append({"role": "assistant", "content": content_of(answer)})
+        self._tokens += expected
+
+    def edit_last_turn(self) -> None:
+        """Forget the last question and its answer."""
+        del self._messages[-2:]
+        del self._tokens[-NEW_TOKENS - 2 :]
+
+
+class SentMessages:
+    """Counts the messages by name."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+
+    def __call__(self, message: Message) -> int:
+        self.counts[type(message).__name__] += 1
+        return 1
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Tokens of each forward pass of the draft model."""
+    forward, counts = FakeDraftModel.forward, list[int]()
+
+    def counted(model: FakeDraftModel, token_ids: list[int]) -> Any:
+        counts.append(len(token_ids))
+        return forward(model, token_ids)
+
+    monkeypatch.setattr(FakeDraftModel, "forward", counted)
+    return counts
+
+
+def new_station(**limits: int) -> Station:
+    return Station(FakeTarget.make(TARGET), Limits(**limits))
+
+
+def test_programs_that_take_turns_continue_their_own_conversations(run: list[int]) -> None:
+    sent = SentMessages()
+    with http_client(new_station(), sent) as client:
+        programs = [Program(client, name) for name in (1, 2, 3)]
+        for program in programs:
+            program.take_turn()
+        after_first_turns = len(run)
+        for _ in range(4):
+            for program in programs:
+                program.take_turn()
+    assert sent.counts["Open"] == 3
+    assert sent.counts["Extend"] == 12
+    assert max(run[after_first_turns:]) < 10
+
+
+def test_a_new_conversation_runs_only_what_no_other_begins_with(run: list[int]) -> None:
+    with http_client(new_station()) as client:
+        Program(client, 1).take_turn()
+        assert max(run) > len(SYSTEM)
+        run.clear()
+        Program(client, 2).take_turn()
+    assert max(run) < 10
+
+
+def test_an_edited_question_keeps_both_conversations(run: list[int]) -> None:
+    sent = SentMessages()
+    with http_client(new_station(), sent) as client:
+        program = Program(client, 1)
+        program.take_turn()
+        program.take_turn()
+        run.clear()
+        program.edit_last_turn()
+        program.take_turn()
+        assert max(run) < 10
+    assert sent.counts["Open"] <= 2
+
+
+def test_settings_of_another_mode_open_a_session_and_run_nothing_anew(run: list[int]) -> None:
+    sent = SentMessages()
+    with http_client(new_station(), sent) as client:
+        program = Program(client, 1)
+        program.take_turn()
+        run.clear()
+        program.take_turn(temperature=1.0, top_k=1)
+    assert sent.counts["Open"] == 2
+    assert max(run) < 10
+
+
+def test_the_least_recently_used_conversation_is_dropped_beyond_the_budget() -> None:
+    sent = SentMessages()
+    with http_client(new_station(), sent, cache_tokens=120) as client:
+        first, second, third = (Program(client, name) for name in (1, 2, 3))
+        first.take_turn()
+        second.take_turn()
+        assert sent.counts["Close"] == 0
+        first.take_turn()
+        third.take_turn()
+        assert sent.counts["Close"] == 1
+        first.take_turn()
+        assert sent.counts["Open"] == 3
+        second.take_turn()
+        assert sent.counts["Open"] == 4
+
+
+def test_one_conversation_may_exceed_the_budget_alone() -> None:
+    sent = SentMessages()
+    with http_client(new_station(), sent, cache_tokens=1) as client:
+        program = Program(client, 1)
+        for _ in range(3):
+            program.take_turn()
+        assert (sent.counts["Open"], sent.counts["Close"]) == (1, 0)
+        Program(client, 2).take_turn()
+        assert (sent.counts["Open"], sent.counts["Close"]) == (2, 1)
+
+
+def test_no_more_sessions_are_open_than_the_base_station_allows() -> None:
+    sent = SentMessages()
+    with http_client(new_station(max_sessions=2), sent) as client:
+        programs = [Program(client, name) for name in (1, 2, 3)]
+        for _ in range(2):
+            for program in programs:
+                program.take_turn()
+        assert sent.counts["Open"] - sent.counts["Close"] == 2
+
+
+def test_conversations_go_on_after_the_connection_was_lost() -> None:
+    lost = [False]
+    with http_client(new_station(), lambda _: not lost[0]) as client:
+        programs = [Program(client, name) for name in (1, 2)]
+        for program in programs:
+            program.take_turn()
+        lost[0] = True
+        assert complete(client).status_code == 503
+        lost[0] = False
+        for program in programs:
+            program.take_turn()
+
+
+def test_a_conversation_goes_on_behind_a_stop_string() -> None:
+    sent = SentMessages()
+    stop = text_of(target_alone(TARGET, PROMPT, 12)[4:6]).strip()
+    with http_client(new_station(), sent) as client:
+        answer = complete(client, stop=[stop])
+        kept = [int(word) for word in content_of(answer).split()]
+        assert len(kept) < 6
+        second = complete(client, messages=next_turn(answer))
+    assert content_of(second) == text_of(target_alone(TARGET, [*PROMPT, *kept, 9, 2, 6], 12))
+    assert sent.counts["Open"] == 1

@@ -1,0 +1,114 @@
+"""Every error of the HTTP service has OpenAI's shape, and names the field."""
+
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient
+
+from device.http import Access, application
+from device.worker import Worker
+from tests.number_service import DEFAULTS, complete, http_client, new_station, new_worker
+
+INVALID = "invalid_request_error"
+LONG = "3 " * 5000
+
+
+def error_of(response: Any) -> dict[str, Any]:
+    error: dict[str, Any] = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["message"]
+    assert len(error["message"]) < 400
+    return error
+
+
+@pytest.mark.parametrize(
+    ("fields", "status", "code", "param"),
+    [
+        ({"temperature": "hot"}, 400, "invalid_value", "temperature"),
+        ({"temperature": -1}, 400, "invalid_value", "temperature"),
+        ({"top_p": 0}, 400, "invalid_value", "top_p"),
+        ({"seed": -2}, 400, "invalid_value", "seed"),
+        ({"max_tokens": 0}, 400, "invalid_value", "max_tokens"),
+        ({"max_completion_tokens": 0}, 400, "invalid_value", "max_completion_tokens"),
+        ({"stop": [None]}, 400, "invalid_value", "stop"),
+        ({"tools": [{"type": "function"}]}, 400, "invalid_value", "tools"),
+        ({"messages": [{"role": "critic", "content": "3"}]}, 400, "invalid_value", "messages[0]"),
+        ({"messages": [{"role": "user", "content": None}]}, 400, "invalid_value", "messages[0].content"),
+        ({"messages": [{"role": "user", "content": LONG}]}, 400, "context_length_exceeded", "messages"),
+        ({"model": "numbers-2"}, 404, "model_not_found", "model"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_an_error_names_status_code_and_field(fields: dict[str, Any], status: int, code: str, param: str) -> None:
+    with http_client(new_station()) as client:
+        response = complete(client, **fields)
+    error = error_of(response)
+    assert (response.status_code, error["type"], error["code"], error["param"]) == (status, INVALID, code, param)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "content", "status"),
+    [
+        ("POST", "/v1/chat/completions", b"{", 400),
+        ("POST", "/v1/chat/completions", b"[1]", 400),
+        ("POST", "/v1/chat/completions", b"\xff", 400),
+        ("POST", "/v1/chat/completions", b'{"messages": [{"role": "user", "content": "3 \\ud800"}]}', 400),
+        ("POST", "/v1/chat/completions", b" " * 5_000_000, 413),
+        ("POST", "/v1/completions", b"{}", 404),
+        ("DELETE", "/v1/chat/completions", b"", 405),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_a_request_that_cannot_be_read_gets_json(method: str, path: str, content: bytes, status: int) -> None:
+    with http_client(new_station()) as client:
+        response = client.request(method, path, content=content)
+    assert (response.status_code, error_of(response)["type"]) == (status, INVALID)
+    assert status != 405 or response.headers["allow"] == "POST"
+
+
+def test_a_foreign_host_gets_json() -> None:
+    with http_client(new_station()) as client:
+        for host in ("page.example", "page.example:8080", "testserver.page.example", "[", ""):
+            response = client.get("/v1/models", headers={"host": host})
+            assert (response.status_code, error_of(response)["code"]) == (400, "host")
+        assert client.get("/v1/models", headers={"host": "TESTSERVER:8080"}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"tools": [{"strict": True, "name": None}]}, '[{"strict": true, "name": null}]'),
+        ({"logprobs": True}, "logprobs is true; allowed: false or left out"),
+        ({"response_format": {"type": "x"}}, 'allowed: {"type": "text"} or left out'),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, '[{"type": "image_url"}]'),
+        ({"model": ["a", None]}, '["a", null]'),
+    ],
+    ids=str,
+)
+def test_a_message_shows_values_as_json(fields: dict[str, Any], words: str) -> None:
+    with http_client(new_station()) as client:
+        assert words in error_of(complete(client, **fields))["message"]
+
+
+@pytest.mark.parametrize("name", ["tools", "messages", "model", "stop"])
+def test_a_message_does_not_repeat_a_long_value(name: str) -> None:
+    with http_client(new_station()) as client:
+        assert "…" in error_of(complete(client, **{name: {"key": LONG}}))["message"]
+
+
+def test_a_defect_gets_json_without_details(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("inner detail")
+
+    monkeypatch.setattr(Worker, "submit", fail)
+    app = application(new_worker(new_station()), "numbers", DEFAULTS, Access())
+    response = complete(TestClient(app, raise_server_exceptions=False))
+    assert (response.status_code, error_of(response)["type"]) == (500, "server_error")
+    assert "inner" not in response.text
+
+
+def test_an_unreachable_base_station_is_a_server_error_with_its_own_code() -> None:
+    with http_client(new_station(), up=lambda _: 0) as client:
+        response = complete(client)
+    error = error_of(response)
+    assert (response.status_code, error["type"], error["code"], error["param"]) == (503, "server_error", "link", None)
