@@ -15,6 +15,7 @@ class JobQueue:
     def __init__(self) -> None:
         self._jobs: deque[Job] = deque()
         self._changed = threading.Condition()
+        self._taken: Job | None = None
         self._closed: str | None = None
 
     def put(self, job: Job) -> None:
@@ -36,17 +37,21 @@ class JobQueue:
     def get(self, seconds: float) -> Job | None:
         """Remove and return the oldest job; None if none arrives within ``seconds``, or the queue is closed."""
         with self._changed:
+            self._taken = None
             self._drop_cancelled()
             if not self._jobs and self._closed is None:
                 self._changed.wait(seconds)
             self._drop_cancelled()
-            return self._jobs.popleft() if self._jobs else None
+            self._taken = self._jobs.popleft() if self._jobs else None
+            return self._taken
 
     def close(self, reason: str) -> None:
-        """Refuse the waiting jobs and all later ones."""
+        """Refuse the waiting jobs, the one that was taken last, and all later ones."""
         with self._changed:
             self._closed = reason
-            jobs, self._jobs = self._jobs, deque()
+            jobs, self._jobs = [*self._jobs], deque()
+            if self._taken is not None:  # its answer may take a while to end
+                jobs.append(self._taken)
             self._changed.notify()
         for job in jobs:
             job.deliver(ClosingError(reason))

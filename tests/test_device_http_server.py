@@ -15,7 +15,7 @@ from device.http_connection import HttpConnection
 from device.http_server import HttpServer
 from device.worker import Worker
 from tests.fakes import FakeDraftModel
-from tests.number_service import DEFAULTS, FIELDS, new_station, new_worker
+from tests.number_service import DEFAULTS, FIELDS, PROMPT, NumberTokenizer, new_station, new_worker
 
 SECONDS = 20
 REQUEST = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n"
@@ -187,6 +187,32 @@ def test_a_stream_ends_with_an_error_when_the_service_stops(
     assert len(events) > 2
     error = json.loads(events[-1].removeprefix("data: "))["error"]
     assert (response.status_code, error["type"], error["code"]) == (200, "server_error", "closing")
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
+def test_a_request_that_cannot_be_interrupted_is_503_when_the_service_stops(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    encoding, released = threading.Event(), threading.Event()
+
+    def wait(*_: object) -> list[int]:
+        encoding.set()
+        released.wait(SECONDS)
+        return PROMPT
+
+    monkeypatch.setattr(NumberTokenizer, "encode_chat", wait)
+    with running(new_worker(new_station())) as (server, port):
+
+        def stop() -> None:
+            assert encoding.wait(SECONDS)
+            server.should_exit = True
+
+        stopper = threading.Thread(target=stop)
+        stopper.start()
+        response = httpx2.post(f"http://127.0.0.1:{port}/v1/chat/completions", json=FIELDS, timeout=SECONDS)
+        released.set()
+        stopper.join()
+    assert (response.status_code, response.json()["error"]["code"]) == (503, "closing")
     assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
 
 

@@ -164,14 +164,15 @@ class WideModel:
     """20 000 tokens; at every other position, half of them are slightly more likely, and rounding makes all equal."""
 
     manifest: Manifest = field(default_factory=lambda: manifest(20_000))
-    length: int = 0
+    token_ids: list[int] = field(default_factory=list)
+    forked_length: int = 0
 
     def forward(self, token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
-        self.length += len(token_ids)
-        return logits_after(self.length)
+        self.token_ids += token_ids
+        return logits_after(len(self.token_ids))
 
     def rollback(self, length: int) -> None:
-        self.length = length
+        del self.token_ids[length:]
 
 
 def logits_after(length: int) -> npt.NDArray[np.float32]:
