@@ -239,7 +239,10 @@ class Engine:
         owner = session.peer.owner
         if session.is_new(request):
             self._sessions.check_memory(owner, request)
-            return session.take(request)
+            replies = session.take(request)
+            if isinstance(request, Extend):
+                self._scheduler.check_share(session, self._sessions.all(), self._clock())
+            return replies
         replies = session.repeat(request, self._repetitions.left(owner))
         self._repetitions.allows(owner, len(replies))
         return replies

@@ -122,16 +122,42 @@ class Scheduler:
             FullError: it does not fit; says after how many seconds enough sessions will be idle at the earliest.
         """
         share_prefixes([newcomer], sessions)
-        busy = [one for one in sessions if one.waiting or now - one.last_active < BUSY_SECONDS]
-        busy.sort(key=lambda one: one.last_active)
-        totals = list(accumulate(_required_positions([*busy, newcomer])))
-        excess = totals[-1] - self._kv_pool.capacity
-        if excess <= 0:
-            return
-        newcomer.kv_cache.release()
-        ends = (one.last_active + BUSY_SECONDS for one, total in zip(busy, totals, strict=False) if total >= excess)
-        seconds = max(1, math.ceil(next(ends, now) - now))
-        raise FullError(f"the base station is full (busy sessions: {len(busy)}); retry in {seconds} s", seconds)
+        try:
+            self.check_share(newcomer, sessions, now)
+            self._check_room([*_busy(sessions, now), newcomer], self._kv_pool.capacity, "the base station is full", now)
+        except FullError:
+            newcomer.kv_cache.release()
+            raise
+
+    def check_share(self, session: Session, sessions: Collection[Session], now: float) -> None:
+        """Check that a session with new tokens and the other busy ones of its device need at most half of the KV pool.
+
+        So one device leaves room for others. A single session may take all of it.
+
+        Raises:
+            FullError: they need more.
+        """
+        owner = session.peer.owner
+        others = [one for one in _busy(sessions, now) if one is not session and one.peer.owner == owner]
+        if others:
+            half = self._kv_pool.capacity // 2
+            self._check_room([*others, session], half, "this device's sessions fill half of the KV pool", now)
+
+    def _check_room(self, sessions: Sequence[Session], allowed: int, reason: str, now: float) -> None:
+        """Check that sessions, the longest idle first and the one in question last, need no more than ``allowed``."""
+        totals = list(accumulate(_required_positions(sessions)))
+        excess = totals[-1] - allowed
+        if excess > 0:
+            pairs = zip(sessions[:-1], totals, strict=False)
+            ends = (one.last_active + BUSY_SECONDS for one, total in pairs if total >= excess)
+            seconds = max(1, math.ceil(next(ends, now) - now))
+            raise FullError(f"{reason} (busy sessions: {len(sessions) - 1}); retry in {seconds} s", seconds)
+
+
+def _busy(sessions: Collection[Session], now: float) -> list[Session]:
+    """The sessions that keep their KV cache, the longest idle first."""
+    busy = [one for one in sessions if one.waiting or now - one.last_active < BUSY_SECONDS]
+    return sorted(busy, key=lambda one: one.last_active)
 
 
 def _fair_order(rounds: Sequence[Session], tokens: int) -> list[Session]:

@@ -24,6 +24,7 @@ from protocol.messages import (
     Verdict,
 )
 from tests.fakes import target_alone
+from tests.link_pair import Station
 from tests.scripted_device import BUDGET, CODEC, TARGET, ScriptedDevice, new_station, prompt_of, settle, target_of
 
 
@@ -349,3 +350,41 @@ def test_short_rounds_of_one_device_share_a_pass() -> None:
         station.push(bytes([9]), CODEC.encode(Draft(session_id, 1, (3,) * 4)))
     settle(station)
     assert target_of(station).tokens == [6 * 5]
+
+
+def open_sessions(station: Station, peer: int, lengths: Sequence[int], first: int = 1) -> list[str]:
+    """The faults of sessions that a device opens beside its first one."""
+    outbox = station.outboxes[bytes([peer])]
+    outbox.clear()
+    for session_id, length in enumerate(lengths, first):
+        prompt = tuple(prompt_of(length, seed=100 * peer + session_id))
+        station.push(bytes([peer]), CODEC.encode(Open(session_id, 0, Mode.IDS, Sampling(), prompt)))
+    return [one.text for one in outbox if isinstance(one, Fault)]
+
+
+def test_the_sessions_of_one_device_leave_half_of_the_kv_pool_to_others() -> None:
+    station = new_station(capacity=20 * BLOCK_SIZE)
+    ScriptedDevice(station, 9, prompt_of(3))
+    (refused,) = open_sessions(station, 9, [4 * BLOCK_SIZE - 10] * 3)
+    assert refused == "this device's sessions fill half of the KV pool (busy sessions: 3); retry in 5 s"
+    other = ScriptedDevice(station, 1, prompt_of(9 * BLOCK_SIZE))
+    settle(station)
+    assert other.receive() == [Opened(0, 0)]
+
+
+def test_a_turn_that_grows_a_session_counts_too() -> None:
+    station = new_station(capacity=20 * BLOCK_SIZE)
+    ScriptedDevice(station, 9, prompt_of(3))
+    assert open_sessions(station, 9, [4 * BLOCK_SIZE, 10]) == []
+    settle(station)
+    station.push(bytes([9]), CODEC.encode(Extend(2, 1, 1, tuple(prompt_of(7 * BLOCK_SIZE)))))
+    fault = station.outboxes[bytes([9])][-1]
+    assert isinstance(fault, Fault)
+    assert (fault.session_id, fault.code) == (2, "full")
+
+
+def test_a_single_session_may_take_the_whole_kv_pool() -> None:
+    station = new_station(capacity=20 * BLOCK_SIZE)
+    device = ScriptedDevice(station, 1, prompt_of(19 * BLOCK_SIZE))
+    settle(station)
+    assert device.receive() == [Opened(0, 0)]

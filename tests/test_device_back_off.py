@@ -202,7 +202,7 @@ class SessionDroppingTransport(TimedTransport):
 
 
 def test_retry_timeout_applies_where_every_session_is_unknown() -> None:
-    transport = SessionDroppingTransport(new_station())
+    transport = SessionDroppingTransport(Station(FakeTarget.make(TARGET)))
     session = open_over(transport, SETTINGS[0])
     with pytest.raises(FaultError, match=r"not open \(waited \d\d s\)"):
         token_ids_of(session)

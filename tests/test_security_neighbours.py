@@ -22,8 +22,9 @@ from bench.setup.station_process import station_process
 from common.key_files import write_pair
 from device.curve_keys import CurveKeys
 from protocol.messages import PROTOCOL_VERSION, Hello
+from tests.attack_process import attacking
 from tests.honest_device import HonestDevice
-from tests.hostile import ATTACKS, AttackedStation, attacked
+from tests.hostile import ATTACKS, AttackedStation
 from tests.hostile_devices import DEVICE_ATTACKS, raise_descriptor_limit
 from tests.sample import SAMPLE
 
@@ -47,7 +48,7 @@ class Site:
 
     def run_devices(self, rounds: int) -> list[float]:
         """Let each device verify that many rounds; returns the queueing delays of all, from the records."""
-        start = sum(1 for _ in self.records.open(encoding="utf-8"))
+        start = len(self.records.read_text(encoding="utf-8").splitlines())
         threads = [device.start(rounds) for device in self.devices]
         for thread in threads:
             thread.join()
@@ -98,18 +99,18 @@ def settled(measure: Callable[[], int], most: int, seconds: float) -> int:
 def test_hostile_devices_change_no_answer_and_delay_rounds_by_a_bounded_factor(
     sample_setup: BenchSetup, tmp_path: Path
 ) -> None:
-    raise_descriptor_limit()
     with site(sample_setup, tmp_path) as one:
         process = one.process
         one.run_devices(12)
         undisturbed = one.run_devices(60)
         before, descriptors = process.memory_info().rss, process.num_fds()
         peak = before
-        with attacked(one.station, (*ATTACKS, *DEVICE_ATTACKS)) as runs:
+        with attacking(one.station, (*ATTACKS, *DEVICE_ATTACKS)) as attacks:
             disturbed: list[float] = []
-            while len(disturbed) < 1000 or min(runs.values()) == 0:
+            while len(disturbed) < 1000 or min(attacks.runs.values()) == 0:
                 disturbed += one.run_devices(24)
                 peak = max(peak, process.memory_info().rss)
+            runs = attacks.runs
         after = settled(lambda: process.memory_info().rss, before + 20 * MIB, seconds=60)
         left = settled(process.num_fds, descriptors, seconds=60)
     was, now = (float(np.quantile(delays, 0.99)) for delays in (undisturbed, disturbed))
