@@ -7,17 +7,19 @@ supervisor starts it again, and devices reopen their sessions.
 """
 
 import logging
+import time
 from collections.abc import Callable
 
 import psutil
 
-from basestation.memory import readable_size
+from basestation.memory import readable_size, return_free_memory
 from protocol.errors import OverloadError
 
 logger = logging.getLogger(__name__)
 
 _REFUSING_SHARE = 0.5
 _FREE_SHARE = 0.9
+_RETURN_SECONDS = 5.0
 
 
 class MemoryGuard:
@@ -37,6 +39,7 @@ class MemoryGuard:
         self._refusing = self._most - int(for_peers * (1 - _REFUSING_SHARE))
         self._resident = resident or _resident_bytes
         self.accepting = True
+        self._next_return = 0.0
 
     @classmethod
     def of_process(cls, kv_bytes: int, for_peers: int) -> "MemoryGuard":
@@ -45,11 +48,14 @@ class MemoryGuard:
         return cls(_resident_bytes() + min(kv_bytes, max(0, free - for_peers)), for_peers)
 
     def check(self) -> None:
-        """Compare now, and note whether new connections may be accepted.
+        """Compare now, note whether new connections may be accepted, and return free memory to the system sometimes.
 
         Raises:
             OverloadError: the process must end.
         """
+        if time.monotonic() >= self._next_return:
+            self._next_return = time.monotonic() + _RETURN_SECONDS
+            return_free_memory()
         resident = self._resident()
         if resident > self._most:
             raise OverloadError(

@@ -7,6 +7,7 @@ idle first; they keep their tokens. Sessions with a common prefix compute it onc
 Knows lengths and times; not what tokens mean.
 """
 
+import collections
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -76,6 +77,8 @@ class Scheduler:
         self._kv_pool = kv_pool
         self._budget = budget
         self._on_eviction = on_eviction
+        self._prefilled: dict[str, int] = {}  # by owner of a waiting prompt: tokens while others waited too
+        self._passes = 0
 
     def schedule(self, sessions: Collection[Session], now: float) -> list[ScheduledUnit]:
         """The next batch: a round of each device, then further ones, then a share of the remaining tokens for prompts.
@@ -83,9 +86,10 @@ class Scheduler:
         A device gets no more than its share of the tokens for its rounds, except for the
         first, so that one with many long rounds delays no other's.
 
-        The prompt that is ready longest comes first, so that none starves, then the
-        shortest; tokens that one leaves unused go to the next. Of prompts with a
-        common prefix the first computes it and the others wait for it.
+        In every other pass the prompt that is ready longest comes first, so that none
+        starves; then those of the device that was served least, then the shortest. Tokens
+        that one leaves unused go to the next. Of prompts with a common prefix the first
+        computes it and the others wait for it.
         """
         sources = share_prefixes([one for one in sessions if one.waiting and not one.kv_cache.length], sessions)
         ready = [one for one in sessions if one.waiting and one not in sources]
@@ -96,14 +100,33 @@ class Scheduler:
             if session.round_len > left and batch.units:
                 break
             left -= batch.add(session, session.round_len)
-        prompts = _prefill_order([one for one in ready if one.backlog], sources)
+        prompts = self._fair_prompts(_prefill_order([one for one in ready if one.backlog], sources))
         if any(not one.backlog and (one.waiting or now - one.last_active < _RUNNING_SECONDS) for one in sessions):
             left = min(left, self._budget.prompt_tokens)
         for count, session in zip(range(len(prompts), 0, -1), prompts, strict=True):
             if left < _MIN_CHUNK and batch.units:
                 break
-            left -= batch.add(session, max(left // count, _MIN_CHUNK))
+            added = batch.add(session, max(left // count, _MIN_CHUNK))
+            self._prefilled[session.peer.owner] += added
+            left -= added
         return batch.units
+
+    def _fair_prompts(self, prompts: Sequence[Session]) -> list[Session]:
+        """Every device's first prompt, then every device's second and so on, those of devices served least first.
+
+        In every other pass the first of ``prompts`` stays first.
+        """
+        self._passes += 1
+        least = min(self._prefilled.values(), default=0)
+        self._prefilled = {one.peer.owner: self._prefilled.get(one.peer.owner, least) for one in prompts}
+        turns: collections.Counter[str] = collections.Counter()
+        ranked = []
+        for index, session in enumerate(prompts):
+            owner = session.peer.owner
+            is_first = index == 0 and self._passes % 2 == 0
+            ranked.append((not is_first, turns[owner], self._prefilled[owner], index))
+            turns[owner] += 1
+        return [prompts[index] for *_, index in sorted(ranked)]
 
     def evict_idle(self, sessions: Collection[Session]) -> int:
         """Evict the KV caches of all sessions that have nothing to run; returns how many."""

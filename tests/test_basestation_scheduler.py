@@ -388,3 +388,27 @@ def test_a_single_session_may_take_the_whole_kv_pool() -> None:
     device = ScriptedDevice(station, 1, prompt_of(19 * BLOCK_SIZE))
     settle(station)
     assert device.receive() == [Opened(0, 0)]
+
+
+def test_a_device_with_many_prompts_delays_anothers_prompt_little() -> None:
+    station = new_station(PassBudget(64, 32))
+    runner = ScriptedDevice(station, 0, prompt_of(3))
+    ScriptedDevice(station, 9, prompt_of(3))
+    settle(station)
+    open_sessions(station, 9, [2 * BLOCK_SIZE] * 12)
+    for _ in range(10):
+        runner.receive()
+        runner.draft()
+        station.engine.step()
+        runner.commit()
+    newcomer = ScriptedDevice(station, 1, prompt_of(4 * BLOCK_SIZE, seed=3))
+    newcomer.receive()
+    newcomer.draft()
+    passes = 0
+    while not station.outboxes[newcomer.peer]:
+        runner.receive()
+        runner.draft()
+        station.engine.step()
+        runner.commit()
+        passes += 1
+    assert passes <= 1.5 * 4 * BLOCK_SIZE / 16

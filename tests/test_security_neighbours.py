@@ -101,8 +101,8 @@ def test_hostile_devices_change_no_answer_and_delay_rounds_by_a_bounded_factor(
 ) -> None:
     with site(sample_setup, tmp_path) as one:
         process = one.process
-        one.run_devices(12)
-        undisturbed = one.run_devices(60)
+        one.run_devices(24)
+        undisturbed = [delay for _ in range(5) for delay in one.run_devices(24)]
         before, descriptors = process.memory_info().rss, process.num_fds()
         peak = before
         with attacking(one.station, (*ATTACKS, *DEVICE_ATTACKS)) as attacks:
@@ -111,7 +111,7 @@ def test_hostile_devices_change_no_answer_and_delay_rounds_by_a_bounded_factor(
                 disturbed += one.run_devices(24)
                 peak = max(peak, process.memory_info().rss)
             runs = attacks.runs
-        after = settled(lambda: process.memory_info().rss, before + 20 * MIB, seconds=60)
+        after = settled(lambda: process.memory_info().rss, before + 20 * MIB, seconds=300)
         left = settled(process.num_fds, descriptors, seconds=60)
     was, now = (float(np.quantile(delays, 0.99)) for delays in (undisturbed, disturbed))
     sys.stdout.write(
