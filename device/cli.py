@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from common.command_line import Verbose, run
+from common.command_line import application, run
 from common.key_files import public_path
 from common.option_groups import with_options
 from device.answer import Answer, AnswerStream, Conversation
@@ -34,22 +34,13 @@ from protocol.frames import FrameCodec
 
 ORIGIN_STYLES = {Origin.ACCEPTED: "green", Origin.RECOVERED: "bold red", Origin.BONUS: "bold blue"}
 
-app = typer.Typer(
-    add_completion=False,
-    help="The device: drafts tokens, has the base station verify them, and prints the answer.",
-    no_args_is_help=True,
-)
+app = application("The device: drafts tokens, has the base station verify them, and prints the answer.")
 keys_app = typer.Typer(help="The keys of this device.", no_args_is_help=True)
 app.add_typer(keys_app, name="keys")
 console = Console(highlight=False, soft_wrap=True)
 
 MaxNewTokens = Annotated[int, typer.Option(help="Most tokens of an answer.", min=1)]
 ShowOrigins = Annotated[bool, typer.Option(help="Color tokens: accepted green, recovered red, bonus blue.")]
-
-
-@app.callback()
-def options(verbose: Verbose = False) -> None:
-    """The device: drafts tokens, has the base station verify them, and prints the answer."""
 
 
 @app.command()
