@@ -13,10 +13,13 @@ from basestation.authentication import check_bind
 from basestation.key_folder import KeyFolder
 from basestation.logs import LogFormat, start_logging
 from common.command_line import application, run
+from common.configuration import configured_group
 from common.key_files import read_public
 from protocol.limits import Limits
 
-app = application("The base station: holds the target model and verifies the drafts of devices.")
+app = application(
+    "The base station: holds the target model and verifies the drafts of devices.", configured_group("basestation")
+)
 keys_app = typer.Typer(help="The keys of the base station and of the enrolled devices.", no_args_is_help=True)
 app.add_typer(keys_app, name="keys")
 

@@ -58,7 +58,6 @@ def test_an_unknown_command_or_option_is_one_line(package: str, arguments: list[
 @pytest.mark.parametrize(
     ("arguments", "option"),
     [
-        (["device", "generate", "--prompt", "hi", "--server", "tcp://127.0.0.1:1"], "--bundle"),
         (["basestation", "serve"], "--target"),
         (["bench", "demo"], "--bundle"),
     ],
