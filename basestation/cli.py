@@ -12,12 +12,13 @@ import typer
 from basestation.authentication import check_bind
 from basestation.key_folder import KeyFolder
 from basestation.logs import LogFormat, start_logging
-from common.command_line import Verbose, run
+from common.command_line import application, run
+from common.configuration import configured_group
 from common.key_files import read_public
 from protocol.limits import Limits
 
-app = typer.Typer(
-    help="The base station: holds the target model and verifies the drafts of devices.", no_args_is_help=True
+app = application(
+    "The base station: holds the target model and verifies the drafts of devices.", configured_group("basestation")
 )
 keys_app = typer.Typer(help="The keys of the base station and of the enrolled devices.", no_args_is_help=True)
 app.add_typer(keys_app, name="keys")
@@ -27,11 +28,6 @@ PASSES = "Forward passes"
 OPERATION = "Operation"
 KeyFolderArgument = Annotated[Path, typer.Argument(metavar="DIR", help="Folder created by keys new.")]
 DeviceName = Annotated[str, typer.Argument(metavar="NAME", help="The device's name in this folder.")]
-
-
-@app.callback()
-def options(verbose: Verbose = False) -> None:
-    """The base station: holds the target model and verifies the drafts of devices."""
 
 
 @app.command()

@@ -9,7 +9,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from common.command_line import Verbose, run
+from common.command_line import application, run
 
 MODULES = {
     "demo": "bench.demo",
@@ -50,18 +50,21 @@ class LazyGroup(TyperGroup):
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Write the help of the group."""
+        self._begin_listing()
+        super().format_help(ctx, formatter)
+
+    def shell_complete(self, ctx: Any, incomplete: str) -> Any:
+        """The names of the commands, with their summaries."""
+        self._begin_listing()
+        return super().shell_complete(ctx, incomplete)
+
+    def _begin_listing(self) -> None:
         for name, command in self.commands.items():
             command.help = summary(name)
         self._is_listing = True
-        super().format_help(ctx, formatter)
 
 
-app = typer.Typer(cls=LazyGroup, add_completion=False, no_args_is_help=True)
-
-
-@app.callback()
-def options(verbose: Verbose = False) -> None:
-    """Measure edgedraft against its alternatives."""
+app = application("Measure edgedraft against its alternatives.", LazyGroup)
 
 
 def summary(name: str) -> str:

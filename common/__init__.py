@@ -1,1 +1,1 @@
-"""Utilities that both ends and the tools share: command line, option groups, key files, JSON lines, loopback check."""
+"""Utilities that both ends and the tools share: command line, configuration, key files, JSON lines, loopback check."""

@@ -1,11 +1,13 @@
-"""Entry point of the four command lines: an error is one line, with a traceback only under ``-v``."""
+"""What the four command lines share: ``--version``, ``-h``, ``-v``, shell completion, and errors in one line."""
 
 import io
 import sys
 import traceback
+from importlib.metadata import version
 from typing import Annotated, Any, NoReturn, cast
 
 import typer
+from typer.core import TyperGroup
 
 from protocol.errors import EdgedraftError
 
@@ -14,7 +16,34 @@ _VERBOSE_FLAGS = ("-v", "--verbose")
 # Typer bundles click or uses an installed one: only a class that typer exports has the right base class.
 _UsageError = cast(type[Exception], typer.BadParameter.__base__)
 
-Verbose = Annotated[bool, typer.Option(*_VERBOSE_FLAGS, help="Show tracebacks and the output of tools.")]
+
+def application(summary: str, cls: type[TyperGroup] = TyperGroup) -> typer.Typer:
+    """A command line without commands.
+
+    Args:
+        summary: the first line of its help.
+        cls: the class of its list of commands.
+    """
+    app = typer.Typer(
+        help=summary, cls=cls, no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]}
+    )
+    app.callback()(_common_options)
+    return app
+
+
+def _print_version(context: typer.Context, is_wanted: bool) -> None:
+    if is_wanted:
+        typer.echo(f"{context.info_name} {version('edgedraft')}")
+        raise typer.Exit
+
+
+def _common_options(
+    verbose: Annotated[bool, typer.Option(*_VERBOSE_FLAGS, help="Show tracebacks and the output of tools.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Typer declares the options; ``run`` reads ``-v`` from the arguments, wherever it stands."""
 
 
 def is_verbose() -> bool:
@@ -27,12 +56,12 @@ def run(app: typer.Typer, extra: str) -> NoReturn:
 
     Args:
         app: the commands.
-        extra: the optional dependencies that the commands need.
+        extra: the optional dependencies that the commands need; the program is ``edgedraft-EXTRA``.
     """
     _configure_streams()
     arguments = [argument for argument in sys.argv[1:] if argument not in _VERBOSE_FLAGS]
     try:
-        code = app(arguments, standalone_mode=False)
+        code = typer.main.get_command(app)(arguments, prog_name=f"edgedraft-{extra}", standalone_mode=False)
     except EdgedraftError as error:
         _fail(str(error), error.exit_code)
     except _UsageError as error:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import secrets
 import shlex
 import sys
@@ -16,7 +17,8 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from common.command_line import Verbose, run
+from common.command_line import application, run
+from common.configuration import came_from_file, configured_group
 from common.key_files import public_path
 from common.option_groups import with_options
 from device.answer import Answer, AnswerStream, Conversation
@@ -24,7 +26,7 @@ from device.client import Client
 from device.curve_keys import new_key
 from device.draft_model import DraftModel
 from device.link import Link
-from device.options import AnswerOptions
+from device.options import COMMON, OUTPUT, AnswerOptions
 from device.planner import Planners
 from device.round_records import RoundRecordFile
 from device.session import Origin
@@ -34,54 +36,55 @@ from protocol.frames import FrameCodec
 
 ORIGIN_STYLES = {Origin.ACCEPTED: "green", Origin.RECOVERED: "bold red", Origin.BONUS: "bold blue"}
 
-app = typer.Typer(
-    add_completion=False,
-    help="The device: drafts tokens, has the base station verify them, and prints the answer.",
-    no_args_is_help=True,
+app = application(
+    "The device: drafts tokens, has the base station verify them, and prints the answer.", configured_group("device")
 )
 keys_app = typer.Typer(help="The keys of this device.", no_args_is_help=True)
 app.add_typer(keys_app, name="keys")
 console = Console(highlight=False, soft_wrap=True)
 
-MaxNewTokens = Annotated[int, typer.Option(help="Most tokens of an answer.", min=1)]
-ShowOrigins = Annotated[bool, typer.Option(help="Color tokens: accepted green, recovered red, bonus blue.")]
-
-
-@app.callback()
-def options(verbose: Verbose = False) -> None:
-    """The device: drafts tokens, has the base station verify them, and prints the answer."""
+SERVICE = "Service"
+ShowOrigins = Annotated[
+    bool,
+    typer.Option(help="Color tokens: accepted green, recovered red, bonus blue.", rich_help_panel=OUTPUT),
+]
 
 
 @app.command()
 @with_options(AnswerOptions)
 def generate(
     answer_options: AnswerOptions,
-    prompt: Annotated[str, typer.Option(help="The prompt, rendered by the chat template.")],
-    max_new_tokens: MaxNewTokens = 256,
-    raw: Annotated[bool, typer.Option("--raw", help="Use the prompt as it is, without the chat template.")] = False,
+    prompt: Annotated[str, typer.Option(help="The prompt, rendered by the chat template.", rich_help_panel=COMMON)],
+    raw: Annotated[
+        bool,
+        typer.Option("--raw", help="Use the prompt as it is, without the chat template.", rich_help_panel=COMMON),
+    ] = False,
     origins: ShowOrigins = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the text.")] = False,
+    as_json: Annotated[
+        bool,
+        typer.Option("--json", help="Print one JSON object instead of the text.", rich_help_panel=OUTPUT),
+    ] = False,
 ) -> None:
     """Answer one prompt; the text streams as it is committed."""
     check_unicode("prompt", prompt)
     with _conversation(answer_options) as conversation:
         tokenizer = conversation.tokenizer
         ids = tokenizer.encode(prompt) if raw else tokenizer.encode_chat([{"role": "user", "content": prompt}])
-        answer = _show(conversation.ask(ids, max_new_tokens), origins, quiet=as_json)
+        answer = _show(conversation.ask(ids, answer_options.max_new_tokens), origins, quiet=as_json)
     if as_json:
         sys.stdout.write(json.dumps(asdict(answer)) + "\n")
 
 
 @app.command()
 @with_options(AnswerOptions)
-def chat(answer_options: AnswerOptions, max_new_tokens: MaxNewTokens = 512, origins: ShowOrigins = False) -> None:
+def chat(answer_options: AnswerOptions, origins: ShowOrigins = False) -> None:
     """Chat; each turn sends and runs only what is new. An empty line or Ctrl-D ends."""
     messages: list[ChatMessage] = []
     with _conversation(answer_options) as conversation:
         for line in _lines():
             messages.append({"role": "user", "content": line})
             ids = conversation.tokenizer.encode_chat(messages)
-            answer = _show(conversation.ask(ids, max_new_tokens), origins, quiet=False)
+            answer = _show(conversation.ask(ids, answer_options.max_new_tokens), origins, quiet=False)
             messages.append({"role": "assistant", "content": answer.text})
 
 
@@ -89,23 +92,36 @@ def chat(answer_options: AnswerOptions, max_new_tokens: MaxNewTokens = 512, orig
 @with_options(AnswerOptions)
 def serve(
     answer_options: AnswerOptions,
-    bind: Annotated[str, typer.Option(help="Address to listen on; port 0 selects a free one.")] = (
-        "http://127.0.0.1:8080"
-    ),
-    api_key: Annotated[
+    context: typer.Context,
+    bind: Annotated[
+        str, typer.Option(help="Address to listen on; port 0 selects a free one.", rich_help_panel=SERVICE)
+    ] = "http://127.0.0.1:8080",
+    api_key_file: Annotated[
         Path | None,
         typer.Option(
+            "--api-key-file",
+            "--api-key",
             metavar="FILE",
+            hide_input=True,
             help="File with the API key that clients must send, or set EDGEDRAFT_API_KEY; required beyond loopback.",
+            rich_help_panel=SERVICE,
         ),
     ] = None,
     cors_origins: Annotated[
         list[str] | None,
-        typer.Option("--cors-origin", help="Origin of web pages that may send requests; repeatable."),
+        typer.Option(
+            "--cors-origin",
+            help="Origin of web pages that may send requests; repeatable.",
+            rich_help_panel=SERVICE,
+        ),
     ] = None,
-    max_new_tokens: MaxNewTokens = 512,
     cache_tokens: Annotated[
-        int, typer.Option(help="Tokens of all conversations that are kept; the last one may exceed them alone.", min=1)
+        int,
+        typer.Option(
+            help="Tokens of all conversations that are kept; the last one may exceed them alone.",
+            min=1,
+            rich_help_panel=SERVICE,
+        ),
     ] = 8192,
 ) -> None:
     """Serve OpenAI's chat completions API over HTTP until interrupted.
@@ -115,11 +131,12 @@ def serve(
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     answer_options.check()
     from device import http_server
-    from device.api_key import read_api_key
+    from device.api_key import VARIABLE, read_api_key
     from device.chat_request import Defaults
     from device.worker import Worker
 
-    key = read_api_key(api_key)
+    is_overridden = came_from_file(context, "api_key_file") and VARIABLE in os.environ
+    key = read_api_key(None if is_overridden else api_key_file)
     http_server.check_bind(bind, key)  # before the model is loaded
     with _record_file(answer_options) as records:
         model, tokenizer = _load(answer_options)
@@ -131,7 +148,7 @@ def serve(
             answer_options.top_k,
             answer_options.top_p,
             answer_options.seed,
-            max_new_tokens,
+            answer_options.max_new_tokens,
             answer_options.draft_settings,
         )
         http_server.serve(worker, model.manifest.name, defaults, bind, key, cors_origins or [])

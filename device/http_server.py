@@ -51,7 +51,9 @@ def check_bind(bind: str, api_key: str | None) -> None:
     if not complete:
         raise SettingsError("bind", bind, _EXAMPLE)
     if api_key is None and not is_loopback(bind):
-        raise SettingsError("bind", bind, f"{_EXAMPLE}; to serve other machines, pass --api-key FILE or set {VARIABLE}")
+        raise SettingsError(
+            "bind", bind, f"{_EXAMPLE}; to serve other machines, pass --api-key-file FILE or set {VARIABLE}"
+        )
 
 
 def serve(

@@ -1,5 +1,6 @@
 """The options that ``generate``, ``chat`` and ``serve`` share."""
 
+import os
 import re
 import secrets
 from dataclasses import dataclass
@@ -15,47 +16,114 @@ from protocol.bundle import Manifest
 from protocol.errors import SettingsError
 from protocol.messages import Mode, Sampling
 
+COMMON, SAMPLING, DRAFTING, LINK, OUTPUT = "Common", "Sampling", "Drafting", "Link", "Output"
+"""The panels of the help."""
+_SYSTEM_BUNDLE = Path("/var/lib/edgedraft/bundle")
+
+
+def standard_bundle() -> Path:
+    """The user's bundle folder; the system's if only that one is there."""
+    data = Path(os.environ.get("XDG_DATA_HOME") or Path(os.environ.get("HOME") or "/") / ".local/share")
+    candidates = (data / "edgedraft/bundle", _SYSTEM_BUNDLE)
+    return next((folder for folder in candidates if os.access(folder, os.F_OK)), candidates[0])
+
 
 @dataclass(frozen=True)
 class AnswerOptions:
     """Where bundle and base station are, how to sample, how to draft, and how long to wait."""
 
-    bundle: Annotated[Path, typer.Option(help="Bundle folder, made by edgedraft-export convert.")]
-    server: Annotated[str, typer.Option(help="Endpoint of the base station, tcp://HOST:PORT.")]
-    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.")] = 0.0
-    top_k: Annotated[int, typer.Option(help="Sample from the N most likely tokens; 0 for all.")] = 0
-    top_p: Annotated[float, typer.Option(help="Sample from the most likely tokens of this probability; 1 for all.")] = (
-        1.0
+    bundle: Annotated[
+        Path,
+        typer.Option(
+            default_factory=standard_bundle,
+            show_default="~/.local/share/edgedraft/bundle or else /var/lib/edgedraft/bundle",
+            help="Bundle folder, made by edgedraft-export convert.",
+            rich_help_panel=COMMON,
+        ),
+    ]
+    server: Annotated[
+        str, typer.Option(help="Endpoint of the base station, tcp://HOST:PORT.", rich_help_panel=LINK)
+    ] = "tcp://127.0.0.1:5755"
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.", min=1, rich_help_panel=COMMON)] = 512
+    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.", rich_help_panel=SAMPLING)] = (
+        0.0
     )
-    seed: Annotated[int | None, typer.Option(help="Random seed; a new one each time if omitted.")] = None
+    top_k: Annotated[
+        int, typer.Option(help="Sample from the N most likely tokens; 0 for all.", rich_help_panel=SAMPLING)
+    ] = 0
+    top_p: Annotated[
+        float,
+        typer.Option(
+            help="Sample from the most likely tokens of this probability; 1 for all.", rich_help_panel=SAMPLING
+        ),
+    ] = 1.0
+    seed: Annotated[
+        int | None, typer.Option(help="Random seed; a new one each time if omitted.", rich_help_panel=SAMPLING)
+    ] = None
     mode: Annotated[
         str,
         typer.Option(
-            help="auto, ids, coupled, topk, topp, full or target; auto: ids at temperature 0, else coupled or topk."
+            help="auto, ids, coupled, topk, topp, full or target; auto: ids at temperature 0, else coupled or topk.",
+            rich_help_panel=DRAFTING,
         ),
     ] = "auto"
     uplink_k: Annotated[
-        int | None, typer.Option(help="Entries sent of each distribution; default 32 in mode topk, up to 256 in topp.")
+        int | None,
+        typer.Option(
+            help="Entries sent of each distribution; default 32 in mode topk, up to 256 in topp.",
+            rich_help_panel=DRAFTING,
+        ),
     ] = None
-    uplink_p: Annotated[float, typer.Option(help="Probability that the entries sent in mode topp reach.")] = 0.95
-    uplink_steps: Annotated[int, typer.Option(help="Send probabilities in steps of 1/N; 0 for the mode's default.")] = 0
+    uplink_p: Annotated[
+        float,
+        typer.Option(help="Probability that the entries sent in mode topp reach.", rich_help_panel=DRAFTING),
+    ] = 0.95
+    uplink_steps: Annotated[
+        int,
+        typer.Option(help="Send probabilities in steps of 1/N; 0 for the mode's default.", rich_help_panel=DRAFTING),
+    ] = 0
     draft_len: Annotated[
-        str, typer.Option(help="Tokens drafted in each round; auto decides after each token from measured times.")
+        str,
+        typer.Option(
+            help="Tokens drafted in each round; auto decides after each token from measured times.",
+            rich_help_panel=DRAFTING,
+        ),
     ] = "auto"
-    threads: Annotated[int, typer.Option(help="Threads of the draft model; 0 for all usable cores.")] = 0
-    provider: Annotated[str, typer.Option(help="Execution provider of ONNX Runtime.")] = "CPUExecutionProvider"
-    connect_timeout: Annotated[float, typer.Option(help="Seconds to wait for the base station's first reply.")] = 5.0
+    threads: Annotated[
+        int, typer.Option(help="Threads of the draft model; 0 for all usable cores.", rich_help_panel=DRAFTING)
+    ] = 0
+    provider: Annotated[str, typer.Option(help="Execution provider of ONNX Runtime.", rich_help_panel=DRAFTING)] = (
+        "CPUExecutionProvider"
+    )
+    connect_timeout: Annotated[
+        float, typer.Option(help="Seconds to wait for the base station's first reply.", rich_help_panel=LINK)
+    ] = 5.0
     retry_timeout: Annotated[
         float,
-        typer.Option(help="Seconds to wait for a base station that is unreachable, full or shutting down.", min=1),
+        typer.Option(
+            help="Seconds to wait for a base station that is unreachable, full or shutting down.",
+            min=1,
+            rich_help_panel=LINK,
+        ),
     ] = 60.0
     key: Annotated[
-        Path | None, typer.Option("--key", metavar="FILE", help="This device's secret key, made by keys new.")
+        Path | None,
+        typer.Option(
+            "--key",
+            metavar="FILE",
+            hide_input=True,
+            help="This device's secret key, made by keys new.",
+            rich_help_panel=LINK,
+        ),
     ] = None
     station_key: Annotated[
-        str | None, typer.Option(help="The base station's public key, or the file that holds it.")
+        str | None,
+        typer.Option(help="The base station's public key, or the file that holds it.", rich_help_panel=LINK),
     ] = None
-    record: Annotated[Path | None, typer.Option(metavar="FILE", help="Append a JSON line for each round.")] = None
+    record: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Append a JSON line for each round.", rich_help_panel=OUTPUT),
+    ] = None
 
     @property
     def sampling(self) -> Sampling:

@@ -22,6 +22,8 @@ PROVIDER=CPUExecutionProvider PORT=8080 DRY_RUN='' HOST=''
 READY_SECONDS=${READY_SECONDS:-120}
 # On the board: the board's key, the base station's public key, the bundle and, without docker, the environment.
 STATE=/var/lib/edgedraft
+# On the board: the options of the service.
+CONFIGURATION=/etc/edgedraft/device.toml
 USER_ID=10001
 
 main() {
@@ -39,6 +41,7 @@ main() {
   make_key "$engine"
   make_api_key
   enroll
+  send_configuration "$engine"
   send_unit "$engine"
   step "start edgedraft-device at boot, and now"
   on_board "systemctl daemon-reload && systemctl enable --quiet edgedraft-device && systemctl restart edgedraft-device"
@@ -160,21 +163,43 @@ enroll() {
   pipe "$(station_shell "cat $KEYS/station.pub")" "cat > $STATE/keys/station.pub && chmod 644 $STATE/keys/station.pub"
 }
 
+send_configuration() {
+  step "install the configuration"
+  on_board "mkdir -p ${CONFIGURATION%/*}"
+  send "$CONFIGURATION" "$(configuration "$1")"
+}
+
 send_unit() {
   step "install the unit"
+  send /etc/systemd/system/edgedraft-device.service "$(unit "$1")"
+}
+
+# send FILE TEXT: writes a file on the board that everyone may read.
+send() {
   local file
   file=$(mktemp)
-  unit "$1" >"$file"
+  printf "%s\n" "$2" >"$file"
   [ -z "$DRY_RUN" ] || sed 's/^/    | /' "$file"
-  stream "$file" "cat > /etc/systemd/system/edgedraft-device.service"
+  stream "$file" "cat > $1 && chmod 644 $1"
   rm -f "$file"
 }
 
+# The paths and the address are the container's if there is one.
+configuration() {
+  local state=$STATE bind=http://127.0.0.1:$PORT
+  [ "$1" = python ] || state='' bind=http://0.0.0.0:8080
+  cat <<TOML
+bundle = "$state/bundle"
+server = "$SERVER"
+key = "$state/keys/device"
+station-key = "$state/keys/station.pub"
+provider = "$PROVIDER"
+api-key-file = "$state/keys/api"
+bind = "$bind"
+TOML
+}
+
 unit() {
-  local state=$STATE options
-  [ "$1" = python ] || state=''
-  options="serve --bundle $state/bundle --server $SERVER --key $state/keys/device --station-key $state/keys/station.pub"
-  options+=" --provider $PROVIDER --api-key $state/keys/api"
   cat <<UNIT
 [Unit]
 Description=edgedraft device
@@ -191,15 +216,15 @@ UNIT
 ExecStartPre=-/usr/bin/env docker rm --force edgedraft-device
 ExecStart=/usr/bin/env docker run --rm --name edgedraft-device --read-only --tmpfs /tmp --cap-drop ALL \\
   --security-opt no-new-privileges --publish 127.0.0.1:$PORT:8080 $(gpu)\\
-  --volume $STATE/bundle:/bundle:ro --volume $STATE/keys:/keys:ro localhost/edgedraft-$IMAGE_NAME \\
-  $options --bind http://0.0.0.0:8080
+  --volume $STATE/bundle:/bundle:ro --volume $STATE/keys:/keys:ro --volume $CONFIGURATION:$CONFIGURATION:ro \\
+  localhost/edgedraft-$IMAGE_NAME serve
 ExecStop=/usr/bin/env docker stop --time 5 edgedraft-device
 UNIT
   else
     cat <<UNIT
 User=$USER_ID
 Group=$USER_ID
-ExecStart=$STATE/venv/bin/edgedraft-device $options --bind http://127.0.0.1:$PORT
+ExecStart=$STATE/venv/bin/edgedraft-device serve
 NoNewPrivileges=yes
 CapabilityBoundingSet=
 ProtectSystem=strict

@@ -14,16 +14,9 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
-from common.command_line import Verbose, run
+from common.command_line import application, run
 
-app = typer.Typer(
-    add_completion=False, help="Export a draft model as an ONNX bundle for the device.", no_args_is_help=True
-)
-
-
-@app.callback()
-def options(verbose: Verbose = False) -> None:
-    """Export a draft model as an ONNX bundle for the device."""
+app = application("Export a draft model as an ONNX bundle for the device.")
 
 
 @app.command()

@@ -111,7 +111,7 @@ class Manifest:
         except (FileNotFoundError, NotADirectoryError):
             raise BundleError(
                 f"{str(folder)!r} is not a bundle: it has no {MANIFEST_NAME}; "
-                "make one with: edgedraft-export convert MODEL BUNDLE"
+                f"make one with: edgedraft-export convert MODEL {folder}"
             ) from None
         except (OSError, ValueError, RecursionError) as error:
             raise BundleError(f"{str(path)!r} cannot be read: {error}; export the bundle again") from error

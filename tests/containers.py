@@ -29,19 +29,24 @@ exec setpriv --no-new-privs --bounding-set=-all,+sys_chroot,+setuid,+setgid \
 
 @dataclass(frozen=True)
 class Image:
-    """An image mounted at ``root``; ``network`` names a network namespace, None is the host's."""
+    """An image mounted at ``root``; ``network`` names a network namespace, None is the host's.
+
+    ``environment`` is added to the image's own.
+    """
 
     root: Path
     config: Mapping[str, Any]
     network: str | None = None
     volumes: Mapping[Path, str] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict)
 
     def command(self, arguments: Sequence[str], entrypoint: Sequence[str] | None = None) -> list[str]:
         """The command that runs a container of this image."""
         start = [*(self.config["Entrypoint"] if entrypoint is None else entrypoint), *arguments]
         mounts = [str(path) for pair in self.volumes.items() for path in pair]
         inside = ["unshare", "--mount", "sh", "-c", _CONTAIN, "sh", str(self.root), self.config["User"], *mounts, "--"]
-        environment = ["env", "-i", *self.config["Env"], "HOME=/"]
+        added = (f"{name}={value}" for name, value in self.environment.items())
+        environment = ["env", "-i", *self.config["Env"], "HOME=/", *added]
         return [*in_network(self.network), *inside, *environment, *start]
 
     def run(self, *arguments: str, entrypoint: Sequence[str] | None = None) -> "subprocess.CompletedProcess[str]":
@@ -73,13 +78,18 @@ class Image:
 
 
 @contextmanager
-def image(name: str, network: str | None = None, volumes: Mapping[Path, str] | None = None) -> Iterator[Image]:
+def image(
+    name: str,
+    network: str | None = None,
+    volumes: Mapping[Path, str] | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> Iterator[Image]:
     """Mount the image ``localhost/edgedraft-NAME``."""
     tag = f"localhost/edgedraft-{name}"
     container = buildah("from", "--pull-never", tag)
     try:
         config = json.loads(buildah("inspect", "--type", "image", tag))["Docker"]["config"]
-        yield Image(Path(buildah("mount", container)), config, network, volumes or {})
+        yield Image(Path(buildah("mount", container)), config, network, volumes or {}, environment or {})
     finally:
         buildah("rm", container)
 

@@ -1,6 +1,7 @@
 """The command line of the benchmarks, which imports only what a command needs."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -36,6 +37,20 @@ def test_help_lists_every_command_without_importing_it() -> None:
     for name in MODULES:
         assert summary(name).endswith(".")
         assert summary(name).split()[0] in output
+
+
+def test_completion_lists_every_command_without_importing_it() -> None:
+    code = """
+import sys
+from bench.cli import main
+try: main()
+finally: print([name for name in HEAVY if name in sys.modules])
+""".replace("HEAVY", repr(HEAVY))
+    words = {"COMP_WORDS": "edgedraft-bench ", "COMP_CWORD": "1", "_EDGEDRAFT_BENCH_COMPLETE": "complete_bash"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | words, check=True
+    )
+    assert done.stdout.split() == [*MODULES, "[]"]
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,53 @@
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
+PACKAGES = ["device", "basestation", "bench", "export"]
 
-@pytest.mark.parametrize("package", ["device", "basestation", "bench", "export"])
+
+def printed_by(package: str, *arguments: str, environment: dict[str, str] | None = None) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", package, *arguments],
+        capture_output=True,
+        text=True,
+        env=os.environ | (environment or {}),
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_the_version_is_the_packages(package: str) -> None:
+    assert printed_by(package, "--version") == f"edgedraft-{package} {version('edgedraft')}\n"
+
+
+@pytest.mark.parametrize("arguments", [[package] for package in PACKAGES] + [["device", "chat"], ["bench", "report"]])
+def test_h_is_help(arguments: list[str]) -> None:
+    assert printed_by(*arguments, "-h") == printed_by(*arguments, "--help")
+    assert "--help" in printed_by(*arguments, "-h")
+
+
+COMPLETED = [("device", "gen", "generate"), ("basestation", "ser", "serve"), ("bench", "cap", "capacity")]
+COMPLETED += [("export", "conv", "convert"), ("device", "generate --tem", "--temperature")]
+
+
+@pytest.mark.parametrize(("package", "typed", "completed"), COMPLETED)
+def test_a_shell_completes_commands_and_options(package: str, typed: str, completed: str) -> None:
+    script = printed_by(
+        package, "--show-completion", "bash", environment={"_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
+    )
+    assert f"complete -o default -F _edgedraft_{package}_completion edgedraft-{package}" in script
+    words = {"COMP_WORDS": f"edgedraft-{package} {typed}", "COMP_CWORD": str(len(typed.split()))}
+    variables = {f"_EDGEDRAFT_{package.upper()}_COMPLETE": "complete_bash", **words}
+    assert printed_by(package, environment=variables).split() == [completed]
+
+
+@pytest.mark.parametrize("package", PACKAGES)
 @pytest.mark.parametrize(("arguments", "message"), [(["nope"], "No such command"), (["--nope"], "No such option")])
 def test_an_unknown_command_or_option_is_one_line(package: str, arguments: list[str], message: str) -> None:
     assert message in line_of(package, *arguments)
@@ -17,7 +58,6 @@ def test_an_unknown_command_or_option_is_one_line(package: str, arguments: list[
 @pytest.mark.parametrize(
     ("arguments", "option"),
     [
-        (["device", "generate", "--prompt", "hi", "--server", "tcp://127.0.0.1:1"], "--bundle"),
         (["basestation", "serve"], "--target"),
         (["bench", "demo"], "--bundle"),
     ],

@@ -63,7 +63,7 @@ def test_an_allowed_page_may_ask_for_access_without_the_key() -> None:
 
 @pytest.mark.parametrize("bind", PUBLIC)
 def test_an_address_that_other_machines_reach_requires_a_key(bind: str) -> None:
-    with pytest.raises(SettingsError, match=f"--api-key FILE or set {VARIABLE}"):
+    with pytest.raises(SettingsError, match=f"--api-key-file FILE or set {VARIABLE}"):
         check_bind(bind, None)
     check_bind(bind, KEY)
 

@@ -93,6 +93,22 @@ def test_characters_that_stdout_lacks_are_replaced(
     assert b"? ?" in done.stdout
 
 
+def test_an_answer_needs_no_flag_that_the_file_or_the_environment_has(
+    bundle: Path, station: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "device.toml"
+    file.write_text(f"bundle = '{bundle}'\nserver = '{NOBODY}'\nmax-new-tokens = 2\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "device", "generate", "--config", str(file), "--prompt", "the cat"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"EDGEDRAFT_DEVICE_SERVER": station},
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.count("\N{SLIGHTLY SMILING FACE}") == 2
+
+
 @pytest.fixture(scope="module")
 def web_server() -> Iterator[str]:
     class Handler(BaseHTTPRequestHandler):

@@ -114,7 +114,7 @@ class Composition:
         for volume in service["volumes"]:
             source, target = volume.split(":")[:2]
             volumes[self._volume(source)] = target
-        with image(name, self._network, volumes) as container:
+        with image(name, self._network, volumes, service.get("environment")) as container:
             yield container
 
     def _volume(self, source: str) -> Path:

@@ -97,7 +97,11 @@ def state_of(root: Path) -> dict[str, bytes]:
     """The files that flashing writes on a board, without the environment."""
     folders = [root / "var/lib/edgedraft" / name for name in ("keys", "bundle", "source")]
     found = [path for folder in folders for path in folder.rglob("*") if "__pycache__" not in path.parts]
-    files = [path for path in (*found, *root.glob("etc/systemd/system/edgedraft*")) if path.is_file()]
+    files = [
+        path
+        for path in (*found, *root.glob("etc/systemd/system/edgedraft*"), *root.glob("etc/edgedraft/*"))
+        if path.is_file()
+    ]
     return {str(path.relative_to(root)): path.read_bytes() for path in files}
 
 
@@ -116,6 +120,7 @@ def test_a_board_is_ready_after_one_run_and_unchanged_by_a_second(board: Board, 
             "copy the bundle",
             "create the board's key",
             "enroll",
+            "configuration",
             "unit",
             "start",
             "ready",
@@ -151,6 +156,9 @@ def test_a_board_with_docker_gets_the_image(board: Board, tmp_path: Path) -> Non
         "docker load",
         "docker run --rm --network none",
         "--read-only --tmpfs /tmp --cap-drop ALL",
+        "--volume /etc/edgedraft/device.toml:/etc/edgedraft/device.toml:ro",
+        'key = "/keys/device"',
+        'bind = "http://0.0.0.0:8080"',
         "--publish 127.0.0.1:8080:8080",
         "docker stop --time 5",
     ):

@@ -1,0 +1,47 @@
+"""The TOML file that holds a program's settings: which one is read, and what it may hold.
+
+Knows files and keys; not how flags and environment variables take precedence.
+"""
+
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from common.setting import Setting
+from protocol.errors import SettingsError
+
+_SYSTEM_FOLDER = Path("/etc")
+
+
+def standard_file(program: str) -> Path | None:
+    """The user's file of a program, or else the system's; None if there is neither."""
+    user_folder = Path(os.environ.get("XDG_CONFIG_HOME") or Path(os.environ.get("HOME") or "/") / ".config")
+    candidates = [folder / "edgedraft" / f"{program}.toml" for folder in (user_folder, _SYSTEM_FOLDER)]
+    return next((path for path in candidates if os.access(path, os.F_OK)), None)
+
+
+def read_settings_file(path: Path, settings: Mapping[str, Setting], context: typer.Context) -> dict[str, Any]:
+    """The values in a file, by key.
+
+    Args:
+        path: the file.
+        settings: those that it may hold, by key.
+        context: of the command that reads it.
+
+    Raises:
+        SettingsError: the file cannot be read, or a key, a type or a value is not allowed.
+    """
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise SettingsError("the configuration file", str(path), f"a file in TOML ({reason})") from error
+    for key, value in values.items():
+        if key not in settings:
+            raise SettingsError(f"a key in {path}", key, ", ".join(sorted(settings)))
+        settings[key].check(context, value, str(path))
+    return values
