@@ -11,8 +11,8 @@ from bench.setup.bench_setup import BenchSetup, bench_setup
 from bench.setup.options import BundleOption, DtypeOption, TargetOption, console
 from bench.setup.station_process import running_station
 from device.answer import Answer
-from device.cli import ORIGIN_STYLES
 from device.settings import DraftSettings
+from device.terminal import ORIGIN_STYLES
 from protocol.messages import Mode, Sampling
 
 PROMPT = "Explain in a few sentences why a small and a large language model work well together."

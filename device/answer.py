@@ -1,7 +1,8 @@
 """An answer as its caller receives it: text as it is committed, then the figures."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 from device.client import Client
@@ -116,6 +117,10 @@ class Conversation:
     def accepts(self, settings: DraftSettings) -> bool:
         """Whether the conversation can continue with these settings."""
         return replace(settings, sampling=self.settings.sampling) == self.settings
+
+    def cancelled_by(self, is_cancelled: Callable[[], bool]) -> AbstractContextManager[None]:
+        """End answers with ``CancelledError`` where ``is_cancelled`` says so, as ``Client.cancelled_by``."""
+        return self._client.cancelled_by(is_cancelled)
 
     def snapshot(self) -> _Snapshot:
         """Clock and counters now."""

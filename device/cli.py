@@ -14,36 +14,36 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.text import Text
 
 from common.command_line import application, run
 from common.configuration import came_from_file, configured_group
 from common.key_files import public_path
 from common.option_groups import with_options
-from device.answer import Answer, AnswerStream, Conversation
+from device.answer import Conversation
+from device.chat import Chat
 from device.client import Client
-from device.curve_keys import new_key
+from device.curve_keys import new_key, public_key
 from device.draft_model import DraftModel
 from device.link import Link
 from device.options import COMMON, OUTPUT, AnswerOptions
 from device.planner import Planners
 from device.round_records import RoundRecordFile
-from device.session import Origin
+from device.terminal import console, show, show_figures
 from device.tokenizer import ChatMessage, Tokenizer, check_unicode
 from protocol.bundle import Manifest
+from protocol.errors import SettingsError
 from protocol.frames import FrameCodec
-
-ORIGIN_STYLES = {Origin.ACCEPTED: "green", Origin.RECOVERED: "bold red", Origin.BONUS: "bold blue"}
 
 app = application(
     "The device: drafts tokens, has the base station verify them, and prints the answer.", configured_group("device")
 )
 keys_app = typer.Typer(help="The keys of this device.", no_args_is_help=True)
 app.add_typer(keys_app, name="keys")
-console = Console(highlight=False, soft_wrap=True)
 
 SERVICE = "Service"
+SystemPrompt = Annotated[
+    str | None, typer.Option("--system", help="The system prompt; not used with --raw.", rich_help_panel=COMMON)
+]
 ShowOrigins = Annotated[
     bool,
     typer.Option(help="Color tokens: accepted green, recovered red, bonus blue.", rich_help_panel=OUTPUT),
@@ -54,38 +54,48 @@ ShowOrigins = Annotated[
 @with_options(AnswerOptions)
 def generate(
     answer_options: AnswerOptions,
-    prompt: Annotated[str, typer.Option(help="The prompt, rendered by the chat template.", rich_help_panel=COMMON)],
+    text: Annotated[
+        str | None, typer.Argument(metavar="[PROMPT]", help="The prompt; standard input if there is none.")
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="The prompt, as an option.", rich_help_panel=COMMON)] = None,
+    system: SystemPrompt = None,
     raw: Annotated[
         bool,
         typer.Option("--raw", help="Use the prompt as it is, without the chat template.", rich_help_panel=COMMON),
     ] = False,
     origins: ShowOrigins = False,
     as_json: Annotated[
-        bool,
-        typer.Option("--json", help="Print one JSON object instead of the text.", rich_help_panel=OUTPUT),
+        bool, typer.Option("--json", help="Print one JSON object instead of the text.", rich_help_panel=OUTPUT)
     ] = False,
 ) -> None:
     """Answer one prompt; the text streams as it is committed."""
-    check_unicode("prompt", prompt)
+    asked = _prompt(text, prompt)
+    messages = _messages(asked, system)
     with _conversation(answer_options) as conversation:
         tokenizer = conversation.tokenizer
-        ids = tokenizer.encode(prompt) if raw else tokenizer.encode_chat([{"role": "user", "content": prompt}])
-        answer = _show(conversation.ask(ids, answer_options.max_new_tokens), origins, quiet=as_json)
+        ids = tokenizer.encode(asked) if raw else tokenizer.encode_chat(messages)
+        stream = conversation.ask(ids, answer_options.max_new_tokens)
+        for chunk in stream:
+            if not as_json:
+                show(chunk, origins)
     if as_json:
-        sys.stdout.write(json.dumps(asdict(answer)) + "\n")
+        sys.stdout.write(json.dumps(asdict(stream.answer)) + "\n")
+    else:
+        console.print()
+        show_figures(stream.answer)
 
 
 @app.command()
 @with_options(AnswerOptions)
-def chat(answer_options: AnswerOptions, origins: ShowOrigins = False) -> None:
-    """Chat; each turn sends and runs only what is new. An empty line or Ctrl-D ends."""
-    messages: list[ChatMessage] = []
+def chat(answer_options: AnswerOptions, system: SystemPrompt = None, origins: ShowOrigins = False) -> None:
+    """Chat; each turn sends and runs only what is new. An empty line or Ctrl-D ends, Ctrl-C stops an answer.
+
+    A backslash at the end of a line continues it. /reset forgets all turns; /system TEXT also sets the system prompt.
+    """
+    if system is not None:
+        check_unicode("system", system)
     with _conversation(answer_options) as conversation:
-        for line in _lines():
-            messages.append({"role": "user", "content": line})
-            ids = conversation.tokenizer.encode_chat(messages)
-            answer = _show(conversation.ask(ids, answer_options.max_new_tokens), origins, quiet=False)
-            messages.append({"role": "assistant", "content": answer.text})
+        Chat(conversation, answer_options.max_new_tokens, origins, system).run()
 
 
 @app.command()
@@ -157,9 +167,17 @@ def serve(
 @keys_app.command()
 def new(file: Annotated[Path, typer.Argument(metavar="FILE", help="File for the secret key.")]) -> None:
     """Make a key pair for this device: FILE is secret, FILE.pub is for the base station."""
-    public_key = new_key(file)
-    typer.echo(f"public key: {public_key}\nit is also in {public_path(file)}; at the base station, run:")
-    typer.echo(f"edgedraft-basestation keys enroll DIR NAME {shlex.quote(public_key)}")
+    created = new_key(file)
+    typer.echo(f"public key: {created}\nit is also in {public_path(file)}; at the base station, run:")
+    typer.echo(f"edgedraft-basestation keys enroll DIR NAME {shlex.quote(created)}")
+
+
+@keys_app.command("show")
+def show_key(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="File of the secret key, made by keys new.")],
+) -> None:
+    """Print the public key of this device, which the base station enrolls."""
+    typer.echo(public_key(file))
 
 
 def main() -> None:
@@ -201,23 +219,22 @@ def _connect(answer_options: AnswerOptions, manifest: Manifest, records: RoundRe
         raise
 
 
-def _show(stream: AnswerStream, origins: bool, quiet: bool) -> Answer:
-    for chunk in stream:
-        if not quiet:
-            console.print(Text(chunk.text, style=ORIGIN_STYLES[chunk.origin] if origins else ""), end="")
-    if not quiet:
-        console.print()
-    return stream.answer
+def _prompt(text: str | None, option: str | None) -> str:
+    """The prompt, from the argument, the option or standard input."""
+    if text is not None and option is not None:
+        raise SettingsError("--prompt", option, "no --prompt beside a prompt as argument")
+    prompt = text if text is not None else option
+    if prompt is None and not sys.stdin.isatty():
+        prompt = sys.stdin.read().removesuffix("\n") or None
+    if prompt is None:
+        raise SettingsError("the prompt", None, "a text as argument, with --prompt or on standard input")
+    check_unicode("prompt", prompt)
+    return prompt
 
 
-def _lines() -> Iterator[str]:
-    """The lines that the user types, until an empty one or the end of input."""
-    while True:
-        try:
-            line = console.input("[bold]> [/bold]")
-        except EOFError:
-            console.print()
-            return
-        if not line.strip():
-            return
-        yield line
+def _messages(prompt: str, system: str | None) -> list[ChatMessage]:
+    question: ChatMessage = {"role": "user", "content": prompt}
+    if system is None:
+        return [question]
+    check_unicode("system", system)
+    return [{"role": "system", "content": system}, question]

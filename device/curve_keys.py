@@ -40,6 +40,15 @@ class CurveKeys:
         dealer.setsockopt(zmq.CURVE_SERVERKEY, self.station.encode())
 
 
+def public_key(path: Path) -> str:
+    """The public key of the secret key at ``path``.
+
+    Raises:
+        KeyFileError: the file is missing, damaged or readable by others.
+    """
+    return zmq.curve_public(read_secret(path).encode()).decode()
+
+
 def new_key(path: Path) -> str:
     """Write a new key pair, the secret key to ``path``; return the public key.
 

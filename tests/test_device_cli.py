@@ -1,6 +1,8 @@
 """``edgedraft-device`` in a process of its own: what goes wrong is one line and an exit code, never a traceback."""
 
+import json
 import os
+import pty
 import re
 import subprocess
 import sys
@@ -107,6 +109,50 @@ def test_an_answer_needs_no_flag_that_the_file_or_the_environment_has(
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.count("\N{SLIGHTLY SMILING FACE}") == 2
+
+
+def test_a_prompt_is_an_argument_an_option_or_standard_input(bundle: Path, station: str) -> None:
+    options = ("--max-new-tokens", "2", "--json")
+    ways: list[tuple[tuple[str, ...], bytes]] = [
+        (("the cat",), b""),
+        (("--prompt", "the cat"), b""),
+        ((), b"the cat\n"),
+    ]
+    answers = []
+    for arguments, text in ways:
+        done = device("generate", bundle, station, *options, *arguments, text=text)
+        assert (done.returncode, done.stderr) == (0, b"")
+        answers.append(json.loads(done.stdout)["prompt_tokens"])
+    assert len(set(answers)) == 1
+    assert "allowed: no --prompt beside" in error_line(device("generate", bundle, station, "a", "--prompt", "b"), 2)
+    assert "or on standard input" in error_line(device("generate", bundle, station), 2)
+
+
+def test_a_system_prompt_is_part_of_the_prompt(bundle: Path, station: str) -> None:
+    counts = []
+    for system in ((), ("--system", "the cat sees")):
+        done = device("generate", bundle, station, "--max-new-tokens", "1", "--json", *system, "the cat")
+        assert done.returncode == 0, done.stderr
+        counts.append(json.loads(done.stdout)["prompt_tokens"])
+    assert counts[1] > counts[0]
+
+
+@pytest.mark.parametrize("name", ["generate", "chat"])
+def test_figures_follow_an_answer_on_a_terminal(name: str, bundle: Path, station: str) -> None:
+    reading, terminal = pty.openpty()
+    line = ("--prompt", "the cat") if name == "generate" else ()
+    done = subprocess.run(
+        command(name, bundle, station, "--max-new-tokens", "2", *line),
+        input=b"the cat\n",
+        stdout=subprocess.PIPE,
+        stderr=terminal,
+        check=False,
+    )
+    os.close(terminal)
+    figures = os.read(reading, 4096).decode()
+    os.close(reading)
+    assert done.returncode == 0
+    assert re.fullmatch(r"2 tokens, [0-9.]+ tokens/s(, acceptance [01]\.\d\d)?, \d+ bytes up, \d+ down\r\n", figures)
 
 
 @pytest.fixture(scope="module")

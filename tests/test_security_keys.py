@@ -148,6 +148,7 @@ def test_the_commands_new_enroll_list_and_revoke(commands: Commands, tmp_path: P
     assert (code, errors) == (0, "")
     assert read_public(f"{phone}.pub") in output
     assert "edgedraft-basestation keys enroll DIR NAME" in output
+    assert commands.run(device_app, "keys", "show", phone) == (0, f"{read_public(f'{phone}.pub')}\n", "")
     code, output, errors = commands.run(station_app, "keys", "new", keys)
     assert (code, errors) == (0, "")
     assert read_public(str(keys / "station.pub")) in output
