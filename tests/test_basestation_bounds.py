@@ -213,19 +213,19 @@ def test_a_message_of_endless_parts_ends_the_process_and_not_the_machine() -> No
 
 
 def send_endless_message(address: str, most: int) -> int:
-    """Send parts of 1 KiB, each announcing another, until the connection ends; returns the bytes sent."""
+    """Send parts of 64 KiB, each announcing another, until the connection ends; returns the bytes sent."""
     greeting = b"\xff" + bytes(8) + b"\x7f\x03\x00" + b"NULL".ljust(20, b"\0") + bytes(32)
     properties = _property(b"Socket-Type", b"DEALER") + _property(b"Identity", b"")
     ready = b"\x05READY" + properties
-    part = b"\x01\xff" + bytes(255)
+    part = b"\x03" + struct.pack(">Q", 2**16) + bytes(2**16)
     sent = 0
     with socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2])), timeout=20) as connection:
         connection.sendall(greeting)
         connection.sendall(bytes([4, len(ready)]) + ready)
         try:
             while sent < most:
-                connection.sendall(part * 4096)
-                sent += len(part) * 4096
+                connection.sendall(part * 16)
+                sent += len(part) * 16
         except OSError:
             pass
     return sent
