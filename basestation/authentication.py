@@ -41,7 +41,7 @@ class Authenticator:
         self._keys = keys
         self._metrics = metrics
         self._admitted: set[str] = set()
-        self._lookups_fail = False
+        self._unreadable: set[str] = set()
         self.socket = context.socket(zmq.REP)
         self.socket.bind(_ENDPOINT)
 
@@ -81,11 +81,12 @@ class Authenticator:
             enrolled = self._keys.is_enrolled(key)
         except KeyFileError as error:
             self._metrics.count_unreadable_key()
-            if not self._lookups_fail:
+            if key not in self._unreadable:
                 logger.error("cannot tell whether a key is enrolled: %s", error)  # noqa: TRY400 - the message contains the reason
-            self._lookups_fail = True
+            if key in self._admitted:  # others, of which there may be any number, are not remembered
+                self._unreadable.add(key)
             return True if key in self._admitted else None
-        self._lookups_fail = False
+        self._unreadable.discard(key)
         return enrolled
 
     def _name_of(self, key: str) -> str:

@@ -58,6 +58,7 @@ class OperationOptions:
 def run_base_station(target: TargetOptions, socket: SocketOptions, operation: OperationOptions) -> None:
     """Serve until SIGINT or SIGTERM; the second lets open sessions finish."""
     _raise_descriptor_limit()
+    peer_bytes = parse_size("peer-memory", target.peer_memory)
     metrics = Metrics()
     with ExitStack() as stack:
         metrics_bind, record, profile = operation.metrics_bind, operation.record, operation.profile
@@ -68,7 +69,7 @@ def run_base_station(target: TargetOptions, socket: SocketOptions, operation: Op
         model = TargetModel.load(target.model, target.dtype, target.torch_device, target.kv_memory)
         budget = PassBudget.of(target.pass_tokens, target.prompt_tokens, model.torch_device.type == "cuda")
         kv_bytes = model.kv_pool.bytes if model.torch_device.type == "cpu" else 0
-        guard = MemoryGuard.of_process(kv_bytes, parse_size("peer-memory", target.peer_memory))
+        guard = MemoryGuard.of_process(kv_bytes, peer_bytes)
         server = Server(
             model, socket.bind, socket.limits, socket.keys, socket.insecure, budget, metrics, records, profiler, guard
         )

@@ -18,6 +18,7 @@ from protocol.errors import ModelError, SettingsError
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
+_A_SIZE = "a size like 512MiB or 4GiB"
 _KV_SHARE = {"cuda": 0.9, "cpu": 0.5}
 _CPU_OUT_OF_MEMORY = re.compile(r"not enough memory|can't allocate memory", re.IGNORECASE)
 
@@ -66,7 +67,7 @@ def return_free_memory() -> None:
         trim(0)
 
 
-def parse_size(option: str, text: str) -> int:
+def parse_size(option: str, text: str, allowed: str = _A_SIZE) -> int:
     """Bytes of a size like ``4GiB``, ``512M`` or ``1000000``; each unit is 1024 of the previous one.
 
     Raises:
@@ -74,7 +75,7 @@ def parse_size(option: str, text: str) -> int:
     """
     found = _SIZE.fullmatch(text.strip())
     if found is None:
-        raise SettingsError(option, text, "auto, or a size like 512MiB or 4GiB")
+        raise SettingsError(option, text, allowed)
     return int(float(found[1]) * _UNITS[found[2].upper()])
 
 
@@ -94,7 +95,7 @@ def free_memory(placement: torch.device) -> int:
 def kv_budget(kv_memory: str, placement: torch.device) -> int:
     """Bytes for the KV pool: the given size, or with ``auto`` a share of the memory that is free now."""
     if kv_memory != "auto":
-        return parse_size("kv-memory", kv_memory)
+        return parse_size("kv-memory", kv_memory, f"auto, or {_A_SIZE}")
     return int(free_memory(placement) * _KV_SHARE.get(placement.type, 0.5))
 
 

@@ -59,8 +59,8 @@ class MemoryGuard:
         resident = self._resident()
         if resident > self._most:
             raise OverloadError(
-                f"{readable_size(resident)} of memory are resident; allowed: {readable_size(self._most)} for model, "
-                "the KV caches and --peer-memory; peers hold the rest, so start the base station again"
+                f"{readable_size(resident)} of memory are resident; allowed: {readable_size(self._most)}, which is "
+                "the model, the KV caches and --peer-memory; peers hold the rest, so start the base station again"
             )
         accepting = resident <= self._refusing
         if accepting != self.accepting:

@@ -8,13 +8,16 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import numpy as np
 import psutil
 import pytest
 import zmq
 
-from basestation.inbox import Inbox
+from basestation import memory_guard
+from basestation.inbox import Inbox, Task
+from basestation.memory import return_free_memory
 from basestation.memory_guard import MemoryGuard
 from basestation.router import ReceivedMessage, Router
 from basestation.server import Server
@@ -112,6 +115,46 @@ def test_waking_makes_a_waiting_get_return() -> None:
     assert inbox.get(0) is None
 
 
+# -- the server --
+
+
+def test_bytes_beyond_the_rate_are_dropped_with_the_limits_name_and_others_are_served() -> None:
+    limits = Limits(max_bytes_per_second=50_000)
+    prompt = CODEC.encode(Open(0, 0, Mode.IDS, Sampling(), (1,) * 90_000))
+    with (
+        serving(Server(FakeTarget.make(TARGET), "tcp://127.0.0.1:0", limits)) as server,
+        dealer(server.address) as greedy,
+        dealer(server.address) as other,
+    ):
+        assert greets(greedy)
+        faults: list[Fault] = []
+        for _ in range(3):
+            greedy.send(prompt)
+            assert greedy.poll(20_000)
+            reply = CODEC.decode(greedy.recv())
+            assert isinstance(reply, Fault)
+            faults.append(reply)
+        assert [fault.code for fault in faults] == ["context_length", "context_length", "limit"]
+        assert faults[-1].text == "more bytes a second exceeds the base station's --max-bytes-per-second of 50000"
+        assert greets(other)
+
+
+def test_a_queued_message_counts_for_its_owner_with_the_bytes_that_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    put, sizes = Inbox.put, dict[str, int]()
+
+    def recording(self: Inbox, task: Task, owner: str = "", size: int = 0) -> bool:
+        sizes[owner] = max(size, sizes.get(owner, 0))
+        return put(self, task, owner, size)
+
+    monkeypatch.setattr(Inbox, "put", recording)
+    with serving(Server(FakeTarget.make(TARGET), "tcp://127.0.0.1:0")) as server, dealer(server.address) as device:
+        assert greets(device)
+        device.send(CODEC.encode(Open(0, 0, Mode.IDS, Sampling(), (1,) * 1000)))
+        assert device.poll(20_000)
+        owner = bytes(cast(bytes, device.getsockopt(zmq.ROUTING_ID))).hex()
+    assert sizes[owner] >= 8 * 1000
+
+
 # -- the sessions --
 
 WIDE = 1024
@@ -175,6 +218,16 @@ def test_the_guard_refuses_connections_at_half_and_ends_the_process_beyond_all()
     assert accepting == [True, True, False, False, True]
     with pytest.raises(OverloadError, match=r"are resident; allowed: .*--peer-memory; .*start the base station again"):
         guard.check()
+
+
+def test_the_guard_returns_free_memory_to_the_system_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    returned: list[bool] = []
+    monkeypatch.setattr(memory_guard, "return_free_memory", lambda: returned.append(True))
+    guard = MemoryGuard(expected=100, for_peers=100, resident=lambda: 100)
+    for _ in range(3):
+        guard.check()
+    assert returned == [True]
+    return_free_memory()
 
 
 def test_new_connections_are_refused_while_memory_is_short_and_open_ones_continue() -> None:

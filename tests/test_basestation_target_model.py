@@ -335,6 +335,12 @@ def test_a_target_that_does_not_fit_is_refused_with_both_sizes(monkeypatch: pyte
         check_fits(config, torch.float32, CPU)
 
 
+def test_attention_on_cuda_does_without_cudnn() -> None:
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    register_attention()
+    assert not torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
+
+
 def test_row_counts_are_padded_to_a_few_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
     with CPU:  # only there are they padded
         _, target = tiny_pair("llama")
