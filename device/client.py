@@ -11,7 +11,7 @@ import logging
 import math
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -84,6 +84,7 @@ class Client:
         self._clock = clock
         self._next_session = first_session
         self._paused_seconds = 0.0
+        self._sent_at, self._sent_connections = clock(), 1
         self._is_cancelled: Callable[[], bool] = lambda: False
         self._manifest = manifest
         self._hello = Hello(
@@ -142,41 +143,55 @@ class Client:
         request: Hello | Request,
         timeout: float | None = None,
         resume: Callable[[], Resume] | None = None,
-        while_waiting: Callable[[], None] | None = None,
     ) -> Iterator[Message]:
-        """Send a request, and yield what the base station sends from then on.
+        """Send a request, and yield what the base station sends from then on; see ``messages``."""
+        self.send(request)
+        return self.messages((request,), timeout, resume)
 
-        The request is sent again after ``timeouts.resend`` seconds without a message and over a new connection;
+    def messages(
+        self,
+        unanswered: Sequence[Hello | Request],
+        timeout: float | None = None,
+        resume: Callable[[], Resume] | None = None,
+    ) -> Iterator[Message]:
+        """What the base station sends in answer to requests.
+
+        They are sent again after ``timeouts.resend`` seconds without a message and over a new connection;
         behind a Resume where ``resume`` makes one and the base station knows the message.
 
         Args:
-            request: to send.
+            unanswered: sent before, oldest first.
             timeout: seconds without a message after which the device gives up; None for ``timeouts.retry``.
             resume: makes the Resume of the session.
-            while_waiting: called once, after the request was sent.
 
         Raises:
             LinkError: the base station sends nothing for ``timeout`` seconds.
             FaultError: the base station answers with a Fault.
         """
         limit = self._timeouts.retry if timeout is None else timeout
-        self.link.send(request)
-        connections = max(1, self.link.connections)
-        received_at = sent_at = self._clock()
-        if while_waiting:
-            while_waiting()
+        received_at = self._clock()
         while True:
             message = self._receive(min(self._timeouts.resend, limit))
             now = self._clock()
             if message is not None:
                 received_at = now
-                _raise_fault(message, getattr(request, "session_id", None))
+                _raise_fault(message, getattr(unanswered[0], "session_id", None))
                 yield message
             elif (waited := now - received_at) >= limit:
                 raise LinkError(f"no base station answers at {self.link.address} (waited {waited:.0f} s)")
-            elif now - sent_at >= self._timeouts.resend or self.link.connections > connections:
-                self._resend(request, resume)
-                sent_at, connections = now, max(1, self.link.connections)
+            elif now - max(self._sent_at, received_at) >= self._timeouts.resend or self._reconnected:
+                self._resend(unanswered, resume)
+
+    def arrived(self, session_id: int) -> Message | None:
+        """The next message of the base station, if one has arrived.
+
+        Raises:
+            FaultError: it is a Fault of this session or of none.
+        """
+        message = self._receive(0)
+        if message is not None:
+            _raise_fault(message, session_id)
+        return message
 
     def back_off(self, refusal: FaultError, since: float | None) -> float:
         """Wait where the base station is full or shutting down; a new connection ends the wait.
@@ -208,9 +223,10 @@ class Client:
             self._receive(left)  # messages of sessions that have ended
         return began if since is None else since
 
-    def send(self, message: Close) -> None:
-        """Send a message that has no reply."""
+    def send(self, message: Hello | Request | Close) -> None:
+        """Send a message; ``messages`` yields the replies."""
         self.link.send(message)
+        self._sent_at, self._sent_connections = self._clock(), max(1, self.link.connections)
 
     def now(self) -> Moment:
         """The clock, which ``paused_clock`` stops, and the bytes counted so far."""
@@ -255,10 +271,16 @@ class Client:
         self.check_cancelled()
         return self.link.receive(min(seconds, _CHECK_INTERVAL))
 
-    def _resend(self, request: Hello | Request, resume: Callable[[], Resume] | None) -> None:
+    @property
+    def _reconnected(self) -> bool:
+        """Whether there is a new connection since the last message was sent."""
+        return self.link.connections > self._sent_connections
+
+    def _resend(self, requests: Sequence[Hello | Request], resume: Callable[[], Resume] | None) -> None:
         if resume and self.welcome.version > OLDEST_VERSION:
             self.link.send(resume())
-        self.link.send(request)
+        for request in requests:
+            self.send(request)
 
     def _greet_in(self, version: int, timeout: float | None) -> Welcome:
         hello = replace(self._hello, version=version)

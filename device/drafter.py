@@ -6,7 +6,7 @@ rolls back to the common prefix and runs the rest. Knows no link.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Self, TypeAlias
 
 import numpy as np
 
@@ -24,17 +24,37 @@ ShouldContinue: TypeAlias = Callable[[Sequence[float | None]], bool]
 """Takes the margins of the tokens drafted so far; says whether to draft another."""
 
 
+@dataclass(frozen=True, slots=True)
+class DraftedToken:
+    """A drafted token.
+
+    Attributes:
+        token_id: its id.
+        margin: the gap between the two highest scores; None where the token was sampled from its distribution.
+        distribution: what it was sampled from, in modes that send it.
+    """
+
+    token_id: int
+    margin: float | None
+    distribution: DraftDistribution | None = None
+
+
 @dataclass(frozen=True)
 class DraftResult:
-    """Drafted tokens and, in modes that send them, the distributions they were sampled from.
-
-    ``margins`` holds for each token the gap between the two highest scores, or None
-    where the token was sampled from its distribution.
-    """
+    """Drafted tokens and, in modes that send them, the distributions they were sampled from; see ``DraftedToken``."""
 
     token_ids: tuple[int, ...]
     distributions: tuple[DraftDistribution, ...]
     margins: tuple[float | None, ...]
+
+    @classmethod
+    def of(cls, tokens: Sequence[DraftedToken]) -> Self:
+        """The parts of ``tokens``."""
+        return cls(
+            tuple(token.token_id for token in tokens),
+            tuple(token.distribution for token in tokens if token.distribution is not None),
+            tuple(token.margin for token in tokens),
+        )
 
 
 class Drafter:
@@ -86,26 +106,37 @@ class Drafter:
 
         ``should_continue`` is asked before each token.
         """
-        self._pending = self._rollback(tokens)
-        drafted: list[int] = []
-        margins: list[float | None] = []
-        distributions: list[DraftDistribution] = []
-        while len(drafted) < draft_len and (should_continue is None or should_continue(margins)):
-            logits = self._run()
-            position = len(tokens) + len(drafted)
-            margin = None
-            if self._ids_alone or self.sampling.greedy:
-                token_id, margin = coupled_token(logits, self.sampling, position)
-            if not self._ids_alone:
-                distribution = self._distribution(logits)
-                token_id = distribution.sample(random_bits(self.sampling.seed, position, Stream.DRAFT))
-                distributions.append(distribution)
-            drafted.append(token_id)
-            margins.append(margin)
-            if token_id in self._stop_ids:
+        self.follow(tokens)
+        drafted: list[DraftedToken] = []
+        while len(drafted) < draft_len and (
+            should_continue is None or should_continue([token.margin for token in drafted])
+        ):
+            drafted.append(self.draft_token())
+            if drafted[-1].token_id in self._stop_ids:
                 break
-            self._pending = [token_id]
-        return DraftResult(tuple(drafted), tuple(distributions), tuple(margins))
+        return DraftResult.of(drafted)
+
+    def follow(self, tokens: Sequence[int]) -> None:
+        """Draft what follows ``tokens`` from now on."""
+        self._pending = self._rollback(tokens)
+
+    def draft_token(self) -> DraftedToken:
+        """Draft the token that follows all so far."""
+        logits = self._run()
+        position = self._model.length
+        if self._ids_alone:
+            drafted = DraftedToken(*coupled_token(logits, self.sampling, position))
+        else:
+            margin = coupled_token(logits, self.sampling, position)[1] if self.sampling.greedy else None
+            distribution = self._distribution(logits)
+            token_id = distribution.sample(random_bits(self.sampling.seed, position, Stream.DRAFT))
+            drafted = DraftedToken(token_id, margin, distribution)
+        return self._take(drafted)
+
+    def guess_token(self) -> DraftedToken:
+        """The likeliest token that follows all so far, with the noise of mode ``coupled``; it is not sampled."""
+        sampling = self.sampling if self._ids_alone else Sampling()
+        return self._take(DraftedToken(*coupled_token(self._run(), sampling, self._model.length)))
 
     def cache_last_token(self) -> None:
         """Run the last drafted token, so that the next draft needs one step less if it is accepted."""
@@ -113,6 +144,9 @@ class Drafter:
             self._run()
 
     def _run(self) -> Logits:
+        """The logits after all tokens so far; runs those that are pending."""
+        if not self._pending:
+            return self._logits
         while self._pending:
             self._before_pass()
             chunk = self._pending[:_CHUNK]
@@ -121,7 +155,12 @@ class Drafter:
         if not np.isfinite(logits.max()):
             count = self._model.length
             raise NonFiniteError(f"the draft model's logits are NaN or infinite after {count} tokens; export it again")
-        return np.pad(logits, (0, self._missing), constant_values=-np.inf) if self._missing else logits
+        self._logits = np.pad(logits, (0, self._missing), constant_values=-np.inf) if self._missing else logits
+        return self._logits
+
+    def _take(self, drafted: DraftedToken) -> DraftedToken:
+        self._pending = [] if drafted.token_id in self._stop_ids else [drafted.token_id]
+        return drafted
 
     def _distribution(self, logits: Logits) -> DraftDistribution:
         if self._uplink is None:

@@ -5,7 +5,7 @@ Knows numbers, not models or links; the formulas are in ``round_model.py``.
 
 from bisect import bisect
 from collections.abc import Callable, Sequence
-from math import prod, sqrt
+from math import ceil, prod, sqrt
 
 from device.estimates import Line, Ratio, Share
 from device.round_model import RoundTimes, expected_tokens
@@ -32,6 +32,8 @@ _CERTAIN_ROUNDS = 32
 """Before this many rounds, drafting is given up only where it is clearly slower: n rounds have an error of 1/√n."""
 ALONE_DECAY = 0.5
 """Weight that earlier rounds keep after the target has decoded ``MIN_WAIT`` tokens alone."""
+MIN_SURVIVAL = 0.4
+"""Least probability of its assumption at which a Draft is sent ahead."""
 _INSTANT = 1e-9
 _MARGIN_BOUNDS = (0.15, 0.3, 0.5)
 """Bounds of the margin classes, in nats; the acceptance rate is estimated for each class."""
@@ -120,6 +122,28 @@ class Planner:
         seconds = times.seconds(1) - times.seconds(0)
         return accepted >= seconds * self._tokens_per_second()
 
+    def should_draft_ahead(
+        self, before: Sequence[float | None], margins: Sequence[float | None], drafts_ahead: int
+    ) -> bool:
+        """Whether to draft another token of a Draft while others may be in flight.
+
+        Args:
+            before: margins of the tokens in flight.
+            margins: of the Draft so far, with that of its assumed bonus token.
+            drafts_ahead: how many Drafts may be sent on an assumed bonus token.
+        """
+        if len(margins) >= self._overlapped_len(drafts_ahead):
+            return False
+        uncertain = (*before, *margins)
+        return not uncertain or prod(map(self._acceptance_at, uncertain)) >= MIN_SURVIVAL
+
+    def _overlapped_len(self, drafts_ahead: int) -> int:
+        """Tokens of a Draft such that neither the target nor a full window makes the device wait."""
+        times = self.times
+        reply = times.round_trip_seconds + times.verify_seconds(FIRST_DRAFT_LEN)
+        longest_wait = max(times.verify_seconds(FIRST_DRAFT_LEN), reply / (1 + drafts_ahead))
+        return max(1, min(MAX_DRAFT_LEN, ceil(longest_wait / max(times.draft_seconds, _INSTANT))))
+
     def observe_opened(self, seconds: float) -> None:
         """Record the time from an Open to its Opened, which waits for no forward pass: about a round trip."""
         self._link_seconds = seconds
@@ -144,7 +168,12 @@ class Planner:
         self._review(True, tokens, first_seconds + seconds)
 
     def observe(
-        self, margins: Sequence[float | None], accepted: int, draft_seconds: float, reply_seconds: float | None
+        self,
+        margins: Sequence[float | None],
+        accepted: int,
+        draft_seconds: float,
+        reply_seconds: float | None,
+        round_seconds: float | None,
     ) -> None:
         """Record a round; one that drafted nothing is ignored.
 
@@ -152,7 +181,9 @@ class Planner:
             margins: of its drafted tokens.
             accepted: how many of them were accepted.
             draft_seconds: the time to draft them.
-            reply_seconds: from the Draft to its Verdict; None where the base station may still have been prefilling.
+            reply_seconds: from the Draft to its Verdict; None where it also waited for a prefill or another Draft.
+            round_seconds: from the Verdict before, or from the first drafted token, to the Verdict; None where the
+                base station may still have been prefilling.
         """
         if not margins:
             return
@@ -160,18 +191,26 @@ class Planner:
         self._drafting.observe(draft_seconds, len(margins))
         if reply_seconds is not None:
             self._replies.observe(len(margins), reply_seconds)
-            self._rounds.observe(accepted + 1, draft_seconds + reply_seconds)
+        if round_seconds is not None:
+            self._rounds.observe(accepted + 1, round_seconds)
             self._rounds_seen += 1
-            self._review(False, accepted + 1, draft_seconds + reply_seconds)
+            self._review(False, accepted + 1, round_seconds)
+
+    def observe_assumed(self, margin: float | None, is_right: bool) -> None:
+        """Record whether an assumed bonus token was right."""
+        self._observe_token(margin, is_right)
 
     def _observe_tokens(self, margins: Sequence[float | None], accepted: int) -> None:
         self._acceptance.fade()
         for index, margin in enumerate(margins[: accepted + 1]):
-            self._acceptance.observe(index < accepted)
-            if margin is not None:
-                share = self._by_margin.setdefault(bisect(_MARGIN_BOUNDS, margin), Share())
-                share.fade()
-                share.observe(index < accepted)
+            self._observe_token(margin, index < accepted)
+
+    def _observe_token(self, margin: float | None, accepted: bool) -> None:
+        self._acceptance.observe(accepted)
+        if margin is not None:
+            share = self._by_margin.setdefault(bisect(_MARGIN_BOUNDS, margin), Share())
+            share.fade()
+            share.observe(accepted)
 
     def _review(self, alone: bool, tokens: int, seconds: float) -> None:
         """Choose how to go on, after ``tokens`` in ``seconds`` by drafting, or by the target ``alone``."""

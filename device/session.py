@@ -3,16 +3,19 @@
 Knows tokens, not text; ``session_requests.py`` gets the requests answered.
 """
 
+from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from device.client import Client
 from device.common_prefix import common_prefix
 from device.draft_model import DraftModel
-from device.drafter import Drafter
+from device.drafter import Drafter, DraftResult
+from device.pending_draft import PendingDraft, margins_of
 from device.planner import Planner
 from device.session_requests import SessionRequests
+from device.round_records import Moment
 from device.settings import DraftSettings
 from protocol.errors import CancelledError, ContextLengthError, NonFiniteError
 from protocol.limits import option_name
@@ -40,11 +43,13 @@ class AnswerToken:
 
 @dataclass
 class Counters:
-    """What a session has done so far."""
+    """What a session has done so far; ``drafted`` counts no invalidated Draft, ``draft_bytes`` counts all."""
 
     rounds: int = 0
     drafted: int = 0
     accepted: int = 0
+    draft_bytes: int = 0
+    invalidated_bytes: int = 0
 
 
 class DeviceSession:
@@ -87,6 +92,9 @@ class DeviceSession:
             client.check_cancelled,
         )
         self._requests = SessionRequests(client, settings.mode, settings.sampling, self.tokens)
+        self._in_flight: deque[PendingDraft] = deque()
+        self._next: PendingDraft | None = None
+        self._concluded = client.now()
         self._check_prompt(prompt_ids)
         began = client.now()
         try:
@@ -99,8 +107,8 @@ class DeviceSession:
 
     @property
     def ready(self) -> bool:
-        """Whether another prompt can continue the session: no reply is outstanding."""
-        return self._requests.ready
+        """Whether another prompt can continue the session: no reply is outstanding, except to Drafts."""
+        return self._requests.ready or self._requests.drafts_in_flight > 0
 
     @property
     def stop_ids(self) -> frozenset[int]:
@@ -118,6 +126,7 @@ class DeviceSession:
         Raises:
             ContextLengthError: it does not fit the target's context, or exceeds the base station's limit.
         """
+        self._await_verdicts()
         sampling = sampling or self._drafter.sampling
         self._planner = planner or self._planner
         start = common_prefix(self.tokens, prompt_ids[:-1])
@@ -138,9 +147,9 @@ class DeviceSession:
         start = len(self.tokens)
         end = start + max_new_tokens
         while (room := min(end, self._client.welcome.context_length) - len(self.tokens)) > 0:
-            alone = self._decode_len(room)
+            alone = 0 if self._in_flight else self._decode_len(room)
             try:
-                for token in self._decode(alone) if alone else self._round(room - 1):
+                for token in self._decode(alone) if alone else self._round(len(self.tokens) + room):
                     self._client.check_cancelled()
                     yield token
                     if token.token_id in self.stop_ids:
@@ -154,24 +163,137 @@ class DeviceSession:
         """End the session at the base station."""
         self._requests.close()
 
-    def _round(self, room: int) -> list[AnswerToken]:
-        """Draft up to ``room`` tokens, send them, and commit the accepted ones and the token that follows."""
-        began = self._client.now()
+    def _round(self, end: int) -> list[AnswerToken]:
+        """Draft and send up to position ``end`` until the oldest Draft in flight has its Verdict, and commit it."""
+        while True:
+            may_draft = self._may_draft(end)
+            if self._in_flight and (may_draft or not self._may_send()):
+                if not may_draft and self._settings.cache_last_token:
+                    self._drafter.cache_last_token()
+                if verdict := self._requests.verdict(wait=not may_draft):
+                    return self._conclude(verdict)
+                if not self._requests.drafts_in_flight:  # the session had to be opened again
+                    self._discard()
+                    continue
+            if may_draft:
+                self._draft_token()
+            else:
+                self._send()
+
+    def _may_draft(self, end: int) -> bool:
+        """Whether to draft another token of the next Draft."""
+        drafting = self._next or PendingDraft(self._concluded)
+        new_assumption = bool(self._in_flight) and self._next is None
+        room = min(end, self._client.welcome.context_length) - self._sequence_len - 1 - new_assumption
         fixed = self._settings.draft_len
-        draft_len = min(self._client.welcome.max_draft_len, room, self._draft_room, fixed or room)
-        should_continue = self._planner.should_continue if fixed is None else None
-        drafted = self._drafter.draft(self.tokens, draft_len, should_continue)
-        sent = self._client.now()
-        while_waiting = self._drafter.cache_last_token if self._settings.cache_last_token else None
-        token_ids, verdict = self._requests.draft(drafted, while_waiting)
-        received = self._client.now()
-        reply_seconds = None if self._requests.take_prefilled() else received.seconds - sent.seconds
-        margins = drafted.margins[: len(token_ids)]
-        self._planner.observe(margins, verdict.accepted, sent.seconds - began.seconds, reply_seconds)
-        self._client.record(self._settings.mode, verdict, draft_len, len(token_ids), (began, sent, received))
-        self.counters.drafted += len(token_ids)
+        longest = min(self._client.welcome.max_draft_len, fixed or self._client.welcome.max_draft_len)
+        if room <= 0 or len(drafting.tokens) >= longest or self._sequence_len >= self._draft_context or self._at_end:
+            return False
+        if self._in_flight and not self._drafts_ahead:
+            return False
+        if fixed is not None:
+            return True
+        if self._drafts_ahead:
+            before = margins_of(self._in_flight)
+            return self._planner.should_draft_ahead(before, drafting.uncertain_margins, self._drafts_ahead)
+        return self._planner.should_continue(drafting.margins)
+
+    def _may_send(self) -> bool:
+        """Whether the next Draft may be sent while others are in flight."""
+        return self._next is not None and bool(self._next.tokens) and len(self._in_flight) <= self._drafts_ahead
+
+    def _draft_token(self) -> None:
+        began = self._client.now()
+        if self._next is None:
+            self._next = PendingDraft(began)
+            if self._in_flight:
+                self._next.assumed_bonus = self._drafter.guess_token()
+            else:
+                self._concluded = began
+                self._drafter.follow(self.tokens)
+        if self._next.assumed_bonus is None or self._next.draft_seconds:
+            self._next.tokens.append(self._drafter.draft_token())
+        self._next.draft_seconds += self._client.now().seconds - began.seconds
+
+    def _send(self) -> None:
+        """Send the next Draft, without tokens where none may be drafted."""
+        began = self._client.now()
+        draft, self._next = self._next or PendingDraft(began), None
+        if not self._in_flight and not draft.tokens:
+            self._concluded = began
+        draft.overlaps = bool(self._in_flight)
+        assumed = draft.assumed_bonus
+        self._requests.send_draft(DraftResult.of(draft.tokens), assumed.token_id if assumed else None)
+        draft.sent = began
+        draft.uplink_bytes = self._client.now().uplink_bytes - began.uplink_bytes
+        self.counters.draft_bytes += draft.uplink_bytes
+        self._in_flight.append(draft)
+
+    def _conclude(self, verdict: Verdict) -> list[AnswerToken]:
+        """Commit the Verdict of the oldest Draft in flight; discard those on a wrong assumption."""
+        draft, received = self._in_flight.popleft(), self._client.now()
+        self._observe(draft, verdict, received)
+        self.counters.drafted += len(draft.tokens)
         self.counters.accepted += verdict.accepted
-        return self._commit(token_ids, verdict)
+        following = self._in_flight[0] if self._in_flight else self._next
+        if following and verdict.accepted == len(draft.tokens):
+            assert following.assumed_bonus is not None
+            is_right = following.assumed_bonus.token_id == verdict.token_id
+            self._planner.observe_assumed(following.assumed_bonus.margin, is_right)
+            following.assumed_bonus = None
+        else:
+            is_right = False
+        if not is_right:
+            self._discard()
+        return self._commit(draft.token_ids, verdict)
+
+    def _observe(self, draft: PendingDraft, verdict: Verdict, received: Moment) -> None:
+        """Tell the planner and the record file what a round took."""
+        sent = draft.sent
+        assert sent is not None
+        drafting = draft.draft_seconds * len(draft.tokens) / max(1, len(draft))
+        prefilled = self._requests.take_prefilled()
+        reply_seconds = None if prefilled or draft.overlaps else received.seconds - sent.seconds
+        round_seconds = None if prefilled else received.seconds - self._concluded.seconds
+        self._planner.observe(draft.margins, verdict.accepted, drafting, reply_seconds, round_seconds)
+        counted = replace(self._concluded, seconds=draft.began.seconds)
+        longest = self._settings.draft_len or self._client.welcome.max_draft_len
+        self._client.record(self._settings.mode, verdict, longest, len(draft.tokens), (counted, sent, received))
+        self._concluded = received
+
+    def _discard(self) -> None:
+        """Forget all Drafts without a Verdict."""
+        self.counters.invalidated_bytes += sum(draft.uplink_bytes for draft in self._in_flight)
+        self._in_flight.clear()
+        self._next = None
+
+    def _await_verdicts(self) -> None:
+        """Commit the Drafts that an abandoned answer left in flight."""
+        while self._in_flight:
+            if verdict := self._requests.verdict():
+                self._conclude(verdict)
+            else:
+                self._discard()
+        self._next = None
+
+    @property
+    def _drafts_ahead(self) -> int:
+        """How many Drafts may be sent on an assumed bonus token."""
+        most = self._client.welcome.window - 1
+        return most if self._settings.drafts_ahead is None else min(most, self._settings.drafts_ahead)
+
+    @property
+    def _sequence_len(self) -> int:
+        """The length of the committed tokens with all drafted ones."""
+        pending = [*self._in_flight, *([self._next] if self._next else [])]
+        return len(self.tokens) + sum(map(len, pending))
+
+    @property
+    def _at_end(self) -> bool:
+        """Whether the last drafted token ends the answer."""
+        last = self._next if self._next and len(self._next) else self._in_flight[-1] if self._in_flight else None
+        tokens = [*([last.assumed_bonus] if last.assumed_bonus else []), *last.tokens] if last else []
+        return bool(tokens) and tokens[-1].token_id in self.stop_ids
 
     def _decode_len(self, room: int) -> int:
         """How many tokens the target decodes alone now; 0 where the device drafts."""

@@ -26,6 +26,7 @@ from protocol.messages import (
     Decode,
     Draft,
     Extend,
+    Message,
     Mode,
     Open,
     Opened,
@@ -57,8 +58,10 @@ class SessionRequests:
         self._sampling = sampling
         self._tokens = tokens
         self._prefills = False
+        self._refused_at: float | None = None  # the first refusal since the last reply, by the client's clock
+        self._unknown = False
         self._session_id = client.new_session_id()
-        self._rounds = SessionRounds(client.stop_ids)
+        self._rounds = SessionRounds(client.stop_ids, client.welcome.window)
 
     @property
     def ready(self) -> bool:
@@ -88,27 +91,35 @@ class SessionRequests:
         self._start_session()
         self.open(prompt_ids)
 
-    def draft(
-        self, drafted: DraftResult, while_waiting: Callable[[], None] | None = None
-    ) -> tuple[Sequence[int], Verdict]:
-        """Send a Draft; wait for its Verdict.
+    @property
+    def drafts_in_flight(self) -> int:
+        """The number of Drafts without a Verdict."""
+        return len(self._rounds.in_flight)
+
+    def send_draft(self, drafted: DraftResult, assumed_bonus: int | None = None) -> None:
+        """Send a Draft; while another is in flight, on the bonus token that is assumed to follow that one."""
+        round_id = self._rounds.next_round
+        draft = Draft(self._session_id, round_id, drafted.token_ids, drafted.distributions, assumed_bonus)
+        self._rounds.advance(draft)
+        self._client.send(draft)
+
+    def verdict(self, wait: bool = True) -> Verdict | None:
+        """The Verdict of the oldest Draft in flight.
 
         Returns:
-            The drafted tokens that were sent, fewer than ``drafted`` where a restarted base station allows fewer,
-            and the Verdict.
+            None where none has arrived and ``wait`` is false, and where the session had to be opened again: then no
+            Draft is in flight.
         """
-        count = 0
-
-        def request() -> Draft:
-            nonlocal count
-            welcome = self._client.welcome
-            count = min(len(drafted.token_ids), welcome.max_draft_len, welcome.context_length - len(self._tokens) - 1)
-            token_ids, distributions = drafted.token_ids[:count], drafted.distributions[:count]
-            return Draft(self._session_id, self._rounds.round_id, token_ids, distributions)
-
-        verdict = next(self._replies(request, while_waiting))
-        assert isinstance(verdict, Verdict)
-        return drafted.token_ids[:count], verdict
+        try:
+            while message := self._next_message() if wait else self._client.arrived(self._session_id):
+                if isinstance(message, Verdict) and not self._is_stale(message):
+                    self._rounds.advance(message)
+                    self._refused_at, self._unknown = None, False
+                    return message
+        except FaultError as fault:
+            self._recover(fault)
+            self._open_again()
+        return None
 
     def decode(self, count: int) -> Iterator[Verdict]:
         """Let the target decode ``count`` tokens alone, at most to the end of its context; yield the Verdicts."""
@@ -136,48 +147,30 @@ class SessionRequests:
         prefilled, self._prefills = self._prefills, False
         return prefilled
 
-    def _replies(
-        self,
-        request: Callable[[], Request],
-        while_waiting: Callable[[], None] | None = None,
-        refused_at: float | None = None,
-    ) -> Iterator[Reply]:
+    def _replies(self, request: Callable[[], Request]) -> Iterator[Reply]:
         """The replies to one request, across refusals and restarts of the base station.
-
-        A session that is unknown again before any reply came counts as refused.
 
         Args:
             request: makes the request, or what is left of it, for the session as it is now.
-            while_waiting: called once each time the request was sent.
-            refused_at: time of the first refusal, by the client's clock.
         """
-        unknown = False
         while True:
             sent = request()
             try:
-                for reply in self._attempt(sent, while_waiting):
-                    refused_at, unknown = None, False
+                for reply in self._attempt(sent):
+                    self._refused_at, self._unknown = None, False
                     yield reply
             except FaultError as fault:
-                if fault.fault_code not in _RETRYABLE:
-                    raise
-                with self._client.paused_clock():
-                    if fault.fault_code in (FullError.code, ClosingError.code) or unknown:
-                        refused_at = self._client.back_off(fault, refused_at)
-                    unknown, before = True, self._client.welcome
-                    self._start_session()
-                    if fault.fault_code == LimitError.code and self._client.welcome == before:
-                        raise
-                    if not isinstance(sent, Open):
-                        next(self._replies(partial(self._open, self._tokens), refused_at=refused_at))
+                self._recover(fault)
+                if not isinstance(sent, Open):
+                    self._open_again()
             else:
                 return
 
-    def _attempt(self, request: Request, while_waiting: Callable[[], None] | None) -> Iterator[Reply]:
+    def _attempt(self, request: Request) -> Iterator[Reply]:
         """The replies to one request, until the state machine has no more to await."""
         self._rounds.advance(request)
         resume = None if isinstance(request, Open | Extend) else self._resume
-        for message in self._client.exchange(request, resume=resume, while_waiting=while_waiting):
+        for message in self._client.exchange(request, resume=resume):
             if not isinstance(message, Opened | Verdict) or self._is_stale(message):
                 continue
             self._rounds.advance(message)
@@ -185,12 +178,41 @@ class SessionRequests:
             if self.ready:
                 return
 
+    def _next_message(self) -> Message:
+        """The next message while Drafts are in flight."""
+        return next(self._client.messages(self._rounds.in_flight, resume=self._resume))
+
+    def _recover(self, fault: FaultError) -> None:
+        """Start a new session after a Fault that ended the old one; wait first where the base station refused it.
+
+        A session that is unknown again before any reply came counts as refused.
+
+        Raises:
+            FaultError: the Fault, if another attempt would not help.
+        """
+        if fault.fault_code not in _RETRYABLE:
+            raise fault
+        with self._client.paused_clock():
+            if fault.fault_code in (FullError.code, ClosingError.code) or self._unknown:
+                self._refused_at = self._client.back_off(fault, self._refused_at)
+            self._unknown, before = True, self._client.welcome
+            self._start_session()
+            if fault.fault_code == LimitError.code and self._client.welcome == before:
+                raise fault
+
+    def _open_again(self) -> None:
+        """Open the new session on all committed tokens; that alone does not prove that requests are answered again."""
+        with self._client.paused_clock():
+            refused_at = self._refused_at
+            next(self._replies(partial(self._open, self._tokens)))
+            self._refused_at, self._unknown = refused_at, True
+
     def _start_session(self) -> None:
         """Greet, and take a new session id; the base station may have other limits and stop ids now."""
         self._client.greet()
         self._prefills = True
         self._session_id = self._client.new_session_id()
-        self._rounds = SessionRounds(self._client.stop_ids)
+        self._rounds = SessionRounds(self._client.stop_ids, self._client.welcome.window)
 
     def _open(self, prompt_ids: Sequence[int]) -> Open:
         context_length = self._client.welcome.context_length

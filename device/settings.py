@@ -59,6 +59,8 @@ class DraftSettings:
         uplink_steps: probabilities are sent in steps of 1/``uplink_steps``; 0 selects the mode's default.
         cache_last_token: run the last drafted token through the draft model while waiting for the Verdict; off where
             that takes time from a base station on the same core.
+        drafts_ahead: most Drafts sent on an assumed bonus token, while another is in flight; None for as many as the
+            planner and the base station's window allow.
     """
 
     mode: Mode
@@ -68,6 +70,7 @@ class DraftSettings:
     uplink_p: float = 0.95
     uplink_steps: int = 0
     cache_last_token: bool = True
+    drafts_ahead: int | None = 0
 
     def __post_init__(self) -> None:
         _ = self.uplink  # raises if a value is not allowed

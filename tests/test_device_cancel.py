@@ -17,7 +17,7 @@ from device.settings import DraftSettings
 from device.tokenizer import Tokenizer
 from device.worker import Worker
 from protocol.errors import CancelledError, ClosingError
-from protocol.messages import Close, Message, Mode, Opened, Sampling, Verdict
+from protocol.messages import Close, Draft, Message, Mode, Opened, Sampling, Verdict
 from tests.fakes import FakeDraftModel, target_alone
 from tests.link_pair import MemoryTransport, RefusingTransport, join
 from tests.number_service import DEFAULTS, DRAFT, FIELDS, PROMPT, TARGET, NumberTokenizer, new_station, text_of
@@ -127,8 +127,12 @@ def test_an_abandoned_turn_of_a_conversation_keeps_what_was_run() -> None:
     assert sum(model.passes[before:]) < len(turn) + 40
 
 
-@pytest.mark.parametrize("reply", [Opened, Verdict])
-def test_an_abandoned_request_does_not_wait_for_the_base_station(reply: type[Message]) -> None:
+@pytest.mark.parametrize(
+    ("reply", "last_sent"), [(Opened, Close), (Verdict, Draft)], ids=["closes its session", "keeps its session"]
+)
+def test_an_abandoned_request_does_not_wait_for_the_base_station(
+    reply: type[Message], last_sent: type[Message]
+) -> None:
     abandoned = Answer(PROMPT)
     sent: list[str] = []
 
@@ -148,7 +152,7 @@ def test_an_abandoned_request_does_not_wait_for_the_base_station(reply: type[Mes
     worker.start()
     assert isinstance(abandoned.end(), CancelledError)
     assert transport.now < 1
-    assert sent[-1] == Close.__name__
+    assert sent[-1] == last_sent.__name__
     check_next_answer(worker, PROMPT)
     worker.stop(5)
 

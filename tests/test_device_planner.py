@@ -85,7 +85,8 @@ class Simulation:
         self.tokens += accepted + 1
         self.seconds += draft_seconds + reply_seconds
         if not isinstance(planner, int):
-            planner.observe(margins, accepted, self.error() * draft_seconds, self.error() * reply_seconds)
+            drafting, reply = self.error() * draft_seconds, self.error() * reply_seconds
+            planner.observe(margins, accepted, drafting, reply, drafting + reply)
 
     def error(self) -> float:
         return self.rng.uniform(0.9, 1.1)
@@ -147,10 +148,10 @@ def test_drafts_become_longer_when_the_link_becomes_slow() -> None:
     planner = Planner(QUALITY, greedy=False)
     planner.observe_decoded(8, 0.020, 0.140)
     for _ in range(50):
-        planner.observe([None] * 4, 3, 0.040, 0.020)
+        planner.observe([None] * 4, 3, 0.040, 0.020, 0.060)
     on_fast_link = planned_len(planner)
     for _ in range(50):
-        planner.observe([None] * 4, 3, 0.040, 0.200)
+        planner.observe([None] * 4, 3, 0.040, 0.200, 0.240)
     assert on_fast_link < planned_len(planner)
 
 
@@ -198,7 +199,7 @@ def test_wait_between_trials_of_slower_drafting_follows_their_cost(round_seconds
             planner.observe_decoded(count, 0.1, 0.1 * (count - 1))
             tokens += count
         else:
-            planner.observe([None], 0, 0.0, round_seconds)
+            planner.observe([None], 0, 0.0, round_seconds, round_seconds)
             waits.append(tokens)
             tokens = 0
     assert waits[-2:] == [wait, wait]
@@ -234,7 +235,7 @@ def test_wait_between_trials_of_the_slower_target_follows_their_cost() -> None:
             waits.append(tokens)
             tokens = 0
         else:
-            planner.observe([2.0] * 4, 4, 0.04, 0.11)
+            planner.observe([2.0] * 4, 4, 0.04, 0.11, 0.15)
             tokens += 5
     lost = 0.3 * 5 / 0.15 - TRIAL
     assert waits[-1] > 60 * lost
@@ -253,7 +254,7 @@ def test_round_without_drafted_tokens_changes_no_estimate() -> None:
     planner = Planner(QUALITY, greedy=True)
     planner.observe_decoded(TRIAL, 0.1, 0.02)
     before = planned_len(planner), planner.alpha
-    planner.observe([], 0, 0.0, 100.0)
+    planner.observe([], 0, 0.0, 100.0, 100.0)
     assert (planned_len(planner), planner.alpha) == before
 
 
@@ -313,7 +314,7 @@ def test_drafting_ends_earlier_after_a_smaller_margin_before_any_was_observed() 
     def len_after(margin: float) -> int:
         planner = Planner(QUALITY, greedy=True)
         planner.observe_decoded(TRIAL, 0.1, 0.1)
-        planner.observe([2.0] * 4, 4, 0.040, 0.060)
+        planner.observe([2.0] * 4, 4, 0.040, 0.060, 0.100)
         margins = [margin] * 3
         while planner.should_continue(margins):
             margins.append(2.0)

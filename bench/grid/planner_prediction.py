@@ -107,5 +107,5 @@ def _step(planner: Planner, trace: AcceptanceTrace, position: int, times: RoundT
     verified = trace.draft(position, planner)
     drafting = len(verified.margins) * times.draft_seconds
     reply = times.seconds(len(verified.margins)) - drafting
-    planner.observe(verified.margins, verified.accepted, drafting, reply)
+    planner.observe(verified.margins, verified.accepted, drafting, reply, drafting + reply)
     return verified.accepted + 1, drafting + reply, True

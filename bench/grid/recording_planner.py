@@ -36,8 +36,13 @@ class _RecordingPlanner(Planner):
         self._recorded = rounds
 
     def observe(
-        self, margins: Sequence[float | None], accepted: int, draft_seconds: float, reply_seconds: float | None
+        self,
+        margins: Sequence[float | None],
+        accepted: int,
+        draft_seconds: float,
+        reply_seconds: float | None,
+        round_seconds: float | None,
     ) -> None:
         """Record a round, and keep its figures."""
         self._recorded.append(RoundFigures(tuple(margins), accepted, draft_seconds, reply_seconds))
-        super().observe(margins, accepted, draft_seconds, reply_seconds)
+        super().observe(margins, accepted, draft_seconds, reply_seconds, round_seconds)
