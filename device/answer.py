@@ -29,6 +29,8 @@ class Answer:
     ``finish_reason`` is ``stop`` or ``length``. Bytes are counted in the TCP stream,
     ``seconds`` from the prompt to the last token, ``ttft_seconds`` to the first.
     ``draft_len`` is the fixed draft length, or else the rounded mean over the rounds.
+    ``draft_bytes`` are those of all Drafts, ``invalidated_bytes`` of those on a wrong
+    assumed bonus token.
     """
 
     text: str
@@ -48,6 +50,8 @@ class Answer:
     tokens_per_second: float
     mode: str
     draft_len: int
+    draft_bytes: int
+    invalidated_bytes: int
 
 
 @dataclass(frozen=True)
@@ -189,6 +193,8 @@ class AnswerStream:
             tokens_per_second=len(token_ids) / seconds,
             mode=settings.mode,
             draft_len=(settings.draft_len if drafted else 0) or round(drafted / rounds),
+            draft_bytes=ended.counters.draft_bytes - began.counters.draft_bytes,
+            invalidated_bytes=ended.counters.invalidated_bytes - began.counters.invalidated_bytes,
         )
 
     def _token_ids(self) -> Iterator[int]:

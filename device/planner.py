@@ -32,7 +32,7 @@ _CERTAIN_ROUNDS = 32
 """Before this many rounds, drafting is given up only where it is clearly slower: n rounds have an error of 1/√n."""
 ALONE_DECAY = 0.5
 """Weight that earlier rounds keep after the target has decoded ``MIN_WAIT`` tokens alone."""
-MIN_SURVIVAL = 0.4
+MIN_SURVIVAL = 0.3
 """Least probability of its assumption at which a Draft is sent ahead."""
 _INSTANT = 1e-9
 _MARGIN_BOUNDS = (0.15, 0.3, 0.5)

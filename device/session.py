@@ -203,16 +203,16 @@ class DeviceSession:
         return self._next is not None and bool(self._next.tokens) and len(self._in_flight) <= self._drafts_ahead
 
     def _draft_token(self) -> None:
+        """Draft one token more: of the next Draft, or the bonus token that it assumes."""
         began = self._client.now()
-        if self._next is None:
-            self._next = PendingDraft(began)
-            if self._in_flight:
-                self._next.assumed_bonus = self._drafter.guess_token()
-            else:
-                self._concluded = began
-                self._drafter.follow(self.tokens)
-        if self._next.assumed_bonus is None or self._next.draft_seconds:
+        if self._next is not None:
             self._next.tokens.append(self._drafter.draft_token())
+        elif self._in_flight:
+            self._next = PendingDraft(began, assumed_bonus=self._drafter.guess_token())
+        else:
+            self._concluded = began
+            self._drafter.follow(self.tokens)
+            self._next = PendingDraft(began, tokens=[self._drafter.draft_token()])
         self._next.draft_seconds += self._client.now().seconds - began.seconds
 
     def _send(self) -> None:
