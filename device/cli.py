@@ -64,11 +64,20 @@ def generate(
         typer.Option("--raw", help="Use the prompt as it is, without the chat template.", rich_help_panel=COMMON),
     ] = False,
     origins: ShowOrigins = False,
+    explain: Annotated[
+        bool,
+        typer.Option(
+            help="Print each decision of the planner with the estimates behind it, to stderr.", rich_help_panel=OUTPUT
+        ),
+    ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object instead of the text.", rich_help_panel=OUTPUT)
     ] = False,
 ) -> None:
     """Answer one prompt; the text streams as it is committed."""
+    if explain:
+        logging.basicConfig(format="%(message)s")
+        logging.getLogger("device.session").setLevel(logging.DEBUG)
     asked = _prompt(text, prompt)
     messages = _messages(asked, system)
     with _conversation(answer_options) as conversation:

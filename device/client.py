@@ -123,13 +123,16 @@ class Client:
         """Check settings against the base station's Welcome.
 
         Raises:
-            SettingsError: the base station does not serve the mode, the draft length or the number of entries.
+            SettingsError: the base station does not serve the mode, the draft length, the Drafts ahead or the number
+                of entries.
         """
         welcome, encoding = self.welcome, settings.mode.encoding
         if settings.mode not in welcome.modes or (encoding and encoding not in welcome.encodings):
             raise SettingsError("mode", str(settings.mode), ", ".join(welcome.modes))
         if settings.draft_len is not None and settings.draft_len > welcome.max_draft_len:
             raise SettingsError("draft-len", settings.draft_len, f"1 to {welcome.max_draft_len}")
+        if settings.drafts_ahead is not None and settings.drafts_ahead >= welcome.window:
+            raise SettingsError("drafts-ahead", settings.drafts_ahead, f"0 to {welcome.window - 1}")
         if encoding is Encoding.SPARSE and settings.uplink_k > welcome.max_uplink_k:
             raise SettingsError("uplink-k", settings.uplink_k, f"1 to {welcome.max_uplink_k}")
 
@@ -143,16 +146,18 @@ class Client:
         request: Hello | Request,
         timeout: float | None = None,
         resume: Callable[[], Resume] | None = None,
+        while_waiting: Callable[[], bool] = lambda: False,
     ) -> Iterator[Message]:
         """Send a request, and yield what the base station sends from then on; see ``messages``."""
         self.send(request)
-        return self.messages((request,), timeout, resume)
+        return self.messages((request,), timeout, resume, while_waiting)
 
     def messages(
         self,
         unanswered: Sequence[Hello | Request],
         timeout: float | None = None,
         resume: Callable[[], Resume] | None = None,
+        while_waiting: Callable[[], bool] = lambda: False,
     ) -> Iterator[Message]:
         """What the base station sends in answer to requests.
 
@@ -163,6 +168,7 @@ class Client:
             unanswered: sent before, oldest first.
             timeout: seconds without a message after which the device gives up; None for ``timeouts.retry``.
             resume: makes the Resume of the session.
+            while_waiting: does a piece of work while no message has arrived; says whether it did.
 
         Raises:
             LinkError: the base station sends nothing for ``timeout`` seconds.
@@ -171,7 +177,9 @@ class Client:
         limit = self._timeouts.retry if timeout is None else timeout
         received_at = self._clock()
         while True:
-            message = self._receive(min(self._timeouts.resend, limit))
+            message = self._receive(0)
+            if message is None and not while_waiting():
+                message = self._receive(min(self._timeouts.resend, limit))
             now = self._clock()
             if message is not None:
                 received_at = now

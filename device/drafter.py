@@ -92,10 +92,15 @@ class Drafter:
         self._before_pass = before_pass
         model.rollback(model.forked_length)
         self._pending: list[int] = []
+        self._logits: Logits = np.empty(0, np.float32)  # after all tokens that have run
 
-    def prefill(self, tokens: Sequence[int]) -> None:
-        """Run all but the last of ``tokens``, so that the first draft starts at once."""
-        self._pending = self._rollback(tokens)[:-1]
+    def backlog(self, tokens: Sequence[int]) -> int:
+        """How many of ``tokens`` without the last are not in the KV cache."""
+        return max(0, len(tokens) - 1 - common_prefix(self._model.token_ids, tokens[:-1]))
+
+    def prefill(self, tokens: Sequence[int], most: int | None = None) -> None:
+        """Run all but the last of ``tokens``, or the next ``most`` of them, so that the first draft starts at once."""
+        self._pending = self._rollback(tokens)[:-1][:most]
         if self._pending:
             self._run()
 

@@ -89,6 +89,13 @@ class AnswerOptions:
             rich_help_panel=DRAFTING,
         ),
     ] = "auto"
+    drafts_ahead: Annotated[
+        str,
+        typer.Option(
+            help="Drafts sent before the Verdict of the one before them; 0 waits for each, auto decides.",
+            rich_help_panel=DRAFTING,
+        ),
+    ] = "auto"
     threads: Annotated[
         int, typer.Option(help="Threads of the draft model; 0 for all usable cores.", rich_help_panel=DRAFTING)
     ] = 0
@@ -153,7 +160,15 @@ class AnswerOptions:
         """
         mode = self._mode_for(sampling)
         uplink_k = DEFAULT_UPLINK_K.get(mode, 1) if self.uplink_k is None else self.uplink_k
-        return DraftSettings(mode, sampling, uplink_k, self._fixed_draft_len, self.uplink_p, self.uplink_steps)
+        return DraftSettings(
+            mode,
+            sampling,
+            uplink_k,
+            draft_len=_number_or_auto("draft-len", self.draft_len, 1),
+            uplink_p=self.uplink_p,
+            uplink_steps=self.uplink_steps,
+            drafts_ahead=_number_or_auto("drafts-ahead", self.drafts_ahead, 0),
+        )
 
     @property
     def timeouts(self) -> Timeouts:
@@ -185,10 +200,15 @@ class AnswerOptions:
             )
         return mode
 
-    @property
-    def _fixed_draft_len(self) -> int | None:
-        if self.draft_len == "auto":
-            return None
-        if not re.fullmatch("[0-9]{1,9}", self.draft_len) or int(self.draft_len) < 1:
-            raise SettingsError("draft-len", self.draft_len, "auto, or 1 or more")
-        return int(self.draft_len)
+
+def _number_or_auto(option: str, text: str, least: int) -> int | None:
+    """The number, or None for ``auto``.
+
+    Raises:
+        SettingsError: it is neither.
+    """
+    if text == "auto":
+        return None
+    if not re.fullmatch("[0-9]{1,9}", text) or int(text) < least:
+        raise SettingsError(option, text, f"auto, or {least} or more")
+    return int(text)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from math import ceil, prod, sqrt
 
 from device.estimates import Line, Ratio, Share
-from device.round_model import RoundTimes, expected_tokens
+from device.round_model import RoundTimes, expected_tokens, run_tokens
 from device.settings import DraftSettings
 from protocol.bundle import QualityFigures
 from protocol.messages import Mode
@@ -21,9 +21,11 @@ FIRST_DRAFT_LEN = 4
 """The first round is short: the link's rate is not known yet."""
 TRIAL = 3
 """Tokens that the target decodes alone to measure its speed: two intervals."""
+MIN_BACKLOG = 32
+"""Tokens that the draft model must run before it can draft, from which on the target decodes alone meanwhile."""
 MIN_WAIT = 64
 """Tokens at least until the slower alternative is tried again."""
-TRIAL_SHARE = 1 / 30
+TRIAL_SHARE = 1 / 50
 """Largest share of all time that trials of drafting may cost."""
 _TARGET_TRIAL_SHARE = 1 / 100
 """The same for trials of the target alone, which run where drafting is faster, usually by far."""
@@ -63,15 +65,20 @@ class Planner:
     Args:
         quality: figures of the quality check, the initial acceptance rate.
         greedy: whether the target is sampled at temperature 0.
+
+    Attributes:
+        drafts_ahead: how many Drafts may be sent on an assumed bonus token.
     """
 
     def __init__(self, quality: QualityFigures, greedy: bool) -> None:
+        self.drafts_ahead = 0
         self._acceptance = Share(quality.argmax_agreement if greedy else quality.overlap)
         self._by_margin: dict[int, Share] = {}
         self._target_seconds: float | None = None
         self._link_seconds = 0.0
         self._replies = Line()
         self._drafting = Ratio()  # seconds over drafted tokens
+        self._prefills = Ratio()  # seconds over tokens of a prompt
         self._rounds = Ratio()  # tokens over seconds
         self._rounds_seen = 0
         self._predicted = 0.0, 0.0
@@ -102,10 +109,37 @@ class Planner:
         alone_seconds = self._target_seconds + self.times.round_trip_seconds / MIN_WAIT
         return self._tokens_per_second() * alone_seconds
 
-    def decode_len(self) -> int:
-        """How many tokens the target should decode alone now; 0 to draft."""
+    @property
+    def explanation(self) -> str:
+        """The decision for the next round and the estimates behind it, in one line."""
+        times, milliseconds = self.times, 1e3
+        if self._target_seconds is None:
+            return f"the target decodes {TRIAL} tokens alone, to measure its speed"
+        decision = "the target alone"
+        if not self._alone:
+            decision = f"Drafts of up to {self._planned_len()} tokens, {self.drafts_ahead} ahead"
+        return (
+            f"{decision}: α {self.alpha:.2f}, draft {times.draft_seconds * milliseconds:.1f} ms, "
+            f"verify {self._target_seconds * milliseconds:.1f} ms + {self._replies.slope * milliseconds:.2f} a token, "
+            f"round trip {times.round_trip_seconds * milliseconds:.1f} ms; "
+            f"{self._tokens_per_second():.1f} tokens/s, target alone {1 / max(self._target_seconds, _INSTANT):.1f}"
+        )
+
+    def _planned_len(self) -> int:
+        if self.drafts_ahead:
+            return self._overlapped_len()
+        return self.times.best_draft_len(self.alpha, range(1, MAX_DRAFT_LEN + 1))
+
+    def decode_len(self, backlog: int = 0) -> int:
+        """How many tokens the target should decode alone now; 0 to draft.
+
+        Args:
+            backlog: tokens that the draft model must run before it can draft.
+        """
         if self._target_seconds is None:
             return TRIAL
+        if backlog >= MIN_BACKLOG:
+            return max(1, round(backlog * self._prefill_token_seconds / max(self._target_seconds, _INSTANT)))
         trial_due = self._since >= self._wait
         if self._alone:
             return 0 if trial_due else self._wait - self._since
@@ -122,27 +156,31 @@ class Planner:
         seconds = times.seconds(1) - times.seconds(0)
         return accepted >= seconds * self._tokens_per_second()
 
-    def should_draft_ahead(
-        self, before: Sequence[float | None], margins: Sequence[float | None], drafts_ahead: int
-    ) -> bool:
-        """Whether to draft another token of a Draft while others may be in flight.
+    def should_draft_ahead(self, before: Sequence[float | None], margins: Sequence[float | None]) -> bool:
+        """Whether to draft another token of a Draft, where up to ``drafts_ahead`` others are sent before its Verdict.
+
+        Drafting goes on while nothing else could be done, up to the probability of
+        ``MIN_SURVIVAL`` that all of it is accepted: what is sent in vain costs bytes.
 
         Args:
             before: margins of the tokens in flight.
             margins: of the Draft so far, with that of its assumed bonus token.
-            drafts_ahead: how many Drafts may be sent on an assumed bonus token.
         """
-        if len(margins) >= self._overlapped_len(drafts_ahead):
+        if len(margins) >= self._overlapped_len():
             return False
         uncertain = (*before, *margins)
         return not uncertain or prod(map(self._acceptance_at, uncertain)) >= MIN_SURVIVAL
 
-    def _overlapped_len(self, drafts_ahead: int) -> int:
+    def _overlapped_len(self) -> int:
         """Tokens of a Draft such that neither the target nor a full window makes the device wait."""
         times = self.times
-        reply = times.round_trip_seconds + times.verify_seconds(FIRST_DRAFT_LEN)
-        longest_wait = max(times.verify_seconds(FIRST_DRAFT_LEN), reply / (1 + drafts_ahead))
+        verify = times.verify_seconds(FIRST_DRAFT_LEN)
+        longest_wait = max(verify, (times.round_trip_seconds + verify) / (1 + self.drafts_ahead))
         return max(1, min(MAX_DRAFT_LEN, ceil(longest_wait / max(times.draft_seconds, _INSTANT))))
+
+    def observe_prefill(self, tokens: int, seconds: float) -> None:
+        """Record the time that the draft model took to run ``tokens`` tokens at once."""
+        self._prefills.observe(seconds, tokens)
 
     def observe_opened(self, seconds: float) -> None:
         """Record the time from an Open to its Opened, which waits for no forward pass: about a round trip."""
@@ -197,28 +235,27 @@ class Planner:
             self._review(False, accepted + 1, round_seconds)
 
     def observe_assumed(self, margin: float | None, is_right: bool) -> None:
-        """Record whether an assumed bonus token was right."""
-        self._observe_token(margin, is_right)
+        """Record whether an assumed bonus token was right; it counts for tokens that are not sampled on the device."""
+        if margin is not None:
+            self._observe_margin(margin, is_right)
 
     def _observe_tokens(self, margins: Sequence[float | None], accepted: int) -> None:
         self._acceptance.fade()
         for index, margin in enumerate(margins[: accepted + 1]):
-            self._observe_token(margin, index < accepted)
+            self._acceptance.observe(index < accepted)
+            if margin is not None:
+                self._observe_margin(margin, index < accepted)
 
-    def _observe_token(self, margin: float | None, accepted: bool) -> None:
-        self._acceptance.observe(accepted)
-        if margin is not None:
-            share = self._by_margin.setdefault(bisect(_MARGIN_BOUNDS, margin), Share())
-            share.fade()
-            share.observe(accepted)
+    def _observe_margin(self, margin: float, accepted: bool) -> None:
+        share = self._by_margin.setdefault(bisect(_MARGIN_BOUNDS, margin), Share())
+        share.fade()
+        share.observe(accepted)
 
     def _review(self, alone: bool, tokens: int, seconds: float) -> None:
         """Choose how to go on, after ``tokens`` in ``seconds`` by drafting, or by the target ``alone``."""
         if self._target_seconds is None:
             return
-        times, alpha = self.times, self.alpha
-        best = times.best_draft_len(alpha, range(1, MAX_DRAFT_LEN + 1))
-        self._predicted = expected_tokens(alpha, best), times.seconds(best)
+        self._predicted = self._predict()
         self._since += tokens
         pays = self.speedup >= min(1.0, sqrt(self._rounds_seen / _CERTAIN_ROUNDS))
         if pays is self._alone:
@@ -228,6 +265,20 @@ class Planner:
             lost = seconds * tokens_per_second - tokens
             share = _TARGET_TRIAL_SHARE if alone else TRIAL_SHARE
             self._since, self._wait = 0, max(MIN_WAIT, round(lost / share))
+
+    def _predict(self) -> tuple[float, float]:
+        """Tokens and seconds of a round, from the estimates."""
+        times, alpha = self.times, self.alpha
+        length = self._planned_len()
+        tokens = expected_tokens(alpha, length)
+        if not self.drafts_ahead:
+            return tokens, times.seconds(length)
+        return tokens, tokens * times.run_seconds(alpha, length, self.drafts_ahead) / run_tokens(alpha)
+
+    @property
+    def _prefill_token_seconds(self) -> float:
+        """The time to run a token of a long prompt through the draft model; before it is measured, that to draft one."""
+        return self._prefills.value if self._prefills else self.times.draft_seconds
 
     def _tokens_per_second(self) -> float:
         """Of rounds: as measured, with the prediction counting as ``_PRIOR_ROUNDS`` rounds."""
@@ -260,11 +311,11 @@ class Planners:
     ) -> None:
         self._quality = quality
         self._new_planner = new_planner
-        self._planners: dict[tuple[Mode, float, int | None], Planner] = {}
+        self._planners: dict[tuple[Mode, float, int | None, int | None], Planner] = {}
 
     def for_settings(self, settings: DraftSettings) -> Planner:
-        """The planner for a mode, temperature and fixed draft length."""
-        key = (settings.mode, settings.sampling.temperature, settings.draft_len)
+        """The planner for a mode, a temperature, a fixed draft length and Drafts ahead."""
+        key = (settings.mode, settings.sampling.temperature, settings.draft_len, settings.drafts_ahead)
         if key not in self._planners:
             self._planners[key] = self._new_planner(self._quality, settings.sampling.greedy)
         return self._planners[key]

@@ -39,6 +39,17 @@ def expected_tokens(alpha: Acceptance, draft_len: int) -> float:
     return _expected_by_len(alpha, draft_len)[-1]
 
 
+def run_tokens(alpha: Acceptance) -> float:
+    """E(∞): the expected tokens of a run, up to and with the one that takes the place of a rejected token.
+
+    With one α it is 1 / (1 − α). It is at most ``SEARCH_LIMIT``: with an acceptance of 1 no run ends.
+
+    Raises:
+        SettingsError: a value is not allowed.
+    """
+    return min(float(SEARCH_LIMIT), expected_tokens(alpha, SEARCH_LIMIT))
+
+
 def speedup(alpha: Acceptance, cost: float, draft_len: int) -> float:
     """S(γ) = E(γ) / (1 + γL): tokens per second over those of the target alone (arXiv:2509.04576).
 
@@ -160,6 +171,34 @@ class RoundTimes:
         if draft_len == 0:
             return 1.0
         return expected_tokens(alpha, draft_len) * self.target_seconds() / self.seconds(draft_len)
+
+    def run_seconds(self, alpha: Acceptance, draft_len: int, drafts_ahead: int) -> float:
+        """Time of a run, from one rejection to the next, with up to ``drafts_ahead`` further Drafts in flight.
+
+        Of a run of n = ``run_tokens(alpha)`` tokens each takes as long as the slowest stage
+        needs for one: drafting, verifying (a Draft and its assumed bonus token are γ + 1
+        tokens), sending, or the reply, which all Drafts of a full window wait for:
+
+            p = max(draft, verify(γ)/(γ+1), airtime(γ)/(γ+1), (γ·draft + reply)/((1+ahead)(γ+1)))
+
+        The rejection that ends the run is known once the Draft with the wrong token is
+        complete and its reply has arrived. A wrong token is one of the γ of a Draft, or
+        the bonus token before them, whose Verdict is that of the Draft before, sent one
+        token earlier. Over these γ + 1 places the device drafts (γ(γ−1)/2 − 1)/(γ+1)
+        tokens on average after the wrong one:
+
+            n·p + (γ(γ−1)/2 − 1)/(γ+1)·draft + reply
+
+        Raises:
+            SettingsError: a value is not allowed.
+        """
+        draft, period = self.draft_seconds, draft_len + 1
+        reply = self.seconds(draft_len) - draft_len * draft
+        stages = (self.verify_seconds(draft_len), self.uplink.seconds(draft_len), self.downlink.seconds(draft_len))
+        window = (draft_len * draft + reply) / (1 + drafts_ahead)
+        pace = max(draft, max(*stages, window) / period)
+        after = max(0.0, (draft_len * (draft_len - 1) / 2 - 1) / period)
+        return run_tokens(alpha) * pace + after * draft + reply
 
     def best_draft_len(self, alpha: Acceptance, lengths: Sequence[int]) -> int:
         """The one of ``lengths`` with the largest speedup; the first of equals."""

@@ -3,6 +3,7 @@
 Knows tokens, not text; ``session_requests.py`` gets the requests answered.
 """
 
+import logging
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -14,15 +15,20 @@ from device.draft_model import DraftModel
 from device.drafter import Drafter, DraftResult
 from device.pending_draft import PendingDraft, margins_of
 from device.planner import Planner
-from device.session_requests import SessionRequests
 from device.round_records import Moment
+from device.session_requests import SessionRequests
 from device.settings import DraftSettings
 from protocol.errors import CancelledError, ContextLengthError, NonFiniteError
 from protocol.limits import option_name
 from protocol.messages import Mode, Sampling, Verdict
 
-_PREFILL_INTERVAL = 8
-"""While the target decodes alone, the draft model runs the new tokens in chunks of this size, which is cheaper."""
+logger = logging.getLogger(__name__)
+
+_MIN_PREFILL, _MAX_PREFILL = 8, 32
+"""While the target decodes alone, the draft model runs the new tokens in chunks of this size.
+
+A single token costs more, and more tokens would keep those of the target waiting.
+"""
 
 
 class Origin(StrEnum):
@@ -80,6 +86,7 @@ class DeviceSession:
         self._client = client
         self._planner = planner
         self._settings = settings
+        planner.drafts_ahead = self._drafts_ahead
         self._target_alone = settings.mode is Mode.TARGET
         self._draft_context = model.manifest.context_length
         self._drafter = Drafter(
@@ -100,7 +107,7 @@ class DeviceSession:
         try:
             self._requests.open(prompt_ids)
             self._planner.observe_opened(client.now().seconds - began.seconds)
-            self._commit_prompt(prompt_ids)
+            self.tokens[:] = prompt_ids
         except (NonFiniteError, CancelledError):  # nobody else could close the session
             self.close()
             raise
@@ -129,6 +136,7 @@ class DeviceSession:
         self._await_verdicts()
         sampling = sampling or self._drafter.sampling
         self._planner = planner or self._planner
+        self._planner.drafts_ahead = self._drafts_ahead
         start = common_prefix(self.tokens, prompt_ids[:-1])
         can_extend = self._requests.can_extend(sampling)
         self._check_prompt(prompt_ids, start if can_extend else 0)
@@ -137,7 +145,7 @@ class DeviceSession:
             self._requests.extend(start, prompt_ids[start:], sampling)
         else:  # the target still decodes an abandoned answer, or the base station is of an older version
             self._requests.reopen(prompt_ids, sampling)
-        self._commit_prompt(prompt_ids)
+        self.tokens[:] = prompt_ids
 
     def answer(self, max_new_tokens: int) -> Iterator[AnswerToken]:
         """The answer to the prompt, each token as soon as its round is committed.
@@ -195,7 +203,7 @@ class DeviceSession:
             return True
         if self._drafts_ahead:
             before = margins_of(self._in_flight)
-            return self._planner.should_draft_ahead(before, drafting.uncertain_margins, self._drafts_ahead)
+            return self._planner.should_draft_ahead(before, drafting.uncertain_margins)
         return self._planner.should_continue(drafting.margins)
 
     def _may_send(self) -> bool:
@@ -256,6 +264,9 @@ class DeviceSession:
         reply_seconds = None if prefilled or draft.overlaps else received.seconds - sent.seconds
         round_seconds = None if prefilled else received.seconds - self._concluded.seconds
         self._planner.observe(draft.margins, verdict.accepted, drafting, reply_seconds, round_seconds)
+        if logger.isEnabledFor(logging.DEBUG):
+            counts = verdict.round_id, verdict.accepted, len(draft.tokens)
+            logger.debug("round %d, %d of %d accepted; next: %s", *counts, self._planner.explanation)
         counted = replace(self._concluded, seconds=draft.began.seconds)
         longest = self._settings.draft_len or self._client.welcome.max_draft_len
         self._client.record(self._settings.mode, verdict, longest, len(draft.tokens), (counted, sent, received))
@@ -299,7 +310,9 @@ class DeviceSession:
         """How many tokens the target decodes alone now; 0 where the device drafts."""
         if self._target_alone or not self._draft_room:
             return room
-        return 0 if self._settings.draft_len else min(self._planner.decode_len(), room)
+        if self._settings.draft_len:
+            return 0
+        return min(self._planner.decode_len(self._drafter.backlog(self.tokens)), room)
 
     @property
     def _draft_room(self) -> int:
@@ -307,23 +320,28 @@ class DeviceSession:
         return max(0, self._draft_context - len(self.tokens))
 
     def _decode(self, count: int) -> Iterator[AnswerToken]:
-        """Let the target decode alone, and commit its tokens as they come."""
+        """Let the target decode alone and commit its tokens; meanwhile the draft model runs its backlog."""
         moments = [self._client.now()]
-        for verdict in self._requests.decode(count):
+        for verdict in self._requests.decode(count, self._prefill_draft_model):
             moments.append(self._client.now())
             self._client.record(self._settings.mode, verdict, 0, 0, (moments[-2], moments[-2], moments[-1]))
             yield from self._commit((), verdict)
-            if len(moments) % _PREFILL_INTERVAL == 0:
-                self._prefill_draft_model()
-        self._prefill_draft_model()
         seconds = [moment.seconds for moment in moments]
         first_seconds = None if self._requests.take_prefilled() else seconds[1] - seconds[0]
         self._planner.observe_decoded(len(seconds) - 1, first_seconds, seconds[-1] - seconds[1])
+        logger.debug("%d tokens of the target alone; next: %s", len(seconds) - 1, self._planner.explanation)
 
-    def _prefill_draft_model(self) -> None:
-        """Run the committed tokens through the draft model, so that drafting can start at once."""
-        if not self._target_alone and self._draft_room:
-            self._drafter.prefill(self.tokens)
+    def _prefill_draft_model(self) -> bool:
+        """Run a chunk of the committed tokens through the draft model; whether there was one."""
+        if self._target_alone or not self._draft_room:
+            return False
+        began = self._client.now().seconds
+        backlog = min(self._drafter.backlog(self.tokens), _MAX_PREFILL)
+        if backlog < _MIN_PREFILL:
+            return False
+        self._drafter.prefill(self.tokens, backlog)
+        self._planner.observe_prefill(backlog, self._client.now().seconds - began)
+        return True
 
     def _commit(self, drafted: Sequence[int], verdict: Verdict) -> list[AnswerToken]:
         self.counters.rounds += 1
@@ -332,10 +350,6 @@ class DeviceSession:
         committed.append(AnswerToken(verdict.token_id, last))
         self.tokens += [token.token_id for token in committed]
         return committed
-
-    def _commit_prompt(self, prompt_ids: list[int]) -> None:
-        self.tokens[:] = prompt_ids
-        self._prefill_draft_model()
 
     def _check_prompt(self, prompt_ids: list[int], start: int = 0) -> None:
         context_length = self._client.welcome.context_length

@@ -121,15 +121,18 @@ class SessionRequests:
             self._open_again()
         return None
 
-    def decode(self, count: int) -> Iterator[Verdict]:
-        """Let the target decode ``count`` tokens alone, at most to the end of its context; yield the Verdicts."""
+    def decode(self, count: int, while_waiting: Callable[[], bool] = lambda: False) -> Iterator[Verdict]:
+        """Let the target decode ``count`` tokens alone, at most to the end of its context; yield the Verdicts.
+
+        ``while_waiting`` does a piece of work while no Verdict has arrived; says whether it did.
+        """
         received = 0
 
         def remaining() -> Decode:
             room = self._client.welcome.context_length - len(self._tokens)
             return Decode(self._session_id, self._rounds.round_id, min(count - received, room))
 
-        for verdict in self._replies(remaining):
+        for verdict in self._replies(remaining, while_waiting):
             assert isinstance(verdict, Verdict)
             received += 1
             yield verdict
@@ -147,16 +150,19 @@ class SessionRequests:
         prefilled, self._prefills = self._prefills, False
         return prefilled
 
-    def _replies(self, request: Callable[[], Request]) -> Iterator[Reply]:
+    def _replies(
+        self, request: Callable[[], Request], while_waiting: Callable[[], bool] = lambda: False
+    ) -> Iterator[Reply]:
         """The replies to one request, across refusals and restarts of the base station.
 
         Args:
             request: makes the request, or what is left of it, for the session as it is now.
+            while_waiting: does a piece of work while no reply has arrived; says whether it did.
         """
         while True:
             sent = request()
             try:
-                for reply in self._attempt(sent):
+                for reply in self._attempt(sent, while_waiting):
                     self._refused_at, self._unknown = None, False
                     yield reply
             except FaultError as fault:
@@ -166,11 +172,11 @@ class SessionRequests:
             else:
                 return
 
-    def _attempt(self, request: Request) -> Iterator[Reply]:
+    def _attempt(self, request: Request, while_waiting: Callable[[], bool]) -> Iterator[Reply]:
         """The replies to one request, until the state machine has no more to await."""
         self._rounds.advance(request)
         resume = None if isinstance(request, Open | Extend) else self._resume
-        for message in self._client.exchange(request, resume=resume):
+        for message in self._client.exchange(request, resume=resume, while_waiting=while_waiting):
             if not isinstance(message, Opened | Verdict) or self._is_stale(message):
                 continue
             self._rounds.advance(message)

@@ -1,135 +1,146 @@
 """A device and a base station in simulated time: the real session and engine, models without weights.
 
-Drafting a token, a forward pass and the link take the seconds that a test says; the
+Drafting a token, a forward pass and the link take the seconds that a test says, and the
 two ends work at the same time. No real time passes.
 """
 
 import heapq
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import count
+from math import inf
 from typing import cast
 
+from basestation.target_model import TargetModel
 from device.client import Client
-from device.draft_model import DraftModel
+from device.draft_model import DraftModel, Logits
 from device.link import Link
 from device.planner import Planners
 from device.session import DeviceSession
 from device.settings import DraftSettings, Timeouts
 from protocol.frames import FrameCodec
+from protocol.messages import Message
 from tests.fakes import FakeDraftModel, FakeTarget, Table, manifest
 from tests.link_pair import Station
 
+_PEER = b"a"
+_PREFILL_SHARE = 1 / 8
+"""Time of a further token in a forward pass of the draft model, over that of the first."""
 
-@dataclass
+
+@dataclass(frozen=True)
 class PairTimes:
-    """Seconds: to draft a token, of a forward pass and each token in it, and of the link's round trip."""
+    """Seconds of each step.
+
+    Attributes:
+        draft: to draft a token.
+        forward: of a forward pass of the target, which runs one token.
+        row: of each further token in it.
+        round_trip: of the link.
+        bytes_per_second: of the uplink.
+    """
 
     draft: float
     forward: float
     row: float = 0.0
     round_trip: float = 0.0
-    bytes_per_second: float = float("inf")
+    bytes_per_second: float = inf
 
 
 @dataclass
 class TimedDraftModel(FakeDraftModel):
-    """Advances the clock with each forward pass."""
+    """Each forward pass takes its time."""
 
-    pair: "TimedPair | None" = None
+    run_for: Callable[[float], None] = lambda _: None
+    draft_seconds: float = 0.0
 
-    def forward(self, token_ids: Sequence[int]):  # type: ignore[no-untyped-def]
-        assert self.pair is not None
-        self.pair.run_until(self.pair.now + self.pair.times.draft * (1 + (len(token_ids) - 1) / 8))
+    def forward(self, token_ids: Sequence[int]) -> Logits:
+        self.run_for(self.draft_seconds * (1 + _PREFILL_SHARE * (len(token_ids) - 1)))
         return super().forward(token_ids)
 
 
-@dataclass
 class TimedPair:
-    """One device and one base station.
+    """One device and one base station; the pair is also their link.
 
     Attributes:
-        now: the device's clock, in seconds.
+        now: the device's clock.
+        times: of each step; may change.
+        sent: the messages of the device.
     """
 
-    target_table: Table
-    draft_table: Table
-    times: PairTimes
-    now: float = 0.0
-    connections: int = 1
-    device: str = "a"
-    _events: list[tuple[float, int, bytes, bool]] = field(default_factory=list)  # arrivals: time, order, frame, up
-    _free_at: float = 0.0
-    _line_free_at: float = 0.0
-    _busy_since: float = 0.0
-
-    def __post_init__(self) -> None:
+    def __init__(self, target_table: Table, draft_table: Table, times: PairTimes) -> None:
+        self.now = 0.0
+        self.connections = 1
+        self.device = "a"
+        self.times = times
+        self.sent: list[Message] = []
+        self.target = FakeTarget(target_table)
+        self._station = Station(cast(TargetModel, self.target))
+        self._arrivals: list[tuple[float, int, bytes, bool]] = []  # time, order, frame, whether at the base station
         self._order = count()
-        self.target = FakeTarget(self.target_table)
-        self.station = Station(cast("object", self.target))  # type: ignore[arg-type]
-        self.model = TimedDraftModel(self.draft_table, manifest(len(self.draft_table)), pair=self)
-        self._inbox: list[bytes] = []
-        self.sent_bytes = 0
-        link = Link(self, FrameCodec(len(self.draft_table)), "memory")
-        self.client = Client(link, self.model.manifest, Timeouts(), clock=lambda: self.now)
-        self.planners = Planners(self.model.manifest.quality)
+        self._inbox: deque[bytes] = deque()
+        self._line_free_at = self._engine_free_at = 0.0
+        own = manifest(len(draft_table))
+        self._model = TimedDraftModel(draft_table, own, run_for=self._run_for, draft_seconds=times.draft)
+        link = Link(self, FrameCodec(len(draft_table)), "memory")
+        self.client = Client(link, own, Timeouts(), clock=lambda: self.now)
+        self.planners = Planners(own.quality)
 
     def session(self, settings: DraftSettings, prompt: Sequence[int]) -> DeviceSession:
         planner = self.planners.for_settings(settings)
-        return DeviceSession(self.client, planner, settings, cast(DraftModel, self.model), list(prompt))
+        return DeviceSession(self.client, planner, settings, cast(DraftModel, self._model), list(prompt))
 
     def send(self, frame: bytes) -> None:
+        self.sent.append(self._station.codec.decode(frame))
         self._line_free_at = max(self.now, self._line_free_at) + len(frame) / self.times.bytes_per_second
-        self._schedule(self._line_free_at + self.times.round_trip / 2, frame, up=True)
+        self._schedule(self._line_free_at, frame, at_station=True)
 
     def receive(self, timeout: float) -> bytes | None:
         end = self.now + timeout
-        while not self._inbox:
-            upcoming = self._next_time()
-            if upcoming is None or upcoming > end:
-                self.run_until(end)
-                return self._inbox.pop(0) if self._inbox else None
-            self.run_until(max(self.now, upcoming))
-        return self._inbox.pop(0)
+        while not self._inbox and (upcoming := self._next_time()) <= end:
+            self._run_until(max(self.now, upcoming))
+        if not self._inbox:
+            self._run_until(end)
+        return self._inbox.popleft() if self._inbox else None
 
     def close(self) -> None:
         pass
 
-    def run_until(self, end: float) -> None:
-        """Let everything happen that happens until ``end``."""
-        while (upcoming := self._next_time()) is not None and upcoming <= end:
-            if self._events and self._events[0][0] <= upcoming:
-                moment, _, frame, up = heapq.heappop(self._events)
-                if up:
-                    self.station.push(b"a", frame)
-                    self._deliver(moment)
+    def _run_for(self, seconds: float) -> None:
+        self._run_until(self.now + seconds)
+
+    def _run_until(self, end: float) -> None:
+        while (upcoming := self._next_time()) <= end:
+            if self._arrivals and self._arrivals[0][0] <= upcoming:
+                moment, _, frame, at_station = heapq.heappop(self._arrivals)
+                if at_station:
+                    self._station.push(_PEER, frame)
+                    self._reply(moment)
                 else:
                     self._inbox.append(frame)
             else:
                 self._step(upcoming)
         self.now = max(self.now, end)
 
-    def _next_time(self) -> float | None:
-        times = [self._events[0][0]] if self._events else []
-        if self.station.engine.busy:
-            times.append(max(self._free_at, self._busy_since))
-        return min(times, default=None)
+    def _next_time(self) -> float:
+        """When the next thing happens: a frame arrives, or the engine begins a forward pass."""
+        step = self._engine_free_at if self._station.engine.busy else inf
+        return min(self._arrivals[0][0] if self._arrivals else inf, step)
 
     def _step(self, moment: float) -> None:
-        self.station.now = moment
+        self._station.now = moment
         before = len(self.target.tokens)
-        self.station.engine.step()
+        self._station.engine.step()
         rows = sum(self.target.tokens[before:])
-        self._free_at = moment + (self.times.forward + self.times.row * (rows - 1) if rows else 0.0)
-        self._deliver(self._free_at)
-        self._busy_since = self._free_at
+        self._engine_free_at = moment + (self.times.forward + self.times.row * (rows - 1) if rows else 0.0)
+        self._reply(self._engine_free_at)
 
-    def _deliver(self, moment: float) -> None:
-        """Send what the base station has for the device."""
-        self._busy_since = max(self._busy_since, moment)
-        while self.station.outboxes[b"a"]:
-            frame = self.station.codec.encode(self.station.outboxes[b"a"].popleft())
-            self._schedule(moment + self.times.round_trip / 2, frame, up=False)
+    def _reply(self, moment: float) -> None:
+        """Send what the base station has for the device; it begins no forward pass before that."""
+        self._engine_free_at = max(self._engine_free_at, moment)
+        while self._station.outboxes[_PEER]:
+            self._schedule(moment, self._station.codec.encode(self._station.outboxes[_PEER].popleft()))
 
-    def _schedule(self, moment: float, frame: bytes, up: bool) -> None:
-        heapq.heappush(self._events, (moment, next(self._order), frame, up))
+    def _schedule(self, sent: float, frame: bytes, at_station: bool = False) -> None:
+        heapq.heappush(self._arrivals, (sent + self.times.round_trip / 2, next(self._order), frame, at_station))

@@ -1,0 +1,198 @@
+"""Drafts in flight while Verdicts travel: the same answers, sooner."""
+
+import random
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import pytest
+
+from device.session import DeviceSession
+from device.settings import DraftSettings
+from protocol.errors import FaultError, SettingsError
+from protocol.limits import Limits
+from protocol.messages import Draft, Message, Mode, Sampling, Verdict
+from tests.fakes import FakeTarget, blend, random_table, target_alone
+from tests.invariants import MAX_NEW_TOKENS, PROMPT, SETTINGS, TARGET, TURNS, draft_model, lossy, settings_name
+from tests.invariants import answer as lockstep_answer
+from tests.link_pair import MemoryTransport, Station, join, open_session
+from tests.timed_pair import PairTimes, TimedPair
+
+GREEDY, COUPLED = Sampling(), Sampling(0.9, seed=7)
+SLOW_LINK, LOOPBACK = PairTimes(0.008, 0.035, 0.001, 0.1), PairTimes(0.012, 0.05, 0.002, 0.0005)
+LARGE_TABLE = random_table(64, seed=1, sharpness=3.0)
+GOOD_DRAFT = blend(LARGE_TABLE, random_table(64, seed=2, sharpness=3.0), 0.97)
+DRAFTING = [settings for settings in SETTINGS if settings.mode is not Mode.TARGET]
+DRAFTING.append(DraftSettings(Mode.COUPLED, COUPLED, 4, 4))
+
+every_drafting_setting = pytest.mark.parametrize("settings", DRAFTING, ids=settings_name)
+
+
+@dataclass
+class LateTransport(MemoryTransport):
+    """What has arrived is seen only now and then while the device drafts on."""
+
+    chance: random.Random = field(default_factory=lambda: random.Random(3))  # noqa: S311
+    seen: float = 0.3
+    most_in_flight: int = 0
+    _unanswered: int = 0
+
+    def send(self, frame: bytes) -> None:
+        self._unanswered += isinstance(self.station.codec.decode(frame), Draft)
+        self.most_in_flight = max(self.most_in_flight, self._unanswered)
+        super().send(frame)
+
+    def receive(self, timeout: float) -> bytes | None:
+        if not timeout and self.chance.random() > self.seen:
+            return None
+        frame = super().receive(timeout)
+        if frame is not None and isinstance(self.station.codec.decode(frame), Verdict):
+            self._unanswered = 0
+        return frame
+
+
+def new_station() -> Station:
+    return Station(FakeTarget.make(TARGET))
+
+
+def ahead_session(transport: LateTransport, settings: DraftSettings, most: int | None = None) -> DeviceSession:
+    model = draft_model()
+    client, _ = join(transport.station, model, transport)
+    return open_session(client, replace(settings, drafts_ahead=most), model, PROMPT)
+
+
+def tokens_of(session: DeviceSession, count: int = MAX_NEW_TOKENS) -> list[int]:
+    return [token.token_id for token in session.answer(count)]
+
+
+@every_drafting_setting
+@pytest.mark.parametrize("most", [1, 3])
+@pytest.mark.parametrize("seed", range(4))
+def test_the_answer_is_that_of_one_draft_at_a_time(settings: DraftSettings, most: int, seed: int) -> None:
+    """With a fixed draft length also where it depends on the drafts: the rounds are the same."""
+    transport = LateTransport(new_station(), seen=0.02, chance=random.Random(seed))  # noqa: S311
+    assert tokens_of(ahead_session(transport, settings, most)) == lockstep_answer(settings)
+    assert transport.most_in_flight == most + 1
+
+
+@every_drafting_setting
+@pytest.mark.parametrize("seed", range(4))
+def test_lost_repeated_and_late_messages_do_not_change_the_answer(settings: DraftSettings, seed: int) -> None:
+    losses = lossy(seed), lossy(seed + 100)
+    transport = LateTransport(new_station(), up=losses[0], down=losses[1], chance=random.Random(seed))  # noqa: S311
+    assert tokens_of(ahead_session(transport, settings)) == lockstep_answer(settings)
+
+
+@every_drafting_setting
+def test_an_abandoned_answer_leaves_the_next_turns_exact(settings: DraftSettings) -> None:
+    transport = LateTransport(new_station(), seen=0.0)
+    session = ahead_session(transport, settings)
+    for turn in TURNS:
+        for _, _ in zip(session.answer(MAX_NEW_TOKENS), range(3), strict=False):
+            pass  # Drafts stay in flight
+        prompt = [*session.tokens, *turn]
+        session.extend(prompt)
+        assert tokens_of(session, 10) == lockstep_answer(settings, prompt=prompt, count=10)
+
+
+@pytest.mark.parametrize("draft_len", [None, 3])
+@pytest.mark.parametrize("restart_at", range(1, 30, 4))
+def test_a_base_station_that_restarts_with_drafts_in_flight_changes_no_answer(
+    draft_len: int | None, restart_at: int
+) -> None:
+    transport = LateTransport(new_station(), seen=0.1)
+    session = ahead_session(transport, DraftSettings(Mode.IDS, GREEDY, 1, draft_len))
+    tokens = []
+    for token in session.answer(MAX_NEW_TOKENS):
+        tokens.append(token.token_id)
+        if len(tokens) == restart_at:
+            transport.station = new_station()
+    assert tokens == target_alone(TARGET, PROMPT, MAX_NEW_TOKENS)
+
+
+def test_a_base_station_that_forgets_every_session_is_given_up() -> None:
+    """An Open that succeeds is no proof that Drafts are answered."""
+    transport = LateTransport(new_station())
+    session = ahead_session(transport, DraftSettings(Mode.IDS, GREEDY, 1, 4))
+
+    def forget_before(message: Message) -> int:
+        if isinstance(message, Draft):
+            transport.station = new_station()
+        return 1
+
+    transport.up = forget_before
+    with pytest.raises(FaultError, match=r"not open|before Hello"):
+        tokens_of(session)
+    assert transport.now > 30
+
+
+def test_no_more_drafts_are_sent_than_the_base_station_allows() -> None:
+    station = Station(FakeTarget.make(TARGET), Limits(window=2))
+    transport = LateTransport(station, seen=0.0)
+    settings = DraftSettings(Mode.IDS, GREEDY, 1, 2)
+    assert tokens_of(ahead_session(transport, settings)) == target_alone(TARGET, PROMPT, MAX_NEW_TOKENS)
+    assert transport.most_in_flight == 2
+    with pytest.raises(SettingsError, match="drafts-ahead is 2; allowed: 0 to 1"):
+        ahead_session(transport, settings, most=2)
+
+
+def test_origins_and_counts_are_those_of_one_draft_at_a_time() -> None:
+    settings = DraftSettings(Mode.IDS, GREEDY, 1, 4)
+    sessions = [ahead_session(LateTransport(new_station()), settings, most) for most in (0, 3)]
+    first, second = ([token.origin for token in session.answer(MAX_NEW_TOKENS)] for session in sessions)
+    one, other = (session.counters for session in sessions)
+    assert first == second
+    assert (one.rounds, one.drafted, one.accepted) == (other.rounds, other.drafted, other.accepted)
+    assert (one.invalidated_bytes, other.invalidated_bytes > 0) == (0, True)
+
+
+def tokens_per_second(times: PairTimes, settings: DraftSettings) -> tuple[float, DeviceSession]:
+    """In simulated time, after a first answer; and the session."""
+    pair = TimedPair(LARGE_TABLE, GOOD_DRAFT, times)
+    session = pair.session(settings, [3, 1, 4])
+    list(session.answer(100))
+    session.extend([*session.tokens, 1])
+    session.counters.draft_bytes = session.counters.invalidated_bytes = 0
+    began = pair.now
+    answer = [token.token_id for token in session.answer(600)]
+    assert answer == target_alone(LARGE_TABLE, session.tokens[:-600], 600)
+    return len(answer) / (pair.now - began), session
+
+
+@pytest.mark.parametrize(("times", "gain"), [(SLOW_LINK, 1.4), (LOOPBACK, 1.1)], ids=["100 ms", "loopback"])
+def test_drafting_ahead_beats_the_best_fixed_draft_length(times: PairTimes, gain: float) -> None:
+    lockstep = [tokens_per_second(times, DraftSettings(Mode.IDS, GREEDY, 1, one))[0] for one in (4, 8, 12, 16, 24)]
+    ahead, session = tokens_per_second(times, DraftSettings(Mode.IDS, GREEDY, 1, None, drafts_ahead=None))
+    assert ahead > gain * max(lockstep)
+    assert session.counters.invalidated_bytes < 0.35 * session.counters.draft_bytes
+
+
+@pytest.mark.parametrize("share", [0.3, 0.7, 0.9])
+@pytest.mark.parametrize("times", [SLOW_LINK, LOOPBACK], ids=["100 ms", "loopback"])
+def test_poor_drafts_cost_little(times: PairTimes, share: float) -> None:
+    draft_table = blend(LARGE_TABLE, random_table(64, seed=2, sharpness=3.0), share)
+    pair = TimedPair(LARGE_TABLE, draft_table, times)
+    session = pair.session(DraftSettings(Mode.IDS, GREEDY, 1, None, drafts_ahead=None), [3, 1, 4])
+    list(session.answer(1500))
+    assert 1500 / pair.now > 0.93 / times.forward
+
+
+def test_the_answer_begins_while_the_draft_model_still_runs_the_prompt() -> None:
+    """Otherwise the first token would come after 1,500 tokens of the draft model."""
+    prompt = np.random.default_rng(1).integers(0, 64, 1500).tolist()
+
+    def first_token(mode: Mode) -> float:
+        pair = TimedPair(LARGE_TABLE, GOOD_DRAFT, SLOW_LINK)
+        session = pair.session(DraftSettings(mode, GREEDY, 1, None, drafts_ahead=None), prompt)
+        next(session.answer(40))
+        return pair.now
+
+    assert first_token(Mode.IDS) < 1.1 * first_token(Mode.TARGET)
+
+
+def test_drafting_begins_once_the_draft_model_has_run_the_prompt() -> None:
+    prompt = np.random.default_rng(1).integers(0, 64, 1500).tolist()
+    pair = TimedPair(LARGE_TABLE, GOOD_DRAFT, SLOW_LINK)
+    session = pair.session(DraftSettings(Mode.IDS, GREEDY, 1, None, drafts_ahead=None), prompt)
+    answer = [token.token_id for token in session.answer(200)]
+    assert answer == target_alone(LARGE_TABLE, prompt, 200)
+    assert session.counters.accepted > 60
