@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from device.client import Client
 from device.common_prefix import common_prefix
 from device.draft_model import DraftModel
+from device.draft_rounds import Counters
 from device.planner import Planners
-from device.session import AnswerToken, Counters, DeviceSession, Origin
+from device.session import AnswerToken, DeviceSession, Origin
 from device.settings import DraftSettings
 from device.tokenizer import Tokenizer
 

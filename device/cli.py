@@ -77,7 +77,8 @@ def generate(
     """Answer one prompt; the text streams as it is committed."""
     if explain:
         logging.basicConfig(format="%(message)s")
-        logging.getLogger("device.session").setLevel(logging.DEBUG)
+        for name in ("device.session", "device.draft_rounds"):
+            logging.getLogger(name).setLevel(logging.DEBUG)
     asked = _prompt(text, prompt)
     messages = _messages(asked, system)
     with _conversation(answer_options) as conversation:

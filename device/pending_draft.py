@@ -33,11 +33,6 @@ class PendingDraft:
         return len(self.tokens) + (self.assumed_bonus is not None)
 
     @property
-    def token_ids(self) -> tuple[int, ...]:
-        """The ids of ``tokens``."""
-        return tuple(token.token_id for token in self.tokens)
-
-    @property
     def margins(self) -> list[float | None]:
         """The margins of ``tokens``."""
         return [token.margin for token in self.tokens]

