@@ -164,6 +164,26 @@ def serve(
         http_server.serve(worker, model.manifest.name, defaults, bind, key, cors_origins or [])
 
 
+@app.command()
+@with_options(AnswerOptions)
+def doctor(
+    answer_options: AnswerOptions,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object instead of a line per check.", rich_help_panel=OUTPUT)
+    ] = False,
+) -> None:
+    """Check bundle, board, link and base station, and predict tokens per second; the exit code is 1 if a check fails.
+
+    A failed check names the fault and what to do; checks that depend on it are not made.
+    """
+    from device.doctor import Doctor
+
+    with _record_file(answer_options) as records:
+        healthy = Doctor(answer_options, partial(_connect, answer_options, records=records), as_json).run()
+    if not healthy:
+        raise typer.Exit(1)
+
+
 @keys_app.command()
 def new(file: Annotated[Path, typer.Argument(metavar="FILE", help="File for the secret key.")]) -> None:
     """Make a key pair for this device: FILE is secret, FILE.pub is for the base station."""
