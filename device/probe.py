@@ -6,7 +6,7 @@ import socket
 from typing import TypeAlias
 
 from protocol.errors import LinkError, SettingsError
-from protocol.zmtp import GREETING, GREETING_BYTES, is_zeromq, mechanism
+from protocol.zmtp import GREETING_BYTES, GREETING_START, is_zeromq, mechanism
 
 Target: TypeAlias = tuple[socket.AddressFamily, tuple[str | int | bytes, ...]]
 
@@ -110,7 +110,7 @@ def _mechanism_of(connection: socket.socket) -> str:
     """The mechanism in the greeting of a peer; other servers say nothing until they are asked."""
     greeting = _exchange(connection, b"", 1)
     if is_zeromq(greeting):
-        return mechanism(greeting + _exchange(connection, GREETING, GREETING_BYTES - len(greeting)))
+        return mechanism(greeting + _exchange(connection, GREETING_START, GREETING_BYTES - len(greeting)))
     greeting = greeting or _exchange(connection, b"GET / HTTP/1.0\r\n\r\n", len(_HTTP))
     if greeting.startswith(_HTTP):
         raise LinkError(f"an HTTP server listens there; name the base station's own port, {_DEFAULT_PORT} by default")

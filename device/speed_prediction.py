@@ -28,6 +28,8 @@ _PROMPTS = (
 )
 _TARGET_TOKENS = 16
 _DRAFTED_TOKENS = 40
+_WHOLE = 10
+"""Tokens per second from which no decimals are shown."""
 _MOST_SECONDS = 20.0
 """After so long no further answer is begun."""
 
@@ -67,10 +69,10 @@ class SpeedPrediction:
     @property
     def text(self) -> str:
         """The prediction in one line."""
-        alone = f"{self.target_tokens_per_second:.3g} tokens/s"
+        alone = f"{_shown(self.target_tokens_per_second)} tokens/s"
         if self.drafting_tokens_per_second is None:
             return f"{alone} without drafting"
-        drafting = f"{self.drafting_tokens_per_second:.3g} tokens/s with drafting (draft length {self.draft_len})"
+        drafting = f"{_shown(self.drafting_tokens_per_second)} tokens/s with drafting (draft length {self.draft_len})"
         return f"{drafting}, {alone} without, in answers of {self.answer_tokens} tokens"
 
 
@@ -154,3 +156,7 @@ def _encoded(tokenizer: Tokenizer, prompt: str) -> list[int]:
         return tokenizer.encode_chat([{"role": "user", "content": prompt}])
     except SettingsError:  # a bundle without a chat template
         return tokenizer.encode(prompt)
+
+
+def _shown(tokens_per_second: float) -> str:
+    return f"{tokens_per_second:.{0 if tokens_per_second >= _WHOLE else 1}f}"

@@ -3,9 +3,9 @@
 from collections.abc import Sized
 
 GREETING_BYTES = 64
-GREETING = (b"\xff" + bytes(8) + b"\x7f" + b"\x03\x00" + b"NULL").ljust(GREETING_BYTES, b"\0")
-"""Signature, version and security mechanism; either end sends one before anything else."""
-_SIGNATURE, _MECHANISM = slice(0, 1), slice(12, 32)
+GREETING_START = b"\xff" + bytes(8) + b"\x7f" + b"\x03\x00"
+"""Signature and version. Either end sends a greeting before anything else, the rest of it once it has seen this."""
+_MECHANISM = slice(12, 32)
 
 CURVE_BYTES = 33
 """CURVE overhead per frame: ``\\x07MESSAGE``, an 8-byte nonce, a 16-byte MAC and a flags byte (ZeroMQ RFC 26)."""
@@ -21,7 +21,7 @@ def socket_bytes(frame: Sized, envelope_bytes: int = 0) -> int:
 
 def is_zeromq(greeting: bytes) -> bool:
     """Whether the first bytes of a peer are those of a greeting."""
-    return greeting[_SIGNATURE] == GREETING[_SIGNATURE]
+    return greeting[:1] == GREETING_START[:1]
 
 
 def mechanism(greeting: bytes) -> str:
