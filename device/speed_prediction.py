@@ -8,10 +8,11 @@ over the link. They go through the planner's estimates into the model of a round
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from math import ceil
 
 from device.client import Client
 from device.draft_model import DraftModel
-from device.planner import MAX_DRAFT_LEN, TRIAL, Planner
+from device.planner import FIRST_DRAFT_LEN, MAX_DRAFT_LEN, TRIAL, Planner
 from device.round_model import expected_tokens
 from device.session import DeviceSession
 from device.settings import DraftSettings
@@ -132,11 +133,11 @@ class ShortSession:
         times, acceptance = self._planner.times, self._planner.alpha
         most = min(MAX_DRAFT_LEN, self._client.welcome.max_draft_len)
         draft_len = self._settings.draft_len or times.best_draft_len(acceptance, range(1, most + 1))
-        round_seconds, target_seconds = times.seconds(draft_len), times.target_seconds()
-        pace = round_seconds / expected_tokens(acceptance, draft_len)
+        target_seconds = times.target_seconds()
         alone_seconds = first_seconds + (answer_tokens - 1) * target_seconds
-        trial = min(TRIAL, answer_tokens)
-        drafting_seconds = first_seconds + (trial - 1) * target_seconds + (answer_tokens - trial) * pace
+        trial = 0 if self._settings.draft_len else min(TRIAL, answer_tokens)
+        trial_seconds = first_seconds + max(0, trial - 1) * target_seconds
+        drafting_seconds = trial_seconds + self._seconds_of_rounds(draft_len, answer_tokens - trial)
         is_drafting = self._settings.mode is not Mode.TARGET
         return SpeedPrediction(
             answer_tokens,
@@ -146,9 +147,20 @@ class ShortSession:
             acceptance,
             times.draft_seconds,
             target_seconds,
-            round_seconds,
+            times.seconds(draft_len),
             first_seconds,
         )
+
+    def _seconds_of_rounds(self, draft_len: int, tokens: int) -> float:
+        """Time of the rounds that yield so many tokens: a planned first round is short, and the last drafts no more."""
+        longest = draft_len if self._settings.draft_len else min(draft_len, FIRST_DRAFT_LEN)
+        seconds, left = 0.0, float(tokens)
+        while left > 0:
+            length = min(longest, ceil(left) - 1)
+            seconds += self._planner.times.seconds(length)
+            left -= expected_tokens(self._planner.alpha, length)
+            longest = draft_len
+        return seconds
 
 
 def _encoded(tokenizer: Tokenizer, prompt: str) -> list[int]:
