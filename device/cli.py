@@ -23,6 +23,7 @@ from device.answer import Conversation
 from device.chat import Chat
 from device.client import Client
 from device.curve_keys import new_key, public_key
+from device.doctor import Doctor
 from device.draft_model import DraftModel
 from device.link import Link
 from device.options import COMMON, OUTPUT, AnswerOptions
@@ -176,8 +177,6 @@ def doctor(
 
     A failed check names the fault and what to do; checks that depend on it are not made.
     """
-    from device.doctor import Doctor
-
     with _record_file(answer_options) as records:
         healthy = Doctor(answer_options, partial(_connect, answer_options, records=records), as_json).run()
     if not healthy:
