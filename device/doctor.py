@@ -85,7 +85,5 @@ class Doctor:
         prediction = session.predict(min(options.max_new_tokens, TYPICAL_ANSWER))
         if prediction.pays:
             return Finding(prediction.text, prediction)
-        remedy = (
-            "drafting does not pay here, so the device lets the target decode alone; see drafting in docs/operations.md"
-        )
+        remedy = "drafting does not pay, so the device lets the target decode alone; a smaller draft model may pay"
         return Finding(prediction.text, prediction, Status.WARNING, remedy)

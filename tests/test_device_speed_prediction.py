@@ -141,3 +141,10 @@ def test_a_draft_model_slower_than_the_target_does_not_pay() -> None:
 
 def test_a_bundle_without_a_chat_template_is_measured_too() -> None:
     assert predicted(Site(0.005, 0.03, 0.0, TARGET), has_template=False).pays
+
+
+def test_a_slow_pair_is_measured_with_one_drafted_answer() -> None:
+    site = Site(0.5, 2.0, 0.0, TARGET)
+    prediction = predicted(site)
+    assert prediction.draft_seconds == pytest.approx(0.5, rel=0.2)
+    assert site.now < 19 * 2 + 60
