@@ -19,7 +19,9 @@ logger = logging.getLogger(__name__)
 _ENDPOINT = "inproc://zeromq.zap.01"
 _DOMAIN = b"edgedraft"
 _STATUS = {True: (b"200", b""), False: (b"400", b"not enrolled"), None: (b"300", b"try again")}
-"""ZAP status codes: success, refused, temporary error."""
+"""ZAP status codes: success, refused, temporary error. Of a refusal, libzmq sends the device the code alone."""
+_REVOKED = b"500", b"revoked"
+"""ZAP has no code for it; 500, an internal error, is not used otherwise."""
 
 
 class Authenticator:
@@ -59,7 +61,8 @@ class Authenticator:
         enrolled = self._is_enrolled(key) if key else False
         status, text = _STATUS[enrolled]
         if enrolled is False:
-            logger.warning("refused a device at %s: key %r is not enrolled", address.decode(), key)
+            status, text = self._refusal(key)
+            logger.warning("refused a device at %s: key %r is %s", address.decode(), key, text.decode())
         if enrolled:
             logger.info("peer %s is %s, at %s", key[:8], self._name_of(key), address.decode())
             self._admitted.add(key)
@@ -88,6 +91,15 @@ class Authenticator:
             return True if key in self._admitted else None
         self._unreadable.discard(key)
         return enrolled
+
+    def _refusal(self, key: str) -> tuple[bytes, bytes]:
+        """Status code and text for a key that is not enrolled."""
+        try:
+            revoked = bool(key) and self._keys.is_revoked(key)
+        except KeyFileError as error:
+            logger.error("cannot tell whether a key is revoked: %s", error)  # noqa: TRY400 - the message contains the reason
+            revoked = False
+        return _REVOKED if revoked else _STATUS[False]
 
     def _name_of(self, key: str) -> str:
         try:

@@ -9,12 +9,13 @@ from typing import Annotated
 
 import typer
 
-from basestation.authentication import check_bind
 from basestation.key_folder import KeyFolder
 from basestation.logs import LogFormat, start_logging
+from basestation.options import OPERATION, PASSES, StationOptions
 from common.command_line import application, run
 from common.configuration import configured_group
 from common.key_files import read_public
+from common.option_groups import with_options
 from protocol.limits import Limits
 
 app = application(
@@ -24,26 +25,14 @@ keys_app = typer.Typer(help="The keys of the base station and of the enrolled de
 app.add_typer(keys_app, name="keys")
 
 LIMITS = "Limits of a device's requests"
-PASSES = "Forward passes"
-OPERATION = "Operation"
 KeyFolderArgument = Annotated[Path, typer.Argument(metavar="DIR", help="Folder created by keys new.")]
 DeviceName = Annotated[str, typer.Argument(metavar="NAME", help="The device's name in this folder.")]
 
 
 @app.command()
+@with_options(StationOptions)
 def serve(
-    target: Annotated[str, typer.Option(help="Model folder, hub name or .gguf file.")],
-    bind: Annotated[str, typer.Option(help="ZeroMQ endpoint to listen on; port 0 chooses a free port.")] = (
-        "tcp://127.0.0.1:5755"
-    ),
-    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16; auto is bfloat16 on CUDA.")] = "auto",
-    torch_device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")] = "auto",
-    keys: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Key folder; only the devices enrolled in it are admitted.")
-    ] = None,
-    insecure: Annotated[
-        bool, typer.Option("--insecure", help="Without keys, serve every device that can reach the address.")
-    ] = False,
+    options: StationOptions,
     max_prompt_len: Annotated[int, typer.Option(help="Tokens in a prompt.", rich_help_panel=LIMITS)] = (
         Limits.max_prompt_len
     ),
@@ -71,10 +60,6 @@ def serve(
     max_held_bytes: Annotated[
         int, typer.Option(help="Bytes held per device, besides KV caches.", rich_help_panel=LIMITS)
     ] = Limits.max_held_bytes,
-    kv_memory: Annotated[
-        str,
-        typer.Option(help="Memory for KV caches: 4GiB, or auto, a share of the free memory.", rich_help_panel=PASSES),
-    ] = "auto",
     peer_memory: Annotated[
         str,
         typer.Option(help="Memory for what peers send and for the tensors of a pass.", rich_help_panel=PASSES),
@@ -88,10 +73,6 @@ def serve(
             help="Of these for prefill, while other sessions run rounds; default 32, on CUDA 512.",
             rich_help_panel=PASSES,
         ),
-    ] = None,
-    metrics_bind: Annotated[
-        str | None,
-        typer.Option(metavar="HOST:PORT", help="Serve /metrics, /healthz and /readyz here.", rich_help_panel=OPERATION),
     ] = None,
     record: Annotated[
         Path | None,
@@ -113,8 +94,7 @@ def serve(
 ) -> None:
     """Serve a target model until interrupted; SIGTERM lets open sessions finish, SIGINT does not."""
     start_logging(log_format)
-    folder = KeyFolder(keys) if keys else None
-    check_bind(bind, folder is not None or insecure)  # before the slow imports
+    folder = options.key_folder()  # before the slow imports
     limits = Limits(
         max_prompt_len,
         max_draft_len,
@@ -129,10 +109,34 @@ def serve(
     from basestation.launcher import OperationOptions, SocketOptions, TargetOptions, run_base_station
 
     run_base_station(
-        TargetOptions(target, dtype, torch_device, kv_memory, peer_memory, pass_tokens, prompt_tokens),
-        SocketOptions(bind, folder, insecure, limits),
-        OperationOptions(metrics_bind, record, profile, drain_seconds),
+        TargetOptions(
+            options.target,
+            options.dtype,
+            options.torch_device,
+            options.kv_memory,
+            peer_memory,
+            pass_tokens,
+            prompt_tokens,
+        ),
+        SocketOptions(options.bind, folder, options.insecure, limits),
+        OperationOptions(options.metrics_bind, record, profile, drain_seconds),
     )
+
+
+@app.command()
+@with_options(StationOptions)
+def doctor(
+    options: StationOptions,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a line per check.")] = False,
+) -> None:
+    """Check target, memory, keys and ports before ``serve``; the exit code is 1 if a check fails.
+
+    Downloads the target if it is a hub name that the cache does not have; loads no weights.
+    """
+    from basestation.doctor import examine
+
+    if not examine(options, as_json):
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -5,6 +5,7 @@
     DIR/station          the secret key, readable by its owner only
     DIR/station.pub      the public key, for the devices
     DIR/devices/HEX      one enrolled device: the file's name is its key, the content its name
+    DIR/revoked/HEX      one revoked device, likewise, so that it can be told why it is refused
 
 Looking up a key looks at one file, so a running base station sees the effect of
 ``enroll`` and ``revoke`` at once.
@@ -47,6 +48,7 @@ class KeyFolder:
         self.public_path = public_path(path / "station")
         self.public_key = zmq.curve_public(self.secret_key.encode()).decode()
         self._devices = path / "devices"
+        self._revoked = path / "revoked"
 
     @classmethod
     def create(cls, path: Path) -> "KeyFolder":
@@ -79,6 +81,7 @@ class KeyFolder:
         if (known := self.name_of(key)) is not None:
             raise SettingsError("the device's key", key, f"a key that is not enrolled; this one is {known!r}")
         self._file(key).write_text(f"{name}\n", encoding="ascii")
+        self._revoked_file(key).unlink(missing_ok=True)
 
     def revoke(self, name: str) -> None:
         """Revoke a device's key; a running base station ends its sessions.
@@ -88,9 +91,10 @@ class KeyFolder:
         """
         if name not in self._names():
             raise SettingsError("the device's name", name, ", ".join(self._names()) or "none: no device is enrolled")
+        self._revoked.mkdir(exist_ok=True)
         for device in self.devices():
             if device.name == name:
-                self._file(device.public_key).unlink(missing_ok=True)
+                self._file(device.public_key).replace(self._revoked_file(device.public_key))
 
     def devices(self) -> list[EnrolledDevice]:
         """All enrolled devices, sorted by name.
@@ -112,13 +116,15 @@ class KeyFolder:
         Raises:
             KeyFileError: the folder does not tell.
         """
-        try:
-            self._file(key).stat()
-        except FileNotFoundError:
-            return False
-        except OSError as error:
-            raise _unreadable(error) from error
-        return True
+        return _exists(self._file(key))
+
+    def is_revoked(self, key: str) -> bool:
+        """Whether a key was enrolled once and is revoked now.
+
+        Raises:
+            KeyFileError: the folder does not tell.
+        """
+        return _exists(self._revoked_file(key))
 
     def name_of(self, key: str) -> str | None:
         """The name under which a key is enrolled now; None if it is not.
@@ -138,6 +144,19 @@ class KeyFolder:
 
     def _file(self, key: str) -> Path:
         return self._devices / z85.decode(key).hex()
+
+    def _revoked_file(self, key: str) -> Path:
+        return self._revoked / z85.decode(key).hex()
+
+
+def _exists(path: Path) -> bool:
+    try:
+        path.stat()
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise _unreadable(error) from error
+    return True
 
 
 def _unreadable(error: OSError) -> KeyFileError:

@@ -92,11 +92,20 @@ def free_memory(placement: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def kv_budget(kv_memory: str, placement: torch.device) -> int:
-    """Bytes for the KV pool: the given size, or with ``auto`` a share of the memory that is free now."""
+def kv_budget(kv_memory: str, placement: torch.device, weights: int = 0) -> int:
+    """Bytes for the KV pool: the given size, or with ``auto`` a share of the memory that is free now.
+
+    Args:
+        kv_memory: the option.
+        placement: the PyTorch device.
+        weights: bytes of the weights, if they are not loaded yet.
+
+    Raises:
+        SettingsError: ``kv_memory`` is not a size.
+    """
     if kv_memory != "auto":
         return parse_size("kv-memory", kv_memory, f"auto, or {_A_SIZE}")
-    return int(free_memory(placement) * _KV_SHARE.get(placement.type, 0.5))
+    return int((free_memory(placement) - weights) * _KV_SHARE.get(placement.type, 0.5))
 
 
 def parameter_count(config: Any) -> int:
@@ -106,8 +115,11 @@ def parameter_count(config: Any) -> int:
     return sum(one.numel() for one in skeleton.parameters())
 
 
-def check_fits(config: Any, dtype: torch.dtype, placement: torch.device) -> None:
+def check_fits(config: Any, dtype: torch.dtype, placement: torch.device) -> int:
     """Refuse a model whose weights do not fit, before they are read.
+
+    Returns:
+        The bytes of its weights.
 
     Raises:
         ModelError: with both sizes.
@@ -121,3 +133,4 @@ def check_fits(config: Any, dtype: torch.dtype, placement: torch.device) -> None
             f"{count / 1e9:.2f} billion parameters in {precision} take {readable_size(needed)}, "
             f"and {readable_size(free)} are free on {placement}; choose a smaller model or dtype, or free some memory"
         )
+    return needed

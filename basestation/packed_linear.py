@@ -57,7 +57,7 @@ class PackedLinear(nn.Module):
 
 def packed_bytes(held: torch.dtype) -> int:
     """Bytes per parameter of a packed linear layer whose original dtype is ``held``."""
-    dtype = _packed_dtype(held)
+    dtype = packed_dtype(held)
     return dtype.itemsize if dtype is held else dtype.itemsize + held.itemsize
 
 
@@ -68,7 +68,7 @@ def pack_linears(model: nn.Module) -> None:
     """
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return
-    dtype = _packed_dtype(next(model.parameters()).dtype)
+    dtype = packed_dtype(next(model.parameters()).dtype)
     parents = [module for module in model.modules() if type(module) is not nn.Linear]
     for module in parents:
         for name in [name for name, child in module.named_children() if type(child) is nn.Linear]:
@@ -76,7 +76,8 @@ def pack_linears(model: nn.Module) -> None:
     model.to(dtype)
 
 
-def _packed_dtype(held: torch.dtype) -> torch.dtype:
+def packed_dtype(held: torch.dtype) -> torch.dtype:
+    """The dtype in which a CPU computes with packed layers whose original dtype is ``held``."""
     if held is torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return torch.bfloat16
     return torch.float32

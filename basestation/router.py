@@ -119,7 +119,9 @@ class Router:
             self.socket.bind(bind)
         except (zmq.ZMQError, UnicodeError) as error:
             self.close()
-            raise LinkError(f"cannot bind {bind!r}: {error}; try a free address like tcp://127.0.0.1:5755") from error
+            raise LinkError(
+                f"cannot bind {bind!r}: {error}; stop what listens there (a base station?), or choose a free address"
+            ) from error
         self.address = self.socket.getsockopt_string(zmq.LAST_ENDPOINT)
 
     def receive(self) -> Iterator[ReceivedMessage]:

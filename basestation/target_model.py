@@ -58,26 +58,12 @@ class TargetModel:
     """
 
     def __init__(self, model: Any, vocabulary: Vocabulary, name: str, kv_bytes: int) -> None:
-        config = model.config.get_text_config()
         self.name = name
         self.vocabulary = vocabulary
         self.torch_device = next(model.parameters()).device
         self._model = model
-        heads = config.num_attention_heads
-        shape = KVShape(
-            layers=config.num_hidden_layers,
-            kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-            head_size=getattr(config, "head_dim", None) or config.hidden_size // heads,
-            dtype=model.dtype,
-            torch_device=self.torch_device,
-        )
-        capacity = kv_bytes // shape.position_bytes
-        minimum = KVPool.round_up(_MIN_CONTEXT)
-        if capacity < minimum:
-            needed = readable_size(minimum * shape.position_bytes)
-            raise SettingsError("kv-memory", readable_size(kv_bytes), f"{needed} or more, for {minimum} tokens")
-        self.kv_pool = KVPool(shape, capacity)
-        self.context_length = min(int(config.max_position_embeddings), capacity // minimum * minimum)
+        self.kv_pool = new_kv_pool(model.config, model.dtype, self.torch_device, kv_bytes)
+        self.context_length = context_length(model.config, self.kv_pool)
 
     @classmethod
     def load(
@@ -100,13 +86,10 @@ class TargetModel:
         precision = choose_dtype(dtype, placement)
         kv_budget(kv_memory, placement)  # refuse an invalid size before the slow part
         register_attention()
+        config = read_config(model)
+        check_fits(config, precision, placement)
         with _quiet_tools(), _named_failures(model):
             source, options = _source(model)
-            if "gguf_file" in options:
-                refuse_gguf_rope(Path(model))
-            config = AutoConfig.from_pretrained(source, **options)
-            refuse_unsupported(config)
-            check_fits(config, precision, placement)
             loaded = AutoModelForCausalLM.from_pretrained(
                 source, dtype=precision, attn_implementation=ATTENTION_NAME, **options
             )
@@ -168,6 +151,49 @@ def _padded(row: list[int]) -> list[int]:
     """
     step = max(8, 2 ** (len(row).bit_length() - 5)) if len(row) > _MAX_UNPADDED_ROWS else 1
     return row + [0] * (-len(row) % step)
+
+
+def read_config(model: str) -> Any:
+    """The transformers configuration of a model folder, hub name or ``.gguf`` file, without its weights.
+
+    Raises:
+        ModelError: it cannot be found or read, or has an unsupported architecture.
+    """
+    with _quiet_tools(), _named_failures(model):
+        source, options = _source(model)
+        if "gguf_file" in options:
+            refuse_gguf_rope(Path(model))
+        config = AutoConfig.from_pretrained(source, **options)
+        refuse_unsupported(config)
+    return config
+
+
+def new_kv_pool(config: Any, dtype: torch.dtype, torch_device: torch.device, kv_bytes: int) -> KVPool:
+    """The KV pool of a model, with ``kv_bytes`` of memory.
+
+    Raises:
+        SettingsError: that is not enough for one session.
+    """
+    config = config.get_text_config()
+    heads = config.num_attention_heads
+    shape = KVShape(
+        layers=config.num_hidden_layers,
+        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_size=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        dtype=dtype,
+        torch_device=torch_device,
+    )
+    capacity, minimum = kv_bytes // shape.position_bytes, KVPool.round_up(_MIN_CONTEXT)
+    if capacity < minimum:
+        needed = readable_size(minimum * shape.position_bytes)
+        raise SettingsError("kv-memory", readable_size(kv_bytes), f"{needed} or more, for {minimum} tokens")
+    return KVPool(shape, capacity)
+
+
+def context_length(config: Any, kv_pool: KVPool) -> int:
+    """The model's context length, or the KV pool's capacity if that is less."""
+    minimum = KVPool.round_up(_MIN_CONTEXT)
+    return min(int(config.get_text_config().max_position_embeddings), kv_pool.capacity // minimum * minimum)
 
 
 def choose_placement(torch_device: str) -> torch.device:

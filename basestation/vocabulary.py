@@ -4,8 +4,11 @@ import hashlib
 from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from protocol.vocabulary import hash_with_padding, hashed_text, used_tokens, vocabulary_size
+
+_KEPT_HASHES = 16
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,8 @@ class Vocabulary:
 class _HashedTokens:
     """The hashes of one vocabulary.
 
-    Any peer may ask for the hash of any number of tokens, so the text that is hashed is made only once.
+    Any peer may ask for the hash of any number of tokens, so the text that is hashed is made only once;
+    the hashes of the last few numbers are kept, because devices greet often and most have the same bundle.
     """
 
     def __init__(self, tokens: Mapping[str, int]) -> None:
@@ -56,8 +60,9 @@ class _HashedTokens:
         for entry in used.items():
             self._ends.append(self._ends[-1] + len(hashed_text([entry])) - 1)
         self.with_padding = bytes.fromhex(hash_with_padding(tokens))
+        self.of_first = lru_cache(_KEPT_HASHES)(self._of_first)
 
-    def of_first(self, size: int) -> bytes:
+    def _of_first(self, size: int) -> bytes:
         """SHA-256 of the tokens with ids below ``size``."""
         count = bisect_left(self._ids, size)
         text = self._text[: self._ends[count]] if count else b"["

@@ -23,6 +23,7 @@ from device.answer import Conversation
 from device.chat import Chat
 from device.client import Client
 from device.curve_keys import new_key, public_key
+from device.doctor import Doctor
 from device.draft_model import DraftModel
 from device.link import Link
 from device.options import COMMON, OUTPUT, AnswerOptions
@@ -172,6 +173,24 @@ def serve(
             answer_options.draft_settings,
         )
         http_server.serve(worker, model.manifest.name, defaults, bind, key, cors_origins or [])
+
+
+@app.command()
+@with_options(AnswerOptions)
+def doctor(
+    answer_options: AnswerOptions,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object instead of a line per check.", rich_help_panel=OUTPUT)
+    ] = False,
+) -> None:
+    """Check bundle, board, link and base station, and predict tokens per second; the exit code is 1 if a check fails.
+
+    A failed check names the fault and what to do; checks that depend on it are not made.
+    """
+    with _record_file(answer_options) as records:
+        healthy = Doctor(answer_options, partial(_connect, answer_options, records=records), as_json).run()
+    if not healthy:
+        raise typer.Exit(1)
 
 
 @keys_app.command()

@@ -106,7 +106,7 @@ class Client:
             self.welcome = self._greet_in(OLDEST_VERSION, timeout)
         except LinkError as error:
             reason = unreachable_reason(self.link.address)
-            raise LinkError(f"{error}: {reason}; start one with: edgedraft-basestation serve --target MODEL") from error
+            raise LinkError(f"{error}: {reason}") from error
         self.link.use_vocabulary(self.vocab_size)
 
     @property

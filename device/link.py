@@ -13,7 +13,7 @@ from zmq.utils.monitor import recv_monitor_message
 
 from device.curve_keys import CurveKeys
 from device.probe import needs_ipv6
-from protocol.errors import AdmissionError, FrameError, ProtocolError, SettingsError
+from protocol.errors import AdmissionError, FrameError, ProtocolError, RevokedError, SettingsError
 from protocol.frames import FrameCodec
 from protocol.messages import Message
 from protocol.zmtp import CURVE_BYTES, socket_bytes
@@ -23,6 +23,8 @@ _HEARTBEAT_MS = 5000
 _RECONNECT_MS = 100
 _RECONNECT_MAX_MS = 2000
 _MAX_BROKEN_HANDSHAKES = 3
+_REVOKED_STATUS = 500
+"""The base station's ZAP status code for a revoked key."""
 
 
 _HANDSHAKES = (
@@ -154,14 +156,23 @@ class SocketTransport:
                     self._dealer.disconnect(self._address)
                     self._connect()
                 case zmq.EVENT_HANDSHAKE_FAILED_AUTH:
-                    raise AdmissionError(
-                        f"the base station at {self._address} does not know this device's key; "
-                        "enroll it there with: edgedraft-basestation keys enroll DIR NAME KEY"
-                    )
+                    raise self._refusal(event["value"])
                 case zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
                     self._handle_mismatch(event["value"])
                 case zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
                     self._handle_broken_handshake()
+
+    def _refusal(self, status: int) -> AdmissionError:
+        """The error for a ZAP status code."""
+        if status == _REVOKED_STATUS:
+            return RevokedError(
+                f"the base station at {self._address} has revoked this device's key; "
+                "make another with: edgedraft-device keys new FILE, and have it enrolled there"
+            )
+        return AdmissionError(
+            f"the base station at {self._address} does not know this device's key; "
+            "enroll it there with: edgedraft-basestation keys enroll DIR NAME KEY"
+        )
 
     def _handle_mismatch(self, reason: int) -> None:
         if reason != zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH:

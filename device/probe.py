@@ -1,15 +1,18 @@
 """The address of a base station, and why none answers there: what a plain TCP connection to it finds."""
 
+import contextlib
 import re
 import socket
 from typing import TypeAlias
 
 from protocol.errors import LinkError, SettingsError
+from protocol.zmtp import GREETING_BYTES, GREETING_START, is_zeromq, mechanism
 
-_Target: TypeAlias = tuple[socket.AddressFamily, tuple[str | int | bytes, ...]]
+Target: TypeAlias = tuple[socket.AddressFamily, tuple[str | int | bytes, ...]]
 
 _TIMEOUT = 2.0
-_ZMTP_SIGNATURE = b"\xff"
+_DEFAULT_PORT = 5755
+_HTTP = b"HTTP/"
 _ADDRESS = re.compile(r"tcp://(?:\[([0-9A-Fa-f:.]+(?:%[\w.-]+)?)\]|([^\s/?#@:\[\]]+)):([0-9]{1,5})", re.ASCII)
 
 
@@ -26,48 +29,73 @@ def endpoint(address: str) -> tuple[str, int]:
     raise SettingsError("server", address, "tcp://HOST:PORT, as tcp://10.0.0.5:5755 or tcp://[fd00::5]:5755")
 
 
-def needs_ipv6(address: str) -> bool:
-    """Whether a host has no IPv4 address. libzmq tries one address alone, and most base stations listen on IPv4.
+def resolve(address: str) -> Target:
+    """The IP address and port that the link connects to: libzmq tries one alone, and most base stations listen on IPv4.
+
+    Returns:
+        The first IPv4 address of the host, or its first IPv6 address if it has no other.
 
     Raises:
         SettingsError: it is not an address.
         LinkError: the host name does not resolve.
     """
+    host, port = endpoint(address)
     try:
-        return _resolve(*endpoint(address))[0] is socket.AF_INET6
+        answers = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except OSError as error:
-        host, _ = endpoint(address)
         reason = error.strerror or error
         raise LinkError(
             f"the host {host!r} of {address!r} does not resolve ({reason}); check the name, or use an IP address"
         ) from error
+    found: list[Target] = [(family, target) for family, *_, target in answers]
+    return next((one for one in found if one[0] is socket.AF_INET), found[0])
+
+
+def needs_ipv6(address: str) -> bool:
+    """Whether a host has no IPv4 address.
+
+    Raises:
+        SettingsError: it is not an address.
+        LinkError: the host name does not resolve.
+    """
+    return resolve(address)[0] is socket.AF_INET6
 
 
 def unreachable_reason(address: str) -> str:
-    """What answers at an address at which no base station does."""
+    """Why no base station answers at an address, and what to do."""
     try:
-        family, target = _resolve(*endpoint(address))
-        with socket.socket(family, socket.SOCK_STREAM) as connection:
-            connection.settimeout(_TIMEOUT)
-            connection.connect(target)
-            return _what_answers(connection)
+        mechanism_at(address)
     except SettingsError:
         return "it is not a TCP address"
-    except ConnectionRefusedError:
-        return "nothing listens there"
-    except OSError as error:
-        return f"no connection is established ({error.strerror or error})"
+    except LinkError as error:
+        return str(error)
+    return "a ZeroMQ peer listens there that does not reply to Hello; check that it is a base station, and its log"
 
 
-def _resolve(host: str, port: int) -> _Target:
-    """The first IPv4 address of a host, or its first IPv6 address if it has no other.
+def mechanism_at(address: str) -> str:
+    """The security mechanism of the ZeroMQ peer at an address: ``NULL``, or ``CURVE`` where keys are used.
 
     Raises:
-        OSError: the name does not resolve.
+        SettingsError: it is not an address.
+        LinkError: its host does not resolve or does not answer, or no ZeroMQ peer listens there.
     """
-    answers = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    found: list[_Target] = [(family, target) for family, *_, target in answers]
-    return next((one for one in found if one[0] is socket.AF_INET), found[0])
+    family, target = resolve(address)
+    with socket.socket(family, socket.SOCK_STREAM) as connection:
+        connection.settimeout(_TIMEOUT)
+        try:
+            connection.connect(target)
+        except ConnectionRefusedError as error:
+            raise LinkError(
+                "nothing listens there; start one with: edgedraft-basestation serve --target MODEL, or check the port, "
+                f"by default {_DEFAULT_PORT}"
+            ) from error
+        except OSError as error:
+            reason = error.strerror or error
+            raise LinkError(
+                f"no connection is established ({reason}); check the address, that the base station's machine is on, "
+                "and firewalls in between"
+            ) from error
+        return _mechanism_of(connection)
 
 
 def _is_host(host: str) -> bool:
@@ -78,19 +106,24 @@ def _is_host(host: str) -> bool:
         return False
 
 
-def _what_answers(connection: socket.socket) -> str:
-    try:
-        greeting = connection.recv(16)
-    except TimeoutError:
-        greeting = b""
-    if greeting.startswith(_ZMTP_SIGNATURE):
-        return "a ZeroMQ peer listens there that does not reply to Hello"
-    if not greeting:
-        try:
-            connection.sendall(b"GET / HTTP/1.0\r\n\r\n")
-            greeting = connection.recv(16)
-        except OSError:
-            greeting = b""
-    if greeting.startswith(b"HTTP/"):
-        return "an HTTP server listens there; name the base station's own port, 5755 by default"
-    return "what listens there is not a base station"
+def _mechanism_of(connection: socket.socket) -> str:
+    """The mechanism in the greeting of a peer; other servers say nothing until they are asked."""
+    greeting = _exchange(connection, b"", 1)
+    if is_zeromq(greeting):
+        return mechanism(greeting + _exchange(connection, GREETING_START, GREETING_BYTES - len(greeting)))
+    greeting = greeting or _exchange(connection, b"GET / HTTP/1.0\r\n\r\n", len(_HTTP))
+    if greeting.startswith(_HTTP):
+        raise LinkError(f"an HTTP server listens there; name the base station's own port, {_DEFAULT_PORT} by default")
+    raise LinkError(
+        f"what listens there is not a base station; check the address and the port, by default {_DEFAULT_PORT}"
+    )
+
+
+def _exchange(connection: socket.socket, sent: bytes, least: int) -> bytes:
+    """Send bytes, and receive at least as many, or what comes before the timeout or the end of the connection."""
+    received = b""
+    with contextlib.suppress(OSError):
+        connection.sendall(sent)
+        while len(received) < least and (part := connection.recv(GREETING_BYTES)):
+            received += part
+    return received

@@ -161,10 +161,10 @@ class Manifest:
             size = path.stat().st_size
             if size != record.size:
                 raise BundleError(
-                    f"{str(path)!r} has {size} bytes; the manifest lists {record.size}: export or copy it again"
+                    f"{str(path)!r} has {size} bytes, and the manifest lists {record.size}; export or copy it again"
                 )
             if FileRecord.of(path) != record:
-                raise BundleError(f"{str(path)!r} has another SHA-256 than the manifest lists: export or copy it again")
+                raise BundleError(f"{str(path)!r} has another SHA-256 than the manifest lists; export or copy it again")
 
 
 def _check_fields(kind: type[Any], values: Any, what: str) -> None:

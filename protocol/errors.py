@@ -152,7 +152,7 @@ class AdmissionError(EdgedraftError):
 
 
 class RevokedError(AdmissionError):
-    """A device's key was revoked while it was in use."""
+    """A device's key was revoked."""
 
     code = "revoked"
 

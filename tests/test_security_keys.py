@@ -78,6 +78,9 @@ def test_devices_are_enrolled_and_revoked(tmp_path: Path) -> None:
     folder.revoke("phone")
     assert folder.name_of(keys["phone"]) is None
     assert [device.name for device in KeyFolder(tmp_path / "keys").devices()] == ["camera"]
+    assert [folder.is_revoked(key) for key in keys.values()] == [True, False]
+    folder.enroll("phone", keys["phone"])
+    assert not folder.is_revoked(keys["phone"])
 
 
 def test_a_folder_that_cannot_be_looked_into_does_not_say_no(tmp_path: Path) -> None:

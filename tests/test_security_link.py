@@ -301,6 +301,15 @@ def test_a_folder_that_cannot_be_looked_into_revokes_nobody(site: Site, caplog: 
     assert len(lines) == 1
 
 
+def test_a_refused_device_is_refused_all_the_same_where_revoked_keys_cannot_be_looked_up(
+    site: Site, caplog: pytest.LogCaptureFixture
+) -> None:
+    (site.path / "keys" / "revoked").touch()
+    keys = site.keys("phone", enroll=False)
+    assert "does not know this device's key" in refused(lambda: site.client(keys))
+    assert any("cannot tell whether a key is revoked" in record.message for record in caplog.records)
+
+
 def test_a_device_that_cannot_be_looked_up_is_admitted_later(site: Site) -> None:
     keys, manifest = site.keys("phone"), draft_model().manifest
     with ThreadPoolExecutor() as pool:

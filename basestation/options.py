@@ -1,0 +1,50 @@
+"""The options that ``serve`` and ``doctor`` share."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from basestation.authentication import check_bind
+from basestation.key_folder import KeyFolder
+
+PASSES = "Forward passes"
+OPERATION = "Operation"
+
+
+@dataclass(frozen=True)
+class StationOptions:
+    """Which target is served and with which memory, and where and to whom."""
+
+    target: Annotated[str, typer.Option(help="Model folder, hub name or .gguf file.")]
+    bind: Annotated[str, typer.Option(help="ZeroMQ endpoint to listen on; port 0 chooses a free port.")] = (
+        "tcp://127.0.0.1:5755"
+    )
+    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16; auto is bfloat16 on CUDA.")] = "auto"
+    torch_device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")] = "auto"
+    keys: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Key folder; only the devices enrolled in it are admitted.")
+    ] = None
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Without keys, serve every device that can reach the address.")
+    ] = False
+    kv_memory: Annotated[
+        str,
+        typer.Option(help="Memory for KV caches: 4GiB, or auto, a share of the free memory.", rich_help_panel=PASSES),
+    ] = "auto"
+    metrics_bind: Annotated[
+        str | None,
+        typer.Option(metavar="HOST:PORT", help="Serve /metrics, /healthz and /readyz here.", rich_help_panel=OPERATION),
+    ] = None
+
+    def key_folder(self) -> KeyFolder | None:
+        """The key folder, if there is one; checks that the address may be bound with it or without.
+
+        Raises:
+            KeyFileError: the folder has no usable secret key.
+            SettingsError: other machines can reach the address, and there are neither keys nor ``--insecure``.
+        """
+        folder = KeyFolder(self.keys) if self.keys else None
+        check_bind(self.bind, folder is not None or self.insecure)
+        return folder

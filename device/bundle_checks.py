@@ -1,0 +1,79 @@
+"""Checks of a bundle: its files, its quality figures, and whether the memory is enough for it.
+
+Knows files and sizes; loads no model.
+"""
+
+import re
+from pathlib import Path
+
+from common.checks import Finding, Status
+from protocol.bundle import MODEL_NAME, Manifest
+from protocol.errors import BundleError
+
+_LOW_ACCEPTANCE = 0.55
+"""The least that an export accepts; below it drafts of several tokens are mostly rejected."""
+_FIRST_POSITIONS = 512
+"""The draft model reserves so many positions with the first token."""
+_KV_BYTES = 4
+_MEMORY_INFO = Path("/proc/meminfo")
+_AVAILABLE = re.compile(r"^MemAvailable: *(\d+) kB$", re.MULTILINE)
+
+
+def files(folder: Path) -> Finding[Manifest]:
+    """Check the manifest of a bundle, and size and hash of each file.
+
+    Raises:
+        BundleError: the bundle is missing or damaged.
+    """
+    manifest = Manifest.read(folder)
+    manifest.check_files(folder)
+    size = _megabytes(sum(record.size for record in manifest.files.values()))
+    count = len(manifest.files)
+    return Finding(
+        f"{manifest.name}, {manifest.precision}: {count} files, {size}, as the manifest lists them", manifest
+    )
+
+
+def quality(manifest: Manifest) -> Finding[None]:
+    """Check the figures that export measured against the target."""
+    figures = manifest.quality
+    text = (
+        f"acceptance {figures.argmax_agreement:.2f} at temperature 0, {figures.coupled_acceptance:.2f} at 1, "
+        f"measured by export at {figures.positions} positions"
+    )
+    if min(figures.argmax_agreement, figures.coupled_acceptance) >= _LOW_ACCEPTANCE:
+        return Finding(text, None)
+    return Finding(text, None, Status.WARNING, "export with a higher --precision, or choose another draft model")
+
+
+def memory(manifest: Manifest, memory_info: Path = _MEMORY_INFO) -> Finding[None]:
+    """Compare the memory that the draft model needs with what is available.
+
+    Raises:
+        BundleError: it is not enough to load the model.
+    """
+    found = _AVAILABLE.search(memory_info.read_text(encoding="ascii", errors="replace"))
+    if found is None:
+        return Finding(f"{memory_info} does not tell the available memory", None, Status.NOT_CHECKED)
+    available = int(found[1]) * 1024
+    weights = sum(record.size for name, record in manifest.files.items() if name.startswith(MODEL_NAME))
+    position = 2 * manifest.layers * manifest.kv_heads * manifest.head_size * _KV_BYTES
+    least, most = (
+        weights + min(positions, manifest.context_length) * position
+        for positions in (_FIRST_POSITIONS, manifest.context_length)
+    )
+    if least > available:
+        raise BundleError(
+            f"the draft model needs {_megabytes(least)}, and {_megabytes(available)} are available; "
+            "end other programs, or export a smaller model or with a lower --precision"
+        )
+    text = f"{_megabytes(least)} needed, up to {_megabytes(most)} with {manifest.context_length} tokens of context"
+    text = f"{text}; {_megabytes(available)} available"
+    if most <= available:
+        return Finding(text, None)
+    room = (available - weights) // position
+    return Finding(text, None, Status.WARNING, f"keep conversations below {room} tokens, or end other programs")
+
+
+def _megabytes(size: float) -> str:
+    return f"{size / 1e6:,.0f} MB"
