@@ -6,6 +6,7 @@ Knows tokens, not text; ``session_requests.py`` gets the requests answered.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import islice
 
 from device.client import Client
 from device.common_prefix import common_prefix
@@ -28,14 +29,20 @@ class Origin(StrEnum):
     ACCEPTED = "accepted"
     RECOVERED = "recovered"
     BONUS = "bonus"
+    TARGET = "target"
 
 
 @dataclass(frozen=True)
 class AnswerToken:
-    """One committed token of an answer."""
+    """One committed token of an answer.
+
+    ``origin`` is ``target`` where nothing was drafted. ``margin`` is the draft model's, in nats, of an accepted
+    token; None where it was sampled from its distribution, and for tokens of the target.
+    """
 
     token_id: int
     origin: Origin
+    margin: float | None = None
 
 
 @dataclass
@@ -171,7 +178,7 @@ class DeviceSession:
         self._client.record(self._settings.mode, verdict, draft_len, len(token_ids), (began, sent, received))
         self.counters.drafted += len(token_ids)
         self.counters.accepted += verdict.accepted
-        return self._commit(token_ids, verdict)
+        return self._commit(token_ids, verdict, margins)
 
     def _decode_len(self, room: int) -> int:
         """How many tokens the target decodes alone now; 0 where the device drafts."""
@@ -203,11 +210,14 @@ class DeviceSession:
         if not self._target_alone and self._draft_room:
             self._drafter.prefill(self.tokens)
 
-    def _commit(self, drafted: Sequence[int], verdict: Verdict) -> list[AnswerToken]:
+    def _commit(
+        self, drafted: Sequence[int], verdict: Verdict, margins: Sequence[float | None] = ()
+    ) -> list[AnswerToken]:
         self.counters.rounds += 1
         last = Origin.BONUS if verdict.accepted == len(drafted) else Origin.RECOVERED
-        committed = [AnswerToken(token_id, Origin.ACCEPTED) for token_id in drafted[: verdict.accepted]]
-        committed.append(AnswerToken(verdict.token_id, last))
+        accepted = islice(zip(drafted, margins, strict=True), verdict.accepted)
+        committed = [AnswerToken(token_id, Origin.ACCEPTED, margin) for token_id, margin in accepted]
+        committed.append(AnswerToken(verdict.token_id, last if drafted else Origin.TARGET))
         self.tokens += [token.token_id for token in committed]
         return committed
 
