@@ -10,7 +10,7 @@ SAMPLE := build/sample
 BUNDLE := build/bundle
 CUDA_TESTS := $(addprefix tests/test_basestation_,target_model.py verify.py non_finite.py prefix_sharing.py memory.py)
 
-.PHONY: chromium help demo test test-next test-cuda test-gguf test-clients test-pages endurance images test-images lint types bench models clean
+.PHONY: chromium help demo test test-next test-cuda test-gguf test-clients test-pages screenshots endurance images test-images lint types bench models clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 13
@@ -48,6 +48,9 @@ test-clients: models $(CLIENTS_VENV)/ready $(CLIENTS_NODE)/ready  ## run openai 
 
 test-pages: chromium models  ## drive the web pages in Debian's Chromium, with the sample model
 	$(BIN)/pytest -q -m pages
+
+screenshots: chromium models  ## take the pictures of docs/first-five-minutes.md
+	$(BIN)/python -m tests.screenshots docs/pictures
 
 chromium:
 	@test -x /usr/bin/chromium || { echo "Debian packages are missing; run: apt-get install chromium fonts-dejavu-core" >&2; exit 1; }

@@ -90,7 +90,7 @@ def test_a_request_sets_the_draft_length() -> None:
 
 def test_an_answer_that_ends_within_a_round_reports_what_it_has() -> None:
     tokens = target_alone(TARGET, PROMPT, 12)
-    station = Station(FakeTarget.make(TARGET, stop_ids=(tokens[5],)))
+    station = Station(FakeTarget.make(TARGET, stop_ids=frozenset({tokens[5]})))
     with http_client(station) as client:
         chunks = streamed(client, edgedraft={"rounds": True})
     ids = [token["token_id"] for one in rounds_of(chunks) for token in one["tokens"]]
