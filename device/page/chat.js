@@ -72,8 +72,10 @@ async function ask(text) {
   prompt.value = "";
   fit();
   begin();
+  let complete = false;
   try {
     const reason = await receive(request, tokens, reply.caption);
+    complete = true;
     announce(`Answer complete (${reason}): ${reply.caption.textContent}`);
   } catch (error) {
     if (error.name === "AbortError") {
@@ -84,7 +86,7 @@ async function ask(text) {
   }
   end();
   if (messages !== before) return; // a new chat has begun
-  if (tokens.text) messages = [...request.messages, { role: "assistant", content: tokens.text }];
+  if (complete || tokens.text) messages = [...request.messages, { role: "assistant", content: tokens.text }];
   else {
     question.element.remove();
     reply.element.remove();
@@ -98,6 +100,7 @@ async function receive(request, tokens, caption) {
   const figures = new Figures(vocabSize);
   let reason = "";
   chart.clear();
+  figures.show();
   for await (const chunk of service.answer(request, running.signal)) {
     const [choice] = chunk.choices;
     reason = choice.finish_reason ?? reason;
@@ -139,6 +142,7 @@ function newChat() {
   transcript.replaceChildren(hint);
   hint.hidden = false;
   chart.clear();
+  new Figures(vocabSize).show();
   prompt.focus();
 }
 
