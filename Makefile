@@ -10,7 +10,7 @@ SAMPLE := build/sample
 BUNDLE := build/bundle
 CUDA_TESTS := $(addprefix tests/test_basestation_,target_model.py verify.py non_finite.py prefix_sharing.py memory.py)
 
-.PHONY: help demo test test-next test-cuda test-gguf test-clients endurance images test-images lint types bench models clean
+.PHONY: chromium help demo test test-next test-cuda test-gguf test-clients test-pages screenshots endurance images test-images lint types bench models clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 13
@@ -19,8 +19,8 @@ demo: models  ## stream an answer over loopback, then compare with the target al
 	@$(BIN)/edgedraft-bench demo --bundle $(BUNDLE) --target $(SAMPLE)
 
 test: lint types models $(DEVICE_VENV)/ready  ## lint, type checks and all tests, with the sample model
-	$(BIN)/pytest -q -n 2 --dist worksteal -m "not model and not endurance and not images and not gguf"
-	$(BIN)/pytest -q -m "model and not endurance and not clients"
+	$(BIN)/pytest -q -n 2 --dist worksteal -m "not model and not endurance and not images and not gguf and not pages"
+	$(BIN)/pytest -q -m "model and not endurance and not clients and not pages"
 
 endurance: models  ## tests that take minutes: broken links, killed base stations, hostile peers
 	$(BIN)/pytest -q -m endurance
@@ -45,6 +45,15 @@ test-gguf: $(VENV)/ready  ## download two real GGUF files (700 MB) and test thei
 
 test-clients: models $(CLIENTS_VENV)/ready $(CLIENTS_NODE)/ready  ## run openai (Python, Node), litellm and langchain against a pair; needs node
 	$(BIN)/pytest -q -m clients
+
+test-pages: chromium models  ## drive the web pages in Debian's Chromium, with the sample model
+	$(BIN)/pytest -q -m pages
+
+screenshots: chromium models  ## take the pictures of docs/first-five-minutes.md
+	$(BIN)/python -m tests.screenshots docs/pictures
+
+chromium:
+	@test -x /usr/bin/chromium || { echo "Debian packages are missing; run: apt-get install chromium fonts-dejavu-core" >&2; exit 1; }
 
 lint: $(VENV)/ready  ## ruff and the import contracts
 	$(BIN)/ruff check .

@@ -17,10 +17,14 @@ from device.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class TextChunk:
-    """The text that one committed token adds; may be empty."""
+    """The text that one committed token adds; may be empty.
+
+    ``token`` is None where an answer ended within a character, for the text that was still missing.
+    """
 
     text: str
     origin: Origin
+    token: AnswerToken | None
 
 
 @dataclass(frozen=True)
@@ -149,12 +153,16 @@ class AnswerStream:
         self._max_new_tokens = max_new_tokens
         self._tokens: list[AnswerToken] = []
         self._finish_reason = "length"
+        self._ended: _Snapshot | None = None
 
     def __iter__(self) -> Iterator[TextChunk]:
         """The chunks of text, each as soon as its token is committed."""
         self._began = self._conversation.snapshot()
+        count = 0
         for text in self._conversation.tokenizer.decode_stream(self._token_ids()):
-            yield TextChunk(text, self._tokens[-1].origin)
+            token = self._tokens[-1]
+            yield TextChunk(text, token.origin, token if len(self._tokens) > count else None)
+            count = len(self._tokens)
         self._ended = self._conversation.snapshot()
 
     @property
@@ -168,10 +176,16 @@ class AnswerStream:
         return len(self._tokens)
 
     @property
+    def ended(self) -> bool:
+        """Whether iteration has reached the end of the answer."""
+        return self._ended is not None
+
+    @property
     def answer(self) -> Answer:
         """The whole answer and its figures, once iteration has ended."""
         token_ids = [token.token_id for token in self._tokens]
         settings, began, ended = self._conversation.settings, self._began, self._ended
+        assert ended is not None
         rounds = ended.counters.rounds - began.counters.rounds
         drafted = ended.counters.drafted - began.counters.drafted
         accepted = ended.counters.accepted - began.counters.accepted

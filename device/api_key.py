@@ -8,6 +8,7 @@ from pathlib import Path
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from device.chat_page import is_page
 from device.http_errors import HttpError
 from protocol.errors import KeyFileError
 
@@ -42,7 +43,7 @@ def _checked(key: str, source: str) -> str:
 
 
 class ApiKeyCheck:
-    """Refuses requests without the key; health and readiness need none.
+    """Refuses requests without the key; health, readiness and the chat page need none.
 
     Args:
         app: the service.
@@ -55,7 +56,8 @@ class ApiKeyCheck:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request with status 401, or pass it on."""
-        if scope["path"] in _OPEN_PATHS or self._is_key(Headers(scope=scope).get("authorization", "")):
+        path = scope["path"]
+        if path in _OPEN_PATHS or is_page(path) or self._is_key(Headers(scope=scope).get("authorization", "")):
             await self._app(scope, receive, send)
         else:
             message = "the API key is missing or wrong; send the header: Authorization: Bearer KEY"

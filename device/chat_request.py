@@ -14,7 +14,7 @@ from device.job import AnswerRequest
 from device.settings import DraftSettings
 from device.tokenizer import ChatMessage, check_unicode
 from protocol.errors import SettingsError
-from protocol.messages import Sampling
+from protocol.messages import Mode, Sampling
 
 Fields: TypeAlias = dict[str, Any]
 
@@ -25,6 +25,8 @@ _MAX_STOPS = 4
 _ANY = -1
 """What clients send as ``seed`` for a random one, as ``max_tokens`` for no limit, and as ``top_k`` for all tokens."""
 _NO_LIMIT = 2**31 - 1
+_EXTENSION, _EXTENSION_FIELDS = "edgedraft", ("mode", "draft_len", "rounds")
+"""The one field that is not of OpenAI's API, and its own fields."""
 _UNSUPPORTED: Mapping[str, Sequence[Any]] = {
     "best_of": [1],
     "chat_template_kwargs": [{}],
@@ -56,7 +58,8 @@ _UNSUPPORTED: Mapping[str, Sequence[Any]] = {
 class Defaults:
     """Values for fields that a request leaves out.
 
-    ``seed`` None draws a new one for each answer; ``settings`` gives the draft settings for a sampling.
+    ``seed`` None draws a new one for each answer; ``settings`` gives the draft settings for a sampling, a mode and
+    a draft length, each of the latter as on the command line.
     """
 
     temperature: float
@@ -64,7 +67,9 @@ class Defaults:
     top_p: float
     seed: int | None
     max_new_tokens: int
-    settings: Callable[[Sampling], DraftSettings]
+    mode: str
+    draft_len: str
+    settings: Callable[[Sampling, str, str], DraftSettings]
 
 
 @dataclass(frozen=True)
@@ -88,13 +93,15 @@ class ChatRequest:
             if fields.get(name) not in (None, *neutral):
                 raise SettingsError(name, fields[name], " or ".join([*map(json.dumps, neutral), "left out"]))
         stream_options = _field(fields, "stream_options", dict, {}, "an object")
+        stream = _field(fields, "stream", bool, False, "true or false")
+        extension = _extension(fields)
         request = AnswerRequest(
             _messages(fields),
-            defaults.settings(_sampling(fields, defaults)),
+            _settings(fields, extension, defaults),
             _max_new_tokens(fields, defaults),
             _stops(fields),
+            _rounds(extension, stream),
         )
-        stream = _field(fields, "stream", bool, False, "true or false")
         return cls(request, stream, _field(stream_options, "include_usage", bool, False, "true or false"))
 
 
@@ -134,6 +141,28 @@ def _sampling(fields: Fields, defaults: Defaults) -> Sampling:
     if seed in (None, _ANY):
         seed = secrets.randbits(63) if temperature else 0
     return Sampling(temperature, 0 if top_k == _ANY else top_k, top_p, seed)
+
+
+def _extension(fields: Fields) -> Fields:
+    """What the request asks of edgedraft alone, each with its full name: ``edgedraft.mode``."""
+    extension = _field(fields, _EXTENSION, dict, {}, "an object")
+    for name, value in extension.items():
+        if name not in _EXTENSION_FIELDS:
+            raise SettingsError(f"{_EXTENSION}.{name}", value, f"left out; fields: {', '.join(_EXTENSION_FIELDS)}")
+    return {f"{_EXTENSION}.{name}": value for name, value in extension.items()}
+
+
+def _settings(fields: Fields, extension: Fields, defaults: Defaults) -> DraftSettings:
+    mode = _field(extension, "edgedraft.mode", str, defaults.mode, f"auto, {', '.join(Mode)}")
+    draft_len = _field(extension, "edgedraft.draft_len", (str, int), defaults.draft_len, "auto, or 1 or more")
+    return defaults.settings(_sampling(fields, defaults), mode, str(draft_len))
+
+
+def _rounds(extension: Fields, stream: bool) -> bool:
+    rounds: bool = _field(extension, "edgedraft.rounds", bool, False, "true or false")
+    if rounds and not stream:
+        raise SettingsError("edgedraft.rounds", rounds, "false, or true together with stream")
+    return rounds
 
 
 def _max_new_tokens(fields: Fields, defaults: Defaults) -> int:

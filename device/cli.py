@@ -47,7 +47,9 @@ SystemPrompt = Annotated[
 ]
 ShowOrigins = Annotated[
     bool,
-    typer.Option(help="Color tokens: accepted green, recovered red, bonus blue.", rich_help_panel=OUTPUT),
+    typer.Option(
+        help="Color tokens: accepted green, recovered red, bonus blue, target alone magenta.", rich_help_panel=OUTPUT
+    ),
 ]
 
 
@@ -145,7 +147,7 @@ def serve(
         ),
     ] = 8192,
 ) -> None:
-    """Serve OpenAI's chat completions API over HTTP until interrupted.
+    """Serve a chat page and OpenAI's chat completions API over HTTP until interrupted.
 
     Requests may set temperature, top_p, seed, stop and max_tokens; the options are the defaults.
     """
@@ -170,6 +172,8 @@ def serve(
             answer_options.top_p,
             answer_options.seed,
             answer_options.max_new_tokens,
+            answer_options.mode,
+            answer_options.draft_len,
             answer_options.draft_settings,
         )
         http_server.serve(worker, model.manifest.name, defaults, bind, key, cors_origins or [])

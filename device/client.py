@@ -86,6 +86,7 @@ class Client:
         self._paused_seconds = 0.0
         self._sent_at, self._sent_connections = clock(), 1
         self._is_cancelled: Callable[[], bool] = lambda: False
+        self._on_round: Callable[[RoundRecord], None] | None = None
         self._manifest = manifest
         self._hello = Hello(
             PROTOCOL_VERSION, manifest.vocab_size, bytes.fromhex(manifest.vocabulary_hash), manifest.stop_ids
@@ -249,6 +250,15 @@ class Client:
         finally:
             self._is_cancelled = lambda: False
 
+    @contextmanager
+    def reporting_rounds_to(self, on_round: Callable[[RoundRecord], None] | None) -> Iterator[None]:
+        """Call ``on_round`` with the record of each round, before its tokens are committed; None for no call."""
+        self._on_round = on_round
+        try:
+            yield
+        finally:
+            self._on_round = None
+
     def check_cancelled(self) -> None:
         """End the answer if nobody waits for it any more.
 
@@ -266,9 +276,14 @@ class Client:
         self._paused_seconds = before + self._clock() - began
 
     def record(self, mode: Mode, verdict: Verdict, draft_len: int, drafted: int, moments: Moments) -> None:
-        """Write a round to the record file, if there is one; see ``RoundRecord.of``."""
+        """Write a round to the record file and report it, where either is asked for; see ``RoundRecord.of``."""
+        if not self._records and not self._on_round:
+            return
+        record = RoundRecord.of(self.link.device, mode, verdict, draft_len, drafted, moments)
         if self._records:
-            self._records.write(RoundRecord.of(self.link.device, mode, verdict, draft_len, drafted, moments))
+            self._records.write(record)
+        if self._on_round:
+            self._on_round(record)
 
     def close(self) -> None:
         """Close the link."""

@@ -1,4 +1,4 @@
-"""The device's HTTP service: OpenAI's chat completions, health and readiness.
+"""The device's HTTP service: OpenAI's chat completions, the chat page, health and readiness.
 
 Knows JSON, status codes and server-sent events; the answers come from the worker.
 """
@@ -20,11 +20,13 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response, Strea
 from starlette.routing import Route
 
 from device.api_key import ApiKeyCheck
+from device.chat_page import page_routes
 from device.chat_request import ChatRequest, Defaults, Fields
 from device.host_check import HostCheck
 from device.http_errors import HttpError, shown
 from device.job import AnswerRequest, Event, Finish, Job
 from device.origin_check import OriginCheck
+from device.round_events import AnswerRound
 from device.worker import Worker
 from protocol.errors import EdgedraftError
 
@@ -65,6 +67,7 @@ def application(worker: Worker, name: str, defaults: Defaults, access: Access) -
             Route("/readyz", endpoints.readiness),
             Route("/v1/models", endpoints.models),
             Route("/v1/chat/completions", endpoints.complete, methods=["POST"]),
+            *page_routes(),
         ],
         middleware=access.checks(),
         exception_handlers={
@@ -101,7 +104,13 @@ class _Routes:
     async def models(self, _: Request) -> Response:
         """The one model that is served."""
         model = {"id": self._name, "object": "model", "created": self._created, "owned_by": "edgedraft"}
-        return JSONResponse({"object": "list", "data": [model]})
+        own = {
+            "vocab_size": self._worker.vocab_size,
+            "temperature": self._defaults.temperature,
+            "mode": self._defaults.mode,
+            "draft_len": self._defaults.draft_len,
+        }
+        return JSONResponse({"object": "list", "data": [model | {"edgedraft": own}]})
 
     async def complete(self, request: Request) -> Response:
         """An answer, whole or as server-sent events."""
@@ -131,7 +140,7 @@ class _AnswerEvents:
         worker.submit(self._job)
         self._watch = self._loop.create_task(self._cancel_when_the_client_leaves(request))
 
-    async def next(self) -> str | Finish:
+    async def next(self) -> str | AnswerRound | Finish:
         """The next event.
 
         Raises:
@@ -171,18 +180,19 @@ class _Completion:
     async def whole(self) -> Fields:
         """The answer as one object."""
         text = ""
-        while isinstance(event := await self._events.next(), str):
+        while not isinstance(event := await self._events.next(), Finish):
+            assert isinstance(event, str)  # rounds are streamed only
             text += event
         choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": event.reason}
         return self._head | {"object": "chat.completion", "choices": [choice], "usage": _usage(event)}
 
-    async def stream(self, first: str | Finish) -> AsyncIterator[str]:
+    async def stream(self, first: str | AnswerRound | Finish) -> AsyncIterator[str]:
         """The answer as server-sent events; ``first`` has been received already."""
         event = first
         try:
             yield self._chunk({"role": "assistant", "content": ""})
-            while isinstance(event, str):
-                yield self._chunk({"content": event})
+            while not isinstance(event, Finish):
+                yield self._content(event)
                 event = await self._events.next()
         except HttpError as error:
             yield _event(error.fields)
@@ -194,9 +204,14 @@ class _Completion:
             yield _event(self._head | {"object": _CHUNK, "choices": [], "usage": _usage(event)})
         yield "data: [DONE]\n\n"
 
-    def _chunk(self, delta: Fields, finish_reason: str | None = None) -> str:
+    def _content(self, event: str | AnswerRound) -> str:
+        if isinstance(event, str):
+            return self._chunk({"content": event})
+        return self._chunk({"content": event.text}, edgedraft=event.fields)
+
+    def _chunk(self, delta: Fields, finish_reason: str | None = None, **extension: Fields) -> str:
         choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
-        return _event(self._head | {"object": _CHUNK, "choices": [choice]})
+        return _event(self._head | {"object": _CHUNK, "choices": [choice]} | extension)
 
 
 async def _body(request: Request) -> bytes:

@@ -25,7 +25,13 @@ _KINDS: Mapping[type[EdgedraftError], tuple[int, str, str | None]] = {
     EdgedraftError: (503, _SERVER, None),
 }
 """Status, type and code of each error and of those derived from it; None stands for the error's own code."""
-_PARAMS = {"prompt": "messages", "conversation": "messages", "the request": None}
+_PARAMS = {
+    "prompt": "messages",
+    "conversation": "messages",
+    "mode": "edgedraft.mode",
+    "draft-len": "edgedraft.draft_len",
+    "the request": None,
+}
 """Fields of the request that a setting of another name comes from."""
 _LONGEST_VALUE = 100
 

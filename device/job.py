@@ -5,18 +5,23 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
+from device.round_events import AnswerRound
 from device.settings import DraftSettings
 from device.tokenizer import ChatMessage
 
 
 @dataclass(frozen=True)
 class AnswerRequest:
-    """A conversation to continue; any of the ``stops`` in the text ends the answer."""
+    """A conversation to continue; any of the ``stops`` in the text ends the answer.
+
+    With ``rounds`` the answer is delivered round by round, with the origins of its tokens.
+    """
 
     messages: tuple[ChatMessage, ...]
     settings: DraftSettings
     max_new_tokens: int
     stops: tuple[str, ...] = ()
+    rounds: bool = False
 
 
 @dataclass(frozen=True)
@@ -28,8 +33,8 @@ class Finish:
     new_tokens: int
 
 
-Event: TypeAlias = str | Finish | Exception
-"""What a job delivers: text any number of times, then one of the others once."""
+Event: TypeAlias = str | AnswerRound | Finish | Exception
+"""What a job delivers: text and rounds any number of times, then one of the others once."""
 
 
 @dataclass(frozen=True)

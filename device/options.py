@@ -151,20 +151,22 @@ class AnswerOptions:
         endpoint(self.server)
         _ = self.timeouts
 
-    def draft_settings(self, sampling: Sampling) -> DraftSettings:
-        """How to draft for a sampling.
+    def draft_settings(
+        self, sampling: Sampling, mode: str | None = None, draft_len: str | None = None
+    ) -> DraftSettings:
+        """How to draft for a sampling, with another ``mode`` or ``draft_len`` than the options say if one is given.
 
         Raises:
             SettingsError: a value is not allowed.
             BundleError: the bundle's manifest cannot be read.
         """
-        mode = self._mode_for(sampling)
-        uplink_k = DEFAULT_UPLINK_K.get(mode, 1) if self.uplink_k is None else self.uplink_k
+        chosen = self._mode_for(sampling, mode or self.mode)
+        uplink_k = DEFAULT_UPLINK_K.get(chosen, 1) if self.uplink_k is None else self.uplink_k
         return DraftSettings(
-            mode,
+            chosen,
             sampling,
             uplink_k,
-            draft_len=_number_or_auto("draft-len", self.draft_len, 1),
+            draft_len=_number_or_auto("draft-len", draft_len or self.draft_len, 1),
             uplink_p=self.uplink_p,
             uplink_steps=self.uplink_steps,
             drafts_ahead=_number_or_auto("drafts-ahead", self.drafts_ahead, 0),
@@ -190,13 +192,13 @@ class AnswerOptions:
             raise SettingsError("--station-key", None, "a public key or its file, together with --key")
         return CurveKeys.read(self.key, self.station_key)
 
-    def _mode_for(self, sampling: Sampling) -> Mode:
-        if self.mode not in ("auto", *Mode):
-            raise SettingsError("mode", self.mode, f"auto, {', '.join(Mode)}")
-        mode = choose_mode(Manifest.read(self.bundle).quality, sampling) if self.mode == "auto" else Mode(self.mode)
+    def _mode_for(self, sampling: Sampling, name: str) -> Mode:
+        if name not in ("auto", *Mode):
+            raise SettingsError("mode", name, f"auto, {', '.join(Mode)}")
+        mode = choose_mode(Manifest.read(self.bundle).quality, sampling) if name == "auto" else Mode(name)
         if mode is Mode.IDS and not sampling.greedy:
             raise SettingsError(
-                "mode", self.mode, f"coupled, topk, topp, full or target at temperature {sampling.temperature:g}"
+                "mode", name, f"coupled, topk, topp, full or target at temperature {sampling.temperature:g}"
             )
         return mode
 

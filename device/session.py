@@ -35,14 +35,20 @@ class Origin(StrEnum):
     ACCEPTED = "accepted"
     RECOVERED = "recovered"
     BONUS = "bonus"
+    TARGET = "target"
 
 
 @dataclass(frozen=True)
 class AnswerToken:
-    """One committed token of an answer."""
+    """One committed token of an answer.
+
+    ``origin`` is ``target`` where nothing was drafted. ``margin`` is the draft model's, in nats, of an accepted
+    token; None where it was sampled from its distribution, and for tokens of the target.
+    """
 
     token_id: int
     origin: Origin
+    margin: float | None = None
 
 
 class DeviceSession:
@@ -204,8 +210,9 @@ class DeviceSession:
     def _commit(self, drafted: Sequence[DraftedToken], verdict: Verdict) -> list[AnswerToken]:
         self.counters.rounds += 1
         last = Origin.BONUS if verdict.accepted == len(drafted) else Origin.RECOVERED
-        committed = [AnswerToken(token.token_id, Origin.ACCEPTED) for token in drafted[: verdict.accepted]]
-        committed.append(AnswerToken(verdict.token_id, last))
+        accepted = drafted[: verdict.accepted]
+        committed = [AnswerToken(token.token_id, Origin.ACCEPTED, token.margin) for token in accepted]
+        committed.append(AnswerToken(verdict.token_id, last if drafted else Origin.TARGET))
         self.tokens += [token.token_id for token in committed]
         return committed
 

@@ -9,7 +9,12 @@ from rich.text import Text
 from device.answer import Answer, TextChunk
 from device.session import Origin
 
-ORIGIN_STYLES = {Origin.ACCEPTED: "green", Origin.RECOVERED: "bold red", Origin.BONUS: "bold blue"}
+ORIGIN_STYLES = {
+    Origin.ACCEPTED: "green",
+    Origin.RECOVERED: "bold red",
+    Origin.BONUS: "bold blue",
+    Origin.TARGET: "bold magenta",
+}
 
 console = Console(highlight=False, soft_wrap=True)
 

@@ -16,6 +16,7 @@ from device.conversations import Conversations
 from device.draft_model import DraftModel
 from device.job import Finish, Job
 from device.job_queue import JobQueue
+from device.round_events import RoundEvents
 from device.stop_strings import StopStrings
 from device.tokenizer import Tokenizer
 from protocol.errors import (
@@ -45,6 +46,7 @@ class Worker:
 
     Attributes:
         failure: what ended the thread before ``stop``; None while it runs.
+        vocab_size: tokens of the draft model.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class Worker:
         cache_tokens: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self.vocab_size = model.manifest.vocab_size
         self._tokenizer = tokenizer
         self._connection = Connection(connect, clock)
         self._conversations = Conversations(model, tokenizer, cache_tokens)
@@ -140,23 +143,32 @@ class Worker:
     def _answer(self, job: Job) -> Finish:
         ids = self._tokenizer.encode_chat(job.request.messages)
         client = self._connection.client()
+        rounds = RoundEvents(job.deliver) if job.request.rounds else None
         with (
             self._conversations.for_prompt(client, ids, job.request.settings) as conversation,
             client.cancelled_by(lambda: job.cancelled.is_set() or self._stopping.is_set()),
+            client.reporting_rounds_to(rounds.begin if rounds else None),
         ):
-            return self._deliver(conversation.ask(ids, job.request.max_new_tokens), job)
+            return self._deliver(conversation.ask(ids, job.request.max_new_tokens), job, rounds)
 
-    def _deliver(self, stream: AnswerStream, job: Job) -> Finish:
-        """Deliver the text of an answer up to a stop string."""
+    def _deliver(self, stream: AnswerStream, job: Job, rounds: RoundEvents | None) -> Finish:
+        """Deliver the text of an answer up to a stop string, in ``rounds`` if they are asked for."""
         stops = StopStrings(job.request.stops)
         for chunk in stream:
             self._connection.mark_received()
-            if text := stops.feed(chunk.text):
+            text = stops.feed(chunk.text)
+            if rounds:
+                rounds.add(text, chunk.token)
+            elif text:
                 job.deliver(text)
             if stops.reached:
-                return Finish("stop", stream.prompt_tokens, stream.new_tokens)
+                break
+        if rounds:
+            rounds.flush()
         if text := stops.flush():
             job.deliver(text)
+        if not stream.ended:
+            return Finish("stop", stream.prompt_tokens, stream.new_tokens)
         answer = stream.answer
         logger.info(
             "%d prompt tokens, %d new tokens, %.1f tokens/s",

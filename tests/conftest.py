@@ -1,12 +1,16 @@
-"""Fixtures: one base station with the sample model in float32, shared by all tests marked ``model``."""
+"""Fixtures: one base station with the sample model in float32, and one browser, each shared by its tests."""
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 
 from bench.setup.bench_setup import BenchSetup, bench_setup
 from bench.setup.station_process import running_station
 from tests.sample import BUNDLE, SAMPLE
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 
 @pytest.fixture(scope="session")
@@ -19,3 +23,11 @@ def station_address() -> Iterator[str]:
 def sample_setup(station_address: str) -> Iterator[BenchSetup]:
     with bench_setup(BUNDLE, station_address) as ready:
         yield ready
+
+
+@pytest.fixture(scope="session")
+def browser() -> "Iterator[Browser]":
+    from tests.browser import chromium  # other environments have no Playwright
+
+    with chromium() as browser:
+        yield browser

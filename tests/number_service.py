@@ -41,11 +41,12 @@ def text_of(token_ids: Sequence[int]) -> str:
     return NumberTokenizer().decode(token_ids)
 
 
-def settings(sampling: Sampling) -> DraftSettings:
-    return DraftSettings(Mode.IDS if sampling.greedy else Mode.COUPLED, sampling, uplink_k=1, draft_len=4)
+def settings(sampling: Sampling, mode: str = "auto", draft_len: str = "4") -> DraftSettings:
+    automatic = Mode.IDS if sampling.greedy else Mode.COUPLED
+    return DraftSettings(automatic if mode == "auto" else Mode(mode), sampling, uplink_k=1, draft_len=int(draft_len))
 
 
-DEFAULTS = Defaults(temperature=0, top_k=0, top_p=1, seed=None, max_new_tokens=8, settings=settings)
+DEFAULTS = Defaults(0, 0, 1, None, max_new_tokens=8, mode="auto", draft_len="4", settings=settings)
 
 
 def new_worker(

@@ -73,7 +73,7 @@ class Answer:
     def _take(self, event: Event) -> None:
         if isinstance(event, str):
             self.text += event
-        else:
+        elif isinstance(event, Finish | Exception):
             self._end = event
             self._ended.set()
 

@@ -15,6 +15,8 @@ import device.chat
 from device.answer import Conversation, TextChunk
 from device.chat import Chat
 from device.planner import Planners
+from device.session import Origin
+from device.terminal import ORIGIN_STYLES
 from device.tokenizer import ChatMessage, Tokenizer
 from protocol.messages import Sampling
 from tests.fakes import FakeDraftModel, target_alone
@@ -151,3 +153,7 @@ def test_the_history_of_a_terminal_is_kept_for_its_user_alone(terminal: Terminal
     assert [readline.get_history_item(number + 1) for number in range(readline.get_current_history_length())] == [
         "3 1 4"
     ]
+
+
+def test_every_origin_has_a_color_of_its_own() -> None:
+    assert len({ORIGIN_STYLES[origin] for origin in Origin}) == len(Origin)

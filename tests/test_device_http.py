@@ -366,7 +366,7 @@ class Events:
     def deliver(self, event: Event) -> None:
         if isinstance(event, str):
             self.texts.append(event)
-        else:
+        elif isinstance(event, Finish | Exception):
             self._end = event
             self._ended.set()
         if len(self.texts) == self._cancel_after:

@@ -199,6 +199,7 @@ def test_compose_creates_keys_once_and_then_answers(tmp_path: Path) -> None:
                 assert station.healthy()
                 wait_for(device_process, "answers again")
                 assert http_request(namespace, URL, "/readyz")[0] == 200
+                assert [http_request(namespace, URL, path)[0] for path in ("/", "/page/chat.js")] == [200, 200]
                 question = {"messages": [{"role": "user", "content": PROMPT}], "max_tokens": 12}
                 assert http_request(namespace, URL, "/v1/chat/completions", question)[0] == 401
                 status, text = http_request(namespace, URL, "/v1/chat/completions", question, api_key)

@@ -85,3 +85,10 @@ def test_flash_sets_options_in_a_file_that_the_device_accepts(has_docker: bool, 
     command = unit.partition("ExecStart=")[2].partition("\nExecStop")[0].partition("\nNoNew")[0]
     assert command.endswith(" serve")
     assert (":/etc/edgedraft/device.toml:ro" in command) == has_docker
+
+
+def test_an_image_is_built_with_the_files_of_the_page() -> None:
+    kept = {line.removeprefix("!") for line in (PROJECT / ".dockerignore").read_text().splitlines()}
+    folders = {path.parent for path in (PROJECT / "device").rglob("*") if path.suffix in (".html", ".css", ".js")}
+    assert folders == {PROJECT / "device" / "page"}
+    assert "device/page/*" in kept
