@@ -105,7 +105,8 @@ class FleetHistory:
         self.unreadable = ""
 
     def start(self) -> None:
-        """Start the thread."""
+        """Take the first sample, and start the thread."""
+        self.sample()
         self._thread.start()
 
     def close(self) -> None:
@@ -131,11 +132,10 @@ class FleetHistory:
         return self._clock()
 
     def samples(self) -> list[Sample]:
-        """The samples, oldest first. Any thread may call it."""
+        """The samples, oldest first; at least one once it is started. Any thread may call it."""
         return [*self._samples.copy()]
 
     def _run(self) -> None:
-        self.sample()
         while not self._stopping.wait(INTERVAL):
             self.sample()
 

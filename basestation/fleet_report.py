@@ -1,4 +1,4 @@
-"""What the fleet page shows: rates between the samples of the last minutes, ready for JSON.
+"""What the fleet page shows, ready for JSON: rates between the samples of the last minutes.
 
 Times are ages in seconds, so that the clock of the reader does not matter. A figure
 without a denominator, like the acceptance of no drafted tokens, is None.
@@ -7,6 +7,7 @@ without a denominator, like the acceptance of no drafted tokens, is None.
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from itertools import pairwise
 from typing import Any, TypeAlias
 
@@ -21,48 +22,52 @@ _DIGITS = 4
 
 
 def fleet_report(history: FleetHistory, faults: FaultLog, device: str | None = None) -> Figures:
-    """The base station's history, the devices in the last minute and the latest faults.
+    """The base station and its devices in the last minute, the latest faults, and the last ten minutes of one.
 
     Args:
         history: of the base station.
         faults: of its devices.
-        device: whose history is included, if it is not None.
+        device: whose last ten minutes are included; None for the base station's alone.
     """
     samples, enrolled = history.samples(), history.enrolled
-    names = {*(enrolled or ()), *(samples[-1].devices if samples else ())}
+    recent = _recent(samples)
+    names = {*(enrolled or ()), *recent[-1].devices}
     report: Figures = {
         "interval_seconds": INTERVAL,
         "unreadable": history.unreadable,
-        "station": _columns(history, samples, _station_figures),
-        "devices": [_device_row(name, history, samples) for name in sorted(names)],
+        "last_minute": _station_figures(recent[0], recent[-1]),
+        "history": _columns(history.now, samples, _station_figures),
+        "devices": [_device_row(name, history, recent) for name in sorted(names)],
         "faults": [_fault(fault) for fault in faults.newest(_MAX_FAULTS)],
     }
     if device is not None:
-        figures = _columns(history, samples, lambda before, now: _device_figures(device, before, now))
-        report["device"] = {"name": device, "known": device in names, **figures}
+        columns = _columns(history.now, samples, partial(_device_figures, device))
+        report["device"] = {"name": device, "history": columns}
     return report
 
 
+def _recent(samples: Sequence[Sample]) -> Sequence[Sample]:
+    """The samples of the last minute."""
+    return [sample for sample in samples if sample.time >= samples[-1].time - _RECENT_SECONDS]
+
+
 def _columns(
-    history: FleetHistory, samples: Sequence[Sample], figures: Callable[[Sample, Sample], Figures]
+    now: float, samples: Sequence[Sample], figures: Callable[[Sample, Sample], Figures]
 ) -> dict[str, list[Any]]:
     """Each figure between all neighbouring samples, oldest first, and how long ago the later sample was."""
-    now = history.now
     points = [{"age": _rounded(now - later.time), **figures(earlier, later)} for earlier, later in pairwise(samples)]
     return {name: [point[name] for point in points] for name in points[0]} if points else {"age": []}
 
 
-def _device_row(name: str, history: FleetHistory, samples: Sequence[Sample]) -> Figures:
+def _device_row(name: str, history: FleetHistory, recent: Sequence[Sample]) -> Figures:
     """A device in the last minute; ``total_faults`` since the start."""
-    recent = [sample for sample in samples if sample.time >= samples[-1].time - _RECENT_SECONDS]
-    figures = _device_figures(name, recent[0], recent[-1]) if recent else {}
     seen = history.last_seen.get(name)
     return {
         "name": name,
         "enrolled": None if history.enrolled is None else name in history.enrolled,
         "seen_age": None if seen is None else _rounded(max(0.0, time.time() - seen)),
-        "total_faults": samples[-1].devices.get(name, Traffic()).faults if samples else 0,
-        **figures,
+        "total_faults": recent[-1].devices.get(name, Traffic()).faults,
+        **_device_figures(name, recent[0], recent[-1]),
     }
 
 

@@ -13,17 +13,19 @@ from urllib.parse import parse_qs
 from prometheus_client import MetricsHandler
 
 from basestation.fleet_history import FleetHistory
-from basestation.fleet_page import HEADERS, read_page
+from basestation.fleet_page import read_page
 from basestation.fleet_report import fleet_report
 from basestation.key_folder import KeyFolder
 from basestation.metrics import Metrics
 from common.host_header import host_name
+from common.page_headers import PAGE_HEADERS
 from protocol.errors import SettingsError
 
 Check: TypeAlias = Callable[[], bool]
 
 _FORMS = "HOST:PORT, like 127.0.0.1:9464, or PORT alone for loopback; port 0 chooses a free port"
 _LOOPBACK = "127.0.0.1"
+_ALLOWED_HOSTS = "an IP address, localhost, the HOST of --metrics-bind, this machine's name"
 _REQUEST_SECONDS = 10.0
 """Within which a client must send its request, and take each part of the answer."""
 
@@ -61,8 +63,8 @@ class Monitor:
             raise SettingsError("metrics-bind", bind, f"{_FORMS} ({error})") from error
         self._server.daemon_threads = True
         self._thread = threading.Thread(target=self._server.serve_forever, name="monitor", daemon=True)
-        self._thread.start()
         self._history.start()
+        self._thread.start()
 
     @property
     def url(self) -> str:
@@ -112,8 +114,7 @@ class Monitor:
                 path, _, query = self.path.partition("?")
                 host = self.headers.get("Host")
                 if not monitor._allows(host):
-                    allowed = f"an IP address, {', '.join(sorted(filter(None, monitor._names)))}"
-                    text = f"the Host is {host!r}; allowed: {allowed}\n"
+                    text = f"the Host is {host!r}; allowed: {_ALLOWED_HOSTS}\n"
                     self._answer(HTTPStatus.BAD_REQUEST, "text/plain", text.encode())
                 elif path == "/metrics":
                     super().do_GET()
@@ -122,7 +123,7 @@ class Monitor:
 
             def _answer(self, status: HTTPStatus, content_type: str, content: bytes) -> None:
                 self.send_response(status)
-                headers = {"Content-Type": content_type, "Content-Length": str(len(content)), **HEADERS}
+                headers = {"Content-Type": content_type, "Content-Length": str(len(content)), **PAGE_HEADERS}
                 for name, value in headers.items():
                     self.send_header(name, value)
                 self.end_headers()

@@ -1,9 +1,8 @@
-// One chart: a title, the latest figures, and a line for each of them over the last ten minutes.
+// One chart: a title, the figures of the last minute, and a line for each of them over the last minutes.
 
 import { element } from "./element.js";
 
 const SVG = "http://www.w3.org/2000/svg";
-const SPAN_SECONDS = 600;
 const WIDTH = 600;
 const HEIGHT = 100;
 
@@ -20,26 +19,25 @@ export class Chart {
     this.svg.setAttribute("viewBox", `0 0 ${WIDTH} ${HEIGHT}`);
     this.svg.setAttribute("preserveAspectRatio", "none");
     this.svg.setAttribute("role", "img");
-    this.root = element("figure", "chart", [
-      element("figcaption", "", title), this.values, element("div", "plot", [this.scale, this.svg]),
+    this.root = element("figure", "card chart", [
+      element("figcaption", "", [title, this.scale]), this.values, this.svg,
     ]);
   }
 
-  // columns: lists of figures by name, each as long as columns.age.
-  update(columns) {
-    const shown = this.lines.map(({ column }) => columns[column] ?? []);
+  // lastMinute: figures by name. history: lists of figures by name, each as long as history.age. span: its seconds.
+  update(lastMinute, history, span) {
+    const shown = this.lines.map(({ column }) => history[column] ?? []);
     const highest = Math.max(0, ...shown.flat().filter((value) => value !== null));
     const top = this.top ?? roundUp(highest);
-    this.scale.textContent = highest > 0 ? this.format(top) : "";
-    this.values.replaceChildren(...shown.map((values, index) => this.latest(values, index)));
-    this.svg.replaceChildren(...shown.flatMap((values, index) => paths(columns.age, values, top, index)));
+    this.scale.textContent = highest > 0 ? `to ${this.format(top)}` : "";
+    this.values.replaceChildren(...this.lines.map((line, index) => this.figure(line, lastMinute, index)));
+    this.svg.replaceChildren(...shown.flatMap((values, index) => paths(history.age, span, values, top, index)));
     const texts = shown.map((values, index) => this.summary(values, index));
-    this.svg.setAttribute("aria-label", `${this.title}, last 10 minutes: ${texts.join("; ")}`);
+    this.svg.setAttribute("aria-label", `${this.title}, history: ${texts.join("; ")}`);
   }
 
-  latest(values, index) {
-    const label = this.lines[index].label;
-    const figure = element("strong", "", this.format(values.at(-1) ?? null));
+  figure({ column, label }, lastMinute, index) {
+    const figure = element("strong", "", this.format(lastMinute[column] ?? null));
     return element("span", `line-${index}`, label ? [figure, ` ${label}`] : [figure]);
   }
 
@@ -53,8 +51,8 @@ export class Chart {
 }
 
 // A stroke for each run of neighbouring figures, and for the first line an area below it.
-function paths(ages, values, top, index) {
-  const x = (age) => (WIDTH * (1 - Math.min(age, SPAN_SECONDS) / SPAN_SECONDS)).toFixed(1);
+function paths(ages, span, values, top, index) {
+  const x = (age) => (WIDTH * (1 - Math.min(age, span) / span)).toFixed(1);
   const y = (value) => (HEIGHT - (HEIGHT - 4) * (value / (top || 1))).toFixed(1);
   return runs(values).flatMap(([start, end]) => {
     const points = [];

@@ -1,15 +1,15 @@
-// The table of the latest faults.
+// The list of the latest faults.
 
 import { deviceLink } from "./devices.js";
 import { element } from "./element.js";
 import { ago } from "./format.js";
 
-export function faultRow(fault) {
-  const message = fault.reported ? [element("em", "", "reported by the device:"), ` ${fault.text}`] : fault.text;
-  return element("tr", "", [
-    element("td", "when", ago(fault.age)),
-    element("td", "", [deviceLink(fault.device)]),
-    element("td", "", [element("code", "", fault.code)]),
-    element("td", "message", message),
+export function faultItem(fault) {
+  const sender = fault.reported ? "reported by" : "sent to";
+  return element("li", "", [
+    element("p", "note", [
+      element("code", "", fault.code), ` ${sender} `, deviceLink(fault.device), `, ${ago(fault.age)}`,
+    ]),
+    element("p", "message", fault.text),
   ]);
 }

@@ -2,11 +2,12 @@
 
 import { Chart } from "./chart.js";
 import { DeviceTable } from "./devices.js";
-import { faultRow } from "./faults.js";
+import { faultItem } from "./faults.js";
 import { count, duration, rate, share } from "./format.js";
 
 const POLL_MS = 5000;
 const TIMEOUT_MS = 10000;
+const LEAST_SPAN_SECONDS = 120;
 
 const TRAFFIC = [
   { title: "Tokens per second", lines: [{ column: "tokens_per_second" }], format: count },
@@ -19,7 +20,7 @@ const TRAFFIC = [
   },
 ];
 const QUEUEING = { title: "Queueing delay", lines: [{ column: "queueing_seconds" }], format: duration };
-const FAULTS = { title: "Faults in 5 s", lines: [{ column: "faults" }], format: count };
+const FAULTS = { title: "Faults", lines: [{ column: "faults" }], format: count };
 const STATION = [
   ...TRAFFIC,
   {
@@ -34,7 +35,7 @@ const STATION = [
     format: duration,
   },
   { title: "KV pool in use", lines: [{ column: "kv_share" }], format: share, top: 1 },
-  { title: "Evictions in 5 s", lines: [{ column: "evictions" }], format: count },
+  { title: "Evictions", lines: [{ column: "evictions" }], format: count },
   FAULTS,
 ];
 const DEVICE = [...TRAFFIC, QUEUEING, FAULTS];
@@ -58,19 +59,23 @@ function selectedDevice() {
 
 function show(report) {
   const selected = selectedDevice();
-  stationCharts.forEach((chart) => chart.update(report.station));
+  const span = Math.max(LEAST_SPAN_SECONDS, report.history.age[0] ?? 0);
+  const minutes = `${Math.round(span / 60)} minutes`;
+  document.querySelectorAll(".span").forEach((place) => { place.textContent = minutes; });
+  stationCharts.forEach((chart) => chart.update(report.last_minute, report.history, span));
   table.update(report.devices, selected);
   showText(part("unreadable"), report.unreadable && `Which devices are enrolled is unknown: ${report.unreadable}`);
   part("no-faults").hidden = report.faults.length > 0;
-  part("fault-table").hidden = report.faults.length === 0;
-  part("faults").replaceChildren(...report.faults.map(faultRow));
-  if (report.device && report.device.name === selected) showDevice(report.device);
+  part("faults").hidden = report.faults.length === 0;
+  part("faults").replaceChildren(...report.faults.map(faultItem));
+  if (report.device && report.device.name === selected) showDevice(report.device, report.devices, span);
 }
 
-function showDevice(device) {
-  part("detail-title").textContent = device.name;
-  showText(part("detail-note"), device.known ? "" : "No device of this name is enrolled or has sent a message.");
-  deviceCharts.forEach((chart) => chart.update(device));
+function showDevice({ name, history }, devices, span) {
+  const lastMinute = devices.find((device) => device.name === name);
+  part("detail-title").textContent = name;
+  part("unknown").hidden = lastMinute !== undefined;
+  deviceCharts.forEach((chart) => chart.update(lastMinute ?? {}, history, span));
   if (part("detail").hidden) {
     part("detail").hidden = false;
     part("detail-title").focus();
