@@ -45,7 +45,7 @@ export function deviceLink(name) {
 function newRow(name) {
   const header = element("th", "", [deviceLink(name)]);
   header.scope = "row";
-  const numbers = ["number", "number", "number", "number wide", "number wide", "number wide", "number"];
+  const numbers = ["number wide", "number", "number", "number wide", "number wide", "number wide", "number"];
   return element("tr", "", [header, element("td", "seen"), ...numbers.map((kind) => element("td", kind))]);
 }
 

@@ -14,7 +14,7 @@ const TRAFFIC = [
   { title: "Acceptance", lines: [{ column: "acceptance" }], format: share, top: 1 },
   { title: "Sessions", lines: [{ column: "sessions" }], format: count },
   {
-    title: "Bytes per second",
+    title: "Traffic",
     lines: [{ column: "uplink_bytes_per_second", label: "up" }, { column: "downlink_bytes_per_second", label: "down" }],
     format: rate,
   },
