@@ -2,12 +2,14 @@
 
 import ipaddress
 import json
+import logging
 import socket
+import sys
 import threading
 from collections.abc import Callable
 from http import HTTPStatus
 from http.server import ThreadingHTTPServer
-from typing import TypeAlias
+from typing import Any, TypeAlias
 from urllib.parse import parse_qs
 
 from prometheus_client import MetricsHandler
@@ -20,6 +22,8 @@ from basestation.metrics import Metrics
 from common.host_header import host_name
 from common.page_headers import PAGE_HEADERS
 from protocol.errors import SettingsError
+
+logger = logging.getLogger(__name__)
 
 Check: TypeAlias = Callable[[], bool]
 
@@ -58,10 +62,9 @@ class Monitor:
         host, _, port = bind.rpartition(":")
         self._names = {"localhost", host.lower(), socket.gethostname().lower()}
         try:
-            self._server = ThreadingHTTPServer((host or _LOOPBACK, int(port)), self._handler())
+            self._server = _Server((host or _LOOPBACK, int(port)), self._handler())
         except (OSError, ValueError, OverflowError) as error:
             raise SettingsError("metrics-bind", bind, f"{_FORMS} ({error})") from error
-        self._server.daemon_threads = True
         self._thread = threading.Thread(target=self._server.serve_forever, name="monitor", daemon=True)
         self._history.start()
         self._thread.start()
@@ -130,6 +133,17 @@ class Monitor:
                 self.wfile.write(content)
 
         return Handler
+
+
+class _Server(ThreadingHTTPServer):
+    """A thread for each connection; a client that leaves is no error."""
+
+    daemon_threads = True
+    request_queue_size = 128
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exception(), ConnectionError):
+            logger.exception("a request of %s failed", client_address)
 
 
 def _is_address(name: str) -> bool:
