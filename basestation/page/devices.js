@@ -1,4 +1,4 @@
-// The table of devices. Rows are kept between updates, so that the keyboard's focus stays where it is.
+// The table of devices. Rows stay in place between updates, so that the keyboard's focus does too.
 
 import { element } from "./element.js";
 import { ago, count, duration, rate, share } from "./format.js";
@@ -12,10 +12,16 @@ export class DeviceTable {
   }
 
   update(devices, selected) {
-    const rows = devices.map((device) => this.row(device, device.name === selected));
-    this.rows = new Map(devices.map((device, index) => [device.name, rows[index]]));
-    const same = rows.length === this.body.children.length && rows.every((row, at) => row === this.body.children[at]);
-    if (!same) this.body.replaceChildren(...rows);
+    const rows = new Map(devices.map((device) => [device.name, this.row(device, device.name === selected)]));
+    this.rows.forEach((row, name) => { if (!rows.has(name)) row.remove(); });
+    this.rows = rows;
+    [...rows.values()].forEach((row, at) => {
+      if (row !== this.body.children[at]) this.body.insertBefore(row, this.body.children[at] ?? null);
+    });
+  }
+
+  focus(name) {
+    this.rows.get(name)?.querySelector("a").focus();
   }
 
   row(device, isSelected) {

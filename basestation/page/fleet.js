@@ -115,7 +115,10 @@ async function poll() {
 }
 
 function select() {
-  if (selectedDevice() === null) part("detail").hidden = true;
+  if (selectedDevice() === null && !part("detail").hidden) {
+    part("detail").hidden = true;
+    table.focus(part("detail-title").textContent);
+  }
   poll();
 }
 
