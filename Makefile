@@ -49,7 +49,7 @@ test-clients: models $(CLIENTS_VENV)/ready $(CLIENTS_NODE)/ready  ## run openai 
 test-pages: chromium prometheus models  ## drive the web pages in Chromium and scrape both ends with Prometheus, from Debian
 	$(BIN)/pytest -q -m pages
 
-screenshots: chromium models  ## take the pictures of docs/first-five-minutes.md
+screenshots: chromium models  ## take the pictures of the docs
 	$(BIN)/python -m tests.screenshots docs/pictures
 
 chromium:
