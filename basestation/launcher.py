@@ -7,6 +7,8 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
+from prometheus_client import disable_created_metrics
+
 from basestation.key_folder import KeyFolder
 from basestation.memory import parse_size
 from basestation.memory_guard import MemoryGuard
@@ -58,6 +60,8 @@ class OperationOptions:
 def run_base_station(target: TargetOptions, socket: SocketOptions, operation: OperationOptions) -> None:
     """Serve until SIGINT or SIGTERM; the second lets open sessions finish."""
     _raise_descriptor_limit()
+    # Without it, each counter has a second series with the time it began.
+    disable_created_metrics()  # type: ignore[no-untyped-call]
     peer_bytes = parse_size("peer-memory", target.peer_memory)
     metrics = Metrics()
     with ExitStack() as stack:

@@ -142,6 +142,8 @@ def serve(
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     answer_options.check()
+    from prometheus_client import disable_created_metrics
+
     from device import http_server
     from device.api_key import VARIABLE, read_api_key
     from device.chat_request import Defaults
@@ -154,6 +156,8 @@ def serve(
     with _record_file(answer_options) as records:
         model, tokenizer = _load(answer_options)
         logging.getLogger("device").info("loaded %s", answer_options.bundle)
+        # Without it, each counter has a second series with the time it began.
+        disable_created_metrics()  # type: ignore[no-untyped-call]
         metrics = Metrics()
         connect = partial(_connect, answer_options, model.manifest, records, metrics.watch_link)
         worker = Worker(model, tokenizer, connect, cache_tokens, metrics=metrics)
