@@ -121,12 +121,12 @@ def test_a_base_station_that_stops_answering_is_not_shown_as_serving(browser: Br
         status = opened.page.locator("#status")
         expect(status).to_have_text("Serving")
         running.server.stop(drain_seconds=60)
-        expect(status).to_have_text("Not ready: loading its model, or draining", timeout=10_000)
+        expect(status).to_have_text("Not ready: loading its model, or draining")
         running.monitor.close()
-        expect(status).to_contain_text("The base station does not answer; figures of", timeout=10_000)
+        expect(status).to_contain_text("The base station does not answer; figures of")
 
 
 def test_a_folder_that_cannot_be_read_is_told(browser: Browser, running: Fleet) -> None:
     with visit(browser, running.monitor.url) as opened:
         (running.path / "keys" / "devices").rmdir()
-        expect(opened.page.locator("#unreadable")).to_contain_text("cannot be read", timeout=15_000)
+        expect(opened.page.locator("#unreadable")).to_contain_text("cannot be read")
