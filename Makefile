@@ -10,7 +10,7 @@ SAMPLE := build/sample
 BUNDLE := build/bundle
 CUDA_TESTS := $(addprefix tests/test_basestation_,target_model.py verify.py non_finite.py prefix_sharing.py memory.py)
 
-.PHONY: chromium help demo test test-next test-cuda test-gguf test-clients test-pages screenshots endurance images test-images lint types bench models clean
+.PHONY: chromium prometheus help demo test test-next test-cuda test-gguf test-clients test-pages screenshots endurance images test-images lint types bench models clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 13
@@ -46,14 +46,17 @@ test-gguf: $(VENV)/ready  ## download two real GGUF files (700 MB) and test thei
 test-clients: models $(CLIENTS_VENV)/ready $(CLIENTS_NODE)/ready  ## run openai (Python, Node), litellm and langchain against a pair; needs node
 	$(BIN)/pytest -q -m clients
 
-test-pages: chromium models  ## drive the web pages in Debian's Chromium, with the sample model
+test-pages: chromium prometheus models  ## drive the web pages in Chromium and scrape both ends with Prometheus, from Debian
 	$(BIN)/pytest -q -m pages
 
-screenshots: chromium models  ## take the pictures of docs/first-five-minutes.md
+screenshots: chromium models  ## take the pictures of the docs
 	$(BIN)/python -m tests.screenshots docs/pictures
 
 chromium:
 	@test -x /usr/bin/chromium || { echo "Debian packages are missing; run: apt-get install chromium fonts-dejavu-core" >&2; exit 1; }
+
+prometheus:
+	@test -x /usr/bin/prometheus || { echo "a Debian package is missing; run: apt-get install prometheus" >&2; exit 1; }
 
 lint: $(VENV)/ready  ## ruff and the import contracts
 	$(BIN)/ruff check .

@@ -9,8 +9,9 @@ import logging
 import zmq
 from zmq.utils import z85
 
-from basestation.key_folder import KeyFolder
+from basestation.key_folder import EnrolledDevice, KeyFolder
 from basestation.metrics import Metrics
+from basestation.peer import UNNAMED
 from common.loopback import is_loopback
 from protocol.errors import KeyFileError, RevokedError, SettingsError
 
@@ -42,7 +43,8 @@ class Authenticator:
     def __init__(self, keys: KeyFolder, context: "zmq.Context[zmq.Socket[bytes]]", metrics: Metrics) -> None:
         self._keys = keys
         self._metrics = metrics
-        self._admitted: set[str] = set()
+        self._admitted: dict[str, str] = {}
+        """Names by key."""
         self._unreadable: set[str] = set()
         self.socket = context.socket(zmq.REP)
         self.socket.bind(_ENDPOINT)
@@ -64,19 +66,22 @@ class Authenticator:
             status, text = self._refusal(key)
             logger.warning("refused a device at %s: key %r is %s", address.decode(), key, text.decode())
         if enrolled:
-            logger.info("peer %s is %s, at %s", key[:8], self._name_of(key), address.decode())
-            self._admitted.add(key)
+            self._admitted[key] = self._read_name(key)
+            logger.info("peer %s is %s, at %s", key[:8], self._admitted[key], address.decode())
         self.socket.send_multipart([version, request, status, text, key.encode() if enrolled else b"", b""])
 
     def admits(self, key: str) -> bool:
         """Whether messages of a key are accepted; a connection outlives the enrolment of its key."""
         return key in self._admitted
 
-    def revoked(self) -> list[str]:
-        """Admitted keys that are not enrolled any more; each is returned once."""
-        revoked = [key for key in self._admitted if self._is_enrolled(key) is False]
-        self._admitted.difference_update(revoked)
-        return revoked
+    def name_of(self, key: str) -> str:
+        """The name under which an admitted key was enrolled when it last connected."""
+        return self._admitted.get(key, UNNAMED)
+
+    def revoked(self) -> list[EnrolledDevice]:
+        """Admitted devices that are not enrolled any more; each is returned once."""
+        keys = [key for key in self._admitted if self._is_enrolled(key) is False]
+        return [EnrolledDevice(self._admitted.pop(key), key) for key in keys]
 
     def _is_enrolled(self, key: str) -> bool | None:
         """Whether a key is enrolled; where that cannot be looked up, True if it was admitted before, else None."""
@@ -101,11 +106,12 @@ class Authenticator:
             revoked = False
         return _REVOKED if revoked else _STATUS[False]
 
-    def _name_of(self, key: str) -> str:
+    def _read_name(self, key: str) -> str:
         try:
-            return self._keys.name_of(key) or "revoked"
+            return self._keys.name_of(key) or UNNAMED
         except KeyFileError as error:
-            return f"enrolled ({error})"
+            logger.error("cannot tell the name of an enrolled key: %s", error)  # noqa: TRY400 - the message contains the reason
+            return self.name_of(key)
 
 
 def revocation() -> RevokedError:

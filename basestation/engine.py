@@ -66,7 +66,7 @@ class Engine:
         self._sessions = SessionTable(limits)
         self._repetitions = RateLimiter(limits.max_requests_per_second, clock)
         self._scheduler = Scheduler(target.kv_pool, budget, self._note_eviction)
-        self._metrics.watch(self._sessions.__len__, target.kv_pool)
+        self._metrics.watch(self._sessions.count_by_name, target.kv_pool)
 
     @property
     def busy(self) -> bool:
@@ -88,7 +88,7 @@ class Engine:
         except EdgedraftError as error:
             self.fault(peer, session_id, error)
         finally:
-            self._metrics.count_uplink(mode or self._mode_of(peer, session_id), size)
+            self._metrics.count_uplink(peer, mode or self._mode_of(peer, session_id), size)
 
     def fault(self, peer: Peer, session_id: int | None, error: EdgedraftError) -> None:
         """Report an error to a peer and end the session it occurred in, if any."""
@@ -102,13 +102,14 @@ class Engine:
         """Refuse new sessions; open ones continue."""
         self._draining = True
 
-    def revoke(self, owner: str, error: EdgedraftError) -> None:
-        """End all sessions of an owner, and require another Hello."""
+    def revoke(self, owner: str, name: str, error: EdgedraftError) -> None:
+        """End all sessions of an owner, require another Hello, and drop the metrics of its name."""
         logger.warning("peer %s: %s", owner[:8], error)
         self._handshake.drop(owner)
         for session in self._sessions.of(owner):
             self._send_fault(session.peer, session.session_id, error)
             self._sessions.drop(owner, session.session_id)
+        self._metrics.fleet.forget(name)
 
     def step(self) -> None:
         """One forward pass over what is ready: schedule, run, verify, deliver."""
@@ -164,6 +165,7 @@ class Engine:
         drafted, queueing_delay = session.round_len - 1, start - session.ready_since
         verdict = session.commit(result, end)
         self._deliver(session.peer, verdict, session)
+        self._metrics.fleet.count_round(session.peer.name, drafted, result.accepted, queueing_delay)
         return VerifiedRound(
             session.peer.owner,
             verdict.session_id,
@@ -215,6 +217,7 @@ class Engine:
                 self._sessions.drop(peer.owner, message.session_id)
             case Fault():
                 logger.warning("peer %s reports %s: %s", peer, message.code, message.text)
+                self._metrics.fleet.faults.add(peer.name, message.code, message.text, reported=True)
                 if message.session_id is not None:
                     self._sessions.drop(peer.owner, message.session_id)
             case _:
@@ -277,13 +280,13 @@ class Engine:
         )
 
     def _send_fault(self, peer: Peer, session_id: int | None, error: EdgedraftError) -> None:
-        self._metrics.count_fault(error.code)
+        self._metrics.count_fault(peer, error.code, str(error))
         retry_seconds = 0 if self._handshake.speaks_oldest(peer.owner) else error.retry_seconds
         self._deliver(peer, Fault(session_id, error.code, str(error), retry_seconds))
 
     def _deliver(self, peer: Peer, message: Message, session: Session | None = None) -> None:
         size = self._send(peer.address, message)
-        self._metrics.count_downlink(session.mode if session else None, size)
+        self._metrics.count_downlink(peer, session.mode if session else None, size)
 
     def _mode_of(self, peer: Peer, session_id: int | None) -> Mode | None:
         session = self._sessions.get(peer.owner, session_id)

@@ -22,6 +22,7 @@ from common.key_files import public_path, read_secret, write_pair
 from protocol.errors import KeyFileError, SettingsError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_MAX_NAME = 64
 _FILE_NAME = re.compile(r"[0-9a-f]{64}")
 
 
@@ -133,7 +134,7 @@ class KeyFolder:
             KeyFileError: its file cannot be read.
         """
         try:
-            return self._file(key).read_text(encoding="ascii", errors="replace").strip()
+            return self._file(key).read_text(encoding="ascii", errors="replace").strip()[:_MAX_NAME]
         except FileNotFoundError:
             return None
         except OSError as error:

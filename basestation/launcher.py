@@ -7,6 +7,8 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
+from prometheus_client import disable_created_metrics
+
 from basestation.key_folder import KeyFolder
 from basestation.memory import parse_size
 from basestation.memory_guard import MemoryGuard
@@ -58,11 +60,13 @@ class OperationOptions:
 def run_base_station(target: TargetOptions, socket: SocketOptions, operation: OperationOptions) -> None:
     """Serve until SIGINT or SIGTERM; the second lets open sessions finish."""
     _raise_descriptor_limit()
+    # Without it, each counter has a second series with the time it began.
+    disable_created_metrics()  # type: ignore[no-untyped-call]
     peer_bytes = parse_size("peer-memory", target.peer_memory)
     metrics = Metrics()
     with ExitStack() as stack:
         metrics_bind, record, profile = operation.metrics_bind, operation.record, operation.profile
-        monitor = stack.enter_context(closing(Monitor(metrics_bind, metrics))) if metrics_bind else None
+        monitor = stack.enter_context(closing(Monitor(metrics_bind, metrics, socket.keys))) if metrics_bind else None
         records = stack.enter_context(closing(PassRecordFile(record))) if record else None
         profiler = stack.enter_context(PassProfiler(profile)) if profile else None
         logger.info("loading %s", target.model)
@@ -76,7 +80,7 @@ def run_base_station(target: TargetOptions, socket: SocketOptions, operation: Op
         _stop_on_signals(server, operation.drain_seconds)
         if monitor:
             monitor.alive, monitor.ready = (lambda: server.alive), (lambda: not server.draining)
-            logger.info("metrics at %s/metrics", monitor.url)
+            logger.info("fleet page at %s/, metrics at %s/metrics", monitor.url, monitor.url)
         logger.info("KV pool: %d positions", model.kv_pool.capacity)
         logger.info("serving %s at %s", target.model, server.address)
         server.serve()

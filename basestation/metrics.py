@@ -1,12 +1,14 @@
 """Prometheus metrics of the base station. docs/operations.md explains each."""
 
 import collections
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from basestation.fleet_metrics import FleetMetrics
 from basestation.kv_pool import KVPool
 from basestation.pass_records import PassRecord
+from basestation.peer import Peer
 from protocol.messages import Mode
 
 _SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
@@ -16,10 +18,16 @@ NO_SESSION = "none"
 
 
 class Metrics:
-    """The metrics of one base station, in a registry of their own."""
+    """The metrics of one base station, in a registry of their own.
+
+    Attributes:
+        registry: what Prometheus scrapes.
+        fleet: the metrics of each device.
+    """
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self.fleet = FleetMetrics(self.registry)
         self._sessions = self._gauge("sessions", "Open sessions.")
         self._kv_used = self._gauge("kv_positions_used", "Allocated KV-cache positions.")
         self._kv_shared = self._gauge("kv_positions_shared", "KV-cache positions saved by prefix sharing.")
@@ -50,9 +58,10 @@ class Metrics:
         self._unreadable_keys = self._counter("unreadable_keys", "Key files that could not be looked at.")
         self._out_of_memory = self._counter("out_of_memory", "Forward passes that ran out of memory.")
 
-    def watch(self, sessions: Callable[[], int], kv_pool: KVPool) -> None:
-        """Read the gauges from these whenever the metrics are scraped."""
-        self._sessions.set_function(sessions)
+    def watch(self, sessions: Callable[[], Mapping[str, int]], kv_pool: KVPool) -> None:
+        """Read the gauges from these whenever the metrics are scraped; ``sessions`` counts them by device."""
+        self._sessions.set_function(lambda: sum(sessions().values()))
+        self.fleet.watch(sessions)
         self._kv_used.set_function(lambda: kv_pool.used)
         self._kv_shared.set_function(lambda: kv_pool.shared)
         self._kv_capacity.set(kv_pool.capacity)
@@ -75,17 +84,20 @@ class Metrics:
             for position, count in counts.items():
                 counter.labels(position).inc(count)
 
-    def count_uplink(self, mode: Mode | None, size: int) -> None:
+    def count_uplink(self, peer: Peer, mode: Mode | None, size: int) -> None:
         """Count a received message, of a session with that mode or of none."""
         self._uplink.labels(mode or NO_SESSION).inc(size)
+        self.fleet.count_uplink(peer.name, size)
 
-    def count_downlink(self, mode: Mode | None, size: int) -> None:
+    def count_downlink(self, peer: Peer, mode: Mode | None, size: int) -> None:
         """Count a sent message, of a session with that mode or of none."""
         self._downlink.labels(mode or NO_SESSION).inc(size)
+        self.fleet.count_downlink(peer.name, size)
 
-    def count_fault(self, code: str) -> None:
+    def count_fault(self, peer: Peer, code: str, text: str) -> None:
         """Count a Fault that was sent."""
         self._faults.labels(code).inc()
+        self.fleet.count_fault(peer.name, code, text)
 
     def count_unreadable_key(self) -> None:
         """Count a key file that could not be looked at."""

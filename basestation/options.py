@@ -35,7 +35,11 @@ class StationOptions:
     ] = "auto"
     metrics_bind: Annotated[
         str | None,
-        typer.Option(metavar="HOST:PORT", help="Serve /metrics, /healthz and /readyz here.", rich_help_panel=OPERATION),
+        typer.Option(
+            metavar="HOST:PORT",
+            help="Serve the fleet page, /metrics, /healthz and /readyz; PORT alone is on loopback.",
+            rich_help_panel=OPERATION,
+        ),
     ] = None
 
     def key_folder(self) -> KeyFolder | None:

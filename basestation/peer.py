@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+UNNAMED = "(unnamed)"
+"""The name of all devices without a key, or without a readable name; no device can be enrolled under it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Peer:
@@ -10,10 +13,12 @@ class Peer:
     Attributes:
         owner: who owns the sessions: a device's public key, or without keys its address in hexadecimal.
         address: the connection's ZeroMQ identity.
+        name: under which the device is enrolled.
     """
 
     owner: str
     address: bytes
+    name: str = UNNAMED
 
     @classmethod
     def without_key(cls, address: bytes) -> "Peer":

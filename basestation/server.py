@@ -181,8 +181,8 @@ class Server:
 
     def _check(self) -> None:
         """End the sessions of revoked keys, and check the memory."""
-        for key in self._authenticator.revoked() if self._authenticator else ():
-            self._inbox.put(partial(self._engine.revoke, key, revocation()))
+        for device in self._authenticator.revoked() if self._authenticator else ():
+            self._inbox.put(partial(self._engine.revoke, device.public_key, device.name, revocation()))
         if self._memory_guard:
             self._memory_guard.check()
 
@@ -196,7 +196,7 @@ class Server:
 
     def _queue(self, message: ReceivedMessage) -> None:
         """Queue the engine's task for a message, if any; devices resend requests that are dropped."""
-        peer = Peer(message.key, message.address) if self._authenticator else Peer.without_key(message.address)
+        peer = self._peer(message)
         exceeded = self._exceeded_rate(peer.owner, message.size)
         if exceeded:
             if self._request_limiter.should_notify(peer.owner):
@@ -209,6 +209,11 @@ class Server:
         else:
             task = partial(self._engine.receive, peer, request, message.size)
             self._inbox.put(task, peer.owner, held_bytes(request))
+
+    def _peer(self, message: ReceivedMessage) -> Peer:
+        if self._authenticator:
+            return Peer(message.key, message.address, self._authenticator.name_of(message.key))
+        return Peer.without_key(message.address)
 
     def _decode(self, peer: Peer, message: ReceivedMessage) -> Message:
         if self._authenticator and not self._authenticator.admits(peer.owner):

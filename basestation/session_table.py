@@ -1,6 +1,7 @@
 """The open sessions of all devices, and how many and how much memory one device may have."""
 
 import logging
+from collections import Counter
 
 from basestation.held_bytes import held_bytes
 from basestation.scheduler import BUSY_SECONDS
@@ -81,5 +82,7 @@ class SessionTable:
             held = size + sum(session.held_bytes for session in self.of(owner))
             self._limits.check("max_held_bytes", held)
 
-    def __len__(self) -> int:
-        return sum(map(len, self._by_owner.values()))
+    def count_by_name(self) -> Counter[str]:
+        """Open sessions by the name of their device. Another thread may call it: it iterates over copies."""
+        owned = [sessions.copy() for sessions in self._by_owner.copy().values()]
+        return Counter(session.peer.name for sessions in owned for session in sessions.values())

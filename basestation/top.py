@@ -3,34 +3,16 @@
 import time
 import urllib.error
 import urllib.request
-from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 
 from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Group
 from rich.table import Table
 
+from basestation.snapshot import Snapshot
 from protocol.errors import LinkError, SettingsError
 
 _TIMEOUT = 5.0
-_PREFIX = "edgedraft_"
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """All samples at one time: for each name, the values by label."""
-
-    time: float
-    samples: dict[str, dict[str, float]] = field(default_factory=dict)
-
-    def total(self, name: str) -> float:
-        """The sum over all labels."""
-        return sum(self.samples.get(name, {}).values())
-
-    def value(self, name: str, label: str) -> float:
-        """The value of one label, 0 where it does not exist."""
-        return self.samples.get(name, {}).get(label, 0.0)
 
 
 def read_snapshot(url: str, now: float | None = None) -> Snapshot:
@@ -58,12 +40,7 @@ def parse_snapshot(text: str, now: float) -> Snapshot:
     Raises:
         ValueError: it is not in Prometheus' format.
     """
-    samples: dict[str, dict[str, float]] = defaultdict(dict)
-    for family in text_string_to_metric_families(text):
-        for sample in family.samples:
-            if sample.name.startswith(_PREFIX) and "le" not in sample.labels:
-                samples[sample.name.removeprefix(_PREFIX)][",".join(sample.labels.values())] = sample.value
-    return Snapshot(now, dict(samples))
+    return Snapshot.of(text_string_to_metric_families(text), now)
 
 
 def render(before: Snapshot, now: Snapshot) -> Group:

@@ -13,7 +13,7 @@ from device.http_errors import HttpError
 from protocol.errors import KeyFileError
 
 VARIABLE = "EDGEDRAFT_API_KEY"
-_OPEN_PATHS = ("/healthz", "/readyz")
+_OPEN_PATHS = ("/healthz", "/readyz", "/metrics")
 _FORBIDDEN = stat.S_IRWXG | stat.S_IRWXO
 
 
@@ -43,7 +43,7 @@ def _checked(key: str, source: str) -> str:
 
 
 class ApiKeyCheck:
-    """Refuses requests without the key; health, readiness and the chat page need none.
+    """Refuses requests without the key; health, readiness, metrics and the chat page need none.
 
     Args:
         app: the service.

@@ -7,17 +7,10 @@ from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
+from common.page_headers import PAGE_HEADERS
+
 PAGE_PATH, FILES_PATH = "/", "/page/"
 _FOLDER = Path(__file__).parent / "page"
-_HEADERS = {
-    "Content-Security-Policy": (
-        "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
-        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    ),
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-cache",
-}
 
 
 def page_routes() -> list[BaseRoute]:
@@ -31,7 +24,7 @@ def is_page(path: str) -> bool:
 
 
 async def _index(_: object) -> Response:
-    return FileResponse(_FOLDER / "index.html", headers=_HEADERS)
+    return FileResponse(_FOLDER / "index.html", headers=PAGE_HEADERS)
 
 
 class _Files(StaticFiles):
@@ -40,5 +33,5 @@ class _Files(StaticFiles):
     async def get_response(self, path: str, scope: Scope) -> Response:
         """Answer a request for a file."""
         response = await super().get_response(path, scope)
-        response.headers.update(_HEADERS)
+        response.headers.update(PAGE_HEADERS)
         return response

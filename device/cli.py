@@ -6,7 +6,7 @@ import os
 import secrets
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
@@ -153,9 +153,12 @@ def serve(
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     answer_options.check()
+    from prometheus_client import disable_created_metrics
+
     from device import http_server
     from device.api_key import VARIABLE, read_api_key
     from device.chat_request import Defaults
+    from device.metrics import Metrics
     from device.worker import Worker
 
     is_overridden = came_from_file(context, "api_key_file") and VARIABLE in os.environ
@@ -164,8 +167,11 @@ def serve(
     with _record_file(answer_options) as records:
         model, tokenizer = _load(answer_options)
         logging.getLogger("device").info("loaded %s", answer_options.bundle)
-        connect = partial(_connect, answer_options, model.manifest, records)
-        worker = Worker(model, tokenizer, connect, cache_tokens)
+        # Without it, each counter has a second series with the time it began.
+        disable_created_metrics()  # type: ignore[no-untyped-call]
+        metrics = Metrics()
+        connect = partial(_connect, answer_options, model.manifest, records, metrics.watch_link)
+        worker = Worker(model, tokenizer, connect, cache_tokens, metrics=metrics)
         defaults = Defaults(
             answer_options.temperature,
             answer_options.top_k,
@@ -240,10 +246,16 @@ def _record_file(answer_options: AnswerOptions) -> AbstractContextManager[RoundR
     return closing(RoundRecordFile(answer_options.record)) if answer_options.record else nullcontext()
 
 
-def _connect(answer_options: AnswerOptions, manifest: Manifest, records: RoundRecordFile | None) -> Client:
-    """Open a link, and greet the base station over it."""
+def _connect(
+    answer_options: AnswerOptions,
+    manifest: Manifest,
+    records: RoundRecordFile | None,
+    on_link: Callable[[Link], None] = lambda _: None,
+) -> Client:
+    """Open a link, report it to ``on_link``, and greet the base station over it."""
     keys = answer_options.curve_keys()
     link = Link.connect(answer_options.server, FrameCodec(manifest.vocab_size), keys)
+    on_link(link)
     first_session = secrets.randbits(31) if keys else 0  # processes of one device may share its key
     try:
         return Client(link, manifest, answer_options.timeouts, records=records, first_session=first_session)

@@ -251,8 +251,8 @@ class Client:
             self._is_cancelled = lambda: False
 
     @contextmanager
-    def reporting_rounds_to(self, on_round: Callable[[RoundRecord], None] | None) -> Iterator[None]:
-        """Call ``on_round`` with the record of each round, before its tokens are committed; None for no call."""
+    def reporting_rounds_to(self, on_round: Callable[[RoundRecord], None]) -> Iterator[None]:
+        """Call ``on_round`` with the record of each round, before its tokens are committed."""
         self._on_round = on_round
         try:
             yield

@@ -1,4 +1,4 @@
-"""The device's HTTP service: OpenAI's chat completions, the chat page, health and readiness.
+"""The device's HTTP service: OpenAI's chat completions, the chat page, health, readiness and metrics.
 
 Knows JSON, status codes and server-sent events; the answers come from the worker.
 """
@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncIterator, Collection
 from dataclasses import dataclass
 
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -65,6 +66,7 @@ def application(worker: Worker, name: str, defaults: Defaults, access: Access) -
         routes=[
             Route("/healthz", endpoints.health),
             Route("/readyz", endpoints.readiness),
+            Route("/metrics", endpoints.metrics),
             Route("/v1/models", endpoints.models),
             Route("/v1/chat/completions", endpoints.complete, methods=["POST"]),
             *page_routes(),
@@ -100,6 +102,10 @@ class _Routes:
         if self._worker.ready:
             return PlainTextResponse("ready\n")
         return PlainTextResponse("the base station does not answer\n", 503)
+
+    async def metrics(self, _: Request) -> Response:
+        """The metrics in Prometheus' format."""
+        return Response(generate_latest(self._worker.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     async def models(self, _: Request) -> Response:
         """The one model that is served."""

@@ -45,6 +45,10 @@ class JobQueue:
             self._taken = self._jobs.popleft() if self._jobs else None
             return self._taken
 
+    def __len__(self) -> int:
+        """Requests that wait. Any thread may call it."""
+        return len(self._jobs)
+
     def close(self, reason: str) -> None:
         """Refuse the waiting jobs, the one that was taken last, and all later ones."""
         with self._changed:

@@ -8,6 +8,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 
 from device.answer import AnswerStream
 from device.client import Client
@@ -16,11 +17,14 @@ from device.conversations import Conversations
 from device.draft_model import DraftModel
 from device.job import Finish, Job
 from device.job_queue import JobQueue
+from device.metrics import Metrics
 from device.round_events import RoundEvents
+from device.round_records import RoundRecord
 from device.stop_strings import StopStrings
 from device.tokenizer import Tokenizer
 from protocol.errors import (
     AdmissionError,
+    BusyError,
     CancelledError,
     ClosingError,
     EdgedraftError,
@@ -43,8 +47,10 @@ class Worker:
         connect: opens a link and greets the base station over it.
         cache_tokens: tokens that the conversations kept may have.
         clock: seconds, monotonic.
+        metrics: counters.
 
     Attributes:
+        metrics: what the service counts.
         failure: what ended the thread before ``stop``; None while it runs.
         vocab_size: tokens of the draft model.
     """
@@ -56,12 +62,16 @@ class Worker:
         connect: Callable[[], Client],
         cache_tokens: int,
         clock: Callable[[], float] = time.monotonic,
+        metrics: Metrics | None = None,
     ) -> None:
         self.vocab_size = model.manifest.vocab_size
+        self.metrics = metrics or Metrics()
+        self._clock = clock
         self._tokenizer = tokenizer
         self._connection = Connection(connect, clock)
         self._conversations = Conversations(model, tokenizer, cache_tokens)
         self._jobs = JobQueue()
+        self.metrics.watch(self._jobs.__len__, lambda: self.ready)
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="worker", daemon=True)
         self._on_failure: Callable[[], None] = lambda: None
@@ -84,7 +94,11 @@ class Worker:
             BusyError: the queue is full.
             ClosingError: the service is ending.
         """
-        self._jobs.put(job)
+        try:
+            self._jobs.put(job)
+        except (BusyError, ClosingError) as error:
+            self.metrics.count_error(error)
+            raise
 
     def close(self) -> None:
         """Refuse all further requests and those that wait, and end the answer in progress."""
@@ -112,7 +126,10 @@ class Worker:
             if job is None:
                 wait = self._keep_alive()
             else:
-                job.deliver(self._outcome(job))
+                began = self._clock()
+                outcome = self._outcome(job)
+                self.metrics.count_outcome(outcome, self._clock() - began)
+                job.deliver(outcome)
         self._conversations.end_all()
         self._connection.close()
 
@@ -147,9 +164,14 @@ class Worker:
         with (
             self._conversations.for_prompt(client, ids, job.request.settings) as conversation,
             client.cancelled_by(lambda: job.cancelled.is_set() or self._stopping.is_set()),
-            client.reporting_rounds_to(rounds.begin if rounds else None),
+            client.reporting_rounds_to(partial(self._note_round, rounds)),
         ):
             return self._deliver(conversation.ask(ids, job.request.max_new_tokens), job, rounds)
+
+    def _note_round(self, rounds: RoundEvents | None, record: RoundRecord) -> None:
+        self.metrics.count_round(record)
+        if rounds:
+            rounds.begin(record)
 
     def _deliver(self, stream: AnswerStream, job: Job, rounds: RoundEvents | None) -> Finish:
         """Deliver the text of an answer up to a stop string, in ``rounds`` if they are asked for."""

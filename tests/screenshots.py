@@ -1,6 +1,8 @@
-"""Take the pictures of docs/first-five-minutes.md, with the sample pair: ``python -m tests.screenshots FOLDER``."""
+"""Take the pictures of the docs, with the sample pair: ``python -m tests.screenshots FOLDER``."""
 
 import sys
+import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from bench.setup.station_process import running_station
 from tests.browser import PHONE, chromium, visit
 from tests.device_service import device_service
 from tests.sample import SAMPLE
+from tests.sample_fleet import sample_fleet
 
 WIDE: dict[str, Any] = {"viewport": {"width": 1180, "height": 680}, "device_scale_factor": 1.5}
 QUESTION = "Explain in three sentences why the sky is blue."
@@ -24,6 +27,7 @@ def main(folder: Path) -> None:
             take_chat(browser, service.url, folder)
         with device_service(address, api_key=API_KEY) as service:
             take_key_and_phone(browser, service.url, folder)
+        take_fleet(browser, folder)
 
 
 def take_chat(browser: Browser, url: str, folder: Path) -> None:
@@ -51,6 +55,18 @@ def take_key_and_phone(browser: Browser, url: str, folder: Path) -> None:
         expect(page.locator("#model")).not_to_be_empty()
         ask(page, QUESTION)
         take(page, folder / "phone.png")
+
+
+def take_fleet(browser: Browser, folder: Path) -> None:
+    """The fleet page after two minutes of requests with pauses."""
+    with tempfile.TemporaryDirectory() as keys, sample_fleet(Path(keys)) as fleet:
+        for pause in (1, 8, 3, 12, 2, 6, 10, 1, 7, 4):
+            assert fleet.ask(QUESTION, max_tokens=60) == 200
+            time.sleep(pause)
+        fleet.fault()
+        with visit(browser, f"{fleet.station.metrics_url}/#device=kitchen", **WIDE) as opened:
+            expect(opened.page.locator("#faults li")).to_have_count(1)
+            opened.page.screenshot(path=folder / "fleet.png", full_page=True, animations="disabled")
 
 
 def ask(page: Page, text: str) -> None:

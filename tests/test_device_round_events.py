@@ -122,8 +122,8 @@ def test_text_that_was_missing_at_the_end_follows_without_a_token(monkeypatch: p
     assert "edgedraft" not in chunks[-2]
 
 
-def test_a_request_without_rounds_pays_nothing_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(RoundRecord, "of", None)
+def test_a_request_without_rounds_collects_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("device.worker.RoundEvents", None)
     with http_client(new_station()) as client:
         chunks = streamed(client)
         after = streamed(client, edgedraft={"rounds": False})

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.images
 ARCHITECTURES = ["amd64", "arm64"]
 MAX_DEVICE_BYTES = 330_000_000
 PROMPT = "Name three rivers."
-URL = "http://127.0.0.1:8080"
+URL, STATION_URL = "http://127.0.0.1:8080", "http://127.0.0.1:9464"
 STOP_SECONDS = 5
 """``stop_grace_period`` in compose.yaml."""
 
@@ -197,6 +197,8 @@ def test_compose_creates_keys_once_and_then_answers(tmp_path: Path) -> None:
             with composition.started("basestation") as (station, station_process):
                 wait_for(station_process, "serving")
                 assert station.healthy()
+                for path in ("/", "/page/fleet.js", "/fleet.json"):
+                    assert http_request(namespace, STATION_URL, path)[0] == 200
                 wait_for(device_process, "answers again")
                 assert http_request(namespace, URL, "/readyz")[0] == 200
                 assert [http_request(namespace, URL, path)[0] for path in ("/", "/page/chat.js")] == [200, 200]

@@ -87,8 +87,9 @@ def test_flash_sets_options_in_a_file_that_the_device_accepts(has_docker: bool, 
     assert (":/etc/edgedraft/device.toml:ro" in command) == has_docker
 
 
-def test_an_image_is_built_with_the_files_of_the_page() -> None:
+def test_an_image_is_built_with_the_files_of_its_page() -> None:
     kept = {line.removeprefix("!") for line in (PROJECT / ".dockerignore").read_text().splitlines()}
-    folders = {path.parent for path in (PROJECT / "device").rglob("*") if path.suffix in (".html", ".css", ".js")}
-    assert folders == {PROJECT / "device" / "page"}
-    assert "device/page/*" in kept
+    for package in ("device", "basestation"):
+        folders = {path.parent for path in (PROJECT / package).rglob("*") if path.suffix in (".html", ".css", ".js")}
+        assert folders == {PROJECT / package / "page"}
+        assert f"{package}/page/*" in kept

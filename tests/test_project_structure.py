@@ -138,11 +138,13 @@ def texts() -> Iterator[tuple[str, str]]:
         *(f"{package}/**/*.py" for package in PACKAGES),
         "tests/*.py",
         "docs/**/*.md",
-        "docker/*",
+        "docker/**/*",
+        "*/page/*",
         "*.md",
         "Makefile",
     ]
-    for path in sorted({path for pattern in patterns for path in PROJECT.glob(pattern)} - {Path(__file__).resolve()}):
+    paths = {path for pattern in patterns for path in PROJECT.glob(pattern) if path.is_file()}
+    for path in sorted(paths - {Path(__file__).resolve()}):
         yield str(path.relative_to(PROJECT)), path.read_text(encoding="utf-8")
 
 
