@@ -7,7 +7,7 @@ from bisect import bisect
 from collections.abc import Callable, Sequence
 from math import ceil, prod, sqrt
 
-from device.estimates import Line, Ratio, Share
+from common.estimates import Line, Ratio, Share
 from device.round_model import RoundTimes, expected_tokens
 from device.settings import DraftSettings
 from protocol.bundle import QualityFigures

@@ -56,18 +56,23 @@ class Ratio:
 
 
 class Line:
-    """A regression line; its slope is never negative, and shrinks towards 0 where the points lie close together."""
+    """A regression line; its slope is never negative, and shrinks towards 0 where the points lie close together.
 
-    def __init__(self) -> None:
+    Args:
+        decay: weight that a point keeps when the next one is added.
+    """
+
+    def __init__(self, decay: float = DECAY) -> None:
+        self._decay = decay
         self._weight = self._x = self._y = self._xx = self._xy = 0.0
 
     def observe(self, x: float, y: float) -> None:
         """Add a point."""
-        self._weight = DECAY * self._weight + 1
-        self._x = DECAY * self._x + x
-        self._y = DECAY * self._y + y
-        self._xx = DECAY * self._xx + x * x
-        self._xy = DECAY * self._xy + x * y
+        self._weight = self._decay * self._weight + 1
+        self._x = self._decay * self._x + x
+        self._y = self._decay * self._y + y
+        self._xx = self._decay * self._xx + x * x
+        self._xy = self._decay * self._xy + x * y
 
     def shift(self, rise: float) -> None:
         """Move all points up by ``rise``: what is added to every y has changed."""
