@@ -5,13 +5,15 @@ Knows numbers, not models or links; the formulas are in ``round_model.py``.
 
 from bisect import bisect
 from collections.abc import Callable, Sequence
-from math import ceil, prod, sqrt
+from math import ceil, inf, prod, sqrt
 
 from common.estimates import Line, Ratio, Share
+from device.planner_figures import MAX_ROUNDS, PlannerFigures
+from device.planner_store import PlannerStore
 from device.round_model import RoundTimes, expected_tokens
 from device.settings import DraftSettings
 from protocol.bundle import QualityFigures
-from protocol.messages import Mode
+from protocol.messages import Mode, Welcome
 
 MAX_DRAFT_LEN = 32
 """Longest planned draft: the formulas assume the same acceptance at every position, which fails further out."""
@@ -34,6 +36,9 @@ ALONE_DECAY = 0.5
 """Weight that earlier rounds keep after the target has decoded ``MIN_WAIT`` tokens alone."""
 MIN_SURVIVAL = 0.3
 """Least probability of its assumption at which a Draft is sent ahead."""
+_KNOWN_TRIALS = 8.0
+_KNOWN_ROUNDS = 4.0
+"""What an earlier process learnt counts as so many drafted tokens and rounds, so that a change is noticed soon."""
 _INSTANT = 1e-9
 _MARGIN_BOUNDS = (0.15, 0.3, 0.5)
 """Bounds of the margin classes, in nats; the acceptance rate is estimated for each class."""
@@ -77,6 +82,7 @@ class Planner:
         self._predicted = 0.0, 0.0
         self._alone = False
         self._since, self._wait = 0, MIN_WAIT
+        self._starting = False
 
     @property
     def alpha(self) -> float:
@@ -101,6 +107,49 @@ class Planner:
             return 1.0
         alone_seconds = self._target_seconds + self.times.round_trip_seconds / MIN_WAIT
         return self._tokens_per_second() * alone_seconds
+
+    @property
+    def figures(self) -> PlannerFigures | None:
+        """What a later process can start from; None before the first round."""
+        if self._target_seconds is None or not self._rounds_seen or not self._rounds:
+            return None
+        return PlannerFigures(
+            target_seconds=self._target_seconds,
+            link_seconds=self.times.round_trip_seconds,
+            token_seconds=self._replies.slope,
+            draft_seconds=self._drafting.value,
+            tokens_per_second=self._rounds.value,
+            acceptance=self.alpha,
+            acceptance_by_margin={index: self._acceptance_in(index) for index in self._by_margin},
+            rounds=min(self._rounds_seen, MAX_ROUNDS),
+            alone=self._alone,
+            since=self._since,
+            wait=self._wait,
+        )
+
+    def start(self, pass_seconds: float, row_seconds: float, known: PlannerFigures | None = None) -> None:
+        """Start from figures measured before, until the first Opened tells the link's round trip.
+
+        Args:
+            pass_seconds: of the target, as the base station measures it now; 0 where it does not.
+            row_seconds: what a drafted token adds to that.
+            known: from an earlier process; counts as a few rounds, so that a change is noticed soon.
+        """
+        if not pass_seconds and known is None:
+            return
+        self._starting, self._link_seconds = True, known.link_seconds if known else inf
+        self._target_seconds = max(pass_seconds or (known.target_seconds if known else 0.0), _INSTANT)
+        if known is None:
+            self._replies = Line.through(self._target_seconds, row_seconds)
+            return
+        self._replies = Line.through(self._target_seconds + known.link_seconds, known.token_seconds)
+        self._drafting.observe(_KNOWN_TRIALS * known.draft_seconds, _KNOWN_TRIALS)
+        self._acceptance = Share(known.acceptance, _KNOWN_TRIALS)
+        self._by_margin = {index: Share(mean, _KNOWN_TRIALS) for index, mean in known.acceptance_by_margin.items()}
+        self._predict()
+        seconds = _KNOWN_ROUNDS * self._predicted[1]
+        self._rounds.observe(known.tokens_per_second * seconds, seconds)
+        self._rounds_seen, self._alone, self._since, self._wait = known.rounds, known.alone, known.since, known.wait
 
     def decode_len(self) -> int:
         """How many tokens the target should decode alone now; 0 to draft."""
@@ -145,8 +194,16 @@ class Planner:
         return max(1, min(MAX_DRAFT_LEN, ceil(longest_wait / max(times.draft_seconds, _INSTANT))))
 
     def observe_opened(self, seconds: float) -> None:
-        """Record the time from an Open to its Opened, which waits for no forward pass: about a round trip."""
-        self._link_seconds = seconds
+        """Record the time from an Open to its Opened, which waits for no forward pass: about a round trip.
+
+        It is longer with a long prompt, so that a shorter one known before is believed more.
+        """
+        if not self._starting:
+            self._link_seconds = seconds
+            return
+        self._starting, self._link_seconds = False, min(seconds, self._link_seconds)
+        self._replies.shift(self._link_seconds + (self._target_seconds or 0.0) - self._replies.intercept)
+        self._review(self._alone, 0, 0.0)
 
     def observe_decoded(self, tokens: int, first_seconds: float | None, seconds: float) -> None:
         """Record the times of tokens that the target decoded alone.
@@ -216,9 +273,7 @@ class Planner:
         """Choose how to go on, after ``tokens`` in ``seconds`` by drafting, or by the target ``alone``."""
         if self._target_seconds is None:
             return
-        times, alpha = self.times, self.alpha
-        best = times.best_draft_len(alpha, range(1, MAX_DRAFT_LEN + 1))
-        self._predicted = expected_tokens(alpha, best), times.seconds(best)
+        self._predict()
         self._since += tokens
         pays = self.speedup >= min(1.0, sqrt(self._rounds_seen / _CERTAIN_ROUNDS))
         if pays is self._alone:
@@ -229,6 +284,12 @@ class Planner:
             share = _TARGET_TRIAL_SHARE if alone else TRIAL_SHARE
             self._since, self._wait = 0, max(MIN_WAIT, round(lost / share))
 
+    def _predict(self) -> None:
+        """Predict tokens and seconds of a round of the best draft length."""
+        times, alpha = self.times, self.alpha
+        best = times.best_draft_len(alpha, range(1, MAX_DRAFT_LEN + 1))
+        self._predicted = expected_tokens(alpha, best), times.seconds(best)
+
     def _tokens_per_second(self) -> float:
         """Of rounds: as measured, with the prediction counting as ``_PRIOR_ROUNDS`` rounds."""
         tokens, seconds = self._predicted
@@ -236,11 +297,11 @@ class Planner:
         return (measured.above + _PRIOR_ROUNDS * tokens) / (measured.below + _PRIOR_ROUNDS * seconds + _INSTANT)
 
     def _acceptance_at(self, margin: float | None) -> float:
-        if margin is None:
-            return self.alpha
-        index = bisect(_MARGIN_BOUNDS, margin)
-        prior = min([self.alpha, *_PRIOR_ACCEPTANCE[index : index + 1]])
-        share = self._by_margin.get(index)
+        return self.alpha if margin is None else self._acceptance_in(bisect(_MARGIN_BOUNDS, margin))
+
+    def _acceptance_in(self, margin_class: int) -> float:
+        prior = min([self.alpha, *_PRIOR_ACCEPTANCE[margin_class : margin_class + 1]])
+        share = self._by_margin.get(margin_class)
         return share.mean(prior) if share else prior
 
 
@@ -253,18 +314,31 @@ class Planners:
     Args:
         quality: figures of the draft model's quality check.
         new_planner: makes a planner.
+        store: keeps what was learnt for later processes; None to forget it.
     """
 
     def __init__(
-        self, quality: QualityFigures, new_planner: Callable[[QualityFigures, bool], Planner] = Planner
+        self,
+        quality: QualityFigures,
+        new_planner: Callable[[QualityFigures, bool], Planner] = Planner,
+        store: PlannerStore | None = None,
     ) -> None:
         self._quality = quality
         self._new_planner = new_planner
-        self._planners: dict[tuple[Mode, float, int | None], Planner] = {}
+        self._store = store
+        self._planners: dict[tuple[Mode, float, int | None, str], Planner] = {}
 
-    def for_settings(self, settings: DraftSettings) -> Planner:
-        """The planner for a mode, temperature and fixed draft length."""
-        key = (settings.mode, settings.sampling.temperature, settings.draft_len)
+    def for_settings(self, settings: DraftSettings, welcome: Welcome) -> Planner:
+        """The planner for a mode, temperature, fixed draft length and target."""
+        key = (settings.mode, settings.sampling.temperature, settings.draft_len, welcome.model)
         if key not in self._planners:
-            self._planners[key] = self._new_planner(self._quality, settings.sampling.greedy)
+            planner = self._planners[key] = self._new_planner(self._quality, settings.sampling.greedy)
+            known = self._store.read(settings, welcome) if self._store and settings.draft_len is None else None
+            planner.start(welcome.pass_seconds, welcome.row_seconds, known)
         return self._planners[key]
+
+    def keep(self, settings: DraftSettings, welcome: Welcome) -> None:
+        """Store what the planner for these settings has learnt so far."""
+        figures = self.for_settings(settings, welcome).figures
+        if self._store and settings.draft_len is None and figures:
+            self._store.write(settings, welcome, figures)

@@ -16,6 +16,7 @@ from device.conversations import Conversations
 from device.draft_model import DraftModel
 from device.job import Finish, Job
 from device.job_queue import JobQueue
+from device.planner import Planners
 from device.stop_strings import StopStrings
 from device.tokenizer import Tokenizer
 from protocol.errors import (
@@ -42,6 +43,7 @@ class Worker:
         connect: opens a link and greets the base station over it.
         cache_tokens: tokens that the conversations kept may have.
         clock: seconds, monotonic.
+        planners: decide how much to draft; None for new ones.
 
     Attributes:
         failure: what ended the thread before ``stop``; None while it runs.
@@ -54,10 +56,12 @@ class Worker:
         connect: Callable[[], Client],
         cache_tokens: int,
         clock: Callable[[], float] = time.monotonic,
+        planners: Planners | None = None,
     ) -> None:
         self._tokenizer = tokenizer
         self._connection = Connection(connect, clock)
-        self._conversations = Conversations(model, tokenizer, cache_tokens)
+        planners = planners or Planners(model.manifest.quality)
+        self._conversations = Conversations(model, tokenizer, cache_tokens, planners)
         self._jobs = JobQueue()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="worker", daemon=True)

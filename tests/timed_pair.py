@@ -10,10 +10,14 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import cast
 
+import torch
+
+from basestation.segment import Segment
 from device.client import Client
 from device.draft_model import DraftModel
 from device.link import Link
 from device.planner import Planners
+from device.planner_store import PlannerStore
 from device.session import DeviceSession
 from device.settings import DraftSettings, Timeouts
 from protocol.frames import FrameCodec
@@ -45,6 +49,19 @@ class TimedDraftModel(FakeDraftModel):
 
 
 @dataclass
+class TimedTarget(FakeTarget):
+    """Advances the base station's clock with each forward pass."""
+
+    pair: "TimedPair | None" = None
+
+    def forward(self, segments: Sequence[Segment]) -> torch.Tensor:
+        assert self.pair is not None
+        rows = sum(len(segment.token_ids) for segment in segments)
+        self.pair.station.now += self.pair.times.forward + self.pair.times.row * (rows - 1)
+        return super().forward(segments)
+
+
+@dataclass
 class TimedPair:
     """One device and one base station.
 
@@ -65,17 +82,20 @@ class TimedPair:
 
     def __post_init__(self) -> None:
         self._order = count()
-        self.target = FakeTarget(self.target_table)
+        self.target = TimedTarget(self.target_table, pair=self)
         self.station = Station(cast("object", self.target))  # type: ignore[arg-type]
+        self.restart_device()
+
+    def restart_device(self, store: PlannerStore | None = None) -> None:
+        """A new process of the device, which knows what the store holds; sessions must be closed before."""
         self.model = TimedDraftModel(self.draft_table, manifest(len(self.draft_table)), pair=self)
         self._inbox: list[bytes] = []
-        self.sent_bytes = 0
         link = Link(self, FrameCodec(len(self.draft_table)), "memory")
         self.client = Client(link, self.model.manifest, Timeouts(), clock=lambda: self.now)
-        self.planners = Planners(self.model.manifest.quality)
+        self.planners = Planners(self.model.manifest.quality, store=store)
 
     def session(self, settings: DraftSettings, prompt: Sequence[int]) -> DeviceSession:
-        planner = self.planners.for_settings(settings)
+        planner = self.planners.for_settings(settings, self.client.welcome)
         return DeviceSession(self.client, planner, settings, cast(DraftModel, self.model), list(prompt))
 
     def send(self, frame: bytes) -> None:
@@ -117,10 +137,8 @@ class TimedPair:
 
     def _step(self, moment: float) -> None:
         self.station.now = moment
-        before = len(self.target.tokens)
         self.station.engine.step()
-        rows = sum(self.target.tokens[before:])
-        self._free_at = moment + (self.times.forward + self.times.row * (rows - 1) if rows else 0.0)
+        self._free_at = self.station.now
         self._deliver(self._free_at)
         self._busy_since = self._free_at
 
