@@ -1,5 +1,6 @@
-"""Fixtures: one base station with the sample model in float32, shared by all tests marked ``model``."""
+"""Fixtures: one base station with the sample model in float32, shared by all tests marked ``model``; no kept state."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -7,6 +8,14 @@ import pytest
 from bench.setup.bench_setup import BenchSetup, bench_setup
 from bench.setup.station_process import running_station
 from tests.sample import BUNDLE, SAMPLE
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_kept_state() -> Iterator[None]:
+    """Devices in processes of their own neither use nor change what the user's own devices learnt."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", os.devnull)  # no folder can be made there
+        yield
 
 
 @pytest.fixture(scope="session")
