@@ -82,7 +82,7 @@ class Planner:
         self._predicted = 0.0, 0.0
         self._alone = False
         self._since, self._wait = 0, MIN_WAIT
-        self._starting = False
+        self._longest_link: float | None = None  # while nothing of this process is observed
 
     @property
     def alpha(self) -> float:
@@ -137,11 +137,12 @@ class Planner:
         """
         if not pass_seconds and known is None:
             return
-        self._starting, self._link_seconds = True, known.link_seconds if known else inf
+        self._longest_link = known.link_seconds if known else inf
         self._target_seconds = max(pass_seconds or (known.target_seconds if known else 0.0), _INSTANT)
         if known is None:
             self._replies = Line.through(self._target_seconds, row_seconds)
             return
+        self._link_seconds = known.link_seconds
         self._replies = Line.through(self._target_seconds + known.link_seconds, known.token_seconds)
         self._drafting.observe(_KNOWN_TRIALS * known.draft_seconds, _KNOWN_TRIALS)
         self._acceptance = Share(known.acceptance, _KNOWN_TRIALS)
@@ -198,12 +199,11 @@ class Planner:
 
         It is longer with a long prompt, so that a shorter one known before is believed more.
         """
-        if not self._starting:
-            self._link_seconds = seconds
-            return
-        self._starting, self._link_seconds = False, min(seconds, self._link_seconds)
-        self._replies.shift(self._link_seconds + (self._target_seconds or 0.0) - self._replies.intercept)
-        self._review(self._alone, 0, 0.0)
+        self._link_seconds = seconds
+        if self._longest_link is not None:
+            self._link_seconds = min(seconds, self._longest_link)
+            self._replies.shift(self._link_seconds + (self._target_seconds or 0.0) - self._replies.intercept)
+            self._review(self._alone, 0, 0.0)
 
     def observe_decoded(self, tokens: int, first_seconds: float | None, seconds: float) -> None:
         """Record the times of tokens that the target decoded alone.
@@ -273,6 +273,7 @@ class Planner:
         """Choose how to go on, after ``tokens`` in ``seconds`` by drafting, or by the target ``alone``."""
         if self._target_seconds is None:
             return
+        self._longest_link = None
         self._predict()
         self._since += tokens
         pays = self.speedup >= min(1.0, sqrt(self._rounds_seen / _CERTAIN_ROUNDS))

@@ -223,6 +223,17 @@ def test_the_pace_of_the_welcome_replaces_the_trial_of_the_target_and_that_of_an
     assert planner.times.round_trip_seconds == pytest.approx(FIGURES.link_seconds)
 
 
+@pytest.mark.parametrize("known", [None, FIGURES])
+def test_a_planner_that_continues_an_open_session_measures_the_link_itself(known: PlannerFigures | None) -> None:
+    planner = Planner(manifest(VOCAB).quality, greedy=True)
+    planner.start(0.02, 0.001, known)
+    planner.observe_decoded(8, None, 0.14)
+    for _ in range(30):
+        planner.observe([2.0] * 4, 4, 0.016, 0.074, 0.09)
+    planner.observe_opened(0.001)
+    assert planner.times.round_trip_seconds + planner.times.verify_seconds(4) == pytest.approx(0.074, rel=0.1)
+
+
 @pytest.mark.parametrize("link", LINKS)
 def test_a_first_answer_with_figures_is_nearly_as_fast_as_that_of_a_warmed_process(link: str, tmp_path: Path) -> None:
     starts = measure(LINKS[link], tmp_path, answers=8)
