@@ -12,6 +12,7 @@ from typing import TypeAlias
 from basestation.handshake import Handshake
 from basestation.memory import OutOfMemory, catch_out_of_memory
 from basestation.metrics import Metrics
+from basestation.pace import PassTimes
 from basestation.pass_records import PassRecord, PassRecordFile, VerifiedRound
 from basestation.peer import Peer
 from basestation.rate_limit import RateLimiter
@@ -63,6 +64,7 @@ class Engine:
         self._clock = clock
         self._draining = False
         self._handshake = Handshake(target, limits)
+        self._pass_times = PassTimes()
         self._sessions = SessionTable(limits)
         self._repetitions = RateLimiter(limits.max_requests_per_second, clock)
         self._scheduler = Scheduler(target.kv_pool, budget, self._note_eviction)
@@ -76,8 +78,7 @@ class Engine:
     @property
     def idle(self) -> bool:
         """Whether no session has something to run, and none was active in the last second."""
-        now = self._clock()
-        return not any(one.waiting or now - one.last_active < _IDLE_SECONDS for one in self._sessions.all())
+        return not any(map(self._is_active, self._sessions.all()))
 
     def receive(self, peer: Peer, message: Message, size: int = 0) -> None:
         """Take a message of ``size`` bytes; an error ends its session alone, with a Fault (invariant 7)."""
@@ -158,6 +159,8 @@ class Engine:
                 what = f"the target's logits are NaN or infinite {where}"
                 self.fault(session.peer, session.session_id, NonFiniteError(what))
         tokens = sum(len(unit.segment.token_ids) for unit in units)
+        if tokens == sum(unit.segment.num_logits for unit in units):  # no prefill
+            self._pass_times.observe(len(units), tokens, end - start)
         self._record(PassRecord(len(units), tokens, verify_start - start, end - verify_start, rounds))
 
     def _conclude(self, session: Session, result: VerificationResult, start: float, end: float) -> VerifiedRound:
@@ -207,7 +210,7 @@ class Engine:
     def _dispatch(self, peer: Peer, message: Message) -> None:
         match message:
             case Hello():
-                self._deliver(peer, self._handshake.greet(peer.owner, message))
+                self._greet(peer, message)
             case Open() | Draft() | Decode() | Extend():
                 self._request(peer, message)
             case Resume():
@@ -222,6 +225,10 @@ class Engine:
                     self._sessions.drop(peer.owner, message.session_id)
             case _:
                 raise StateError(f"{type(message).__name__} is sent by base stations only")
+
+    def _greet(self, peer: Peer, hello: Hello) -> None:
+        others = sum(self._is_active(one) for one in self._sessions.all() if one.peer.owner != peer.owner)
+        self._deliver(peer, self._handshake.greet(peer.owner, hello, self._pass_times.pace(others)))
 
     def _request(self, peer: Peer, request: Request) -> None:
         if not self._handshake.greeted(peer.owner):
@@ -287,6 +294,10 @@ class Engine:
     def _deliver(self, peer: Peer, message: Message, session: Session | None = None) -> None:
         size = self._send(peer.address, message)
         self._metrics.count_downlink(peer, session.mode if session else None, size)
+
+    def _is_active(self, session: Session) -> bool:
+        """Whether a session has something to run, or was active in the last second."""
+        return session.waiting or self._clock() - session.last_active < _IDLE_SECONDS
 
     def _mode_of(self, peer: Peer, session_id: int | None) -> Mode | None:
         session = self._sessions.get(peer.owner, session_id)

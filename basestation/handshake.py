@@ -2,10 +2,11 @@
 
 from dataclasses import replace
 
+from basestation.pace import Pace
 from basestation.target_model import TargetModel
 from protocol.errors import MismatchError
 from protocol.limits import Limits
-from protocol.messages import OLDEST_VERSION, PROTOCOL_VERSION, VOCABULARY_VERSION, Hello, Mode, Welcome
+from protocol.messages import OLDEST_VERSION, PACE_VERSION, PROTOCOL_VERSION, VOCABULARY_VERSION, Hello, Mode, Welcome
 
 _REMEDY = "export the draft model again with --target"
 _MAX_GREETED = 10_000  # an owner that was dropped gets the Fault "unknown_session" and sends Hello again
@@ -24,8 +25,8 @@ class Handshake:
         self._limits = limits
         self._versions: dict[str, int] = {}
 
-    def greet(self, owner: str, hello: Hello) -> Welcome:
-        """Accept a draft model.
+    def greet(self, owner: str, hello: Hello, pace: Pace) -> Welcome:
+        """Accept a draft model, and tell it the target's ``pace``.
 
         Raises:
             MismatchError: its vocabulary or its protocol version does not match, before version 3 its stop ids.
@@ -36,7 +37,7 @@ class Handshake:
         self._versions[owner] = version
         if len(self._versions) > _MAX_GREETED:
             del self._versions[next(iter(self._versions))]
-        return self._welcome(version)
+        return self._welcome(version, pace)
 
     def greeted(self, owner: str) -> bool:
         """Whether an owner sent Hello."""
@@ -50,7 +51,7 @@ class Handshake:
         """Require another Hello of an owner."""
         self._versions.pop(owner, None)
 
-    def _welcome(self, version: int) -> Welcome:
+    def _welcome(self, version: int, pace: Pace) -> Welcome:
         target, limits = self._target, self._limits
         welcome = Welcome(version, target.name, target.context_length, limits.max_draft_len, tuple(Mode))
         if version == OLDEST_VERSION:
@@ -65,7 +66,11 @@ class Handshake:
         )
         if version < VOCABULARY_VERSION:
             return welcome
-        return replace(welcome, vocab_size=target.vocabulary.size, stop_ids=tuple(sorted(target.vocabulary.stop_ids)))
+        vocabulary = target.vocabulary
+        welcome = replace(welcome, vocab_size=vocabulary.size, stop_ids=tuple(sorted(vocabulary.stop_ids)))
+        if version < PACE_VERSION:
+            return welcome
+        return replace(welcome, pass_seconds=pace.pass_seconds, row_seconds=pace.row_seconds)
 
     def _check(self, hello: Hello) -> None:
         vocabulary = self._target.vocabulary

@@ -101,7 +101,7 @@ class Conversation:
 
     def begin(self, prompt_ids: list[int]) -> DeviceSession:
         """The session, opened on the prompt or extended with it."""
-        planner = self._planners.for_settings(self.settings)
+        planner = self._planners.for_settings(self.settings, self._client.welcome)
         self._prompt_len = len(prompt_ids)
         if self._session is None:
             self._session = DeviceSession(self._client, planner, self.settings, self.model, prompt_ids)
@@ -137,6 +137,10 @@ class Conversation:
         now = self._client.now()
         return _Snapshot(time.monotonic(), now.uplink_bytes, now.downlink_bytes, counters)
 
+    def keep_figures(self) -> None:
+        """Store what the planner has learnt."""
+        self._planners.keep(self.settings, self._client.welcome)
+
     def close(self) -> None:
         """End the session, if there is one."""
         if self._session is not None:
@@ -159,11 +163,14 @@ class AnswerStream:
         """The chunks of text, each as soon as its token is committed."""
         self._began = self._conversation.snapshot()
         count = 0
-        for text in self._conversation.tokenizer.decode_stream(self._token_ids()):
-            token = self._tokens[-1]
-            yield TextChunk(text, token.origin, token if len(self._tokens) > count else None)
-            count = len(self._tokens)
-        self._ended = self._conversation.snapshot()
+        try:
+            for text in self._conversation.tokenizer.decode_stream(self._token_ids()):
+                token = self._tokens[-1]
+                yield TextChunk(text, token.origin, token if len(self._tokens) > count else None)
+                count = len(self._tokens)
+            self._ended = self._conversation.snapshot()
+        finally:
+            self._conversation.keep_figures()
 
     @property
     def prompt_tokens(self) -> int:

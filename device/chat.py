@@ -3,16 +3,15 @@
 Knows the turns and the commands that a user types; not how an answer is made.
 """
 
-import os
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from threading import Event
 from types import FrameType
 
 from device.answer import Conversation
+from device.state_folder import state_folder
 from device.terminal import console, show, show_figures
 from device.tokenizer import ChatMessage
 from protocol.errors import CancelledError
@@ -120,8 +119,7 @@ def _history() -> Iterator[None]:
         return
     import readline
 
-    state = Path(os.environ.get("XDG_STATE_HOME") or Path(os.environ.get("HOME") or "/") / ".local/state")
-    path = state / "edgedraft" / "chat_history"
+    path = state_folder() / "chat_history"
     with suppress(OSError):
         readline.read_history_file(path)
     readline.set_history_length(_HISTORY_LINES)

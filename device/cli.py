@@ -28,7 +28,9 @@ from device.draft_model import DraftModel
 from device.link import Link
 from device.options import COMMON, OUTPUT, AnswerOptions
 from device.planner import Planners
+from device.planner_store import PlannerStore
 from device.round_records import RoundRecordFile
+from device.state_folder import state_folder
 from device.terminal import console, show, show_figures
 from device.tokenizer import ChatMessage, Tokenizer, check_unicode
 from protocol.bundle import Manifest
@@ -171,7 +173,8 @@ def serve(
         disable_created_metrics()  # type: ignore[no-untyped-call]
         metrics = Metrics()
         connect = partial(_connect, answer_options, model.manifest, records, metrics.watch_link)
-        worker = Worker(model, tokenizer, connect, cache_tokens, metrics=metrics)
+        planners = _planners(answer_options, model.manifest)
+        worker = Worker(model, tokenizer, connect, cache_tokens, metrics=metrics, planners=planners)
         defaults = Defaults(
             answer_options.temperature,
             answer_options.top_k,
@@ -232,7 +235,8 @@ def _conversation(answer_options: AnswerOptions) -> Iterator[Conversation]:
     with _record_file(answer_options) as records:
         model, tokenizer = _load(answer_options)
         with closing(_connect(answer_options, model.manifest, records)) as client:
-            conversation = Conversation(client, Planners(model.manifest.quality), model, tokenizer, settings)
+            planners = _planners(answer_options, model.manifest)
+            conversation = Conversation(client, planners, model, tokenizer, settings)
             with closing(conversation):
                 yield conversation
 
@@ -240,6 +244,14 @@ def _conversation(answer_options: AnswerOptions) -> Iterator[Conversation]:
 def _load(answer_options: AnswerOptions) -> tuple[DraftModel, Tokenizer]:
     model = DraftModel(answer_options.bundle, answer_options.threads, (answer_options.provider,))
     return model, Tokenizer(answer_options.bundle, model.manifest)
+
+
+def _planners(answer_options: AnswerOptions, manifest: Manifest) -> Planners:
+    """New planners, which start from what earlier processes learnt."""
+    if answer_options.no_state:
+        return Planners(manifest.quality)
+    store = PlannerStore(state_folder() / "planner", manifest, answer_options.server)
+    return Planners(manifest.quality, store=store)
 
 
 def _record_file(answer_options: AnswerOptions) -> AbstractContextManager[RoundRecordFile | None]:

@@ -25,12 +25,13 @@ class Conversations:
         model: the draft model; its own KV cache stays empty.
         tokenizer: of the same bundle.
         cache_tokens: tokens that all conversations may have; the last one may exceed them alone.
+        planners: decide how much to draft.
     """
 
-    def __init__(self, model: DraftModel, tokenizer: Tokenizer, cache_tokens: int) -> None:
+    def __init__(self, model: DraftModel, tokenizer: Tokenizer, cache_tokens: int, planners: Planners) -> None:
         self._model = model
         self._tokenizer = tokenizer
-        self._planners = Planners(model.manifest.quality)
+        self._planners = planners
         self._cache_tokens = cache_tokens
         self._max_sessions = 1
         self._kept: list[Conversation] = []

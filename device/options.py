@@ -96,6 +96,14 @@ class AnswerOptions:
             rich_help_panel=DRAFTING,
         ),
     ] = "auto"
+    no_state: Annotated[
+        bool,
+        typer.Option(
+            "--no-state",
+            help="Neither use nor keep what earlier calls learnt about the base station and the link.",
+            rich_help_panel=DRAFTING,
+        ),
+    ] = False
     threads: Annotated[
         int, typer.Option(help="Threads of the draft model; 0 for all usable cores.", rich_help_panel=DRAFTING)
     ] = 0

@@ -5,13 +5,15 @@ Knows numbers, not models or links; the formulas are in ``round_model.py``.
 
 from bisect import bisect
 from collections.abc import Callable, Sequence
-from math import ceil, prod, sqrt
+from math import ceil, inf, prod, sqrt
 
-from device.estimates import Line, Ratio, Share
+from common.estimates import Line, Ratio, Share
+from device.planner_figures import MAX_ROUNDS, PlannerFigures
+from device.planner_store import PlannerStore
 from device.round_model import RoundTimes, expected_tokens, run_tokens
 from device.settings import DraftSettings
 from protocol.bundle import QualityFigures
-from protocol.messages import Mode
+from protocol.messages import Mode, Welcome
 
 MAX_DRAFT_LEN = 32
 """Longest planned draft: the formulas assume the same acceptance at every position, which fails further out."""
@@ -36,6 +38,9 @@ ALONE_DECAY = 0.5
 """Weight that earlier rounds keep after the target has decoded ``MIN_WAIT`` tokens alone."""
 MIN_SURVIVAL = 0.15
 """Least probability of its assumption at which a Draft is sent ahead."""
+_KNOWN_TRIALS = 8.0
+_KNOWN_ROUNDS = 4.0
+"""What an earlier process learnt counts as so many drafted tokens and rounds, so that a change is noticed soon."""
 _INSTANT = 1e-9
 _MARGIN_BOUNDS = (0.15, 0.3, 0.5)
 """Bounds of the margin classes, in nats; the acceptance rate is estimated for each class."""
@@ -84,6 +89,7 @@ class Planner:
         self._predicted = 0.0, 0.0
         self._alone = False
         self._since, self._wait = 0, MIN_WAIT
+        self._longest_link: float | None = None  # while nothing of this process is observed
 
     @property
     def alpha(self) -> float:
@@ -129,6 +135,50 @@ class Planner:
         if self.drafts_ahead:
             return self._overlapped_len()
         return self.times.best_draft_len(self.alpha, range(1, MAX_DRAFT_LEN + 1))
+
+    @property
+    def figures(self) -> PlannerFigures | None:
+        """What a later process can start from; None before the first round."""
+        if self._target_seconds is None or not self._rounds_seen or not self._rounds:
+            return None
+        return PlannerFigures(
+            target_seconds=self._target_seconds,
+            link_seconds=self.times.round_trip_seconds,
+            token_seconds=self._replies.slope,
+            draft_seconds=self._drafting.value,
+            tokens_per_second=self._rounds.value,
+            acceptance=self.alpha,
+            acceptance_by_margin={index: self._acceptance_in(index) for index in self._by_margin},
+            rounds=min(self._rounds_seen, MAX_ROUNDS),
+            alone=self._alone,
+            since=self._since,
+            wait=self._wait,
+        )
+
+    def start(self, pass_seconds: float, row_seconds: float, known: PlannerFigures | None = None) -> None:
+        """Start from figures measured before, until the first Opened tells the link's round trip.
+
+        Args:
+            pass_seconds: of the target, as the base station measures it now; 0 where it does not.
+            row_seconds: what a drafted token adds to that.
+            known: from an earlier process; counts as a few rounds, so that a change is noticed soon.
+        """
+        if not pass_seconds and known is None:
+            return
+        self._longest_link = known.link_seconds if known else inf
+        self._target_seconds = max(pass_seconds or (known.target_seconds if known else 0.0), _INSTANT)
+        if known is None:
+            self._replies = Line.through(self._target_seconds, row_seconds)
+            return
+        self._link_seconds = known.link_seconds
+        self._replies = Line.through(self._target_seconds + known.link_seconds, known.token_seconds)
+        self._drafting.observe(_KNOWN_TRIALS * known.draft_seconds, _KNOWN_TRIALS)
+        self._acceptance = Share(known.acceptance, _KNOWN_TRIALS)
+        self._by_margin = {index: Share(mean, _KNOWN_TRIALS) for index, mean in known.acceptance_by_margin.items()}
+        self._predict()
+        seconds = _KNOWN_ROUNDS * self._predicted[1]
+        self._rounds.observe(known.tokens_per_second * seconds, seconds)
+        self._rounds_seen, self._alone, self._since, self._wait = known.rounds, known.alone, known.since, known.wait
 
     def decode_len(self, backlog: int = 0) -> int:
         """How many tokens the target should decode alone now; 0 to draft.
@@ -183,8 +233,15 @@ class Planner:
         self._prefills.observe(seconds, tokens)
 
     def observe_opened(self, seconds: float) -> None:
-        """Record the time from an Open to its Opened, which waits for no forward pass: about a round trip."""
+        """Record the time from an Open to its Opened, which waits for no forward pass: about a round trip.
+
+        It is longer with a long prompt, so that a shorter one known before is believed more.
+        """
         self._link_seconds = seconds
+        if self._longest_link is not None:
+            self._link_seconds = min(seconds, self._longest_link)
+            self._replies.shift(self._link_seconds + (self._target_seconds or 0.0) - self._replies.intercept)
+            self._review(self._alone, 0, 0.0)
 
     def observe_decoded(self, tokens: int, first_seconds: float | None, seconds: float) -> None:
         """Record the times of tokens that the target decoded alone.
@@ -263,6 +320,7 @@ class Planner:
         """Choose how to go on, after ``tokens`` in ``seconds`` by drafting, or by the target ``alone``."""
         if self._target_seconds is None:
             return
+        self._longest_link = None
         self._predicted = self._predict()
         self._since += tokens
         pays = self.speedup >= min(1.0, sqrt(self._rounds_seen / _CERTAIN_ROUNDS))
@@ -295,11 +353,11 @@ class Planner:
         return (measured.above + _PRIOR_ROUNDS * tokens) / (measured.below + _PRIOR_ROUNDS * seconds + _INSTANT)
 
     def _acceptance_at(self, margin: float | None) -> float:
-        if margin is None:
-            return self.alpha
-        index = bisect(_MARGIN_BOUNDS, margin)
-        prior = min([self.alpha, *_PRIOR_ACCEPTANCE[index : index + 1]])
-        share = self._by_margin.get(index)
+        return self.alpha if margin is None else self._acceptance_in(bisect(_MARGIN_BOUNDS, margin))
+
+    def _acceptance_in(self, margin_class: int) -> float:
+        prior = min([self.alpha, *_PRIOR_ACCEPTANCE[margin_class : margin_class + 1]])
+        share = self._by_margin.get(margin_class)
         return share.mean(prior) if share else prior
 
 
@@ -312,18 +370,32 @@ class Planners:
     Args:
         quality: figures of the draft model's quality check.
         new_planner: makes a planner.
+        store: keeps what was learnt for later processes; None to forget it.
     """
 
     def __init__(
-        self, quality: QualityFigures, new_planner: Callable[[QualityFigures, bool], Planner] = Planner
+        self,
+        quality: QualityFigures,
+        new_planner: Callable[[QualityFigures, bool], Planner] = Planner,
+        store: PlannerStore | None = None,
     ) -> None:
         self._quality = quality
         self._new_planner = new_planner
-        self._planners: dict[tuple[Mode, float, int | None, int | None], Planner] = {}
+        self._store = store
+        self._planners: dict[tuple[Mode, float, int | None, int | None, str], Planner] = {}
 
-    def for_settings(self, settings: DraftSettings) -> Planner:
-        """The planner for a mode, a temperature, a fixed draft length and Drafts ahead."""
-        key = (settings.mode, settings.sampling.temperature, settings.draft_len, settings.drafts_ahead)
+    def for_settings(self, settings: DraftSettings, welcome: Welcome) -> Planner:
+        """The planner for a mode, a temperature, a fixed draft length, Drafts ahead and a target."""
+        sampling = settings.sampling
+        key = (settings.mode, sampling.temperature, settings.draft_len, settings.drafts_ahead, welcome.model)
         if key not in self._planners:
-            self._planners[key] = self._new_planner(self._quality, settings.sampling.greedy)
+            planner = self._planners[key] = self._new_planner(self._quality, settings.sampling.greedy)
+            known = self._store.read(settings, welcome) if self._store and settings.draft_len is None else None
+            planner.start(welcome.pass_seconds, welcome.row_seconds, known)
         return self._planners[key]
+
+    def keep(self, settings: DraftSettings, welcome: Welcome) -> None:
+        """Store what the planner for these settings has learnt so far."""
+        figures = self.for_settings(settings, welcome).figures
+        if self._store and settings.draft_len is None and figures:
+            self._store.write(settings, welcome, figures)

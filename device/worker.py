@@ -18,6 +18,7 @@ from device.draft_model import DraftModel
 from device.job import Finish, Job
 from device.job_queue import JobQueue
 from device.metrics import Metrics
+from device.planner import Planners
 from device.round_events import RoundEvents
 from device.round_records import RoundRecord
 from device.stop_strings import StopStrings
@@ -48,6 +49,7 @@ class Worker:
         cache_tokens: tokens that the conversations kept may have.
         clock: seconds, monotonic.
         metrics: counters.
+        planners: decide how much to draft; None for new ones.
 
     Attributes:
         metrics: what the service counts.
@@ -63,13 +65,15 @@ class Worker:
         cache_tokens: int,
         clock: Callable[[], float] = time.monotonic,
         metrics: Metrics | None = None,
+        planners: Planners | None = None,
     ) -> None:
         self.vocab_size = model.manifest.vocab_size
         self.metrics = metrics or Metrics()
         self._clock = clock
         self._tokenizer = tokenizer
         self._connection = Connection(connect, clock)
-        self._conversations = Conversations(model, tokenizer, cache_tokens)
+        planners = planners or Planners(model.manifest.quality)
+        self._conversations = Conversations(model, tokenizer, cache_tokens, planners)
         self._jobs = JobQueue()
         self.metrics.watch(self._jobs.__len__, lambda: self.ready)
         self._stopping = threading.Event()

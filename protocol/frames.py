@@ -141,10 +141,10 @@ class FrameCodec:
     def _make_layouts(self) -> list[_Layout]:
         counter, prompt = self._counter, self._ids("max_prompt_len")
         limits = (_array_of(_ENCODING), counter, counter, counter, counter, counter)
-        vocabulary = (counter, _array_of(counter))
+        vocabulary, pace = (counter, _array_of(counter)), (_SECONDS, _SECONDS)
         return [
             _Layout(Hello, 0, (counter, counter, _binary(32), _array_of(counter))),
-            _Layout(Welcome, 1, (counter, _text(200), counter, counter, _array_of(_MODE), *limits, *vocabulary)),
+            _Layout(Welcome, 1, (counter, _text(200), counter, counter, _array_of(_MODE), *limits, *vocabulary, *pace)),
             _Layout(Open, 2, (counter, counter, _MODE, _SAMPLING, prompt)),
             _Layout(Opened, 3, (counter, counter)),
             _Layout(Extend, 4, (counter, counter, counter, prompt, _optional(_SAMPLING))),
@@ -254,6 +254,13 @@ def _integer(largest: int) -> _Field:
     return _Field(int, unpack)
 
 
+def _unpack_seconds(value: object) -> float:
+    seconds = _expect(float, value)
+    if not 0 <= seconds <= _MAX_COUNTER:  # NaN compares false
+        raise FrameError(f"a time is {seconds}; allowed: 0 to {_MAX_COUNTER} seconds")
+    return seconds
+
+
 def _text(max_len: int) -> _Field:
     """A text for people: line breaks and escape sequences, which could forge log lines, become a space or "�"."""
 
@@ -309,6 +316,7 @@ def _unpack_sampling(value: object) -> Sampling:
         raise FrameError(f"sampling settings: {error}") from error
 
 
+_SECONDS = _Field(float, _unpack_seconds)
 _MODE = _one_of(_MODES)
 _ENCODING = _one_of(_ENCODINGS)
 _SAMPLING = _Field(

@@ -32,9 +32,11 @@ from protocol.full_distribution import FullDistribution
 from protocol.limits import Limits
 from protocol.sparse import SparseDistribution
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 VOCABULARY_VERSION = 3
 """The first version with the vocabulary size and the stop ids in Welcome, and sampling settings in Extend."""
+PACE_VERSION = 4
+"""The first version with the target's pace in Welcome."""
 OLDEST_VERSION = 1
 """It has no Resume, window or encodings."""
 DraftDistribution: TypeAlias = SparseDistribution | FullDistribution
@@ -133,6 +135,10 @@ class Welcome:
     those of ``limits.py``; an older base station sends only the draft length. Token ids
     are encoded for ``vocab_size`` tokens, and ``stop_ids`` end an answer on both ends;
     where ``vocab_size`` is 0 (version 2 and older) both are those of the Hello.
+
+    ``pass_seconds`` is the time of a forward pass that runs one token of another session
+    now, and ``row_seconds`` what each further token adds; 0 where it is not measured, and
+    from a base station of version 3 or older.
     """
 
     version: int
@@ -148,6 +154,8 @@ class Welcome:
     window: int = 1
     vocab_size: int = 0
     stop_ids: tuple[int, ...] = ()
+    pass_seconds: float = 0.0
+    row_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,6 @@
-"""Fixtures: one base station with the sample model in float32, and one browser, each shared by its tests."""
+"""Fixtures: one base station with the sample model in float32 and one browser, each shared; no kept state."""
 
+import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,14 @@ from tests.sample import BUNDLE, SAMPLE
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_kept_state() -> Iterator[None]:
+    """Devices in processes of their own neither use nor change what the user's own devices learnt."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", os.devnull)  # no folder can be made there
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -133,7 +133,7 @@ def open_session(
     client: Client, settings: DraftSettings, model: DraftModel, prompt: list[int], planners: Planners | None = None
 ) -> DeviceSession:
     """Open a session; sessions that share ``planners`` share their measurements."""
-    planner = (planners or Planners(model.manifest.quality)).for_settings(settings)
+    planner = (planners or Planners(model.manifest.quality)).for_settings(settings, client.welcome)
     return DeviceSession(client, planner, settings, model, prompt)
 
 

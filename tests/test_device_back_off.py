@@ -158,7 +158,7 @@ def test_round_trip_estimate_excludes_back_off() -> None:
     stream = open_session(client, PLANNED, model, PROMPT, planners).answer(TRIAL)
     assert len(list(stream)) == TRIAL
     assert transport.now >= 30
-    assert planners.for_settings(PLANNED).times.round_trip_seconds < 1e-6
+    assert planners.for_settings(PLANNED, client.welcome).times.round_trip_seconds < 1e-6
 
 
 class RestartingTransport(RefusingTransport):
@@ -184,7 +184,7 @@ def test_round_time_estimate_excludes_a_restart() -> None:
     planners = Planners(model.manifest.quality)
     assert len(token_ids_of(open_session(client, PLANNED, model, PROMPT, planners))) == MAX_NEW_TOKENS
     assert transport.now >= 31
-    assert planners.for_settings(PLANNED).times.seconds(8) < 1e-6
+    assert planners.for_settings(PLANNED, client.welcome).times.seconds(8) < 1e-6
 
 
 class SessionDroppingTransport(TimedTransport):

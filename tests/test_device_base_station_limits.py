@@ -1,5 +1,7 @@
 """A base station that comes back with other limits: the device uses the new ones and shortens what is pending."""
 
+from itertools import count
+
 import pytest
 
 from device.session import DeviceSession
@@ -83,14 +85,20 @@ def test_the_next_turn_names_the_new_context() -> None:
         session.extend([*session.tokens, 1])
 
 
-def test_a_limit_that_did_not_change_is_an_error() -> None:
+@pytest.mark.parametrize("pace_changes", [False, True])
+def test_a_limit_that_did_not_change_is_an_error(pace_changes: bool) -> None:
     transport = RestartedTransport(Station(FakeTarget.make(TABLE)))
+    if pace_changes:
+        ticks = count()
+        transport.station.engine._clock = lambda: float(next(ticks)) ** 2  # each pass takes longer
     model = FakeDraftModel.make(TABLE)
     client, _ = join(transport.station, model, transport)
-    session = open_session(client, DraftSettings(Mode.TOPK, Sampling(1.0), 8, 4), model, PROMPT)
+    session = open_session(client, DraftSettings(Mode.TOPK, Sampling(1.0), 8, None), model, PROMPT)
     transport.station.codec = FrameCodec(12, Limits(max_uplink_k=1))
     with pytest.raises(FaultError, match="--max-uplink-k"):
         list(session.answer(20))
+    assert transport.now < 1  # at once
+    assert bool(client.welcome.pass_seconds) is pace_changes
 
 
 def open_at(station: Station) -> DeviceSession:

@@ -171,7 +171,7 @@ def test_the_round_model_predicts_the_throughput_of_drafts_ahead(times: PairTime
     settings = DraftSettings(Mode.COUPLED, COUPLED, 1, 6, drafts_ahead=3)
     throughput, _, pair = measured(times, settings)
     model = RoundTimes(times.draft, lambda draft_len: times.forward + times.row * draft_len, times.round_trip)
-    alpha = pair.planners.for_settings(settings).alpha
+    alpha = pair.planners.for_settings(settings, pair.client.welcome).alpha
     assert throughput == pytest.approx(run_tokens(alpha) / model.run_seconds(alpha, 6, 3), rel=0.1)
 
 

@@ -267,9 +267,9 @@ def test_sessions_with_equal_settings_share_estimates() -> None:
     planners = Planners(model.manifest.quality)
     initial_alpha = Planner(model.manifest.quality, greedy=True).alpha
     list(open_session(client, settings, model, [3, 1, 4], planners).answer(40))
-    assert planners.for_settings(settings).alpha < initial_alpha / 2  # the two models rarely agree
+    assert planners.for_settings(settings, client.welcome).alpha < initial_alpha / 2  # the two models rarely agree
     sampled = replace(settings, mode=Mode.COUPLED, sampling=Sampling(1.0))
-    assert planners.for_settings(sampled).alpha == initial_alpha
+    assert planners.for_settings(sampled, client.welcome).alpha == initial_alpha
 
 
 def test_rounds_of_a_fixed_length_do_not_change_the_estimates_of_auto() -> None:
@@ -277,9 +277,9 @@ def test_rounds_of_a_fixed_length_do_not_change_the_estimates_of_auto() -> None:
     client, _ = join(station, model, MemoryTransport(station))
     planned = DraftSettings(Mode.IDS, Sampling(), uplink_k=1, draft_len=None)
     planners = Planners(model.manifest.quality)
-    before = planners.for_settings(planned).alpha
+    before = planners.for_settings(planned, client.welcome).alpha
     list(open_session(client, replace(planned, draft_len=2), model, [3, 1, 4], planners).answer(40))
-    assert planners.for_settings(planned).alpha == before
+    assert planners.for_settings(planned, client.welcome).alpha == before
 
 
 def test_target_decodes_alone_where_drafts_are_slow_and_drafting_is_tried_again() -> None:

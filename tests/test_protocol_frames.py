@@ -97,6 +97,8 @@ def field_strategies(vocab_size: int) -> dict[str, st.SearchStrategy[Any]]:
         "model": st.text(printable, max_size=200),
         "modes": st.lists(st.sampled_from(Mode), max_size=6).map(tuple),
         "mode": st.sampled_from(Mode),
+        "pass_seconds": st.floats(0, 2**32 - 1),
+        "row_seconds": st.floats(0, 2**32 - 1),
         "sampling": samplings,
         "prompt_ids": token_ids,
         "token_ids": token_ids,
@@ -491,6 +493,19 @@ def test_the_vocabulary_follows_the_fields_of_a_welcome_that_an_older_device_kno
     assert values[12:] == [70_000, [2, 69_999]]
     assert CODEC.decode(frame_of(*values)) == newer
     assert CODEC.decode(frame_of(*values[:12])) == older
+
+
+def test_the_pace_follows_the_fields_of_a_welcome_that_an_older_device_knows() -> None:
+    older = Welcome(4, "table", 4096, 64, (Mode.IDS,), vocab_size=300, stop_ids=(2,))
+    newer = replace(older, pass_seconds=0.02, row_seconds=0.001)
+    values = msgpack.unpackb(CODEC.encode(newer))
+    assert values[:14] == msgpack.unpackb(CODEC.encode(older))
+    assert values[14:] == [0.02, 0.001]
+    assert CODEC.decode(frame_of(*values)) == newer
+    assert CODEC.decode(frame_of(*values[:14])) == older
+    for wrong in (-1e-9, float("nan"), float("inf"), 4294967296.0):
+        refused(frame_of(*values[:14], wrong), "a time is .*; allowed: 0 to 4294967295 seconds")
+    refused(frame_of(*values[:14], 1), "of type int; allowed: float")
 
 
 def test_rounds_take_few_bytes_at_the_socket() -> None:

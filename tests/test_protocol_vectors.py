@@ -1,5 +1,6 @@
 """Compatibility with earlier protocol versions, tested by the vectors in docs/vectors."""
 
+from dataclasses import replace
 from typing import Any, get_args
 
 import numpy as np
@@ -12,11 +13,11 @@ from device.settings import DraftSettings
 from protocol.coupling import PositionNoise
 from protocol.errors import FaultError, MismatchError
 from protocol.frames import FrameCodec
-from protocol.messages import OLDEST_VERSION, PROTOCOL_VERSION, Fault, Hello, Message, Mode, Resume, Sampling
+from protocol.messages import OLDEST_VERSION, PROTOCOL_VERSION, Decode, Fault, Hello, Message, Mode, Resume, Sampling
 from protocol.randomness import Stream, random_bits, random_word
 from protocol.sparse import SparseDistribution
 from tests.fakes import FakeDraftModel, FakeTarget, blend, random_table, target_alone
-from tests.link_pair import MemoryTransport, Station, open_session
+from tests.link_pair import MemoryTransport, Station, join, open_session
 from tests.vectors import all_vectors, counting_table, describe, recorded_vectors, replies_of
 
 VERSIONS = range(OLDEST_VERSION, PROTOCOL_VERSION + 1)
@@ -101,3 +102,23 @@ def test_a_mismatch_of_models_is_reported_in_any_version() -> None:
     model = FakeDraftModel.make(random_table(11, seed=1))
     with pytest.raises(FaultError, match="a draft model of 11 tokens; the target has 12"):
         greet(Station(FakeTarget.make(random_table(12, seed=1))), model)
+
+
+class Version3Transport(MemoryTransport):
+    """A transport to a base station of version 3, which answers later versions in its own."""
+
+    def send(self, frame: bytes) -> None:
+        message = self.station.codec.decode(frame)
+        super().send(self.station.codec.encode(replace(message, version=3)) if isinstance(message, Hello) else frame)
+
+
+def test_a_device_plans_by_its_own_measurements_at_a_base_station_of_version_3() -> None:
+    target = random_table(12, seed=1)
+    model = FakeDraftModel.make(blend(target, random_table(12, seed=2), 0.7))
+    transport = Version3Transport(Station(FakeTarget.make(target)))
+    client, _ = join(transport.station, model, transport)
+    assert (client.welcome.version, client.welcome.pass_seconds) == (3, 0)
+    session = open_session(client, DraftSettings(Mode.IDS, Sampling(), 4, None), model, [3, 1, 4])
+    assert [token.token_id for token in session.answer(30)] == target_alone(target, [3, 1, 4], 30)
+    requests = map(transport.station.codec.decode, transport.uplink[2:])
+    assert isinstance(next(requests), Decode)

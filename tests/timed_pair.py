@@ -12,11 +12,15 @@ from itertools import count
 from math import inf
 from typing import cast
 
+import torch
+
+from basestation.segment import Segment
 from basestation.target_model import TargetModel
 from device.client import Client
 from device.draft_model import DraftModel, Logits
 from device.link import Link
 from device.planner import Planners
+from device.planner_store import PlannerStore
 from device.session import DeviceSession
 from device.settings import DraftSettings, Timeouts
 from protocol.frames import FrameCodec
@@ -60,6 +64,17 @@ class TimedDraftModel(FakeDraftModel):
         return super().forward(token_ids)
 
 
+@dataclass
+class TimedTarget(FakeTarget):
+    """Each forward pass takes its time."""
+
+    run_for: Callable[[int], None] = lambda _: None
+
+    def forward(self, segments: Sequence[Segment]) -> torch.Tensor:
+        self.run_for(sum(len(segment.token_ids) for segment in segments))
+        return super().forward(segments)
+
+
 class TimedPair:
     """One device and one base station; the pair is also their link.
 
@@ -75,20 +90,27 @@ class TimedPair:
         self.device = "a"
         self.times = times
         self.sent: list[Message] = []
-        self.target = FakeTarget(target_table)
+        self._draft_table = draft_table
+        self.target = TimedTarget(target_table, run_for=self._run_target)
         self._station = Station(cast(TargetModel, self.target))
         self._arrivals: list[tuple[float, int, bytes, bool]] = []  # time, order, frame, whether at the base station
         self._order = count()
         self._inbox: deque[bytes] = deque()
         self._line_free_at = self._engine_free_at = 0.0
-        own = manifest(len(draft_table))
-        self._model = TimedDraftModel(draft_table, own, run_for=self._run_for, draft_seconds=times.draft)
-        link = Link(self, FrameCodec(len(draft_table)), "memory")
+        self.restart_device()
+
+    def restart_device(self, store: PlannerStore | None = None) -> None:
+        """A new process of the device, which knows what the store holds; sessions must be closed before."""
+        own = manifest(len(self._draft_table))
+        seconds = self.times.draft
+        self._model = TimedDraftModel(self._draft_table, own, run_for=self._run_for, draft_seconds=seconds)
+        self._inbox.clear()
+        link = Link(self, FrameCodec(len(self._draft_table)), "memory")
         self.client = Client(link, own, Timeouts(), clock=lambda: self.now)
-        self.planners = Planners(own.quality)
+        self.planners = Planners(own.quality, store=store)
 
     def session(self, settings: DraftSettings, prompt: Sequence[int]) -> DeviceSession:
-        planner = self.planners.for_settings(settings)
+        planner = self.planners.for_settings(settings, self.client.welcome)
         return DeviceSession(self.client, planner, settings, cast(DraftModel, self._model), list(prompt))
 
     def send(self, frame: bytes) -> None:
@@ -99,18 +121,19 @@ class TimedPair:
     def receive(self, timeout: float) -> bytes | None:
         end = self.now + timeout
         while not self._inbox and (upcoming := self._next_time()) <= end:
-            self._run_until(max(self.now, upcoming))
+            self.run_until(max(self.now, upcoming))
         if not self._inbox:
-            self._run_until(end)
+            self.run_until(end)
         return self._inbox.popleft() if self._inbox else None
 
     def close(self) -> None:
         pass
 
     def _run_for(self, seconds: float) -> None:
-        self._run_until(self.now + seconds)
+        self.run_until(self.now + seconds)
 
-    def _run_until(self, end: float) -> None:
+    def run_until(self, end: float) -> None:
+        """Let everything happen that happens until ``end``."""
         while (upcoming := self._next_time()) <= end:
             if self._arrivals and self._arrivals[0][0] <= upcoming:
                 moment, _, frame, at_station = heapq.heappop(self._arrivals)
@@ -130,11 +153,11 @@ class TimedPair:
 
     def _step(self, moment: float) -> None:
         self._station.now = moment
-        before = len(self.target.tokens)
         self._station.engine.step()
-        rows = sum(self.target.tokens[before:])
-        self._engine_free_at = moment + (self.times.forward + self.times.row * (rows - 1) if rows else 0.0)
-        self._reply(self._engine_free_at)
+        self._reply(self._station.now)
+
+    def _run_target(self, rows: int) -> None:
+        self._station.now += self.times.forward + self.times.row * (rows - 1)
 
     def _reply(self, moment: float) -> None:
         """Send what the base station has for the device; it begins no forward pass before that."""

@@ -89,6 +89,7 @@ def messages(vocab_size: int) -> list[Message]:
         Welcome(PROTOCOL_VERSION, "target", 8192, 64, modes),
         Welcome(PROTOCOL_VERSION, "target", 8192, 64, modes, (Encoding.SPARSE,), 4096, 512, 4, 100, 4),
         Welcome(PROTOCOL_VERSION, "target", 8192, 64, modes, window=4, vocab_size=vocab_size, stop_ids=(2, last)),
+        Welcome(PROTOCOL_VERSION, "target", 8192, 64, modes, vocab_size=9, pass_seconds=0.021, row_seconds=0.00075),
         *(Open(1, 0, mode, Sampling(0.7, 40, 0.9, SEEDS[-1]), (1, last, 0)) for mode in modes[1:]),
         Open(0, 0, Mode.IDS, Sampling(), (1, 2, 3, 4, 5)),
         Opened(1, 0),

@@ -31,7 +31,8 @@ class BenchSetup:
 
     def session(self, settings: DraftSettings, prompt_ids: list[int]) -> DeviceSession:
         """A new session; close it after use."""
-        return DeviceSession(self.client, self.planners.for_settings(settings), settings, self.model, prompt_ids)
+        planner = self.planners.for_settings(settings, self.client.welcome)
+        return DeviceSession(self.client, planner, settings, self.model, prompt_ids)
 
     def conversation(self, settings: DraftSettings) -> Conversation:
         """A new conversation; close it after use."""

@@ -1,17 +1,26 @@
 """Running estimates with exponential decay, so that they follow changes."""
 
+from typing import Self
+
 DECAY = 0.95
 """Weight that an observation keeps when the next one is made."""
 _PRIOR_TRIALS = 2.0
 _PRIOR_VARIANCE = 0.5
+_KNOWN_SPAN = 4
+"""Distance of the points of a line known before: about that of measured ones, so that these outweigh them soon."""
 
 
 class Share:
-    """How often something happened; the ``prior`` counts as a few trials."""
+    """How often something happened; the ``prior`` counts as a few trials, beside ``trials`` made before.
 
-    def __init__(self, prior: float = 0.0) -> None:
+    Args:
+        prior: the share before anything is observed.
+        trials: how many were made before, with the share ``prior``.
+    """
+
+    def __init__(self, prior: float = 0.0, trials: float = 0.0) -> None:
         self._prior = prior
-        self._hits = self._trials = 0.0
+        self._hits, self._trials = trials * prior, trials
 
     def fade(self) -> None:
         """Reduce the weight of all trials so far."""
@@ -56,18 +65,36 @@ class Ratio:
 
 
 class Line:
-    """A regression line; its slope is never negative, and shrinks towards 0 where the points lie close together."""
+    """A regression line; its slope is never negative, and shrinks towards 0 where the points lie close together.
 
-    def __init__(self) -> None:
+    Args:
+        decay: weight that a point keeps when the next one is added.
+    """
+
+    def __init__(self, decay: float = DECAY) -> None:
+        self._decay = decay
         self._weight = self._x = self._y = self._xx = self._xy = 0.0
+
+    @classmethod
+    def through(cls, intercept: float, slope: float) -> Self:
+        """A line known before; it counts as two points."""
+        line, half = cls(), _KNOWN_SPAN / 2
+        rise = slope * (half**2 + _PRIOR_VARIANCE) / half  # undoes the shrinking
+        middle = intercept + slope * half
+        line.observe(0, middle - rise)
+        line.observe(_KNOWN_SPAN, middle + rise)
+        return line
+
+    def __bool__(self) -> bool:
+        return self._weight > 0
 
     def observe(self, x: float, y: float) -> None:
         """Add a point."""
-        self._weight = DECAY * self._weight + 1
-        self._x = DECAY * self._x + x
-        self._y = DECAY * self._y + y
-        self._xx = DECAY * self._xx + x * x
-        self._xy = DECAY * self._xy + x * y
+        self._weight = self._decay * self._weight + 1
+        self._x = self._decay * self._x + x
+        self._y = self._decay * self._y + y
+        self._xx = self._decay * self._xx + x * x
+        self._xy = self._decay * self._xy + x * y
 
     def shift(self, rise: float) -> None:
         """Move all points up by ``rise``: what is added to every y has changed."""

@@ -1,0 +1,281 @@
+"""What planners learn outlives their process, and costs an answer nothing where it cannot be kept."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+
+import pytest
+
+from device.planner import TRIAL, Planner, Planners
+from device.planner_figures import PlannerFigures
+from device.planner_store import MAX_FILES, PlannerStore
+from device.settings import DraftSettings
+from device.state_folder import state_folder
+from protocol.messages import Decode, Draft, Mode, Sampling, Welcome
+from tests.fakes import FakeDraftModel, FakeTarget, manifest, random_table
+from tests.link_pair import MemoryTransport, Station, join, open_session
+from tests.planner_start import ADDRESS, LINKS, SETTINGS, VOCAB, answer_seconds, measure, new_pair, store_in
+from tests.sample import BUNDLE
+from tests.timed_pair import PairTimes
+
+WELCOME = Welcome(4, "table", 4096, 64, tuple(Mode), vocab_size=VOCAB)
+FIGURES = PlannerFigures(0.03, 0.1, 0.001, 0.004, 40.0, 0.9, {0: 0.5, 3: 0.98}, 32, False, 12, 640)
+
+
+def written(folder: Path, settings: DraftSettings = SETTINGS, welcome: Welcome = WELCOME) -> Path:
+    """The file of these settings, with ``FIGURES``."""
+    before = set(folder.iterdir()) if folder.exists() else set()
+    store_in(folder).write(settings, welcome, FIGURES)
+    (path,) = set(folder.iterdir()) - before
+    return path
+
+
+def test_figures_are_read_as_they_were_written(tmp_path: Path) -> None:
+    written(tmp_path / "planner")
+    assert store_in(tmp_path / "planner").read(SETTINGS, WELCOME) == FIGURES
+
+
+def altered(**values: object) -> str:
+    return json.dumps(FIGURES.to_json() | values)
+
+
+DAMAGED = [
+    "",
+    "{",
+    "[]",
+    "7",
+    "null",
+    "[" * 4000,
+    "\x00\xff",
+    altered()[:-9],
+    altered() + " " * 4096,
+    altered(format=0),
+    altered(format=None),
+    altered(target_seconds=float("nan")),
+    altered(link_seconds=float("inf")),
+    altered(link_seconds=-1.0),
+    altered(token_seconds=[1.0]),
+    altered(draft_seconds=3601),
+    altered(tokens_per_second=1e7),
+    altered(tokens_per_second=10**400),
+    altered(acceptance=1.01),
+    altered(acceptance=True),
+    altered(acceptance_by_margin=[0.5]),
+    altered(acceptance_by_margin={"0": 2}),
+    altered(rounds=33),
+    altered(alone=0),
+    altered(since=10**10),
+    altered(wait=None),
+]
+
+
+@pytest.mark.parametrize("content", DAMAGED)
+def test_a_damaged_file_is_ignored_and_replaced(content: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = written(tmp_path)
+    path.write_bytes(content.encode("latin-1"))
+    with caplog.at_level("DEBUG", "device.planner_store"):
+        assert store_in(tmp_path).read(SETTINGS, WELCOME) is None
+    assert [record.levelname for record in caplog.records] == ["DEBUG"]
+    store_in(tmp_path).write(SETTINGS, WELCOME, FIGURES)
+    assert store_in(tmp_path).read(SETTINGS, WELCOME) == FIGURES
+
+
+def test_a_pipe_in_place_of_a_file_does_not_block(tmp_path: Path) -> None:
+    path = written(tmp_path)
+    path.unlink()
+    os.mkfifo(path)
+    assert store_in(tmp_path).read(SETTINGS, WELCOME) is None
+
+
+@pytest.mark.parametrize("blocked", ["state", "state/planner"])
+def test_a_folder_that_cannot_be_made_is_no_error(
+    blocked: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / blocked).parent.mkdir(exist_ok=True)
+    (tmp_path / blocked).write_text("a file in place of the folder")
+    store = store_in(tmp_path / "state" / "planner")
+    with caplog.at_level("DEBUG", "device.planner_store"):
+        assert store.read(SETTINGS, WELCOME) is None
+        store.write(SETTINGS, WELCOME, FIGURES)
+    assert {record.levelname for record in caplog.records} == {"DEBUG"}
+
+
+def test_a_user_without_a_home_has_no_folder_below_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_STATE_HOME", raising=False)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    assert state_folder().is_absolute()
+
+
+def test_the_oldest_files_beyond_the_bound_are_deleted(tmp_path: Path) -> None:
+    for index in range(MAX_FILES + 6):
+        path = written(tmp_path, welcome=replace(WELCOME, model=f"target {index}"))
+        os.utime(path, (index, index))
+    names = [f"target {index}" for index in range(MAX_FILES + 6)]
+    kept = [name for name in names if store_in(tmp_path).read(SETTINGS, replace(WELCOME, model=name))]
+    assert kept == names[6:]
+    assert len(list(tmp_path.iterdir())) == MAX_FILES
+
+
+def write_often(folder: Path, acceptance: float) -> None:
+    for _ in range(300):
+        store_in(folder).write(SETTINGS, WELCOME, replace(FIGURES, acceptance=acceptance))
+
+
+def test_two_processes_write_and_a_third_reads_whole_files_alone(tmp_path: Path) -> None:
+    path, context = written(tmp_path), get_context("fork")
+    writers = [context.Process(target=write_often, args=(tmp_path, acceptance)) for acceptance in (0.25, 0.75)]
+    for writer in writers:
+        writer.start()
+    while any(writer.is_alive() for writer in writers):
+        figures = store_in(tmp_path).read(SETTINGS, WELCOME)
+        assert figures
+        assert figures.acceptance in (FIGURES.acceptance, 0.25, 0.75)
+    for writer in writers:
+        writer.join()
+        assert writer.exitcode == 0
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_another_bundle_base_station_target_mode_or_temperature_has_figures_of_its_own(tmp_path: Path) -> None:
+    written(tmp_path)
+    sampled = replace(SETTINGS, sampling=Sampling(1.5))
+    others = [
+        PlannerStore(tmp_path, manifest(VOCAB, context_length=512), ADDRESS).read(SETTINGS, WELCOME),
+        store_in(tmp_path, "tcp://127.0.0.1:5756").read(SETTINGS, WELCOME),
+        store_in(tmp_path).read(SETTINGS, replace(WELCOME, model="another target")),
+        store_in(tmp_path).read(SETTINGS, replace(WELCOME, vocab_size=VOCAB + 1)),
+        store_in(tmp_path).read(replace(SETTINGS, mode=Mode.TOPK), WELCOME),
+        store_in(tmp_path).read(sampled, WELCOME),
+        store_in(tmp_path).read(replace(SETTINGS, sampling=Sampling(0.0)), WELCOME),
+    ]
+    assert others == [None] * len(others)
+    assert store_in(tmp_path).read(replace(SETTINGS, sampling=Sampling(0.9, seed=7)), WELCOME) == FIGURES
+
+
+def test_a_target_that_is_replaced_while_a_process_runs_gets_a_planner_of_its_own(tmp_path: Path) -> None:
+    planners = Planners(manifest(VOCAB).quality, store=store_in(tmp_path))
+    other = replace(WELCOME, model="another target")
+    assert planners.for_settings(SETTINGS, WELCOME) is planners.for_settings(SETTINGS, WELCOME)
+    assert planners.for_settings(SETTINGS, WELCOME) is not planners.for_settings(SETTINGS, other)
+
+
+def test_a_fixed_draft_length_neither_reads_nor_writes_figures(tmp_path: Path) -> None:
+    written(tmp_path)
+    before = (next(tmp_path.iterdir())).read_bytes()
+    pair = new_pair(LINKS["fast"])
+    pair.restart_device(store_in(tmp_path))
+    fixed = replace(SETTINGS, draft_len=4)
+    list(pair.session(fixed, [3, 1, 4]).answer(20))
+    pair.planners.keep(fixed, pair.client.welcome)
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [before]
+    assert pair.planners.for_settings(fixed, pair.client.welcome).alpha != FIGURES.acceptance
+
+
+def requests(folder: Path | None) -> Iterator[Decode | Draft]:
+    """The requests of an answer of a new process whose draft model always agrees with the target."""
+    table = random_table(VOCAB, seed=1)
+    station, model = Station(FakeTarget.make(table)), FakeDraftModel.make(table)
+    transport = MemoryTransport(station)
+    client, _ = join(station, model, transport)
+    planners = Planners(model.manifest.quality, store=store_in(folder) if folder else None)
+    list(open_session(client, SETTINGS, model, [3, 1, 4], planners).answer(30))
+    for frame in transport.uplink:
+        message = station.codec.decode(frame)
+        if isinstance(message, Decode | Draft):
+            yield message
+
+
+def test_a_planner_with_figures_of_an_earlier_process_drafts_at_once_and_not_briefly(tmp_path: Path) -> None:
+    without = list(requests(None))
+    assert isinstance(without[0], Decode)
+    assert without[0].count == TRIAL
+    written(tmp_path)
+    first, *_ = requests(tmp_path)
+    assert isinstance(first, Draft)
+    assert len(first.token_ids) > 4
+
+
+def test_a_planner_that_decoded_alone_goes_on_and_keeps_the_schedule_of_trials() -> None:
+    known = replace(FIGURES, draft_seconds=0.2, tokens_per_second=5.0, alone=True, since=50, wait=64)
+    planner = Planner(manifest(VOCAB).quality, greedy=False)
+    planner.start(0.0, 0.0, known)
+    planner.observe_opened(0.1)
+    assert planner.decode_len() == 14
+    planner.observe_decoded(14, 0.13, 0.03 * 13)
+    assert planner.decode_len() == 0
+
+
+def test_the_pace_of_the_welcome_replaces_the_trial_of_the_target_and_that_of_an_earlier_process() -> None:
+    planner = Planner(manifest(VOCAB).quality, greedy=True)
+    planner.start(0.02, 0.001)
+    planner.observe_opened(0.05)
+    assert planner.decode_len() == 0
+    assert planner.times.seconds(0) == pytest.approx(0.07)
+    assert planner.times.verify_seconds(8) == pytest.approx(0.028, rel=1e-3)
+    planner.start(0.02, 0.001, FIGURES)
+    planner.observe_opened(0.5)
+    assert planner.times.target_seconds() == pytest.approx(0.02)
+    assert planner.times.round_trip_seconds == pytest.approx(FIGURES.link_seconds)
+
+
+@pytest.mark.parametrize("known", [None, FIGURES])
+def test_a_planner_that_continues_an_open_session_measures_the_link_itself(known: PlannerFigures | None) -> None:
+    planner = Planner(manifest(VOCAB).quality, greedy=True)
+    planner.start(0.02, 0.001, known)
+    planner.observe_decoded(8, None, 0.14)
+    for _ in range(30):
+        planner.observe([2.0] * 4, 4, 0.016, 0.074, 0.09)
+    planner.observe_opened(0.001)
+    assert planner.times.round_trip_seconds + planner.times.verify_seconds(4) == pytest.approx(0.074, rel=0.1)
+
+
+@pytest.mark.parametrize("link", LINKS)
+def test_a_first_answer_with_figures_is_nearly_as_fast_as_that_of_a_warmed_process(link: str, tmp_path: Path) -> None:
+    starts = measure(LINKS[link], tmp_path, answers=8)
+    assert starts.nothing < starts.welcome < starts.warmed
+    assert min(starts.state, starts.both) > 0.93 * starts.warmed
+
+
+@pytest.mark.parametrize(("learnt_on", "used_on"), [("fast", "far"), ("far", "fast")])
+def test_figures_of_another_link_are_outweighed_after_ten_rounds(learnt_on: str, used_on: str, tmp_path: Path) -> None:
+    def after_ten_rounds(pair_knows: PairTimes) -> tuple[float, float]:
+        """Tokens per second, and the estimated time of the reply to 4 tokens."""
+        learning = new_pair(pair_knows)
+        learning.restart_device(store_in(tmp_path))
+        answer_seconds(learning, 600)
+        learning.planners.keep(SETTINGS, learning.client.welcome)
+        pair = new_pair(LINKS[used_on])
+        pair.restart_device(store_in(tmp_path))
+        session = pair.session(SETTINGS, [1, 5])
+        times: list[float] = []
+        reply = 0.0
+        for _ in session.answer(300):
+            times.append(pair.now)
+            if session.counters.rounds == 10:
+                known = pair.planners.for_settings(SETTINGS, pair.client.welcome).times
+                reply = known.round_trip_seconds + known.verify_seconds(4)
+        later = [time for time in times if time > sorted(set(times))[9]]
+        return len(later) / (later[-1] - later[0]), reply
+
+    rate, reply = after_ten_rounds(LINKS[learnt_on])
+    best, expected = after_ten_rounds(LINKS[used_on])
+    assert rate > 0.9 * best
+    assert reply == pytest.approx(expected, rel=0.2)
+
+
+@pytest.mark.model
+def test_generate_keeps_figures_unless_it_is_told_not_to(station_address: str, tmp_path: Path) -> None:
+    def generate(*options: str) -> list[Path]:
+        command = [sys.executable, "-m", "device", "generate", "--bundle", str(BUNDLE), "--server", station_address]
+        environment = os.environ | {"XDG_STATE_HOME": str(tmp_path)}
+        options = ("--max-new-tokens", "24", *options, "Why is the sky blue?")
+        subprocess.run([*command, *options], env=environment, check=True, capture_output=True)
+        return list(tmp_path.rglob("*"))
+
+    assert generate("--no-state") == []
+    assert [path.suffix for path in generate() if path.is_file()] == [".json"]
