@@ -12,12 +12,13 @@ import os
 from collections.abc import Sequence
 from copy import copy
 from pathlib import Path
-from typing import Protocol, Self, TypeAlias
+from typing import Any, Protocol, Self, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import onnxruntime
 
+from device.huge_pages import huge_pages
 from protocol.bundle import MODEL_NAME, CacheKind, Manifest
 from protocol.errors import BundleError, SettingsError
 
@@ -62,7 +63,8 @@ class DraftModel:
     def __init__(self, bundle: Path, threads: int = 0, providers: Sequence[str] = ("CPUExecutionProvider",)) -> None:
         self.manifest = Manifest.read(bundle)
         self.manifest.check_files(bundle)
-        session = _load(bundle / MODEL_NAME, threads, providers)
+        with huge_pages():
+            session = _load(bundle / MODEL_NAME, threads, providers)
         _check_graph(session, self.manifest)
         self._takes_positions = "position_ids" in {entry.name for entry in session.get_inputs()}
         self._reserve_positions(_FIRST_CAPACITY)
@@ -121,7 +123,7 @@ class SharedCache:
         self.length = 0
         self._session = session
         self._shape = (1, manifest.kv_heads, 0, manifest.head_size)
-        self._vocab_size = _shapes(session)["logits"][-1]
+        self._vocab_size = int(_shapes(session)["logits"][-1])
         self._pasts = sorted(_past_names(session))
         self._buffers: dict[str, onnxruntime.OrtValue] = {}
         self._capacity = 0
@@ -166,7 +168,8 @@ class SharedCache:
             self._buffers[name] = value
             binding.bind_ortvalue_input(name, value)
             binding.bind_ortvalue_output(_present_name(name), value)
-        self._binding, self._logits = binding, logits[0, 0]
+        self._binding = binding
+        self._logits: Logits = logits[0, 0]
 
 
 class GrowingCache:
@@ -199,7 +202,7 @@ class GrowingCache:
         return fork
 
 
-def _shapes(session: onnxruntime.InferenceSession) -> dict[str, list[int | str | None]]:
+def _shapes(session: onnxruntime.InferenceSession) -> dict[str, list[Any]]:
     return {entry.name: entry.shape for entry in (*session.get_inputs(), *session.get_outputs())}
 
 
@@ -227,7 +230,9 @@ def _check_graph(session: onnxruntime.InferenceSession, manifest: Manifest) -> N
                 raise BundleError(f"the graph has {said} {found}; the manifest says {listed}: export the bundle again")
     *_, count, rows = shapes["logits"]
     if manifest.cache_kind is CacheKind.SHARED and (count != 1 or not isinstance(rows, int)):
-        raise BundleError(f"the graph has logits of shape {shapes['logits']}, not of one token: export the bundle again")
+        raise BundleError(
+            f"the graph has logits of shape {shapes['logits']}, not of one token: export the bundle again"
+        )
     if isinstance(rows, int) and rows < manifest.vocab_size:
         raise BundleError(
             f"the graph has {rows} logits; the manifest says {manifest.vocab_size} tokens: export the bundle again"
