@@ -9,7 +9,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from export.source import load_config, model_folder
 from protocol.bundle import MODEL_NAME, CacheKind, Manifest
 
 
@@ -35,6 +34,8 @@ def linked_models(bundle: Path, target: str) -> Iterator[Models]:
     Raises:
         ModelError: the configuration of ``target`` cannot be read.
     """
+    from export.source import load_config, model_folder  # imports torch, which a loop's process does not need
+
     with TemporaryDirectory() as scratch, TemporaryDirectory(dir=bundle.parent) as folder:
         config = load_config(model_folder(target, Path(scratch), weights=False))
         config.save_pretrained(folder)
@@ -65,10 +66,10 @@ def _genai_config(manifest: Manifest, config: Any) -> dict[str, Any]:
     }
     model = {
         "type": config.model_type,
-        "vocab_size": manifest.vocab_size,
+        "vocab_size": config.vocab_size,
         "context_length": manifest.context_length,
         "bos_token_id": 0,
-        "eos_token_id": manifest.vocab_size,  # no token, so that nothing ends early
+        "eos_token_id": config.vocab_size,  # no token, so that nothing ends early
         "pad_token_id": 0,
         "decoder": decoder,
     }
