@@ -19,6 +19,7 @@ MODULES = {
     "uplink": "bench.uplink.modes",
     "encodings": "bench.uplink.encodings",
     "overheads": "bench.uplink.overheads",
+    "draft": "bench.draft.draft",
     "theory": "bench.theory",
     "relay": "bench.link.relay",
     "link": "bench.link.accuracy",

@@ -10,6 +10,7 @@ from device.common_prefix import common_prefix
 from device.draft_model import DraftModel
 from device.draft_rounds import Counters
 from device.planner import Planners
+from device.process_memory import peak_memory_bytes
 from device.session import AnswerToken, DeviceSession, Origin
 from device.settings import DraftSettings
 from device.tokenizer import Tokenizer
@@ -35,7 +36,7 @@ class Answer:
     ``seconds`` from the prompt to the last token, ``ttft_seconds`` to the first.
     ``draft_len`` is the fixed draft length, or else the rounded mean over the rounds.
     ``draft_bytes`` are those of all Drafts, ``invalidated_bytes`` of those on a wrong
-    assumed bonus token.
+    assumed bonus token. ``peak_memory_bytes`` is the largest resident memory of the process so far.
     """
 
     text: str
@@ -57,6 +58,7 @@ class Answer:
     draft_len: int
     draft_bytes: int
     invalidated_bytes: int
+    peak_memory_bytes: int
 
 
 @dataclass(frozen=True)
@@ -217,6 +219,7 @@ class AnswerStream:
             draft_len=(settings.draft_len if drafted else 0) or round(drafted / rounds),
             draft_bytes=ended.counters.draft_bytes - began.counters.draft_bytes,
             invalidated_bytes=ended.counters.invalidated_bytes - began.counters.invalidated_bytes,
+            peak_memory_bytes=peak_memory_bytes(),
         )
 
     def _token_ids(self) -> Iterator[int]:

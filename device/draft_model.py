@@ -12,12 +12,13 @@ import os
 from collections.abc import Sequence
 from copy import copy
 from pathlib import Path
-from typing import Protocol, Self, TypeAlias
+from typing import Any, Protocol, Self, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import onnxruntime
 
+from device.huge_pages import huge_pages
 from protocol.bundle import MODEL_NAME, CacheKind, Manifest
 from protocol.errors import BundleError, SettingsError
 
@@ -62,9 +63,11 @@ class DraftModel:
     def __init__(self, bundle: Path, threads: int = 0, providers: Sequence[str] = ("CPUExecutionProvider",)) -> None:
         self.manifest = Manifest.read(bundle)
         self.manifest.check_files(bundle)
-        session = _load(bundle / MODEL_NAME, threads, providers)
+        with huge_pages():
+            session = _load(bundle / MODEL_NAME, threads, providers)
         _check_graph(session, self.manifest)
-        self._input_names = {entry.name for entry in session.get_inputs()}
+        self._takes_positions = "position_ids" in {entry.name for entry in session.get_inputs()}
+        self._reserve_positions(_FIRST_CAPACITY)
         shared = self.manifest.cache_kind is CacheKind.SHARED
         self._cache: KeyValueCache = (SharedCache if shared else GrowingCache)(session, self.manifest)
         self.token_ids: list[int] = []
@@ -90,12 +93,11 @@ class DraftModel:
             float32 [vocab_size], the logits after the last of them.
         """
         start, end = self._cache.length, self._cache.length + len(token_ids)
-        inputs: Arrays = {
-            "input_ids": np.array([token_ids], np.int64),
-            "attention_mask": np.ones((1, end), np.int64),
-        }
-        if "position_ids" in self._input_names:
-            inputs["position_ids"] = np.arange(start, end, dtype=np.int64)[None]
+        if end > self._positions.size:
+            self._reserve_positions(2 * end)
+        inputs: Arrays = {"input_ids": np.array([token_ids], np.int64), "attention_mask": self._ones[:, :end]}
+        if self._takes_positions:
+            inputs["position_ids"] = self._positions[:, start:end]
         logits = self._cache.run(inputs, len(token_ids))[: self.manifest.vocab_size]
         self.token_ids += token_ids
         return logits
@@ -105,14 +107,23 @@ class DraftModel:
         self._cache.rollback(min(length, self._cache.length))
         del self.token_ids[length:]
 
+    def _reserve_positions(self, length: int) -> None:
+        """Make the arrays whose views are the inputs of up to ``length`` positions."""
+        self._ones = np.ones((1, length), np.int64)
+        self._positions = np.arange(length, dtype=np.int64)[None]
+
 
 class SharedCache:
-    """Past and present share one buffer per layer: float32 [1, kv_heads, capacity, head_size]."""
+    """Past and present share one buffer per layer: float32 [1, kv_heads, capacity, head_size].
+
+    The logits, too, have a buffer: ``IOBinding.get_outputs`` would wrap the outputs of all layers.
+    """
 
     def __init__(self, session: onnxruntime.InferenceSession, manifest: Manifest) -> None:
         self.length = 0
         self._session = session
         self._shape = (1, manifest.kv_heads, 0, manifest.head_size)
+        self._vocab_size = int(_shapes(session)["logits"][-1])
         self._pasts = sorted(_past_names(session))
         self._buffers: dict[str, onnxruntime.OrtValue] = {}
         self._capacity = 0
@@ -124,11 +135,9 @@ class SharedCache:
         self._reserve(self.length + count)
         for name, array in inputs.items():
             self._binding.bind_cpu_input(name, array)
-        self._binding.bind_output("logits", "cpu")
         self._session.run_with_iobinding(self._binding)
         self.length += count
-        logits: Logits = self._binding.get_outputs()[0].numpy()[0, -1]
-        return logits
+        return self._logits.copy()
 
     def rollback(self, length: int) -> None:
         """Shorten the cache to ``length`` positions."""
@@ -149,7 +158,8 @@ class SharedCache:
             return
         self._capacity = max(length, min(max(2 * self._capacity, _FIRST_CAPACITY), self._context_length))
         binding = self._session.io_binding()
-        binding.bind_output("logits", "cpu")
+        logits = np.empty((1, 1, self._vocab_size), np.float32)
+        binding.bind_ortvalue_output("logits", onnxruntime.OrtValue.ortvalue_from_numpy(logits))
         for name in self._pasts:
             grown = np.zeros((*self._shape[:2], self._capacity, self._shape[3]), np.float32)
             if name in self._buffers:
@@ -159,6 +169,7 @@ class SharedCache:
             binding.bind_ortvalue_input(name, value)
             binding.bind_ortvalue_output(_present_name(name), value)
         self._binding = binding
+        self._logits: Logits = logits[0, 0]
 
 
 class GrowingCache:
@@ -191,6 +202,10 @@ class GrowingCache:
         return fork
 
 
+def _shapes(session: onnxruntime.InferenceSession) -> dict[str, list[Any]]:
+    return {entry.name: entry.shape for entry in (*session.get_inputs(), *session.get_outputs())}
+
+
 def _past_names(session: onnxruntime.InferenceSession) -> list[str]:
     return [entry.name for entry in session.get_inputs() if entry.name.startswith("past_key_values.")]
 
@@ -205,7 +220,7 @@ def _check_graph(session: onnxruntime.InferenceSession, manifest: Manifest) -> N
     Raises:
         BundleError: they contradict each other.
     """
-    shapes = {entry.name: entry.shape for entry in (*session.get_inputs(), *session.get_outputs())}
+    shapes = _shapes(session)
     if missing := {"input_ids", "attention_mask", "logits"} - set(shapes):
         raise BundleError(f"the graph has no {', '.join(sorted(missing))}; export the bundle again")
     for name in _past_names(session):
@@ -213,7 +228,11 @@ def _check_graph(session: onnxruntime.InferenceSession, manifest: Manifest) -> N
             listed = getattr(manifest, said)
             if isinstance(found, int) and found != listed:
                 raise BundleError(f"the graph has {said} {found}; the manifest says {listed}: export the bundle again")
-    rows = shapes["logits"][-1]
+    *_, count, rows = shapes["logits"]
+    if manifest.cache_kind is CacheKind.SHARED and (count != 1 or not isinstance(rows, int)):
+        raise BundleError(
+            f"the graph has logits of shape {shapes['logits']}, not of one token: export the bundle again"
+        )
     if isinstance(rows, int) and rows < manifest.vocab_size:
         raise BundleError(
             f"the graph has {rows} logits; the manifest says {manifest.vocab_size} tokens: export the bundle again"

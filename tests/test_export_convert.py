@@ -1,6 +1,7 @@
 """Bundles of a tiny random model: a bundle that differs from its source model is not written."""
 
 import io
+import tracemalloc
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -137,6 +138,41 @@ def test_a_fork_continues_apart_from_the_model_it_was_forked_from(fp32_bundle: P
         slow.rollback(0)
         np.testing.assert_allclose(answer, slow.forward(tokens), atol=1e-5)
     assert (model.token_ids, fork.token_ids) == ([*prompt[:10], *one], [*prompt[:12], *other])
+
+
+def test_reused_buffers_give_the_logits_of_a_new_model_after_any_rollbacks_and_forks(fp32_bundle: Path) -> None:
+    rng, branches, earlier = np.random.default_rng(3), [DraftModel(fp32_bundle)], []
+    for _ in range(40):
+        model = branches[rng.integers(len(branches))]
+        if rng.random() < 0.2:
+            branches.append(model.fork(int(rng.integers(model.length + 1))))
+        elif rng.random() < 0.4:
+            model.rollback(int(rng.integers(model.length + 1)))
+        else:
+            logits = model.forward(rng.integers(0, 258, rng.choice([1, 1, 1, 3, 70])).tolist())
+            slow = DraftModel(fp32_bundle).forward(model.token_ids)
+            np.testing.assert_allclose(logits, slow, atol=1e-4)
+            earlier.append((logits, logits.copy()))
+    assert len(branches) > 4
+    assert all(np.array_equal(logits, copied) for logits, copied in earlier)
+
+
+def test_a_token_allocates_no_more_python_memory_in_a_longer_context(fp32_bundle: Path) -> None:
+    model = DraftModel(fp32_bundle)
+
+    def allocated_by_a_token(length: int) -> int:
+        """The smallest of a few tokens: the list of token ids grows now and then."""
+        model.forward([7] * (length - model.length))
+        peaks = []
+        for _ in range(5):
+            tracemalloc.start()
+            model.forward([7])
+            peaks.append(tracemalloc.get_traced_memory()[1])
+            tracemalloc.stop()
+        return min(peaks)
+
+    first = allocated_by_a_token(10)
+    assert allocated_by_a_token(480) <= first + 1024
 
 
 def test_the_manifest_describes_the_bundle(fp32_bundle: Path) -> None:
