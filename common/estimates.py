@@ -49,9 +49,9 @@ class Ratio:
         self.above *= decay
         self.below *= decay
 
-    def observe(self, above: float, below: float) -> None:
-        """Add to both sums."""
-        self.fade()
+    def observe(self, above: float, below: float, decay: float = DECAY) -> None:
+        """Add to both sums, after everything so far has lost weight."""
+        self.fade(decay)
         self.above += above
         self.below += below
 

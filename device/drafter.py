@@ -160,7 +160,7 @@ class Drafter:
         if not np.isfinite(logits.max()):
             count = self._model.length
             raise NonFiniteError(f"the draft model's logits are NaN or infinite after {count} tokens; export it again")
-        self._logits: Logits = np.pad(logits, (0, self._missing), constant_values=-np.inf) if self._missing else logits
+        self._logits = np.pad(logits, (0, self._missing), constant_values=-np.inf) if self._missing else logits
         return self._logits
 
     def _take(self, drafted: DraftedToken) -> DraftedToken:

@@ -7,7 +7,7 @@ from bisect import bisect
 from collections.abc import Callable, Sequence
 from math import ceil, inf, prod, sqrt
 
-from common.estimates import Line, Ratio, Share
+from common.estimates import DECAY, Line, Ratio, Share
 from device.planner_figures import MAX_ROUNDS, PlannerFigures
 from device.planner_store import PlannerStore
 from device.round_model import RoundTimes, expected_tokens, run_tokens
@@ -41,6 +41,8 @@ MIN_SURVIVAL = 0.15
 _KNOWN_TRIALS = 8.0
 _KNOWN_ROUNDS = 4.0
 """What an earlier process learnt counts as so many drafted tokens and rounds, so that a change is noticed soon."""
+_KNOWN_CERTAINTY = 8
+"""Rounds that what an earlier process learnt counts as where drafting might be given up: links change."""
 _INSTANT = 1e-9
 _MARGIN_BOUNDS = (0.15, 0.3, 0.5)
 """Bounds of the margin classes, in nats; the acceptance rate is estimated for each class."""
@@ -55,10 +57,12 @@ class Planner:
     draft, send and verify it. It is drafted while that ratio is at least the tokens
     per second of whole rounds: the rule that maximises a ratio (Dinkelbach 1967).
     Where rounds give fewer tokens per second than the target alone, the target
-    decodes alone (the adaptive rule of arXiv:2509.04576). The slower alternative is
-    tried again from time to time.
+    decodes alone (the adaptive rule of arXiv:2509.04576); at once where drafting a token
+    takes longer than a forward pass of the target. The slower alternative is tried
+    again from time to time.
 
-    All figures are running estimates. The time of a reply is a line over the number
+    All figures are running estimates; Drafts that follow each other without a pause
+    count as one observation. The time of a reply is a line over the number
     of drafted tokens: its intercept is the round trip plus one forward pass, its
     slope the time to send and verify a token. Initial estimates come from
     ``round_model.py``.
@@ -178,7 +182,8 @@ class Planner:
         self._predict()
         seconds = _KNOWN_ROUNDS * self._predicted[1]
         self._rounds.observe(known.tokens_per_second * seconds, seconds)
-        self._rounds_seen, self._alone, self._since, self._wait = known.rounds, known.alone, known.since, known.wait
+        self._rounds_seen = min(known.rounds, _KNOWN_CERTAINTY)
+        self._alone, self._since, self._wait = known.alone, known.since, known.wait
 
     def decode_len(self, backlog: int = 0) -> int:
         """How many tokens the target should decode alone now; 0 to draft.
@@ -282,13 +287,14 @@ class Planner:
         """
         if not margins:
             return
-        self._observe_tokens(margins, accepted)
+        overlapped = reply_seconds is None
+        self._observe_tokens(margins, accepted, fade=not overlapped)
         self._drafting.observe(draft_seconds, len(margins))
         if reply_seconds is not None:
             self._replies.observe(len(margins), reply_seconds)
         if round_seconds is not None:
-            self._rounds.observe(accepted + 1, round_seconds)
-            self._rounds_seen += 1
+            self._rounds.observe(accepted + 1, round_seconds, decay=1.0 if overlapped else DECAY)
+            self._rounds_seen += not overlapped
             self._review(False, accepted + 1, round_seconds)
 
     def observe_assumed(self, margin: float | None, is_right: bool, is_argmax: bool) -> None:
@@ -304,8 +310,9 @@ class Planner:
         if margin is not None:
             self._observe_margin(margin, is_right)
 
-    def _observe_tokens(self, margins: Sequence[float | None], accepted: int) -> None:
-        self._acceptance.fade()
+    def _observe_tokens(self, margins: Sequence[float | None], accepted: int, fade: bool) -> None:
+        if fade:
+            self._acceptance.fade()
         for index, margin in enumerate(margins[: accepted + 1]):
             self._acceptance.observe(index < accepted)
             if margin is not None:
@@ -323,7 +330,9 @@ class Planner:
         self._longest_link = None
         self._predicted = self._predict()
         self._since += tokens
-        pays = self.speedup >= min(1.0, sqrt(self._rounds_seen / _CERTAIN_ROUNDS))
+        can_pay = not self._drafting or self._drafting.value < self._target_seconds
+        needed = 1.0 if self._alone else min(1.0, sqrt(self._rounds_seen / _CERTAIN_ROUNDS))
+        pays = can_pay and self.speedup >= needed
         if pays is self._alone:
             self._alone, self._since, self._wait = not pays, 0, MIN_WAIT
         elif alone is not self._alone:

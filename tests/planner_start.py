@@ -15,7 +15,7 @@ from tests.timed_pair import PairTimes, TimedPair
 
 VOCAB = 20
 PROMPT = [3, 1, 4]
-SETTINGS = DraftSettings(Mode.COUPLED, Sampling(1.0, seed=1), uplink_k=1, draft_len=None)
+SETTINGS = DraftSettings(Mode.COUPLED, Sampling(1.0, seed=1), uplink_k=1, draft_len=None, drafts_ahead=None)
 TARGET_TABLE = random_table(VOCAB, seed=1, sharpness=3)
 DRAFT_TABLE = blend(TARGET_TABLE, random_table(VOCAB, seed=2, sharpness=3), 0.9)
 LINKS = {

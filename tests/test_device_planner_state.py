@@ -237,13 +237,16 @@ def test_a_planner_that_continues_an_open_session_measures_the_link_itself(known
 @pytest.mark.parametrize("link", LINKS)
 def test_a_first_answer_with_figures_is_nearly_as_fast_as_that_of_a_warmed_process(link: str, tmp_path: Path) -> None:
     starts = measure(LINKS[link], tmp_path, answers=8)
-    assert starts.nothing < starts.welcome < starts.warmed
+    if link != "slow drafting":  # there it is given up at once, whatever is known
+        assert starts.nothing < starts.welcome < starts.warmed
     assert min(starts.state, starts.both) > 0.93 * starts.warmed
 
 
 @pytest.mark.parametrize(("learnt_on", "used_on"), [("fast", "far"), ("far", "fast")])
 def test_figures_of_another_link_are_outweighed_after_ten_rounds(learnt_on: str, used_on: str, tmp_path: Path) -> None:
-    def after_ten_rounds(pair_knows: PairTimes) -> tuple[float, float]:
+    one_at_a_time = replace(SETTINGS, drafts_ahead=0)
+
+    def after_ten_rounds(pair_knows: PairTimes, settings: DraftSettings = SETTINGS) -> tuple[float, float]:
         """Tokens per second, and the estimated time of the reply to 4 tokens."""
         learning = new_pair(pair_knows)
         learning.restart_device(store_in(tmp_path))
@@ -251,20 +254,20 @@ def test_figures_of_another_link_are_outweighed_after_ten_rounds(learnt_on: str,
         learning.planners.keep(SETTINGS, learning.client.welcome)
         pair = new_pair(LINKS[used_on])
         pair.restart_device(store_in(tmp_path))
-        session = pair.session(SETTINGS, [1, 5])
+        session = pair.session(settings, [1, 5])
         times: list[float] = []
         reply = 0.0
         for _ in session.answer(300):
             times.append(pair.now)
             if session.counters.rounds == 10:
-                known = pair.planners.for_settings(SETTINGS, pair.client.welcome).times
+                known = pair.planners.for_settings(settings, pair.client.welcome).times
                 reply = known.round_trip_seconds + known.verify_seconds(4)
         later = [time for time in times if time > sorted(set(times))[9]]
         return len(later) / (later[-1] - later[0]), reply
 
-    rate, reply = after_ten_rounds(LINKS[learnt_on])
-    best, expected = after_ten_rounds(LINKS[used_on])
-    assert rate > 0.9 * best
+    assert after_ten_rounds(LINKS[learnt_on])[0] > 0.9 * after_ten_rounds(LINKS[used_on])[0]
+    _, reply = after_ten_rounds(LINKS[learnt_on], one_at_a_time)
+    _, expected = after_ten_rounds(LINKS[used_on], one_at_a_time)
     assert reply == pytest.approx(expected, rel=0.2)
 
 

@@ -167,6 +167,10 @@ class WideModel:
     token_ids: list[int] = field(default_factory=list)
     forked_length: int = 0
 
+    @property
+    def length(self) -> int:
+        return len(self.token_ids)
+
     def forward(self, token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
         self.token_ids += token_ids
         return logits_after(len(self.token_ids))
