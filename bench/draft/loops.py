@@ -117,8 +117,10 @@ class OptimumLoop:
     """``generate`` of transformers on optimum's ONNX Runtime model."""
 
     def __init__(self, models: Models, threads: int) -> None:
+        import torch
         from optimum.onnxruntime import ORTModelForCausalLM
 
+        torch.set_num_threads(threads)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         self._model: Any = ORTModelForCausalLM.from_pretrained(models.folder, session_options=options)

@@ -17,6 +17,7 @@ COMMANDS = {
     "theory": "edgedraft-bench theory",
     "link": "edgedraft-bench link",
     "uplink": "edgedraft-bench uplink --bundle build/bundle --target build/sample",
+    "draft": "edgedraft-bench draft --bundle build/bundle-int4 --target build/sample",
     "grid": "edgedraft-bench grid --dtype float32 --bundle build/bundle --target build/sample",
     "capacity": "edgedraft-bench capacity --bundle build/bundle --target build/sample --turns 2 --seconds 4",
     "churn": "edgedraft-bench churn --bundle build/bundle --target build/sample --recording rounds.jsonl",
@@ -48,8 +49,8 @@ def write_report(results_folder: Path, docs: Path) -> Path:
     found = {name: _read(results_folder / f"{name}.json") for name in COMMANDS}
     plots = docs / "plots"
     parts = [_introduction(), *_theory(found["theory"], plots), *_link(found["link"])]
-    parts += [*_uplink(found["uplink"], plots), *_grid(found["grid"], plots), *_capacity(found["capacity"])]
-    parts += [*_churn(found["churn"]), *_ceiling(found["ceiling"])]
+    parts += [*_uplink(found["uplink"], plots), *_draft(found["draft"]), *_grid(found["grid"], plots)]
+    parts += [*_capacity(found["capacity"]), *_churn(found["churn"]), *_ceiling(found["ceiling"])]
     path = docs / "results.md"
     path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return path
@@ -125,6 +126,18 @@ def _uplink(results: Results | None, plots: Path) -> Iterator[str]:
         "acceptance.\n\n" + table(results.rows)
     )
     yield "![acceptance over bytes](plots/uplink.svg)"
+
+
+def _draft(results: Results | None) -> Iterator[str]:
+    yield from _section("Speed of drafting", "draft", results)
+    if results is None:
+        return
+    yield (
+        "Per token, at temperature 0; all cases but llama.cpp run the same graph. `spread` is the range over the "
+        "prompts relative to the median, `edgedraft speedup` the median ratio of a case's time to edgedraft's on the "
+        "same prompt. `numpy share` is the time outside ONNX Runtime, encoding included; `bandwidth share` is the time "
+        "in which the weights can be read.\n\n" + table(results.rows)
+    )
 
 
 def _grid(results: Results | None, plots: Path) -> Iterator[str]:
