@@ -127,8 +127,8 @@ class DraftRounds:
         if fixed is not None:
             return True
         if self._drafts_ahead:
-            before = margins_of(self._in_flight)
-            return self._planner.should_draft_ahead(before, drafting.uncertain_margins)
+            assumed = [drafting.assumed_bonus.margin] if drafting.assumed_bonus else []
+            return self._planner.should_draft_ahead([*margins_of(self._in_flight), *assumed], drafting.margins)
         return self._planner.should_continue(drafting.margins)
 
     def _may_send(self) -> bool:

@@ -41,6 +41,8 @@ MIN_SURVIVAL = 0.15
 _KNOWN_TRIALS = 8.0
 _KNOWN_ROUNDS = 4.0
 """What an earlier process learnt counts as so many drafted tokens and rounds, so that a change is noticed soon."""
+_HEADROOM = 1.25
+"""Drafts are longer by this than what keeps the target busy: both times vary, and it should not fall behind."""
 _KNOWN_CERTAINTY = 8
 """Rounds that what an earlier process learnt counts as where drafting might be given up: links change."""
 _INSTANT = 1e-9
@@ -218,8 +220,8 @@ class Planner:
         ``MIN_SURVIVAL`` that all of it is accepted: what is sent in vain costs bytes.
 
         Args:
-            before: margins of the tokens in flight.
-            margins: of the Draft so far, with that of its assumed bonus token.
+            before: margins of the tokens in flight, and of the assumed bonus token.
+            margins: of the Draft so far.
         """
         if len(margins) >= self._overlapped_len():
             return False
@@ -231,7 +233,7 @@ class Planner:
         times = self.times
         verify = times.verify_seconds(FIRST_DRAFT_LEN)
         longest_wait = max(verify, (times.round_trip_seconds + verify) / (1 + self.drafts_ahead))
-        return max(1, min(MAX_DRAFT_LEN, ceil(longest_wait / max(times.draft_seconds, _INSTANT))))
+        return max(1, min(MAX_DRAFT_LEN, ceil(_HEADROOM * longest_wait / max(times.draft_seconds, _INSTANT))))
 
     def observe_prefill(self, tokens: int, seconds: float) -> None:
         """Record the time that the draft model took to run ``tokens`` tokens at once."""
