@@ -15,6 +15,7 @@ MODULES = {
     "demo": "bench.demo",
     "speedup": "bench.grid.speedup",
     "grid": "bench.grid.run",
+    "ahead": "bench.grid.ahead",
     "exact": "bench.exact",
     "uplink": "bench.uplink.modes",
     "encodings": "bench.uplink.encodings",

@@ -179,6 +179,8 @@ class DraftRounds:
             is_right = False
         if not is_right:
             self._discard()
+        if following is None and verdict.accepted == len(draft.tokens) and self._settings.cache_last_token:
+            self._drafter.cache_last_token()  # alone, so that the draft does not depend on when the Verdict came
         return VerifiedRound(draft.tokens, verdict)
 
     def _observe(self, draft: PendingDraft, verdict: Verdict, received: Moment) -> None:

@@ -129,7 +129,7 @@ class Planner:
             return f"the target decodes {TRIAL} tokens alone, to measure its speed"
         decision = "the target alone"
         if not self._alone:
-            decision = f"Drafts of up to {self._planned_len()} tokens, {self.drafts_ahead} ahead"
+            decision = f"Drafts of up to {self.planned_len} tokens, {self.drafts_ahead} ahead"
         return (
             f"{decision}: α {self.alpha:.2f}, draft {times.draft_seconds * milliseconds:.1f} ms, "
             f"verify {self._target_seconds * milliseconds:.1f} ms + {self._replies.slope * milliseconds:.2f} a token, "
@@ -137,7 +137,9 @@ class Planner:
             f"{self._tokens_per_second():.1f} tokens/s, target alone {1 / max(self._target_seconds, _INSTANT):.1f}"
         )
 
-    def _planned_len(self) -> int:
+    @property
+    def planned_len(self) -> int:
+        """Most tokens of the next Draft."""
         if self.drafts_ahead:
             return self._overlapped_len()
         return self.times.best_draft_len(self.alpha, range(1, MAX_DRAFT_LEN + 1))
@@ -346,7 +348,7 @@ class Planner:
     def _predict(self) -> tuple[float, float]:
         """Tokens and seconds of a round, from the estimates."""
         times, alpha = self.times, self.alpha
-        length = self._planned_len()
+        length = self.planned_len
         tokens = expected_tokens(alpha, length)
         if not self.drafts_ahead:
             return tokens, times.seconds(length)

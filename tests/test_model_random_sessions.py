@@ -3,7 +3,7 @@
 Settings, turns and breaks are drawn from a seed. At temperature 0 and in mode
 ``coupled`` the reference is the target alone, in a new session for each turn. In the
 other modes, whose answers are the target's in distribution and depend on the drafts,
-it is the same conversation over a link that does not break.
+it is the same conversation with one Draft at a time over a link that does not break.
 """
 
 import random
@@ -48,7 +48,9 @@ def random_settings(draw: random.Random) -> DraftSettings:
     fixed = [1, 2, 3, 4, 6, 8]
     planned = [None] if sampling.greedy or mode in DRAWN_FROM_TARGET else []  # the planner depends on the time
     uplink_k = draw.choice([1, 4, 32, 256])
-    return DraftSettings(mode, sampling, uplink_k, draw.choice([*fixed, *planned]))
+    return DraftSettings(
+        mode, sampling, uplink_k, draw.choice([*fixed, *planned]), drafts_ahead=draw.choice([0, 1, None])
+    )
 
 
 class Reference:
@@ -56,13 +58,13 @@ class Reference:
 
     def __init__(self, setup: BenchSetup, settings: DraftSettings) -> None:
         self._setup = setup
-        self._unbroken = setup.conversation(settings)
+        self._unbroken = setup.conversation(replace(settings, drafts_ahead=0))
 
     def answers(self, prompt: list[int], count: int, settings: DraftSettings) -> Iterator[list[int]]:
         if settings.sampling.greedy or settings.mode in DRAWN_FROM_TARGET:
             yield self._setup.answer(prompt, count, replace(settings, mode=Mode.TARGET)).token_ids
         if settings.mode.encoding:
-            self._unbroken.settings = settings
+            self._unbroken.settings = replace(settings, drafts_ahead=0)
             yield [token.token_id for token in self._unbroken.begin(prompt).answer(count)]
 
     def close(self) -> None:

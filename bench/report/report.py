@@ -17,6 +17,7 @@ COMMANDS = {
     "theory": "edgedraft-bench theory",
     "link": "edgedraft-bench link",
     "uplink": "edgedraft-bench uplink --bundle build/bundle --target build/sample",
+    "ahead": "edgedraft-bench ahead --bundle build/bundle --target build/sample",
     "draft": "edgedraft-bench draft --bundle build/bundle-int4 --target build/sample",
     "grid": "edgedraft-bench grid --dtype float32 --bundle build/bundle --target build/sample",
     "capacity": "edgedraft-bench capacity --bundle build/bundle --target build/sample --turns 2 --seconds 4",
@@ -49,7 +50,8 @@ def write_report(results_folder: Path, docs: Path) -> Path:
     found = {name: _read(results_folder / f"{name}.json") for name in COMMANDS}
     plots = docs / "plots"
     parts = [_introduction(), *_theory(found["theory"], plots), *_link(found["link"])]
-    parts += [*_uplink(found["uplink"], plots), *_draft(found["draft"]), *_grid(found["grid"], plots)]
+    parts += [*_uplink(found["uplink"], plots), *_ahead(found["ahead"]), *_draft(found["draft"])]
+    parts += [*_grid(found["grid"], plots)]
     parts += [*_capacity(found["capacity"]), *_churn(found["churn"]), *_ceiling(found["ceiling"])]
     path = docs / "results.md"
     path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
@@ -126,6 +128,18 @@ def _uplink(results: Results | None, plots: Path) -> Iterator[str]:
         "acceptance.\n\n" + table(results.rows)
     )
     yield "![acceptance over bytes](plots/uplink.svg)"
+
+
+def _ahead(results: Results | None) -> Iterator[str]:
+    yield from _section("Drafts in flight", "ahead", results)
+    if results:
+        yield (
+            "Tokens per second with the prompt included, device and base station on one core each. Ratios are medians "
+            "of paired answers with a bootstrap 95 % interval: over the target alone, and over the best fixed draft "
+            "length with one Draft at a time. `times round model` compares with `RoundTimes.run_seconds`; "
+            "`invalidated share` is that of the Drafts' bytes."
+        )
+        yield table(results.rows)
 
 
 def _draft(results: Results | None) -> Iterator[str]:
