@@ -147,7 +147,7 @@ def differences(
         expected = reference.generate(prompt_ids, max_new_tokens)
         advance()
         for draft_len in draft_lens:
-            settings = DraftSettings(mode, sampling, uplink_k=1, draft_len=draft_len)
+            settings = DraftSettings(mode, sampling, uplink_k=1, draft_len=draft_len, drafts_ahead=None)
             actual = setup.answer(prompt_ids, max_new_tokens, settings).token_ids
             advance()
             if actual != expected:
