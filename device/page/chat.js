@@ -9,6 +9,7 @@ import { Tokens } from "./tokens.js";
 
 const find = (id) => document.getElementById(id);
 const [transcript, hint, prompt, send, stop, status] = ["transcript", "hint", "prompt", "send", "stop", "status"].map(find);
+const conversation = document.querySelector(".conversation");
 const [keyForm, key, copy, curl, copied] = ["key-form", "key", "copy", "curl", "copied"].map(find);
 
 let messages = [];
@@ -126,7 +127,7 @@ function begin() {
   transcript.ariaBusy = "true";
   announce("Answering");
   prompt.focus();
-  scrollTo(0, document.body.scrollHeight);
+  conversation.scrollIntoView({ block: "end" });
 }
 
 function end() {
@@ -193,9 +194,9 @@ async function copyAsCurl() {
 
 /** Change the transcript, and keep its end in view if it was. */
 function follow(change) {
-  const atEnd = innerHeight + scrollY >= document.body.scrollHeight - 40;
+  const atEnd = Math.abs(conversation.getBoundingClientRect().bottom - innerHeight) < 40;
   change();
-  if (atEnd) scrollTo(0, document.body.scrollHeight);
+  if (atEnd) conversation.scrollIntoView({ block: "end" });
 }
 
 function fit() {

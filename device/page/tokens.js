@@ -61,7 +61,7 @@ export class Tokens {
 }
 
 document.addEventListener("keydown", (event) => event.key === "Escape" && point(null));
-document.addEventListener("scroll", () => point(null), { passive: true });
+document.addEventListener("scroll", () => current && place(current), { passive: true });
 
 function tokenOf(event) {
   return event.target.closest(".token");
@@ -79,10 +79,12 @@ function point(span) {
   const { token, round } = shown.get(span);
   const margin = token.margin === null ? "" : ` · margin ${token.margin.toFixed(2)}`;
   details.textContent = `“${token.text.trim()}” · ${label(token.origin)} · round ${round.round}${margin}`;
-  place(span.getClientRects()[0] ?? span.getBoundingClientRect());
+  place(span);
 }
 
-function place(box) {
+/** Put the details above the start of a token, or below where there is no room. */
+function place(span) {
+  const box = span.getClientRects()[0] ?? span.getBoundingClientRect();
   const left = Math.min(box.left, innerWidth - details.offsetWidth - 8);
   const above = box.top - details.offsetHeight - 6;
   details.style.left = `${Math.max(8, left)}px`;
