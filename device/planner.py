@@ -98,7 +98,14 @@ class Planner:
         if self._target_seconds is None:
             return 1.0
         alone_seconds = self._target_seconds + self.times.round_trip_seconds / MIN_WAIT
-        return self._tokens_per_second() * alone_seconds
+        return self.tokens_per_second * alone_seconds
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of rounds: as measured, with the prediction counting as ``_PRIOR_ROUNDS`` rounds."""
+        tokens, seconds = self._predicted
+        measured = self._rounds
+        return (measured.above + _PRIOR_ROUNDS * tokens) / (measured.below + _PRIOR_ROUNDS * seconds + _INSTANT)
 
     def decode_len(self) -> int:
         """How many tokens the target should decode alone now; 0 to draft."""
@@ -118,7 +125,7 @@ class Planner:
         accepted = self.alpha * prod(map(self._acceptance_at, margins))
         times = self.times
         seconds = times.seconds(1) - times.seconds(0)
-        return accepted >= seconds * self._tokens_per_second()
+        return accepted >= seconds * self.tokens_per_second
 
     def observe_opened(self, seconds: float) -> None:
         """Record the time from an Open to its Opened, which waits for no forward pass: about a round trip."""
@@ -185,16 +192,10 @@ class Planner:
         if pays is self._alone:
             self._alone, self._since, self._wait = not pays, 0, MIN_WAIT
         elif alone is not self._alone:
-            tokens_per_second = 1 / self._target_seconds if self._alone else self._tokens_per_second()
+            tokens_per_second = 1 / self._target_seconds if self._alone else self.tokens_per_second
             lost = seconds * tokens_per_second - tokens
             share = _TARGET_TRIAL_SHARE if alone else TRIAL_SHARE
             self._since, self._wait = 0, max(MIN_WAIT, round(lost / share))
-
-    def _tokens_per_second(self) -> float:
-        """Of rounds: as measured, with the prediction counting as ``_PRIOR_ROUNDS`` rounds."""
-        tokens, seconds = self._predicted
-        measured = self._rounds
-        return (measured.above + _PRIOR_ROUNDS * tokens) / (measured.below + _PRIOR_ROUNDS * seconds + _INSTANT)
 
     def _acceptance_at(self, margin: float | None) -> float:
         if margin is None:
