@@ -119,7 +119,14 @@ class Planner:
         if self._target_seconds is None:
             return 1.0
         alone_seconds = self._target_seconds + self.times.round_trip_seconds / MIN_WAIT
-        return self._tokens_per_second() * alone_seconds
+        return self.tokens_per_second * alone_seconds
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of rounds: as measured, with the prediction counting as ``_PRIOR_ROUNDS`` rounds."""
+        tokens, seconds = self._predicted
+        measured = self._rounds
+        return (measured.above + _PRIOR_ROUNDS * tokens) / (measured.below + _PRIOR_ROUNDS * seconds + _INSTANT)
 
     @property
     def explanation(self) -> str:
@@ -134,7 +141,7 @@ class Planner:
             f"{decision}: α {self.alpha:.2f}, draft {times.draft_seconds * milliseconds:.1f} ms, "
             f"verify {self._target_seconds * milliseconds:.1f} ms + {self._replies.slope * milliseconds:.2f} a token, "
             f"round trip {times.round_trip_seconds * milliseconds:.1f} ms; "
-            f"{self._tokens_per_second():.1f} tokens/s, target alone {1 / max(self._target_seconds, _INSTANT):.1f}"
+            f"{self.tokens_per_second:.1f} tokens/s, target alone {1 / max(self._target_seconds, _INSTANT):.1f}"
         )
 
     @property
@@ -213,7 +220,7 @@ class Planner:
         accepted = self.alpha * prod(map(self._acceptance_at, margins))
         times = self.times
         seconds = times.seconds(1) - times.seconds(0)
-        return accepted >= seconds * self._tokens_per_second()
+        return accepted >= seconds * self.tokens_per_second
 
     def should_draft_ahead(self, before: Sequence[float | None], margins: Sequence[float | None]) -> bool:
         """Whether to draft another token of a Draft, where up to ``drafts_ahead`` others are sent before its Verdict.
@@ -340,7 +347,7 @@ class Planner:
         if pays is self._alone:
             self._alone, self._since, self._wait = not pays, 0, MIN_WAIT
         elif alone is not self._alone:
-            tokens_per_second = 1 / self._target_seconds if self._alone else self._tokens_per_second()
+            tokens_per_second = 1 / self._target_seconds if self._alone else self.tokens_per_second
             lost = seconds * tokens_per_second - tokens
             share = _TARGET_TRIAL_SHARE if alone else TRIAL_SHARE
             self._since, self._wait = 0, max(MIN_WAIT, round(lost / share))
@@ -358,12 +365,6 @@ class Planner:
     def _prefill_token_seconds(self) -> float:
         """Seconds to run a token of a long prompt through the draft model; before it is measured, to draft one."""
         return self._prefills.value if self._prefills else self.times.draft_seconds
-
-    def _tokens_per_second(self) -> float:
-        """Of rounds: as measured, with the prediction counting as ``_PRIOR_ROUNDS`` rounds."""
-        tokens, seconds = self._predicted
-        measured = self._rounds
-        return (measured.above + _PRIOR_ROUNDS * tokens) / (measured.below + _PRIOR_ROUNDS * seconds + _INSTANT)
 
     def _acceptance_at(self, margin: float | None) -> float:
         return self.alpha if margin is None else self._acceptance_in(bisect(_MARGIN_BOUNDS, margin))
