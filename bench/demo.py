@@ -31,7 +31,7 @@ def demo(bundle: BundleOption, target: TargetOption, dtype: DtypeOption = "bfloa
 def show_demo(setup: BenchSetup, console: Console) -> None:
     """Stream one answer, repeat it with the target alone, and compare the two in a table."""
     target_alone = DraftSettings(Mode.TARGET, Sampling(), 1, None)
-    drafting = DraftSettings(Mode.IDS, Sampling(), 1, None, drafts_ahead=None)
+    drafting = DraftSettings(Mode.IDS, Sampling(), 1, None)
     prompt_ids = setup.prompt_ids(PROMPT)
     setup.answer(prompt_ids, WARM_UP_TOKENS, drafting)  # the first forward passes are slow
     console.print(f"[bold]{PROMPT}[/bold]\n")

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from common.loopback import is_loopback
 from device.curve_keys import CurveKeys
 from device.probe import endpoint
 from device.settings import DEFAULT_UPLINK_K, DraftSettings, Timeouts, choose_mode
@@ -92,7 +93,7 @@ class AnswerOptions:
     drafts_ahead: Annotated[
         str,
         typer.Option(
-            help="Drafts sent before the Verdict of the one before them; 0 waits for each, auto decides.",
+            help="Drafts sent before the Verdict of the one before them; auto: 0 beside the base station on all cores.",
             rich_help_panel=DRAFTING,
         ),
     ] = "auto"
@@ -177,8 +178,15 @@ class AnswerOptions:
             draft_len=_number_or_auto("draft-len", draft_len or self.draft_len, 1),
             uplink_p=self.uplink_p,
             uplink_steps=self.uplink_steps,
-            drafts_ahead=_number_or_auto("drafts-ahead", self.drafts_ahead, 0),
+            drafts_ahead=self._drafts_ahead,
         )
+
+    @property
+    def _drafts_ahead(self) -> int | None:
+        """None where ``auto`` stands for as many as possible; 0 where both ends would compete for the same cores."""
+        number = _number_or_auto("drafts-ahead", self.drafts_ahead, 0)
+        shares_cores = is_loopback(self.server) and len(os.sched_getaffinity(0)) == os.cpu_count()
+        return 0 if number is None and shares_cores else number
 
     @property
     def timeouts(self) -> Timeouts:

@@ -2,10 +2,12 @@
 
 import random
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from device.options import AnswerOptions
 from device.round_model import RoundTimes, run_tokens
 from device.session import DeviceSession
 from device.settings import DraftSettings
@@ -205,3 +207,23 @@ def test_drafting_begins_once_the_draft_model_has_run_the_prompt() -> None:
     answer = [token.token_id for token in session.answer(200)]
     assert answer == target_alone(LARGE_TABLE, prompt, 200)
     assert session.counters.accepted > 60
+
+
+@pytest.mark.parametrize(
+    ("server", "cores", "given", "found"),
+    [
+        ("tcp://127.0.0.1:5755", 8, "auto", 0),
+        ("tcp://localhost:5755", 8, "auto", 0),
+        ("tcp://127.0.0.1:5755", 2, "auto", None),  # confined to some of the cores
+        ("tcp://10.0.0.5:5755", 8, "auto", None),
+        ("tcp://127.0.0.1:5755", 8, "3", 3),
+        ("tcp://10.0.0.5:5755", 8, "0", 0),
+    ],
+)
+def test_auto_drafts_ahead_unless_both_ends_share_all_cores(
+    server: str, cores: int, given: str, found: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)))
+    options = AnswerOptions(bundle=Path("none"), server=server, mode="ids", drafts_ahead=given)
+    assert options.draft_settings(GREEDY).drafts_ahead == found

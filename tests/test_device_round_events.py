@@ -180,7 +180,7 @@ def test_what_the_base_station_does_not_serve_names_the_field() -> None:
 def test_mode_and_draft_length_of_a_request_override_the_options(
     temperature: float, mode: str, draft_len: str, found: object
 ) -> None:
-    options = AnswerOptions(bundle=Path("none"), mode="full", draft_len="7")
+    options = AnswerOptions(bundle=Path("none"), server="tcp://10.0.0.5:5755", mode="full", draft_len="7")
     sampling = Sampling(temperature, seed=1)
     assert options.draft_settings(sampling) == DraftSettings(Mode.FULL, sampling, 1, 7, drafts_ahead=None)
     if isinstance(found, str):

@@ -69,7 +69,7 @@ class SpeedupSettings:
         """The target alone, then the modes of the temperature."""
         sampling = Sampling(self.temperature, seed=1)
         modes = [Mode.TARGET, Mode.IDS] if sampling.greedy else [Mode.TARGET, Mode.COUPLED, Mode.TOPK, Mode.FULL]
-        return [DraftSettings(mode, sampling, self.uplink_k, self.draft_len, drafts_ahead=None) for mode in modes]
+        return [DraftSettings(mode, sampling, self.uplink_k, self.draft_len) for mode in modes]
 
 
 def measure_speedup(
