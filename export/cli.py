@@ -15,8 +15,9 @@ import typer
 from rich.console import Console
 
 from common.command_line import application, run
+from common.configuration import configured_group
 
-app = application("Export a draft model as an ONNX bundle for the device.")
+app = application("Export a draft model as an ONNX bundle for the device.", configured_group("export"))
 
 
 @app.command()

@@ -11,11 +11,12 @@ from typer.testing import CliRunner
 
 import basestation.cli
 import device.cli
+import export.cli
 from common import settings_file
 from common.setting import settings_of
 from protocol.errors import BundleError, KeyFileError, SettingsError
 
-APPS = {"device": device.cli.app, "basestation": basestation.cli.app}
+APPS = {"device": device.cli.app, "basestation": basestation.cli.app, "export": export.cli.app}
 
 
 class Program:
@@ -83,6 +84,12 @@ TABLE: list[tuple[str, str, str, list[tuple[Any, Any]]]] = [
         "log-format",
         "EDGEDRAFT_BASESTATION_LOG_FORMAT",
         [("json", "json"), ("text", "text"), ("'json'", "json"), ("", "text")],
+    ),
+    (
+        "export",
+        "precision",
+        "EDGEDRAFT_EXPORT_PRECISION",
+        [("int8", "int8"), ("int4", "int4"), ("'fp32'", "fp32"), ("", "auto")],
     ),
 ]
 
