@@ -9,7 +9,7 @@ from device.client import Client
 from device.common_prefix import common_prefix
 from device.draft_model import DraftModel
 from device.draft_rounds import Counters
-from device.planner import Planners
+from device.planners import Planners
 from device.process_memory import peak_memory_bytes
 from device.session import AnswerToken, DeviceSession, Origin
 from device.settings import DraftSettings

@@ -27,8 +27,8 @@ from device.doctor import Doctor
 from device.draft_model import DraftModel
 from device.link import Link
 from device.options import COMMON, OUTPUT, AnswerOptions
-from device.planner import Planners
 from device.planner_store import PlannerStore
+from device.planners import Planners
 from device.round_records import RoundRecordFile
 from device.state_folder import state_folder
 from device.terminal import console, show, show_figures

@@ -12,7 +12,7 @@ from device.answer import Conversation
 from device.client import Client
 from device.common_prefix import common_prefix
 from device.draft_model import DraftModel
-from device.planner import Planners
+from device.planners import Planners
 from device.settings import DraftSettings
 from device.tokenizer import Tokenizer
 from protocol.errors import AdmissionError, CancelledError, EdgedraftError, LinkError, ProtocolError

@@ -4,16 +4,13 @@ Knows numbers, not models or links; the formulas are in ``round_model.py``.
 """
 
 from bisect import bisect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from math import ceil, inf, prod, sqrt
 
 from common.estimates import DECAY, Line, Ratio, Share
 from device.planner_figures import MAX_ROUNDS, PlannerFigures
-from device.planner_store import PlannerStore
 from device.round_model import RoundTimes, expected_tokens, run_tokens
-from device.settings import DraftSettings
 from protocol.bundle import QualityFigures
-from protocol.messages import Mode, Welcome
 
 MAX_DRAFT_LEN = 32
 """Longest planned draft: the formulas assume the same acceptance at every position, which fails further out."""
@@ -190,7 +187,7 @@ class Planner:
         self._drafting.observe(_KNOWN_TRIALS * known.draft_seconds, _KNOWN_TRIALS)
         self._acceptance = Share(known.acceptance, _KNOWN_TRIALS)
         self._by_margin = {index: Share(mean, _KNOWN_TRIALS) for index, mean in known.acceptance_by_margin.items()}
-        self._predict()
+        self._predicted = self._predict()
         seconds = _KNOWN_ROUNDS * self._predicted[1]
         self._rounds.observe(known.tokens_per_second * seconds, seconds)
         self._rounds_seen = min(known.rounds, _KNOWN_CERTAINTY)
@@ -373,43 +370,3 @@ class Planner:
         prior = min([self.alpha, *_PRIOR_ACCEPTANCE[margin_class : margin_class + 1]])
         share = self._by_margin.get(margin_class)
         return share.mean(prior) if share else prior
-
-
-class Planners:
-    """The planners of one base station: settings whose estimates differ have planners of their own.
-
-    Rounds of a fixed draft length do not update the planner of ``--draft-len auto``: their
-    throughput is not what it would reach.
-
-    Args:
-        quality: figures of the draft model's quality check.
-        new_planner: makes a planner.
-        store: keeps what was learnt for later processes; None to forget it.
-    """
-
-    def __init__(
-        self,
-        quality: QualityFigures,
-        new_planner: Callable[[QualityFigures, bool], Planner] = Planner,
-        store: PlannerStore | None = None,
-    ) -> None:
-        self._quality = quality
-        self._new_planner = new_planner
-        self._store = store
-        self._planners: dict[tuple[Mode, float, int | None, int | None, str], Planner] = {}
-
-    def for_settings(self, settings: DraftSettings, welcome: Welcome) -> Planner:
-        """The planner for a mode, a temperature, a fixed draft length, Drafts ahead and a target."""
-        sampling = settings.sampling
-        key = (settings.mode, sampling.temperature, settings.draft_len, settings.drafts_ahead, welcome.model)
-        if key not in self._planners:
-            planner = self._planners[key] = self._new_planner(self._quality, settings.sampling.greedy)
-            known = self._store.read(settings, welcome) if self._store and settings.draft_len is None else None
-            planner.start(welcome.pass_seconds, welcome.row_seconds, known)
-        return self._planners[key]
-
-    def keep(self, settings: DraftSettings, welcome: Welcome) -> None:
-        """Store what the planner for these settings has learnt so far."""
-        figures = self.for_settings(settings, welcome).figures
-        if self._store and settings.draft_len is None and figures:
-            self._store.write(settings, welcome, figures)

@@ -18,7 +18,7 @@ from device.draft_model import DraftModel
 from device.job import Finish, Job
 from device.job_queue import JobQueue
 from device.metrics import Metrics
-from device.planner import Planners
+from device.planners import Planners
 from device.round_events import RoundEvents
 from device.round_records import RoundRecord
 from device.stop_strings import StopStrings

@@ -12,7 +12,7 @@ from basestation.target_model import TargetModel
 from device.client import Client
 from device.draft_model import DraftModel
 from device.link import Link
-from device.planner import Planners
+from device.planners import Planners
 from device.session import DeviceSession
 from device.settings import DraftSettings, Timeouts
 from protocol.errors import FullError, ProtocolError

@@ -17,7 +17,8 @@ from bench.setup.prompts import OWN_PROMPTS
 from bench.setup.station_process import running_station
 from device.client import Client
 from device.link import Link
-from device.planner import TRIAL, Planners
+from device.planner import TRIAL
+from device.planners import Planners
 from device.session import DeviceSession
 from device.settings import DraftSettings, Timeouts
 from protocol.errors import ClosingError, FaultError, FullError

@@ -14,7 +14,7 @@ import pytest
 import device.chat
 from device.answer import Conversation, TextChunk
 from device.chat import Chat
-from device.planner import Planners
+from device.planners import Planners
 from device.session import Origin
 from device.terminal import ORIGIN_STYLES
 from device.tokenizer import ChatMessage, Tokenizer

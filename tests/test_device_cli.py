@@ -84,6 +84,19 @@ def test_chat_input_that_is_not_utf8_ends_the_chat(bundle: Path, station: str) -
     assert "allowed: text in UTF-8" in error_line(done, 2)
 
 
+def test_explain_prints_each_decision_with_its_estimates_to_stderr(bundle: Path, station: str) -> None:
+    done = device("generate", bundle, station, "--max-new-tokens", "24", "--prompt", "the cat", "--explain")
+    estimates = r"α \d.*, draft .* ms, verify .* ms .* a token, round trip .* ms; .* tokens/s, target alone .*"
+    lines = done.stderr.decode().splitlines()
+    assert done.returncode == 0
+    assert lines
+    assert all(
+        re.fullmatch(f".*; next: (Drafts of up to .* ahead|the target alone): {estimates}", one) for one in lines
+    )
+    plain = device("generate", bundle, station, "--max-new-tokens", "24", "--prompt", "the cat")
+    assert (plain.stdout, plain.stderr) == (done.stdout, b"")
+
+
 @pytest.mark.parametrize("environment", ASCII_OUTPUTS)
 @pytest.mark.parametrize("name", ["generate", "chat"])
 def test_characters_that_stdout_lacks_are_replaced(

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from device.planner import TRIAL, Planner, Planners
+from device.planner import TRIAL, Planner
 from device.planner_figures import PlannerFigures
 from device.planner_store import MAX_FILES, PlannerStore
+from device.planners import Planners
 from device.settings import DraftSettings
 from device.state_folder import state_folder
 from protocol.messages import Decode, Draft, Mode, Sampling, Welcome
@@ -141,7 +142,7 @@ def test_two_processes_write_and_a_third_reads_whole_files_alone(tmp_path: Path)
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_another_bundle_base_station_target_mode_or_temperature_has_figures_of_its_own(tmp_path: Path) -> None:
+def test_other_settings_or_another_bundle_base_station_or_target_have_figures_of_their_own(tmp_path: Path) -> None:
     written(tmp_path)
     sampled = replace(SETTINGS, sampling=Sampling(1.5))
     others = [
@@ -150,6 +151,7 @@ def test_another_bundle_base_station_target_mode_or_temperature_has_figures_of_i
         store_in(tmp_path).read(SETTINGS, replace(WELCOME, model="another target")),
         store_in(tmp_path).read(SETTINGS, replace(WELCOME, vocab_size=VOCAB + 1)),
         store_in(tmp_path).read(replace(SETTINGS, mode=Mode.TOPK), WELCOME),
+        store_in(tmp_path).read(replace(SETTINGS, drafts_ahead=0), WELCOME),
         store_in(tmp_path).read(sampled, WELCOME),
         store_in(tmp_path).read(replace(SETTINGS, sampling=Sampling(0.0)), WELCOME),
     ]
@@ -198,6 +200,16 @@ def test_a_planner_with_figures_of_an_earlier_process_drafts_at_once_and_not_bri
     first, *_ = requests(tmp_path)
     assert isinstance(first, Draft)
     assert len(first.token_ids) > 4
+
+
+def test_the_known_throughput_counts_beside_the_prediction() -> None:
+    throughputs = []
+    for known in (20.0, 40.0):
+        planner = Planner(manifest(VOCAB).quality, greedy=False)
+        planner.start(0.0, 0.0, replace(FIGURES, tokens_per_second=known))
+        throughputs.append(planner.tokens_per_second)
+    slow, fast = throughputs
+    assert fast - slow == pytest.approx(20.0 * 4 / (4 + 6), rel=1e-6)  # rounds known, and those of the prediction
 
 
 def test_a_planner_that_decoded_alone_goes_on_and_keeps_the_schedule_of_trials() -> None:

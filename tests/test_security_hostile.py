@@ -21,7 +21,7 @@ from device.client import Client
 from device.curve_keys import CurveKeys
 from device.draft_model import DraftModel
 from device.link import Link
-from device.planner import Planners
+from device.planners import Planners
 from device.settings import DraftSettings, Timeouts
 from device.tokenizer import Tokenizer
 from protocol.frames import FrameCodec

@@ -19,8 +19,8 @@ from basestation.target_model import TargetModel
 from device.client import Client
 from device.draft_model import DraftModel, Logits
 from device.link import Link
-from device.planner import Planners
 from device.planner_store import PlannerStore
+from device.planners import Planners
 from device.session import DeviceSession
 from device.settings import DraftSettings, Timeouts
 from protocol.frames import FrameCodec

@@ -31,7 +31,7 @@ from bench.setup.server_process import serving
 from bench.setup.station_process import station_command
 from device.answer import Answer
 from device.draft_model import DraftModel
-from device.planner import Planners
+from device.planners import Planners
 from device.round_model import run_tokens
 from device.settings import DraftSettings
 from device.tokenizer import Tokenizer
@@ -60,7 +60,7 @@ def ahead(
     ] = None,
     draft_lens: Annotated[
         list[int] | None,
-        typer.Option("--draft-len", help="Fixed draft lengths; repeatable. Default: 6, 8, 12, 16, 24."),
+        typer.Option("--draft-len", min=1, help="Fixed draft lengths; repeatable. Default: 6, 8, 12, 16, 24."),
     ] = None,
     json_file: JsonOption = None,
 ) -> None:

@@ -9,7 +9,7 @@ from device.answer import Answer, Conversation
 from device.client import Client
 from device.draft_model import DraftModel
 from device.link import Link
-from device.planner import Planners
+from device.planners import Planners
 from device.session import DeviceSession
 from device.settings import DraftSettings, Timeouts
 from device.tokenizer import Tokenizer
