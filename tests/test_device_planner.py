@@ -318,3 +318,51 @@ def test_drafting_ends_earlier_after_a_smaller_margin_before_any_was_observed() 
         return len(margins)
 
     assert len_after(0.05) < len_after(0.2) < len_after(0.3)
+
+
+def measured_planner(target_seconds: float = 0.03) -> Planner:
+    """Knows the target's speed on a link of 100 ms."""
+    planner = Planner(QUALITY, greedy=True)
+    planner.observe_opened(0.1)
+    planner.observe_decoded(TRIAL, 0.1 + target_seconds, (TRIAL - 1) * target_seconds)
+    return planner
+
+
+def test_drafting_slower_than_the_target_is_given_up_after_one_round() -> None:
+    planner = measured_planner()
+    planner.observe([2.0] * 4, 4, 4 * 0.031, 0.13, 0.254)
+    assert planner.decode_len() > 0
+    faster = measured_planner()
+    faster.observe([2.0] * 4, 4, 4 * 0.029, 0.13, 0.246)
+    assert faster.decode_len() == 0
+
+
+def test_drafts_without_a_pause_between_them_are_one_observation() -> None:
+    rounds = [(0, 0.1), (4, 0.02), (1, 0.3), (4, 0.05), (2, 0.01)]
+    planners = [measured_planner() for _ in range(2)]
+    for planner, order in zip(planners, (rounds, rounds[::-1]), strict=True):
+        planner.observe([None] * 4, 4, 0.016, 0.13, 0.146)
+        for accepted, seconds in order:  # nothing fades between them
+            planner.observe([None] * 4, accepted, 0.016, None, seconds)
+    one, other = planners
+    assert one.alpha == pytest.approx(other.alpha)
+    assert one.tokens_per_second == pytest.approx(other.tokens_per_second)
+
+
+def test_an_assumed_bonus_token_counts_as_a_drafted_one_where_it_is_chosen_likewise() -> None:
+    planner = measured_planner()
+    before = planner.alpha
+    planner.observe_assumed(2.0, False, is_argmax=False)
+    assert planner.alpha == before
+    planner.observe_assumed(2.0, False, is_argmax=True)
+    assert planner.alpha < before
+
+
+def test_drafting_ahead_ends_where_all_of_it_is_hardly_accepted() -> None:
+    planner = measured_planner()
+    planner.drafts_ahead = 3
+    for _ in range(30):
+        planner.observe([0.1, 2.0, 2.0], 0, 0.012, 0.13, 0.142)
+        planner.observe([2.0] * 3, 3, 0.012, 0.13, 0.142)
+    assert planner.should_draft_ahead([2.0] * 8, [])
+    assert not planner.should_draft_ahead([0.1, 2.0], [])

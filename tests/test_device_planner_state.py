@@ -212,6 +212,33 @@ def test_the_known_throughput_counts_beside_the_prediction() -> None:
     assert fast - slow == pytest.approx(20.0 * 4 / (4 + 6), rel=1e-6)  # rounds known, and those of the prediction
 
 
+def rounds_of(planner: Planner, accepted: int, count: int) -> None:
+    """Rounds of 4 drafted tokens with the times of ``FIGURES``."""
+    for _ in range(count):
+        planner.observe([None] * 4, accepted, 0.016, 0.134, 0.150)
+
+
+def test_a_few_bad_rounds_do_not_end_drafting_that_an_earlier_process_found_faster() -> None:
+    planner = Planner(manifest(VOCAB).quality, greedy=False)
+    planner.start(0.0, 0.0, FIGURES)
+    planner.observe_opened(0.1)
+    rounds_of(planner, accepted=1, count=4)
+    assert planner.speedup < 1
+    assert planner.decode_len() == 0
+    rounds_of(planner, accepted=1, count=40)
+    assert planner.decode_len() > 0
+
+
+def test_the_target_goes_on_alone_until_drafting_is_faster() -> None:
+    planner = Planner(manifest(VOCAB).quality, greedy=False)
+    planner.start(0.0, 0.0, replace(FIGURES, tokens_per_second=20.0, acceptance=0.7, alone=True, since=64, wait=64))
+    planner.observe_opened(0.1)
+    assert planner.decode_len() == 0  # a trial
+    rounds_of(planner, accepted=2, count=1)
+    assert 0.5 < planner.speedup < 1
+    assert planner.decode_len() > 0
+
+
 def test_a_planner_that_decoded_alone_goes_on_and_keeps_the_schedule_of_trials() -> None:
     known = replace(FIGURES, draft_seconds=0.2, tokens_per_second=5.0, alone=True, since=50, wait=64)
     planner = Planner(manifest(VOCAB).quality, greedy=False)
