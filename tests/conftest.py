@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+import basestation  # noqa: F401 - sets how OpenMP's threads wait, before PyTorch is loaded
 from bench.setup.bench_setup import BenchSetup, bench_setup
 from bench.setup.station_process import running_station
 from tests.sample import BUNDLE, SAMPLE

@@ -1,5 +1,6 @@
 """Drafts in flight while Verdicts travel against one Draft at a time and the target alone, on emulated links."""
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -67,7 +68,7 @@ def ahead(
     """Compare Drafts in flight with one Draft at a time and with the target alone; one core for each end.
 
     The cases take turns on each prompt, in alternating order. Ratios are medians over the answers, with a bootstrap
-    95 % interval; times include the prompt.
+    95 % interval. Tokens per second count from the first tokens on, those of whole answers include the prompt.
     """
     links = [
         Cell(temperature, round_trip or None, uplink_mbit if round_trip else None)
@@ -95,6 +96,28 @@ class Workload:
     prompts: Sequence[str]
     draft_lens: Sequence[int]
     max_new_tokens: int
+
+
+@dataclass(frozen=True)
+class TimedAnswer:
+    """An answer, and its tokens per second after the first have arrived; of all, if they came at once."""
+
+    answer: Answer
+    tokens_per_second: float
+
+    @classmethod
+    def measure(cls, setup: BenchSetup, prompt: str, max_new_tokens: int, settings: DraftSettings) -> "TimedAnswer":
+        """Measure one answer in a session of its own."""
+        conversation = setup.conversation(settings)
+        stream = conversation.ask(setup.prompt_ids(prompt), max_new_tokens)
+        arrivals: list[tuple[float, int]] = []
+        for _ in stream:
+            if not arrivals or len(conversation.token_ids) > arrivals[-1][1]:
+                arrivals.append((time.monotonic(), len(conversation.token_ids)))
+        conversation.close()
+        (first, before), (last, after) = arrivals[0], arrivals[-1]
+        whole = stream.answer
+        return cls(whole, (after - before) / (last - first) if last > first else whole.tokens_per_second)
 
 
 def _cell_rows(
@@ -151,48 +174,56 @@ def _measure(
     chosen: Mapping[str, DraftSettings],
     workload: Workload,
     advance: Callable[[], object],
-) -> dict[str, list[Answer]]:
-    answers: dict[str, list[Answer]] = {name: [] for name in chosen}
+) -> dict[str, list[TimedAnswer]]:
+    answers: dict[str, list[TimedAnswer]] = {name: [] for name in chosen}
     for name, settings in chosen.items():  # the first forward passes are slow, and planners learn the link
         setups[name].answer(setups[name].prompt_ids(workload.prompts[0]), _WARM_UP_TOKENS, settings)
     for index, prompt in enumerate(workload.prompts):
         for name in list(chosen)[:: 1 if index % 2 else -1]:
-            setup = setups[name]
-            answers[name].append(setup.answer(setup.prompt_ids(prompt), workload.max_new_tokens, chosen[name]))
+            answers[name].append(TimedAnswer.measure(setups[name], prompt, workload.max_new_tokens, chosen[name]))
             advance()
     return answers
 
 
 def _rows(
-    setups: Mapping[str, BenchSetup], chosen: Mapping[str, DraftSettings], answers: Mapping[str, Sequence[Answer]]
+    setups: Mapping[str, BenchSetup],
+    chosen: Mapping[str, DraftSettings],
+    answers: Mapping[str, Sequence[TimedAnswer]],
 ) -> list[Row]:
-    def rates(name: str) -> list[float]:
-        return [answer.tokens_per_second for answer in answers[name]]
-
-    alone = rates(TARGET_ALONE)
     fixed = [name for name, settings in chosen.items() if settings.draft_len and settings.drafts_ahead == 0]
-    best = max(fixed, key=lambda name: float(np.median(rates(name))))
-    return [_row(name, chosen[name], setups[name], answers[name], alone, rates(best)) for name in chosen]
+    best = max(fixed, key=lambda name: float(np.median(_rates(answers[name]))))
+    compared = answers[TARGET_ALONE], answers[best]
+    return [_row(name, chosen[name], setups[name], answers[name], *compared) for name in chosen]
+
+
+def _rates(timed: Sequence[TimedAnswer]) -> list[float]:
+    return [one.tokens_per_second for one in timed]
+
+
+def _whole_rates(timed: Sequence[TimedAnswer]) -> list[float]:
+    return [one.answer.tokens_per_second for one in timed]
 
 
 def _row(
     name: str,
     settings: DraftSettings,
     setup: BenchSetup,
-    answers: Sequence[Answer],
-    alone: Sequence[float],
-    best: Sequence[float],
+    timed: Sequence[TimedAnswer],
+    alone: Sequence[TimedAnswer],
+    best: Sequence[TimedAnswer],
 ) -> Row:
-    rates = [answer.tokens_per_second for answer in answers]
+    answers, rates = [one.answer for one in timed], _rates(timed)
     tokens, drafted = (sum(counts) for counts in zip(*((len(a.token_ids), a.drafted) for a in answers), strict=True))
     draft_bytes = sum(answer.draft_bytes for answer in answers)
     return {
         "case": name,
         "tokens_per_second": float(np.median(rates)),
-        "ttft_seconds": float(np.median([answer.ttft_seconds for answer in answers])),
-        "times_target_alone": _text(Ratio.of(rates, alone)),
-        "times_best_fixed": _text(Ratio.of(rates, best)),
+        "times_target_alone": _text(Ratio.of(rates, _rates(alone))),
+        "times_best_fixed": _text(Ratio.of(rates, _rates(best))),
         "times_round_model": _round_model_ratio(settings, setup, rates),
+        "ttft_seconds": float(np.median([answer.ttft_seconds for answer in answers])),
+        "whole_times_target_alone": _text(Ratio.of(_whole_rates(timed), _whole_rates(alone))),
+        "whole_times_best_fixed": _text(Ratio.of(_whole_rates(timed), _whole_rates(best))),
         "acceptance_rate": sum(answer.accepted for answer in answers) / drafted if drafted else None,
         "uplink_bytes_per_token": sum(answer.uplink_bytes for answer in answers) / tokens,
         "invalidated_share": sum(answer.invalidated_bytes for answer in answers) / draft_bytes if draft_bytes else None,

@@ -1,0 +1,20 @@
+"""OpenMP's idle threads leave the cores to other processes."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+
+@pytest.mark.parametrize(("chosen", "spins"), [({}, 1000), ({"GOMP_SPINCOUNT": "5"}, 5)], ids=["default", "chosen"])
+def test_idle_threads_spin_briefly_unless_the_operator_chooses_otherwise(chosen: dict[str, str], spins: int) -> None:
+    inherited = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
+    shown = subprocess.run(
+        [sys.executable, "-c", "import basestation.target_model"],
+        env={**inherited, **chosen, "OMP_DISPLAY_ENV": "verbose"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert f"GOMP_SPINCOUNT = '{spins}'" in shown.stderr
