@@ -10,7 +10,7 @@ from pathlib import Path
 from prometheus_client import disable_created_metrics
 
 from basestation.key_folder import KeyFolder
-from basestation.memory import parse_size
+from basestation.memory import parse_size, share_one_heap
 from basestation.memory_guard import MemoryGuard
 from basestation.metrics import Metrics
 from basestation.monitor import Monitor
@@ -59,6 +59,7 @@ class OperationOptions:
 
 def run_base_station(target: TargetOptions, socket: SocketOptions, operation: OperationOptions) -> None:
     """Serve until SIGINT or SIGTERM; the second lets open sessions finish."""
+    share_one_heap()
     _raise_descriptor_limit()
     # Without it, each counter has a second series with the time it began.
     disable_created_metrics()  # type: ignore[no-untyped-call]

@@ -19,6 +19,7 @@ from protocol.errors import ModelError, SettingsError
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
 _A_SIZE = "a size like 512MiB or 4GiB"
+_M_ARENA_MAX = -8  # of glibc's malloc.h
 _KV_SHARE = {"cuda": 0.9, "cpu": 0.5}
 _CPU_OUT_OF_MEMORY = re.compile(r"not enough memory|can't allocate memory", re.IGNORECASE)
 
@@ -61,8 +62,18 @@ def map_pages(size: int) -> mmap.mmap:
     return pages
 
 
+def share_one_heap() -> None:
+    """Let all threads allocate from one heap, where the allocator can; call it before there are threads.
+
+    glibc otherwise gives threads heaps of their own, of which ``return_free_memory`` cannot return the end: up to
+    64 MiB each.
+    """
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
+        mallopt(_M_ARENA_MAX, 1)
+
+
 def return_free_memory() -> None:
-    """Return to the system what the allocator holds, where it can: glibc keeps up to 64 MiB for each thread."""
+    """Return to the system what the allocator holds, where it can."""
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
         trim(0)
 

@@ -5,7 +5,8 @@ Knows numbers, not models or links; the formulas are in ``round_model.py``.
 
 from bisect import bisect
 from collections.abc import Sequence
-from math import ceil, inf, prod, sqrt
+from dataclasses import replace
+from math import inf, prod, sqrt
 
 from common.estimates import DECAY, Line, Ratio, Share
 from device.planner_figures import MAX_ROUNDS, PlannerFigures
@@ -39,7 +40,7 @@ _KNOWN_TRIALS = 8.0
 _KNOWN_ROUNDS = 4.0
 """What an earlier process learnt counts as so many drafted tokens and rounds, so that a change is noticed soon."""
 _HEADROOM = 1.25
-"""Drafts are longer by this than what keeps the target busy: both times vary, and it should not fall behind."""
+"""Drafts are as long as if the target took longer by this: times vary, and it should not fall behind."""
 _KNOWN_CERTAINTY = 8
 """Rounds that what an earlier process learnt counts as where drafting might be given up: links change."""
 _INSTANT = 1e-9
@@ -90,6 +91,7 @@ class Planner:
         self._rounds = Ratio()  # tokens over seconds
         self._rounds_seen = 0
         self._predicted = 0.0, 0.0
+        self._overlapped_lens: dict[int, int] = {}  # by drafts ahead, until the estimates change
         self._alone = False
         self._since, self._wait = 0, MIN_WAIT
         self._longest_link: float | None = None  # while nothing of this process is observed
@@ -235,11 +237,13 @@ class Planner:
         return not uncertain or prod(map(self._acceptance_at, uncertain)) >= MIN_SURVIVAL
 
     def _overlapped_len(self) -> int:
-        """Tokens of a Draft such that neither the target nor a full window makes the device wait."""
-        times = self.times
-        verify = times.verify_seconds(FIRST_DRAFT_LEN)
-        longest_wait = max(verify, (times.round_trip_seconds + verify) / (1 + self.drafts_ahead))
-        return max(1, min(MAX_DRAFT_LEN, ceil(_HEADROOM * longest_wait / max(times.draft_seconds, _INSTANT))))
+        """Tokens of a Draft with which runs take the shortest time."""
+        if self.drafts_ahead not in self._overlapped_lens:
+            times = self.times
+            busy = replace(times, verify_seconds=lambda draft_len: _HEADROOM * times.verify_seconds(draft_len))
+            best = busy.best_run_len(self.alpha, range(1, MAX_DRAFT_LEN + 1), self.drafts_ahead)
+            self._overlapped_lens[self.drafts_ahead] = best
+        return self._overlapped_lens[self.drafts_ahead]
 
     def observe_prefill(self, tokens: int, seconds: float) -> None:
         """Record the time that the draft model took to run ``tokens`` tokens at once."""
@@ -336,6 +340,7 @@ class Planner:
         if self._target_seconds is None:
             return
         self._longest_link = None
+        self._overlapped_lens.clear()
         self._predicted = self._predict()
         self._since += tokens
         can_pay = not self._drafting or self._drafting.value < self._target_seconds

@@ -192,13 +192,21 @@ class RoundTimes:
         Raises:
             SettingsError: a value is not allowed.
         """
+        return self._run_seconds(run_tokens(alpha), draft_len, drafts_ahead)
+
+    def best_run_len(self, alpha: Acceptance, lengths: Sequence[int], drafts_ahead: int) -> int:
+        """The one of ``lengths`` with the shortest run; the first of equals."""
+        tokens = run_tokens(alpha)
+        return min(lengths, key=lambda draft_len: self._run_seconds(tokens, draft_len, drafts_ahead))
+
+    def _run_seconds(self, tokens: float, draft_len: int, drafts_ahead: int) -> float:
         draft, period = self.draft_seconds, draft_len + 1
         reply = self.seconds(draft_len) - draft_len * draft
         stages = (self.verify_seconds(draft_len), self.uplink.seconds(draft_len), self.downlink.seconds(draft_len))
         window = (draft_len * draft + reply) / (1 + drafts_ahead)
         pace = max(draft, max(*stages, window) / period)
         after = max(0.0, (draft_len * (draft_len - 1) / 2 - 1) / period)
-        return run_tokens(alpha) * pace + after * draft + reply
+        return tokens * pace + after * draft + reply
 
     def best_draft_len(self, alpha: Acceptance, lengths: Sequence[int]) -> int:
         """The one of ``lengths`` with the largest speedup; the first of equals."""

@@ -7,7 +7,8 @@ import pytest
 from typer.testing import CliRunner
 
 from bench.cli import app
-from bench.grid.ahead import Ratio, cases
+from bench.grid.ahead import cases
+from bench.grid.ratio import Ratio
 from protocol.messages import Mode
 from tests.sample import BUNDLE, SAMPLE
 
@@ -23,10 +24,11 @@ def test_cases_are_the_target_alone_and_each_draft_length_with_and_without_draft
 
 def test_a_ratio_is_that_of_paired_figures() -> None:
     drifting = [1.0, 10.0, 100.0, 1000.0]
-    assert Ratio.of([2 * one for one in drifting], drifting) == Ratio(2.0, 2.0, 2.0)
+    assert Ratio.of([2 * one for one in drifting], drifting) == Ratio(2.0, 2.0, 2.0, 2.0)
     spread = Ratio.of([1.0, 2.0, 3.0, 4.0, 5.0], [1.0] * 5)
     assert 1.0 <= spread.low < spread.median == 3.0 < spread.high <= 5.0
-    assert Ratio.of([3.0], [2.0]) == Ratio(1.5, 1.5, 1.5)
+    assert spread.worst == 1.0
+    assert Ratio.of([3.0], [2.0]) == Ratio(1.5, 1.5, 1.5, 1.5)
 
 
 @pytest.mark.model

@@ -21,7 +21,7 @@ from bench.setup.prompts import OWN_PROMPTS
 from bench.setup.station_process import station_process
 from common.key_files import write_pair
 from device.curve_keys import CurveKeys
-from protocol.messages import PROTOCOL_VERSION, Hello
+from protocol.messages import PROTOCOL_VERSION, Close, Draft, Hello, Message, Mode, Open, Sampling
 from tests.attack_process import attacking
 from tests.honest_device import HonestDevice
 from tests.hostile import ATTACKS, AttackedStation
@@ -85,7 +85,24 @@ def site(setup: BenchSetup, path: Path) -> Iterator[Site]:
             prompt = tuple(setup.prompt_ids(OWN_PROMPTS[index % len(OWN_PROMPTS)]))
             devices.append(HonestDevice(dealer, station.codec, hello, prompt))
             devices[-1].learn_answer(60)
+        with station.dealer(new_keys("warm-up")) as dealer:
+            run_every_number_of_rows(station, dealer)
         yield Site(psutil.Process(running.pid), records, devices, keys, station, new_keys)
+
+
+def run_every_number_of_rows(station: AttackedStation, dealer: "zmq.Socket[bytes]") -> None:
+    """Run forward passes of all sizes, as a base station does in its first hour: oneDNN keeps kernels for each."""
+
+    def request(message: Message) -> None:
+        dealer.send(station.codec.encode(message))
+        assert dealer.poll(60_000), "no reply"
+        dealer.recv()
+
+    request(station.hello)
+    for session, rows in enumerate([*range(1, 16), *range(16, 257, 8)]):
+        request(Open(session, 0, Mode.IDS, Sampling(), tuple(range(1, rows + 1))))
+        request(Draft(session, 1, tuple(range(1, min(rows, 64) + 1))))
+        dealer.send(station.codec.encode(Close(session)))
 
 
 def settled(measure: Callable[[], int], most: int, seconds: float) -> int:

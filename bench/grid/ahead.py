@@ -9,9 +9,9 @@ from typing import Annotated
 
 import numpy as np
 import typer
-from scipy import stats
 
 from bench.grid.cells import Cell
+from bench.grid.ratio import Ratio
 from bench.link.relay import relay_command
 from bench.setup.bench_setup import BenchSetup, connected
 from bench.setup.cores import Cores, running_on
@@ -151,24 +151,6 @@ def cases(temperature: float, draft_lens: Sequence[int]) -> dict[str, DraftSetti
     return chosen
 
 
-@dataclass(frozen=True)
-class Ratio:
-    """The median of paired ratios, with a bootstrap 95 % interval."""
-
-    median: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, numerators: Sequence[float], denominators: Sequence[float]) -> "Ratio":
-        """Of two figures of each answer, in the same order."""
-        ratios = np.array(numerators) / np.array(denominators)
-        if len(ratios) == 1:
-            return cls(float(ratios[0]), float(ratios[0]), float(ratios[0]))
-        interval = stats.bootstrap((ratios,), np.median, method="percentile", rng=1).confidence_interval
-        return cls(float(np.median(ratios)), float(interval.low), float(interval.high))
-
-
 def _measure(
     setups: Mapping[str, BenchSetup],
     chosen: Mapping[str, DraftSettings],
@@ -218,12 +200,12 @@ def _row(
     return {
         "case": name,
         "tokens_per_second": float(np.median(rates)),
-        "times_target_alone": _text(Ratio.of(rates, _rates(alone))),
-        "times_best_fixed": _text(Ratio.of(rates, _rates(best))),
+        "times_target_alone": str(Ratio.of(rates, _rates(alone))),
+        "times_best_fixed": str(Ratio.of(rates, _rates(best))),
         "times_round_model": _round_model_ratio(settings, setup, rates),
         "ttft_seconds": float(np.median([answer.ttft_seconds for answer in answers])),
-        "whole_times_target_alone": _text(Ratio.of(_whole_rates(timed), _whole_rates(alone))),
-        "whole_times_best_fixed": _text(Ratio.of(_whole_rates(timed), _whole_rates(best))),
+        "whole_times_target_alone": str(Ratio.of(_whole_rates(timed), _whole_rates(alone))),
+        "whole_times_best_fixed": str(Ratio.of(_whole_rates(timed), _whole_rates(best))),
         "acceptance_rate": sum(answer.accepted for answer in answers) / drafted if drafted else None,
         "uplink_bytes_per_token": sum(answer.uplink_bytes for answer in answers) / tokens,
         "invalidated_share": sum(answer.invalidated_bytes for answer in answers) / draft_bytes if draft_bytes else None,
@@ -237,10 +219,6 @@ def _round_model_ratio(settings: DraftSettings, setup: BenchSetup, rates: Sequen
         return None
     seconds = planner.times.run_seconds(planner.alpha, planner.planned_len, planner.drafts_ahead)
     return float(np.median(rates)) * seconds / run_tokens(planner.alpha)
-
-
-def _text(ratio: Ratio) -> str:
-    return f"{ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f})"
 
 
 @contextmanager
