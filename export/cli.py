@@ -16,6 +16,7 @@ from rich.console import Console
 
 from common.command_line import application, run
 from common.configuration import configured_group
+from export.sample_models import SampleName
 
 app = application("Export a draft model as an ONNX bundle for the device.", configured_group("export"))
 
@@ -23,12 +24,15 @@ app = application("Export a draft model as an ONNX bundle for the device.", conf
 @app.command()
 def sample(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="The model folder to create.")],
+    model: Annotated[SampleName, typer.Option(help="Which model.")] = SampleName.SMOLLM2_135M,
 ) -> None:
-    """Download the sample model and write it as a Hugging Face model folder."""
-    from export.sample import make_sample  # imported late: torch takes seconds to import
+    """Download a sample model and write it as a Hugging Face model folder."""
+    console = _console()
+    with console.status("loading libraries"):
+        from export.sample import make_sample
 
-    created = make_sample(folder, _console())
-    typer.echo(f"{folder}: the sample model" + ("" if created else " already exists"))
+    created = make_sample(folder, console, model)
+    typer.echo(f"{folder}: the sample model {model}" + ("" if created else " already exists"))
     typer.echo(f"next: edgedraft-basestation serve --target {folder}")
 
 

@@ -57,8 +57,8 @@ def model_folder(name: str, scratch: Path, *, weights: bool = True) -> Path:
     return _download(name, weights=weights)
 
 
-def unpack_gguf(path: Path, folder: Path, *, weights: bool = True) -> Path:
-    """Convert a GGUF file to a float32 model folder in the empty folder ``folder``.
+def unpack_gguf(path: Path, folder: Path, *, weights: bool = True, dtype: torch.dtype = torch.float32) -> Path:
+    """Convert a GGUF file to a model folder in the empty folder ``folder``, with weights of ``dtype``.
 
     Raises:
         ModelError: the file is missing, damaged or of an unsupported architecture.
@@ -72,7 +72,7 @@ def unpack_gguf(path: Path, folder: Path, *, weights: bool = True) -> Path:
         check_tokens(tokenizer.backend_tokenizer, vocabulary.added_tokens)
         tokenizer.save_pretrained(folder)
         if weights:
-            model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+            model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
             _save(folder, model.config, model, vocabulary)
         else:
             config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
