@@ -84,7 +84,7 @@ _QWEN_CODER_500M = SampleModel(
     ),
     "bfloat16",
     hidden_size=896,
-    folder_bytes=1_000_000_000,
+    folder_bytes=1_280_000_000,
     memory_bytes=4_500_000_000,
 )
 _QWEN_CODER_1500M = SampleModel(
@@ -124,8 +124,8 @@ _QWEN_CODER_1500M = SampleModel(
     ),
     "bfloat16",
     hidden_size=1536,
-    folder_bytes=3_110_000_000,
-    memory_bytes=10_000_000_000,
+    folder_bytes=3_570_000_000,
+    memory_bytes=11_500_000_000,
 )
 SAMPLE_MODELS: Mapping[SampleName, SampleModel] = {
     SampleName.SMOLLM2_135M: _SMOLLM2,
