@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from transformers import LlamaForCausalLM
 
 from basestation import gguf_cache, target_model
@@ -79,7 +78,7 @@ def test_an_entry_belongs_to_the_content_the_dtype_and_the_version(
     with copy.open("ab") as content:
         content.write(b"\0")
     others = [cache_entry(copy, torch.float32), cache_entry(file, torch.bfloat16)]
-    monkeypatch.setattr(transformers, "__version__", "9.9.9")
+    monkeypatch.setattr("basestation.gguf_cache.transformers.__version__", "9.9.9")
     others.append(cache_entry(file, torch.float32))
     assert len({entry, *others}) == 4
 
