@@ -17,6 +17,9 @@ from rich.console import Console
 from common.command_line import application, run
 from common.configuration import configured_group
 from export.sample_models import SampleName
+from protocol.bundle import Manifest
+
+BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder that convert wrote.")]
 
 app = application("Export a draft model as an ONNX bundle for the device.", configured_group("export"))
 
@@ -72,6 +75,39 @@ def convert(
         f"{bundle}: {manifest.name}, {manifest.precision} by {manifest.converter}, {size / 1e6:.0f} MB, {seconds:.0f} s"
     )
     typer.echo(f'next: edgedraft-device generate --bundle {bundle} --server tcp://127.0.0.1:5755 --prompt "Hello!"')
+
+
+@app.command()
+def inspect(
+    bundle: BundleArgument,
+    targets: Annotated[
+        list[str] | None, typer.Argument(metavar="[TARGET]...", help="Target models; it says which fit.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Show a bundle's origin, licence, quality, sizes, and which targets it fits; reads no weights."""
+    manifest = Manifest.read(bundle)
+    console = _console()
+    with console.status("loading libraries"):
+        from export.inspection import description, target_fits
+
+    fits = target_fits(bundle, targets or [])
+    if as_json:
+        typer.echo(json.dumps({**asdict(manifest), "targets": [asdict(fit) for fit in fits]}))
+        return
+    Console(highlight=False).print(description(manifest, fits))
+
+
+@app.command()
+def verify(bundle: BundleArgument) -> None:
+    """Check a bundle: hashes, tokenizer, and that its graph computes logits; the exit code is 1 if not."""
+    console = _console()
+    with console.status("loading libraries"):
+        from export.inspection import verify as verify_bundle
+
+    with console.status("verifying"):
+        manifest = verify_bundle(bundle)
+    typer.echo(f"{bundle}: {manifest.name}, {manifest.precision}, {len(manifest.files)} files: sound")
 
 
 def main() -> None:

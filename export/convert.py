@@ -5,21 +5,23 @@ Knows the order of the steps and the manifest. Does not know how a step works.
 
 import tempfile
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from common.chat_template import ChatTemplate, default_template
 from common.hub import model_name
-from common.stop_ids import StopSources, all_stop_ids
+from common.stop_ids import all_stop_ids
 from export import graph, quality, source
 from export.atomic_folder import atomic_folder, is_free
 from export.converters import Converter, convert_to_onnx
 from export.quantize import Precision, quantize
 from export.quiet import quiet_tools
+from export.source_model import SourceModel, check_match
 from export.tokenizer_check import check_template, check_tokenizer
 from protocol.bundle import (
     CHAT_TEMPLATE_NAME,
@@ -31,8 +33,11 @@ from protocol.bundle import (
     Manifest,
     QualityFigures,
 )
-from protocol.errors import MismatchError, ModelError, SettingsError
-from protocol.vocabulary import first_difference, vocabulary_hash, vocabulary_size
+from protocol.errors import ModelError, SettingsError
+from protocol.vocabulary import vocabulary_hash
+
+_TOOLS = ("edgedraft", "onnx", "onnxruntime", "torch", "transformers")
+_PACKAGES = {Converter.GENAI: "onnxruntime-genai", Converter.OPTIMUM: "optimum-onnx"}
 
 
 @dataclass(frozen=True)
@@ -42,36 +47,6 @@ class ConvertSettings:
     converter: Converter = Converter.AUTO
     precision: Precision = Precision.INT8
     target: str | None = None
-
-
-@dataclass(frozen=True)
-class SourceModel:
-    """A model's configuration and tokenizer, without its weights."""
-
-    name: str
-    folder: Path
-    config: PretrainedConfig
-    tokenizer: PreTrainedTokenizerBase
-    stop_sources: StopSources
-
-    @classmethod
-    def read(cls, name: str, scratch: Path, *, weights: bool) -> "SourceModel":
-        """Read the configuration and tokenizer of model ``name``."""
-        folder = source.model_folder(name, scratch, weights=weights)
-        tokenizer = source.load_tokenizer(folder)
-        return cls(name, folder, source.load_config(folder), tokenizer, source.stop_sources_of(folder, tokenizer))
-
-    @property
-    def vocabulary(self) -> dict[str, int]:
-        """Map of token to id."""
-        vocabulary: dict[str, int] = self.tokenizer.get_vocab()
-        return vocabulary
-
-    @property
-    def vocab_size(self) -> int:
-        """Ids in use that the model has an output for."""
-        rows: int = self.config.get_text_config().vocab_size
-        return min(vocabulary_size(self.vocabulary), rows)
 
 
 def convert(model: str, bundle: Path, settings: ConvertSettings, console: Console) -> Manifest:
@@ -95,21 +70,6 @@ def convert(model: str, bundle: Path, settings: ConvertSettings, console: Consol
                 vocab_size = min(vocab_size, target.vocab_size)
         _print_stop_ids(draft, console)
         return _write_bundle(output, draft, vocab_size, settings, Path(scratch, "graph"), console)
-
-
-def check_match(draft: SourceModel, target: SourceModel) -> None:
-    """Check that two models use the same token for every id that both know.
-
-    Raises:
-        MismatchError: names the first id that differs.
-    """
-    difference = first_difference(draft.vocabulary, target.vocabulary)
-    if difference is not None:
-        token_id, own, other = difference
-        raise MismatchError(
-            f"id {token_id} is {own!r} in {draft.name!r} and {other!r} in {target.name!r}; "
-            "a draft model needs its target's vocabulary"
-        )
 
 
 def _print_stop_ids(draft: SourceModel, console: Console) -> None:
@@ -152,9 +112,15 @@ def _write_bundle(
         head_size=cache.head_size,
         quality=figures,
         files={path.name: FileRecord.of(path) for path in sorted(output.iterdir())},
+        origin=draft.origin(_versions(converter)),
     )
     manifest.write(output)
     return manifest
+
+
+def _versions(converter: Converter) -> dict[str, str]:
+    """The versions of what the bytes of a bundle depend on."""
+    return {name: version(name) for name in (*_TOOLS, _PACKAGES[converter])}
 
 
 def _write_graph(converted: Path, output: Path, precision: Precision) -> graph.Cache:

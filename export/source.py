@@ -29,7 +29,7 @@ from export.quiet import quiet_tools
 from export.tokenizer_check import check_tokens
 from protocol.errors import ModelError
 
-_DESCRIPTION_FILES = ["*.json", "*.jinja", "*.txt", "tokenizer.model"]
+_DESCRIPTION_FILES = ["README.md", "*.json", "*.jinja", "*.txt", "tokenizer.model"]
 _WEIGHT_FILES = ["*.safetensors"]
 
 

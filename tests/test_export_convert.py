@@ -29,6 +29,7 @@ from export.convert import ConvertSettings, convert
 from export.converters import Converter
 from export.quantize import Precision, quantize
 from export.source import load_tokenizer
+from export.source_model import SourceModel, check_match
 from protocol.bundle import CacheKind, Manifest, QualityFigures
 from protocol.errors import MismatchError, ModelError, QualityError, SettingsError
 from protocol.vocabulary import vocabulary_hash
@@ -299,8 +300,8 @@ def test_one_family_whose_vocabularies_are_padded_differently_is_accepted(
     for name, more in (("draft", draft_tokens), ("target", target_tokens)):
         folder = save_model(tmp_path / name)
         save_tokenizer(folder, more=more)
-        models.append(convert_module.SourceModel.read(str(folder), tmp_path, weights=False))
-    convert_module.check_match(*models)
+        models.append(SourceModel.read(str(folder), tmp_path, weights=False))
+    check_match(*models)
 
 
 def test_of_several_chat_templates_the_default_is_written(tmp_path: Path) -> None:
