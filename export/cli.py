@@ -81,7 +81,7 @@ def convert(
 def inspect(
     bundle: BundleArgument,
     targets: Annotated[
-        list[str] | None, typer.Argument(metavar="[TARGET]...", help="Target models; it says which fit.")
+        list[str] | None, typer.Argument(metavar="TARGET", help="Target models; it says which fit.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
