@@ -48,7 +48,7 @@ test-gguf: $(VENV)/ready  ## download two real GGUF files (700 MB) and test thei
 	$(BIN)/python -m tests.gguf_models
 	$(BIN)/pytest -q -m gguf
 
-test-pair: pair  ## exact answers of the pair in float32; needs 16 GB of memory and about 30 minutes
+test-pair: pair  ## exact answers of the pair in float32; needs 16 GB of memory and about an hour
 	$(BIN)/pytest -q -rP -m pair
 
 test-clients: models $(CLIENTS_VENV)/ready $(CLIENTS_NODE)/ready  ## run openai (Python, Node), litellm and langchain against a pair; needs node

@@ -8,6 +8,7 @@ import json
 import sys
 import time
 from dataclasses import asdict
+from math import inf
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -19,6 +20,7 @@ from common.configuration import configured_group
 from export.sample_models import SampleName
 from protocol.bundle import Manifest
 
+AUTO = "What --precision auto compares for"
 BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder that convert wrote.")]
 
 app = application("Export a draft model as an ONNX bundle for the device.", configured_group("export"))
@@ -48,10 +50,33 @@ def convert(
         typer.Option(help="genai writes faster graphs, optimum supports more architectures; auto tries genai first."),
     ] = "auto",
     precision: Annotated[
-        Literal["auto", "fp32", "int8", "int4"], typer.Option(help="Weight precision; auto is int8.")
+        Literal["auto", "fp32", "int8", "int4"],
+        typer.Option(help="Weight precision; auto is the fastest with the target, without one int8."),
     ] = "auto",
     target: Annotated[
         str | None, typer.Option(metavar="MODEL", help="Fail unless this target model can verify the draft model.")
+    ] = None,
+    rtt_ms: Annotated[
+        float, typer.Option(help="Round trip of the link.", min=0, max=600_000, rich_help_panel=AUTO)
+    ] = 0.0,
+    up_mbit: Annotated[
+        float | None, typer.Option(help="Uplink in Mbit/s; default: unlimited.", min=0.001, rich_help_panel=AUTO)
+    ] = None,
+    target_ms: Annotated[
+        float | None,
+        typer.Option(
+            help="A forward pass of the target at the base station; default: measured here, with transformers.",
+            min=0.001,
+            rich_help_panel=AUTO,
+        ),
+    ] = None,
+    draft_ms: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=MS",
+            help="A token of the draft model on the device, as int4=12.5; repeatable; default: measured here.",
+            rich_help_panel=AUTO,
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as one JSON object.")] = False,
 ) -> None:
@@ -62,10 +87,14 @@ def convert(
         from export.convert import ConvertSettings
         from export.convert import convert as make_bundle
         from export.converters import Converter
-        from export.quantize import Precision
+        from export.quantize import CANDIDATES, Precision
+        from export.weight_choice import Conditions, parse_draft_ms
 
-    chosen = Precision.INT8 if precision == "auto" else Precision(precision)
-    manifest = make_bundle(model, bundle, ConvertSettings(Converter(converter), chosen, target), console)
+    given = parse_draft_ms(draft_ms or [], [one.name for one in CANDIDATES])
+    conditions = Conditions(rtt_ms, inf if up_mbit is None else up_mbit, target_ms, given)
+    chosen = None if precision == "auto" else Precision(precision)
+    settings = ConvertSettings(Converter(converter), chosen, target, conditions)
+    manifest = make_bundle(model, bundle, settings, console)
     seconds = time.monotonic() - started
     if as_json:
         typer.echo(json.dumps({**asdict(manifest), "seconds": round(seconds, 1)}))

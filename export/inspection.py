@@ -17,10 +17,11 @@ from rich.table import Table
 from rich.text import Text
 from tokenizers import Tokenizer
 
+from export.candidates import candidate_table
 from export.graph import LOGITS, Cache
 from export.source_model import SourceModel
 from export.tokenizer_check import check_tokenizer
-from protocol.bundle import MODEL_NAME, QUALITY_UPLINK_K, TOKENIZER_NAME, Candidate, Manifest
+from protocol.bundle import MODEL_NAME, QUALITY_UPLINK_K, TOKENIZER_NAME, Manifest
 from protocol.errors import BundleError, QualityError
 from protocol.vocabulary import first_difference
 
@@ -116,20 +117,3 @@ def description(manifest: Manifest, fits: Sequence[TargetFit]) -> Group:
     for fit in fits:
         table.add_row("", Text(f"{fit.target}: " + ("fits" if fit.fits else f"does not fit, {fit.reason}")))
     return Group(table, candidate_table(manifest.candidates)) if manifest.candidates else Group(table)
-
-
-def candidate_table(candidates: Sequence[Candidate]) -> Table:
-    """The comparison of ``--precision auto``."""
-    table = Table("weights", "MB", "agreement", "accepted, T = 0", "T = 1", "ms a token", "tokens/s", "")
-    for one in candidates:
-        table.add_row(
-            Text(one.weights),
-            f"{one.size / 1e6:.0f}",
-            f"{one.argmax_agreement:.3f}",
-            f"{one.greedy_acceptance:.3f}",
-            f"{one.coupled_acceptance:.3f}",
-            f"{one.draft_milliseconds:.1f}",
-            f"{one.tokens_per_second:.1f}",
-            Text(one.reason or "kept"),
-        )
-    return table

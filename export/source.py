@@ -103,14 +103,14 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(folder: Path) -> PreTrainedModel:
-    """Load the model of a model folder in float32 on the CPU, in evaluation mode.
+def load_model(folder: Path, dtype: torch.dtype | str = torch.float32) -> PreTrainedModel:
+    """Load the model of a model folder on the CPU, in evaluation mode; with ``dtype`` "auto" in its own data type.
 
     Raises:
         ModelError: it cannot be read.
     """
     with _reading(f"the model {str(folder)!r}"):
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
 
 
 def stop_sources_of(folder: Path, tokenizer: PreTrainedTokenizerBase) -> StopSources:

@@ -257,7 +257,7 @@ _HASH = _Allowed(
 )
 _POSITIVE = _Allowed("1 to 2147483647", lambda value: _is_count(value, 1))
 _SHARE = _Allowed("0 to 1", lambda value: type(value) in (int, float) and 0 <= value < _MOST_SHARE)
-_MEASURE = _Allowed("a finite number above 0", lambda value: type(value) in (int, float) and 0 < value < inf)
+_MEASURE = _Allowed("a finite number, 0 or more", lambda value: type(value) in (int, float) and 0 <= value < inf)
 _OBJECT = _Allowed("an object", lambda value: isinstance(value, dict))
 _ALLOWED: Mapping[str, _Allowed] = {
     **dict.fromkeys(("vocab_size", "context_length", "layers", "kv_heads", "head_size", "positions"), _POSITIVE),

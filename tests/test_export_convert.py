@@ -23,11 +23,11 @@ from transformers import (
 )
 
 from device.draft_model import DraftModel
+from export import candidates, graph, quality
 from export import convert as convert_module
-from export import graph, quality
 from export.convert import ConvertSettings, convert
 from export.converters import Converter
-from export.quantize import Precision, quantize
+from export.quantize import FORMATS, Precision, WeightFormat, quantize
 from export.source import load_tokenizer
 from export.source_model import SourceModel, check_match
 from protocol.bundle import CacheKind, Manifest, QualityFigures
@@ -199,7 +199,7 @@ def test_an_int8_bundle_passes_the_quality_check_and_has_no_float_matrix(source_
 
 
 def test_int4_keeps_the_embedding_and_the_head_at_8_bits(fp32_bundle: Path) -> None:
-    model = quantize(graph.load(fp32_bundle / "model.onnx"), Precision.INT4)
+    model = quantize(graph.load(fp32_bundle / "model.onnx"), FORMATS[Precision.INT4])
     bits = {
         (node.op_type, onnx.helper.get_node_attr_value(node, "bits"), "logits" in node.output)
         for node in model.graph.node
@@ -315,7 +315,7 @@ def test_of_several_chat_templates_the_default_is_written(tmp_path: Path) -> Non
 def test_a_graph_that_fails_the_quality_check_is_not_written(
     source_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def corrupt(model: onnx.ModelProto, precision: Precision) -> onnx.ModelProto:
+    def corrupt(model: onnx.ModelProto, weights: WeightFormat) -> onnx.ModelProto:
         for weight in model.graph.initializer:
             if weight.name.endswith("down_proj.MatMul.weight"):
                 noise = np.random.default_rng(0).normal(size=tuple(weight.dims)).astype(np.float32)
@@ -324,7 +324,7 @@ def test_a_graph_that_fails_the_quality_check_is_not_written(
 
     settings = ConvertSettings(Converter.GENAI, Precision.FP32)
     good = convert(str(source_model), tmp_path / "bundle", settings, CONSOLE)
-    monkeypatch.setattr(convert_module, "quantize", corrupt)
+    monkeypatch.setattr(candidates, "quantize", corrupt)
     refused(QualityError, "argmax_agreement .* allowed: 0.99", source_model, tmp_path, settings)
     assert Manifest.read(tmp_path / "bundle") == good
     good.check_files(tmp_path / "bundle")
