@@ -29,8 +29,8 @@ _FORMAT = 1
 def cache_entry(file: Path, dtype: torch.dtype) -> Path | None:
     """The folder of a converted GGUF file, which need not exist; None where the user has no cache directory."""
     try:
-        cache = user_cache_path("edgedraft")
-    except RuntimeError:
+        cache = Path("/") / user_cache_path("edgedraft")
+    except RuntimeError:  # newer versions of platformdirs find no home, older ones return a relative path
         return None
     with file.open("rb") as content:
         sha256 = hashlib.file_digest(content, "sha256").hexdigest()

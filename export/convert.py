@@ -21,7 +21,7 @@ from export.converters import Converter, convert_to_onnx
 from export.quantize import CANDIDATES, FORMATS, Precision
 from export.source_model import SourceModel, check_match
 from export.tokenizer_check import check_template, check_tokenizer
-from export.weight_choice import Conditions, WeightChoice, target_text
+from export.weight_choice import Conditions, TargetText, WeightChoice
 from protocol.bundle import (
     CHAT_TEMPLATE_NAME,
     MANIFEST_NAME,
@@ -69,15 +69,15 @@ def convert(model: str, bundle: Path, settings: ConvertSettings, console: Consol
     with atomic_folder(bundle) as output, tempfile.TemporaryDirectory(dir=output.parent) as scratch:
         with console.status("reading the models"):
             draft = SourceModel.read(model, Path(scratch, "draft"), weights=True)
-            target = _read_target(settings, draft, Path(scratch, "target"))
+            target = _read_target(settings.target, draft, Path(scratch, "target"))
         _print_stop_ids(draft, console)
         return _write_bundle(output, draft, target, settings, Path(scratch, "graph"), console)
 
 
-def _read_target(settings: ConvertSettings, draft: SourceModel, scratch: Path) -> SourceModel | None:
-    if settings.target is None:
+def _read_target(name: str | None, draft: SourceModel, scratch: Path) -> SourceModel | None:
+    if name is None:
         return None
-    target = SourceModel.read(settings.target, scratch, weights=settings.precision is None)
+    target = SourceModel.read(name, scratch, weights=False)
     check_match(draft, target)
     return target
 
@@ -117,7 +117,8 @@ def _write_bundle(
     elif target is None:
         kept = _default(builder, console)
     else:
-        kept, candidates = _best(builder, target, prompts, vocab_size, settings.conditions, console)
+        target_text = _target_text(target, prompts, vocab_size, settings.conditions, scratch / "target", console)
+        kept, candidates = _best(builder, WeightChoice(target_text, vocab_size, settings.conditions, console), console)
     for path in kept.graph_path.parent.iterdir():
         path.rename(output / path.name)
     return _write_manifest(output, draft, vocab_size, converter, kept, candidates)
@@ -153,24 +154,27 @@ def _default(builder: CandidateBuilder, console: Console) -> Built:
     return kept
 
 
-def _best(
-    builder: CandidateBuilder,
+def _best(builder: CandidateBuilder, choice: WeightChoice, console: Console) -> tuple[Built, list[Candidate]]:
+    """The format with the highest predicted tokens per second, and all that were compared."""
+    built = [builder.build(weights) for weights in CANDIDATES]
+    candidates = choice.compare(built)
+    console.print(candidate_table(candidates))
+    kept = next(one for one, figures in zip(built, candidates, strict=True) if not figures.reason)
+    return kept, candidates
+
+
+def _target_text(
     target: SourceModel,
     prompts: list[list[int]],
     vocab_size: int,
     conditions: Conditions,
+    scratch: Path,
     console: Console,
-) -> tuple[Built, list[Candidate]]:
-    """The format with the highest predicted tokens per second, and all that were compared."""
-    built = [builder.build(weights) for weights in CANDIDATES]
-    model = source.load_model(target.folder, "auto")
+) -> TargetText:
+    with console.status("loading the target"):
+        model = source.load_model(source.model_folder(target.name, scratch), "auto")
     stop_ids = all_stop_ids(target.stop_sources)
-    text = target_text(model, prompts, vocab_size, stop_ids, conditions.target_ms, console)
-    del model  # its memory, before all candidates are loaded
-    candidates = WeightChoice(text, vocab_size, conditions, console).compare(built)
-    console.print(candidate_table(candidates))
-    kept = next(one for one, figures in zip(built, candidates, strict=True) if not figures.reason)
-    return kept, candidates
+    return TargetText.generate(model, prompts, vocab_size, stop_ids, conditions.target_ms, console)
 
 
 def _write_manifest(

@@ -52,8 +52,11 @@ def _holds(folder: Path, model: SampleModel) -> bool:
     """Whether the folder holds this sample model."""
     if not all((folder / name).is_file() for name in _FILES):
         return False
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return bool(config.get("hidden_size") == model.hidden_size)
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    return isinstance(config, dict) and config.get("hidden_size") == model.hidden_size
 
 
 def _card_text(model: SampleModel) -> str:

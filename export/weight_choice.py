@@ -58,6 +58,34 @@ class TargetText:
     sampled: Sequence[Continuation]
     pass_seconds: float
 
+    @classmethod
+    def generate(
+        cls,
+        model: PreTrainedModel,
+        prompts: Sequence[list[int]],
+        vocab_size: int,
+        stop_ids: Collection[int],
+        target_ms: float | None,
+        console: Console,
+    ) -> "TargetText":
+        """Let the target continue prompts at temperatures 0 and 1; ``target_ms`` replaces the time of its passes."""
+        instants: list[float] = []
+        with progress_bar(console) as progress:
+            task = progress.add_task("text of the target", total=2 * len(prompts) * TARGET_TOKENS)
+
+            def record() -> None:
+                instants.append(time.perf_counter())
+                progress.advance(task)
+
+            greedy, sampled = (
+                quality.sample_continuations(
+                    model, prompts, vocab_size, TARGET_TOKENS, record, greedy=greedy, stop_ids=stop_ids
+                )
+                for greedy in (True, False)
+            )
+        measured = median(after - before for before, after in pairwise(instants))
+        return cls(greedy, sampled, measured if target_ms is None else target_ms / 1e3)
+
 
 def parse_draft_ms(values: Sequence[str], names: Sequence[str]) -> dict[str, float]:
     """Milliseconds by name, of texts like ``int4=12.5``.
@@ -199,30 +227,3 @@ def _reasoned(candidate: Candidate, best: Candidate) -> Candidate:
     if candidate is best:
         return candidate
     return replace(candidate, reason=f"{candidate.tokens_per_second / best.tokens_per_second:.2f} of the best")
-
-
-def target_text(
-    model: PreTrainedModel,
-    prompts: Sequence[list[int]],
-    vocab_size: int,
-    stop_ids: Collection[int],
-    target_ms: float | None,
-    console: Console,
-) -> TargetText:
-    """Let the target continue prompts at temperatures 0 and 1; ``target_ms`` replaces the measured time of a pass."""
-    instants: list[float] = []
-    with progress_bar(console) as progress:
-        task = progress.add_task("text of the target", total=2 * len(prompts) * TARGET_TOKENS)
-
-        def record() -> None:
-            instants.append(time.perf_counter())
-            progress.advance(task)
-
-        greedy, sampled = (
-            quality.sample_continuations(
-                model, prompts, vocab_size, TARGET_TOKENS, record, greedy=greedy, stop_ids=stop_ids
-            )
-            for greedy in (True, False)
-        )
-    measured = median(after - before for before, after in pairwise(instants))
-    return TargetText(greedy, sampled, measured if target_ms is None else target_ms / 1e3)
