@@ -19,6 +19,7 @@ from export.atomic_folder import atomic_folder, is_free
 from export.candidates import Built, CandidateBuilder, candidate_table, progress_bar
 from export.converters import Converter, convert_to_onnx
 from export.quantize import CANDIDATES, FORMATS, Precision
+from export.resources import check_disk, check_memory
 from export.source_model import SourceModel, check_match
 from export.tokenizer_check import check_template, check_tokenizer
 from export.weight_choice import Conditions, TargetText, WeightChoice
@@ -35,6 +36,8 @@ from protocol.errors import ModelError, SettingsError
 from protocol.vocabulary import vocabulary_hash
 
 _TOOLS = ("edgedraft", "onnx", "onnxruntime", "torch", "transformers")
+_MEMORY_BYTES, _DISK_BYTES = 12, 10
+"""Of each parameter, at most: of the float32 graph and its copies in memory; of it and all candidates on disk."""
 _PACKAGES = {Converter.GENAI: "onnxruntime-genai", Converter.OPTIMUM: "optimum-onnx"}
 
 
@@ -60,7 +63,7 @@ def convert(model: str, bundle: Path, settings: ConvertSettings, console: Consol
 
     Raises:
         SettingsError: ``bundle`` exists and is neither empty nor a bundle.
-        ModelError: a model cannot be read or converted.
+        ModelError: a model cannot be read or converted, or memory or disk are too small.
         MismatchError: the target model gives an id to another token.
         QualityError: the quality check fails.
     """
@@ -69,6 +72,9 @@ def convert(model: str, bundle: Path, settings: ConvertSettings, console: Consol
     with atomic_folder(bundle) as output, tempfile.TemporaryDirectory(dir=output.parent) as scratch:
         with console.status("reading the models"):
             draft = SourceModel.read(model, Path(scratch, "draft"), weights=True)
+            parameters = source.parameter_count(draft.folder)
+            check_memory(_MEMORY_BYTES * parameters)
+            check_disk({output: _DISK_BYTES * parameters})
             target = _read_target(settings.target, draft, Path(scratch, "target"))
         _print_stop_ids(draft, console)
         return _write_bundle(output, draft, target, settings, Path(scratch, "graph"), console)

@@ -6,6 +6,7 @@ converted.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 
 import torch
@@ -78,6 +79,15 @@ def unpack_gguf(path: Path, folder: Path, *, weights: bool = True, dtype: torch.
             config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
             _save(folder, config, config, vocabulary)
     return folder
+
+
+def parameter_count(folder: Path) -> int:
+    """The parameters in the safetensors files of a model folder."""
+    count = 0
+    for path in folder.glob("*.safetensors"):
+        with _reading(repr(str(path))), safe_open(path, framework="np") as weights:
+            count += sum(prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118 - no mapping
+    return count
 
 
 def load_config(folder: Path) -> PretrainedConfig:

@@ -1,14 +1,17 @@
 """Bundles of a tiny random model: a bundle that differs from its source model is not written."""
 
 import io
+import shutil
 import tracemalloc
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
 import onnxruntime
+import psutil
 import pytest
 import torch
 from rich.console import Console
@@ -245,6 +248,16 @@ def test_an_error_names_the_unusable_model(tmp_path: Path) -> None:
     for path in no_tokenizer.glob("*token*"):
         path.unlink()
     refused(ModelError, "the tokenizer of .*no_tokenizer", no_tokenizer, folder)
+
+
+def test_too_little_memory_or_disk_is_refused_before_conversion(
+    source_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(convert_module, "convert_to_onnx")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    refused(ModelError, "GB of disk are needed", source_model, tmp_path)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    refused(ModelError, "GB of memory are needed", source_model, tmp_path)
 
 
 def test_a_folder_with_other_content_is_not_replaced(source_model: Path, tmp_path: Path) -> None:
