@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice, pairwise
 from math import ceil, inf, log2
-from statistics import harmonic_mean, median
+from statistics import harmonic_mean, quantiles
 
 from rich.console import Console
 from transformers import PreTrainedModel
@@ -83,7 +83,7 @@ class TargetText:
                 )
                 for greedy in (True, False)
             )
-        measured = median(after - before for before, after in pairwise(instants))
+        measured = _undisturbed([after - before for before, after in pairwise(instants)])
         return cls(greedy, sampled, measured if target_ms is None else target_ms / 1e3)
 
 
@@ -107,7 +107,7 @@ def parse_draft_ms(values: Sequence[str], names: Sequence[str]) -> dict[str, flo
 
 
 def draft_seconds(forcings: Sequence[TeacherForcing], text: Sequence[Continuation]) -> list[float]:
-    """The median time of a token of each graph; they take turns, so that another load of the machine meets all."""
+    """The time of a token of each graph; they take turns, so that another load of the machine meets all."""
     times: list[list[float]] = [[] for _ in forcings]
     for turn in range(TURNS):
         for forcing, measured in zip(forcings, times, strict=True):
@@ -118,7 +118,12 @@ def draft_seconds(forcings: Sequence[TeacherForcing], text: Sequence[Continuatio
                 if index >= _FIRST_TOKENS:
                     measured.append(now - started)
                 started = now
-    return [median(measured) for measured in times]
+    return [_undisturbed(measured) for measured in times]
+
+
+def _undisturbed(times: Sequence[float]) -> float:
+    """The lower quartile: the times that other programs of the machine disturbed least."""
+    return quantiles(times, n=4)[0]
 
 
 def predicted_tokens_per_second(
