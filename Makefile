@@ -8,9 +8,11 @@ CLIENTS_VENV := .venv-clients
 CLIENTS_NODE := build/clients
 SAMPLE := build/sample
 BUNDLE := build/bundle
+PAIR := build/pair
+PAIR_PROMPT := Write a Python class for a bank account with deposit, withdraw and a transaction history.
 CUDA_TESTS := $(addprefix tests/test_basestation_,target_model.py verify.py non_finite.py prefix_sharing.py memory.py)
 
-.PHONY: chromium prometheus help demo test test-next test-cuda test-gguf test-clients test-pages screenshots endurance images test-images lint types bench models clean
+.PHONY: chromium prometheus help demo demo-pair test test-next test-cuda test-gguf test-pair test-clients test-pages screenshots endurance images test-images lint types bench models pair clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 13
@@ -18,8 +20,11 @@ help:  ## list the targets
 demo: models  ## stream an answer over loopback, then compare with the target alone
 	@$(BIN)/edgedraft-bench demo --bundle $(BUNDLE) --target $(SAMPLE)
 
+demo-pair: pair  ## the same with a draft model of 0.5 and a target of 1.5 billion parameters, on a coding prompt
+	@$(BIN)/edgedraft-bench demo --bundle $(PAIR)/bundle --target $(PAIR)/target --prompt "$(PAIR_PROMPT)"
+
 test: lint types models $(DEVICE_VENV)/ready  ## lint, type checks and all tests, with the sample model
-	$(BIN)/pytest -q -n 2 --dist worksteal -m "not model and not endurance and not images and not gguf and not pages"
+	$(BIN)/pytest -q -n 2 --dist worksteal -m "not model and not endurance and not images and not gguf and not pages and not pair"
 	$(BIN)/pytest -q -m "model and not endurance and not clients and not pages"
 
 endurance: models  ## tests that take minutes: broken links, killed base stations, hostile peers
@@ -42,6 +47,9 @@ test-cuda: $(VENV)/ready  ## the target's tests on a GPU
 test-gguf: $(VENV)/ready  ## download two real GGUF files (700 MB) and test their import; takes about 10 minutes
 	$(BIN)/python -m tests.gguf_models
 	$(BIN)/pytest -q -m gguf
+
+test-pair: pair  ## exact answers of the pair in float32; needs 16 GB of memory and about an hour
+	$(BIN)/pytest -q -rP -m pair
 
 test-clients: models $(CLIENTS_VENV)/ready $(CLIENTS_NODE)/ready  ## run openai (Python, Node), litellm and langchain against a pair; needs node
 	$(BIN)/pytest -q -m clients
@@ -71,6 +79,8 @@ bench: models  ## measure the README's speedup, and check exactness
 	$(BIN)/edgedraft-bench exact --bundle $(BUNDLE) --target $(SAMPLE)
 
 models: $(BUNDLE)/manifest.json  ## download the sample model and export its bundle into build/
+
+pair: $(PAIR)/bundle/manifest.json  ## download a real pair (1.6 GB) and export its bundle into build/pair; needs 12 GB of memory
 
 clean:  ## delete the environments and build/
 	rm -rf $(VENV) $(DEVICE_VENV) $(NEXT_VENV) $(CLIENTS_VENV) build
@@ -111,3 +121,12 @@ $(SAMPLE)/config.json: | $(VENV)/ready
 
 $(BUNDLE)/manifest.json: $(SAMPLE)/config.json
 	$(BIN)/edgedraft-export convert $(SAMPLE) $(BUNDLE)
+
+$(PAIR)/draft/config.json: | $(VENV)/ready
+	$(BIN)/edgedraft-export sample $(@D) --model qwen2.5-coder-0.5b
+
+$(PAIR)/target/config.json: | $(VENV)/ready
+	$(BIN)/edgedraft-export sample $(@D) --model qwen2.5-coder-1.5b
+
+$(PAIR)/bundle/manifest.json: $(PAIR)/draft/config.json $(PAIR)/target/config.json
+	$(BIN)/edgedraft-export convert $(PAIR)/draft $(PAIR)/bundle --target $(PAIR)/target

@@ -33,6 +33,9 @@ DeviceName = Annotated[str, typer.Argument(metavar="NAME", help="The device's na
 @with_options(StationOptions)
 def serve(
     options: StationOptions,
+    no_cache: Annotated[
+        bool, typer.Option("--no-cache", help="Convert a .gguf target at every start; keep no converted weights.")
+    ] = False,
     max_prompt_len: Annotated[int, typer.Option(help="Tokens in a prompt.", rich_help_panel=LIMITS)] = (
         Limits.max_prompt_len
     ),
@@ -114,6 +117,7 @@ def serve(
             options.dtype,
             options.torch_device,
             options.kv_memory,
+            not no_cache,
             peer_memory,
             pass_tokens,
             prompt_tokens,

@@ -32,6 +32,7 @@ class TargetOptions:
     dtype: str
     torch_device: str
     kv_memory: str
+    use_cache: bool
     peer_memory: str
     pass_tokens: int | None
     prompt_tokens: int | None
@@ -71,7 +72,7 @@ def run_base_station(target: TargetOptions, socket: SocketOptions, operation: Op
         records = stack.enter_context(closing(PassRecordFile(record))) if record else None
         profiler = stack.enter_context(PassProfiler(profile)) if profile else None
         logger.info("loading %s", target.model)
-        model = TargetModel.load(target.model, target.dtype, target.torch_device, target.kv_memory)
+        model = TargetModel.load(target.model, target.dtype, target.torch_device, target.kv_memory, target.use_cache)
         budget = PassBudget.of(target.pass_tokens, target.prompt_tokens, model.torch_device.type == "cuda")
         kv_bytes = model.kv_pool.bytes if model.torch_device.type == "cpu" else 0
         guard = MemoryGuard.of_process(kv_bytes, peer_bytes)

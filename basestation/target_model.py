@@ -17,8 +17,9 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.utils import logging as transformers_logging
 
 from basestation.attention import ATTENTION_NAME, PackedBatch, packed_attention
+from basestation.gguf_cache import cache_entry, fill
 from basestation.kv_pool import KVPool, KVShape, SequenceKVCache
-from basestation.memory import check_fits, kv_budget, readable_size
+from basestation.memory import check_fits, kv_budget, parameter_count, readable_size
 from basestation.packed_linear import pack_linears
 from basestation.segment import Segment
 from basestation.supported_models import refuse_gguf_rope, refuse_unsupported
@@ -67,7 +68,12 @@ class TargetModel:
 
     @classmethod
     def load(
-        cls, model: str, dtype: str = "auto", torch_device: str = "auto", kv_memory: str = "auto"
+        cls,
+        model: str,
+        dtype: str = "auto",
+        torch_device: str = "auto",
+        kv_memory: str = "auto",
+        use_cache: bool = True,
     ) -> "TargetModel":
         """Load a model folder, hub name or ``.gguf`` file.
 
@@ -77,6 +83,7 @@ class TargetModel:
             torch_device: a PyTorch device, or ``auto``: CUDA if available.
             kv_memory: for the KV pool, like ``4GiB``, or ``auto``: of the memory that is free
                 after loading, nine tenths on CUDA and half elsewhere.
+            use_cache: whether a ``.gguf`` file is converted once and kept; see ``basestation/gguf_cache.py``.
 
         Raises:
             SettingsError: the dtype or the device does not exist, or the KV pool is too small.
@@ -86,17 +93,15 @@ class TargetModel:
         precision = choose_dtype(dtype, placement)
         kv_budget(kv_memory, placement)  # refuse an invalid size before the slow part
         register_attention()
-        config = read_config(model)
-        check_fits(config, precision, placement)
+        is_gguf = Path(model).suffix == ".gguf"
+        weights = _converted(model, precision, placement) if is_gguf and use_cache else model
+        check_fits(read_config(weights), precision, placement)
         with _quiet_tools(), _named_failures(model):
-            source, options = _source(model)
-            loaded = AutoModelForCausalLM.from_pretrained(
-                source, dtype=precision, attn_implementation=ATTENTION_NAME, **options
-            )
+            loaded = _load(weights, precision)
             vocabulary = (
                 _gguf_vocabulary(Path(model), loaded)
-                if "gguf_file" in options
-                else _vocabulary(AutoTokenizer.from_pretrained(source), loaded)
+                if is_gguf
+                else _vocabulary(AutoTokenizer.from_pretrained(_source(model)[0]), loaded)
             )
         loaded.eval().to(placement)
         if placement.type == "cpu":
@@ -226,6 +231,34 @@ def choose_dtype(dtype: str, placement: torch.device) -> torch.dtype:
     if dtype not in DTYPES:
         raise SettingsError("dtype", dtype, f"auto, {', '.join(DTYPES)}")
     return DTYPES[dtype]
+
+
+def _load(model: str, dtype: torch.dtype) -> Any:
+    """A model folder, hub name or ``.gguf`` file, as transformers loads it."""
+    source, options = _source(model)
+    return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation=ATTENTION_NAME, **options)
+
+
+def _converted(model: str, dtype: torch.dtype, placement: torch.device) -> str:
+    """The folder of a converted ``.gguf`` file, converted now if it is not there; the file itself if it cannot be kept.
+
+    Raises:
+        ModelError: the file cannot be read, does not fit, or has an unsupported architecture.
+    """
+    with _named_failures(model):
+        _source(model)
+        entry = cache_entry(Path(model), dtype)
+    if entry is None:
+        return model
+    if not entry.is_dir():
+        config = read_config(model)
+        check_fits(config, dtype, placement)
+        logger.info("converting %s once, into %s; with --no-cache it is converted at every start", model, entry)
+        with _quiet_tools(), _named_failures(model):
+            if not fill(entry, parameter_count(config) * dtype.itemsize, lambda: _load(model, dtype)):
+                return model
+    logger.info("%s is loaded as converted in %s", model, entry)
+    return str(entry)
 
 
 def _source(model: str) -> tuple[str, dict[str, str]]:

@@ -1,7 +1,9 @@
 """The demonstration: an answer streamed in colour, then a comparison with the target alone."""
 
 from contextlib import ExitStack
+from typing import Annotated
 
+import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -19,22 +21,27 @@ PROMPT = "Explain in a few sentences why a small and a large language model work
 MAX_NEW_TOKENS = 128
 
 
-def demo(bundle: BundleOption, target: TargetOption, dtype: DtypeOption = "bfloat16") -> None:
+def demo(
+    bundle: BundleOption,
+    target: TargetOption,
+    dtype: DtypeOption = "bfloat16",
+    prompt: Annotated[str, typer.Option(help="The user's message.")] = PROMPT,
+) -> None:
     """Stream an answer in colour, then show the speedup over the target alone."""
     with ExitStack() as stack:
         with console.status("starting a base station"):
             setup = stack.enter_context(bench_setup(bundle, stack.enter_context(running_station(target, dtype))))
-        show_demo(setup, console)
+        show_demo(setup, prompt, console)
     console.print("next: edgedraft-device chat, or edgedraft-bench speedup (see README.md)")
 
 
-def show_demo(setup: BenchSetup, console: Console) -> None:
+def show_demo(setup: BenchSetup, prompt: str, console: Console) -> None:
     """Stream one answer, repeat it with the target alone, and compare the two in a table."""
     target_alone = DraftSettings(Mode.TARGET, Sampling(), 1, None)
     drafting = DraftSettings(Mode.IDS, Sampling(), 1, None)
-    prompt_ids = setup.prompt_ids(PROMPT)
+    prompt_ids = setup.prompt_ids(prompt)
     setup.answer(prompt_ids, WARM_UP_TOKENS, drafting)  # the first forward passes are slow
-    console.print(f"[bold]{PROMPT}[/bold]\n")
+    console.print(Text(prompt, style="bold"), end="\n\n")
     drafted = _stream(setup, prompt_ids, drafting, console)
     console.print(_legend())
     baseline = setup.answer(prompt_ids, MAX_NEW_TOKENS, target_alone)

@@ -1,7 +1,7 @@
 """The paper's tables recomputed, its closed form against brute force, and its expectation against simulated rounds.
 
 Formulas and numbers are those of arXiv:2509.04576. The search over draft lengths
-is in ``device/round_model.py``; the closed form is here, because its Lambert
+is in ``common/round_model.py``; the closed form is here, because its Lambert
 function needs SciPy, which the device does not have.
 """
 
@@ -15,7 +15,7 @@ from scipy.special import lambertw, wrightomega
 
 from bench.setup.options import JsonOption, console, progress_bar
 from bench.setup.results import Results, Row
-from device.round_model import (
+from common.round_model import (
     SEARCH_LIMIT,
     Direction,
     RoundTimes,

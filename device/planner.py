@@ -1,6 +1,6 @@
 """How many tokens to draft next, and whether to draft at all, decided from what was measured.
 
-Knows numbers, not models or links; the formulas are in ``round_model.py``.
+Knows numbers, not models or links; the formulas are in ``common/round_model.py``.
 """
 
 from bisect import bisect
@@ -9,8 +9,8 @@ from dataclasses import replace
 from math import inf, prod, sqrt
 
 from common.estimates import DECAY, Line, Ratio, Share
+from common.round_model import RoundTimes, expected_tokens, run_tokens
 from device.planner_figures import MAX_ROUNDS, PlannerFigures
-from device.round_model import RoundTimes, expected_tokens, run_tokens
 from protocol.bundle import QualityFigures
 
 MAX_DRAFT_LEN = 32
@@ -65,7 +65,7 @@ class Planner:
     count as one observation. The time of a reply is a line over the number
     of drafted tokens: its intercept is the round trip plus one forward pass, its
     slope the time to send and verify a token. Initial estimates come from
-    ``round_model.py``.
+    ``common/round_model.py``.
 
     The acceptance rate is estimated by *margin*, the gap between the two highest
     scores, where the argmax is drafted: in modes ``ids`` and ``coupled``, and at

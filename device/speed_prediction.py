@@ -2,17 +2,17 @@
 
 The draft model's time is measured on this board, and the target's with a few answers
 over the link. They go through the planner's estimates into the model of a round
-(``round_model.py``), as in any answer.
+(``common/round_model.py``), as in any answer.
 """
 
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from common.round_model import expected_tokens
 from device.client import Client
 from device.draft_model import DraftModel
 from device.planner import FIRST_DRAFT_LEN, MAX_DRAFT_LEN, TRIAL, Planner
-from device.round_model import expected_tokens
 from device.session import DeviceSession
 from device.settings import DraftSettings
 from device.tokenizer import Tokenizer

@@ -8,6 +8,7 @@ import json
 import sys
 import time
 from dataclasses import asdict
+from math import inf
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -16,6 +17,11 @@ from rich.console import Console
 
 from common.command_line import application, run
 from common.configuration import configured_group
+from export.sample_models import SampleName
+from protocol.bundle import Manifest
+
+AUTO = "What --precision auto compares for"
+BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder that convert wrote.")]
 
 app = application("Export a draft model as an ONNX bundle for the device.", configured_group("export"))
 
@@ -23,12 +29,15 @@ app = application("Export a draft model as an ONNX bundle for the device.", conf
 @app.command()
 def sample(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="The model folder to create.")],
+    model: Annotated[SampleName, typer.Option(help="Which model.")] = SampleName.SMOLLM2_135M,
 ) -> None:
-    """Download the sample model and write it as a Hugging Face model folder."""
-    from export.sample import make_sample  # imported late: torch takes seconds to import
+    """Download a sample model and write it as a Hugging Face model folder."""
+    console = _console()
+    with console.status("loading libraries"):
+        from export.sample import make_sample
 
-    created = make_sample(folder, _console())
-    typer.echo(f"{folder}: the sample model" + ("" if created else " already exists"))
+    created = make_sample(folder, console, model)
+    typer.echo(f"{folder}: the sample model {model}" + ("" if created else " already exists"))
     typer.echo(f"next: edgedraft-basestation serve --target {folder}")
 
 
@@ -41,10 +50,33 @@ def convert(
         typer.Option(help="genai writes faster graphs, optimum supports more architectures; auto tries genai first."),
     ] = "auto",
     precision: Annotated[
-        Literal["auto", "fp32", "int8", "int4"], typer.Option(help="Weight precision; auto is int8.")
+        Literal["auto", "fp32", "int8", "int4"],
+        typer.Option(help="Weight precision; auto is the fastest with the target, without one int8."),
     ] = "auto",
     target: Annotated[
         str | None, typer.Option(metavar="MODEL", help="Fail unless this target model can verify the draft model.")
+    ] = None,
+    rtt_ms: Annotated[
+        float, typer.Option(help="Round trip of the link.", min=0, max=600_000, rich_help_panel=AUTO)
+    ] = 0.0,
+    up_mbit: Annotated[
+        float | None, typer.Option(help="Uplink in Mbit/s; default: unlimited.", min=0.001, rich_help_panel=AUTO)
+    ] = None,
+    target_ms: Annotated[
+        float | None,
+        typer.Option(
+            help="A forward pass of the target at the base station; default: measured here, with transformers.",
+            min=0.001,
+            rich_help_panel=AUTO,
+        ),
+    ] = None,
+    draft_ms: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=MS",
+            help="A token of the draft model on the device, as int4=12.5; repeatable; default: measured here.",
+            rich_help_panel=AUTO,
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as one JSON object.")] = False,
 ) -> None:
@@ -55,10 +87,14 @@ def convert(
         from export.convert import ConvertSettings
         from export.convert import convert as make_bundle
         from export.converters import Converter
-        from export.quantize import Precision
+        from export.quantize import CANDIDATES, Precision
+        from export.weight_choice import Conditions, parse_draft_ms
 
-    chosen = Precision.INT8 if precision == "auto" else Precision(precision)
-    manifest = make_bundle(model, bundle, ConvertSettings(Converter(converter), chosen, target), console)
+    given = parse_draft_ms(draft_ms or [], [one.name for one in CANDIDATES])
+    conditions = Conditions(rtt_ms, inf if up_mbit is None else up_mbit, target_ms, given)
+    chosen = None if precision == "auto" else Precision(precision)
+    settings = ConvertSettings(Converter(converter), chosen, target, conditions)
+    manifest = make_bundle(model, bundle, settings, console)
     seconds = time.monotonic() - started
     if as_json:
         typer.echo(json.dumps({**asdict(manifest), "seconds": round(seconds, 1)}))
@@ -68,6 +104,39 @@ def convert(
         f"{bundle}: {manifest.name}, {manifest.precision} by {manifest.converter}, {size / 1e6:.0f} MB, {seconds:.0f} s"
     )
     typer.echo(f'next: edgedraft-device generate --bundle {bundle} --server tcp://127.0.0.1:5755 --prompt "Hello!"')
+
+
+@app.command()
+def inspect(
+    bundle: BundleArgument,
+    targets: Annotated[
+        list[str] | None, typer.Argument(metavar="TARGET", help="Target models; it says which fit.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Show a bundle's origin, licence, quality, sizes, and which targets it fits; reads no weights."""
+    manifest = Manifest.read(bundle)
+    console = _console()
+    with console.status("loading libraries"):
+        from export.inspection import description, target_fits
+
+    fits = target_fits(bundle, targets or [])
+    if as_json:
+        typer.echo(json.dumps({**asdict(manifest), "targets": [asdict(fit) for fit in fits]}))
+        return
+    Console(highlight=False).print(description(manifest, fits))
+
+
+@app.command()
+def verify(bundle: BundleArgument) -> None:
+    """Check a bundle: hashes, tokenizer, and that its graph computes logits; the exit code is 1 if not."""
+    console = _console()
+    with console.status("loading libraries"):
+        from export.inspection import verify as verify_bundle
+
+    with console.status("verifying"):
+        manifest = verify_bundle(bundle)
+    typer.echo(f"{bundle}: {manifest.name}, {manifest.precision}, {len(manifest.files)} files: sound")
 
 
 def main() -> None:

@@ -1,77 +1,61 @@
-"""Export a bundle: convert to ONNX, edit the graph, quantize, check quality, write the manifest.
+"""Export a bundle: convert to ONNX, build the graph or candidates for it, write the manifest.
 
 Knows the order of the steps and the manifest. Does not know how a step works.
 """
 
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from common.chat_template import ChatTemplate, default_template
 from common.hub import model_name
-from common.stop_ids import StopSources, all_stop_ids
-from export import graph, quality, source
+from common.stop_ids import all_stop_ids
+from export import quality, source
 from export.atomic_folder import atomic_folder, is_free
+from export.candidates import Built, CandidateBuilder, candidate_table, progress_bar
 from export.converters import Converter, convert_to_onnx
-from export.quantize import Precision, quantize
-from export.quiet import quiet_tools
+from export.quantize import CANDIDATES, FORMATS, Precision
+from export.resources import check_disk, check_memory
+from export.source_model import SourceModel, check_match
 from export.tokenizer_check import check_template, check_tokenizer
+from export.weight_choice import Conditions, TargetText, WeightChoice
 from protocol.bundle import (
     CHAT_TEMPLATE_NAME,
     MANIFEST_NAME,
     MODEL_NAME,
-    QUALITY_UPLINK_K,
     TOKENIZER_NAME,
+    Candidate,
     FileRecord,
     Manifest,
-    QualityFigures,
 )
-from protocol.errors import MismatchError, ModelError, SettingsError
-from protocol.vocabulary import first_difference, vocabulary_hash, vocabulary_size
+from protocol.errors import ModelError, SettingsError
+from protocol.vocabulary import vocabulary_hash
+
+_TOOLS = ("edgedraft", "onnx", "onnxruntime", "torch", "transformers")
+_MEMORY_BYTES, _DISK_BYTES = 12, 10
+"""Of each parameter, at most: of the float32 graph and its copies in memory; of it and all candidates on disk."""
+_PACKAGES = {Converter.GENAI: "onnxruntime-genai", Converter.OPTIMUM: "optimum-onnx"}
 
 
 @dataclass(frozen=True)
 class ConvertSettings:
-    """Export settings; ``target`` names a target model that the draft model must match."""
+    """Export settings.
+
+    Attributes:
+        converter: see ``Converter``.
+        precision: of the weights; None compares formats and keeps one.
+        target: a target model that the draft model must match.
+        conditions: for which formats are compared, where there is a target.
+    """
 
     converter: Converter = Converter.AUTO
-    precision: Precision = Precision.INT8
+    precision: Precision | None = Precision.INT8
     target: str | None = None
-
-
-@dataclass(frozen=True)
-class SourceModel:
-    """A model's configuration and tokenizer, without its weights."""
-
-    name: str
-    folder: Path
-    config: PretrainedConfig
-    tokenizer: PreTrainedTokenizerBase
-    stop_sources: StopSources
-
-    @classmethod
-    def read(cls, name: str, scratch: Path, *, weights: bool) -> "SourceModel":
-        """Read the configuration and tokenizer of model ``name``."""
-        folder = source.model_folder(name, scratch, weights=weights)
-        tokenizer = source.load_tokenizer(folder)
-        return cls(name, folder, source.load_config(folder), tokenizer, source.stop_sources_of(folder, tokenizer))
-
-    @property
-    def vocabulary(self) -> dict[str, int]:
-        """Map of token to id."""
-        vocabulary: dict[str, int] = self.tokenizer.get_vocab()
-        return vocabulary
-
-    @property
-    def vocab_size(self) -> int:
-        """Ids in use that the model has an output for."""
-        rows: int = self.config.get_text_config().vocab_size
-        return min(vocabulary_size(self.vocabulary), rows)
+    conditions: Conditions = field(default_factory=Conditions)
 
 
 def convert(model: str, bundle: Path, settings: ConvertSettings, console: Console) -> Manifest:
@@ -79,37 +63,29 @@ def convert(model: str, bundle: Path, settings: ConvertSettings, console: Consol
 
     Raises:
         SettingsError: ``bundle`` exists and is neither empty nor a bundle.
-        ModelError: a model cannot be read or converted.
+        ModelError: a model cannot be read or converted, or memory or disk are too small.
         MismatchError: the target model gives an id to another token.
         QualityError: the quality check fails.
     """
     if not is_free(bundle) and not (bundle / MANIFEST_NAME).is_file():
         raise SettingsError("BUNDLE", str(bundle), "a new or empty folder, or a bundle to replace")
     with atomic_folder(bundle) as output, tempfile.TemporaryDirectory(dir=output.parent) as scratch:
-        with console.status("reading the model"):
+        with console.status("reading the models"):
             draft = SourceModel.read(model, Path(scratch, "draft"), weights=True)
-            vocab_size = draft.vocab_size
-            if settings.target is not None:
-                target = SourceModel.read(settings.target, Path(scratch, "target"), weights=False)
-                check_match(draft, target)
-                vocab_size = min(vocab_size, target.vocab_size)
+            parameters = source.parameter_count(draft.folder)
+            check_memory(_MEMORY_BYTES * parameters)
+            check_disk({output: _DISK_BYTES * parameters})
+            target = _read_target(settings.target, draft, Path(scratch, "target"))
         _print_stop_ids(draft, console)
-        return _write_bundle(output, draft, vocab_size, settings, Path(scratch, "graph"), console)
+        return _write_bundle(output, draft, target, settings, Path(scratch, "graph"), console)
 
 
-def check_match(draft: SourceModel, target: SourceModel) -> None:
-    """Check that two models use the same token for every id that both know.
-
-    Raises:
-        MismatchError: names the first id that differs.
-    """
-    difference = first_difference(draft.vocabulary, target.vocabulary)
-    if difference is not None:
-        token_id, own, other = difference
-        raise MismatchError(
-            f"id {token_id} is {own!r} in {draft.name!r} and {other!r} in {target.name!r}; "
-            "a draft model needs its target's vocabulary"
-        )
+def _read_target(name: str | None, draft: SourceModel, scratch: Path) -> SourceModel | None:
+    if name is None:
+        return None
+    target = SourceModel.read(name, scratch, weights=False)
+    check_match(draft, target)
+    return target
 
 
 def _print_stop_ids(draft: SourceModel, console: Console) -> None:
@@ -126,20 +102,101 @@ def _print_stop_ids(draft: SourceModel, console: Console) -> None:
 
 
 def _write_bundle(
-    output: Path, draft: SourceModel, vocab_size: int, settings: ConvertSettings, scratch: Path, console: Console
+    output: Path,
+    draft: SourceModel,
+    target: SourceModel | None,
+    settings: ConvertSettings,
+    scratch: Path,
+    console: Console,
 ) -> Manifest:
+    vocab_size = min(one.vocab_size for one in (draft, target) if one is not None)
     with console.status("converting to ONNX"):
         converter = convert_to_onnx(draft.folder, scratch, settings.converter)
-    with console.status(f"quantizing the weights to {settings.precision}"):
-        cache = _write_graph(scratch / MODEL_NAME, output / MODEL_NAME, settings.precision)
         _write_tokenizer(output, draft.tokenizer)
     template = _checked_template(output, draft.tokenizer)
-    figures = _check_quality(output / MODEL_NAME, draft, template, vocab_size, cache, settings.precision, console)
+    prompts = [quality.prompt_ids(draft.tokenizer, template, prompt) for prompt in quality.PROMPTS]
+    text = _source_text(draft, prompts, vocab_size, console)
+    builder = CandidateBuilder(scratch / MODEL_NAME, scratch / "candidates", text, console)
+    candidates: list[Candidate] = []
+    if settings.precision is not None:
+        kept = _checked(builder.build(FORMATS[settings.precision]))
+    elif target is None:
+        kept = _default(builder, console)
+    else:
+        target_text = _target_text(target, prompts, vocab_size, settings.conditions, scratch / "target", console)
+        kept, candidates = _best(builder, WeightChoice(target_text, vocab_size, settings.conditions, console), console)
+    for path in kept.graph_path.parent.iterdir():
+        path.rename(output / path.name)
+    return _write_manifest(output, draft, vocab_size, converter, kept, candidates)
+
+
+def _source_text(
+    draft: SourceModel, prompts: list[list[int]], vocab_size: int, console: Console
+) -> list[quality.Continuation]:
+    model = source.load_model(draft.folder)
+    with progress_bar(console) as progress:
+        task = progress.add_task("text of the source model", total=quality.NEW_TOKENS * len(prompts))
+        return quality.sample_continuations(
+            model, prompts, vocab_size, quality.NEW_TOKENS, lambda: progress.advance(task)
+        )
+
+
+def _checked(built: Built) -> Built:
+    built.check()
+    return built
+
+
+def _default(builder: CandidateBuilder, console: Console) -> Built:
+    """int8, and what int4 would cost; without a target nothing tells which drafts faster."""
+    kept, other = _checked(builder.build(FORMATS[Precision.INT8])), builder.build(FORMATS[Precision.INT4])
+    console.print(
+        f"int8 is kept: int4 would take {other.size / 1e6:.0f} MB instead of {kept.size / 1e6:.0f} MB, and agree with "
+        f"the source model in {other.figures.argmax_agreement:.3f} instead of {kept.figures.argmax_agreement:.3f} of "
+        f"the tokens at temperature 0, {other.figures.coupled_acceptance:.3f} instead of "
+        f"{kept.figures.coupled_acceptance:.3f} at 1; --target MODEL compares their speed",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return kept
+
+
+def _best(builder: CandidateBuilder, choice: WeightChoice, console: Console) -> tuple[Built, list[Candidate]]:
+    """The format with the highest predicted tokens per second, and all that were compared."""
+    built = [builder.build(weights) for weights in CANDIDATES]
+    candidates = choice.compare(built)
+    console.print(candidate_table(candidates))
+    kept = next(one for one, figures in zip(built, candidates, strict=True) if not figures.reason)
+    return kept, candidates
+
+
+def _target_text(
+    target: SourceModel,
+    prompts: list[list[int]],
+    vocab_size: int,
+    conditions: Conditions,
+    scratch: Path,
+    console: Console,
+) -> TargetText:
+    with console.status("loading the target"):
+        model = source.load_model(source.model_folder(target.name, scratch), "auto")
+    stop_ids = all_stop_ids(target.stop_sources)
+    return TargetText.generate(model, prompts, vocab_size, stop_ids, conditions.target_ms, console)
+
+
+def _write_manifest(
+    output: Path,
+    draft: SourceModel,
+    vocab_size: int,
+    converter: Converter,
+    kept: Built,
+    candidates: list[Candidate],
+) -> Manifest:
+    cache = kept.cache
     manifest = Manifest(
         name=model_name(draft.name),
         architecture=draft.config.model_type,
         converter=converter,
-        precision=settings.precision,
+        precision=kept.weights.precision,
         cache_kind=cache.kind,
         vocab_size=vocab_size,
         vocabulary_hash=vocabulary_hash(draft.vocabulary, vocab_size),
@@ -150,20 +207,18 @@ def _write_bundle(
         layers=cache.layers,
         kv_heads=cache.kv_heads,
         head_size=cache.head_size,
-        quality=figures,
+        quality=kept.figures,
         files={path.name: FileRecord.of(path) for path in sorted(output.iterdir())},
+        origin=draft.origin(_versions(converter)),
+        candidates=tuple(candidates),
     )
     manifest.write(output)
     return manifest
 
 
-def _write_graph(converted: Path, output: Path, precision: Precision) -> graph.Cache:
-    model = graph.load(converted)
-    graph.keep_last_position(model)
-    with quiet_tools():
-        model = quantize(model, precision)
-    graph.save(model, output)
-    return graph.Cache.of(model)
+def _versions(converter: Converter) -> dict[str, str]:
+    """The versions of what the bytes of a bundle depend on."""
+    return {name: version(name) for name in (*_TOOLS, _PACKAGES[converter])}
 
 
 def _write_tokenizer(output: Path, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -181,37 +236,6 @@ def _checked_template(output: Path, tokenizer: PreTrainedTokenizerBase) -> ChatT
     template = ChatTemplate((output / CHAT_TEMPLATE_NAME).read_text(encoding="utf-8"), special)
     check_template(template, tokenizer)
     return template
-
-
-def _check_quality(
-    graph_path: Path,
-    draft: SourceModel,
-    template: ChatTemplate | None,
-    vocab_size: int,
-    cache: graph.Cache,
-    precision: Precision,
-    console: Console,
-) -> QualityFigures:
-    model = source.load_model(draft.folder)
-    steps = 2 * quality.NEW_TOKENS * len(quality.PROMPTS)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("checking quality", total=steps)
-        figures = quality.measure(
-            model, draft.tokenizer, template, graph_path, cache, vocab_size, lambda: progress.advance(task)
-        )
-    limits = quality.LIMITS[precision]
-    console.print(_quality_table(figures, limits))
-    quality.check(figures, limits)
-    return figures
-
-
-def _quality_table(figures: QualityFigures, limits: quality.QualityLimits) -> Table:
-    table = Table("quality check against the source model", "measured", "minimum")
-    for label, name in (("argmax agreement", "argmax_agreement"), ("overlap at temperature 1", "overlap")):
-        table.add_row(label, f"{getattr(figures, name):.3f}", f"{getattr(limits, name):.2f}")
-    table.add_row(f"acceptance in mode topk, K = {QUALITY_UPLINK_K}", f"{figures.topk_acceptance:.3f}", "")
-    table.add_row("acceptance in mode coupled", f"{figures.coupled_acceptance:.3f}", "")
-    return table
 
 
 def _context_length(draft: SourceModel) -> int:

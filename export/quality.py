@@ -5,7 +5,7 @@ teacher-forced on the same tokens, and the two distributions are compared at eac
 position. Deliberately slow and simple; it shares no code with the device.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -56,9 +56,9 @@ LIMITS: Mapping[Precision, QualityLimits] = {
 
 @dataclass(frozen=True)
 class Continuation:
-    """Tokens that PyTorch sampled after a prompt.
+    """Tokens that PyTorch generated after a prompt.
 
-    ``probs`` is [tokens, vocab_size]: ``token_ids[i]`` was sampled from row i.
+    ``probs`` is [tokens, vocab_size]: ``token_ids[i]`` was chosen from row i.
     """
 
     prompt_ids: list[int]
@@ -66,29 +66,79 @@ class Continuation:
     probs: Distributions
 
 
-def measure(
+class TeacherForcing:
+    """A graph that gets the tokens of continuations one by one.
+
+    Args:
+        graph_path: the graph.
+        cache: its KV cache.
+    """
+
+    def __init__(self, graph_path: Path, cache: Cache) -> None:
+        self._cache = cache
+        self._session = onnxruntime.InferenceSession(graph_path, providers=["CPUExecutionProvider"])
+        self._has_position_ids = "position_ids" in {entry.name for entry in self._session.get_inputs()}
+
+    def logits(self, expected: Continuation) -> Iterator[npt.NDArray[np.float32]]:
+        """Yield the logits, float32[V], after the prompt and after each token except the last."""
+        feeds: dict[str, npt.NDArray[Any]] = {
+            name: np.zeros((1, self._cache.kv_heads, 0, self._cache.head_size), np.float32)
+            for name in self._cache.past_names
+        }
+        length = 0
+        for inputs in (expected.prompt_ids, *([token_id] for token_id in expected.token_ids[:-1])):
+            positions = np.arange(length, length + len(inputs))
+            length += len(inputs)
+            feeds["input_ids"] = np.array([inputs])
+            feeds["attention_mask"] = np.ones((1, length), np.int64)
+            if self._has_position_ids:
+                feeds["position_ids"] = positions[None]
+            logits, *present = self._session.run(["logits", *self._cache.present_names], feeds)
+            feeds.update(zip(self._cache.past_names, present, strict=True))
+            yield logits[0, 0]
+
+
+def sample_continuations(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    template: ChatTemplate | None,
-    graph_path: Path,
-    cache: Cache,
+    prompts: Sequence[list[int]],
     vocab_size: int,
+    new_tokens: int,
     on_position: Callable[[], None],
-) -> QualityFigures:
-    """Compare the graph at ``graph_path`` with ``model``; each model calls ``on_position`` after each token."""
+    *,
+    greedy: bool = False,
+    stop_ids: Collection[int] = (),
+) -> list[Continuation]:
+    """Let a model continue prompts, at temperature 1 or 0; ``on_position`` is called after each token."""
     generator = torch.Generator().manual_seed(_SEED)
-    session = onnxruntime.InferenceSession(graph_path, providers=["CPUExecutionProvider"])
+    return [
+        _continuation(model, prompt, vocab_size, new_tokens, None if greedy else generator, stop_ids, on_position)
+        for prompt in prompts
+    ]
+
+
+def measure(
+    forcing: TeacherForcing, continuations: Sequence[Continuation], on_position: Callable[[], None]
+) -> QualityFigures:
+    """Compare a graph's distributions with those of the model that generated the continuations."""
     figures: list[PositionFigures] = []
-    for prompt in PROMPTS:
-        expected = _sample_continuation(
-            model, _prompt_ids(tokenizer, template, prompt), vocab_size, generator, on_position
-        )
-        rows = zip(expected.probs, _teacher_forced_logits(session, cache, expected), strict=True)
-        for target_probs, logits in rows:
-            figures.append(_compare(_softmax(logits[:vocab_size]), target_probs, len(figures)))
+    for expected in continuations:
+        for target_probs, logits in zip(expected.probs, forcing.logits(expected), strict=True):
+            figures.append(_compare(_softmax(logits[: len(target_probs)]), target_probs, len(figures)))
             on_position()
     agreement, overlap, topk, coupled = np.mean(figures, axis=0).tolist()
     return QualityFigures(agreement, overlap, topk, coupled, len(figures))
+
+
+def argmax_agreement(
+    forcing: TeacherForcing, continuations: Sequence[Continuation], on_position: Callable[[], None]
+) -> float:
+    """The share of positions at which graph and model have the same argmax."""
+    same = []
+    for expected in continuations:
+        for target_probs, logits in zip(expected.probs, forcing.logits(expected), strict=True):
+            same.append(bool(logits[: len(target_probs)].argmax() == target_probs.argmax()))
+            on_position()
+    return float(np.mean(same))
 
 
 def _compare(draft_probs: Distribution, target_probs: Distribution, position: int) -> PositionFigures:
@@ -125,7 +175,8 @@ def check(figures: QualityFigures, limits: QualityLimits) -> None:
             )
 
 
-def _prompt_ids(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate | None, prompt: str) -> list[int]:
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate | None, prompt: str) -> list[int]:
+    """The tokens of a prompt, as a user's message where there is a chat template."""
     if template is None:
         return list(tokenizer(prompt).input_ids)
     text = template.render([{"role": "user", "content": prompt}])
@@ -133,45 +184,28 @@ def _prompt_ids(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate | Non
 
 
 @torch.inference_mode()
-def _sample_continuation(
+def _continuation(
     model: PreTrainedModel,
-    prompt_ids: list[int],
+    prompt: list[int],
     vocab_size: int,
-    generator: torch.Generator,
+    new_tokens: int,
+    generator: torch.Generator | None,
+    stop_ids: Collection[int],
     on_position: Callable[[], None],
 ) -> Continuation:
+    """A continuation of up to ``new_tokens`` tokens; without a generator it is greedy."""
     token_ids: list[int] = []
-    probs: list[Distributions] = []
-    inputs, past = prompt_ids, None
-    for _ in range(NEW_TOKENS):
+    probs: list[Distribution] = []
+    inputs, past = prompt, None
+    while len(token_ids) < new_tokens and not (token_ids and token_ids[-1] in stop_ids):
         output = model(torch.tensor([inputs]), past_key_values=past, use_cache=True)
         past = output.past_key_values
         probs.append(_softmax(output.logits[0, -1, :vocab_size].double().numpy()))
-        inputs = [int(torch.multinomial(torch.from_numpy(probs[-1]), 1, generator=generator))]
+        chosen = torch.from_numpy(probs[-1])
+        inputs = [int(chosen.argmax() if generator is None else torch.multinomial(chosen, 1, generator=generator))]
         token_ids += inputs
         on_position()
-    return Continuation(prompt_ids, token_ids, np.array(probs))
-
-
-def _teacher_forced_logits(
-    session: onnxruntime.InferenceSession, cache: Cache, expected: Continuation
-) -> Iterator[npt.NDArray[np.float32]]:
-    """Yield the graph's logits, float32[V], after the prompt and after each token except the last."""
-    feeds: dict[str, npt.NDArray[Any]] = {
-        name: np.zeros((1, cache.kv_heads, 0, cache.head_size), np.float32) for name in cache.past_names
-    }
-    has_position_ids = "position_ids" in {entry.name for entry in session.get_inputs()}
-    length = 0
-    for inputs in (expected.prompt_ids, *([token_id] for token_id in expected.token_ids[:-1])):
-        positions = np.arange(length, length + len(inputs))
-        length += len(inputs)
-        feeds["input_ids"] = np.array([inputs])
-        feeds["attention_mask"] = np.ones((1, length), np.int64)
-        if has_position_ids:
-            feeds["position_ids"] = positions[None]
-        logits, *present = session.run(["logits", *cache.present_names], feeds)
-        feeds.update(zip(cache.past_names, present, strict=True))
-        yield logits[0, 0]
+    return Continuation(prompt, token_ids, np.array(probs))
 
 
 def _softmax(logits: npt.NDArray[np.floating]) -> Distributions:

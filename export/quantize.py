@@ -4,6 +4,8 @@ Knows ONNX Runtime's block-wise weight formats. Does not know how good the resul
 is: export/quality.py measures that.
 """
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
@@ -14,7 +16,7 @@ from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
 from export.graph import embedding_lookups, find_head, fold_transposes, initializers, remove_unread_weights
 
-_BLOCK_SIZE = 32  # of 16 to 256, the best agreement with the source model
+_BLOCK_SIZE = 32  # of the embedding; of 16 to 256, the best agreement with the source model
 _ACCURACY_LEVEL = 4  # int8 activations; 8-bit weights run 40 times slower with float activations
 
 
@@ -26,25 +28,53 @@ class Precision(StrEnum):
     INT4 = "int4"
 
 
-def quantize(model: ModelProto, precision: Precision) -> ModelProto:
+@dataclass(frozen=True)
+class WeightFormat:
+    """How weights are stored.
+
+    Attributes:
+        name: of the format, unique.
+        precision: of the matrices.
+        block_size: weights that share a scale.
+        symmetric: whether blocks have no zero point.
+    """
+
+    name: str
+    precision: Precision
+    block_size: int = 32
+    symmetric: bool = False
+
+
+FORMATS: Mapping[Precision, WeightFormat] = {one: WeightFormat(one.value, one) for one in Precision}
+"""The format of a precision that the user chooses."""
+CANDIDATES = (
+    FORMATS[Precision.INT8],
+    WeightFormat("int8-block128", Precision.INT8, block_size=128),
+    FORMATS[Precision.INT4],
+    WeightFormat("int4-symmetric", Precision.INT4, symmetric=True),
+)
+"""The formats that an automatic choice compares."""
+
+
+def quantize(model: ModelProto, weights: WeightFormat) -> ModelProto:
     """Quantize the weights of ``model``; with INT4, the embedding and the head get 8 bits."""
-    if precision is Precision.FP32:
+    if weights.precision is Precision.FP32:
         return model
     fold_transposes(model)
     _quantize_embedding(model)
     remove_unread_weights(model)
-    if precision is Precision.INT4:
+    if weights.precision is Precision.INT4:
         head = find_head(model.graph)
-        model = _quantize_matmuls(model, bits=4, exclude=[head.name] if head else [])
-    return _quantize_matmuls(model, bits=8, exclude=[])
+        model = _quantize_matmuls(model, 4, weights, exclude=[head.name] if head else [])
+    return _quantize_matmuls(model, 8, weights, exclude=[])
 
 
-def _quantize_matmuls(model: ModelProto, bits: int, exclude: list[str]) -> ModelProto:
+def _quantize_matmuls(model: ModelProto, bits: int, weights: WeightFormat, exclude: list[str]) -> ModelProto:
     quantizer = MatMulNBitsQuantizer(
         model,
         bits=bits,
-        block_size=_BLOCK_SIZE,
-        is_symmetric=False,
+        block_size=weights.block_size,
+        is_symmetric=weights.symmetric,
         accuracy_level=_ACCURACY_LEVEL,
         nodes_to_exclude=exclude,
         op_types_to_quantize=("MatMul",),

@@ -6,6 +6,7 @@ converted.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 
 import torch
@@ -29,7 +30,7 @@ from export.quiet import quiet_tools
 from export.tokenizer_check import check_tokens
 from protocol.errors import ModelError
 
-_DESCRIPTION_FILES = ["*.json", "*.jinja", "*.txt", "tokenizer.model"]
+_DESCRIPTION_FILES = ["README.md", "*.json", "*.jinja", "*.txt", "tokenizer.model"]
 _WEIGHT_FILES = ["*.safetensors"]
 
 
@@ -57,8 +58,8 @@ def model_folder(name: str, scratch: Path, *, weights: bool = True) -> Path:
     return _download(name, weights=weights)
 
 
-def unpack_gguf(path: Path, folder: Path, *, weights: bool = True) -> Path:
-    """Convert a GGUF file to a float32 model folder in the empty folder ``folder``.
+def unpack_gguf(path: Path, folder: Path, *, weights: bool = True, dtype: torch.dtype = torch.float32) -> Path:
+    """Convert a GGUF file to a model folder in the empty folder ``folder``, with weights of ``dtype``.
 
     Raises:
         ModelError: the file is missing, damaged or of an unsupported architecture.
@@ -72,12 +73,21 @@ def unpack_gguf(path: Path, folder: Path, *, weights: bool = True) -> Path:
         check_tokens(tokenizer.backend_tokenizer, vocabulary.added_tokens)
         tokenizer.save_pretrained(folder)
         if weights:
-            model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+            model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
             _save(folder, model.config, model, vocabulary)
         else:
             config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
             _save(folder, config, config, vocabulary)
     return folder
+
+
+def parameter_count(folder: Path) -> int:
+    """The parameters in the safetensors files of a model folder."""
+    count = 0
+    for path in folder.glob("*.safetensors"):
+        with _reading(repr(str(path))), safe_open(path, framework="np") as weights:
+            count += sum(prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118 - no mapping
+    return count
 
 
 def load_config(folder: Path) -> PretrainedConfig:
@@ -103,14 +113,14 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(folder: Path) -> PreTrainedModel:
-    """Load the model of a model folder in float32 on the CPU, in evaluation mode.
+def load_model(folder: Path, dtype: torch.dtype | str = torch.float32) -> PreTrainedModel:
+    """Load the model of a model folder on the CPU, in evaluation mode; with ``dtype`` "auto" in its own data type.
 
     Raises:
         ModelError: it cannot be read.
     """
     with _reading(f"the model {str(folder)!r}"):
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
 
 
 def stop_sources_of(folder: Path, tokenizer: PreTrainedTokenizerBase) -> StopSources:

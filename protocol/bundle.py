@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
+from math import inf
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,7 +21,9 @@ MANIFEST_NAME = "manifest.json"
 MODEL_NAME = "model.onnx"
 TOKENIZER_NAME = "tokenizer.json"
 CHAT_TEMPLATE_NAME = "chat_template.jinja"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
+_WITHOUT_ORIGIN = 3
+"""The format before ``origin`` and ``candidates``; it is still read."""
 QUALITY_UPLINK_K = 32
 _MOST_SHOWN = 60
 _MOST_SHARE = 1.001
@@ -69,6 +72,42 @@ class QualityFigures:
 
 
 @dataclass(frozen=True)
+class Origin:
+    """Where a draft model comes from: whose model it is, its licence ("" if unknown), and the versions of the tools."""
+
+    model: str = ""
+    licence: str = ""
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A format of the weights that ``--precision auto`` has compared with others.
+
+    Attributes:
+        weights: name of the format.
+        size: of the graph in bytes.
+        argmax_agreement: with the source model, as in ``QualityFigures``.
+        coupled_agreement: with the source model.
+        greedy_acceptance: by the target at temperature 0, of its own greedy text.
+        coupled_acceptance: by the target in mode ``coupled`` at temperature 1.
+        draft_milliseconds: to draft a token.
+        tokens_per_second: predicted, over both temperatures.
+        reason: why it is not the bundle's; "" for the one that is.
+    """
+
+    weights: str
+    size: int
+    argmax_agreement: float
+    coupled_agreement: float
+    greedy_acceptance: float
+    coupled_acceptance: float
+    draft_milliseconds: float
+    tokens_per_second: float
+    reason: str = ""
+
+
+@dataclass(frozen=True)
 class Manifest:
     """Everything that a device needs to know about a draft model.
 
@@ -92,6 +131,8 @@ class Manifest:
     head_size: int
     quality: QualityFigures
     files: Mapping[str, FileRecord] = field(default_factory=dict)
+    origin: Origin = field(default_factory=Origin)
+    candidates: tuple[Candidate, ...] = ()
     format_version: int = FORMAT_VERSION
 
     def write(self, folder: Path) -> None:
@@ -125,10 +166,15 @@ class Manifest:
         if not isinstance(values, dict):
             raise TypeError(f"it holds a {type(values).__name__}; allowed: a JSON object")
         version = values.get("format_version")
-        if version != FORMAT_VERSION:
-            raise ValueError(f"format_version is {version!r}; allowed: {FORMAT_VERSION}")
+        if version not in (_WITHOUT_ORIGIN, FORMAT_VERSION):
+            raise ValueError(f"format_version is {version!r}; allowed: {_WITHOUT_ORIGIN}, {FORMAT_VERSION}")
+        if version == _WITHOUT_ORIGIN:
+            values = {"origin": asdict(Origin()), "candidates": [], **values}
         _check_fields(cls, values, "the manifest")
         _check_fields(QualityFigures, values["quality"], "quality")
+        _check_fields(Origin, values["origin"], "origin")
+        for index, candidate in enumerate(values["candidates"]):
+            _check_fields(Candidate, candidate, f"candidates.{index}")
         for name, record in values["files"].items():
             _check_file_name(name)
             _check_fields(FileRecord, record, f"files.{name}")
@@ -141,6 +187,8 @@ class Manifest:
                 "cache_kind": CacheKind(values["cache_kind"]),
                 "stop_ids": tuple(values["stop_ids"]),
                 "quality": QualityFigures(**values["quality"]),
+                "origin": Origin(**values["origin"]),
+                "candidates": tuple(Candidate(**candidate) for candidate in values["candidates"]),
                 "files": {name: FileRecord(**record) for name, record in values["files"].items()},
             }
         )
@@ -209,11 +257,29 @@ _HASH = _Allowed(
 )
 _POSITIVE = _Allowed("1 to 2147483647", lambda value: _is_count(value, 1))
 _SHARE = _Allowed("0 to 1", lambda value: type(value) in (int, float) and 0 <= value < _MOST_SHARE)
+_MEASURE = _Allowed("a finite number, 0 or more", lambda value: type(value) in (int, float) and 0 <= value < inf)
 _OBJECT = _Allowed("an object", lambda value: isinstance(value, dict))
 _ALLOWED: Mapping[str, _Allowed] = {
     **dict.fromkeys(("vocab_size", "context_length", "layers", "kv_heads", "head_size", "positions"), _POSITIVE),
-    **dict.fromkeys(("argmax_agreement", "overlap", "topk_acceptance", "coupled_acceptance"), _SHARE),
-    **dict.fromkeys(("quality", "files"), _OBJECT),
+    **dict.fromkeys(
+        (
+            "argmax_agreement",
+            "overlap",
+            "topk_acceptance",
+            "coupled_acceptance",
+            "coupled_agreement",
+            "greedy_acceptance",
+        ),
+        _SHARE,
+    ),
+    **dict.fromkeys(("draft_milliseconds", "tokens_per_second"), _MEASURE),
+    **dict.fromkeys(("quality", "files", "origin"), _OBJECT),
+    "candidates": _Allowed(
+        "a list of objects", lambda value: isinstance(value, list) and all(isinstance(one, dict) for one in value)
+    ),
+    "versions": _Allowed(
+        "an object of texts", lambda value: isinstance(value, dict) and all(map(_is_text, value.values()))
+    ),
     **dict.fromkeys(("vocabulary_hash", "sha256"), _HASH),
     "cache_kind": _Allowed(" or ".join(CacheKind), lambda value: value in list(CacheKind)),
     "format_version": _Allowed(str(FORMAT_VERSION), lambda value: type(value) is int),

@@ -1,10 +1,11 @@
-"""Tiny GGUF files that hold a vocabulary and no tensors, and slow twins of the rules by which they encode."""
+"""Tiny GGUF files, most with a vocabulary and no tensors, and slow twins of the rules by which they encode."""
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import regex
 from gguf import GGUFWriter
 from sentencepiece import SentencePieceProcessor
@@ -20,6 +21,7 @@ CHATML = (
 QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+TINY_HIDDEN = 32
 BYTES = sorted(ByteLevel.alphabet())
 
 
@@ -32,6 +34,38 @@ def write_gguf(path: Path, tokens: Sequence[str], types: Sequence[int], **settin
         getattr(writer, f"add_{name}")(value)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
+    writer.close()
+    return path
+
+
+def tiny_model_file(path: Path) -> Path:
+    """A Llama model of two layers with random weights and the vocabulary of ``byte_level_file``."""
+    hidden, inner, layers, heads, kv_heads = TINY_HIDDEN, 48, 2, 4, 2
+    vocabulary = GgufVocabulary.read(byte_level_file(path))
+    rng, writer = np.random.default_rng(0), GGUFWriter(path, "llama")
+    for name, value in (
+        ("context_length", 256), ("embedding_length", hidden), ("feed_forward_length", inner), ("block_count", layers),
+        ("head_count", heads), ("head_count_kv", kv_heads), ("layer_norm_rms_eps", 1e-5), ("rope_freq_base", 10_000.0),
+        ("vocab_size", len(vocabulary.tokens)), ("tokenizer_model", "gpt2"), ("tokenizer_pre", "qwen2"),
+        ("token_list", vocabulary.tokens), ("token_types", vocabulary.types), ("token_merges", vocabulary.merges),
+        ("bos_token_id", vocabulary.special_ids["bos"]), ("eos_token_id", vocabulary.special_ids["eos"]),
+        ("chat_template", CHATML),
+    ):  # fmt: skip
+        getattr(writer, f"add_{name}")(value)
+    narrow = hidden * kv_heads // heads
+    block = {
+        "attn_q": (hidden, hidden), "attn_k": (narrow, hidden), "attn_v": (narrow, hidden),
+        "attn_output": (hidden, hidden),
+        "ffn_gate": (inner, hidden), "ffn_up": (inner, hidden), "ffn_down": (hidden, inner),
+        "attn_norm": (hidden,), "ffn_norm": (hidden,),
+    }  # fmt: skip
+    shapes = {"token_embd": (len(vocabulary.tokens), hidden), "output_norm": (hidden,)}
+    shapes |= {f"blk.{layer}.{name}": shape for layer in range(layers) for name, shape in block.items()}
+    for name, shape in shapes.items():
+        writer.add_tensor(f"{name}.weight", rng.normal(0, 0.3, shape).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
     writer.close()
     return path
 

@@ -12,8 +12,8 @@ from bench.grid.recording_planner import RoundFigures
 from bench.grid.rows import accepted_at_least, add_predictions
 from bench.grid.summary import compare_auto, outliers, predicted_rows, share_within_tolerance
 from bench.setup.results import number
+from common.round_model import Direction, expected_tokens
 from device.planner import Planner
-from device.round_model import Direction, expected_tokens
 from protocol.messages import Mode
 from tests.grid_rows import CELL, LOOPBACK, QUALITY, TARGET_SECONDS, rows_of
 

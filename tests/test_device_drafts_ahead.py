@@ -8,8 +8,8 @@ from typing import cast
 import numpy as np
 import pytest
 
+from common.round_model import RoundTimes, run_tokens
 from device.options import AnswerOptions
-from device.round_model import RoundTimes, run_tokens
 from device.session import DeviceSession
 from device.settings import DraftSettings
 from protocol.errors import FaultError, SettingsError

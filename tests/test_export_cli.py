@@ -42,6 +42,33 @@ def test_an_error_is_one_line(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["sample", "DIR", "--model", "qwen-7b"], ["--model", "qwen-7b", "qwen2.5-coder-0.5b"]),
+        (["convert", "MODEL", "DIR", "--draft-ms", "int5=3"], ["draft-ms", "int5=3", "int8-block128"]),
+        (["convert", "MODEL", "DIR", "--rtt-ms=-1"], ["--rtt-ms"]),
+        (["inspect", "DIR"], ["is not a bundle"]),
+        (["verify", "DIR"], ["is not a bundle"]),
+    ],
+)
+def test_a_value_that_is_not_allowed_is_one_line(
+    arguments: list[str],
+    words: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    placed = [str(tmp_path / "none") if argument == "DIR" else argument for argument in arguments]
+    assert exit_code_of(monkeypatch, app, *placed) != 0
+    output, errors = capfd.readouterr()
+    assert output == ""
+    assert errors.startswith("error: ")
+    assert errors.count("\n") == 1
+    assert all(word in errors for word in words)
+    assert not list(tmp_path.iterdir())
+
+
 def test_interrupting_is_one_line(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     interrupted = typer.Typer()
 

@@ -1,14 +1,17 @@
 """Bundles of a tiny random model: a bundle that differs from its source model is not written."""
 
 import io
+import shutil
 import tracemalloc
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
 import onnxruntime
+import psutil
 import pytest
 import torch
 from rich.console import Console
@@ -23,12 +26,13 @@ from transformers import (
 )
 
 from device.draft_model import DraftModel
+from export import candidates, graph, quality
 from export import convert as convert_module
-from export import graph, quality
 from export.convert import ConvertSettings, convert
 from export.converters import Converter
-from export.quantize import Precision, quantize
+from export.quantize import FORMATS, Precision, WeightFormat, quantize
 from export.source import load_tokenizer
+from export.source_model import SourceModel, check_match
 from protocol.bundle import CacheKind, Manifest, QualityFigures
 from protocol.errors import MismatchError, ModelError, QualityError, SettingsError
 from protocol.vocabulary import vocabulary_hash
@@ -198,7 +202,7 @@ def test_an_int8_bundle_passes_the_quality_check_and_has_no_float_matrix(source_
 
 
 def test_int4_keeps_the_embedding_and_the_head_at_8_bits(fp32_bundle: Path) -> None:
-    model = quantize(graph.load(fp32_bundle / "model.onnx"), Precision.INT4)
+    model = quantize(graph.load(fp32_bundle / "model.onnx"), FORMATS[Precision.INT4])
     bits = {
         (node.op_type, onnx.helper.get_node_attr_value(node, "bits"), "logits" in node.output)
         for node in model.graph.node
@@ -244,6 +248,16 @@ def test_an_error_names_the_unusable_model(tmp_path: Path) -> None:
     for path in no_tokenizer.glob("*token*"):
         path.unlink()
     refused(ModelError, "the tokenizer of .*no_tokenizer", no_tokenizer, folder)
+
+
+def test_too_little_memory_or_disk_is_refused_before_conversion(
+    source_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(convert_module, "convert_to_onnx")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    refused(ModelError, "GB of disk are needed", source_model, tmp_path)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    refused(ModelError, "GB of memory are needed", source_model, tmp_path)
 
 
 def test_a_folder_with_other_content_is_not_replaced(source_model: Path, tmp_path: Path) -> None:
@@ -299,8 +313,8 @@ def test_one_family_whose_vocabularies_are_padded_differently_is_accepted(
     for name, more in (("draft", draft_tokens), ("target", target_tokens)):
         folder = save_model(tmp_path / name)
         save_tokenizer(folder, more=more)
-        models.append(convert_module.SourceModel.read(str(folder), tmp_path, weights=False))
-    convert_module.check_match(*models)
+        models.append(SourceModel.read(str(folder), tmp_path, weights=False))
+    check_match(*models)
 
 
 def test_of_several_chat_templates_the_default_is_written(tmp_path: Path) -> None:
@@ -314,7 +328,7 @@ def test_of_several_chat_templates_the_default_is_written(tmp_path: Path) -> Non
 def test_a_graph_that_fails_the_quality_check_is_not_written(
     source_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def corrupt(model: onnx.ModelProto, precision: Precision) -> onnx.ModelProto:
+    def corrupt(model: onnx.ModelProto, weights: WeightFormat) -> onnx.ModelProto:
         for weight in model.graph.initializer:
             if weight.name.endswith("down_proj.MatMul.weight"):
                 noise = np.random.default_rng(0).normal(size=tuple(weight.dims)).astype(np.float32)
@@ -323,7 +337,7 @@ def test_a_graph_that_fails_the_quality_check_is_not_written(
 
     settings = ConvertSettings(Converter.GENAI, Precision.FP32)
     good = convert(str(source_model), tmp_path / "bundle", settings, CONSOLE)
-    monkeypatch.setattr(convert_module, "quantize", corrupt)
+    monkeypatch.setattr(candidates, "quantize", corrupt)
     refused(QualityError, "argmax_agreement .* allowed: 0.99", source_model, tmp_path, settings)
     assert Manifest.read(tmp_path / "bundle") == good
     good.check_files(tmp_path / "bundle")

@@ -19,11 +19,12 @@ from common.gguf_metadata import GgufVocabulary, TokenType
 from common.stop_ids import all_stop_ids, gguf_stop_sources
 from device.settings import DraftSettings
 from export.gguf_tokenizer import gguf_tokenizer
+from export.packaged_file import PackagedFile
 from export.tokenizer_check import check_tokenizer
 from protocol.bundle import Manifest
 from protocol.messages import Mode, Sampling
 from tests.gguf_files import QWEN2_SPLIT, sentencepiece_referee, slow_byte_level_ids
-from tests.gguf_models import FOLDER, GEMMA, QWEN, Model
+from tests.gguf_models import FOLDER, GEMMA, QWEN
 
 pytestmark = [pytest.mark.gguf, pytest.mark.timeout(1800)]
 
@@ -62,7 +63,7 @@ def multilingual_text() -> str:
     return unicodedata.normalize("NFC", text[:LENGTH])
 
 
-def slow_ids(model: Model, text: str) -> list[int]:
+def slow_ids(model: PackagedFile, text: str) -> list[int]:
     vocabulary = vocabulary_of(model)
     if model is GEMMA:
         ids: list[int] = sentencepiece_referee(vocabulary).encode(text)
@@ -71,19 +72,19 @@ def slow_ids(model: Model, text: str) -> list[int]:
 
 
 @cache
-def vocabulary_of(model: Model) -> GgufVocabulary:
-    return GgufVocabulary.read(model.path)
+def vocabulary_of(model: PackagedFile) -> GgufVocabulary:
+    return GgufVocabulary.read(FOLDER / model.name)
 
 
 @cache
-def tokenizer_file(model: Model) -> Path:
-    path = model.path.with_suffix(".tokenizer.json")
+def tokenizer_file(model: PackagedFile) -> Path:
+    path = FOLDER / f"{model.name}.tokenizer.json"
     gguf_tokenizer(vocabulary_of(model)).backend_tokenizer.save(str(path))
     return path
 
 
 @cache
-def tokenizer_of(model: Model) -> Tokenizer:
+def tokenizer_of(model: PackagedFile) -> Tokenizer:
     return Tokenizer.from_file(str(tokenizer_file(model)))
 
 
@@ -91,13 +92,13 @@ models = pytest.mark.parametrize("model", [GEMMA, QWEN], ids=lambda model: model
 
 
 @models
-def test_a_multilingual_text_has_the_tokens_that_the_file_gives_it(model: Model) -> None:
+def test_a_multilingual_text_has_the_tokens_that_the_file_gives_it(model: PackagedFile) -> None:
     text = multilingual_text()
     assert tokenizer_of(model).encode(text, add_special_tokens=False).ids == slow_ids(model, text)
 
 
 @models
-def test_every_control_and_user_defined_token_encodes_to_its_id(model: Model) -> None:
+def test_every_control_and_user_defined_token_encodes_to_its_id(model: PackagedFile) -> None:
     vocabulary = vocabulary_of(model)
     ids = vocabulary.of_type(TokenType.CONTROL, TokenType.USER_DEFINED)
     assert len(ids) > 20
@@ -106,14 +107,14 @@ def test_every_control_and_user_defined_token_encodes_to_its_id(model: Model) ->
 
 
 @models
-def test_the_tokenizer_passes_the_check_of_the_export(model: Model) -> None:
+def test_the_tokenizer_passes_the_check_of_the_export(model: PackagedFile) -> None:
     check_tokenizer(tokenizer_file(model))
 
 
 @cache
-def bundle_of(model: Model) -> Path:
-    bundle = FOLDER / model.path.stem
-    command = ["-m", "export", "convert", str(model.path), str(bundle), "--precision", "int4"]
+def bundle_of(model: PackagedFile) -> Path:
+    bundle = FOLDER / Path(model.name).stem
+    command = ["-m", "export", "convert", str(FOLDER / model.name), str(bundle), "--precision", "int4"]
     subprocess.run([sys.executable, *command], check=True)
     return bundle
 
@@ -121,7 +122,7 @@ def bundle_of(model: Model) -> Path:
 @pytest.mark.parametrize(
     ("model", "end"), [(GEMMA, "<end_of_turn>"), (QWEN, "<|im_end|>")], ids=lambda value: getattr(value, "name", value)
 )
-def test_a_bundle_stops_where_the_model_ends_its_turn(model: Model, end: str) -> None:
+def test_a_bundle_stops_where_the_model_ends_its_turn(model: PackagedFile, end: str) -> None:
     bundle = bundle_of(model)
     manifest = Manifest.read(bundle)
     tokenizer = Tokenizer.from_file(str(bundle / "tokenizer.json"))
@@ -134,7 +135,7 @@ def test_a_bundle_stops_where_the_model_ends_its_turn(model: Model, end: str) ->
 def test_an_answer_ends_where_the_model_ends_its_turn() -> None:
     """With Qwen's file as draft and target; Gemma's is a base model, which ends no turn."""
     bundle = bundle_of(QWEN)
-    with running_station(str(QWEN.path), "bfloat16") as address, bench_setup(bundle, address) as setup:
+    with running_station(str(FOLDER / QWEN.name), "bfloat16") as address, bench_setup(bundle, address) as setup:
         prompt = setup.prompt_ids("Say hello.")
         answer = setup.answer(prompt, 64, DraftSettings(Mode.IDS, Sampling(), uplink_k=1, draft_len=4))
     assert answer.finish_reason == "stop"

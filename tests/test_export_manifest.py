@@ -7,7 +7,16 @@ from typing import Any
 
 import pytest
 
-from protocol.bundle import FORMAT_VERSION, MANIFEST_NAME, MODEL_NAME, TOKENIZER_NAME, FileRecord, Manifest
+from protocol.bundle import (
+    FORMAT_VERSION,
+    MANIFEST_NAME,
+    MODEL_NAME,
+    TOKENIZER_NAME,
+    Candidate,
+    FileRecord,
+    Manifest,
+    Origin,
+)
 from protocol.errors import BundleError
 from tests.fakes import manifest
 
@@ -22,16 +31,32 @@ def altered(folder: Path, **changes: Any) -> None:
 
 def test_a_manifest_is_read_as_it_was_written(tmp_path: Path) -> None:
     record = FileRecord(7, 64 * "a")
-    written = replace(manifest(12, stop_ids=(2, 5)), files={MODEL_NAME: record, TOKENIZER_NAME: record})
+    written = replace(
+        manifest(12, stop_ids=(2, 5)),
+        files={MODEL_NAME: record, TOKENIZER_NAME: record},
+        origin=Origin("Someone/Model", "apache-2.0", {"onnx": "1.2"}),
+        candidates=(
+            Candidate("int8", 7, 0.9, 0.9, 0.8, 0.7, 12.5, 20.0),
+            Candidate("int4", 4, 0, 0, 0, 0, 1, 1, "slow"),
+        ),
+    )
     written.write(tmp_path)
     assert Manifest.read(tmp_path) == written
 
 
-@pytest.mark.parametrize("version", range(1, FORMAT_VERSION))
+def test_a_manifest_of_the_format_before_origins_is_read(tmp_path: Path) -> None:
+    record = FileRecord(7, 64 * "a")
+    files = {name: vars(record) for name in (MODEL_NAME, TOKENIZER_NAME)}
+    altered(tmp_path, format_version=3, origin=None, candidates=None, files=files)
+    found = Manifest.read(tmp_path)
+    assert (found.origin, found.candidates) == (Origin(), ())
+
+
+@pytest.mark.parametrize("version", [1, 2])
 def test_an_old_format_version_is_refused_with_export_again(version: int, tmp_path: Path) -> None:
     figures = json.loads(json.dumps(vars(manifest(12).quality)))
     altered(tmp_path, format_version=version, quality=None, gate=figures)
-    with pytest.raises(BundleError, match=rf"format_version is {version}; allowed: {FORMAT_VERSION}; export .*again"):
+    with pytest.raises(BundleError, match=rf"format_version is {version}; allowed: 3, 4; export .*again"):
         Manifest.read(tmp_path)
 
 

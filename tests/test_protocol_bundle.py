@@ -18,6 +18,7 @@ from protocol.bundle import (
     MANIFEST_NAME,
     MODEL_NAME,
     TOKENIZER_NAME,
+    Candidate,
     FileRecord,
     Manifest,
 )
@@ -29,6 +30,7 @@ RECORD = FileRecord(3, 64 * "0")
 VALID: dict[str, Any] = json.loads(
     json.dumps(asdict(replace(manifest(12, (2,)), files={MODEL_NAME: RECORD, TOKENIZER_NAME: RECORD})))
 )
+CANDIDATE = asdict(Candidate("int8", 7, 0.9, 0.9, 0.8, 0.7, 12.5, 20.0))
 INTEGERS = ["vocab_size", "context_length", "layers", "kv_heads", "head_size"]
 TEXTS = ["name", "architecture", "converter", "precision", "cache_kind", "vocabulary_hash", "bos_token", "eos_token"]
 SHARES = ["argmax_agreement", "overlap", "topk_acceptance", "coupled_acceptance"]
@@ -131,6 +133,17 @@ def test_stop_ids_are_a_list_of_ids(value: Any) -> None:
     assert "stop_ids is " in refused(changed("stop_ids", value))
 
 
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf"), True, "1", None])
+@pytest.mark.parametrize("name", ["draft_milliseconds", "tokens_per_second"])
+def test_a_measure_is_finite_and_not_negative(name: str, value: Any) -> None:
+    assert f"candidates.0: {name} is {value!r}" in refused(changed("candidates", [CANDIDATE | {name: value}]))
+
+
+@pytest.mark.parametrize("value", [{"onnx": 1}, {"onnx": None}, ["1.0"], "1.0"])
+def test_versions_are_texts(value: Any) -> None:
+    assert "origin: versions is " in refused(changed("origin/versions", value))
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -163,7 +176,10 @@ def test_any_json_is_refused_or_read(value: Any) -> None:
     read_or_refused(json.dumps(value))
 
 
-@given(st.sampled_from([*VALID, *(f"quality/{name}" for name in SHARES), f"files/{MODEL_NAME}"]), json_values)
+@given(
+    st.sampled_from([*VALID, *(f"quality/{name}" for name in SHARES), f"files/{MODEL_NAME}", "origin/versions"]),
+    json_values,
+)
 def test_any_value_of_any_field_is_refused_or_read(path: str, value: Any) -> None:
     read_or_refused(changed(path, value))
 

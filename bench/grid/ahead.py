@@ -30,10 +30,10 @@ from bench.setup.prompts import read_prompts
 from bench.setup.results import Results, Row
 from bench.setup.server_process import serving
 from bench.setup.station_process import station_command
+from common.round_model import run_tokens
 from device.answer import Answer
 from device.draft_model import DraftModel
 from device.planners import Planners
-from device.round_model import run_tokens
 from device.settings import DraftSettings
 from device.tokenizer import Tokenizer
 from protocol.messages import Mode, Sampling

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from itertools import accumulate
 from statistics import fmean
 
+from common.round_model import RoundTimes
 from device.planner import Planner
-from device.round_model import RoundTimes
 from protocol.bundle import QualityFigures
 
 _WARM_UP = 24

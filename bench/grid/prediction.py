@@ -15,7 +15,7 @@ import numpy as np
 from bench.grid.cells import DOWNLINK_MBIT, TARGET, Cell
 from bench.grid.planner_prediction import VerifiedDraft, planned_throughput
 from bench.setup.results import Row, number, numbers
-from device.round_model import Direction, RoundTimes, expected_tokens
+from common.round_model import Direction, RoundTimes, expected_tokens
 from protocol.bundle import QualityFigures
 from protocol.messages import Mode
 

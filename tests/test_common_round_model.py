@@ -6,7 +6,7 @@ from math import inf, nan
 
 import pytest
 
-from device.round_model import (
+from common.round_model import (
     SEARCH_LIMIT,
     Acceptance,
     Direction,

@@ -1,9 +1,10 @@
 """How many tokens a round yields, how long it takes, and which draft length is best.
 
 The paper's formulas (arXiv:2509.04576), and a model of a round's time that adds
-round trip, downlink and verification time. The planner uses ``RoundTimes`` and
-``expected_tokens``; ``optimal_draft_len``, ``adaptive_draft_len`` and ``drafting_cost``
-reproduce the paper in ``bench/theory.py``. Knows numbers, not models or links.
+round trip, downlink and verification time. The device's planner and the export's
+choice of weights use ``RoundTimes`` and ``expected_tokens``; ``optimal_draft_len``,
+``adaptive_draft_len`` and ``drafting_cost`` reproduce the paper in ``bench/theory.py``. Knows
+numbers, not models or links.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,0 +1,119 @@
+"""What a bundle is and which targets it fits, and whether it is sound.
+
+Reads the bundle alone; only a target that is named is looked up.
+"""
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnxruntime
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+from tokenizers import Tokenizer
+
+from export.candidates import candidate_table
+from export.graph import LOGITS, Cache
+from export.source_model import SourceModel
+from export.tokenizer_check import check_tokenizer
+from protocol.bundle import MODEL_NAME, QUALITY_UPLINK_K, TOKENIZER_NAME, Manifest
+from protocol.errors import BundleError, QualityError
+from protocol.vocabulary import first_difference
+
+_UNKNOWN = "not stated"
+
+
+@dataclass(frozen=True)
+class TargetFit:
+    """Whether a target fits a bundle; ``reason`` names the first token that differs, or is empty."""
+
+    target: str
+    fits: bool
+    reason: str
+
+
+def target_fits(bundle: Path, targets: Sequence[str]) -> list[TargetFit]:
+    """Compare a bundle's tokens with those of targets.
+
+    Raises:
+        ModelError: a target cannot be read.
+    """
+    vocabulary = Tokenizer.from_file(str(bundle / TOKENIZER_NAME)).get_vocab()
+    return [_target_fit(vocabulary, target) for target in targets]
+
+
+def _target_fit(vocabulary: dict[str, int], name: str) -> TargetFit:
+    with tempfile.TemporaryDirectory() as scratch:
+        target = SourceModel.read(name, Path(scratch), weights=False)
+    difference = first_difference(vocabulary, target.vocabulary)
+    if difference is None:
+        return TargetFit(name, True, "")
+    token_id, own, other = difference
+    return TargetFit(name, False, f"id {token_id} is {own!r} in the bundle and {other!r} in the target")
+
+
+def verify(bundle: Path) -> Manifest:
+    """Check the files of a bundle, its tokenizer, and that its graph computes logits; return its manifest.
+
+    Raises:
+        BundleError: a file differs from its record, or the graph from the manifest.
+        QualityError: the tokenizer does not encode its tokens to their ids.
+    """
+    manifest = Manifest.read(bundle)
+    manifest.check_files(bundle)
+    check_tokenizer(bundle / TOKENIZER_NAME)
+    cache = Cache.of(onnx.load(bundle / MODEL_NAME, load_external_data=False))
+    stated = Cache(manifest.cache_kind, manifest.layers, manifest.kv_heads, manifest.head_size)
+    if cache != stated:
+        raise BundleError(f"the graph has {cache}; the manifest says {stated}; export the bundle again")
+    logits = _first_logits(bundle / MODEL_NAME, cache)
+    if logits.size < manifest.vocab_size:
+        raise BundleError(
+            f"the graph has {logits.size} logits; the manifest says {manifest.vocab_size} tokens; "
+            "export the bundle again"
+        )
+    if not np.isfinite(logits).all():
+        raise QualityError("the graph computes logits that are NaN or infinite; export the bundle again")
+    return manifest
+
+
+def _first_logits(path: Path, cache: Cache) -> npt.NDArray[np.float32]:
+    """The logits [V] after one token."""
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    feeds = {name: np.zeros((1, cache.kv_heads, 0, cache.head_size), np.float32) for name in cache.past_names}
+    ids = {"input_ids": np.zeros((1, 1), np.int64), "attention_mask": np.ones((1, 1), np.int64)}
+    positions = {"position_ids": np.zeros((1, 1), np.int64)}
+    wanted = {entry.name for entry in session.get_inputs()}
+    inputs = {name: feed for name, feed in {**feeds, **ids, **positions}.items() if name in wanted}
+    logits: npt.NDArray[np.float32] = session.run([LOGITS], inputs)[0][0, -1]
+    return logits
+
+
+def description(manifest: Manifest, fits: Sequence[TargetFit]) -> Group:
+    """What ``inspect`` prints."""
+    origin, quality = manifest.origin, manifest.quality
+    sizes = [f"{name} {record.size / 1e6:.1f} MB" for name, record in manifest.files.items()]
+    total = sum(record.size for record in manifest.files.values())
+    rows = {
+        "origin": origin.model or _UNKNOWN,
+        "licence": origin.licence or _UNKNOWN,
+        "made with": ", ".join(f"{name} {version}" for name, version in origin.versions.items()) or _UNKNOWN,
+        "model": f"{manifest.name}: {manifest.architecture}, {manifest.layers} layers, context of "
+        f"{manifest.context_length:,} tokens, {manifest.precision} by {manifest.converter}",
+        "quality": f"against the source model at {quality.positions} positions: argmax agreement "
+        f"{quality.argmax_agreement:.3f}, overlap {quality.overlap:.3f}, acceptance {quality.topk_acceptance:.3f} in "
+        f"mode topk (K = {QUALITY_UPLINK_K}), {quality.coupled_acceptance:.3f} in mode coupled",
+        "files": f"{total / 1e6:.1f} MB: {', '.join(sizes)}",
+        "fits": f"targets with the same tokens: {manifest.vocab_size:,}, SHA-256 {manifest.vocabulary_hash}",
+    }
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for name, value in rows.items():
+        table.add_row(name, Text(value))  # no markup: the texts are other people's
+    for fit in fits:
+        table.add_row("", Text(f"{fit.target}: " + ("fits" if fit.fits else f"does not fit, {fit.reason}")))
+    return Group(table, candidate_table(manifest.candidates)) if manifest.candidates else Group(table)
