@@ -16,6 +16,7 @@ MODULES = {
     "speedup": "bench.grid.speedup",
     "grid": "bench.grid.run",
     "ahead": "bench.grid.ahead",
+    "categories": "bench.pair.categories",
     "exact": "bench.exact",
     "uplink": "bench.uplink.modes",
     "encodings": "bench.uplink.encodings",

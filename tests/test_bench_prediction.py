@@ -39,6 +39,11 @@ def test_predictions_follow_the_round_model_with_loopback_figures() -> None:
     assert CalibratedModel.of([], QUALITY).predict(Mode.IDS, 4, cell) is None
 
 
+def test_nothing_is_predicted_for_a_draft_length_that_no_round_had() -> None:
+    calibration = Calibration({8: [0] * 9}, {8: 0.01}, {8: 0.05}, {8: 30.0})
+    assert CalibratedModel({Mode.IDS: calibration}, 0.05, QUALITY).predict(Mode.IDS, 8, CELL) is None
+
+
 def test_a_slower_machine_slows_both_ends_but_not_the_link() -> None:
     model, airtime = CalibratedModel.of(rows_of(LOOPBACK), QUALITY), (20 + 2 * 4) / 125 + 12 / 6.25e6
     slow, cell = model.scaled_to(2 * TARGET_SECONDS), Cell(0.0, 100.0, 0.001)
