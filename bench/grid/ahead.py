@@ -145,6 +145,11 @@ class Ratio:
         interval = stats.bootstrap((ratios,), np.median, method="percentile", rng=1).confidence_interval
         return cls(float(np.median(ratios)), float(interval.low), float(interval.high))
 
+    @property
+    def text(self) -> str:
+        """The median with its interval."""
+        return f"{self.median:.2f} ({self.low:.2f} to {self.high:.2f})"
+
 
 def _measure(
     setups: Mapping[str, BenchSetup],
@@ -190,8 +195,8 @@ def _row(
         "case": name,
         "tokens_per_second": float(np.median(rates)),
         "ttft_seconds": float(np.median([answer.ttft_seconds for answer in answers])),
-        "times_target_alone": _text(Ratio.of(rates, alone)),
-        "times_best_fixed": _text(Ratio.of(rates, best)),
+        "times_target_alone": Ratio.of(rates, alone).text,
+        "times_best_fixed": Ratio.of(rates, best).text,
         "times_round_model": _round_model_ratio(settings, setup, rates),
         "acceptance_rate": sum(answer.accepted for answer in answers) / drafted if drafted else None,
         "uplink_bytes_per_token": sum(answer.uplink_bytes for answer in answers) / tokens,
@@ -206,10 +211,6 @@ def _round_model_ratio(settings: DraftSettings, setup: BenchSetup, rates: Sequen
         return None
     seconds = planner.times.run_seconds(planner.alpha, planner.planned_len, planner.drafts_ahead)
     return float(np.median(rates)) * seconds / run_tokens(planner.alpha)
-
-
-def _text(ratio: Ratio) -> str:
-    return f"{ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f})"
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from bench.grid.cells import (
 from bench.grid.pair_run import PairRun
 from bench.grid.prediction import CalibratedModel, Prediction
 from bench.grid.rows import add_predictions, case_row
-from bench.grid.summary import display_rows
+from bench.grid.summary import accuracy_text, display_rows, predicted_rows
 from bench.grid.throughput import combined
 from bench.setup.options import (
     BundleOption,
@@ -118,7 +118,10 @@ def measure_grid(
             if rows := measured.rows_of(cell):
                 add_predictions(rows, cell, measured.rows_of(Cell(cell.temperature)), pair.model.manifest.quality)
                 measured.add(cell, rows)
-    Results({}, display_rows([row for cell in wanted for row in measured.rows_of(cell)])).show(console)
+    rows = [row for cell in wanted for row in measured.rows_of(cell)]
+    Results({}, display_rows(rows)).show(console)
+    if predicted := predicted_rows(rows):
+        console.print(accuracy_text(predicted))
 
 
 class GridRun:
