@@ -148,5 +148,11 @@ class PairRun:
 
 
 def _draft_settings(case: Case, cell: Cell) -> DraftSettings:
-    uplink_k, sampling = DEFAULT_UPLINK_K.get(case.mode, 1), Sampling(cell.temperature, seed=1)
-    return DraftSettings(case.mode, sampling, uplink_k, case.draft_len, cache_last_token=not case.colocated)
+    return DraftSettings(
+        case.mode,
+        Sampling(cell.temperature, seed=1),
+        DEFAULT_UPLINK_K.get(case.mode, 1),
+        case.draft_len,
+        cache_last_token=not case.colocated,
+        drafts_ahead=case.drafts_ahead,
+    )

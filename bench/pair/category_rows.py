@@ -68,6 +68,7 @@ def category_cases(temperature: float) -> list[Case]:
     return [
         TARGET,
         Case(f"{mode}, auto", mode),
+        Case(f"{mode}, ahead, auto", mode, drafts_ahead=None),
         Case(f"{mode}, draft length {DRAFT_LEN}", mode, DRAFT_LEN),
         *(Case(f"{one} {DEFAULT_UPLINK_K[one]}, auto", one) for one in sparse),
         Case(COLOCATED, mode, colocated=True),
@@ -84,7 +85,7 @@ def category_rows(cell: CategoryCell, cases: Sequence[Case], measured: Measured,
         speedup = _ratio(answers[case.name], answers[TARGET.name])
         with_prompt = _ratio(answers[case.name], answers[TARGET.name], _WITH_PROMPT)
         over_colocated = _ratio(answers[case.name], answers[colocated])
-        predicted = predictor.predict(case.mode, case.draft_len, cell.link) if not case.colocated else None
+        predicted = predictor.predict(case.mode, case.draft_len, cell.link) if _is_predicted(case) else None
         rows.append(
             {
                 "case": case.name,
@@ -142,6 +143,11 @@ def _ratio(
     return Ratio.of([rate(one) for one, _ in pairs], [rate(other) for _, other in pairs]) if pairs else None
 
 
+def _is_predicted(case: Case) -> bool:
+    """Whether its rounds follow each other, on a core for each end."""
+    return not case.colocated and case.drafts_ahead == 0
+
+
 def _columns(name: str, ratio: Ratio | None) -> Row:
     interval = f"{ratio.low:.2f} to {ratio.high:.2f}" if ratio else None
     return {name: ratio.median if ratio else None, f"{name}_interval": interval}
@@ -173,7 +179,7 @@ def _predictor(
     target = combined(answers[TARGET.name])
     calibrations = {}
     for mode in {case.mode for case in cases} - {Mode.TARGET}:
-        of_mode = [case for case in cases if case.mode is mode and not case.colocated]
+        of_mode = [case for case in cases if case.mode is mode and _is_predicted(case)]
         fixed = [one for case in of_mode if case.draft_len for one in combined(answers[case.name]).rounds]
         rounds = [one for case in of_mode for one in combined(answers[case.name]).rounds]
         if any(one.reply_seconds is not None for one in rounds):
