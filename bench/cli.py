@@ -17,6 +17,7 @@ MODULES = {
     "grid": "bench.grid.run",
     "ahead": "bench.grid.ahead",
     "categories": "bench.pair.categories",
+    "peers": "bench.pair.peers",
     "exact": "bench.exact",
     "uplink": "bench.uplink.modes",
     "encodings": "bench.uplink.encodings",
