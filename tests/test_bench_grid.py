@@ -109,7 +109,10 @@ def test_throughput_counts_whole_rounds_after_the_first_tokens(
     assert 40 <= measured.tokens < 40 + 33
     if draft_len:
         assert measured.tokens == sum(one.accepted + 1 for one in measured.rounds)
-        assert measured.seconds == len(measured.rounds)
+        assert measured.seconds == len(measured.rounds) == measured.verdicts
+    assert 1 <= measured.first_tokens <= 1 + (draft_len or 4)
+    tokens, seconds = measured.tokens + measured.first_tokens, measured.ttft_seconds + measured.seconds
+    assert measured.tokens_per_second_with_prompt == tokens / seconds
     short = measure_throughput(memory_setup, [3, 1, 4], settings, AnswerLimits(40, 2.0))
     assert short.tokens < measured.tokens
 
