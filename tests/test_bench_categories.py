@@ -11,7 +11,8 @@ from bench.grid.cells import COLOCATED, TARGET
 from bench.grid.pair_run import Measured
 from bench.grid.recording_planner import RoundFigures
 from bench.grid.throughput import Throughput
-from bench.pair.category_rows import CategoryCell, category_cases, category_rows, display_rows, summary_rows
+from bench.pair.category_rows import CategoryCell, category_cases, category_rows
+from bench.pair.category_summary import display_rows, summary_rows
 from bench.setup.prompts import prompts_by_category
 from bench.setup.results import number
 from protocol.errors import SettingsError

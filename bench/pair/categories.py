@@ -12,13 +12,8 @@ import typer
 from bench.grid.cell_file import CellFile
 from bench.grid.cells import AnswerLimits, Workload
 from bench.grid.pair_run import PairRun
-from bench.pair.category_rows import (
-    CategoryCell,
-    category_cases,
-    category_rows,
-    display_rows,
-    summary_rows,
-)
+from bench.pair.category_rows import CategoryCell, category_cases, category_rows
+from bench.pair.category_summary import display_rows, summary_rows
 from bench.setup.options import (
     BundleOption,
     DtypeOption,

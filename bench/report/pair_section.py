@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from bench.grid.cells import Cell
-from bench.pair.category_rows import summary_rows
+from bench.pair.category_summary import summary_rows
 from bench.report.grid_section import grid_parts
 from bench.report.markdown import table
 from bench.setup.results import Results, number
@@ -15,7 +15,10 @@ PAIR_COMMANDS = {
         "edgedraft-bench grid --bundle build/pair/bundle --target build/pair/target --round-trip-ms 0 "
         "--round-trip-ms 50 --round-trip-ms 100 --round-trip-ms 200 --uplink-mbit 1 --uplink-mbit 50"
     ),
-    "peers": "edgedraft-bench peers --bundle build/pair/bundle --target build/pair/target",
+    "peers": (
+        "edgedraft-bench peers --bundle build/pair/bundle --target build/pair/target --draft build/pair/draft "
+        "--small-draft build/sample --target-gguf FILE --draft-gguf FILE"
+    ),
 }
 PAIR_CELLS = [
     Cell(temperature, round_trip, uplink)
