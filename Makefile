@@ -6,13 +6,14 @@ DEVICE_VENV := .venv-device
 NEXT_VENV := .venv-next
 CLIENTS_VENV := .venv-clients
 CLIENTS_NODE := build/clients
+PEERS_NODE := build/peers
 SAMPLE := build/sample
 BUNDLE := build/bundle
 PAIR := build/pair
 PAIR_PROMPT := Write a Python class for a bank account with deposit, withdraw and a transaction history.
 CUDA_TESTS := $(addprefix tests/test_basestation_,target_model.py verify.py non_finite.py prefix_sharing.py memory.py)
 
-.PHONY: chromium prometheus help demo demo-pair test test-next test-cuda test-gguf test-pair test-clients test-pages screenshots endurance images test-images lint types bench models pair clean
+.PHONY: chromium prometheus help demo demo-pair test test-next test-cuda test-gguf test-pair test-clients test-pages screenshots endurance images test-images lint types bench peers models pair clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 13
@@ -78,6 +79,8 @@ bench: models  ## measure the README's speedup, and check exactness
 	$(BIN)/edgedraft-bench speedup --bundle $(BUNDLE) --target $(SAMPLE)
 	$(BIN)/edgedraft-bench exact --bundle $(BUNDLE) --target $(SAMPLE)
 
+peers: $(PEERS_NODE)/ready  ## install llama.cpp for Node, which `edgedraft-bench peers` compares; needs npm
+
 models: $(BUNDLE)/manifest.json  ## download the sample model and export its bundle into build/
 
 pair: $(PAIR)/bundle/manifest.json  ## download a real pair (1.6 GB) and export its bundle into build/pair; needs 12 GB of memory
@@ -114,6 +117,13 @@ $(CLIENTS_NODE)/ready: tests/clients/package.json
 	mkdir -p $(CLIENTS_NODE)
 	cp $< $(CLIENTS_NODE)
 	npm install --silent --no-audit --no-fund --prefix $(CLIENTS_NODE)
+	@touch $@
+
+# Only the library for x86-64 without a GPU: the optional packages are those of all systems, 700 MB.
+$(PEERS_NODE)/ready: bench/pair/package.json
+	mkdir -p $(PEERS_NODE)
+	cp $< $(PEERS_NODE)
+	npm install --silent --no-audit --no-fund --ignore-scripts --omit=optional --prefix $(PEERS_NODE)
 	@touch $@
 
 $(SAMPLE)/config.json: | $(VENV)/ready

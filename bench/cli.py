@@ -17,6 +17,8 @@ MODULES = {
     "grid": "bench.grid.run",
     "ahead": "bench.grid.ahead",
     "fresh": "bench.grid.fresh",
+    "categories": "bench.pair.categories",
+    "peers": "bench.pair.peers",
     "exact": "bench.exact",
     "uplink": "bench.uplink.modes",
     "encodings": "bench.uplink.encodings",

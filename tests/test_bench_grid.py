@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from bench.grid import pair_run
 from bench.grid import run as grid_run
 from bench.grid.cell_file import CellFile
 from bench.grid.cells import COLOCATED, FULL, TARGET, AnswerLimits, Cell, Workload, cases, cells
+from bench.grid.pair_run import PairRun
 from bench.grid.recording_planner import RecordingPlanners
 from bench.grid.run import GridRun, GridSettings
 from bench.grid.throughput import Throughput, measure_throughput
@@ -107,45 +109,49 @@ def test_throughput_counts_whole_rounds_after_the_first_tokens(
     assert 40 <= measured.tokens < 40 + 33
     if draft_len:
         assert measured.tokens == sum(one.accepted + 1 for one in measured.rounds)
-        assert measured.seconds == len(measured.rounds)
+        assert measured.seconds == len(measured.rounds) == measured.verdicts
+    assert 1 <= measured.first_tokens <= 1 + (draft_len or 4)
+    tokens, seconds = measured.tokens + measured.first_tokens, measured.ttft_seconds + measured.seconds
+    assert measured.tokens_per_second_with_prompt == tokens / seconds
     short = measure_throughput(memory_setup, [3, 1, 4], settings, AnswerLimits(40, 2.0))
     assert short.tokens < measured.tokens
 
 
 @pytest.fixture
-def killing(monkeypatch: pytest.MonkeyPatch) -> Callable[[GridRun], None]:
+def killing(monkeypatch: pytest.MonkeyPatch) -> Callable[[PairRun], None]:
     """Kill the base station when the next answer is measured."""
 
-    def plan(run: GridRun) -> None:
+    def plan(pair: PairRun) -> None:
         def kill_then_measure(
             setup: BenchSetup, ids: list[int], settings: DraftSettings, limits: AnswerLimits
         ) -> Throughput:
-            assert run._station is not None
-            if limits is not grid_run.WARM_UP and run._station.alive:
-                os.kill(run._station.process.pid, signal.SIGKILL)
-                run._station.process.wait()
+            assert pair._station is not None
+            if limits is not pair_run.WARM_UP and pair._station.alive:
+                os.kill(pair._station.process.pid, signal.SIGKILL)
+                pair._station.process.wait()
             return measure_throughput(setup, ids, settings, limits)
 
-        monkeypatch.setattr(grid_run, "measure_throughput", kill_then_measure)
+        monkeypatch.setattr(pair_run, "measure_throughput", kill_then_measure)
 
     return plan
 
 
 @pytest.mark.model
 def test_a_dead_base_station_fails_its_cell_and_is_restarted_for_the_next(
-    killing: Callable[[GridRun], None], monkeypatch: pytest.MonkeyPatch
+    killing: Callable[[PairRun], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if len(os.sched_getaffinity(0)) < 2:
         pytest.fail("needs two cores, as the command does")
-    monkeypatch.setattr("bench.grid.run._RETRY_SECONDS", 2.0)
+    monkeypatch.setattr(pair_run, "_RETRY_SECONDS", 2.0)
     chosen = [TARGET, replace(FULL, draft_len=1), *[one for one in cases(CELL) if one.name == "ids, draft length 4"]]
     monkeypatch.setattr(grid_run, "cases", lambda _: chosen)
     settings = GridSettings(str(SAMPLE), "bfloat16", WORKLOAD, WORKLOAD)
-    with GridRun(BUNDLE, settings, lambda: None) as run:
+    with PairRun(BUNDLE, settings.target, settings.dtype) as pair:
+        run = GridRun(pair, settings, lambda: None)
         with monkeypatch.context():
-            killing(run)
+            killing(pair)
             dead = run.cell_rows(CELL, [])
-        monkeypatch.setattr(grid_run, "measure_throughput", measure_throughput)
+        monkeypatch.setattr(pair_run, "measure_throughput", measure_throughput)
         alive = run.cell_rows(Cell(0.0, 10.0, 50.0), [])
     assert {one["failed"] for one in dead} == {"the base station died"}
     assert {one["failed"] for one in alive} == {None}

@@ -10,7 +10,7 @@ from bench.grid.planner_prediction import AcceptanceTrace, VerifiedDraft, planne
 from bench.grid.prediction import CalibratedModel, Calibration
 from bench.grid.recording_planner import RoundFigures
 from bench.grid.rows import accepted_at_least, add_predictions
-from bench.grid.summary import compare_auto, outliers, predicted_rows, share_within_tolerance
+from bench.grid.summary import accuracy_text, compare_auto, outliers, predicted_rows, share_within_tolerance
 from bench.setup.results import number
 from common.round_model import Direction, expected_tokens
 from device.planner import Planner
@@ -37,6 +37,11 @@ def test_predictions_follow_the_round_model_with_loopback_figures() -> None:
     assert speedup(model, Mode.TARGET, None, cell) == 1
     assert model.predict(Mode.TOPK, 4, cell) is None
     assert CalibratedModel.of([], QUALITY).predict(Mode.IDS, 4, cell) is None
+
+
+def test_nothing_is_predicted_for_a_draft_length_that_no_round_had() -> None:
+    calibration = Calibration({8: [0] * 9}, {8: 0.01}, {8: 0.05}, {8: 30.0})
+    assert CalibratedModel({Mode.IDS: calibration}, 0.05, QUALITY).predict(Mode.IDS, 8, CELL) is None
 
 
 def test_a_slower_machine_slows_both_ends_but_not_the_link() -> None:
@@ -153,3 +158,6 @@ def test_the_target_alone_and_loopback_do_not_count_as_predictions() -> None:
     names = ["ids, auto", "ids, draft length 2", "ids, draft length 4", "full vocabulary"]
     assert [one["case"] for one in rows] == names
     assert share_within_tolerance(rows) == 0.25
+    expected = "25 % of 4 predictions are within 10 % of the measured speedup, all of a cell's in 0 of 1 cells."
+    assert accuracy_text(rows) == expected
+    assert "in 1 of 2 cells" in accuracy_text([*rows, {**rows[0], "round_trip_ms": 1.0, "prediction_error": -0.1}])

@@ -5,10 +5,12 @@ from pathlib import Path
 import pytest
 
 from bench.grid.cells import Cell
+from bench.grid.pair_run import Measured
+from bench.pair.category_rows import CategoryCell, category_cases, category_rows
 from bench.report.report import COMMANDS, write_report
 from bench.setup.results import Results
 from protocol.errors import SettingsError
-from tests.grid_rows import CELL, LOOPBACK, rows_of
+from tests.grid_rows import CELL, LOOPBACK, QUALITY, rows_of
 from tests.sample import PROJECT
 
 
@@ -38,3 +40,18 @@ def test_the_report_names_losses_failures_and_missing_cells(tmp_path: Path) -> N
 def test_the_report_in_the_repository_is_that_of_its_result_files(tmp_path: Path) -> None:
     written = write_report(PROJECT / "docs" / "results", tmp_path)
     assert written.read_text(encoding="utf-8") == (PROJECT / "docs" / "results.md").read_text(encoding="utf-8")
+
+
+def test_a_measured_pair_has_its_sections(tmp_path: Path) -> None:
+    Results({}, [*rows_of(LOOPBACK), *rows_of(CELL)]).write(tmp_path / "pair_grid.json")
+    measured = Measured({case.name: [] for case in category_cases(0.0)}, {"ids, auto": "refused"})
+    rows = category_rows(CategoryCell("coding", 0.0), category_cases(0.0), measured, QUALITY)
+    rows = [{**row, "speedup": 1.5, "load_average": 1.0} for row in rows]
+    Results({}, rows).write(tmp_path / "categories.json")
+    Results({}, [{"case": "llama.cpp, with draft", "missing": "needs node"}]).write(tmp_path / "peers.json")
+    text = write_report(tmp_path, tmp_path).read_text(encoding="utf-8")
+    assert "0 of the 16 cells of the grid were measured" in text
+    assert "### Categories at temperature 0" in text
+    assert "Failed: coding, ids, auto: refused." in text
+    assert "| llama.cpp, with draft | needs node |" in text
+    assert (tmp_path / "plots" / "pair_speedup_0.svg").exists()

@@ -2,11 +2,18 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
-from bench.grid.cells import Cell
 from bench.grid.summary import is_quiet
 from bench.setup.results import Results, Row, Value
 from protocol.errors import SettingsError
+
+
+class Cell(Protocol):
+    """What is measured at once: a cell of the grid, or another part of a measurement."""
+
+    def has(self, row: Mapping[str, Value]) -> bool:
+        """Whether ``row`` belongs to it."""
 
 
 class CellFile:

@@ -93,13 +93,14 @@ class Workload:
 class Case:
     """A way to generate an answer; without a draft length, the planner chooses it.
 
-    Where ``colocated``, the draft model runs on the base station's core.
+    Where ``colocated``, the draft model runs on the base station's core. ``drafts_ahead`` is as in ``DraftSettings``.
     """
 
     name: str
     mode: Mode
     draft_len: int | None = None
     colocated: bool = False
+    drafts_ahead: int | None = 0
 
 
 TARGET = Case("target alone", Mode.TARGET)

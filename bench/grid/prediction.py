@@ -122,6 +122,8 @@ class CalibratedModel:
         times = calibration.times(self.target_seconds, cell.round_trip_seconds, rate, downlink)
         if draft_len is not None:
             alphas = calibration.acceptance(draft_len)
+            if not alphas:  # all rounds were shorter
+                return None
             return Prediction(times.speedup(alphas, draft_len), expected_tokens(alphas, draft_len))
         if not calibration.rounds:
             return None

@@ -92,6 +92,23 @@ def share_within_tolerance(rows: Sequence[Mapping[str, Value]]) -> float | None:
     return sum(abs(error) <= TOLERANCE for error in errors) / len(errors) if errors else None
 
 
+def accuracy_text(predicted: Sequence[Mapping[str, Value]]) -> str:
+    """The share of predictions within ``TOLERANCE``, and of the cells where all are, in one sentence.
+
+    Args:
+        predicted: at least one row, as of ``predicted_rows``.
+    """
+    accurate: dict[Cell, bool] = {}
+    for row in predicted:
+        cell = cell_of(row)
+        accurate[cell] = accurate.get(cell, True) and abs(number(row, "prediction_error")) <= TOLERANCE
+    share = share_within_tolerance(predicted) or 0.0
+    return (
+        f"{100 * share:.0f} % of {len(predicted)} predictions are within {100 * TOLERANCE:.0f} % of the measured "
+        f"speedup, all of a cell's in {sum(accurate.values())} of {len(accurate)} cells."
+    )
+
+
 def cell_of(row: Mapping[str, Value]) -> Cell:
     """The cell of a row over a link."""
     return Cell(number(row, "temperature"), number(row, "round_trip_ms"), number(row, "uplink_mbit"))

@@ -1,13 +1,14 @@
 """The section of docs/results.md on a measured grid: its cells, the accuracy of predictions, and ``auto``."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from bench.grid.cells import COLOCATED, ROUND_TRIPS_MS, TARGET, TEMPERATURES, UPLINKS_MBIT, Cell, cells
+from bench.grid.cells import COLOCATED, TARGET, Cell
 from bench.grid.summary import (
     MAX_QUIET_LOAD,
     TOLERANCE,
     Outlier,
+    accuracy_text,
     cell_of,
     compare_auto,
     is_quiet,
@@ -34,8 +35,15 @@ _LOOPBACK_LEFT_OUT = (
 _OUTLIER_HEAD = ("cell", "case", "speedup", "tokens per round", "rounds per second")
 
 
-def grid_parts(results: Results, plots: Path) -> Iterator[str]:
-    """Paragraphs and tables; the plots are written into the folder ``plots``."""
+def grid_parts(results: Results, plots: Path, wanted: Sequence[Cell], prefix: str = "") -> Iterator[str]:
+    """Paragraphs and tables.
+
+    Args:
+        results: of the grid.
+        plots: the folder that plots are written into.
+        wanted: the cells over a link that the grid has when it is complete.
+        prefix: of the names of the plots.
+    """
     yield (
         "Speedup: tokens per second over those of the target alone on the same link, after the first tokens of each "
         "answer. In parentheses the prediction of the extended model, made from the loopback figures and scaled by the "
@@ -47,10 +55,10 @@ def grid_parts(results: Results, plots: Path) -> Iterator[str]:
         rows = [row for row in results.rows if row["temperature"] == temperature]
         yield f"### Temperature {temperature:g}\n\n{_cell_table(rows)}"
         if any(row["round_trip_ms"] is not None for row in rows):
-            name = f"speedup_{temperature:g}.svg"
+            name = f"{prefix}speedup_{temperature:g}.svg"
             plot_speedup(results, temperature, plots / name)
             yield f"![speedup over the round trip](plots/{name})"
-    yield from _coverage(results.rows)
+    yield from _coverage(results.rows, wanted)
     yield from _auto(results.rows)
     yield from _accuracy(results.rows)
     loopback = [row for row in results.rows if row["round_trip_ms"] is None]
@@ -85,9 +93,8 @@ def _speedup_text(row: Mapping[str, Value] | None) -> str:
     return f"{number(row, 'speedup'):.2f}" + (f" ({number(row, 'predicted_speedup'):.2f})" if predicted else "")
 
 
-def _coverage(rows: Rows) -> Iterator[str]:
+def _coverage(rows: Rows, wanted: Sequence[Cell]) -> Iterator[str]:
     """Which cells were measured, and how many of them on a busy machine."""
-    wanted = [cell for cell in cells(TEMPERATURES, ROUND_TRIPS_MS, UPLINKS_MBIT) if cell.round_trip_ms is not None]
     missing = [cell for cell in wanted if not any(cell.has(row) for row in rows)]
     yield f"### Summary\n\n{len(wanted) - len(missing)} of the {len(wanted)} cells of the grid were measured."
     if missing:
@@ -127,11 +134,7 @@ def _accuracy(rows: Rows) -> Iterator[str]:
     """The errors of the predictions."""
     predicted = predicted_rows(rows)
     if predicted:
-        share = share_within_tolerance(predicted) or 0.0
-        yield (
-            f"{100 * share:.0f} % of {len(predicted)} predictions are within {100 * TOLERANCE:.0f} % of the measured "
-            f"speedup.{_share_of_quiet_cells(predicted)}\n\n{_errors_by_case(predicted)}"
-        )
+        yield f"{accuracy_text(predicted)}{_share_of_quiet_cells(predicted)}\n\n{_errors_by_case(predicted)}"
         slowest, fastest = _widest_drift(rows)
         yield (
             f"The machine's speed drifts: the target alone, which does not depend on the link, ran at {slowest:.1f} to "

@@ -1,13 +1,15 @@
 """docs/results.md and its plots, written from result files alone; a missing file is reported as not measured."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from bench.grid.cells import ROUND_TRIPS_MS, TEMPERATURES, UPLINKS_MBIT, cells
 from bench.report.grid_section import grid_parts
 from bench.report.markdown import by_case, table
+from bench.report.pair_section import PAIR_COMMANDS, category_parts, pair_grid_parts, peer_parts
 from bench.report.plots import plot_draft_lens, plot_uplink
 from bench.setup.options import console
 from bench.setup.results import Results, format_value, number
@@ -50,12 +52,13 @@ def write_report(results_folder: Path, docs: Path) -> Path:
     if not results_folder.is_dir():
         raise SettingsError("results", str(results_folder), "a folder with the JSON files that edgedraft-bench wrote")
     docs.mkdir(parents=True, exist_ok=True)
-    found = {name: _read(results_folder / f"{name}.json") for name in COMMANDS}
+    found = {name: _read(results_folder / f"{name}.json") for name in (*COMMANDS, *PAIR_COMMANDS)}
     plots = docs / "plots"
     parts = [_introduction(), *_theory(found["theory"], plots), *_link(found["link"])]
     parts += [*_uplink(found["uplink"], plots), *_ahead(found["ahead"]), *_draft(found["draft"])]
     parts += [*_grid(found["grid"], plots)]
     parts += [*_capacity(found["capacity"]), *_churn(found["churn"]), *_ceiling(found["ceiling"])]
+    parts += _pair(found, plots)
     path = docs / "results.md"
     path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return path
@@ -74,7 +77,7 @@ def _introduction() -> str:
 
 
 def _section(title: str, name: str, results: Results | None, missing: str = "Not measured.") -> Iterator[str]:
-    yield f"## {title}\n\n`{COMMANDS[name]}`"
+    yield f"## {title}\n\n`{(COMMANDS | PAIR_COMMANDS)[name]}`"
     if results is None:
         yield missing
         return
@@ -160,7 +163,8 @@ def _draft(results: Results | None) -> Iterator[str]:
 def _grid(results: Results | None, plots: Path) -> Iterator[str]:
     yield from _section("Speedup over a grid of links", "grid", results)
     if results is not None:
-        yield from grid_parts(results, plots)
+        wanted = cells(TEMPERATURES, ROUND_TRIPS_MS, UPLINKS_MBIT)
+        yield from grid_parts(results, plots, [cell for cell in wanted if cell.round_trip_ms is not None])
 
 
 def _capacity(results: Results | None) -> Iterator[str]:
@@ -171,9 +175,14 @@ def _capacity(results: Results | None) -> Iterator[str]:
         "`replay`: devices that replay recorded rounds. `target`: the target alone decodes for the same number of "
         "sessions. `rounds`: rounds of running devices, without and with prefills of long prompts beside them. "
         "`packed_pass` and `dense_pass`: forward passes of the base station and of transformers. Milliseconds are per "
-        "round or per pass.\n\n" + table([row for row in results.rows if "ratio" not in row])
+        "round or per pass.\n\n" + table([row for row in results.rows if not {"ratio", "gain"} & set(row)])
     )
     yield table([row for row in results.rows if "ratio" in row])
+    if gains := [row for row in results.rows if "gain" in row]:
+        yield (
+            "Tokens per second with drafts from devices over those with the draft model beside the target on the same "
+            "cores, and the gain of 1 + γ·t_draft/t_verify sessions that arXiv:2606.25091 predicts:\n\n" + table(gains)
+        )
 
 
 def _churn(results: Results | None) -> Iterator[str]:
@@ -207,3 +216,16 @@ def _ceiling(results: Results | None) -> Iterator[str]:
         f"(goal: {CEILING_GOAL:g}). `max gain over target`: the gain of drafting if all drafted tokens were accepted."
         "\n\n" + table(compared, leave_out=("case",))
     )
+
+
+def _pair(found: Mapping[str, Results | None], plots: Path) -> Iterator[str]:
+    """The sections of a pair that was measured."""
+    if results := found["categories"]:
+        yield from _section("A real pair: categories of prompts", "categories", results)
+        yield from category_parts(results)
+    if results := found["pair_grid"]:
+        yield from _section("A real pair: a grid of links", "pair_grid", results)
+        yield from pair_grid_parts(results, plots)
+    if results := found["peers"]:
+        yield from _section("A real pair: other programs", "peers", results)
+        yield from peer_parts(results)

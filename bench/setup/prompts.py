@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from protocol.errors import SettingsError
 
@@ -37,15 +38,31 @@ def read_prompts(path: Path | None, count: int) -> list[str]:
     Raises:
         SettingsError: the file has another format, or there are fewer prompts.
     """
-    prompts = list(OWN_PROMPTS) if path is None else _first_turns(path)
+    prompts = list(OWN_PROMPTS) if path is None else [str(question["turns"][0]) for question in _questions(path)]
     if not 1 <= count <= len(prompts):
         raise SettingsError("count", count, f"1 to {len(prompts)}, the number of prompts")
     return prompts[:count]
 
 
-def _first_turns(path: Path) -> list[str]:
+def prompts_by_category(path: Path, most: int) -> dict[str, list[str]]:
+    """The first ``most`` prompts of each category of a Spec-Bench file, or all where it has fewer.
+
+    Raises:
+        SettingsError: the file has another format; each line also needs a ``category``.
+    """
+    by_category: dict[str, list[str]] = {}
+    for question in _questions(path, "category"):
+        by_category.setdefault(str(question["category"]), []).append(str(question["turns"][0]))
+    return {category: prompts[:most] for category, prompts in by_category.items()}
+
+
+def _questions(path: Path, *names: str) -> list[dict[str, Any]]:
+    """The objects of a Spec-Bench file, which have ``names`` and at least one turn."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
-        return [str(json.loads(line)["turns"][0]) for line in lines if line.strip()]
-    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        questions = [json.loads(line) for line in lines if line.strip()]
+        for question in questions:
+            _ = question["turns"][0], *(question[name] for name in names)
+    except (OSError, ValueError, LookupError, TypeError) as error:
         raise SettingsError("prompts", str(path), f"a file of lines like {{'turns': ['…']}} ({error!r})") from error
+    return questions

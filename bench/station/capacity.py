@@ -1,5 +1,7 @@
 """How many devices one base station serves: replayed devices, the target alone, and packed against dense passes.
 
+With a draft model for PyTorch, also drafts from devices against that model beside the target.
+
 All cases of a run take turns on one base station, so that their ratios are
 meaningful on a shared machine.
 """
@@ -26,6 +28,7 @@ from bench.setup.options import (
 from bench.setup.prompts import OWN_PROMPTS
 from bench.setup.results import Results, Row, number
 from bench.setup.station_process import station_process
+from bench.station.colocation import measure_colocation
 from bench.station.passes import load_dense, measure_passes
 from bench.station.recorder import record
 from bench.station.recording import Recording, read_recordings, write_recordings
@@ -35,6 +38,8 @@ from device.draft_model import DraftModel
 from device.tokenizer import Tokenizer
 from protocol.bundle import Manifest
 
+_KV_MEMORY = "1GiB"
+"""Of the draft model and of the target where they run beside each other."""
 _PASS_LEN = 5
 """New tokens of each session where passes are compared: a round of four drafted tokens."""
 _TEMPLATE_END_LEN = 5
@@ -46,6 +51,10 @@ def capacity(
     target: TargetOption,
     dtype: DtypeOption = "bfloat16",
     torch_device: TorchDeviceOption = "auto",
+    draft: Annotated[
+        str | None,
+        typer.Option(help="Model that the bundle was converted from: also measure it beside the target."),
+    ] = None,
     sessions: Annotated[int, typer.Option(help="Concurrent devices.")] = 16,
     shortest: Annotated[int, typer.Option(help="Tokens of the shortest prompt.")] = 100,
     longest: Annotated[int, typer.Option(help="Tokens of the longest prompt.")] = 600,
@@ -67,7 +76,7 @@ def capacity(
     )
     with progress_bar() as progress:
         task = progress.add_task("measurements", total=None)
-        measurement = _Measurement(bundle, target, dtype, torch_device, settings, lambda: progress.advance(task))
+        measurement = _Measurement(bundle, target, dtype, torch_device, draft, settings, lambda: progress.advance(task))
         rows, described = measurement.run(recording)
     compared = ratios(rows, sessions)
     Results(described, rows).show(console)
@@ -81,6 +90,7 @@ class _Measurement:
     target: str
     dtype: str
     torch_device: str
+    draft: str | None
     settings: CapacitySettings
     advance: Callable[[], object]
 
@@ -91,6 +101,10 @@ class _Measurement:
         torch.cuda.empty_cache()
         with station_process(self.target, self.dtype, ["--torch-device", self.torch_device]) as station:
             rows += measure_replay(station, recordings, manifest, settings, self.advance)
+            if self.draft is not None:
+                names = (self.draft, self.target)
+                models = [TargetModel.load(name, self.dtype, self.torch_device, _KV_MEMORY) for name in names]
+                rows += measure_colocation(station, models[0], models[1], recordings, manifest, settings, self.advance)
         token_seconds = settings.timing.token_seconds
         token_seconds = recordings[0].token_seconds if token_seconds is None else token_seconds
         described: Row = {

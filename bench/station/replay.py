@@ -53,11 +53,14 @@ class CapacitySettings:
 
 @dataclass(frozen=True)
 class Turn:
-    """One turn of a case; ``share_outside_forward`` is the share of the engine's busy time outside forward passes."""
+    """One turn of a case.
+
+    ``share_outside_forward`` is the share of the engine's busy time outside forward passes; None where no engine ran.
+    """
 
     score: Score
     seconds: float
-    share_outside_forward: float
+    share_outside_forward: float | None
 
     @property
     def tokens_per_second(self) -> float:
@@ -89,9 +92,9 @@ def measure_replay(
             advance()
         for _ in range(settings.turns):
             for case, load in generators.items():
-                turns[case].append(_take_turn(station, load, clients[case][: case[1]], settings))
+                turns[case].append(take_turn(station, load, clients[case][: case[1]], settings))
                 advance()
-    return [_row(name, sessions, of_case) for (name, sessions), of_case in turns.items()]
+    return [replay_row(name, sessions, of_case) for (name, sessions), of_case in turns.items()]
 
 
 def _clients_by_case(
@@ -117,7 +120,7 @@ def _clients_by_case(
     }
 
 
-def _take_turn(
+def take_turn(
     station: StationProcess, load: LoadGenerator, counted: Sequence[ReplayClient], settings: CapacitySettings
 ) -> Turn:
     """Run for a while, with the base station's metrics from before and after."""
@@ -135,11 +138,17 @@ def _share_outside_forward(before: Snapshot, now: Snapshot) -> float:
     return 1 - forward / (now.time - before.time - idle)
 
 
-def _row(name: str, sessions: int, turns: Sequence[Turn]) -> Row:
+def replay_row(name: str, sessions: int, turns: Sequence[Turn]) -> Row:
+    """The row of a case, from all its turns.
+
+    Raises:
+        SettingsError: the turns are too short for two rounds.
+    """
     rounds = [seconds for turn in turns for seconds in turn.score.rounds]
     if len(rounds) < 2:
         raise SettingsError("seconds", round(turns[0].seconds, 1), f"more: {name!r} completed fewer than two rounds")
     drafted = sum(turn.score.drafted for turn in turns)
+    outside = [turn.share_outside_forward for turn in turns if turn.share_outside_forward is not None]
     return {
         "case": name,
         "sessions": sessions,
@@ -147,7 +156,7 @@ def _row(name: str, sessions: int, turns: Sequence[Turn]) -> Row:
         "milliseconds": 1e3 * median(rounds),
         "p99_milliseconds": 1e3 * quantiles(rounds, n=100)[98],
         "acceptance_rate": sum(turn.score.accepted for turn in turns) / drafted if drafted else None,
-        "share_outside_forward": median(turn.share_outside_forward for turn in turns),
+        "share_outside_forward": median(outside) if outside else None,
         "contexts": None,
     }
 

@@ -1,0 +1,70 @@
+"""The section of docs/results.md on a pair of a small and a large model; what was not measured is left out."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from bench.grid.cells import Cell
+from bench.pair.category_summary import summary_rows
+from bench.report.grid_section import grid_parts
+from bench.report.markdown import table
+from bench.setup.results import Results, number
+
+PAIR_COMMANDS = {
+    "categories": "edgedraft-bench categories --bundle build/pair/bundle --target build/pair/target --prompts FILE",
+    "pair_grid": (
+        "edgedraft-bench grid --bundle build/pair/bundle --target build/pair/target --round-trip-ms 0 "
+        "--round-trip-ms 50 --round-trip-ms 100 --round-trip-ms 200 --uplink-mbit 1 --uplink-mbit 50"
+    ),
+    "peers": (
+        "edgedraft-bench peers --bundle build/pair/bundle --target build/pair/target --draft build/pair/draft "
+        "--small-draft build/sample --target-gguf FILE --draft-gguf FILE"
+    ),
+}
+PAIR_CELLS = [
+    Cell(temperature, round_trip, uplink)
+    for temperature in (0.0, 1.0)
+    for round_trip in (0.0, 50.0, 100.0, 200.0)
+    for uplink in (1.0, 50.0)
+]
+_CATEGORY_COLUMNS = (
+    "temperature",
+    "answers",
+    "tokens",
+    "speedup_with_prompt_interval",
+    "over_colocated_interval",
+    "load_average",
+    "failed",
+)
+
+
+def category_parts(results: Results) -> Iterator[str]:
+    """A table per temperature, and the medians over the categories."""
+    yield (
+        "Speedup: tokens per second over those of the target alone, after the first tokens; `with prompt` counts the "
+        "prompt. Medians of paired answers, with a bootstrap 95 % interval. `colocated` runs the draft model on the "
+        "base station's core. `acceptance length` is the mean number of accepted tokens plus 1, `tokens per round` "
+        "counts also the tokens that the target decoded alone. `predicted speedup` is the round model's for the "
+        "measured acceptance, drafting time and verification line."
+    )
+    for temperature in sorted({number(row, "temperature") for row in results.rows}):
+        rows = [row for row in results.rows if row["temperature"] == temperature]
+        yield f"### Categories at temperature {temperature:g}\n\n{table(rows, leave_out=_CATEGORY_COLUMNS)}"
+    yield f"### Over all categories\n\n{table(summary_rows(results.rows))}"
+    failed = [f"{row['category']}, {row['case']}: {row['failed']}" for row in results.rows if row["failed"]]
+    if failed:
+        yield f"Failed: {'; '.join(failed)}."
+
+
+def peer_parts(results: Results) -> Iterator[str]:
+    """What is compared, and the table."""
+    yield (
+        "Tokens per second with the prompt included, at temperature 0; all programs use all cores, and each keeps the "
+        "target in its own format. `over its target alone` and `edgedraft over it` are medians of paired answers with "
+        "a bootstrap 95 % interval, `same answers` counts those equal to the program's own target alone.\n\n"
+        + table(results.rows)
+    )
+
+
+def pair_grid_parts(results: Results, plots: Path) -> Iterator[str]:
+    """As for the sample model, with links of up to 200 ms."""
+    yield from grid_parts(results, plots, PAIR_CELLS, "pair_")
