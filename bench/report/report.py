@@ -21,7 +21,7 @@ COMMANDS = {
     "uplink": "edgedraft-bench uplink --bundle build/bundle --target build/sample",
     "ahead": (
         "edgedraft-bench ahead --bundle build/bundle --target build/sample --count 3 --max-new-tokens 64 "
-        "--temperature 0 --draft-len 6 --draft-len 12 --draft-len 24"
+        "--draft-len 6 --draft-len 12 --draft-len 24"
     ),
     "draft": "edgedraft-bench draft --bundle build/bundle-int4 --target build/sample",
     "grid": "edgedraft-bench grid --dtype float32 --bundle build/bundle --target build/sample",
