@@ -23,7 +23,7 @@ from basestation.verify import RoundToVerify
 from protocol.errors import FullError, SettingsError
 
 _MIN_CHUNK = 16
-_OLDEST_FIRST_EVERY = 4
+_OLDEST_FIRST_EVERY = 3
 """Passes, of which one runs the prompt that is ready longest before all others, so that none starves."""
 _RUNNING_SECONDS = 1.0
 """A session with a Verdict or request this recent is expected to send another Draft."""
@@ -89,7 +89,7 @@ class Scheduler:
         A device gets no more than its share of the tokens for its rounds, except for the
         first, so that one with many long rounds delays no other's.
 
-        In every fourth pass the prompt that is ready longest comes first, so that none
+        In every third pass the prompt that is ready longest comes first, so that none
         starves; then those of the device that was served least, then the shortest. Tokens
         that one leaves unused go to the next. Of prompts with a common prefix the first
         computes it and the others wait for it.
@@ -117,7 +117,7 @@ class Scheduler:
     def _fair_prompts(self, prompts: Sequence[Session]) -> list[Session]:
         """Every device's first prompt, then every device's second and so on, those of devices served least first.
 
-        In every fourth pass the first of ``prompts`` stays first.
+        In every third pass the first of ``prompts`` stays first.
         """
         self._passes += 1
         least = min(self._prefilled.values(), default=0)
