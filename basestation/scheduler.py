@@ -23,8 +23,6 @@ from basestation.verify import RoundToVerify
 from protocol.errors import FullError, SettingsError
 
 _MIN_CHUNK = 16
-_OLDEST_FIRST_EVERY = 3
-"""Passes, of which one runs the prompt that is ready longest before all others, so that none starves."""
 _RUNNING_SECONDS = 1.0
 """A session with a Verdict or request this recent is expected to send another Draft."""
 BUSY_SECONDS = 5.0
@@ -89,7 +87,7 @@ class Scheduler:
         A device gets no more than its share of the tokens for its rounds, except for the
         first, so that one with many long rounds delays no other's.
 
-        In every third pass the prompt that is ready longest comes first, so that none
+        In every other pass the prompt that is ready longest comes first, so that none
         starves; then those of the device that was served least, then the shortest. Tokens
         that one leaves unused go to the next. Of prompts with a common prefix the first
         computes it and the others wait for it.
@@ -117,7 +115,7 @@ class Scheduler:
     def _fair_prompts(self, prompts: Sequence[Session]) -> list[Session]:
         """Every device's first prompt, then every device's second and so on, those of devices served least first.
 
-        In every third pass the first of ``prompts`` stays first.
+        In every other pass the first of ``prompts`` stays first.
         """
         self._passes += 1
         least = min(self._prefilled.values(), default=0)
@@ -126,7 +124,7 @@ class Scheduler:
         ranked = []
         for index, session in enumerate(prompts):
             owner = session.peer.owner
-            is_first = index == 0 and self._passes % _OLDEST_FIRST_EVERY == 0
+            is_first = index == 0 and self._passes % 2 == 0
             ranked.append((not is_first, turns[owner], self._prefilled[owner], index))
             turns[owner] += 1
         return [prompts[index] for *_, index in sorted(ranked)]
