@@ -203,6 +203,8 @@ class _Completion:
         except HttpError as error:
             yield _event(error.fields)
             return
+        except ClientDisconnect:
+            return
         finally:
             self._events.cancel()
         yield self._chunk({}, event.reason)

@@ -197,31 +197,36 @@ def test_an_answer_abandoned_at_any_message_leaves_the_next_exact(mode: Mode, st
     worker.stop(5)
 
 
+@pytest.mark.parametrize("notices", ["2.3", "2.4"], ids=["the response notices", "the answer notices"])
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_leaves_ends_its_answer(stream: bool) -> None:
+def test_a_client_that_leaves_ends_its_answer(stream: bool, notices: str) -> None:
     model = watched_model()
     worker = new_worker(MemoryTransport(new_station()), model)
     answering, left = threading.Event(), threading.Event()
 
     def run_slowly_until_the_client_has_left(count: int) -> None:
-        if count == 5:
+        if count == 12:
             answering.set()
-        if count >= 5:
+        if count >= 12:
             left.wait(0.05)
 
     model.watch[0] = run_slowly_until_the_client_has_left
     worker.start()
-    asyncio.run(post_and_leave(worker, FIELDS | {"max_tokens": 200, "stream": stream}, answering))
+    asyncio.run(post_and_leave(worker, FIELDS | {"max_tokens": 200, "stream": stream}, answering, notices))
     left.set()
     check_next_answer(worker, PROMPT)
     worker.stop(5)
     assert len(model.passes) < 40
 
 
-async def post_and_leave(worker: Worker, fields: object, answering: threading.Event) -> None:
-    """Send a request and leave during its answer; return when the application has ended."""
+async def post_and_leave(worker: Worker, fields: object, answering: threading.Event, spec_version: str) -> None:
+    """Send a request and leave during its answer; return when the application has ended.
+
+    Before version 2.4 of ASGI, Starlette itself listens for the end of the connection while it streams.
+    """
     headers = [(b"host", b"testserver"), (b"content-type", b"application/json")]
-    scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": headers, "query_string": b""}
+    scope: dict[str, Any] = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": headers}
+    scope |= {"query_string": b"", "asgi": {"spec_version": spec_version}}
     messages = [{"type": "http.request", "body": json.dumps(fields).encode(), "more_body": False}]
 
     async def receive() -> Any:
