@@ -1,7 +1,5 @@
 """The base station: holds the target model, verifies the drafts of many devices."""
 
-import os
+from common.openmp import spin_briefly
 
-# OpenMP reads this when PyTorch is loaded. Its idle threads spin for milliseconds by default, which slows
-# forward passes by up to ten times where other processes use the same cores.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+spin_briefly()

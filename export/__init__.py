@@ -2,4 +2,7 @@
 
 import os
 
+from common.openmp import spin_briefly
+
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # before ONNX Runtime is imported
+spin_briefly()

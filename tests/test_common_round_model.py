@@ -101,6 +101,14 @@ def test_round_time_is_the_sum_of_its_parts() -> None:
     assert RoundTimes(0.0, lambda _: 0.02, downlink=down).target_seconds() == pytest.approx(0.1)
 
 
+def test_the_best_length_of_runs_has_the_shortest_run() -> None:
+    times = RoundTimes(0.01, lambda draft_len: 0.045 + 0.003 * draft_len, 0.15)
+    for alpha, best in ((0.5, 2), (0.75, 4), (0.97, 6)):
+        lengths = range(1, 33)
+        assert times.best_run_len(alpha, lengths, 3) == best
+        assert best == min(lengths, key=lambda draft_len: times.run_seconds(alpha, draft_len, 3))
+
+
 @pytest.mark.parametrize(
     ("name", "call"),
     [

@@ -15,7 +15,7 @@ from device.settings import DraftSettings
 from protocol.errors import FaultError, SettingsError
 from protocol.limits import Limits
 from protocol.messages import Draft, Message, Mode, Sampling, Verdict
-from tests.fakes import FakeDraftModel, FakeTarget, blend, random_table, target_alone
+from tests.fakes import FakeDraftModel, FakeTarget, Table, blend, random_table, target_alone
 from tests.invariants import MAX_NEW_TOKENS, PROMPT, SETTINGS, TARGET, TURNS, draft_model, lossy, settings_name
 from tests.invariants import answer as lockstep_answer
 from tests.link_pair import MemoryTransport, Station, join, open_session
@@ -187,6 +187,32 @@ def test_the_round_model_predicts_the_throughput_of_drafts_ahead(times: PairTime
     model = RoundTimes(times.draft, lambda draft_len: times.forward + times.row * draft_len, times.round_trip)
     alpha = pair.planners.for_settings(settings, pair.client.welcome).alpha
     assert throughput == pytest.approx(run_tokens(alpha) / model.run_seconds(alpha, 6, 3), rel=0.1)
+
+
+def after_change(draft_table: Table, before: PairTimes, after: PairTimes, settings: DraftSettings) -> float:
+    """Tokens per second from ten rounds after a change of the link on."""
+    pair = TimedPair(LARGE_TABLE, draft_table, before)
+    session = pair.session(settings, [3, 1, 4])
+    tokens = session.answer(1000)
+    next(token for token in tokens if len(session.tokens) > 250)
+    pair.times, changed = after, session.counters.rounds
+    next(token for token in tokens if session.counters.rounds >= changed + 10 or len(session.tokens) > 450)
+    began, start = pair.now, len(session.tokens)
+    next(token for token in tokens if len(session.tokens) >= start + 400)
+    return (len(session.tokens) - start) / (pair.now - began)
+
+
+@pytest.mark.parametrize(("share", "needed"), [(0.9, 0.9), (0.99, 0.95)], ids=["fair drafts", "good drafts"])
+@pytest.mark.parametrize("improves", [False, True])
+def test_ten_rounds_after_the_link_changes_drafts_have_nearly_the_best_length(
+    share: float, needed: float, improves: bool
+) -> None:
+    fast, slow = (PairTimes(0.01, 0.045, 0.003, *link) for link in ((0.02, 50e6 / 8), (0.15, 1e6 / 8)))
+    before, after = (slow, fast) if improves else (fast, slow)
+    draft_table = blend(LARGE_TABLE, random_table(64, seed=2, sharpness=3.0), share)
+    planned = DraftSettings(Mode.COUPLED, COUPLED, 1, None, drafts_ahead=None)
+    fixed = [after_change(draft_table, after, after, replace(planned, draft_len=one)) for one in (3, 6)]
+    assert after_change(draft_table, before, after, planned) > needed * max(fixed)
 
 
 @pytest.mark.parametrize("share", [0.3, 0.9])

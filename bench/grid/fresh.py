@@ -110,7 +110,7 @@ class Generate:
             check=False,
         )
         if ended.returncode:
-            raise EdgedraftError(f"generate failed: {ended.stderr.strip()}")
+            raise EdgedraftError(f"generate failed: {ended.stderr.strip().removeprefix('error: ')}")
         answer: dict[str, Any] = json.loads(ended.stdout)
         return answer
 

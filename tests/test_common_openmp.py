@@ -7,11 +7,14 @@ import sys
 import pytest
 
 
+@pytest.mark.parametrize("module", ["basestation.target_model", "export.quality"])
 @pytest.mark.parametrize(("chosen", "spins"), [({}, 1000), ({"GOMP_SPINCOUNT": "5"}, 5)], ids=["default", "chosen"])
-def test_idle_threads_spin_briefly_unless_the_operator_chooses_otherwise(chosen: dict[str, str], spins: int) -> None:
+def test_idle_threads_spin_briefly_unless_the_user_chooses_otherwise(
+    module: str, chosen: dict[str, str], spins: int
+) -> None:
     inherited = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
     shown = subprocess.run(
-        [sys.executable, "-c", "import basestation.target_model"],
+        [sys.executable, "-c", f"import {module}"],
         env={**inherited, **chosen, "OMP_DISPLAY_ENV": "verbose"},
         capture_output=True,
         text=True,
