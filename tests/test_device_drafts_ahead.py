@@ -231,10 +231,10 @@ def test_the_answer_begins_while_the_draft_model_still_runs_the_prompt() -> None
 
     def first_tokens(mode: Mode) -> list[float]:
         """Of a process that knows nothing, and of one that has answered before."""
-        pair, seconds = TimedPair(LARGE_TABLE, GOOD_DRAFT, SLOW_LINK), []
-        for _ in range(2):
+        pair, seconds = TimedPair(LARGE_TABLE, GOOD_DRAFT, replace(SLOW_LINK, draft=0.016)), []
+        for unseen in (prompt, prompt[::-1]):
             began = pair.now
-            session = pair.session(DraftSettings(mode, GREEDY, 1, None, drafts_ahead=None), prompt)
+            session = pair.session(DraftSettings(mode, GREEDY, 1, None, drafts_ahead=None), unseen)
             next(answer := session.answer(200))
             seconds.append(pair.now - began)
             list(answer)

@@ -270,7 +270,8 @@ def test_sessions_with_equal_settings_share_estimates() -> None:
     list(open_session(client, settings, model, [3, 1, 4], planners).answer(40))
     assert planners.for_settings(settings, client.welcome).alpha < initial_alpha / 2  # the two models rarely agree
     sampled = replace(settings, mode=Mode.COUPLED, sampling=Sampling(1.0))
-    assert planners.for_settings(sampled, client.welcome).alpha == initial_alpha
+    for other in (sampled, replace(settings, drafts_ahead=3)):
+        assert planners.for_settings(other, client.welcome).alpha == initial_alpha
 
 
 def test_rounds_of_a_fixed_length_do_not_change_the_estimates_of_auto() -> None:
