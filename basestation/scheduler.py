@@ -1,7 +1,6 @@
 """Scheduling: what runs in the next forward pass, within a budget of tokens and of KV cache memory.
 
-Rounds first, each device's oldest before any device's second, then chunked prefill. No
-session waits for another's round. When the KV pool is full, idle sessions are evicted,
+Rounds first, each device's oldest before any device's second, then chunked prefill. When the KV pool is full, idle sessions are evicted,
 the longest idle first; they keep their tokens. Sessions with a common prefix compute it
 once.
 
@@ -17,6 +16,7 @@ from typing import Self
 
 from basestation.kv_pool import BLOCK_SIZE, KVPool
 from basestation.prefix_sharing import share_prefixes
+from basestation.round_shares import RoundShares
 from basestation.segment import Segment
 from basestation.session import Session
 from basestation.verify import RoundToVerify
@@ -78,14 +78,14 @@ class Scheduler:
         self._kv_pool = kv_pool
         self._budget = budget
         self._on_eviction = on_eviction
+        self._round_shares = RoundShares(budget.tokens)
         self._prefilled: dict[str, int] = {}  # by owner of a waiting prompt: tokens while others waited too
         self._passes = 0
 
     def schedule(self, sessions: Collection[Session], now: float) -> list[ScheduledUnit]:
         """The next batch: a round of each device, then further ones, then a share of the remaining tokens for prompts.
 
-        A device gets no more than its share of the tokens for its rounds, except for the
-        first, so that one with many long rounds delays no other's.
+        A device gets no more than its share of the tokens for its rounds (``round_shares.py``).
 
         In every other pass the prompt that is ready longest comes first, so that none
         starves; then those of the device that was served least, then the shortest. Tokens
@@ -97,10 +97,12 @@ class Scheduler:
         ready.sort(key=lambda one: one.ready_since)
         batch = _BatchBuilder(self._kv_pool, sessions, self._on_eviction)
         left = self._budget.tokens
-        for session in _fair_order([one for one in ready if not one.backlog], self._budget.tokens):
+        for session in self._round_shares.order([one for one in ready if not one.backlog]):
             if session.round_len > left and batch.units:
                 break
-            left -= batch.add(session, session.round_len)
+            if batch.add(session, session.round_len):
+                left -= session.round_len
+                self._round_shares.charge(session)
         prompts = self._fair_prompts(_prefill_order([one for one in ready if one.backlog], sources))
         if any(not one.backlog and (one.waiting or now - one.last_active < _RUNNING_SECONDS) for one in sessions):
             left = min(left, self._budget.prompt_tokens)
@@ -182,28 +184,6 @@ def _busy(sessions: Collection[Session], now: float) -> list[Session]:
     """The sessions that keep their KV cache, the longest idle first."""
     busy = [one for one in sessions if one.waiting or now - one.last_active < BUSY_SECONDS]
     return sorted(busy, key=lambda one: one.last_active)
-
-
-def _fair_order(rounds: Sequence[Session], tokens: int) -> list[Session]:
-    """Every device's first round, then every device's second and so on, without what exceeds a device's share.
-
-    Args:
-        rounds: the sessions with a round, by the time since which it is ready.
-        tokens: of the pass.
-    """
-    by_owner: dict[str, list[Session]] = {}
-    for session in rounds:
-        by_owner.setdefault(session.peer.owner, []).append(session)
-    share = tokens // max(1, len(by_owner))
-    turns: list[list[Session]] = []
-    for sessions in by_owner.values():
-        totals = accumulate(session.round_len for session in sessions)
-        for turn, (session, total) in enumerate(zip(sessions, totals, strict=True)):
-            if turn and total > share:
-                break
-            turns += [[]] if turn == len(turns) else []
-            turns[turn].append(session)
-    return [session for turn in turns for session in sorted(turn, key=lambda one: one.ready_since)]
 
 
 def _prefill_order(prompts: Sequence[Session], sources: Mapping[Session, Session]) -> list[Session]:

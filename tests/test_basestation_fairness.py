@@ -9,18 +9,10 @@ from tests.link_pair import Station
 from tests.scripted_device import CODEC, ScriptedDevice, new_station, prompt_of, settle, target_of
 
 
-def test_a_device_with_many_long_rounds_delays_the_rounds_of_no_other() -> None:
-    station = new_station()
-    runners = [ScriptedDevice(station, name, prompt_of(5, name)) for name in range(3)]
-    greedy, sessions = bytes([9]), range(1, 7)
-    ScriptedDevice(station, 9, prompt_of(3))
-    for session_id in sessions:
-        station.push(greedy, CODEC.encode(Open(session_id, 0, Mode.IDS, Sampling(), (1, 2))))
-    settle(station)
+def passes_beside_rounds(station: Station, runners: Sequence[ScriptedDevice], count: int) -> list[int]:
+    """The tokens of each of ``count`` passes, in all of which each runner has a round verified."""
     target_of(station).tokens.clear()
-    for session_id in sessions:
-        station.push(greedy, CODEC.encode(Draft(session_id, 1, (3,) * 39)))
-    for _ in sessions:
+    for _ in range(count):
         station.now += 1.0
         for runner in runners:
             runner.receive()
@@ -28,20 +20,57 @@ def test_a_device_with_many_long_rounds_delays_the_rounds_of_no_other() -> None:
         station.engine.step()
         for runner in runners:
             runner.commit()
-    assert target_of(station).tokens == [40 + 3 * 5] * len(sessions)
-    verdicts = [one for one in station.outboxes[greedy] if isinstance(one, Verdict)]
-    assert [one.session_id for one in verdicts] == list(sessions)
+    return target_of(station).tokens
+
+
+def push_drafts(station: Station, peer: int, sessions: Sequence[int], draft_len: int, round_id: int = 1) -> None:
+    for session_id in sessions:
+        station.push(bytes([peer]), CODEC.encode(Draft(session_id, round_id, (3,) * draft_len)))
+
+
+def test_long_rounds_of_one_device_wait_for_their_share_and_delay_the_rounds_of_no_other() -> None:
+    station = new_station()
+    runners = [ScriptedDevice(station, name, prompt_of(5, name)) for name in range(3)]
+    ScriptedDevice(station, 9, prompt_of(3))
+    open_sessions(station, 9, [2] * 4)
+    settle(station)
+    push_drafts(station, 9, range(1, 5), 39)
+    waiting, long = 3 * 5, 40 + 3 * 5
+    tokens = passes_beside_rounds(station, runners, 10)
+    assert tokens == [waiting, waiting, long, waiting, long] * 2, "a quarter of 64 tokens: 2 rounds of 40 in 5 passes"
+    verdicts = [one for one in station.outboxes[bytes([9])] if isinstance(one, Verdict)]
+    assert [one.session_id for one in verdicts] == [1, 2, 3, 4]
+
+
+def test_a_device_that_did_not_wait_has_no_share_left_over() -> None:
+    station = new_station()
+    runners = [ScriptedDevice(station, name, prompt_of(5, name)) for name in range(3)]
+    ScriptedDevice(station, 9, prompt_of(3))
+    open_sessions(station, 9, [2])
+    settle(station)
+    push_drafts(station, 9, [1], 3)
+    assert passes_beside_rounds(station, runners, 4) == [4 + 3 * 5, *[3 * 5] * 3]
+    push_drafts(station, 9, [1], 39, round_id=2)
+    assert passes_beside_rounds(station, runners, 3) == [3 * 5, 3 * 5, 40 + 3 * 5]
+
+
+def test_rounds_of_few_tokens_wait_for_no_share() -> None:
+    station = new_station()
+    runners = [ScriptedDevice(station, name, prompt_of(5, name)) for name in range(8)]
+    ScriptedDevice(station, 9, prompt_of(3))
+    open_sessions(station, 9, [2])
+    settle(station)
+    push_drafts(station, 9, [1], 15)
+    assert passes_beside_rounds(station, runners, 1) == [16 + 8 * 5]
 
 
 def test_short_rounds_of_one_device_share_a_pass() -> None:
     station = new_station()
     ScriptedDevice(station, 9, prompt_of(3))
-    for session_id in range(1, 7):
-        station.push(bytes([9]), CODEC.encode(Open(session_id, 0, Mode.IDS, Sampling(), (1, 2))))
+    open_sessions(station, 9, [2] * 6)
     settle(station)
     target_of(station).tokens.clear()
-    for session_id in range(1, 7):
-        station.push(bytes([9]), CODEC.encode(Draft(session_id, 1, (3,) * 4)))
+    push_drafts(station, 9, range(1, 7), 4)
     settle(station)
     assert target_of(station).tokens == [6 * 5]
 
@@ -114,11 +143,5 @@ def test_further_rounds_of_a_device_get_its_share_of_the_pass_alone() -> None:
     ScriptedDevice(station, 9, prompt_of(3))
     open_sessions(station, 9, [2] * 6)
     settle(station)
-    target_of(station).tokens.clear()
-    for session_id in range(1, 7):
-        station.push(bytes([9]), CODEC.encode(Draft(session_id, 1, (3,) * 6)))
-    for runner in runners:
-        runner.receive()
-        runner.draft()
-    station.engine.step()
-    assert target_of(station).tokens == [3 * 5 + 2 * 7], "a quarter of 64 tokens is two rounds of 7"
+    push_drafts(station, 9, range(1, 7), 6)
+    assert passes_beside_rounds(station, runners, 1) == [3 * 5 + 2 * 7], "a quarter of 64 tokens is two rounds of 7"
