@@ -1,8 +1,8 @@
 """Scheduling: what runs in the next forward pass, within a budget of tokens and of KV cache memory.
 
-Rounds first, each device's oldest before any device's second, then chunked prefill. When the KV pool is full, idle sessions are evicted,
-the longest idle first; they keep their tokens. Sessions with a common prefix compute it
-once.
+Rounds first, each device's oldest before any device's second, then chunked prefill. When
+the KV pool is full, idle sessions are evicted, the longest idle first; they keep their
+tokens. Sessions with a common prefix compute it once.
 
 Knows lengths and times; not what tokens mean.
 """

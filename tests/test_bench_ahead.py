@@ -20,6 +20,7 @@ def test_cases_are_the_target_alone_and_each_draft_length_with_and_without_draft
         *((Mode.IDS, draft_len, ahead) for ahead in (0, None) for draft_len in (None, 4, 8)),
     ]
     assert {one.mode for one in cases(1.0, [4]).values()} == {Mode.TARGET, Mode.COUPLED}
+    assert {one.mode for one in cases(1.0, [4], Mode.TOPK).values()} == {Mode.TARGET, Mode.TOPK}
 
 
 def test_a_ratio_is_that_of_paired_figures() -> None:
@@ -36,6 +37,7 @@ def test_the_command_writes_a_row_per_case(tmp_path: Path) -> None:
     file = tmp_path / "ahead.json"
     options = ["--bundle", str(BUNDLE), "--target", str(SAMPLE), "--count", "1", "--repeats", "1"]
     options += ["--max-new-tokens", "12", "--draft-len", "3", "--temperature", "0", "--round-trip-ms", "30"]
+    options += ["--uplink-mbit", "5"]
     result = CliRunner().invoke(app, ["ahead", *options, "--json", str(file)])
     assert result.exit_code == 0, result.output
     rows = {row["case"]: row for row in json.loads(file.read_text(encoding="utf-8"))["rows"]}
@@ -45,6 +47,11 @@ def test_the_command_writes_a_row_per_case(tmp_path: Path) -> None:
     ]
     assert rows["target alone"]["times_target_alone"] == "1.00 (1.00 to 1.00)"
     assert rows["target alone"]["invalidated_share"] is None
-    assert rows["one at a time, 3"]["times_best_fixed"] == "1.00 (1.00 to 1.00)"
+    assert rows["one at a time, 3"]["times_best_one_at_a_time"] == "1.00 (1.00 to 1.00)"
+    fixed = [rows["one at a time, 3"], rows["ahead, 3"]]
+    best = max(fixed, key=lambda row: row["tokens_per_second"])
+    assert best["times_best_fixed"] == "1.00 (1.00 to 1.00)"
     assert rows["one at a time, 3"]["invalidated_share"] == 0
-    assert all(row["round_trip_ms"] == 30 and row["tokens_per_second"] > 0 for row in rows.values())
+    links = {(row["round_trip_ms"], row["uplink_mbit"]) for row in rows.values()}
+    assert links == {(30, 5)}
+    assert all(row["tokens_per_second"] > 0 for row in rows.values())

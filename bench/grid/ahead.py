@@ -54,10 +54,15 @@ def ahead(
         list[float] | None,
         typer.Option("--round-trip-ms", help="Of the emulated link, 0 for loopback; repeatable. Default: 0 and 100."),
     ] = None,
-    uplink_mbit: Annotated[float, typer.Option(help="Of the emulated link.")] = 50.0,
-    temperatures: Annotated[
+    uplinks: Annotated[
         list[float] | None,
-        typer.Option("--temperature", help="0 measures mode ids, above 0 coupled; repeatable. Default: 0 and 1."),
+        typer.Option("--uplink-mbit", help="Of the emulated link; repeatable. Default: 50, on loopback no limit."),
+    ] = None,
+    temperatures: Annotated[
+        list[float] | None, typer.Option("--temperature", help="Repeatable. Default: 0 and 1.")
+    ] = None,
+    mode: Annotated[
+        Mode | None, typer.Option(help="Of all Drafts. Default: ids at temperature 0, coupled above it.")
     ] = None,
     draft_lens: Annotated[
         list[int] | None,
@@ -71,18 +76,19 @@ def ahead(
     95 % interval. Tokens per second count from the first tokens on, those of whole answers include the prompt.
     """
     links = [
-        Cell(temperature, round_trip or None, uplink_mbit if round_trip else None)
+        Cell(temperature, round_trip if round_trip or uplinks else None, uplink if round_trip or uplinks else None)
         for temperature in temperatures or (0.0, 1.0)
-        for round_trip in (round_trips or (0.0, 100.0))
+        for round_trip in round_trips or (0.0, 100.0)
+        for uplink in uplinks or (50.0,)
     ]
     lens, texts = draft_lens or [6, 8, 12, 16, 24], read_prompts(prompts, count)
-    workload = Workload(texts * repeats, lens, max_new_tokens)
+    workload = Workload(texts * repeats, lens, max_new_tokens, mode)
     model, rows = DraftModel(bundle, threads=1), list[Row]()
     with progress_bar() as progress, serving(station_command(target, dtype), Cores.choose().station) as station:
         task = progress.add_task("answers", total=len(links) * len(workload.prompts) * (2 * len(lens) + 3))
         for cell in links:
             rows += _cell_rows(cell, station.address, bundle, model, workload, lambda: progress.advance(task))
-    described: Row = {"target": target, "dtype": dtype, "draft": model.manifest.name, "uplink_mbit": uplink_mbit}
+    described: Row = {"target": target, "dtype": dtype, "draft": model.manifest.name}
     counts: Row = {"prompts": len(texts), "repeats": repeats, "max_new_tokens": max_new_tokens}
     measured = Results({**described, **counts}, rows)
     measured.show(console)
@@ -91,11 +97,12 @@ def ahead(
 
 @dataclass(frozen=True)
 class Workload:
-    """What each case answers: ``prompts``, repetitions included, and with which fixed draft lengths."""
+    """What each case answers: ``prompts``, repetitions included, with which fixed draft lengths and in which mode."""
 
     prompts: Sequence[str]
     draft_lens: Sequence[int]
     max_new_tokens: int
+    mode: Mode | None
 
 
 @dataclass(frozen=True)
@@ -120,11 +127,20 @@ class TimedAnswer:
         return cls(whole, (after - before) / (last - first) if last > first else whole.tokens_per_second)
 
 
+@dataclass(frozen=True)
+class Compared:
+    """The answers that others are compared with: of the target, and of the fixed draft lengths with the best median."""
+
+    alone: Sequence[TimedAnswer]
+    best_one_at_a_time: Sequence[TimedAnswer]
+    best: Sequence[TimedAnswer]
+
+
 def _cell_rows(
     cell: Cell, station: str, bundle: Path, model: DraftModel, workload: Workload, advance: Callable[[], object]
 ) -> list[Row]:
     """Measure one link: a row per case."""
-    chosen, core = cases(cell.temperature, workload.draft_lens), Cores.choose().device
+    chosen, core = cases(cell.temperature, workload.draft_lens, workload.mode), Cores.choose().device
     with ExitStack() as stack:
         stack.enter_context(running_on(core))
         address = stack.enter_context(_linked(cell, station, core))
@@ -136,13 +152,13 @@ def _cell_rows(
         }
         answers = _measure(setups, chosen, workload, advance)
         rows = _rows(setups, chosen, answers)
-    return [{"temperature": cell.temperature, "round_trip_ms": cell.round_trip_ms or 0.0, **row} for row in rows]
+    return [{**cell.columns(), **row} for row in rows]
 
 
-def cases(temperature: float, draft_lens: Sequence[int]) -> dict[str, DraftSettings]:
+def cases(temperature: float, draft_lens: Sequence[int], mode: Mode | None = None) -> dict[str, DraftSettings]:
     """The target alone, one Draft at a time with each draft length and planned, and Drafts ahead likewise."""
     sampling = Sampling(temperature, seed=1)
-    mode = Mode.IDS if sampling.greedy else Mode.COUPLED
+    mode = mode or (Mode.IDS if sampling.greedy else Mode.COUPLED)
     chosen = {TARGET_ALONE: DraftSettings(Mode.TARGET, sampling, 1, None)}
     for name, drafts_ahead in (("one at a time", 0), ("ahead", None)):
         for draft_len in (None, *draft_lens):
@@ -172,10 +188,14 @@ def _rows(
     chosen: Mapping[str, DraftSettings],
     answers: Mapping[str, Sequence[TimedAnswer]],
 ) -> list[Row]:
-    fixed = [name for name, settings in chosen.items() if settings.draft_len and settings.drafts_ahead == 0]
-    best = max(fixed, key=lambda name: float(np.median(_rates(answers[name]))))
-    compared = answers[TARGET_ALONE], answers[best]
-    return [_row(name, chosen[name], setups[name], answers[name], *compared) for name in chosen]
+    fixed = [name for name, settings in chosen.items() if settings.mode is not Mode.TARGET and settings.draft_len]
+    one_at_a_time = [name for name in fixed if chosen[name].drafts_ahead == 0]
+    best, best_one_at_a_time = (
+        answers[max(names, key=lambda name: float(np.median(_rates(answers[name]))))]
+        for names in (fixed, one_at_a_time)
+    )
+    compared = Compared(answers[TARGET_ALONE], best_one_at_a_time, best)
+    return [_row(name, chosen[name], setups[name], answers[name], compared) for name in chosen]
 
 
 def _rates(timed: Sequence[TimedAnswer]) -> list[float]:
@@ -187,12 +207,7 @@ def _whole_rates(timed: Sequence[TimedAnswer]) -> list[float]:
 
 
 def _row(
-    name: str,
-    settings: DraftSettings,
-    setup: BenchSetup,
-    timed: Sequence[TimedAnswer],
-    alone: Sequence[TimedAnswer],
-    best: Sequence[TimedAnswer],
+    name: str, settings: DraftSettings, setup: BenchSetup, timed: Sequence[TimedAnswer], compared: Compared
 ) -> Row:
     answers, rates = [one.answer for one in timed], _rates(timed)
     tokens, drafted = (sum(counts) for counts in zip(*((len(a.token_ids), a.drafted) for a in answers), strict=True))
@@ -200,12 +215,13 @@ def _row(
     return {
         "case": name,
         "tokens_per_second": float(np.median(rates)),
-        "times_target_alone": str(Ratio.of(rates, _rates(alone))),
-        "times_best_fixed": str(Ratio.of(rates, _rates(best))),
+        "times_target_alone": str(Ratio.of(rates, _rates(compared.alone))),
+        "times_best_one_at_a_time": str(Ratio.of(rates, _rates(compared.best_one_at_a_time))),
+        "times_best_fixed": str(Ratio.of(rates, _rates(compared.best))),
         "times_round_model": _round_model_ratio(settings, setup, rates),
         "ttft_seconds": float(np.median([answer.ttft_seconds for answer in answers])),
-        "whole_times_target_alone": str(Ratio.of(_whole_rates(timed), _whole_rates(alone))),
-        "whole_times_best_fixed": str(Ratio.of(_whole_rates(timed), _whole_rates(best))),
+        "whole_times_target_alone": str(Ratio.of(_whole_rates(timed), _whole_rates(compared.alone))),
+        "whole_times_best_one_at_a_time": str(Ratio.of(_whole_rates(timed), _whole_rates(compared.best_one_at_a_time))),
         "acceptance_rate": sum(answer.accepted for answer in answers) / drafted if drafted else None,
         "uplink_bytes_per_token": sum(answer.uplink_bytes for answer in answers) / tokens,
         "invalidated_share": sum(answer.invalidated_bytes for answer in answers) / draft_bytes if draft_bytes else None,
