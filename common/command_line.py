@@ -1,6 +1,7 @@
 """What the four command lines share: ``--version``, ``-h``, ``-v``, shell completion, and errors in one line."""
 
 import io
+import signal
 import sys
 import traceback
 from importlib.metadata import version
@@ -12,6 +13,7 @@ from typer.core import TyperGroup
 from protocol.errors import EdgedraftError
 
 _INTERRUPTED = 130
+_TERMINATED = 143
 _VERBOSE_FLAGS = ("-v", "--verbose")
 # Typer bundles click or uses an installed one: only a class that typer exports has the right base class.
 _UsageError = cast(type[Exception], typer.BadParameter.__base__)
@@ -59,6 +61,7 @@ def run(app: typer.Typer, extra: str) -> NoReturn:
         extra: the optional dependencies that the commands need; the program is ``edgedraft-EXTRA``.
     """
     _configure_streams()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(_TERMINATED))  # so that temporary files are removed
     arguments = [argument for argument in sys.argv[1:] if argument not in _VERBOSE_FLAGS]
     try:
         code = typer.main.get_command(app)(arguments, prog_name=f"edgedraft-{extra}", standalone_mode=False)
