@@ -17,6 +17,8 @@ MAX_DRAFT_LEN = 32
 """Longest planned draft: the formulas assume the same acceptance at every position, which fails further out."""
 ASSUMED_COST = 1 / 4
 """Time to draft a token over the time of a forward pass of the target, before either is measured."""
+PREFILL_COST = 1 / 5
+"""Time to run a token of a prompt through the draft model over that to draft one, before it is measured."""
 FIRST_DRAFT_LEN = 4
 """The first round is short: the link's rate is not known yet."""
 TRIAL = 3
@@ -160,6 +162,7 @@ class Planner:
             link_seconds=self.times.round_trip_seconds,
             token_seconds=self._replies.slope,
             draft_seconds=self._drafting.value,
+            prefill_seconds=self._prefill_token_seconds,
             tokens_per_second=self._rounds.value,
             acceptance=self.alpha,
             acceptance_by_margin={index: self._acceptance_in(index) for index in self._by_margin},
@@ -187,6 +190,7 @@ class Planner:
         self._link_seconds = known.link_seconds
         self._replies = Line.through(self._target_seconds + known.link_seconds, known.token_seconds)
         self._drafting.observe(_KNOWN_TRIALS * known.draft_seconds, _KNOWN_TRIALS)
+        self._prefills.observe(_KNOWN_TRIALS * known.prefill_seconds, _KNOWN_TRIALS)
         self._acceptance = Share(known.acceptance, _KNOWN_TRIALS)
         self._by_margin = {index: Share(mean, _KNOWN_TRIALS) for index, mean in known.acceptance_by_margin.items()}
         self._predicted = self._predict()
@@ -203,8 +207,9 @@ class Planner:
         """
         if self._target_seconds is None:
             return TRIAL
-        if backlog >= MIN_BACKLOG:
-            return max(1, round(backlog * self._prefill_token_seconds / max(self._target_seconds, _INSTANT)))
+        if backlog >= MIN_BACKLOG:  # the first token takes a reply, each further one a forward pass
+            after_first = backlog * self._prefill_token_seconds - self._replies.intercept
+            return 1 + max(0, round(after_first / max(self._target_seconds, _INSTANT)))
         trial_due = self._since >= self._wait
         if self._alone:
             return 0 if trial_due else self._wait - self._since
@@ -365,8 +370,8 @@ class Planner:
 
     @property
     def _prefill_token_seconds(self) -> float:
-        """Seconds to run a token of a long prompt through the draft model; before it is measured, to draft one."""
-        return self._prefills.value if self._prefills else self.times.draft_seconds
+        """Seconds to run a token of a long prompt through the draft model."""
+        return self._prefills.value if self._prefills else PREFILL_COST * self.times.draft_seconds
 
     def _acceptance_at(self, margin: float | None) -> float:
         return self.alpha if margin is None else self._acceptance_in(bisect(_MARGIN_BOUNDS, margin))

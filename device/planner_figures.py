@@ -9,7 +9,7 @@ from typing import Any, Self
 
 MAX_ROUNDS = 32
 """More rounds make the figures no more certain."""
-_FORMAT = 1
+_FORMAT = 2
 _MAX_SECONDS = 3600.0
 _MAX_TOKENS_PER_SECOND = 1e6
 _MAX_TOKENS = 10**9
@@ -25,6 +25,7 @@ class PlannerFigures:
         link_seconds: of a reply without drafted tokens, less ``target_seconds``.
         token_seconds: that a drafted token adds to a reply.
         draft_seconds: to draft a token.
+        prefill_seconds: to run a token of a prompt through the draft model.
         tokens_per_second: of rounds.
         acceptance: share of drafted tokens that are accepted.
         acceptance_by_margin: the same by margin class, of those seen.
@@ -38,6 +39,7 @@ class PlannerFigures:
     link_seconds: float
     token_seconds: float
     draft_seconds: float
+    prefill_seconds: float
     tokens_per_second: float
     acceptance: float
     acceptance_by_margin: Mapping[int, float]
@@ -68,6 +70,7 @@ class PlannerFigures:
             link_seconds=_number(values, "link_seconds", _MAX_SECONDS),
             token_seconds=_number(values, "token_seconds", _MAX_SECONDS),
             draft_seconds=_number(values, "draft_seconds", _MAX_SECONDS),
+            prefill_seconds=_number(values, "prefill_seconds", _MAX_SECONDS),
             tokens_per_second=_number(values, "tokens_per_second", _MAX_TOKENS_PER_SECOND),
             acceptance=_number(values, "acceptance", 1.0),
             acceptance_by_margin={index: _number(by_margin, str(index), 1.0) for index in classes},

@@ -22,7 +22,7 @@ from protocol.messages import Mode, Sampling, Verdict
 
 logger = logging.getLogger(__name__)
 
-_MIN_PREFILL, _MAX_PREFILL = 8, 32
+_MIN_PREFILL, _MAX_PREFILL = 8, 16
 """While the target decodes alone, the draft model runs the new tokens in chunks of this size.
 
 A single token costs more, and more tokens would keep those of the target waiting.

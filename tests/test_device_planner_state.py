@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from device.planner import TRIAL, Planner
+from device.planner import ASSUMED_COST, PREFILL_COST, TRIAL, Planner
 from device.planner_figures import PlannerFigures
 from device.planner_store import MAX_FILES, PlannerStore
 from device.planners import Planners
@@ -25,7 +25,7 @@ from tests.sample import BUNDLE
 from tests.timed_pair import PairTimes
 
 WELCOME = Welcome(4, "table", 4096, 64, tuple(Mode), vocab_size=VOCAB)
-FIGURES = PlannerFigures(0.03, 0.1, 0.001, 0.004, 40.0, 0.9, {0: 0.5, 3: 0.98}, 32, False, 12, 640)
+FIGURES = PlannerFigures(0.03, 0.1, 0.001, 0.004, 0.002, 40.0, 0.9, {0: 0.5, 3: 0.98}, 32, False, 12, 640)
 
 
 def written(folder: Path, settings: DraftSettings = SETTINGS, welcome: Welcome = WELCOME) -> Path:
@@ -247,6 +247,25 @@ def test_a_planner_that_decoded_alone_goes_on_and_keeps_the_schedule_of_trials()
     assert planner.decode_len() == 14
     planner.observe_decoded(14, 0.13, 0.03 * 13)
     assert planner.decode_len() == 0
+
+
+def test_the_target_decodes_alone_for_as_long_as_the_draft_model_takes_to_run_the_prompt() -> None:
+    """A first token takes a reply, each further one a forward pass: 0.13 s and 0.03 s."""
+    planner = Planner(manifest(VOCAB).quality, greedy=False)
+    planner.start(0.0, 0.0, FIGURES)
+    planner.observe_opened(0.1)
+    assert [planner.decode_len(backlog) for backlog in (31, 32, 95, 110, 500)] == [0, 1, 3, 4, 30]
+    planner.observe_prefill(160, 160 * 0.004)
+    assert planner.decode_len(500) > 50
+    assert planner.figures is not None
+    assert planner.figures.prefill_seconds == pytest.approx(0.004, rel=0.05)
+
+
+def test_a_token_of_a_prompt_is_first_taken_to_cost_a_part_of_a_drafted_one() -> None:
+    planner = Planner(manifest(VOCAB).quality, greedy=False)
+    planner.start(0.03, 0.001)
+    planner.observe_opened(0.0)
+    assert planner.decode_len(500) == round(500 * PREFILL_COST * ASSUMED_COST)
 
 
 def test_the_pace_of_the_welcome_replaces_the_trial_of_the_target_and_that_of_an_earlier_process() -> None:
