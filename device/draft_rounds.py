@@ -9,7 +9,7 @@ Knows tokens and the planner; not what an answer is.
 
 import logging
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from device.client import Client
@@ -89,7 +89,7 @@ class DraftRounds:
     @planner.setter
     def planner(self, planner: Planner) -> None:
         self._planner = planner
-        planner.drafts_ahead = self._drafts_ahead
+        planner.drafts_ahead = self.drafts_ahead
 
     @property
     def in_flight(self) -> bool:
@@ -113,6 +113,27 @@ class DraftRounds:
             else:
                 self._send()
 
+    def begin(self, prefill: Callable[[], bool]) -> VerifiedRound | None:
+        """Ask for the next token with a Draft without tokens, while the draft model runs the tokens before it.
+
+        Drafting ahead can then begin before that token arrives.
+
+        Args:
+            prefill: runs some tokens; says whether there were any.
+
+        Returns:
+            The round, if it is verified before the draft model is ready; else ``next`` goes on.
+        """
+        self._send()
+        while prefill():
+            if verdict := self._requests.verdict(wait=False):
+                return self._conclude(verdict)
+            if not self._requests.drafts_in_flight:  # the session had to be opened again
+                self._discard()
+                return None
+        self._drafter.follow(self._tokens)
+        return None
+
     def _may_draft(self, end: int) -> bool:
         """Whether to draft another token of the next Draft."""
         drafting = self._next or PendingDraft(self._concluded)
@@ -122,18 +143,18 @@ class DraftRounds:
         longest = min(self._client.welcome.max_draft_len, fixed or self._client.welcome.max_draft_len)
         if room <= 0 or len(drafting.tokens) >= longest or self._sequence_len >= self._draft_context or self._at_end:
             return False
-        if self._in_flight and not self._drafts_ahead:
+        if self._in_flight and not self.drafts_ahead:
             return False
         if fixed is not None:
             return True
-        if self._drafts_ahead:
+        if self.drafts_ahead:
             assumed = [drafting.assumed_bonus.margin] if drafting.assumed_bonus else []
             return self._planner.should_draft_ahead([*margins_of(self._in_flight), *assumed], drafting.margins)
         return self._planner.should_continue(drafting.margins)
 
     def _may_send(self) -> bool:
         """Whether the next Draft may be sent while others are in flight."""
-        return self._next is not None and bool(self._next.tokens) and len(self._in_flight) <= self._drafts_ahead
+        return self._next is not None and bool(self._next.tokens) and len(self._in_flight) <= self.drafts_ahead
 
     def _draft_token(self) -> None:
         """Draft one token more: of the next Draft, or the bonus token that it assumes."""
@@ -220,7 +241,7 @@ class DraftRounds:
         return None
 
     @property
-    def _drafts_ahead(self) -> int:
+    def drafts_ahead(self) -> int:
         """How many Drafts may be sent on an assumed bonus token."""
         most = self._client.welcome.window - 1
         return most if self._settings.drafts_ahead is None else min(most, self._settings.drafts_ahead)

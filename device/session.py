@@ -4,7 +4,7 @@ Knows tokens, not text; ``session_requests.py`` gets the requests answered.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -13,7 +13,7 @@ from device.common_prefix import common_prefix
 from device.draft_model import DraftModel
 from device.draft_rounds import Counters, DraftRounds
 from device.drafter import DraftedToken, Drafter
-from device.planner import Planner
+from device.planner import MIN_BACKLOG, Planner
 from device.session_requests import SessionRequests
 from device.settings import DraftSettings
 from protocol.errors import CancelledError, ContextLengthError, NonFiniteError
@@ -149,9 +149,8 @@ class DeviceSession:
         start = len(self.tokens)
         end = start + max_new_tokens
         while (room := min(end, self._client.welcome.context_length) - len(self.tokens)) > 0:
-            alone = 0 if self._rounds.in_flight else self._decode_len(room)
             try:
-                for token in self._decode(alone) if alone else self._round(len(self.tokens) + room):
+                for token in self._next_tokens(room):
                     self._client.check_cancelled()
                     yield token
                     if token.token_id in self.stop_ids:
@@ -165,9 +164,15 @@ class DeviceSession:
         """End the session at the base station."""
         self._requests.close()
 
-    def _round(self, end: int) -> list[AnswerToken]:
-        """Draft up to position ``end``, and commit a round."""
-        verified = self._rounds.next(end)
+    def _next_tokens(self, room: int) -> Iterable[AnswerToken]:
+        """Commit the next tokens, at most ``room``: of a round, or of the target alone."""
+        verified = None
+        if not self._rounds.in_flight and (alone := self._decode_len(room)):
+            backlog = 0 if self._target_alone or not self._draft_room else self._drafter.backlog(self.tokens)
+            if alone > 1 or backlog < MIN_BACKLOG or not self._rounds.drafts_ahead:
+                return self._decode(alone)
+            verified = self._rounds.begin(self._prefill_draft_model)
+        verified = verified or self._rounds.next(len(self.tokens) + room)
         return self._commit(verified.drafted, verified.verdict)
 
     def _decode_len(self, room: int) -> int:

@@ -10,6 +10,7 @@ import pytest
 
 from common.round_model import RoundTimes, run_tokens
 from device.options import AnswerOptions
+from device.planner import MIN_BACKLOG
 from device.session import DeviceSession
 from device.settings import DraftSettings
 from protocol.errors import FaultError, SettingsError
@@ -252,6 +253,48 @@ def test_drafting_begins_once_the_draft_model_has_run_the_prompt() -> None:
     answer = [token.token_id for token in session.answer(200)]
     assert answer == target_alone(LARGE_TABLE, prompt, 200)
     assert session.counters.accepted > 60
+
+
+def test_drafting_ahead_begins_before_the_first_token_of_the_target_has_arrived() -> None:
+    """The draft model runs a prompt of 100 tokens in less time than a reply takes."""
+    prompts = np.random.default_rng(1).integers(0, 64, (2, 100)).tolist()
+    pair = TimedPair(LARGE_TABLE, GOOD_DRAFT, SLOW_LINK)
+    for prompt in prompts:
+        session = pair.session(DraftSettings(Mode.IDS, GREEDY, 1, None, drafts_ahead=None), prompt)
+        sent, arrivals, answer = len(pair.sent), [], []
+        for token in session.answer(40):
+            arrivals.append(pair.now)
+            answer.append(token.token_id)
+        assert answer == target_alone(LARGE_TABLE, prompt, 40)
+        session.close()
+    first = pair.sent[sent]
+    assert isinstance(first, Draft)
+    assert not first.token_ids
+    assert 0 < arrivals[1] - arrivals[0] < SLOW_LINK.round_trip
+
+
+@every_drafting_setting
+@pytest.mark.parametrize("seed", range(4))
+def test_a_draft_without_tokens_while_the_prompt_runs_changes_no_answer(
+    settings: DraftSettings, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("device.planner.Planner.decode_len", lambda _, backlog=0: int(backlog >= MIN_BACKLOG))
+    prompt = np.random.default_rng(seed).integers(0, len(TARGET), 120).tolist()
+    losses = lossy(seed), lossy(seed + 100)
+    station = new_station()
+    transport = LateTransport(station, up=losses[0], down=losses[1], chance=random.Random(seed), seen=0.1)  # noqa: S311
+    model = draft_model()
+    client, _ = join(transport.station, model, transport)
+    drafting = replace(settings, draft_len=None, drafts_ahead=3)
+    session = open_session(client, drafting, model, prompt)
+    tokens = []
+    for token in session.answer(MAX_NEW_TOKENS):
+        tokens.append(token.token_id)
+        if len(tokens) == 1 + seed:
+            transport.station = new_station()
+    if settings.mode.sends_ids_alone or settings.sampling.greedy:
+        assert tokens == lockstep_answer(settings, prompt=prompt)
+    assert len(tokens) == MAX_NEW_TOKENS
 
 
 @pytest.mark.parametrize(
