@@ -22,6 +22,7 @@ MODULES = {
     "exact": "bench.exact",
     "uplink": "bench.uplink.modes",
     "encodings": "bench.uplink.encodings",
+    "choices": "bench.uplink.choices",
     "overheads": "bench.uplink.overheads",
     "draft": "bench.draft.draft",
     "theory": "bench.theory",
