@@ -128,9 +128,6 @@ class DraftRounds:
         while prefill():
             if verdict := self._requests.verdict(wait=False):
                 return self._conclude(verdict)
-            if not self._requests.drafts_in_flight:  # the session had to be opened again
-                self._discard()
-                return None
         self._drafter.follow(self._tokens)
         return None
 
