@@ -267,9 +267,9 @@ def test_drafting_ahead_begins_before_the_first_token_of_the_target_has_arrived(
         tokens += [token.token_id for token in answer]
         assert tokens == target_alone(LARGE_TABLE, prompt, 40)
         session.close()
-    drafted = [len(message.token_ids) for message in sent if isinstance(message, Draft)]
-    assert len(drafted) > 1
-    assert drafted[0] == 0 < drafted[1]
+    first, second, *_ = (message for message in sent if isinstance(message, Draft))
+    assert (len(first.token_ids), second.assumed_bonus) == (0, tokens[0])
+    assert second.token_ids[:2] == tuple(tokens[1:3])
 
 
 @every_drafting_setting
