@@ -35,7 +35,8 @@ class PassBudget:
 
     Attributes:
         tokens: in total, unless a single round needs more.
-        prompt_tokens: for prefill, while other sessions run rounds.
+        prompt_tokens: for prefill, while other sessions run rounds; so many times more as more devices wait for a
+            prefill than run rounds.
     """
 
     tokens: int = 256
@@ -104,8 +105,9 @@ class Scheduler:
                 left -= session.round_len
                 self._round_shares.charge(session)
         prompts = self._fair_prompts(_prefill_order([one for one in ready if one.backlog], sources))
-        if any(not one.backlog and (one.waiting or now - one.last_active < _RUNNING_SECONDS) for one in sessions):
-            left = min(left, self._budget.prompt_tokens)
+        if running := {one.peer.owner for one in sessions if _is_running(one, now)}:
+            waiting = {one.peer.owner for one in prompts}
+            left = min(left, self._budget.prompt_tokens * max(1, len(waiting) // len(running)))
         for count, session in zip(range(len(prompts), 0, -1), prompts, strict=True):
             if left < _MIN_CHUNK and batch.units:
                 break
@@ -178,6 +180,11 @@ class Scheduler:
             ends = (one.last_active + BUSY_SECONDS for one, total in pairs if total >= excess)
             seconds = max(1, math.ceil(next(ends, now) - now))
             raise FullError(f"{reason} (busy sessions: {len(sessions) - 1}); retry in {seconds} s", seconds)
+
+
+def _is_running(session: Session, now: float) -> bool:
+    """Whether a session has a round, or is expected to have one soon."""
+    return not session.backlog and (session.waiting or now - session.last_active < _RUNNING_SECONDS)
 
 
 def _busy(sessions: Collection[Session], now: float) -> list[Session]:

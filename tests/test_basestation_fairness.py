@@ -137,6 +137,16 @@ def test_a_device_with_many_prompts_delays_anothers_prompt_little() -> None:
     assert passes <= 1.5 * 4 * BLOCK_SIZE / 16
 
 
+def test_prompts_of_many_devices_get_more_of_a_pass_than_that_of_one() -> None:
+    """Five devices that wait for a prefill are not slowed by two that run rounds."""
+    station = new_station(PassBudget(256, 32))
+    runners = [ScriptedDevice(station, name, prompt_of(5, name)) for name in range(2)]
+    settle(station)
+    for name in range(3, 8):
+        ScriptedDevice(station, name, prompt_of(BLOCK_SIZE, name))
+    assert passes_beside_rounds(station, runners, 1) == [2 * 5 + 2 * 32]
+
+
 def test_further_rounds_of_a_device_get_its_share_of_the_pass_alone() -> None:
     station = new_station()
     runners = [ScriptedDevice(station, name, prompt_of(5, name)) for name in range(3)]
