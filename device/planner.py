@@ -207,13 +207,16 @@ class Planner:
         """
         if self._target_seconds is None:
             return TRIAL
-        if backlog >= MIN_BACKLOG:  # the first token takes a reply, each further one a forward pass
-            after_first = backlog * self._prefill_token_seconds - self._replies.intercept
-            return 1 + max(0, round(after_first / max(self._target_seconds, _INSTANT)))
+        prefill = self._prefill_len(backlog) if backlog >= MIN_BACKLOG else 0
         trial_due = self._since >= self._wait
         if self._alone:
-            return 0 if trial_due else self._wait - self._since
-        return TRIAL if trial_due else 0
+            return 0 if trial_due else max(prefill, self._wait - self._since)
+        return prefill or (TRIAL if trial_due else 0)
+
+    def _prefill_len(self, backlog: int) -> int:
+        """Tokens of the target while the draft model runs a prompt: the first takes a reply, others a forward pass."""
+        after_first = backlog * self._prefill_token_seconds - self._replies.intercept
+        return 1 + max(0, round(after_first / max(self._target_seconds or 0.0, _INSTANT)))
 
     def should_continue(self, margins: Sequence[float | None]) -> bool:
         """Whether to draft another token after those with these ``margins``; None where the token was sampled."""

@@ -141,8 +141,8 @@ def _ahead(results: Results | None) -> Iterator[str]:
     if results:
         yield (
             "Tokens per second after the first, device and base station on one core each. Ratios are medians of paired "
-            "answers with a bootstrap 95 % interval: over the target alone, over the best fixed draft length with one "
-            "Draft at a time, and over the best of all fixed ones; those that begin with `whole` include the prompt. "
+            "answers with a bootstrap 95 % interval: over the target alone, and over the best fixed draft length, with "
+            "one Draft at a time or (`times best fixed`) of all cases; those that begin with `whole` include the prompt. "
             "`times round model` compares with `RoundTimes.run_seconds`; `invalidated share` is that of the Drafts' "
             "bytes."
         )
