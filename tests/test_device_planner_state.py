@@ -244,9 +244,9 @@ def test_a_planner_that_decoded_alone_goes_on_and_keeps_the_schedule_of_trials()
     planner = Planner(manifest(VOCAB).quality, greedy=False)
     planner.start(0.0, 0.0, known)
     planner.observe_opened(0.1)
-    assert planner.decode_len() == 14
+    assert planner.decode_len() == planner.decode_len(backlog=32) == 14, "a prompt does not shorten its turn"
     planner.observe_decoded(14, 0.13, 0.03 * 13)
-    assert planner.decode_len() == 0
+    assert planner.decode_len() == planner.decode_len(backlog=32) == 0
 
 
 def test_the_target_decodes_alone_for_as_long_as_the_draft_model_takes_to_run_the_prompt() -> None:

@@ -142,9 +142,9 @@ def _ahead(results: Results | None) -> Iterator[str]:
         yield (
             "Tokens per second after the first, device and base station on one core each. Ratios are medians of paired "
             "answers with a bootstrap 95 % interval: over the target alone, and over the best fixed draft length, with "
-            "one Draft at a time or (`times best fixed`) of all cases; those that begin with `whole` include the prompt. "
-            "`times round model` compares with `RoundTimes.run_seconds`; `invalidated share` is that of the Drafts' "
-            "bytes."
+            "one Draft at a time or (`times best fixed`) of all cases; those that begin with `whole` include the "
+            "prompt. `times round model` compares with `RoundTimes.run_seconds`; `invalidated share` is that of the "
+            "Drafts' bytes."
         )
         yield table(results.rows)
 
