@@ -315,7 +315,7 @@ def test_a_device_that_cannot_be_looked_up_is_admitted_later(site: Site) -> None
     with ThreadPoolExecutor() as pool:
         with hidden_devices(site):
             greeting = pool.submit(Client, site.link(keys), manifest, Timeouts(connect=30, resend=0.2))
-            time.sleep(0.4)
+            time.sleep(1)
             assert not greeting.done()
         session = open_session(greeting.result(), IDS, draft_model(), PROMPT)
         assert answer_of(session, 10) == target_alone(TARGET, PROMPT, 10)
