@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 from bench.cli import app
 from bench.grid.ahead import cases
 from bench.grid.ratio import Ratio
+from protocol.errors import SettingsError
 from protocol.messages import Mode
 from tests.sample import BUNDLE, SAMPLE
 
@@ -21,6 +22,12 @@ def test_cases_are_the_target_alone_and_each_draft_length_with_and_without_draft
     ]
     assert {one.mode for one in cases(1.0, [4]).values()} == {Mode.TARGET, Mode.COUPLED}
     assert {one.mode for one in cases(1.0, [4], Mode.TOPK).values()} == {Mode.TARGET, Mode.TOPK}
+
+
+def test_the_mode_of_the_target_alone_is_refused() -> None:
+    result = CliRunner().invoke(app, ["ahead", "--bundle", "none", "--target", "none", "--mode", "target"])
+    assert isinstance(result.exception, SettingsError)
+    assert "mode is target; allowed: a mode that drafts" in str(result.exception)
 
 
 def test_a_ratio_is_that_of_paired_figures() -> None:

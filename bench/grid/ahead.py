@@ -36,6 +36,7 @@ from device.draft_model import DraftModel
 from device.planners import Planners
 from device.settings import DraftSettings
 from device.tokenizer import Tokenizer
+from protocol.errors import SettingsError
 from protocol.messages import Mode, Sampling
 
 TARGET_ALONE = "target alone"
@@ -75,6 +76,8 @@ def ahead(
     The cases take turns on each prompt, in alternating order. Ratios are medians over the answers, with a bootstrap
     95 % interval. Tokens per second count from the first tokens on, those of whole answers include the prompt.
     """
+    if mode is Mode.TARGET:
+        raise SettingsError("mode", mode, "a mode that drafts; the target alone is measured with each")
     links = [
         Cell(temperature, round_trip if round_trip or uplinks else None, uplink if round_trip or uplinks else None)
         for temperature in temperatures or (0.0, 1.0)
