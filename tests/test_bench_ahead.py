@@ -27,7 +27,7 @@ def test_cases_are_the_target_alone_and_each_draft_length_with_and_without_draft
 def test_the_mode_of_the_target_alone_is_refused() -> None:
     result = CliRunner().invoke(app, ["ahead", "--bundle", "none", "--target", "none", "--mode", "target"])
     assert isinstance(result.exception, SettingsError)
-    assert "mode is target; allowed: a mode that drafts" in str(result.exception)
+    assert "mode is 'target'; allowed: a mode that drafts" in str(result.exception)
 
 
 def test_a_ratio_is_that_of_paired_figures() -> None:

@@ -77,7 +77,7 @@ def ahead(
     95 % interval. Tokens per second count from the first tokens on, those of whole answers include the prompt.
     """
     if mode is Mode.TARGET:
-        raise SettingsError("mode", mode, "a mode that drafts; the target alone is measured with each")
+        raise SettingsError("mode", mode.value, "a mode that drafts; the target alone is measured with each")
     links = [
         Cell(temperature, round_trip if round_trip or uplinks else None, uplink if round_trip or uplinks else None)
         for temperature in temperatures or (0.0, 1.0)
