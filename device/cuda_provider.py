@@ -20,7 +20,8 @@ CUDA_PROVIDERS = ("CUDAExecutionProvider", "TensorrtExecutionProvider")
 Capability: TypeAlias = tuple[int, int]
 """A GPU's compute capability, major and minor."""
 _LIBRARY = Path(onnxruntime.__file__).parent / "capi" / "libonnxruntime_providers_cuda.so"
-_NEEDED = re.compile(rb"(lib(?:cudart|cublas|cublasLt|cudnn|cufft|curand)\.so)\.([0-9]+)(?=\0)")
+_NEEDED = re.compile(rb"(lib(?:cudart|cublas|cublasLt|cudnn|cufft|curand|nvinfer|nvonnxparser)\.so)\.([0-9]+)(?=\0)")
+_TENSORRT = "TensorrtExecutionProvider", "libonnxruntime_providers_tensorrt.so"
 _DRIVER = "libcuda.so.1"
 _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
 _FAT_BINARY = struct.pack("<I", 0xBA55ED50)
@@ -85,7 +86,10 @@ def check_cuda(provider: str, library: Path = _LIBRARY, load: Callable[[str], An
     Raises:
         SettingsError: it cannot; names each library that is missing, the driver's fault, or the GPU without code.
     """
-    faults = [f"{name} is not installed" for name in _needed(library) if not _loads(name, load)]
+    needed = _needed(library)
+    if provider == _TENSORRT[0]:
+        needed += _needed(library.with_name(_TENSORRT[1]))
+    faults = [f"{name} is not installed" for name in needed if not _loads(name, load)]
     try:
         gpus = _gpus(load)
     except EdgedraftError as error:

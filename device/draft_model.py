@@ -256,7 +256,11 @@ def _load(path: Path, threads: int, providers: Sequence[str]) -> onnxruntime.Inf
     # Spinning between the operators of a run saves a quarter of it; longer spinning only takes the cores from others.
     options.add_session_config_entry("session.intra_op.spin_duration_us", "20")
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=list(providers))
+        session = onnxruntime.InferenceSession(str(path), options, providers=list(providers))
     except Exception as error:  # ONNX Runtime's errors share no base class
         reason = str(error).strip().splitlines()[0]
         raise BundleError(f"{str(path)!r} cannot be loaded: {reason}; export the bundle again") from error
+    started = session.get_providers()
+    if idle := [name for name in providers if name not in started]:
+        raise SettingsError("provider", idle[0], f"{', '.join(started)}, because ONNX Runtime could not start it")
+    return session

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
 import pytest
 
 from device import cuda_provider
@@ -91,6 +92,15 @@ def test_what_a_gpu_lacks_is_named(driver: Driver | None, missing: list[str], wo
         check_cuda("CUDAExecutionProvider", library(tmp_path, (BINARY, 87)), loader(driver, *missing))
 
 
+def test_tensorrt_needs_its_own_libraries_too(tmp_path: Path) -> None:
+    cuda = library(tmp_path, (BINARY, 87))
+    cuda.with_name("libonnxruntime_providers_tensorrt.so").write_bytes(b"\x7fELF\0libnvinfer.so.10\0")
+    load = loader(Driver((8, 7)), "libnvinfer.so.10")
+    check_cuda("CUDAExecutionProvider", cuda, load)
+    with pytest.raises(SettingsError, match=r"libnvinfer\.so\.10 is not installed"):
+        check_cuda("TensorrtExecutionProvider", cuda, load)
+
+
 def test_a_gpu_with_libraries_driver_and_code_is_accepted(tmp_path: Path) -> None:
     check_cuda("CUDAExecutionProvider", library(tmp_path, (BINARY, 87)), loader(Driver((8, 7)), "libcudart.so.12"))
 
@@ -110,3 +120,15 @@ def test_a_device_starts_no_model_on_a_gpu_that_cannot_run_it(tmp_path: Path, mo
     monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CUDAExecutionProvider"])
     with pytest.raises(SettingsError, match="CPUExecutionProvider"):
         DraftModel(bundle, providers=["CUDAExecutionProvider"])
+
+
+def test_a_provider_that_does_not_start_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = write_bundle(tmp_path / "bundle", one_word("cat"))
+    session = onnxruntime.InferenceSession
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["SomeExecutionProvider"])
+    monkeypatch.setattr(
+        "onnxruntime.InferenceSession",
+        lambda path, options, providers: session(path, options, providers=["CPUExecutionProvider"]),
+    )
+    with pytest.raises(SettingsError, match="could not start it"):
+        DraftModel(bundle, providers=["SomeExecutionProvider"])
