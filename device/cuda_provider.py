@@ -97,12 +97,12 @@ def check_cuda(provider: str, library: Path = _LIBRARY, load: Callable[[str], An
     else:
         code = gpu_code(library)
         faults += [
-            f"the GPU has compute capability {_listed([gpu])}, and ONNX Runtime has code for {code}"
+            f"the GPU's compute capability is {_listed([gpu])} (ONNX Runtime has code for {code})"
             for gpu in gpus
             if not code.runs_on(gpu)
         ]
     if faults:
-        raise SettingsError("provider", provider, f"CPUExecutionProvider, because {'; '.join(faults)}")
+        raise SettingsError("provider", provider, f"CPUExecutionProvider, because {', '.join(faults)}")
 
 
 def _needed(library: Path) -> list[str]:
@@ -120,7 +120,7 @@ def _gpus(load: Callable[[str], Any]) -> list[Capability]:
         EdgedraftError: there is no driver, or it finds no GPU.
     """
     if not _loads(_DRIVER, load):
-        raise EdgedraftError(f"{_DRIVER}, the driver, is not there (--runtime nvidia, or --gpus all)")
+        raise EdgedraftError(f"the driver {_DRIVER} is not there (--runtime nvidia, or --gpus all)")
     driver = load(_DRIVER)
     count = ctypes.c_int()
     if (code := driver.cuInit(0)) or (code := driver.cuDeviceGetCount(ctypes.byref(count))):
