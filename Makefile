@@ -13,7 +13,18 @@ PAIR := build/pair
 PAIR_PROMPT := Write a Python class for a bank account with deposit, withdraw and a transaction history.
 CUDA_TESTS := $(addprefix tests/test_basestation_,target_model.py verify.py non_finite.py prefix_sharing.py memory.py)
 
-.PHONY: chromium prometheus help demo demo-pair test test-next test-cuda test-gguf test-pair test-clients test-pages screenshots endurance images test-images lint types bench peers models pair clean
+# What targets need besides Python, as NAME=DEBIAN_PACKAGE.
+needs-test := systemd-analyze=systemd
+needs-test-images := debootstrap=debootstrap buildah=buildah qemu-aarch64-static=qemu-user-static \
+	update-binfmts=binfmt-support sshd=openssh-server ssh=openssh-client shellcheck=shellcheck ip=iproute2 \
+	systemd-analyze=systemd
+needs-screenshots := chromium=chromium /usr/share/fonts/truetype/dejavu/DejaVuSans.ttf=fonts-dejavu-core
+needs-test-pages := $(needs-screenshots) prometheus=prometheus
+needs-test-clients := node=nodejs npm=npm
+needs-peers := npm=npm
+NEEDS := needs-test needs-test-images needs-screenshots needs-test-pages needs-test-clients needs-peers
+
+.PHONY: $(NEEDS) locks help demo demo-pair test test-next test-cuda test-gguf test-pair test-clients test-pages screenshots endurance images test-images lint types bench peers models pair clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 13
@@ -24,7 +35,7 @@ demo: models  ## stream an answer over loopback, then compare with the target al
 demo-pair: pair  ## the same with a draft model of 0.5 and a target of 1.5 billion parameters, on a coding prompt
 	@$(BIN)/edgedraft-bench demo --bundle $(PAIR)/bundle --target $(PAIR)/target --prompt "$(PAIR_PROMPT)"
 
-test: lint types models $(DEVICE_VENV)/ready  ## lint, type checks and all tests, with the sample model
+test: needs-test lint types models $(DEVICE_VENV)/ready  ## lint, type checks and all tests, with the sample model
 	$(BIN)/pytest -q -n 2 --dist worksteal -m "not model and not endurance and not images and not gguf and not pages and not pair"
 	$(BIN)/pytest -q -m "model and not endurance and not clients and not pages"
 
@@ -34,7 +45,7 @@ endurance: models  ## tests that take minutes: broken links, killed base station
 images:  ## build the container images with docker or buildah
 	docker/images.sh
 
-test-images: models  ## build the images without a registry and test them; needs root and the tools of docker/offline.sh
+test-images: needs-test-images models  ## build the images without a registry and test them; needs root
 	docker/offline.sh $(BIN)/pip
 	$(BIN)/pytest -q -rP -m images
 
@@ -52,20 +63,20 @@ test-gguf: $(VENV)/ready  ## download two real GGUF files (700 MB) and test thei
 test-pair: pair  ## exact answers of the pair in float32; needs 16 GB of memory and about an hour
 	$(BIN)/pytest -q -rP -m pair
 
-test-clients: models $(CLIENTS_VENV)/ready $(CLIENTS_NODE)/ready  ## run openai (Python, Node), litellm and langchain against a pair; needs node
+test-clients: needs-test-clients models $(CLIENTS_VENV)/ready $(CLIENTS_NODE)/ready  ## run openai (Python, Node), litellm and langchain against a pair; needs node
 	$(BIN)/pytest -q -m clients
 
-test-pages: chromium prometheus models  ## drive the web pages in Chromium and scrape both ends with Prometheus, from Debian
+test-pages: needs-test-pages models  ## drive the web pages in Chromium and scrape both ends with Prometheus, from Debian
 	$(BIN)/pytest -q -m pages
 
-screenshots: chromium models  ## take the pictures of the docs
+screenshots: needs-screenshots models  ## take the pictures of the docs
 	$(BIN)/python -m tests.screenshots docs/pictures
 
-chromium:
-	@test -x /usr/bin/chromium || { echo "Debian packages are missing; run: apt-get install chromium fonts-dejavu-core" >&2; exit 1; }
+$(NEEDS):
+	@tests/needs.sh $($@)
 
-prometheus:
-	@test -x /usr/bin/prometheus || { echo "a Debian package is missing; run: apt-get install prometheus" >&2; exit 1; }
+locks: $(VENV)/ready  ## write docker/locks: versions and hashes of all that images contain
+	PIP=$(BIN)/pip UV=$(BIN)/uv docker/lock.sh
 
 lint: $(VENV)/ready  ## ruff and the import contracts
 	$(BIN)/ruff check .
@@ -79,7 +90,7 @@ bench: models  ## measure the README's speedup, and check exactness
 	$(BIN)/edgedraft-bench speedup --bundle $(BUNDLE) --target $(SAMPLE)
 	$(BIN)/edgedraft-bench exact --bundle $(BUNDLE) --target $(SAMPLE)
 
-peers: $(PEERS_NODE)/ready  ## install llama.cpp for Node, which `edgedraft-bench peers` compares; needs npm
+peers: needs-peers $(PEERS_NODE)/ready  ## install llama.cpp for Node, which `edgedraft-bench peers` compares; needs npm
 
 models: $(BUNDLE)/manifest.json  ## download the sample model and export its bundle into build/
 

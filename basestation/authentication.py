@@ -5,15 +5,18 @@ holds its secret key (ZAP, RFC 27; CURVE, RFC 26), and then attaches the key to 
 """
 
 import logging
+from typing import TYPE_CHECKING
 
 import zmq
 from zmq.utils import z85
 
 from basestation.key_folder import EnrolledDevice, KeyFolder
-from basestation.metrics import Metrics
 from basestation.peer import UNNAMED
 from common.loopback import is_loopback
 from protocol.errors import KeyFileError, RevokedError, SettingsError
+
+if TYPE_CHECKING:
+    from basestation.metrics import Metrics  # imports PyTorch, which the commands for keys do not need
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +43,7 @@ class Authenticator:
         socket: receives ZeroMQ's requests; call ``answer`` when it is readable.
     """
 
-    def __init__(self, keys: KeyFolder, context: "zmq.Context[zmq.Socket[bytes]]", metrics: Metrics) -> None:
+    def __init__(self, keys: KeyFolder, context: "zmq.Context[zmq.Socket[bytes]]", metrics: "Metrics") -> None:
         self._keys = keys
         self._metrics = metrics
         self._admitted: dict[str, str] = {}

@@ -193,6 +193,12 @@ def revoke(folder: KeyFolderArgument, name: DeviceName) -> None:
     typer.echo(f"revoked {name}")
 
 
+@keys_app.command("show")
+def show_key(folder: KeyFolderArgument) -> None:
+    """Print the file station.pub: the base station's public key, for --station-key of the devices."""
+    typer.echo(KeyFolder(folder).public_path.read_text(encoding="ascii"), nl=False)
+
+
 @keys_app.command("list")
 def list_devices(
     folder: KeyFolderArgument,

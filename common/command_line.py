@@ -11,6 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from protocol.errors import EdgedraftError
+from protocol.messages import PROTOCOL_VERSION
 
 _INTERRUPTED = 130
 _TERMINATED = 143
@@ -35,14 +36,14 @@ def application(summary: str, cls: type[TyperGroup] = TyperGroup) -> typer.Typer
 
 def _print_version(context: typer.Context, is_wanted: bool) -> None:
     if is_wanted:
-        typer.echo(f"{context.info_name} {version('edgedraft')}")
+        typer.echo(f"{context.info_name} {version('edgedraft')}, wire version {PROTOCOL_VERSION}")
         raise typer.Exit
 
 
 def _common_options(
     verbose: Annotated[bool, typer.Option(*_VERBOSE_FLAGS, help="Show tracebacks and the output of tools.")] = False,
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print version and wire version, and exit.")
     ] = False,
 ) -> None:
     """Typer declares the options; ``run`` reads ``-v`` from the arguments, wherever it stands."""

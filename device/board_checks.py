@@ -1,4 +1,4 @@
-"""Checks of the board: processor features that decide the draft model's speed, threads, governor, and the speed itself.
+"""Checks of the board: kernel, processor features, threads, and clock, which decide the draft model's speed; the speed.
 
 Reads what Linux says of itself; where it says nothing, that is not checked.
 """
@@ -7,7 +7,8 @@ import os
 import platform
 import re
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from common.checks import Finding, Status
@@ -28,6 +29,20 @@ _SLOW_GOVERNORS = ("powersave", "conservative")
 _SELF_GOVERNING = ("intel_pstate", "amd-pstate-epp")
 """Drivers whose ``powersave`` raises the clock under load."""
 _UNTIMED_TOKENS, _TIMED_TOKENS = 4, 16
+_HOT = 80
+"""Degrees Celsius at which a Raspberry Pi begins to lower its clock."""
+_CLOCK_LIMITS = ("under-voltage", "clock capped", "throttled", "soft temperature limit")
+"""Bits 0 to 3 of a Raspberry Pi's ``get_throttled`` for now; bits 16 to 19 for any time since boot."""
+_SINCE_BOOT = 16
+
+
+def board(tree: Path = Path("/proc/device-tree"), page_bytes: int | None = None) -> Finding[None]:
+    """Name the board, its kernel, and the size of the kernel's pages."""
+    model = tree / "model"
+    name = model.read_text(encoding="utf-8").rstrip("\0") if model.exists() else platform.machine()
+    kibibytes = (page_bytes or os.sysconf("SC_PAGE_SIZE")) // 1024
+    untested = "" if kibibytes == 4 else ", on which edgedraft is untested"
+    return Finding(f"{name}, kernel {platform.release()}, pages of {kibibytes} KiB{untested}", None)
 
 
 def processor(cpu_info: Path = _CPU_INFO) -> Finding[None]:
@@ -72,6 +87,24 @@ def governor(cpus: Path = _CPUS) -> Finding[None]:
     return Finding(f"{text}: the clock stays low", None, Status.WARNING, remedy)
 
 
+def throttling(system: Path = Path("/sys")) -> Finding[None]:
+    """Look at temperature and supply voltage, which lower the clock."""
+    degrees = [int(text) // 1000 for text in _readable(system.glob("class/thermal/thermal_zone*/temp"))]
+    flags = [int(text, 16) for text in _readable(system.glob("devices/platform/soc*/*firmware/get_throttled"))]
+    now, before = (
+        [name for bit, name in enumerate(_CLOCK_LIMITS) if any(flag >> bit + shift & 1 for flag in flags)]
+        for shift in (0, _SINCE_BOOT)
+    )
+    found = [f"{max(degrees)} °C"] if degrees else []
+    found += [f"{when}: {', '.join(names)}" for when, names in (("now", now), ("since boot", before)) if names]
+    if not found:
+        return Finding("this system tells neither temperature nor voltage", None, Status.NOT_CHECKED)
+    if now or before or max(degrees, default=0) >= _HOT:
+        remedy = "the clock is lowered: cool the board, and use the power supply that its maker recommends"
+        return Finding("; ".join(found), None, Status.WARNING, remedy)
+    return Finding("; ".join(found), None)
+
+
 def draft_model(load: Callable[[], DraftModel], clock: Callable[[], float] = time.monotonic) -> Finding[DraftModel]:
     """Load the draft model, and measure how long it takes for a token.
 
@@ -87,6 +120,13 @@ def draft_model(load: Callable[[], DraftModel], clock: Callable[[], float] = tim
     model.rollback(0)
     seconds = (moments[-1] - moments[_UNTIMED_TOKENS - 1]) / _TIMED_TOKENS
     return Finding(f"{1e3 * seconds:.1f} ms for a token", model)
+
+
+def _readable(paths: Iterable[Path]) -> Iterator[str]:
+    """The contents of files, but for sensors that are off, which cannot be read."""
+    for path in paths:
+        with suppress(OSError):
+            yield path.read_text(encoding="ascii")
 
 
 def _named(words: Collection[str], names: Mapping[str, str]) -> list[str]:

@@ -58,9 +58,11 @@ class Doctor:
     def _check_board(self, manifest: Outcome[Manifest]) -> Outcome[DraftModel]:
         options = self._options
         memory = self._checks.run("memory", bundle_checks.memory, manifest)
+        self._checks.run("board", board_checks.board)
         self._checks.run("processor", board_checks.processor)
         self._checks.run("threads", partial(board_checks.threads, options.threads))
         self._checks.run("governor", board_checks.governor)
+        self._checks.run("throttling", board_checks.throttling)
         load = partial(DraftModel, options.bundle, options.threads, (options.provider,))
         return self._checks.run("draft model", lambda _: board_checks.draft_model(load), memory)
 

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime
 
+from device.cuda_provider import CUDA_PROVIDERS, check_cuda
 from device.huge_pages import huge_pages
 from protocol.bundle import MODEL_NAME, CacheKind, Manifest
 from protocol.errors import BundleError, SettingsError
@@ -57,7 +58,7 @@ class DraftModel:
 
     Raises:
         BundleError: the folder is not a bundle, is damaged, or cannot be loaded.
-        SettingsError: the number of threads, or a provider that this ONNX Runtime does not have.
+        SettingsError: the number of threads, or a provider that this ONNX Runtime does not have or cannot use here.
     """
 
     def __init__(self, bundle: Path, threads: int = 0, providers: Sequence[str] = ("CPUExecutionProvider",)) -> None:
@@ -244,6 +245,9 @@ def _load(path: Path, threads: int, providers: Sequence[str]) -> onnxruntime.Inf
     unknown = [name for name in providers if name not in available]
     if unknown:
         raise SettingsError("provider", unknown[0], ", ".join(available))
+    for name in providers:
+        if name in CUDA_PROVIDERS:
+            check_cuda(name)
     if not 0 <= threads <= _MAX_THREADS:
         raise SettingsError("threads", threads, f"0 (all usable cores) to {_MAX_THREADS}")
     options = onnxruntime.SessionOptions()
@@ -252,7 +256,11 @@ def _load(path: Path, threads: int, providers: Sequence[str]) -> onnxruntime.Inf
     # Spinning between the operators of a run saves a quarter of it; longer spinning only takes the cores from others.
     options.add_session_config_entry("session.intra_op.spin_duration_us", "20")
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=list(providers))
+        session = onnxruntime.InferenceSession(str(path), options, providers=list(providers))
     except Exception as error:  # ONNX Runtime's errors share no base class
         reason = str(error).strip().splitlines()[0]
         raise BundleError(f"{str(path)!r} cannot be loaded: {reason}; export the bundle again") from error
+    started = session.get_providers()
+    if idle := [name for name in providers if name not in started]:
+        raise SettingsError("provider", idle[0], f"{', '.join(started)}, because ONNX Runtime could not start it")
+    return session

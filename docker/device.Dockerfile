@@ -9,26 +9,29 @@ ARG PYTHON_IMAGE=docker.io/library/python:3.11.14-slim-bookworm
 FROM scratch AS wheels
 
 FROM ${PYTHON_IMAGE} AS build
+# Without PIP_INDEX_URL, pip's own configuration names the index.
+ARG PIP_INDEX_URL
 ARG PIP_NO_INDEX
 WORKDIR /build
-RUN python3 -m venv /opt/edgedraft
-COPY pyproject.toml constraints.txt docker/requirements.py ./
+RUN python3 -m venv /opt/edgedraft && python3 -m venv /opt/tools
 # Dependencies first, so that a change of the code keeps their layer cached.
+COPY docker/locks/build.txt docker/locks/device.txt ./
 RUN --mount=type=bind,from=wheels,target=/wheels \
-    python3 requirements.py device >requirements.txt \
-    && /opt/edgedraft/bin/pip install --no-cache-dir --find-links /wheels --constraint constraints.txt \
-        --requirement requirements.txt
-COPY README.md LICENSE ./
+    /opt/tools/bin/pip install --no-cache-dir --find-links /wheels --require-hashes --no-deps --requirement build.txt \
+    && /opt/edgedraft/bin/pip install --no-cache-dir --find-links /wheels --require-hashes --no-deps \
+        --requirement device.txt
+COPY pyproject.toml README.md LICENSE ./
 COPY protocol protocol
 COPY common common
 COPY device device
 # Removed afterwards: the hub client that tokenizers depends on, and files that the device does not use.
-RUN --mount=type=bind,from=wheels,target=/wheels \
-    /opt/edgedraft/bin/pip install --no-cache-dir --find-links /wheels --no-deps . \
+RUN /opt/tools/bin/hatchling build --target wheel --directory /dist \
+    && /opt/edgedraft/bin/pip install --no-cache-dir --no-index --no-deps /dist/*.whl \
     && /opt/edgedraft/bin/pip uninstall --yes \
         certifi charset-normalizer filelock fsspec hf-xet huggingface-hub pyyaml requests tqdm urllib3 setuptools pip \
     && find /opt/edgedraft -depth -type d \( -name tests -o -path '*/onnxruntime/transformers' \) -exec rm -rf {} + \
-    && rm -f /opt/edgedraft/bin/edgedraft-export /opt/edgedraft/bin/edgedraft-basestation /opt/edgedraft/bin/edgedraft-bench
+    && rm -f /opt/edgedraft/bin/edgedraft-export /opt/edgedraft/bin/edgedraft-basestation /opt/edgedraft/bin/edgedraft-bench \
+    && /opt/tools/bin/cyclonedx-py environment --output-file /opt/edgedraft/sbom.json /opt/edgedraft/bin/python
 
 FROM ${PYTHON_IMAGE}
 RUN install --directory --owner=10001 --group=10001 --mode=700 /keys
@@ -41,3 +44,9 @@ HEALTHCHECK --interval=30s --timeout=5s --start-period=60s \
     CMD ["python3", "-c", "from urllib.request import urlopen; urlopen('http://127.0.0.1:8080/healthz', timeout=4)"]
 ENTRYPOINT ["edgedraft-device"]
 CMD ["--help"]
+ARG VERSION=0.1.0
+ARG REVISION=unknown
+LABEL org.opencontainers.image.title=edgedraft-device \
+    org.opencontainers.image.version=${VERSION} \
+    org.opencontainers.image.revision=${REVISION} \
+    org.opencontainers.image.licenses=Apache-2.0

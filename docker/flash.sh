@@ -6,46 +6,59 @@
 #
 #   --bundle DIR        the bundle; default build/bundle
 #   --server ENDPOINT   the base station's address as seen from the board, tcp://HOST:5755; required
-#   --keys DIR          the base station's key folder on this machine, in which the board's key is enrolled; required
-#   --station HOST      enroll over ssh on HOST; --keys is a folder there
+#   --keys DIR          the base station's key folder, in which the board's key is enrolled; required
+#   --station-command COMMAND
+#                       runs edgedraft-basestation where the keys are; default edgedraft-basestation. With compose:
+#                       "docker compose -f docker/compose.yaml exec -T basestation edgedraft-basestation" --keys /keys
+#   --station HOST      run that command over ssh on HOST
 #   --name NAME         name under which the board is enrolled; default its host name
-#   --image FILE        load this image (from docker save) instead of building one
+#   --image IMAGE       a file from docker save, or an image in a registry; default: build one
 #   --image-name NAME   device, or device-jetson
 #   --provider NAME     ONNX Runtime execution provider
 #   --port PORT         port of the service on the board's loopback; default 8080
-#   --dry-run           print each step without running it
+#   --dry-run           make all checks, and print each step without running it
+#
+# A board whose service does not become healthy gets back the image, bundle, configuration and unit it had.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-BUNDLE=build/bundle SERVER='' KEYS='' STATION='' NAME='' IMAGE='' IMAGE_NAME=device
-PROVIDER=CPUExecutionProvider PORT=8080 DRY_RUN='' HOST=''
+BUNDLE=build/bundle SERVER='' KEYS='' STATION='' STATION_COMMAND=edgedraft-basestation NAME='' IMAGE=''
+IMAGE_NAME=device PROVIDER=CPUExecutionProvider PORT=8080 DRY_RUN='' HOST=''
 READY_SECONDS=${READY_SECONDS:-120}
 # On the board: the board's key, the base station's public key, the bundle and, without docker, the environment.
 STATE=/var/lib/edgedraft
 # On the board: the options of the service.
 CONFIGURATION=/etc/edgedraft/device.toml
+UNIT=/etc/systemd/system/edgedraft-device.service
 USER_ID=10001
 
 main() {
   options "$@"
-  check
+  check_options
   step "look at $HOST"
-  local engine
-  engine=$(engine)
-  if [ "$engine" = docker ]; then
+  probe
+  check_provider
+  check_image
+  check_station
+  keep_previous
+  if [ "$ENGINE" = docker ]; then
     send_image
   else
     send_environment
   fi
   send_bundle
-  make_key "$engine"
+  make_key
   make_api_key
   enroll
-  send_configuration "$engine"
-  send_unit "$engine"
+  step "install the configuration"
+  on_board "mkdir -p ${CONFIGURATION%/*}"
+  send "$CONFIGURATION" "$(configuration)"
+  step "install the unit"
+  send "$UNIT" "$(unit)"
   step "start edgedraft-device at boot, and now"
   on_board "systemctl daemon-reload && systemctl enable --quiet edgedraft-device && systemctl restart edgedraft-device"
-  wait_until_ready "$engine"
+  wait_until_ready
+  prune
 }
 
 options() {
@@ -53,8 +66,9 @@ options() {
     case $1 in
       --bundle) BUNDLE=${2:?} && shift ;;
       --server) SERVER=${2:?} && shift ;;
-      --keys) KEYS=${2:?} && shift ;;
+      --keys) KEYS=$(printf %q "${2:?}") && shift ;;
       --station) STATION=${2:?} && shift ;;
+      --station-command) STATION_COMMAND=${2:?} && shift ;;
       --name) NAME=${2:?} && shift ;;
       --image) IMAGE=${2:?} && shift ;;
       --image-name) IMAGE_NAME=${2:?} && shift ;;
@@ -69,25 +83,139 @@ options() {
   done
 }
 
-check() {
+check_options() {
   [ -n "$HOST" ] || fail "which board? docker/flash.sh [OPTION]… HOST (see --help)"
   [ -f "$BUNDLE/manifest.json" ] || fail "$BUNDLE is not a bundle; export one with: edgedraft-export convert MODEL BUNDLE"
   [[ $SERVER =~ ^tcp://[^/:]+:[0-9]+$ ]] || fail "--server is '$SERVER'; allowed: tcp://HOST:PORT, as seen from the board"
   [ -n "$KEYS" ] || fail "--keys is missing: the folder that edgedraft-basestation keys new created"
-  [ -z "$IMAGE" ] || [ -f "$IMAGE" ] || fail "$IMAGE is not a file"
+  [[ $IMAGE != *.tar ]] || [ -f "$IMAGE" ] || fail "$IMAGE is not a file"
+  [[ $IMAGE_NAME =~ ^device(-jetson)?$ ]] || fail "--image-name is '$IMAGE_NAME'; allowed: device, device-jetson"
+  [[ $PROVIDER =~ ^(CPU|CUDA|Tensorrt)ExecutionProvider$ ]] ||
+    fail "--provider is '$PROVIDER'; allowed: CPUExecutionProvider, CUDAExecutionProvider, TensorrtExecutionProvider"
   [[ $PORT =~ ^[0-9]+$ ]] || fail "--port is '$PORT'; allowed: a number"
 }
 
-engine() {
-  if ask_board "command -v docker >/dev/null && docker info >/dev/null 2>&1"; then echo docker; else echo python; fi
+# Finds out what the board is: ENGINE (docker or python) and ARCH.
+probe() {
+  local words status=0
+  words=$(ssh -o BatchMode=yes -o ConnectTimeout=10 "$HOST" true 2>&1 </dev/null) || status=$?
+  [ "$status" = 0 ] || fail_to_connect "$status" "$(tail -n 1 <<<"$words")"
+  words=$(ssh "$HOST" '[ "$(id -u)" = 0 ] || sudo -n true' 2>&1 </dev/null) ||
+    fail "$HOST is reached, but its user is not root and cannot use sudo without a password (${words##*$'\n'}); allow it in /etc/sudoers.d, or use root@"
+  ARCH=$(board_arch)
+  if ! ask_board "command -v docker >/dev/null"; then
+    ENGINE=python
+    step "no docker on the board: use Python"
+    ask_board "python3 -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null" ||
+      fail "$HOST has neither docker nor Python 3.11 with venv; on the board run: sudo apt-get install python3-venv"
+  elif ask_board "docker info >/dev/null 2>&1"; then
+    ENGINE=docker
+  else
+    fail "docker on $HOST does not answer; on the board run: sudo systemctl start docker"
+  fi
+}
+
+# fail_to_connect STATUS WORDS: 255 is ssh's own.
+fail_to_connect() {
+  case $1:$2 in
+    255:*'Permission denied'*) fail "$HOST asks for a password or another key ($2); run: ssh-copy-id $HOST" ;;
+    255:*'Host key verification failed'*) fail "$HOST has a host key that this machine does not know; run: ssh $HOST" ;;
+    255:*) fail "$HOST is unreachable ($2); check its name, its power and the network" ;;
+    *) fail "$HOST does not run commands ($2)" ;;
+  esac
+}
+
+board_arch() {
+  local machine
+  machine=$(ask_board "uname -m")
+  case $machine in
+    aarch64) echo arm64 ;;
+    x86_64) echo amd64 ;;
+    *) fail "there is no image for $machine" ;;
+  esac
+}
+
+check_provider() {
+  [ "$IMAGE_NAME" = device ] || [ "$ARCH" = arm64 ] || fail "--image-name $IMAGE_NAME is for arm64; $HOST is $ARCH"
+  [ "$PROVIDER" != CPUExecutionProvider ] || return 0
+  [ "$ENGINE" = docker ] || fail "--provider $PROVIDER needs docker on the board; without it, only the CPU is used"
+  [ "$IMAGE_NAME" != device ] || fail "--provider $PROVIDER needs --image-name device-jetson; the image device has no GPU"
+  ask_board "docker info --format '{{json .Runtimes}}' | grep -q nvidia" ||
+    fail "docker on $HOST has no runtime nvidia; on the board run: sudo nvidia-ctk runtime configure --runtime=docker"
+}
+
+check_image() {
+  if [ "$ENGINE" = python ]; then
+    [ -z "$IMAGE" ] || fail "--image needs docker on the board"
+  elif [ -z "$IMAGE" ]; then
+    ARCH=$ARCH docker/images.sh --dry-run "$IMAGE_NAME" >/dev/null
+  elif [ ! -f "$IMAGE" ]; then
+    ask_board "docker manifest inspect $IMAGE >/dev/null" ||
+      fail "--image $IMAGE is neither a file here nor an image that the board can pull"
+  fi
+}
+
+# Reads STATION_PUBLIC, the file station.pub, and whether the board's key is ENROLLED.
+check_station() {
+  local listed key
+  if ! STATION_PUBLIC=$(at_station "keys show $KEYS") || ! listed=$(at_station "keys list $KEYS"); then
+    fail "the base station's keys cannot be read; see --keys and --station-command"
+  fi
+  key=$(ask_board "[ ! -e $STATE/keys/device.pub ] || cat $STATE/keys/device.pub" | cut -d' ' -f2)
+  [ -n "$NAME" ] || NAME=$(ask_board hostname)
+  ENROLLED=''
+  if [ -n "$key" ] && grep --fixed-strings --quiet -- "$key" <<<"$listed"; then
+    ENROLLED=yes
+  elif grep --quiet "  $NAME$" <<<"$listed"; then
+    fail "--name is '$NAME', which another device has at the base station; choose another, or revoke it"
+  fi
+}
+
+# What a running service has is kept in STATE/previous, its image as :previous.
+keep_previous() {
+  PREVIOUS=''
+  ask_board "[ -e $UNIT ] && systemctl is-active --quiet edgedraft-device" || return 0
+  PREVIOUS=yes
+  step "keep what the board has"
+  on_board "rm -rf $STATE/previous && mkdir -p $STATE/previous && cp $UNIT $CONFIGURATION $STATE/previous"
+  [ "$ENGINE" = python ] || on_board "docker tag $(image latest) $(image previous)"
+}
+
+roll_back() {
+  [ -n "$PREVIOUS" ] || fail "$1; there is nothing to roll back to; see: ssh $HOST journalctl --unit edgedraft-device"
+  step "$1: roll back"
+  [ "$ENGINE" = python ] || on_board "docker tag $(image previous) $(image latest)"
+  on_board "cd $STATE/previous && cp ${UNIT##*/} $UNIT && cp ${CONFIGURATION##*/} $CONFIGURATION"
+  on_board "[ ! -d $STATE/previous/bundle ] || { rm -rf $STATE/bundle && mv $STATE/previous/bundle $STATE/bundle; }"
+  on_board "systemctl daemon-reload && systemctl restart edgedraft-device"
+  fail "$1; the board is back on what it had; see: ssh $HOST journalctl --unit edgedraft-device"
+}
+
+# The previous image, configuration and unit stay.
+prune() {
+  step "remove what is no longer needed"
+  on_board "rm -rf $STATE/previous/bundle"
+  [ "$ENGINE" = python ] ||
+    on_board "docker image prune --force --filter label=org.opencontainers.image.title=edgedraft-$IMAGE_NAME >/dev/null"
+}
+
+image() {
+  echo "localhost/edgedraft-$IMAGE_NAME:$1"
 }
 
 send_image() {
-  local image=localhost/edgedraft-$IMAGE_NAME:latest file=$IMAGE
+  local image file=$IMAGE
+  image=$(image latest)
+  if [ -n "$IMAGE" ] && [ ! -f "$IMAGE" ]; then
+    step "pull $IMAGE"
+    on_board "docker pull --quiet $IMAGE >/dev/null && docker tag $IMAGE $image"
+    return
+  fi
   if [ -z "$file" ]; then
-    file=build/images/$IMAGE_NAME-$(board_arch).tar
-    step "build $image for $(board_arch)"
-    run env ARCH="$(board_arch)" docker/images.sh "$IMAGE_NAME"
+    file=build/images/$IMAGE_NAME-$ARCH.tar
+    step "build $image for $ARCH"
+    run mkdir -p "${file%/*}"
+    run env ARCH="$ARCH" TAG=latest docker/images.sh "$IMAGE_NAME"
     if docker info >/dev/null 2>&1; then
       run docker save --output "$file" "$image"
     else
@@ -96,12 +224,12 @@ send_image() {
     fi
   fi
   step "load $file"
-  stream "$file" "docker load --quiet"
+  stream "$file" "docker load --quiet | sed -n 's/^Loaded image: //p' | head -n 1 | xargs -I NAME docker tag NAME $image"
 }
 
 # Copies the packages of the device; pip on the board installs the dependencies of the device extra.
 send_environment() {
-  step "no docker on the board: create an environment in $STATE/venv"
+  step "create an environment in $STATE/venv"
   on_board "id edgedraft >/dev/null 2>&1 || useradd --uid $USER_ID --no-create-home --shell /usr/sbin/nologin edgedraft"
   on_board "mkdir -p $STATE/source && rm -rf $STATE/source/*"
   pipe "tar --create --exclude=__pycache__ pyproject.toml constraints.txt README.md LICENSE protocol common device" \
@@ -121,6 +249,7 @@ send_bundle() {
   step "copy the bundle $BUNDLE"
   on_board "rm -rf $STATE/bundle.new && mkdir -p $STATE/bundle.new"
   pipe "tar --create --directory $BUNDLE ." "tar --extract --no-same-owner --directory $STATE/bundle.new"
+  on_board "[ ! -d $STATE/previous ] || [ ! -d $STATE/bundle ] || mv $STATE/bundle $STATE/previous/bundle"
   on_board "chmod -R a+rX $STATE/bundle.new && rm -rf $STATE/bundle && mv $STATE/bundle.new $STATE/bundle"
 }
 
@@ -131,8 +260,8 @@ make_key() {
   fi
   step "create the board's key"
   on_board "mkdir -p $STATE/keys && chown $USER_ID:$USER_ID $STATE/keys && chmod 700 $STATE/keys"
-  if [ "$1" = docker ]; then
-    on_board "docker run --rm --network none -v $STATE/keys:/keys localhost/edgedraft-$IMAGE_NAME keys new /keys/device"
+  if [ "$ENGINE" = docker ]; then
+    on_board "docker run --rm --network none -v $STATE/keys:/keys $(image latest) keys new /keys/device"
   else
     on_board "setpriv --reuid $USER_ID --regid $USER_ID --clear-groups $STATE/venv/bin/edgedraft-device keys new $STATE/keys/device"
   fi
@@ -150,28 +279,15 @@ make_api_key() {
 
 # A key that is already enrolled keeps its name.
 enroll() {
-  local key name=$NAME
+  local key
   step "enroll the board's key at the base station and copy the base station's key to the board"
   if [ -n "$DRY_RUN" ]; then
-    at_station "edgedraft-basestation keys enroll $KEYS ${NAME:-NAME} KEY"
-  else
+    show "${STATION:-here}: $STATION_COMMAND keys enroll $KEYS $NAME KEY"
+  elif [ -z "$ENROLLED" ]; then
     key=$(ask_board "cat $STATE/keys/device.pub" | cut -d' ' -f2)
-    [ -n "$name" ] || name=$(ask_board hostname)
-    at_station "edgedraft-basestation keys list $KEYS" | grep --fixed-strings -- "$key" >/dev/null ||
-      at_station "edgedraft-basestation keys enroll $KEYS $(printf %q "$name") $(printf %q "$key")"
+    at_station "keys enroll $KEYS $(printf %q "$NAME") $(printf %q "$key")"
   fi
-  pipe "$(station_shell "cat $KEYS/station.pub")" "cat > $STATE/keys/station.pub && chmod 644 $STATE/keys/station.pub"
-}
-
-send_configuration() {
-  step "install the configuration"
-  on_board "mkdir -p ${CONFIGURATION%/*}"
-  send "$CONFIGURATION" "$(configuration "$1")"
-}
-
-send_unit() {
-  step "install the unit"
-  send /etc/systemd/system/edgedraft-device.service "$(unit "$1")"
+  send "$STATE/keys/station.pub" "$STATION_PUBLIC"
 }
 
 # send FILE TEXT: writes a file on the board that everyone may read.
@@ -187,7 +303,7 @@ send() {
 # The paths and the address are the container's if there is one.
 configuration() {
   local state=$STATE bind=http://127.0.0.1:$PORT
-  [ "$1" = python ] || state='' bind=http://0.0.0.0:8080
+  [ "$ENGINE" = python ] || state='' bind=http://0.0.0.0:8080
   cat <<TOML
 bundle = "$state/bundle"
 server = "$SERVER"
@@ -203,72 +319,98 @@ unit() {
   cat <<UNIT
 [Unit]
 Description=edgedraft device
-After=network-online.target $([ "$1" = python ] || echo docker.service)
+After=network-online.target $([ "$ENGINE" = python ] || echo docker.service)
 Wants=network-online.target
 
 [Service]
 Restart=always
 RestartSec=5
 TimeoutStopSec=10
+LogRateLimitIntervalSec=60
+LogRateLimitBurst=200
+NoNewPrivileges=yes
+ProtectSystem=strict
+PrivateTmp=yes
+$("service_of_$ENGINE")
+
+[Install]
+WantedBy=multi-user.target
 UNIT
-  if [ "$1" = docker ]; then
-    cat <<UNIT
+}
+
+# The log of the container is limited to two files of 5 MB, for the sake of SD cards.
+service_of_docker() {
+  cat <<UNIT
+ProtectHome=read-only
+StateDirectory=edgedraft
 ExecStartPre=-/usr/bin/env docker rm --force edgedraft-device
+ExecStartPre=/usr/bin/env install --directory --owner=$USER_ID --group=$USER_ID --mode=700 $STATE/state
 ExecStart=/usr/bin/env docker run --rm --name edgedraft-device --read-only --tmpfs /tmp --cap-drop ALL \\
   --security-opt no-new-privileges --publish 127.0.0.1:$PORT:8080 $(gpu)\\
+  --log-driver json-file --log-opt max-size=5m --log-opt max-file=2 \\
   --volume $STATE/bundle:/bundle:ro --volume $STATE/keys:/keys:ro --volume $CONFIGURATION:$CONFIGURATION:ro \\
-  localhost/edgedraft-$IMAGE_NAME serve
+  --volume $STATE/state:/state --env XDG_STATE_HOME=/state $(image latest) serve
 ExecStop=/usr/bin/env docker stop --time 5 edgedraft-device
 UNIT
-  else
-    cat <<UNIT
+}
+
+service_of_python() {
+  cat <<UNIT
 User=$USER_ID
 Group=$USER_ID
+Environment=XDG_STATE_HOME=$STATE/state
 ExecStart=$STATE/venv/bin/edgedraft-device serve
-NoNewPrivileges=yes
-CapabilityBoundingSet=
-ProtectSystem=strict
-ProtectHome=yes
-PrivateTmp=yes
+StateDirectory=edgedraft/state
+UMask=0077
+$(sed -n '/^CapabilityBoundingSet/,/^SystemCallFilter/p' docker/systemd/edgedraft-basestation.service)
+PrivateDevices=yes
 UNIT
-  fi
-  printf '\n[Install]\nWantedBy=multi-user.target\n'
 }
 
+# The container's user is not root, so it needs the board's groups of the GPU's devices.
 gpu() {
-  [ "$PROVIDER" = CPUExecutionProvider ] || echo '--runtime nvidia '
+  [ "$PROVIDER" != CPUExecutionProvider ] || return 0
+  printf -- '--runtime nvidia '
+  ask_board "getent group video render || true" | cut -d: -f3 | sed 's/.*/--group-add &/' | tr '\n' ' '
 }
 
+# Without an answer of /healthz the service is at fault, without one of /readyz the link or the base station.
 wait_until_ready() {
   local url=http://127.0.0.1 python=$STATE/venv/bin/python waited=0
   step "wait until it is ready"
-  if [ "$1" = docker ]; then
+  if [ "$ENGINE" = docker ]; then
     python="docker exec edgedraft-device python3" url+=:8080
   else
     url+=:$PORT
   fi
-  local probe="$python -c \"from urllib.request import urlopen; urlopen('$url/readyz', timeout=5)\""
   if [ -n "$DRY_RUN" ]; then
-    on_board "$probe"
+    on_board "$(probe_of "$python" "$url/readyz")"
     return
   fi
-  until ask_board "$probe" 2>/dev/null; do
+  until ask_board "$(probe_of "$python" "$url/healthz")" 2>/dev/null; do
+    [ $((waited += 2)) -lt "$READY_SECONDS" ] || roll_back "not healthy after $READY_SECONDS s"
+    sleep 2
+  done
+  until ask_board "$(probe_of "$python" "$url/readyz")" 2>/dev/null; do
     [ $((waited += 2)) -lt "$READY_SECONDS" ] ||
-      fail "not ready after $READY_SECONDS s; see: ssh $HOST journalctl --unit edgedraft-device"
+      fail "healthy, but $SERVER has not answered after $READY_SECONDS s; on the board run: $(doctor)"
     sleep 2
   done
   echo "ready: http://127.0.0.1:$PORT/v1 on the board; to reach it from here: ssh -N -L $PORT:127.0.0.1:$PORT $HOST"
   echo "API key: $STATE/keys/api on the board"
 }
 
-board_arch() {
-  local machine
-  machine=$(ask_board "uname -m")
-  case $machine in
-    aarch64) echo arm64 ;;
-    x86_64) echo amd64 ;;
-    *) fail "there is no image for $machine" ;;
-  esac
+# probe_of PYTHON URL: a command that fails unless the service answers.
+probe_of() {
+  echo "$1 -c \"from urllib.request import urlopen; urlopen('$2', timeout=5)\""
+}
+
+doctor() {
+  if [ "$ENGINE" = docker ]; then
+    echo "sudo docker exec edgedraft-device edgedraft-device doctor"
+  else
+    echo "sudo $STATE/venv/bin/edgedraft-device doctor"
+  fi
 }
 
 step() {
@@ -293,16 +435,18 @@ pipe() {
   show "$1 | $HOST: $2" || bash -o pipefail -ec "$1" | board_shell "$2"
 }
 
+# at_station ARGUMENTS: runs edgedraft-basestation where the keys are.
 at_station() {
-  show "${STATION:-here}: $1" || bash -ec "$(station_shell "$1")"
+  if [ -n "$STATION" ]; then
+    # shellcheck disable=SC2029 # the command is for the base station's shell
+    ssh "$STATION" "$STATION_COMMAND $1" </dev/null
+  else
+    bash -ec "$STATION_COMMAND $1" </dev/null
+  fi
 }
 
 run() {
   show "here: $*" || "$@"
-}
-
-station_shell() {
-  if [ -n "$STATION" ]; then echo "ssh $STATION $(printf %q "$1") </dev/null"; else echo "$1"; fi
 }
 
 board_shell() {

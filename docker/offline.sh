@@ -4,7 +4,7 @@
 #
 #   docker/offline.sh [PIP]     default: the pip in PATH
 #
-# Needs root, buildah and the requirements of docker/base.sh; the tests need shellcheck, ssh and sshd as well.
+# Needs root; `make test-images` checks first that the programs are there. TORCH_INDEX: as for docker/images.sh.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -16,15 +16,16 @@ export BUILDAH_ISOLATION=chroot BUILD_FLAGS=--layers
 
 main() {
   local arch
+  [ "$(id -u)" = 0 ] || { echo "error: docker/offline.sh needs root" >&2 && exit 1; }
   mkdir -p "$CACHE"
   for arch in amd64 arm64; do
     base "$arch"
-    wheels "device-$arch" "$arch" constraints.txt '.[device]'
+    wheels "device-$arch" "$arch" build device
     image device "$arch"
   done
   arch=$(dpkg --print-architecture)
   base "$arch"
-  wheels "basestation-$arch" "$arch" docker/basestation-constraints.txt '.[basestation]' transformers
+  wheels "basestation-$arch" "$arch" build torch-cpu basestation
   TORCH=cpu image basestation "$arch"
 }
 
@@ -36,18 +37,22 @@ base() {
     buildah build --layers --platform "linux/$1" --tag "localhost/edgedraft-base:$1" --file - "$CACHE"
 }
 
-# wheels FOLDER ARCH CONSTRAINTS REQUIREMENT…: downloads the wheels of an image for its platform.
+# wheels FOLDER ARCH LOCK…: downloads the wheels of an image for its platform.
 wheels() {
-  local folder=$CACHE/wheels/$1 arch=$2 constraints=$3 machine glibc platforms=()
-  shift 3
-  [ ! "$folder/complete" -nt pyproject.toml ] || [ ! "$folder/complete" -nt "$constraints" ] || return 0
+  local folder=$CACHE/wheels/$1 arch=$2 machine glibc name files=() platforms=()
+  shift 2
+  for name in "$@"; do files+=("docker/locks/$name.txt"); done
+  ! cmp --silent "$folder/locked" <(cat "${files[@]}") || return 0
   [ "$arch" = arm64 ] && machine=aarch64 || machine=x86_64
   for glibc in 2_28 2_27 2_26 2_24 2_17; do platforms+=(--platform "manylinux_${glibc}_$machine"); done
   rm -rf "$folder"
-  "$PIP" download --quiet --dest "$folder" --constraint "$constraints" --only-binary :all: \
-    "${platforms[@]}" --platform "manylinux2014_$machine" --implementation cp --python-version "$PYTHON_VERSION" \
-    "$@" hatchling
-  touch "$folder/complete"
+  for name in "${files[@]}"; do
+    "$PIP" download --quiet --dest "$folder" --require-hashes --no-deps --only-binary :all: \
+      ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} \
+      "${platforms[@]}" --platform "manylinux2014_$machine" --implementation cp --python-version "$PYTHON_VERSION" \
+      --requirement "$name"
+  done
+  cat "${files[@]}" >"$folder/locked"
 }
 
 # image NAME ARCH: builds localhost/edgedraft-NAME:ARCH.

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from protocol.messages import PROTOCOL_VERSION
+
 PACKAGES = ["device", "basestation", "bench", "export"]
 
 
@@ -25,7 +27,8 @@ def printed_by(package: str, *arguments: str, environment: dict[str, str] | None
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_the_version_is_the_packages(package: str) -> None:
-    assert printed_by(package, "--version") == f"edgedraft-{package} {version('edgedraft')}\n"
+    expected = f"edgedraft-{package} {version('edgedraft')}, wire version {PROTOCOL_VERSION}\n"
+    assert printed_by(package, "--version") == expected
 
 
 @pytest.mark.parametrize("arguments", [[package] for package in PACKAGES] + [["device", "chat"], ["bench", "report"]])

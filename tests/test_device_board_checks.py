@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from common.checks import Status
-from device.board_checks import governor, processor, threads
+from device.board_checks import board, governor, processor, threads, throttling
 from device.bundle_checks import memory
 from protocol.bundle import MODEL_NAME, FileRecord
 from protocol.errors import BundleError
@@ -60,6 +60,38 @@ def test_a_governor_that_keeps_the_clock_low_is_a_warning(
             (folder / "scaling_governor").write_text(f"{name}\n")
             (folder / "scaling_driver").write_text(f"{driver}\n")
     assert governor(tmp_path).status is status
+
+
+@pytest.mark.parametrize(("page_bytes", "words"), [(4096, "pages of 4 KiB"), (16384, "pages of 16 KiB, on which")])
+def test_a_board_is_named_with_the_size_of_its_pages(page_bytes: int, words: str, tmp_path: Path) -> None:
+    (tmp_path / "model").write_bytes(b"Raspberry Pi 5 Model B Rev 1.0\0")
+    finding = board(tmp_path, page_bytes)
+    assert finding.text.startswith("Raspberry Pi 5 Model B Rev 1.0, kernel ")
+    assert words in finding.text
+    assert "pages of " in board(tmp_path / "none").text
+
+
+@pytest.mark.parametrize(
+    ("milli_degrees", "flags", "status", "words"),
+    [
+        (51_234, "0", Status.OK, "51 °C"),
+        (85_000, None, Status.WARNING, "85 °C"),
+        (51_000, "50005", Status.WARNING, "now: under-voltage, throttled; since boot: under-voltage, throttled"),
+        (51_000, "20000", Status.WARNING, "since boot: clock capped"),
+        (None, None, Status.NOT_CHECKED, "neither temperature nor voltage"),
+    ],
+)
+def test_heat_and_low_voltage_are_warnings(
+    milli_degrees: int | None, flags: str | None, status: Status, words: str, tmp_path: Path
+) -> None:
+    zone, firmware = tmp_path / "class/thermal/thermal_zone0", tmp_path / "devices/platform/soc/soc:firmware"
+    for folder, name, text in ((zone, "temp", milli_degrees), (firmware, "get_throttled", flags)):
+        folder.mkdir(parents=True)
+        if text is not None:
+            (folder / name).write_text(f"{text}\n")
+    finding = throttling(tmp_path)
+    assert (finding.status, bool(finding.remedy)) == (status, status is Status.WARNING)
+    assert words in finding.text
 
 
 def test_more_threads_than_cores_are_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:

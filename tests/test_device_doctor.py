@@ -27,7 +27,7 @@ from tests.tiny_bundle import one_word, table_of, write_bundle
 
 TABLE = table_of(one_word("cat"))
 CHECKS = [
-    *("bundle", "quality", "memory", "processor", "threads", "governor", "draft model"),
+    *("bundle", "quality", "memory", "board", "processor", "threads", "governor", "throttling", "draft model"),
     *("keys", "address", "name", "port", "handshake", "vocabulary", "round trip", "rates", "speed"),
 ]
 BEHIND_PORT = ["handshake", "vocabulary", "round trip", "rates", "speed"]

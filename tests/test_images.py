@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import time
@@ -42,7 +43,7 @@ def test_a_device_image_contains_only_what_it_needs(arch: str) -> None:
     assert torch + caches == []
 
 
-@pytest.mark.parametrize("name", ["device:amd64", "device:arm64", "basestation:amd64"])
+@pytest.mark.parametrize("name", ["device:amd64", "device:arm64", "basestation:amd64-cpu"])
 def test_a_container_has_no_privileges_and_a_read_only_root(name: str) -> None:
     script = "import os, json; print(json.dumps([os.getuid(), os.getgroups(), open('/proc/self/status').read()]))"
     with image(name) as container:
@@ -56,8 +57,45 @@ def test_a_container_has_no_privileges_and_a_read_only_root(name: str) -> None:
     assert shown.returncode == 0
 
 
+@pytest.mark.parametrize("name", ["device:amd64", "device:arm64", "basestation:amd64-cpu"])
+def test_an_image_says_what_it_is_and_lists_what_it_contains(name: str) -> None:
+    title = f"edgedraft-{name.partition(':')[0]}"
+    with image(name) as container:
+        labels = {key.rpartition(".")[2]: value for key, value in container.config["Labels"].items()}
+        listed = json.loads((container.root / "opt/edgedraft/sbom.json").read_text(encoding="utf-8"))["components"]
+        folder = next(container.root.glob("opt/edgedraft/lib/python3*/site-packages"))
+        installed = {tuple(path.stem.split("-")) for path in folder.glob("*.dist-info")}
+        shown = container.run("--version").stdout
+    assert labels.items() >= {"title": title, "licenses": "Apache-2.0"}.items()
+    assert re.fullmatch("[0-9a-f]{40}", labels["revision"])
+    assert shown.startswith(f"{title} {labels['version']}, wire version ")
+    plain = {(re.sub("[-_.]+", "_", name).lower(), version) for name, version in installed}
+    assert {(re.sub("[-_.]+", "_", part["name"]).lower(), part["version"]) for part in listed} == plain
+
+
+def test_libraries_of_the_arm64_image_load_where_pages_have_16_kib() -> None:
+    with image("device:arm64") as device:
+        alignments = {
+            path: alignment
+            for path in device.root.rglob("*.so*")
+            if not path.is_symlink() and (alignment := smallest_alignment(path)) is not None
+        }
+    assert len(alignments) > 50
+    assert {path: alignment for path, alignment in alignments.items() if alignment < 16384} == {}
+
+
+def smallest_alignment(path: Path) -> int | None:
+    """The smallest alignment of a 64-bit ELF file's loaded segments; None for other files."""
+    data = path.read_bytes()
+    if data[:5] != b"\x7fELF\2":
+        return None
+    (offset,), (size, count) = struct.unpack_from("<Q", data, 32), struct.unpack_from("<HH", data, 54)
+    headers = [struct.unpack_from("<I44xQ", data, offset + index * size) for index in range(count)]
+    return min((alignment for kind, alignment in headers if kind == 1), default=None)
+
+
 def test_the_base_station_is_on_the_newest_transformers() -> None:
-    with image("basestation:amd64") as station:
+    with image("basestation:amd64-cpu") as station:
         printed = station.run("python3", "-c", "import transformers; print(transformers.__version__)", entrypoint=[])
     assert printed.stdout.startswith("5.")
 
@@ -226,7 +264,7 @@ def test_a_device_is_ready_after_its_model_is_loaded(station_address: str) -> No
 
 
 def test_linters_accept_scripts_and_dockerfiles() -> None:
-    scripts = sorted((PROJECT / "docker").glob("*.sh"))
+    scripts = [*sorted((PROJECT / "docker").glob("*.sh")), PROJECT / "tests" / "needs.sh"]
     dockerfiles = sorted((PROJECT / "docker").glob("*.Dockerfile"))
     assert len(dockerfiles) == 4
     for linter, files in (("shellcheck", scripts), (str(Path(sys.executable).with_name("hadolint")), dockerfiles)):

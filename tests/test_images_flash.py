@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -13,7 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from basestation.key_folder import KeyFolder
 from bench.setup.station_process import running_station
+from device.curve_keys import new_key
 from tests.sample import BUNDLE, PROJECT, SAMPLE
 
 pytestmark = pytest.mark.images
@@ -28,6 +31,18 @@ user=$(sed -n 's/^User=//p' $unit)
 setpriv --reuid "$user" --regid "$user" --clear-groups $(sed -n 's/^ExecStart=//p' $unit) >/run/log 2>&1 </dev/null &
 echo $! > /run/pid
 """
+_DOCKER = """#!/bin/sh
+# a minimal docker: a file for each tag; the container is healthy if its image is good, and ready if it is not alone
+images=/run/images
+mkdir -p $images
+echo "$@" >> /run/docker.log
+case "$*" in
+  load*) cat > $images/loaded; echo "Loaded image: localhost/edgedraft-device:loaded" ;;
+  tag*) cp "$images/${2##*:}" "$images/${3##*:}" ;;
+  exec*healthz*) grep -q good $images/latest ;;
+  exec*readyz*) ! grep -q alone $images/latest ;;
+esac
+"""
 _SSHD = 'mount --bind /proc "$1/proc"; mount --bind /dev "$1/dev"; exec /usr/sbin/sshd -D -e -f "$2"'
 """In a mount namespace, so that the mounts disappear with the process."""
 
@@ -39,8 +54,9 @@ class Board:
     root: Path
     path: Path
 
-    def flash(self, *options: str) -> "subprocess.CompletedProcess[str]":
-        environment = {**os.environ, "PATH": f"{self.path}:{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    def flash(self, *options: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+        path = f"{self.path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+        environment = {**os.environ, "PATH": path, **environment}
         command = [str(PROJECT / "docker" / "flash.sh"), *options]
         return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=500)
 
@@ -143,12 +159,18 @@ def test_a_board_is_ready_after_one_run_and_unchanged_by_a_second(board: Board, 
         assert (board.root / "run/systemctl.log").read_text().count("enable --quiet edgedraft-device") == 2
 
 
+def with_docker(board: Board) -> None:
+    for name, text in (("docker", _DOCKER), ("systemctl", "#!/bin/sh\n")):
+        program = board.root / "usr/bin" / name
+        program.write_text(text)
+        program.chmod(0o755)
+
+
 def test_a_board_with_docker_gets_the_image(board: Board, tmp_path: Path) -> None:
-    docker = board.root / "usr/bin/docker"
-    docker.write_text("#!/bin/sh\n")
-    docker.chmod(0o755)
-    options = ["--server", "tcp://10.0.0.1:5755", "--keys", str(tmp_path), "--bundle", str(BUNDLE), "root@board"]
-    shown = board.flash("--dry-run", *options)
+    with_docker(board)
+    KeyFolder.create(tmp_path / "keys")
+    options = ["--server", "tcp://10.0.0.1:5755", "--keys", str(tmp_path / "keys"), "--bundle", str(BUNDLE)]
+    shown = board.flash("--dry-run", *options, "root@board")
     assert shown.returncode == 0, shown.stderr
     assert "venv" not in shown.stdout
     for words in (
@@ -163,6 +185,61 @@ def test_a_board_with_docker_gets_the_image(board: Board, tmp_path: Path) -> Non
         "docker stop --time 5",
     ):
         assert words in shown.stdout
+
+
+def test_a_board_whose_image_is_not_healthy_gets_back_what_it_had(board: Board, tmp_path: Path) -> None:
+    with_docker(board)
+    board_keys, images = board.root / "var/lib/edgedraft/keys", board.root / "run/images"
+    board_keys.mkdir(parents=True)
+    new_key(board_keys / "device")
+    KeyFolder.create(tmp_path / "keys")
+
+    def flash(image: str, port: int) -> "subprocess.CompletedProcess[str]":
+        bundle = tmp_path / f"bundle-{port}"
+        bundle.mkdir(exist_ok=True)
+        (bundle / "manifest.json").write_text(str(port))
+        (tmp_path / image).write_text(image)
+        options = ["--server", "tcp://10.0.0.1:5755", "--keys", str(tmp_path / "keys"), "--bundle", str(bundle)]
+        options += ["--image", str(tmp_path / image), "--port", str(port), "root@board"]
+        return board.flash(*options, READY_SECONDS="3")
+
+    first = flash("good", 8080)
+    assert first.returncode == 0, first.stderr
+    state = state_of(board.root)
+    failed = flash("bad", 9090)
+    assert failed.returncode == 1
+    assert "not healthy after 3 s; the board is back on what it had" in failed.stderr
+    assert (images / "latest").read_text() == "good"
+    assert state_of(board.root) == state
+    assert (board.root / "run/docker.log").read_text().count("image prune --force --filter label=") == 1
+
+    alone = flash("good but alone", 8080)
+    assert alone.returncode == 1
+    assert "healthy, but tcp://10.0.0.1:5755 has not answered" in alone.stderr
+    assert (images / "latest").read_text() == "good but alone"
+    assert (images / "previous").read_text() == "good"
+
+
+def test_a_new_board_whose_image_is_not_healthy_has_nothing_to_go_back_to(board: Board, tmp_path: Path) -> None:
+    with_docker(board)
+    (board.root / "var/lib/edgedraft/keys").mkdir(parents=True)
+    new_key(board.root / "var/lib/edgedraft/keys/device")
+    KeyFolder.create(tmp_path / "keys")
+    (tmp_path / "bad").touch()
+    options = ["--server", "tcp://10.0.0.1:5755", "--keys", str(tmp_path / "keys"), "--bundle", str(BUNDLE)]
+    failed = board.flash(*options, "--image", str(tmp_path / "bad"), "root@board", READY_SECONDS="3")
+    assert failed.returncode == 1
+    assert "not healthy after 3 s; there is nothing to roll back to" in failed.stderr
+
+
+def test_a_board_that_is_off_is_told_from_one_that_asks_for_a_password(board: Board, tmp_path: Path) -> None:
+    KeyFolder.create(tmp_path / "keys")
+    options = ["--server", "tcp://10.0.0.1:5755", "--keys", str(tmp_path / "keys"), "--bundle", str(BUNDLE)]
+    (board.path / "authorized_keys").write_text("")
+    assert "root@board asks for a password or another key" in board.flash("--dry-run", *options, "root@board").stderr
+    ssh = board.path / "ssh"
+    ssh.write_text(re.sub(r"-p \d+", f"-p {free_port()}", ssh.read_text()))
+    assert "root@board is unreachable" in board.flash("--dry-run", *options, "root@board").stderr
 
 
 @pytest.mark.parametrize(

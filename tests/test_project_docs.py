@@ -1,9 +1,11 @@
 """The documentation agrees with the repository."""
 
 import re
+from importlib.metadata import version
 
 import pytest
 
+from protocol.messages import PROTOCOL_VERSION
 from protocol.rounds import diagram
 from tests.sample import PROJECT
 
@@ -27,6 +29,12 @@ def test_the_python_files_that_a_page_names_exist(page: str) -> None:
     named = python_files_named_in((PROJECT / page).read_text(encoding="utf-8"))
     assert [name for name in sorted(named) if not any(path.match(name) for path in files)] == []
     assert page not in ("README.md", "CONTRIBUTING.md", "docs/architecture.md") or named
+
+
+def test_the_changelog_has_the_version_and_every_wire_version() -> None:
+    text = (PROJECT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert f"## {version('edgedraft')}" in text
+    assert re.findall(r"^\| (\d+) \|", text, re.MULTILINE) == [str(n) for n in range(PROTOCOL_VERSION, 0, -1)]
 
 
 @pytest.mark.parametrize("folder", FOLDERS)

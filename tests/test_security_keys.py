@@ -1,6 +1,7 @@
 """Key files, the key folder of a base station, and the commands that create them."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -156,6 +157,7 @@ def test_the_commands_new_enroll_list_and_revoke(commands: Commands, tmp_path: P
     assert (code, errors) == (0, "")
     assert read_public(str(keys / "station.pub")) in output
     assert commands.run(station_app, "keys", "enroll", keys, "phone", f"{phone}.pub")[:2] == (0, "enrolled phone\n")
+    assert commands.run(station_app, "keys", "show", keys) == (0, (keys / "station.pub").read_text(), "")
     public = read_public(f"{phone}.pub")
     listed = json.loads(commands.run(station_app, "keys", "list", keys, "--json")[1])
     assert listed == {
@@ -165,6 +167,12 @@ def test_the_commands_new_enroll_list_and_revoke(commands: Commands, tmp_path: P
     assert f"{public}  phone\n" in commands.run(station_app, "keys", "list", keys)[1]
     assert commands.run(station_app, "keys", "revoke", keys, "phone")[:2] == (0, "revoked phone\n")
     assert json.loads(commands.run(station_app, "keys", "list", keys, "--json")[1])["devices"] == []
+
+
+def test_the_commands_for_keys_do_not_load_pytorch() -> None:
+    script = "import sys, basestation.cli; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
 
 
 @pytest.mark.parametrize(
