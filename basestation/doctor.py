@@ -26,7 +26,8 @@ from basestation.target_model import (
     choose_dtype,
     choose_placement,
     context_length,
-    new_kv_pool,
+    kv_shape,
+    page_count,
     read_config,
 )
 from common.checks import Checks, Finding, Outcome, Status
@@ -101,10 +102,11 @@ def _context(kv_memory: str, config: Any, placement: _Placement, weights: int) -
     """The context that fits; a warning where it is less than the model's."""
     device = placement.torch_device
     dtype = packed_dtype(placement.dtype) if device.type == "cpu" else placement.dtype
-    kv_bytes = kv_budget(kv_memory, device, weights)
-    pool = new_kv_pool(config, dtype, device, kv_bytes)
-    fits, trained = context_length(config, pool), config.get_text_config().max_position_embeddings
-    text = f"{fits} tokens for one session, {pool.capacity} for all, in {readable_size(pool.bytes)}"
+    shape = kv_shape(config, dtype, device)
+    pages = page_count(shape, kv_budget(kv_memory, device, weights))
+    capacity = pages * shape.page_size
+    fits, trained = context_length(config, capacity), config.get_text_config().max_position_embeddings
+    text = f"{fits} tokens for one session, {capacity} for all, in {readable_size(pages * shape.page_bytes)}"
     if fits >= trained:
         return Finding(text, None)
     remedy = "raise --kv-memory, or free some memory"

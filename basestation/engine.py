@@ -136,7 +136,7 @@ class Engine:
         if not units:
             return
         lengths = [unit.session.kv_cache.length for unit in units]
-        start, out_of_memory = self._clock(), ""
+        start, gathered, out_of_memory = self._clock(), self._target.gathered, ""
         try:
             with catch_out_of_memory():
                 logits = self._target.forward([unit.segment for unit in units])
@@ -161,7 +161,8 @@ class Engine:
         tokens = sum(len(unit.segment.token_ids) for unit in units)
         if tokens == sum(unit.segment.num_logits for unit in units):  # no prefill
             self._pass_times.observe(len(units), tokens, end - start)
-        self._record(PassRecord(len(units), tokens, verify_start - start, end - verify_start, rounds))
+        gathered = self._target.gathered - gathered
+        self._record(PassRecord(len(units), tokens, gathered, verify_start - start, end - verify_start, rounds))
 
     def _conclude(self, session: Session, result: VerificationResult, start: float, end: float) -> VerifiedRound:
         """Commit a round and deliver its Verdict; ``start`` and ``end`` are the times of the pass."""

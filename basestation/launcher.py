@@ -74,7 +74,7 @@ def run_base_station(target: TargetOptions, socket: SocketOptions, operation: Op
         logger.info("loading %s", target.model)
         model = TargetModel.load(target.model, target.dtype, target.torch_device, target.kv_memory, target.use_cache)
         budget = PassBudget.of(target.pass_tokens, target.prompt_tokens, model.torch_device.type == "cuda")
-        kv_bytes = model.kv_pool.bytes if model.torch_device.type == "cpu" else 0
+        kv_bytes = model.kv_bytes if model.torch_device.type == "cpu" else 0
         guard = MemoryGuard.of_process(kv_bytes, peer_bytes)
         server = Server(
             model, socket.bind, socket.limits, socket.keys, socket.insecure, budget, metrics, records, profiler, guard

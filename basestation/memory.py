@@ -5,7 +5,6 @@ import ctypes
 import errno
 import mmap
 import re
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -46,20 +45,13 @@ def catch_out_of_memory() -> Iterator[None]:
         raise OutOfMemory(str(error)) from error
 
 
-def map_pages(size: int) -> mmap.mmap:
-    """Map ``size`` bytes of anonymous memory, which return to the system with the last tensor that uses them.
-
-    A heap allocator keeps free memory that lies between used blocks. After hours of
-    KV caches of many sizes, this fragmentation doubles the resident memory.
+def map_memory(size: int) -> mmap.mmap:
+    """Map ``size`` bytes of anonymous memory: what is never written takes no memory, and parts can be given back.
 
     Raises:
         OSError: there is not enough memory.
     """
-    pages = mmap.mmap(-1, size, access=mmap.ACCESS_COPY)
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError):  # a kernel without huge pages: small ones work too, more slowly
-            pages.madvise(mmap.MADV_HUGEPAGE)
-    return pages
+    return mmap.mmap(-1, size, access=mmap.ACCESS_COPY)
 
 
 def share_one_heap() -> None:

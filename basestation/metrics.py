@@ -55,6 +55,9 @@ class Metrics:
         self._faults = self._counter("faults", "Faults sent to devices.", "code")
         self._idle = self._counter("idle_seconds", "Time in which the engine waited for requests.")
         self._evictions = self._counter("evictions", "KV caches evicted to make room for others.")
+        self._gathered = self._counter(
+            "kv_gathered", "Sessions in forward passes whose KV-cache pages were copied into one run."
+        )
         self._unreadable_keys = self._counter("unreadable_keys", "Key files that could not be looked at.")
         self._out_of_memory = self._counter("out_of_memory", "Forward passes that ran out of memory.")
 
@@ -72,6 +75,7 @@ class Metrics:
         self._verify.observe(record.verify_seconds)
         self._batch_sessions.observe(record.sessions)
         self._batch_tokens.observe(record.tokens)
+        self._gathered.inc(record.gathered)
         drafted, accepted = collections.Counter[int](), collections.Counter[int]()
         for one in record.rounds:
             self._queueing_delay.observe(one.queueing_delay)

@@ -16,10 +16,20 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.utils import logging as transformers_logging
 
-from basestation.attention import ATTENTION_NAME, PackedBatch, packed_attention
+from basestation.attention import ATTENTION_NAME, packed_attention
+from basestation.forward_pass import ForwardPass
 from basestation.gguf_cache import cache_entry, fill
-from basestation.kv_pool import KVPool, KVShape, SequenceKVCache
-from basestation.memory import check_fits, kv_budget, parameter_count, readable_size
+from basestation.kv_pages import KVPages, KVShape
+from basestation.kv_pool import KVPool, SequenceKVCache
+from basestation.memory import (
+    OutOfMemory,
+    catch_out_of_memory,
+    check_fits,
+    kv_budget,
+    parameter_count,
+    readable_size,
+)
+from basestation.model_runner import ModelRunner
 from basestation.packed_linear import pack_linears
 from basestation.segment import Segment
 from basestation.supported_models import refuse_gguf_rope, refuse_unsupported
@@ -35,8 +45,6 @@ logger = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _HUB_FILES = ("*.json", "*.jinja", "*.txt", "tokenizer.model", "*.safetensors")
 _MIN_CONTEXT = 128
-_MAX_UNPADDED_ROWS = 32
-"""Row counts above it are padded on a CPU: by up to 7 rows, above 256 by up to a sixteenth."""
 
 
 class TargetModel:
@@ -47,24 +55,28 @@ class TargetModel:
         vocabulary: see ``Vocabulary``.
         context_length: the model's, or the KV pool's capacity if that is less.
         kv_pool: for the KV caches of its sessions.
+        kv_bytes: memory of the pool.
 
     Args:
         model: a transformers model, on its PyTorch device.
         vocabulary: see ``Vocabulary``.
         name: see above.
-        kv_bytes: memory for the KV pool.
+        kv_memory: bytes for the KV pool.
 
     Raises:
-        SettingsError: ``kv_bytes`` is not enough for one session.
+        SettingsError: ``kv_memory`` is not enough for one session, or more than there is.
     """
 
-    def __init__(self, model: Any, vocabulary: Vocabulary, name: str, kv_bytes: int) -> None:
+    def __init__(self, model: Any, vocabulary: Vocabulary, name: str, kv_memory: int) -> None:
         self.name = name
         self.vocabulary = vocabulary
         self.torch_device = next(model.parameters()).device
-        self._model = model
-        self.kv_pool = new_kv_pool(model.config, model.dtype, self.torch_device, kv_bytes)
-        self.context_length = context_length(model.config, self.kv_pool)
+        shape = kv_shape(model.config, model.dtype, self.torch_device)
+        kv_pages = _allocated(shape, kv_memory)
+        self.kv_bytes = kv_pages.bytes
+        self.kv_pool = KVPool(kv_pages.count, shape.page_size, kv_pages.discard)
+        self.context_length = context_length(model.config, self.kv_pool.capacity)
+        self._runner = ModelRunner(model, vocabulary.size, kv_pages)
 
     @classmethod
     def load(
@@ -112,50 +124,29 @@ class TargetModel:
         """An empty KV cache for one session."""
         return SequenceKVCache(self.kv_pool)
 
-    @torch.inference_mode()
+    @property
+    def gathered(self) -> int:
+        """Sequences so far whose pages a pass had to copy into one run."""
+        return self._runner.gathered
+
     def forward(self, segments: Sequence[Segment]) -> Tensor:
         """Run all segments in one forward pass and append their tokens to their KV caches.
 
         Returns:
             The logits [rows, V], float32, of the last ``num_logits`` tokens of each segment, in order.
+
+        Raises:
+            OutOfMemory: the KV pool has too few free pages.
         """
-        token_ids: list[int] = []
-        positions: list[int] = []
-        logit_rows: list[int] = []
         for segment in segments:
-            past, new = segment.kv_cache.length, len(segment.token_ids)
-            token_ids += segment.token_ids
-            positions += range(past, past + new)
-            logit_rows += range(len(token_ids) - segment.num_logits, len(token_ids))
-        rows, kept = [token_ids, positions], logit_rows or [0]
-        if self.torch_device.type == "cpu":
-            rows, kept = [_padded(row) for row in rows], _padded(kept)
-        logits = self._run(rows, kept, PackedBatch(segments))
+            segment.kv_cache.reserve(segment.kv_cache.length + len(segment.token_ids))
+        logits = self._runner.run(ForwardPass.of(segments))
         for segment in segments:
+            start = segment.kv_cache.length
             segment.kv_cache.length += len(segment.token_ids)
-        return logits[: len(logit_rows)]
-
-    def _run(self, rows: list[list[int]], logit_rows: list[int], packed_batch: PackedBatch) -> Tensor:
-        ids_positions = torch.tensor(rows, device=self.torch_device)
-        output = self._model(
-            input_ids=ids_positions[:1],
-            position_ids=ids_positions[1:],
-            use_cache=False,
-            logits_to_keep=torch.tensor(logit_rows, device=self.torch_device),
-            packed_batch=packed_batch,
-        )
-        logits: Tensor = output.logits[0, :, : self.vocabulary.size].float()
+            if self._runner.window is not None:  # a rollback of this pass goes back to its start at most
+                segment.kv_cache.give_back_unseen(start, self._runner.window)
         return logits
-
-
-def _padded(row: list[int]) -> list[int]:
-    """Pad with zeros to one of a few lengths.
-
-    Row counts are padded to a few buckets, so that oneDNN's primitive cache stays bounded.
-    Creating the primitives for a new row count takes a tenth of a forward pass.
-    """
-    step = max(8, 2 ** (len(row).bit_length() - 5)) if len(row) > _MAX_UNPADDED_ROWS else 1
-    return row + [0] * (-len(row) % step)
 
 
 def read_config(model: str) -> Any:
@@ -173,32 +164,51 @@ def read_config(model: str) -> Any:
     return config
 
 
-def new_kv_pool(config: Any, dtype: torch.dtype, torch_device: torch.device, kv_bytes: int) -> KVPool:
-    """The KV pool of a model, with ``kv_bytes`` of memory.
-
-    Raises:
-        SettingsError: that is not enough for one session.
-    """
+def kv_shape(config: Any, dtype: torch.dtype, torch_device: torch.device) -> KVShape:
+    """The shape of a model's keys and values."""
     config = config.get_text_config()
     heads = config.num_attention_heads
-    shape = KVShape(
+    return KVShape(
         layers=config.num_hidden_layers,
         kv_heads=getattr(config, "num_key_value_heads", None) or heads,
         head_size=getattr(config, "head_dim", None) or config.hidden_size // heads,
         dtype=dtype,
         torch_device=torch_device,
     )
-    capacity, minimum = kv_bytes // shape.position_bytes, KVPool.round_up(_MIN_CONTEXT)
-    if capacity < minimum:
-        needed = readable_size(minimum * shape.position_bytes)
-        raise SettingsError("kv-memory", readable_size(kv_bytes), f"{needed} or more, for {minimum} tokens")
-    return KVPool(shape, capacity)
 
 
-def context_length(config: Any, kv_pool: KVPool) -> int:
+def page_count(shape: KVShape, kv_memory: int) -> int:
+    """Pages of the KV pool that fit into ``kv_memory`` bytes.
+
+    Raises:
+        SettingsError: that is not enough for one session.
+    """
+    least = -(-_MIN_CONTEXT // shape.page_size)
+    if kv_memory < least * shape.page_bytes:
+        needed = f"{readable_size(least * shape.page_bytes)} or more, for {least * shape.page_size} tokens"
+        raise SettingsError("kv-memory", readable_size(kv_memory), needed)
+    return kv_memory // shape.page_bytes
+
+
+def context_length(config: Any, capacity: int) -> int:
     """The model's context length, or the KV pool's capacity if that is less."""
-    minimum = KVPool.round_up(_MIN_CONTEXT)
-    return min(int(config.get_text_config().max_position_embeddings), kv_pool.capacity // minimum * minimum)
+    return min(int(config.get_text_config().max_position_embeddings), capacity)
+
+
+def _allocated(shape: KVShape, kv_memory: int) -> KVPages:
+    """The pages of the KV pool.
+
+    Raises:
+        SettingsError: ``kv_memory`` is not enough for one session, or more than there is.
+    """
+    count = page_count(shape, kv_memory)
+    try:
+        with catch_out_of_memory():
+            return KVPages(shape, count)
+    except OutOfMemory as error:
+        reason = str(error).splitlines()[0]
+        allowed = f"what is free on {shape.torch_device} ({reason})"
+        raise SettingsError("kv-memory", readable_size(kv_memory), allowed) from error
 
 
 def choose_placement(torch_device: str) -> torch.device:

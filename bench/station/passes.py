@@ -80,7 +80,7 @@ class PackedPassRunner:
         target: of the base station.
         sequences: the tokens of each sequence.
         new: tokens at the end of each that a pass runs; the others are prefilled here.
-        shared: tokens of the prefix that all sequences share in blocks.
+        shared: tokens of the prefix that all sequences share.
     """
 
     def __init__(self, target: TargetModel, sequences: Sequence[list[int]], new: int, shared: int = 0) -> None:
