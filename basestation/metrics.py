@@ -3,7 +3,7 @@
 import collections
 from collections.abc import Callable, Mapping
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 
 from basestation.fleet_metrics import FleetMetrics
 from basestation.kv_pool import KVPool
@@ -32,6 +32,10 @@ class Metrics:
         self._kv_used = self._gauge("kv_positions_used", "Allocated KV-cache positions.")
         self._kv_shared = self._gauge("kv_positions_shared", "KV-cache positions saved by prefix sharing.")
         self._kv_capacity = self._gauge("kv_positions_capacity", "KV-cache positions that fit into the KV pool.")
+        self._placement = Info(
+            "edgedraft_target", "Where the target runs, and in which data type.", registry=self.registry
+        )
+        self._free_memory = self._gauge("free_memory_bytes", "Free memory where the target runs.")
         self._queueing_delay = self._histogram(
             "queueing_delay_seconds",
             "Queueing delay: from a request being ready to the start of its forward pass.",
@@ -68,6 +72,11 @@ class Metrics:
         self._kv_used.set_function(lambda: kv_pool.used)
         self._kv_shared.set_function(lambda: kv_pool.shared)
         self._kv_capacity.set(kv_pool.capacity)
+
+    def describe_target(self, placement: Mapping[str, str], free_memory: Callable[[], int]) -> None:
+        """Say where the target runs, and read the free memory there whenever the metrics are scraped."""
+        self._placement.info(dict(placement))
+        self._free_memory.set_function(free_memory)
 
     def count_pass(self, record: PassRecord) -> None:
         """Count a forward pass and the rounds it verified."""

@@ -4,6 +4,7 @@ Works with transformers 4.57 and 5.x. Knows tokens and logits; not drafts.
 """
 
 import contextlib
+import json
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,12 +26,14 @@ from basestation.memory import (
     OutOfMemory,
     catch_out_of_memory,
     check_fits,
+    check_host,
     kv_budget,
     parameter_count,
     readable_size,
 )
 from basestation.model_runner import ModelRunner
 from basestation.packed_linear import pack_linears
+from basestation.placement import choose_dtype, choose_placement, describe_placement, reason_for_cpu
 from basestation.segment import Segment
 from basestation.supported_models import refuse_gguf_rope, refuse_unsupported
 from basestation.vocabulary import Vocabulary
@@ -42,7 +45,6 @@ from protocol.errors import ModelError, SettingsError
 
 logger = logging.getLogger(__name__)
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _HUB_FILES = ("*.json", "*.jinja", "*.txt", "tokenizer.model", "*.safetensors")
 _MIN_CONTEXT = 128
 
@@ -56,6 +58,7 @@ class TargetModel:
         context_length: the model's, or the KV pool's capacity if that is less.
         kv_pool: for the KV caches of its sessions.
         kv_bytes: memory of the pool.
+        placement: where it runs and in which data type, by name.
 
     Args:
         model: a transformers model, on its PyTorch device.
@@ -71,6 +74,7 @@ class TargetModel:
         self.name = name
         self.vocabulary = vocabulary
         self.torch_device = next(model.parameters()).device
+        self.placement = describe_placement(self.torch_device, model.dtype)
         shape = kv_shape(model.config, model.dtype, self.torch_device)
         kv_pages = _allocated(shape, kv_memory)
         self.kv_bytes = kv_pages.bytes
@@ -91,7 +95,7 @@ class TargetModel:
 
         Args:
             model: the path or name.
-            dtype: ``float32``, ``bfloat16``, or ``auto``: bfloat16 on CUDA, float32 elsewhere.
+            dtype: of ``DTYPES``, or ``auto``; see ``choose_dtype``.
             torch_device: a PyTorch device, or ``auto``: CUDA if available.
             kv_memory: for the KV pool, like ``4GiB``, or ``auto``: of the memory that is free
                 after loading, nine tenths on CUDA and half elsewhere.
@@ -103,13 +107,17 @@ class TargetModel:
         """
         placement = choose_placement(torch_device)
         precision = choose_dtype(dtype, placement)
+        if torch_device == "auto" and placement.type == "cpu":
+            logger.info("--torch-device auto takes the CPU: %s", reason_for_cpu())
         kv_budget(kv_memory, placement)  # refuse an invalid size before the slow part
         register_attention()
         is_gguf = Path(model).suffix == ".gguf"
         weights = _converted(model, precision, placement) if is_gguf and use_cache else model
-        check_fits(read_config(weights), precision, placement)
+        needed = check_fits(read_config(weights), precision, placement)
+        if placement.type == "cuda":
+            check_host(_largest_tensor(Path(_source(weights)[0])) or needed)
         with _quiet_tools(), _named_failures(model):
-            loaded = _load(weights, precision)
+            loaded = _load(weights, precision, placement)
             vocabulary = (
                 _gguf_vocabulary(Path(model), loaded)
                 if is_gguf
@@ -211,42 +219,24 @@ def _allocated(shape: KVShape, kv_memory: int) -> KVPages:
         raise SettingsError("kv-memory", readable_size(kv_memory), allowed) from error
 
 
-def choose_placement(torch_device: str) -> torch.device:
-    """The PyTorch device with that name; ``auto`` is CUDA if available, else the CPU.
-
-    Raises:
-        SettingsError: this machine has no such device.
-    """
-    if torch_device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        placement = torch.device(torch_device)
-        torch.empty(0, device=placement)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise SettingsError(
-            "torch-device", torch_device, f"auto, cpu or a device of this machine ({reason})"
-        ) from error
-    return placement
-
-
-def choose_dtype(dtype: str, placement: torch.device) -> torch.dtype:
-    """The data type with that name; ``auto`` is bfloat16 on CUDA, float32 elsewhere.
-
-    Raises:
-        SettingsError: targets do not run in this type.
-    """
-    if dtype == "auto":
-        return torch.bfloat16 if placement.type == "cuda" else torch.float32
-    if dtype not in DTYPES:
-        raise SettingsError("dtype", dtype, f"auto, {', '.join(DTYPES)}")
-    return DTYPES[dtype]
-
-
-def _load(model: str, dtype: torch.dtype) -> Any:
-    """A model folder, hub name or ``.gguf`` file, as transformers loads it."""
+def _load(model: str, dtype: torch.dtype, placement: torch.device) -> Any:
+    """A model folder, hub name or ``.gguf`` file, as transformers loads it: on CUDA without a copy on the host."""
     source, options = _source(model)
-    return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation=ATTENTION_NAME, **options)
+    device_map = {"": placement} if placement.type == "cuda" else None
+    return AutoModelForCausalLM.from_pretrained(
+        source, dtype=dtype, attn_implementation=ATTENTION_NAME, device_map=device_map, **options
+    )
+
+
+def _largest_tensor(folder: Path) -> int:
+    """Bytes of the largest tensor in ``.safetensors`` files, from which they are read one at a time; 0 without any."""
+    largest = 0
+    for path in folder.glob("*.safetensors"):
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        ends = (entry["data_offsets"] for name, entry in header.items() if name != "__metadata__")
+        largest = max(largest, *(end - start for start, end in ends))
+    return largest
 
 
 def _converted(model: str, dtype: torch.dtype, placement: torch.device) -> str:
@@ -265,7 +255,9 @@ def _converted(model: str, dtype: torch.dtype, placement: torch.device) -> str:
         check_fits(config, dtype, placement)
         logger.info("converting %s once, into %s; with --no-cache it is converted at every start", model, entry)
         with _quiet_tools(), _named_failures(model):
-            if not fill(entry, parameter_count(config) * dtype.itemsize, lambda: _load(model, dtype)):
+            if not fill(
+                entry, parameter_count(config) * dtype.itemsize, lambda: _load(model, dtype, torch.device("cpu"))
+            ):
                 return model
     logger.info("%s is loaded as converted in %s", model, entry)
     return str(entry)

@@ -40,6 +40,9 @@ RUN --mount=type=bind,from=wheels,target=/wheels \
     && rm -f /opt/edgedraft/bin/edgedraft-export /opt/edgedraft/bin/edgedraft-device /opt/edgedraft/bin/edgedraft-bench
 
 FROM ${PYTHON_IMAGE}
+ARG TORCH=cuda
+# An image with CUDA refuses to start without a usable GPU.
+ENV EDGEDRAFT_BASESTATION_TORCH_DEVICE=${TORCH}
 RUN install --directory --owner=10001 --group=10001 --mode=700 /keys /hub
 COPY --from=build /opt/edgedraft /opt/edgedraft
 # Models downloaded from the hub are cached in /hub.

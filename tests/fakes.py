@@ -130,6 +130,7 @@ class FakeTarget:
     tokens: list[int] = field(default_factory=list)
     """Tokens in each forward pass so far."""
     gathered: int = 0
+    torch_device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @classmethod
     def make(

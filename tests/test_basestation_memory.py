@@ -1,6 +1,7 @@
 """Free KV pages return their memory to the system, and out-of-memory errors are recognised."""
 
 import random
+import re
 import subprocess
 import sys
 
@@ -8,9 +9,11 @@ import psutil
 import pytest
 import torch
 
+from basestation import memory
 from basestation.kv_pages import KVPages, KVShape
 from basestation.kv_pool import KVPool, SequenceKVCache
 from basestation.memory import OutOfMemory, catch_out_of_memory
+from protocol.errors import ModelError
 
 SHAPE = KVShape(8, 2, 64, torch.float32, torch.device("cpu"))
 MEBIBYTE = 2**20
@@ -69,6 +72,33 @@ def test_what_a_thread_freed_returns_to_the_system() -> None:
 def test_more_memory_than_the_system_has_is_out_of_memory() -> None:
     with pytest.raises(OutOfMemory, match="memory"), catch_out_of_memory():
         KVPages(SHAPE, 2**32)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory",
+    ],
+)
+def test_every_text_of_a_failed_allocation_is_out_of_memory(text: str) -> None:
+    with pytest.raises(OutOfMemory, match=re.escape(text.splitlines()[0])), catch_out_of_memory():
+        raise RuntimeError(text)
+
+
+def test_other_errors_of_a_gpu_are_not_out_of_memory() -> None:
+    with pytest.raises(RuntimeError, match="illegal memory access") as caught, catch_out_of_memory():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    assert not isinstance(caught.value, OutOfMemory)
+
+
+def test_weights_that_do_not_fit_into_the_hosts_memory_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "free_memory", lambda placement: {"cpu": 2**30, "cuda": 2**36}[placement.type])
+    memory.check_host(2**30)
+    with pytest.raises(ModelError, match=r"takes 3\.0 GiB of the host's memory at once, and 1\.0 GiB are free"):
+        memory.check_host(3 * 2**30)
 
 
 def test_other_system_errors_are_not_out_of_memory() -> None:

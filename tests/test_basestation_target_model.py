@@ -338,6 +338,13 @@ def test_other_rope_settings_are_served(settings: dict[str, Any] | None) -> None
     refuse_unsupported(config_like(rope_parameters=settings))
 
 
+@pytest.mark.parametrize("method", ["gptq", "awq", "fp8", "compressed-tensors", "bitsandbytes", "torchao"])
+def test_quantised_weights_are_refused_by_name(method: str) -> None:
+    config = tiny_config("llama", quantization_config={"quant_method": method, "bits": 4})
+    with pytest.raises(ModelError, match=f"weights quantised by '{method}' are not supported; name the model's"):
+        refuse_unsupported(config)
+
+
 def test_a_bidirectional_model_is_refused_by_name() -> None:
     with pytest.raises(ModelError, match="use_bidirectional_attention is not supported"):
         refuse_unsupported(tiny_config("gemma3_text", use_bidirectional_attention=True))

@@ -13,8 +13,9 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from basestation.kv_pool import SequenceKVCache
+from basestation.placement import DTYPES
 from basestation.segment import Segment
-from basestation.target_model import DTYPES, TargetModel
+from basestation.target_model import TargetModel
 
 _REPEATS = 15
 _WARM_UP = 2
