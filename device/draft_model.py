@@ -8,6 +8,7 @@ architecture.
 Knows arrays and ONNX Runtime; not what is sampled from the logits.
 """
 
+import ctypes
 import os
 from collections.abc import Sequence
 from copy import copy
@@ -57,7 +58,7 @@ class DraftModel:
 
     Raises:
         BundleError: the folder is not a bundle, is damaged, or cannot be loaded.
-        SettingsError: the number of threads, or a provider that this ONNX Runtime does not have.
+        SettingsError: the number of threads, or a provider that this ONNX Runtime does not have or cannot start.
     """
 
     def __init__(self, bundle: Path, threads: int = 0, providers: Sequence[str] = ("CPUExecutionProvider",)) -> None:
@@ -252,7 +253,31 @@ def _load(path: Path, threads: int, providers: Sequence[str]) -> onnxruntime.Inf
     # Spinning between the operators of a run saves a quarter of it; longer spinning only takes the cores from others.
     options.add_session_config_entry("session.intra_op.spin_duration_us", "20")
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=list(providers))
+        session = onnxruntime.InferenceSession(str(path), options, providers=list(providers))
     except Exception as error:  # ONNX Runtime's errors share no base class
         reason = str(error).strip().splitlines()[0]
         raise BundleError(f"{str(path)!r} cannot be loaded: {reason}; export the bundle again") from error
+    _check_providers(providers, session.get_providers())
+    return session
+
+
+def _check_providers(wanted: Sequence[str], used: Sequence[str]) -> None:
+    """Refuse a session without a wanted provider: ONNX Runtime falls back to the CPU silently.
+
+    Raises:
+        SettingsError: names the provider and what its library lacks.
+    """
+    for name in wanted:
+        if name not in used:
+            raise SettingsError("provider", name, f"{', '.join(used)} ({_missing_library(name)})")
+
+
+def _missing_library(provider: str) -> str:
+    """Why the library of a provider cannot be loaded."""
+    name = provider.removesuffix("ExecutionProvider").lower()
+    path = Path(onnxruntime.__file__).parent / "capi" / f"libonnxruntime_providers_{name}.so"
+    try:
+        ctypes.CDLL(str(path))
+    except OSError as error:
+        return str(error)
+    return "its library loads, but it does not start: is there a device with a driver?"
