@@ -11,11 +11,13 @@ SUPPORTED = (
     "granite",
     "llama",
     "mistral",
+    "mixtral",
     "olmo2",
     "phi",
     "phi3",
     "qwen2",
     "qwen3",
+    "qwen3_moe",
     "smollm3",
     "starcoder2",
 )

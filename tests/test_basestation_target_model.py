@@ -37,13 +37,19 @@ TINY = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+EXPERTS: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
+}
 WINDOW = 8
 WINDOWS: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": WINDOW},
+    "mixtral": {"sliding_window": WINDOW},
     "phi3": {"sliding_window": WINDOW},
     "starcoder2": {"sliding_window": WINDOW},
     "qwen2": {"sliding_window": WINDOW, "use_sliding_window": True, "max_window_layers": 1},
     "qwen3": {"sliding_window": WINDOW, "use_sliding_window": True, "max_window_layers": 1},
+    "qwen3_moe": {"sliding_window": WINDOW, "use_sliding_window": True},
     "smollm3": {
         "sliding_window": WINDOW,
         "use_sliding_window": True,
@@ -62,7 +68,7 @@ NO_WINDOWS = {
 
 
 def tiny_config(architecture: str, **changes: Any) -> Any:
-    return AutoConfig.for_model(architecture, **{**TINY, **changes})
+    return AutoConfig.for_model(architecture, **{**TINY, **EXPERTS.get(architecture, {}), **changes})
 
 
 def tiny_pair(architecture: str, **changes: Any) -> tuple[Any, TargetModel]:
