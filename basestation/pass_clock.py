@@ -27,8 +27,9 @@ class PassClock:
         """Mark the end of what was enqueued up to now."""
         self._times.append(self._clock())
         if self._on_cuda:
-            self._events.append(event := torch.cuda.Event(enable_timing=True))
+            event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             event.record()
+            self._events.append(event)
 
     def seconds(self) -> list[float]:
         """The time from each mark to the next; waits for the last one."""

@@ -35,7 +35,7 @@ def choose_placement(torch_device: str) -> torch.device:
 
 def reason_for_cpu() -> str:
     """Why ``auto`` is the CPU."""
-    if not torch.backends.cuda.is_built():
+    if not torch.backends.cuda.is_built():  # type: ignore[no-untyped-call]
         return f"PyTorch {torch.__version__} is built without CUDA"
     driver = driver_version()
     return f"PyTorch {torch.__version__} finds no GPU it can use; NVIDIA driver: {driver or 'none'}"

@@ -175,7 +175,7 @@ def warp_scores(scores: Tensor, top_k: int, top_p: float) -> Tensor:
         scores = scores.masked_fill(scores < smallest, -torch.inf)
     if top_p < 1:
         rows = max(1, _TOP_P_NUMBERS // scores.shape[-1])
-        scores = torch.cat([_keep_top_p(part, top_p) for part in scores.split(rows)])
+        scores = torch.cat([_keep_top_p(part, top_p) for part in torch.split(scores, rows)])
     return scores
 
 
