@@ -5,6 +5,7 @@ import ctypes
 import errno
 import mmap
 import re
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -49,10 +50,16 @@ def catch_out_of_memory() -> Iterator[None]:
 def map_memory(size: int) -> mmap.mmap:
     """Map ``size`` bytes of anonymous memory: what is never written takes no memory, and parts can be given back.
 
+    A huge page would take 2 MiB for each small part that is written, and would stay whole when its parts are given back.
+
     Raises:
         OSError: there is not enough memory.
     """
-    return mmap.mmap(-1, size, access=mmap.ACCESS_COPY)
+    memory = mmap.mmap(-1, size, access=mmap.ACCESS_COPY)
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):  # a kernel without huge pages
+            memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return memory
 
 
 def share_one_heap() -> None:
