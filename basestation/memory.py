@@ -50,7 +50,7 @@ def catch_out_of_memory() -> Iterator[None]:
 def map_memory(size: int) -> mmap.mmap:
     """Map ``size`` bytes of anonymous memory: what is never written takes no memory, and parts can be given back.
 
-    A huge page would take 2 MiB for each small part that is written, and would stay whole when its parts are given back.
+    A huge page would take 2 MiB for each small part that is written.
 
     Raises:
         OSError: there is not enough memory.

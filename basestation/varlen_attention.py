@@ -5,6 +5,7 @@ The kernel gives a sequence the same bits in every batch, because it splits no s
 
 import inspect
 import logging
+from dataclasses import replace
 from itertools import accumulate
 
 import torch
@@ -21,6 +22,7 @@ _DTYPES = (torch.float16, torch.bfloat16)
 _MIN_CAPABILITY = (8, 0)
 _MAX_HEAD_SIZE = 256
 _HEAD_SIZE_STEP = 8
+_TOLERANCE = 0.05
 _NEEDED = {"block_table", "seqused_k", "window_size", "enable_gqa", "num_splits"}
 
 
@@ -96,4 +98,23 @@ def missing_for_varlen(shape: KVShape) -> str | None:
     capability = torch.cuda.get_device_capability(shape.torch_device)
     if capability < _MIN_CAPABILITY:
         return f"the GPU has compute capability {capability[0]}.{capability[1]}; FlashAttention needs 8.0"
-    return None
+    return failure_of_trial(shape)
+
+
+@torch.inference_mode()
+def failure_of_trial(shape: KVShape) -> str | None:
+    """Why a small pass of ``VarlenBatch`` fails, or how far it is from ``SequentialBatch``; None if it does neither."""
+    forward_pass = ForwardPass(starts=[0, 0], counts=[5, 1], page_tables=[[1], [0]])
+    kv_shape, heads = replace(shape, layers=1), (2 * shape.kv_heads, shape.kv_heads, shape.kv_heads)
+    query, key, value = (
+        torch.randn(count, 6, shape.head_size, dtype=shape.dtype, device=shape.torch_device) for count in heads
+    )
+    outputs = []
+    for kind in (SequentialBatch, VarlenBatch):
+        batch = kind(forward_pass, KVPages(kv_shape, 2))
+        try:
+            outputs.append(batch.attend(0, query, key, value, shape.head_size**-0.5, None))
+        except (RuntimeError, ValueError) as error:
+            return f"a trial failed: {str(error).splitlines()[0]}"
+    difference = float((outputs[0] - outputs[1]).abs().max())
+    return None if difference < _TOLERANCE else f"its result in a trial differed by {difference:.2g}"

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 from torch.nn.attention import varlen
 
+from basestation import varlen_attention
 from basestation.attention import SequentialBatch
 from basestation.forward_pass import ForwardPass
 from basestation.kv_pages import KVPages, KVShape
-from basestation.varlen_attention import VarlenBatch, batch_type, missing_for_varlen
+from basestation.varlen_attention import VarlenBatch, batch_type, failure_of_trial, missing_for_varlen
 
 HEADS, KV_HEADS, HEAD_SIZE, LAYERS, PAGES = 6, 2, 16, 2, 12
 ON_CUDA = torch.get_default_device().type == "cuda"
@@ -37,8 +38,8 @@ def plain_varlen(
         for row in range(first, last):
             position = length - (last - row)
             seen = slice(0 if left < 0 else max(0, position - left), position + 1)
-            for head in range(HEADS):
-                group = head // (HEADS // KV_HEADS)
+            for head in range(query.shape[1]):
+                group = head // (query.shape[1] // key.shape[2])
                 weights = torch.softmax(keys[seen, group] @ query[row, head] * rest["scale"], dim=0)
                 output[row, head] = weights @ values[seen, group]
     return output
@@ -94,12 +95,22 @@ def test_a_line_says_what_one_call_per_layer_lacks(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(varlen_attention, "failure_of_trial", lambda _: None)
     if reason is None:
         assert batch_type(shape) is VarlenBatch
         return
     assert batch_type(shape) is SequentialBatch
     assert "attention: one call per sequence and layer, because" in caplog.text
     assert reason in caplog.text
+
+
+def test_a_kernel_that_fails_or_differs_in_a_trial_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = KVShape(3, KV_HEADS, HEAD_SIZE, torch.float32, torch.device("cpu"))
+    assert str(failure_of_trial(shape)).startswith("a trial failed: ")
+    monkeypatch.setattr(varlen, "varlen_attn", plain_varlen)
+    assert failure_of_trial(shape) is None
+    monkeypatch.setattr(varlen, "varlen_attn", lambda query, *_, **__: query.clone())
+    assert str(failure_of_trial(shape)).startswith("its result in a trial differed by ")
 
 
 def test_an_older_pytorch_without_page_tables_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
