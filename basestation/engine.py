@@ -13,6 +13,7 @@ from basestation.handshake import Handshake
 from basestation.memory import OutOfMemory, catch_out_of_memory
 from basestation.metrics import Metrics
 from basestation.pace import PassTimes
+from basestation.pass_clock import PassClock
 from basestation.pass_records import PassRecord, PassRecordFile, VerifiedRound
 from basestation.peer import Peer
 from basestation.rate_limit import RateLimiter
@@ -136,12 +137,16 @@ class Engine:
         if not units:
             return
         lengths = [unit.session.kv_cache.length for unit in units]
-        start, out_of_memory = self._clock(), ""
+        start, gathered, out_of_memory = self._clock(), self._target.gathered, ""
+        pass_clock = PassClock(self._target.torch_device, self._clock)
+        pass_clock.mark()
         try:
             with catch_out_of_memory():
                 logits = self._target.forward([unit.segment for unit in units])
-                verify_start = self._clock()
+                pass_clock.mark()
                 results = verify_rounds(logits, [unit.round for unit in units if unit.round])
+                pass_clock.mark()
+                forward_seconds, verify_seconds = pass_clock.seconds()
         except OutOfMemory as error:
             out_of_memory = str(error)
         if out_of_memory:  # handled outside of the except clause, where the traceback would keep the pass's tensors
@@ -161,7 +166,8 @@ class Engine:
         tokens = sum(len(unit.segment.token_ids) for unit in units)
         if tokens == sum(unit.segment.num_logits for unit in units):  # no prefill
             self._pass_times.observe(len(units), tokens, end - start)
-        self._record(PassRecord(len(units), tokens, verify_start - start, end - verify_start, rounds))
+        gathered = self._target.gathered - gathered
+        self._record(PassRecord(len(units), tokens, gathered, forward_seconds, verify_seconds, rounds))
 
     def _conclude(self, session: Session, result: VerificationResult, start: float, end: float) -> VerifiedRound:
         """Commit a round and deliver its Verdict; ``start`` and ``end`` are the times of the pass."""

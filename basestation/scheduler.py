@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Self
 
-from basestation.kv_pool import BLOCK_SIZE, KVPool
+from basestation.kv_pool import KVPool
 from basestation.prefix_sharing import share_prefixes
 from basestation.round_shares import RoundShares
 from basestation.segment import Segment
@@ -176,13 +176,21 @@ class Scheduler:
 
     def _check_room(self, sessions: Sequence[Session], allowed: int, reason: str, now: float) -> None:
         """Check that sessions, the longest idle first and the one in question last, need no more than ``allowed``."""
-        totals = list(accumulate(_required_positions(sessions)))
+        totals = list(accumulate(self._required_positions(sessions)))
         excess = totals[-1] - allowed
         if excess > 0:
             pairs = zip(sessions[:-1], totals, strict=False)
             ends = (one.last_active + BUSY_SECONDS for one, total in pairs if total >= excess)
             seconds = max(1, math.ceil(next(ends, now) - now))
             raise FullError(f"{reason} (busy sessions: {len(sessions) - 1}); retry in {seconds} s", seconds)
+
+    def _required_positions(self, sessions: Sequence[Session]) -> list[int]:
+        """Positions that each session needs for its tokens and one more; a shared page counts for its last user."""
+        kv_pool = self._kv_pool
+        last_user = {page: one for one in sessions for page in one.kv_cache.pages}
+        elsewhere = [sum(last_user[page] is not one for page in one.kv_cache.pages) for one in sessions]
+        needed = [kv_pool.pages_for(len(one.tokens) + 1) - one.kv_cache.unseen for one in sessions]
+        return [(pages - other) * kv_pool.page_size for pages, other in zip(needed, elsewhere, strict=True)]
 
 
 def _is_running(session: Session, now: float) -> bool:
@@ -205,13 +213,6 @@ def _shortest_first(prompts: Sequence[Session], sources: Mapping[Session, Sessio
     return sorted(prompts, key=lambda one: left[one])
 
 
-def _required_positions(sessions: Sequence[Session]) -> list[int]:
-    """Positions that each session needs for its tokens and one more; a shared block counts for its last user."""
-    last_user = {block: one for one in sessions for block in one.kv_cache.blocks}
-    elsewhere = [sum(last_user[block] is not one for block in one.kv_cache.blocks) * BLOCK_SIZE for one in sessions]
-    return [KVPool.round_up(len(one.tokens) + 1) - other for one, other in zip(sessions, elsewhere, strict=True)]
-
-
 class _BatchBuilder:
     """A batch while it is filled.
 
@@ -230,7 +231,7 @@ class _BatchBuilder:
         """Add at most ``limit`` tokens of a session; returns how many, 0 where the KV pool has no room."""
         segment = session.segment(limit)
         kv_cache, count = session.kv_cache, len(segment.token_ids)
-        growth = max(0, KVPool.round_up(kv_cache.length + count) - kv_cache.capacity)
+        growth = max(0, self._kv_pool.round_up(kv_cache.length + count) - kv_cache.capacity)
         if not self._make_room(session, growth):
             return 0
         self._reserved += growth

@@ -54,7 +54,7 @@ class Session:
         self.peer = peer
         self.session_id = opening.session_id
         self.rounds = SessionRounds(stop_ids, window)
-        self.tokens = CommittedTokens()
+        self.tokens = CommittedTokens(kv_cache.page_size)
         self.kv_cache = kv_cache
         self.last_active = now
         self.ready_since = now

@@ -34,6 +34,8 @@ from protocol.randomness import Stream, uniforms
 from protocol.sparse import SparseDistribution
 
 _NO_TOKEN = -1
+_TOP_P_NUMBERS = 2**22
+"""Of the scores that top-p sorts at a time: in float64, with copies, about 130 MiB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,10 +174,15 @@ def warp_scores(scores: Tensor, top_k: int, top_p: float) -> Tensor:
         smallest = scores.topk(top_k, dim=-1).values[:, -1:]
         scores = scores.masked_fill(scores < smallest, -torch.inf)
     if top_p < 1:
-        ordered, order = scores.softmax(dim=-1, dtype=torch.float64).sort(dim=-1, descending=True)
-        outside = ordered.cumsum(dim=-1) - ordered >= top_p
-        scores = scores.masked_fill(torch.zeros_like(outside).scatter_(-1, order, outside), -torch.inf)
+        rows = max(1, _TOP_P_NUMBERS // scores.shape[-1])
+        scores = torch.cat([_keep_top_p(part, top_p) for part in torch.split(scores, rows)])
     return scores
+
+
+def _keep_top_p(scores: Tensor, top_p: float) -> Tensor:
+    ordered, order = scores.softmax(dim=-1, dtype=torch.float64).sort(dim=-1, descending=True)
+    outside = ordered.cumsum(dim=-1) - ordered >= top_p
+    return scores.masked_fill(torch.zeros_like(outside).scatter_(-1, order, outside), -torch.inf)
 
 
 def _verify_by_match(logits: Tensor, rounds: Sequence[RoundToVerify]) -> Tensor:

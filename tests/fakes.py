@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from basestation.kv_pool import KVPool, KVShape, SequenceKVCache
+from basestation.kv_pool import PAGE_SIZE, KVPool, SequenceKVCache
 from basestation.segment import Segment
 from basestation.target_model import TargetModel
 from basestation.vocabulary import Vocabulary
@@ -129,6 +129,8 @@ class FakeTarget:
     """Sessions in each forward pass so far."""
     tokens: list[int] = field(default_factory=list)
     """Tokens in each forward pass so far."""
+    gathered: int = 0
+    torch_device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @classmethod
     def make(
@@ -171,7 +173,7 @@ class FakeTarget:
 
 
 def new_kv_pool(capacity: int) -> KVPool:
-    return KVPool(KVShape(1, 1, 1, torch.float32, torch.device("cpu")), capacity)
+    return KVPool(capacity // PAGE_SIZE)
 
 
 def target_alone(table: Table, prompt: Sequence[int], count: int) -> list[int]:
