@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 from common.checks import Finding, Status
-from device.draft_model import DraftModel
+from device.draft_model import SequenceModel
 
 _CPU_INFO = Path("/proc/cpuinfo")
 _CPUS = Path("/sys/devices/system/cpu")
@@ -72,7 +72,9 @@ def governor(cpus: Path = _CPUS) -> Finding[None]:
     return Finding(f"{text}: the clock stays low", None, Status.WARNING, remedy)
 
 
-def draft_model(load: Callable[[], DraftModel], clock: Callable[[], float] = time.monotonic) -> Finding[DraftModel]:
+def draft_model(
+    load: Callable[[], SequenceModel], clock: Callable[[], float] = time.monotonic
+) -> Finding[SequenceModel]:
     """Load the draft model, and measure how long it takes for a token.
 
     Raises:
