@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from device.client import Client
 from device.common_prefix import common_prefix
-from device.draft_model import DraftModel
+from device.draft_model import SequenceModel
 from device.draft_rounds import Counters
 from device.planners import Planners
 from device.process_memory import peak_memory_bytes
@@ -87,7 +87,7 @@ class Conversation:
     """
 
     def __init__(
-        self, client: Client, planners: Planners, model: DraftModel, tokenizer: Tokenizer, settings: DraftSettings
+        self, client: Client, planners: Planners, model: SequenceModel, tokenizer: Tokenizer, settings: DraftSettings
     ) -> None:
         self.tokenizer = tokenizer
         self.settings = settings

@@ -11,7 +11,7 @@ from typing import Self, TypeAlias
 import numpy as np
 
 from device.common_prefix import common_prefix
-from device.draft_model import DraftModel, Logits
+from device.draft_model import Logits, SequenceModel
 from device.sampling import coupled_token, full_distribution, sparse_distribution
 from device.settings import UplinkSettings
 from protocol.errors import NonFiniteError
@@ -75,7 +75,7 @@ class Drafter:
 
     def __init__(
         self,
-        model: DraftModel,
+        model: SequenceModel,
         mode: Mode,
         sampling: Sampling,
         uplink: UplinkSettings,
@@ -93,6 +93,15 @@ class Drafter:
         model.rollback(model.forked_length)
         self._pending: list[int] = []
         self._logits: Logits = np.empty(0, np.float32)  # after all tokens that have run
+
+    def begin(self, prompt_ids: Sequence[int]) -> None:
+        """Prepare for the prompt of the next answer."""
+        self._model.begin(prompt_ids)
+        self._pending = []
+
+    def room(self, tokens: Sequence[int]) -> int:
+        """How many tokens fit the draft model's context after ``tokens``."""
+        return self._model.room(tokens)
 
     def backlog(self, tokens: Sequence[int]) -> int:
         """How many of ``tokens`` without the last are not in the KV cache."""

@@ -10,7 +10,7 @@ from enum import StrEnum
 
 from device.client import Client
 from device.common_prefix import common_prefix
-from device.draft_model import DraftModel
+from device.draft_model import SequenceModel
 from device.draft_rounds import Counters, DraftRounds
 from device.drafter import DraftedToken, Drafter
 from device.planner import MIN_BACKLOG, Planner
@@ -70,14 +70,13 @@ class DeviceSession:
     """
 
     def __init__(
-        self, client: Client, planner: Planner, settings: DraftSettings, model: DraftModel, prompt_ids: list[int]
+        self, client: Client, planner: Planner, settings: DraftSettings, model: SequenceModel, prompt_ids: list[int]
     ) -> None:
         client.check_served(settings)
         self.tokens: list[int] = []
         self._client = client
         self._settings = settings
         self._target_alone = settings.mode is Mode.TARGET
-        self._draft_context = model.manifest.context_length
         self._drafter = Drafter(
             model,
             settings.mode,
@@ -88,15 +87,13 @@ class DeviceSession:
             client.check_cancelled,
         )
         self._requests = SessionRequests(client, settings.mode, settings.sampling, self.tokens)
-        self._rounds = DraftRounds(
-            client, self._requests, self._drafter, planner, settings, self.tokens, self._draft_context
-        )
+        self._rounds = DraftRounds(client, self._requests, self._drafter, planner, settings, self.tokens)
         self._check_prompt(prompt_ids)
         began = client.now()
         try:
             self._requests.open(prompt_ids)
             self._rounds.planner.observe_opened(client.now().seconds - began.seconds)
-            self.tokens[:] = prompt_ids
+            self._begin(prompt_ids)
         except (NonFiniteError, CancelledError):  # nobody else could close the session
             self.close()
             raise
@@ -139,7 +136,7 @@ class DeviceSession:
             self._requests.extend(start, prompt_ids[start:], sampling)
         else:  # the target still decodes an abandoned answer, or the base station is of an older version
             self._requests.reopen(prompt_ids, sampling)
-        self.tokens[:] = prompt_ids
+        self._begin(prompt_ids)
 
     def answer(self, max_new_tokens: int) -> Iterator[AnswerToken]:
         """The answer to the prompt, each token as soon as its round is committed.
@@ -164,6 +161,10 @@ class DeviceSession:
         """End the session at the base station."""
         self._requests.close()
 
+    def _begin(self, prompt_ids: list[int]) -> None:
+        self._drafter.begin(prompt_ids)
+        self.tokens[:] = prompt_ids
+
     def _next_tokens(self, room: int) -> Iterable[AnswerToken]:
         """Commit the next tokens, at most ``room``: of a round, or of the target alone."""
         verified = None
@@ -186,7 +187,7 @@ class DeviceSession:
     @property
     def _draft_room(self) -> int:
         """Tokens that fit the draft model's context after the committed ones; without any the target decodes alone."""
-        return max(0, self._draft_context - len(self.tokens))
+        return self._drafter.room(self.tokens)
 
     def _decode(self, count: int) -> Iterator[AnswerToken]:
         """Let the target decode alone and commit its tokens; meanwhile the draft model runs its backlog."""

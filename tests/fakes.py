@@ -90,6 +90,12 @@ class FakeDraftModel:
         fork.forked_length = length
         return fork
 
+    def begin(self, prompt_ids: Sequence[int]) -> None:
+        pass
+
+    def room(self, token_ids: Sequence[int]) -> int:
+        return max(0, self.manifest.context_length - len(token_ids))
+
     def forward(self, token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
         assert len(token_ids) > 0
         self.tokens += token_ids

@@ -10,7 +10,7 @@ from basestation.peer import Peer
 from basestation.scheduler import PassBudget
 from basestation.target_model import TargetModel
 from device.client import Client
-from device.draft_model import DraftModel
+from device.draft_model import SequenceModel
 from device.link import Link
 from device.planners import Planners
 from device.session import DeviceSession
@@ -130,14 +130,14 @@ class RefusingTransport(TimedTransport):
 
 
 def open_session(
-    client: Client, settings: DraftSettings, model: DraftModel, prompt: list[int], planners: Planners | None = None
+    client: Client, settings: DraftSettings, model: SequenceModel, prompt: list[int], planners: Planners | None = None
 ) -> DeviceSession:
     """Open a session; sessions that share ``planners`` share their measurements."""
     planner = (planners or Planners(model.manifest.quality)).for_settings(settings, client.welcome)
     return DeviceSession(client, planner, settings, model, prompt)
 
 
-def join(station: Station, model: DraftModel, transport: MemoryTransport | None = None) -> tuple[Client, Link]:
+def join(station: Station, model: SequenceModel, transport: MemoryTransport | None = None) -> tuple[Client, Link]:
     """Connect a client to ``station``."""
     transport = transport or MemoryTransport(station)
     link = Link(transport, FrameCodec(model.manifest.vocab_size), "memory")
