@@ -4,6 +4,7 @@ A key is 32 bytes, written as 40 characters of Z85 (ZeroMQ RFC 32). Knows no cry
 ``device/curve_keys.py`` and ``basestation/key_folder.py`` generate the pairs.
 """
 
+import os
 import stat
 from pathlib import Path
 
@@ -53,15 +54,16 @@ def read_secret(path: Path) -> str:
 
 
 def read_public(given: str) -> str:
-    """Read a public key, given as text or as a file.
+    """Read a public key, given as text, as the line in a file, or as a file.
 
     Raises:
         SettingsError: ``given`` is neither a key nor a file.
         KeyFileError: the file does not hold a public key.
     """
-    if _is_key(given):
-        return given
-    if not Path(given).exists():
+    key = given.strip().removeprefix(f"{_PUBLIC} ")
+    if _is_key(key):
+        return key
+    if not os.path.exists(given):  # noqa: PTH110 - False for any text that is no path, as for one of 5,000 characters
         raise SettingsError("the public key", given, f"{_LENGTH} characters of Z85, or a file that holds them")
     return _read(Path(given), _PUBLIC)
 

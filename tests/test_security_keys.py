@@ -50,14 +50,22 @@ def test_no_key_is_overwritten(tmp_path: Path) -> None:
         new_key(tmp_path / "phone")
 
 
-@pytest.mark.parametrize("key", ["", "a" * 39, "a" * 41, "a" * 39 + " ", "#" * 40, "~" * 40, "é" * 40])
+@pytest.mark.parametrize(
+    "key", ["", "a" * 5000, "a\0", "a" * 39, "a" * 41, "a" * 39 + " ", "#" * 40, "~" * 40, "é" * 40]
+)
 def test_an_invalid_key_is_refused(tmp_path: Path, key: str) -> None:
-    with pytest.raises(SettingsError, match="40 characters of Z85") if key else pytest.raises(KeyFileError):
+    with pytest.raises(SettingsError, match="40 characters of Z85"):
         read_public(key)
     write_pair(tmp_path / "pair", "a" * 40, "b" * 40)
     (tmp_path / "pair.pub").write_text(f"edgedraft-public-key {key}\n", encoding="utf-8")
     with pytest.raises(KeyFileError):
         read_public(str(tmp_path / "pair.pub"))
+
+
+def test_a_public_key_may_be_given_as_the_line_in_its_file(tmp_path: Path) -> None:
+    new_key(tmp_path / "phone")
+    line = (tmp_path / "phone.pub").read_text(encoding="ascii")
+    assert read_public(line) == read_public(line.strip()) == read_public(str(tmp_path / "phone.pub"))
 
 
 def test_secret_and_public_keys_are_not_interchangeable(tmp_path: Path) -> None:
