@@ -1,4 +1,4 @@
-"""Fixtures: one base station with the sample model in float32 and one browser, each shared; no kept state."""
+"""Fixtures: one base station with the sample model in float32 and one browser, each shared; no state or settings kept."""
 
 import os
 from collections.abc import Iterator
@@ -20,6 +20,17 @@ def _no_kept_state() -> Iterator[None]:
     """Devices in processes of their own neither use nor change what the user's own devices learnt."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_STATE_HOME", os.devnull)  # no folder can be made there
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_settings_of_this_machine() -> Iterator[None]:
+    """No test reads the files of a program that is installed here, nor its variables."""
+    with pytest.MonkeyPatch.context() as patch:
+        for variable in [name for name in os.environ if name.startswith("EDGEDRAFT_")]:
+            patch.delenv(variable)
+        for program in ("BASESTATION", "DEVICE", "EXPORT"):
+            patch.setenv(f"EDGEDRAFT_{program}_CONFIG", os.devnull)
         yield
 
 

@@ -4,11 +4,13 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from bench.cli import MODULES, app, summary
+from bench.setup.environment import flags_alone
 
 HEAVY = ("torch", "transformers", "scipy", "matplotlib", "onnxruntime")
 PRINT_IMPORTED = f"""
@@ -74,3 +76,19 @@ def test_a_misspelt_command_suggests_a_name() -> None:
     result = CliRunner().invoke(app, ["capcity"])
     assert result.exit_code == 2
     assert "capacity" in result.output
+
+
+def test_the_processes_of_a_benchmark_have_no_settings_of_this_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("EDGEDRAFT_BASESTATION_CONFIG")
+    monkeypatch.setenv("EDGEDRAFT_BASESTATION_BIND", "tcp://127.0.0.1:1")
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    (tmp_path / "edgedraft").mkdir()
+    (tmp_path / "edgedraft" / "basestation.toml").write_text('metrics-bind = "9464"\n')
+    command = [sys.executable, "-m", "basestation", "config", "--json"]
+    sources = [
+        {setting["source"] for setting in json.loads(subprocess.check_output(command, env=env))["settings"].values()}
+        for env in (None, flags_alone())
+    ]
+    assert sources == [{"environment", "file", "default"}, {"default"}]

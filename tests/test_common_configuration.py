@@ -29,6 +29,7 @@ class Program:
         self._monkeypatch = monkeypatch
         monkeypatch.setattr(settings_file, "_SYSTEM_FOLDER", folder / "system")
         monkeypatch.setenv("XDG_CONFIG_HOME", str(folder / "user"))
+        monkeypatch.delenv(f"EDGEDRAFT_{name}_CONFIG".upper())
 
     def write(self, path: Path, text: str) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,6 @@
 """One process of the device for each answer: what a user of ``generate`` sees, prompt included."""
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -15,6 +14,7 @@ import typer
 
 from bench.grid.ratio import Ratio
 from bench.setup.cores import Cores, running_on
+from bench.setup.environment import flags_alone
 from bench.setup.options import (
     BundleOption,
     CountOption,
@@ -104,7 +104,7 @@ class Generate:
         ended = subprocess.run(  # noqa: S603 - our own program
             [sys.executable, "-m", "device", *command, *self.options, *CASES[case]],
             input=prompt,
-            env={**os.environ, "XDG_STATE_HOME": str(self.state)},
+            env={**flags_alone(), "XDG_STATE_HOME": str(self.state)},
             capture_output=True,
             text=True,
             check=False,

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO
 
+from bench.setup.environment import flags_alone
 from protocol.errors import LinkError
 
 _SERVING = re.compile(r"(?:serving|relaying) .* at (tcp://\S+)")
@@ -38,7 +39,11 @@ def serving(arguments: Sequence[str], core: int | None = None) -> Iterator[Serve
         LinkError: it exited before it served; the message holds its last line.
     """
     process = subprocess.Popen(  # noqa: S603 - our own program
-        [sys.executable, "-m", *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", *arguments],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=flags_alone(),
     )
     if core is not None:
         os.sched_setaffinity(process.pid, {core})  # before it starts threads, which inherit it
