@@ -1,4 +1,4 @@
-"""Fixtures: one base station with the sample model in float32 and one browser, each shared; no state or settings kept."""
+"""Fixtures: one base station with the sample model in float32 and one browser, each shared; no state or settings."""
 
 import os
 from collections.abc import Iterator
