@@ -5,15 +5,18 @@ from protocol.messages import Draft, DraftDistribution, Extend, Message, Open
 
 _ID_BYTES = 40
 """An int and its place in a tuple."""
+_BIAS_BYTES = 128
+"""A pair of an int and a float, and its place in a tuple."""
 
 
 def held_bytes(message: Message) -> int:
     """Bytes that a message takes as long as it is held; small ones count as 0."""
     match message:
         case Open():
-            return len(message.prompt_ids) * _ID_BYTES
+            return len(message.prompt_ids) * _ID_BYTES + len(message.sampling.logit_bias) * _BIAS_BYTES
         case Extend():
-            return len(message.token_ids) * _ID_BYTES
+            biases = message.sampling.logit_bias if message.sampling else ()
+            return len(message.token_ids) * _ID_BYTES + len(biases) * _BIAS_BYTES
         case Draft():
             return len(message.token_ids) * _ID_BYTES + sum(map(_distribution_bytes, message.distributions))
     return 0

@@ -11,6 +11,7 @@ from basestation.answered_requests import AnsweredRequests
 from basestation.committed_tokens import CommittedTokens
 from basestation.held_bytes import held_bytes
 from basestation.kv_pool import SequenceKVCache
+from basestation.logits_processing import AnswerSoFar
 from basestation.peer import Peer
 from basestation.segment import Segment
 from basestation.verify import RoundToVerify, VerificationResult
@@ -26,7 +27,7 @@ class Session:
         peer: who opened it.
         opening: the Open; ``take`` it next.
         kv_cache: an empty one.
-        stop_ids: that end a Decode.
+        stop_ids: the target's.
         context_length: of the target.
         window: how many Drafts may be in flight.
         now: the engine's clock.
@@ -60,6 +61,8 @@ class Session:
         self.ready_since = now
         self._mode = opening.mode
         self._sampling = opening.sampling
+        self._stop_ids = stop_ids
+        self._answer_start = 0
         self._evicted = False
         self._context_length = context_length
         self._answered = AnsweredRequests(opening.session_id, window + 1)
@@ -100,8 +103,10 @@ class Session:
         self._answered.remember(request)
         if isinstance(request, Open):
             self.tokens.append(request.prompt_ids)
+            self._answer_start = len(self.tokens) - request.answer_len
         elif isinstance(request, Extend):
             self.tokens.replace_from(request.start, request.token_ids)
+            self._answer_start = len(self.tokens)
             self.kv_cache.rollback(request.start)
             self._sampling = request.sampling or self._sampling
         else:
@@ -161,10 +166,11 @@ class Session:
         """The current round, for the logits of a segment that includes it."""
         draft = self.rounds.in_flight[0] if self.rounds.in_flight else None
         sampling, position, by_rejection = self._sampling, len(self.tokens), self._rejection_sampling
+        answer = self._answer_so_far
         if draft is None:
-            return RoundToVerify(sampling, position, rejection_sampling=by_rejection)
+            return RoundToVerify(sampling, position, rejection_sampling=by_rejection, answer=answer)
         distributions = draft.distributions if by_rejection else ()
-        return RoundToVerify(sampling, position, draft.token_ids, distributions, by_rejection)
+        return RoundToVerify(sampling, position, draft.token_ids, distributions, by_rejection, answer)
 
     def evict(self) -> None:
         """Free the KV cache; it is recomputed from the tokens when they are needed again."""
@@ -180,6 +186,13 @@ class Session:
         self._record(verdict)
         self.ready_since = self.last_active = now
         return verdict
+
+    @property
+    def _answer_so_far(self) -> AnswerSoFar | None:
+        """What the sampling settings look at, if they do."""
+        if not self._sampling.changes_logits:
+            return None
+        return AnswerSoFar(self.tokens[:], self._answer_start, self._sampling.stop_ids(self._stop_ids))
 
     @property
     def _verifying(self) -> bool:

@@ -91,6 +91,7 @@ class DeviceSession:
         self._rounds = DraftRounds(
             client, self._requests, self._drafter, planner, settings, self.tokens, self._draft_context
         )
+        self._drafter.answer_start = len(prompt_ids)
         self._check_prompt(prompt_ids)
         began = client.now()
         try:
@@ -114,7 +115,7 @@ class DeviceSession:
     @property
     def stop_ids(self) -> frozenset[int]:
         """The ids that end an answer."""
-        return self._client.stop_ids
+        return self._drafter.sampling.stop_ids(self._client.stop_ids)
 
     def extend(self, prompt_ids: list[int], sampling: Sampling | None = None, planner: Planner | None = None) -> None:
         """Continue with a prompt; only what differs from the committed tokens is sent and run.
@@ -126,15 +127,17 @@ class DeviceSession:
 
         Raises:
             ContextLengthError: it does not fit the target's context, or exceeds the base station's limit.
+            SettingsError: the base station does not know these sampling settings.
         """
         while left := self._rounds.leave():
             self._commit(left.drafted, left.verdict)
         sampling = sampling or self._drafter.sampling
+        self._client.check_sampling(sampling)
         self._rounds.planner = planner or self._rounds.planner
         start = common_prefix(self.tokens, prompt_ids[:-1])
         can_extend = self._requests.can_extend(sampling)
         self._check_prompt(prompt_ids, start if can_extend else 0)
-        self._drafter.sampling = sampling
+        self._drafter.sampling, self._drafter.answer_start = sampling, len(prompt_ids)
         if can_extend:
             self._requests.extend(start, prompt_ids[start:], sampling)
         else:  # the target still decodes an abandoned answer, or the base station is of an older version

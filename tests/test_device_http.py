@@ -35,6 +35,7 @@ from tests.number_service import (
     streamed,
     text_of,
 )
+from tests.slow_sampling import slow_answer
 
 
 def test_answer_equals_the_targets_greedy_output() -> None:
@@ -130,6 +131,12 @@ def test_a_turn_with_other_sampling_settings_continues_in_the_same_session(chang
         ({"tools": [{"type": "function"}]}, ["tools", "function"]),
         ({"response_format": {"type": "json_object"}}, ["response_format", "json_object"]),
         ({"stream": "yes"}, ["stream", "yes", "true or false"]),
+        ({"presence_penalty": 3}, ["presence_penalty", "3", "-2 to 2"]),
+        ({"logit_bias": {"a": 1}}, ["logit_bias", "'a'", "token ids"]),
+        ({"logit_bias": {"1": "2"}}, ["logit_bias.1", "'2'", "a number"]),
+        ({"logit_bias": {str(one): 1 for one in range(200_000)}}, ["logit_bias", "200000 tokens", "up to 1024"]),
+        ({"stop_token_ids": ["3"]}, ["stop_token_ids", "token ids"]),
+        ({"ignore_eos": 1}, ["ignore_eos", "true or false"]),
     ],
 )
 def test_invalid_or_unsupported_field_is_refused_by_name(fields: dict[str, object], words: list[str]) -> None:
@@ -151,11 +158,6 @@ def test_neutral_and_unknown_fields_are_ignored() -> None:
         ("echo", True),
         ("grammar", 'root ::= "yes"'),
         ("guided_json", {"type": "object"}),
-        ("ignore_eos", True),
-        ("min_p", 0.1),
-        ("min_tokens", 5),
-        ("repetition_penalty", 1.1),
-        ("stop_token_ids", [3]),
         ("tool_choice", "required"),
         ("top_logprobs", 3),
         ("typical_p", 0.9),
@@ -167,6 +169,27 @@ def test_a_field_that_would_change_the_answer_is_honoured_or_refused(name: str, 
     assert response.status_code == 400
     assert f"{name} is" in response.json()["error"]["message"]
     assert "left out" in response.json()["error"]["message"]
+
+
+def test_sampling_settings_of_a_request_reach_the_base_station() -> None:
+    fields: dict[str, Any] = {
+        "min_p": 0.1,
+        "repetition_penalty": 1.2,
+        "presence_penalty": 0.5,
+        "frequency_penalty": 1,
+        "logit_bias": {"7": 3, "5": -100},
+        "min_tokens": 5,
+        "ignore_eos": True,
+        "stop_token_ids": [9],
+    }
+    sampling = ChatRequest.read(FIELDS | fields, DEFAULTS).request.settings.sampling
+    assert sampling == Sampling(0, 0, 1, 0, 0.1, 1.2, 0.5, 1.0, ((7, 3.0), (5, -100.0)), 5, True, (9,))
+    with http_client(new_station()) as client:
+        assert content_of(complete(client, **fields)) == text_of(slow_answer(TARGET, sampling, PROMPT, 12, ()))
+        refused = complete(client, stop_token_ids=[20])
+        assert refused.status_code == 400
+        assert "token ids from 0 to 19" in refused.json()["error"]["message"]
+        assert content_of(complete(client)) == text_of(target_alone(TARGET, PROMPT, 12))
 
 
 def test_top_k_of_a_request_limits_what_is_sampled() -> None:

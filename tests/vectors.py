@@ -71,6 +71,11 @@ REQUESTS: list[Message] = [
     Extend(6, 8, 3, (1, 5)),
     Decode(6, 9, 2),
     Close(6),
+    Open(7, 0, Mode.IDS, Sampling(presence_penalty=2.0, logit_bias=((9, 2.5),), stop_token_ids=(3,)), (2, 7), 1),
+    Decode(7, 1, 8),
+    Extend(7, 5, 1, (4,), Sampling(1.0, seed=3, min_p=0.4, min_tokens=2, stop_token_ids=(9,))),
+    Decode(7, 6, 6),
+    Close(7),
 ]
 
 
@@ -92,10 +97,13 @@ def messages(vocab_size: int) -> list[Message]:
         Welcome(PROTOCOL_VERSION, "target", 8192, 64, modes, vocab_size=9, pass_seconds=0.021, row_seconds=0.00075),
         *(Open(1, 0, mode, Sampling(0.7, 40, 0.9, SEEDS[-1]), (1, last, 0)) for mode in modes[1:]),
         Open(0, 0, Mode.IDS, Sampling(), (1, 2, 3, 4, 5)),
+        Open(0, 0, Mode.IDS, Sampling(0.5, repetition_penalty=1.5), (1, 2)),
+        Open(0, 0, Mode.IDS, Sampling(logit_bias=((3, -100.0), (last, 0.5)), ignore_eos=True), (1, 2, 3), 2),
         Opened(1, 0),
         Extend(1, 9, 300, (4, 5)),
         Extend(1, 10, 300, (4, last), Sampling(0.6, 20, 0.95, 11)),
         Extend(1, 11, 0, (4,), Sampling()),
+        Extend(1, 12, 0, (4,), Sampling(min_p=0.25, frequency_penalty=-0.5, min_tokens=300, stop_token_ids=(7, last))),
         Draft(1, 2, ()),
         Draft(1, 2, (5, 0, last)),
         Draft(1, 2, (5, 0, last), assumed_bonus=17),
