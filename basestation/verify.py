@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from basestation.coupled_sampling import coupled_choice
+from basestation.logits_processing import AnswerSoFar, process_logits
 from protocol.full_distribution import FullDistribution
 from protocol.messages import DraftDistribution, Sampling
 from protocol.randomness import Stream, uniforms
@@ -48,6 +49,7 @@ class RoundToVerify:
         drafted: the draft_len tokens.
         distributions: what each drafted token was sampled from, for rejection sampling.
         rejection_sampling: accept by P/Q; otherwise accept what equals the target's own tokens.
+        answer: so far, for sampling settings that change the logits.
     """
 
     sampling: Sampling
@@ -55,6 +57,7 @@ class RoundToVerify:
     drafted: Sequence[int] = ()
     distributions: Sequence[DraftDistribution] = ()
     rejection_sampling: bool = False
+    answer: AnswerSoFar | None = None
 
     @property
     def num_logits(self) -> int:
@@ -86,11 +89,12 @@ def verify_rounds(logits: Tensor, rounds: Sequence[RoundToVerify]) -> list[Verif
     """Verify the rounds of any number of sessions; the results reach the host in one transfer.
 
     Args:
-        logits: [rows, V], float32: the rows of the first round, then those of the next.
+        logits: [rows, V], float32: the rows of the first round, then those of the next; they may be changed.
         rounds: what to verify; each has ``num_logits`` rows.
     """
     if not rounds:
         return []
+    _process_logits(logits, rounds)
     results = torch.empty((len(rounds), 3), dtype=torch.int64, device=logits.device)
     kinds = np.array([one.rejection_sampling for one in rounds], bool)
     row_kinds = kinds.repeat([one.num_logits for one in rounds])
@@ -100,6 +104,15 @@ def verify_rounds(logits: Tensor, rounds: Sequence[RoundToVerify]) -> list[Verif
             rows = logits if len(indices) == len(rounds) else logits[np.flatnonzero(row_kinds == kind)]
             results[indices] = verify(rows, [rounds[index] for index in indices])
     return [VerificationResult(accepted, token_id, bool(finite)) for accepted, token_id, finite in results.tolist()]
+
+
+def _process_logits(logits: Tensor, rounds: Sequence[RoundToVerify]) -> None:
+    """Change the logits of rounds whose sampling settings do so."""
+    end = 0
+    for one in rounds:
+        start, end = end, end + one.num_logits
+        if one.answer is not None:
+            process_logits(logits[start:end], one.sampling, one.answer, one.drafted)
 
 
 def sample_target_tokens(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
