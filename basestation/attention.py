@@ -28,13 +28,11 @@ class _Visible:
     """The positions that a sequence's new tokens can see, from the beginning of a page on.
 
     Attributes:
-        first: the first of them.
         length: how many there are, the new ones included.
         runs: the runs of pages that hold them.
         mask: additive [group · n, length], None where nothing is masked.
     """
 
-    first: int
     length: int
     runs: list[range]
     mask: Tensor | None
@@ -128,7 +126,7 @@ class SequentialBatch:
             pages = self._pass.page_tables[index][first_page : -(-(start + count) // self._page_size)]
             first = first_page * self._page_size
             mask = _mask(range(start, start + count), first, window, grouped)
-            self._visible[key] = _Visible(first, start + count - first, runs(pages), mask)
+            self._visible[key] = _Visible(start + count - first, runs(pages), mask)
         return self._visible[key]
 
 
