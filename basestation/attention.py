@@ -1,95 +1,176 @@
-"""Attention over the KV caches of many sequences in one forward pass, without padding.
+"""Attention over the KV pages of many sequences in one forward pass, without padding.
 
-The tokens of a batch form one row. transformers calls ``packed_attention`` in
-every layer; for each segment it appends the new keys and values to the
-sequence's own KV cache and attends over that cache alone.
+The tokens of a pass form one row. transformers calls ``packed_attention`` in every
+layer; it writes the new keys and values to their pages, and each sequence attends
+over its own pages alone.
 
-Knows segments and tensors; not sessions or verification.
+Knows passes and pages; not sessions or verification.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import takewhile
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from basestation.kv_pool import BLOCK_SIZE, Block
-from basestation.segment import Segment
+from basestation.forward_pass import ForwardPass
+from basestation.kv_pages import KVPages
+from basestation.kv_pool import runs
 
 ATTENTION_NAME = "edgedraft_packed"
 
 
-class Workspace:
-    """A buffer that makes the blocks and the own tensor of a sequence contiguous, one sequence and layer at a time.
+@dataclass(frozen=True, slots=True)
+class _Visible:
+    """The positions that a sequence's new tokens can see, from the beginning of a page on.
 
-    Blocks that the previous sequence had too are not copied again.
-
-    Args:
-        capacity: positions of the longest sequence.
+    Attributes:
+        first: the first of them.
+        length: how many there are, the new ones included.
+        runs: the runs of pages that hold them.
+        mask: additive [group · n, length], None where nothing is masked.
     """
 
-    def __init__(self, capacity: int) -> None:
-        self._capacity = capacity
-        self._keys_values: Tensor | None = None
-        self._layer = -1
-        self._blocks: list[Block] = []
-
-    def concatenate(self, layer: int, blocks: Sequence[Block], own: Tensor) -> Tensor:
-        """Keys and values [2, kv_heads, n, head_size] of ``blocks`` followed by ``own``; valid until the next call."""
-        if not blocks:
-            return own
-        if self._keys_values is None:
-            self._keys_values = own.new_empty((*own.shape[:2], self._capacity, own.shape[3]))
-        if layer != self._layer:
-            self._layer, self._blocks = layer, []
-        pairs = zip(self._blocks, blocks, strict=False)
-        present = sum(1 for _ in takewhile(lambda pair: pair[0] is pair[1], pairs))
-        for index, block in enumerate(blocks[present:], start=present):
-            self._keys_values[:, :, index * BLOCK_SIZE : (index + 1) * BLOCK_SIZE] = block.layers[layer]
-        self._blocks = list(blocks)
-        start = len(blocks) * BLOCK_SIZE
-        end = start + own.shape[2]
-        self._keys_values[:, :, start:end] = own
-        return self._keys_values[:, :, :end]
+    first: int
+    length: int
+    runs: list[range]
+    mask: Tensor | None
 
 
-class PackedBatch:
+class PackedBatch(Protocol):
     """The layout of one forward pass, which transformers hands to ``packed_attention`` in every layer.
 
-    Reserves room for the new positions of every segment.
+    Attributes:
+        windows: that the layers so far had.
     """
 
-    def __init__(self, segments: Sequence[Segment]) -> None:
-        self.segments = segments
-        self._masks: dict[tuple[int, int | None], Tensor | None] = {}
-        for segment in segments:
-            segment.kv_cache.reserve(segment.kv_cache.length + len(segment.token_ids))
-        self.workspace = Workspace(max((one.kv_cache.capacity for one in segments if one.kv_cache.blocks), default=0))
+    windows: set[int | None]
 
-    def mask(self, index: int, window: int | None, query: Tensor) -> Tensor | None:
-        """The additive attention mask [group · n, past + n] of segment ``index``; None where nothing is masked.
+    @property
+    def gathered(self) -> int:
+        """How many sequences were read from a copy of their pages."""
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None
+    ) -> Tensor:
+        """Write the new keys and values of one layer to their pages, and attend over the pages.
 
         Args:
-            index: of the segment.
+            layer: its index.
+            query: [heads, T, head_size], of all tokens and then padding.
+            key: [kv_heads, T, head_size].
+            value: [kv_heads, T, head_size].
+            scaling: of the scores.
             window: of sliding-window attention, in positions; None for full attention.
-            query: [kv_heads, group · n, head_size].
-        """
-        if (index, window) not in self._masks:
-            self._masks[index, window] = self._make_mask(self.segments[index], window, query)
-        return self._masks[index, window]
 
-    @staticmethod
-    def _make_mask(segment: Segment, window: int | None, query: Tensor) -> Tensor | None:
-        past, new = segment.kv_cache.length, len(segment.token_ids)
-        if new == 1 and (window is None or past < window):
-            return None
-        position = torch.arange(past, past + new, device=query.device)[:, None]
-        key = torch.arange(past + new, device=query.device)[None, :]
-        masked = key > position if window is None else (key > position) | (key <= position - window)
-        mask = torch.zeros(masked.shape, dtype=query.dtype, device=query.device).masked_fill_(masked, -torch.inf)
-        return mask.repeat(query.shape[1] // new, 1)
+        Returns:
+            [heads, T, head_size], 0 for padding.
+        """
+
+
+class SequentialBatch:
+    """A ``PackedBatch`` with one SDPA call per sequence, for every device and dtype.
+
+    It reads the pages of a sequence in place where they are one run, and otherwise a copy of them.
+    """
+
+    def __init__(self, forward_pass: ForwardPass, kv_pages: KVPages) -> None:
+        self._pass = forward_pass
+        self._kv_pages = kv_pages
+        self._page_size = kv_pages.shape.page_size
+        self._visible: dict[tuple[int, int | None], _Visible] = {}
+        self._slots = torch.tensor(slots_of(forward_pass, self._page_size), device=kv_pages.shape.torch_device)
+        self._workspace = _Workspace(kv_pages)
+        self.windows: set[int | None] = set()
+
+    @property
+    def gathered(self) -> int:
+        """How many sequences were read from a copy."""
+        return len({index for (index, _), visible in self._visible.items() if len(visible.runs) > 1})
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None
+    ) -> Tensor:
+        """See ``PackedBatch.attend``."""
+        self.windows.add(window)
+        heads, rows, head_size = query.shape
+        used = len(self._slots)
+        self._kv_pages.write(layer, self._slots, key[:, :used], value[:, :used])
+        outputs, start = [], 0
+        for index, count in enumerate(self._pass.counts):
+            end = start + count
+            # GQA: fold a group's query heads into the rows of one SDPA call, so that each key is read once.
+            grouped = query[:, start:end].reshape(1, len(key), -1, head_size)
+            visible = self._visible_to(index, window, grouped)
+            keys, values = self._keys_values(layer, visible)
+            output = scaled_dot_product_attention(grouped, keys, values, attn_mask=visible.mask, scale=scaling)
+            outputs.append(output.reshape(heads, count, head_size))
+            start = end
+        outputs.append(query.new_zeros(heads, rows - start, head_size))
+        return torch.cat(outputs, dim=1)
+
+    def _keys_values(self, layer: int, visible: _Visible) -> tuple[Tensor, Tensor]:
+        """Keys and values [1, kv_heads, length, head_size]."""
+        if len(visible.runs) > 1:
+            return self._workspace.gather(layer, visible.runs, visible.length)
+        start = visible.runs[0].start * self._page_size
+        part = slice(start, start + visible.length)
+        return self._kv_pages.keys[layer][None, :, part], self._kv_pages.values[layer][None, :, part]
+
+    def _visible_to(self, index: int, window: int | None, grouped: Tensor) -> _Visible:
+        key = index, window
+        if key not in self._visible:
+            start, count = self._pass.starts[index], self._pass.counts[index]
+            first_page = 0 if window is None else max(0, start - window + 1) // self._page_size
+            pages = self._pass.page_tables[index][first_page : -(-(start + count) // self._page_size)]
+            first = first_page * self._page_size
+            mask = _mask(range(start, start + count), first, window, grouped)
+            self._visible[key] = _Visible(first, start + count - first, runs(pages), mask)
+        return self._visible[key]
+
+
+class _Workspace:
+    """A buffer in which the pages of a sequence lie in one run, one sequence and layer at a time.
+
+    Pages that the previous sequence had too are not copied again.
+    """
+
+    def __init__(self, kv_pages: KVPages) -> None:
+        self._kv_pages = kv_pages
+        self._page_size = kv_pages.shape.page_size
+        self._buffer: Tensor | None = None
+        self._layer = -1
+        self._pages: list[int] = []
+
+    def gather(self, layer: int, page_runs: Sequence[range], length: int) -> tuple[Tensor, Tensor]:
+        """Copy the first ``length`` positions of some pages; the keys and values are valid until the next call."""
+        pages = [page for run in page_runs for page in run]
+        buffer = self._buffer_of(len(pages))
+        if layer != self._layer:
+            self._layer, self._pages = layer, []
+        pairs = zip(self._pages, pages, strict=False)
+        present = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        at = present * self._page_size
+        for run in runs(pages[present:]):
+            start = run.start * self._page_size
+            count = min(len(run) * self._page_size, length - at)
+            buffer[0, :, at : at + count] = self._kv_pages.keys[layer][:, start : start + count]
+            buffer[1, :, at : at + count] = self._kv_pages.values[layer][:, start : start + count]
+            at += count
+        self._pages = pages
+        return buffer[:1, :, :length], buffer[1:, :, :length]
+
+    def _buffer_of(self, pages: int) -> Tensor:
+        """A buffer for at least so many pages."""
+        positions = pages * self._page_size
+        if self._buffer is None or self._buffer.shape[2] < positions:
+            heads, _, head_size = self._kv_pages.keys[0].shape
+            self._buffer = self._kv_pages.keys[0].new_empty(2, heads, positions, head_size)
+            self._pages = []
+        return self._buffer
 
 
 def packed_attention(
@@ -107,7 +188,7 @@ def packed_attention(
 
     Args:
         module: the layer's attention module.
-        query: [1, heads, T, head_size], the T tokens of all segments and then padding.
+        query: [1, heads, T, head_size], the T tokens of all sequences and then padding.
         key: [1, kv_heads, T, head_size].
         value: [1, kv_heads, T, head_size].
         attention_mask: unused; ``packed_batch`` makes the masks.
@@ -118,17 +199,32 @@ def packed_attention(
     Returns:
         [1, T, heads, head_size], 0 for padding; and None for the attention weights.
     """
-    heads, head_size = query.shape[1], query.shape[3]
-    outputs, start = [], 0
-    for index, segment in enumerate(packed_batch.segments):
-        end = start + len(segment.token_ids)
-        own = segment.kv_cache.store(module.layer_idx, key[0, :, start:end], value[0, :, start:end])
-        keys, values = packed_batch.workspace.concatenate(module.layer_idx, segment.kv_cache.blocks, own)
-        # GQA: fold a group's query heads into the rows of one SDPA call, so that each key is read once.
-        grouped = query[0, :, start:end].reshape(len(keys), -1, head_size)
-        mask = packed_batch.mask(index, sliding_window, grouped)
-        output = scaled_dot_product_attention(grouped[None], keys[None], values[None], attn_mask=mask, scale=scaling)
-        outputs.append(output.reshape(heads, end - start, head_size))
-        start = end
-    outputs.append(query.new_zeros(heads, query.shape[2] - start, head_size))
-    return torch.cat(outputs, dim=1).transpose(0, 1)[None], None
+    output = packed_batch.attend(module.layer_idx, query[0], key[0], value[0], scaling, sliding_window)
+    return output.transpose(0, 1)[None], None
+
+
+def slots_of(forward_pass: ForwardPass, page_size: int) -> list[int]:
+    """The position in the pool of each token of a pass."""
+    return [
+        pages[position // page_size] * page_size + position % page_size
+        for pages, start, count in zip(forward_pass.page_tables, forward_pass.starts, forward_pass.counts, strict=True)
+        for position in range(start, start + count)
+    ]
+
+
+def _mask(new: range, first: int, window: int | None, grouped: Tensor) -> Tensor | None:
+    """The additive mask of new positions [group · n] over the positions [length] from ``first`` on, None for none.
+
+    Args:
+        new: positions of the queries.
+        first: position of the first key.
+        window: of sliding-window attention, in positions; None for full attention.
+        grouped: the queries [1, kv_heads, group · n, head_size].
+    """
+    if len(new) == 1 and (window is None or new.start - window < first):
+        return None
+    position = torch.arange(new.start, new.stop, device=grouped.device)[:, None]
+    key = torch.arange(first, new.stop, device=grouped.device)[None, :]
+    masked = key > position if window is None else (key > position) | (key <= position - window)
+    mask = torch.zeros(masked.shape, dtype=grouped.dtype, device=grouped.device).masked_fill_(masked, -torch.inf)
+    return mask.repeat(grouped.shape[2] // len(new), 1)

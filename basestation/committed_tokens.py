@@ -1,20 +1,23 @@
 """The committed tokens of a session, in 4 bytes each, and keys by which equal prefixes are found.
 
-The key of a block is a hash of all tokens up to its end, so that two sequences share
-exactly the blocks whose keys are equal: no comparison of tokens is needed.
+The key of a page is a hash of all tokens up to its end, so that two sequences share
+exactly the pages whose keys are equal: no comparison of tokens is needed.
 """
 
 import hashlib
 from array import array
 from collections.abc import Iterable, Sequence
 
-from basestation.kv_pool import BLOCK_SIZE
-
 
 class CommittedTokens:
-    """A growing sequence of token ids."""
+    """A growing sequence of token ids.
 
-    def __init__(self) -> None:
+    Args:
+        page_size: of the KV pool.
+    """
+
+    def __init__(self, page_size: int) -> None:
+        self._page_size = page_size
         self._ids = array("I")
         self._keys: list[bytes] = []
 
@@ -25,17 +28,17 @@ class CommittedTokens:
     def replace_from(self, start: int, token_ids: Iterable[int]) -> None:
         """Keep the first ``start`` tokens and append ``token_ids``."""
         del self._ids[start:]
-        del self._keys[start // BLOCK_SIZE :]
+        del self._keys[start // self._page_size :]
         self._ids.extend(token_ids)
 
     @property
     def shareable_keys(self) -> Sequence[bytes]:
-        """The keys of the whole blocks before the last token, which runs with a round and is never shared."""
-        count = max(0, len(self._ids) - 1) // BLOCK_SIZE
+        """The keys of the whole pages before the last token, which runs with a round and is never shared."""
+        count = max(0, len(self._ids) - 1) // self._page_size
         while len(self._keys) < count:
-            start = len(self._keys) * BLOCK_SIZE
+            start = len(self._keys) * self._page_size
             before = self._keys[-1] if self._keys else b""
-            self._keys.append(hashlib.sha256(before + self._ids[start : start + BLOCK_SIZE].tobytes()).digest())
+            self._keys.append(hashlib.sha256(before + self._ids[start : start + self._page_size].tobytes()).digest())
         return self._keys[:count]
 
     @property

@@ -20,15 +20,9 @@ from basestation.metrics import Metrics
 from basestation.monitor import Monitor
 from basestation.options import StationOptions
 from basestation.packed_linear import packed_dtype
+from basestation.placement import choose_dtype, choose_placement, dtype_name
 from basestation.router import Router
-from basestation.target_model import (
-    DTYPES,
-    choose_dtype,
-    choose_placement,
-    context_length,
-    new_kv_pool,
-    read_config,
-)
+from basestation.target_model import context_length, kv_shape, page_count, read_config
 from common.checks import Checks, Finding, Outcome, Status
 from common.key_files import read_public
 from common.loopback import is_loopback
@@ -78,7 +72,7 @@ def _processor(torch_device: str, dtype: str) -> Finding[_Placement]:
     """Where the target runs; a warning where the machine could run it faster."""
     device = choose_placement(torch_device)
     placement = _Placement(device, choose_dtype(dtype, device))
-    precision = _name(placement.dtype)
+    precision = dtype_name(placement.dtype)
     if device.type == "cuda":
         return Finding(f"CUDA: {torch.cuda.get_device_name(device)}, {precision}", placement)
     text = f"{len(os.sched_getaffinity(0))} cores, {precision}; no CUDA device is used"
@@ -101,10 +95,11 @@ def _context(kv_memory: str, config: Any, placement: _Placement, weights: int) -
     """The context that fits; a warning where it is less than the model's."""
     device = placement.torch_device
     dtype = packed_dtype(placement.dtype) if device.type == "cpu" else placement.dtype
-    kv_bytes = kv_budget(kv_memory, device, weights)
-    pool = new_kv_pool(config, dtype, device, kv_bytes)
-    fits, trained = context_length(config, pool), config.get_text_config().max_position_embeddings
-    text = f"{fits} tokens for one session, {pool.capacity} for all, in {readable_size(pool.bytes)}"
+    shape = kv_shape(config, dtype, device)
+    pages = page_count(shape, kv_budget(kv_memory, device, weights))
+    capacity = pages * shape.page_size
+    fits, trained = context_length(config, capacity), config.get_text_config().max_position_embeddings
+    text = f"{fits} tokens for one session, {capacity} for all, in {readable_size(pages * shape.page_bytes)}"
     if fits >= trained:
         return Finding(text, None)
     remedy = "raise --kv-memory, or free some memory"
@@ -172,7 +167,3 @@ def _metrics_port(bind: str) -> Finding[None]:
     """
     with closing(Monitor(bind, Metrics())):
         return Finding(f"{bind} is free", None)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return next(name for name, one in DTYPES.items() if one is dtype)

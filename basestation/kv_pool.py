@@ -1,197 +1,252 @@
-"""The KV caches of all sequences: memory for keys and values, bounded by a pool, with shared prefix blocks.
+"""The KV pool: which pages are free, and which sequences use the others.
 
-Each sequence has a contiguous tensor of its own. Rollback lowers its length and
-copies nothing. Sequences with the same first tokens can share read-only blocks
-of ``BLOCK_SIZE`` positions, counted by reference.
+A page holds the keys and values of ``page_size`` positions, a sequence is a list of
+pages, and a shared prefix is pages that several sequences list, counted by reference.
+Growing, rollback, eviction, release and sharing move page numbers; nothing is copied.
 
-Knows shapes and tensors; not sessions, messages or attention.
+Knows numbers; not tensors (``kv_pages.py``), sessions or messages.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 
-import torch
-from torch import Tensor
+from basestation.memory import OutOfMemory
 
-from basestation.memory import map_pages
-
-BLOCK_SIZE = 128
-"""Positions of a shared block; capacities are multiples of it."""
-
-
-@dataclass(frozen=True)
-class KVShape:
-    """Keys and values of one position: ``layers`` × 2 × ``kv_heads`` × ``head_size`` of ``dtype``."""
-
-    layers: int
-    kv_heads: int
-    head_size: int
-    dtype: torch.dtype
-    torch_device: torch.device
-
-    @property
-    def position_bytes(self) -> int:
-        """Bytes of one position."""
-        return self.layers * 2 * self.kv_heads * self.head_size * self.dtype.itemsize
-
-    def allocate(self, capacity: int) -> Tensor:
-        """An uninitialised tensor [layers, 2, kv_heads, capacity, head_size]."""
-        size = (self.layers, 2, self.kv_heads, capacity, self.head_size)
-        if self.torch_device.type == "cpu" and capacity:
-            return torch.frombuffer(map_pages(capacity * self.position_bytes), dtype=self.dtype).view(size)
-        return torch.empty(size, dtype=self.dtype, device=self.torch_device)
-
-    def copy_of(self, keys_values: Tensor) -> Tensor:
-        """A newly allocated copy of ``keys_values``."""
-        return self.allocate(keys_values.shape[3]).copy_(keys_values)
+PAGE_SIZE = 128
+"""Positions of a page on a CPU."""
 
 
 class KVPool:
-    """The budget for the KV caches of all sequences.
+    """Pages, each of them free or used by one or more sequences.
 
     Args:
-        shape: of one position.
-        capacity: positions in total.
+        pages: in total.
+        page_size: positions of a page.
+        on_free: called with the pages of each run that became free.
 
     Attributes:
-        used: allocated positions; a shared block counts once.
+        page_size: see above.
         shared: positions saved by prefix sharing.
     """
 
-    def __init__(self, shape: KVShape, capacity: int) -> None:
-        self.capacity = capacity
-        self.used = 0
+    def __init__(
+        self, pages: int, page_size: int = PAGE_SIZE, on_free: Callable[[range], object] | None = None
+    ) -> None:
+        self.page_size = page_size
         self.shared = 0
-        self.shape = shape
+        self._ref_counts = [0] * pages
+        self._used_pages = 0
+        self._gaps = _Gaps(pages)
+        self._on_free = on_free
 
     @property
-    def bytes(self) -> int:
-        """Memory of all positions."""
-        return self.capacity * self.shape.position_bytes
+    def capacity(self) -> int:
+        """Positions in total."""
+        return len(self._ref_counts) * self.page_size
+
+    @property
+    def used(self) -> int:
+        """Positions of used pages; a shared page counts once."""
+        return self._used_pages * self.page_size
 
     @property
     def free(self) -> int:
-        """Positions that are not allocated."""
+        """Positions of free pages."""
         return self.capacity - self.used
 
-    @staticmethod
-    def round_up(length: int) -> int:
-        """The capacity of a KV cache for ``length`` positions: the next multiple of ``BLOCK_SIZE``."""
-        return -(-length // BLOCK_SIZE) * BLOCK_SIZE
+    def pages_for(self, length: int) -> int:
+        """How many pages hold ``length`` positions."""
+        return -(-length // self.page_size)
 
-    def acquire(self, block: "Block") -> None:
-        """Add a reference to ``block``."""
-        if block.ref_count:
-            self.shared += BLOCK_SIZE
-        else:
-            self.used += BLOCK_SIZE
-        block.ref_count += 1
+    def round_up(self, length: int) -> int:
+        """The capacity of a KV cache for ``length`` positions: whole pages."""
+        return self.pages_for(length) * self.page_size
 
-    def release(self, block: "Block") -> None:
-        """Remove a reference to ``block``; with the last one its positions are free."""
-        block.ref_count -= 1
-        if block.ref_count:
-            self.shared -= BLOCK_SIZE
-        else:
-            self.used -= BLOCK_SIZE
+    def is_shared(self, page: int) -> bool:
+        """Whether more than one sequence uses a page."""
+        return self._ref_counts[page] > 1
 
+    def take(self, count: int, after: int | None) -> list[int]:
+        """Take free pages, in as few runs as there are, the first of them right behind page ``after`` if it is free.
 
-class Block:
-    """Keys and values of ``BLOCK_SIZE`` positions, read-only, shared by any number of sequences.
+        Raises:
+            OutOfMemory: fewer are free.
+        """
+        if count * self.page_size > self.free:
+            raise OutOfMemory(f"{count} pages of the KV pool are needed and {self.free // self.page_size} are free")
+        pages: list[int] = []
+        while len(pages) < count:
+            run = self._gaps.take(count - len(pages), after)
+            pages += run
+            after = run[-1]
+        for page in pages:
+            self._ref_counts[page] = 1
+        self._used_pages += count
+        return pages
 
-    Attributes:
-        layers: one tensor [2, kv_heads, BLOCK_SIZE, head_size] per layer.
-        ref_count: sequences that use it.
-    """
+    def share(self, pages: Sequence[int]) -> None:
+        """Add a reference to each of these used pages."""
+        for page in pages:
+            self._ref_counts[page] += 1
+        self.shared += len(pages) * self.page_size
 
-    def __init__(self, keys_values: Tensor) -> None:
-        self.layers = keys_values.unbind()
-        self.ref_count = 0
+    def give_back(self, pages: Sequence[int]) -> None:
+        """Remove a reference to each of these pages; with its last one a page is free."""
+        for page in pages:
+            self._ref_counts[page] -= 1
+        unused = [page for page in pages if not self._ref_counts[page]]
+        self._used_pages -= len(unused)
+        self.shared -= (len(pages) - len(unused)) * self.page_size
+        for run in runs(unused):
+            self._gaps.give_back(run)
+            if self._on_free:
+                self._on_free(run)
 
 
 class SequenceKVCache:
-    """Keys and values of one sequence: shared prefix blocks, then a tensor of its own.
+    """The pages of one sequence.
+
+    Pages that its next positions fall into are never shared, so a forward pass writes to no page of another.
 
     Attributes:
         length: cached positions.
-        blocks: its first positions, where they are shared.
+        pages: those of its positions in order, and then pages reserved for more.
+        unseen: how many pages before these were given back, because no later position sees them.
     """
 
     def __init__(self, kv_pool: KVPool) -> None:
         self.length = 0
-        self.blocks: list[Block] = []
+        self.pages: list[int] = []
+        self.unseen = 0
+        self._window = 0
         self._kv_pool = kv_pool
-        self._own = kv_pool.shape.allocate(0)
+
+    @property
+    def page_size(self) -> int:
+        """Positions of a page."""
+        return self._kv_pool.page_size
 
     @property
     def capacity(self) -> int:
-        """Allocated positions, those of the blocks included."""
-        return self._own_start + self._own.shape[3]
+        """Positions up to the end of its pages."""
+        return (self.unseen + len(self.pages)) * self.page_size
+
+    @property
+    def page_table(self) -> list[int]:
+        """The page of each ``page_size`` positions; any number for those that were given back."""
+        return [0] * self.unseen + self.pages
+
+    @property
+    def shortest(self) -> int:
+        """The fewest of its positions that another sequence can share, or that can be left after a rollback."""
+        return self.unseen * self.page_size + self._window - 1 if self.unseen else 0
 
     def reserve(self, length: int) -> None:
-        """Grow the capacity to ``length`` positions or more."""
-        if length <= self.capacity:
-            return
-        grown = self._kv_pool.shape.allocate(KVPool.round_up(length) - self._own_start)
-        count = self.length - self._own_start
-        grown[:, :, :, :count] = self._own[:, :, :, :count]
-        self._replace_own(grown)
+        """Grow the capacity to ``length`` positions or more.
+
+        Raises:
+            OutOfMemory: the pool has too few free pages.
+        """
+        missing = self._kv_pool.pages_for(length) - self.unseen - len(self.pages)
+        if missing > 0:
+            self.pages += self._kv_pool.take(missing, self.pages[-1] if self.pages else None)
 
     def release(self) -> None:
-        """Drop all positions and free their memory."""
+        """Drop all positions and give back the pages."""
         self.rollback(0)
-        self._replace_own(self._kv_pool.shape.allocate(0))
+        self._drop_all()
 
     def rollback(self, length: int) -> None:
-        """Drop the positions from ``length`` on; a block that is only partly kept is dropped whole."""
+        """Drop the positions from ``length`` on; a shared page that is only partly kept is dropped whole.
+
+        If the next position would see pages that were given back, all positions are dropped.
+        """
         self.length = min(self.length, length)
-        while self.length < self._own_start:
-            self._kv_pool.release(self.blocks.pop())
-            self.length = min(self.length, self._own_start)
+        next_page = max(0, self.length // self.page_size - self.unseen)
+        later = range(next_page, len(self.pages))
+        if (shared := next((one for one in later if self._kv_pool.is_shared(self.pages[one])), None)) is not None:
+            self._give_back_from(shared)
+            self.length = min(self.length, (self.unseen + shared) * self.page_size)
+        if self.length < self.shortest:
+            self._drop_all()
+
+    def give_back_unseen(self, length: int, window: int) -> None:
+        """Give back the pages that no position from ``length`` on sees, where each sees ``window``, itself included."""
+        unseen = max(0, length - window + 1) // self.page_size
+        if unseen > self.unseen:
+            self._kv_pool.give_back(self.pages[: unseen - self.unseen])
+            del self.pages[: unseen - self.unseen]
+            self.unseen, self._window = unseen, window
 
     def share_prefix(self, source: "SequenceKVCache", length: int) -> None:
-        """Replace the content by the first ``length`` positions of ``source``, as blocks that both use.
+        """Replace the content by the first ``length`` positions of ``source``, in pages that both use.
 
         Args:
             source: a cache of the same first tokens.
-            length: a multiple of ``BLOCK_SIZE``, at most the length of ``source``.
+            length: a multiple of the page size, from the ``shortest`` of ``source`` to its length, or 0.
         """
-        assert length <= source.length
-        assert length % BLOCK_SIZE == 0
-        source._convert_to_blocks(length // BLOCK_SIZE)
-        self.release()
-        self.blocks, self.length = source.blocks[: length // BLOCK_SIZE], length
-        for block in self.blocks:
-            self._kv_pool.acquire(block)
-
-    def store(self, layer: int, keys: Tensor, values: Tensor) -> Tensor:
-        """Write ``keys`` and ``values`` [kv_heads, n, head_size] of one layer after the cached positions.
-
-        Returns:
-            A view [2, kv_heads, m + n, head_size] of the m cached positions after the blocks and the n new ones.
-        """
-        start = self.length - self._own_start
-        end = start + keys.shape[1]
-        own = self._own[layer]
-        own[0, :, start:end] = keys
-        own[1, :, start:end] = values
-        return own[:, :, :end]
-
-    @property
-    def _own_start(self) -> int:
-        return len(self.blocks) * BLOCK_SIZE
-
-    def _convert_to_blocks(self, count: int) -> None:
-        """Move positions from the sequence's own tensor into blocks until there are ``count``."""
-        missing = count - len(self.blocks)
-        if missing <= 0:
+        if length == 0:
+            self.release()
             return
-        copy_of = self._kv_pool.shape.copy_of
-        blocks = [Block(copy_of(part)) for part in torch.split(self._own, BLOCK_SIZE, dim=3)[:missing]]
-        self._replace_own(copy_of(self._own[:, :, :, missing * BLOCK_SIZE :]))
-        for block in blocks:
-            self._kv_pool.acquire(block)
-        self.blocks += blocks
+        assert source.shortest <= length <= source.length
+        assert length % self.page_size == 0
+        pages = source.pages[: length // self.page_size - source.unseen]
+        self._kv_pool.share(pages)
+        self.release()
+        self.pages, self.length = pages, length
+        self.unseen, self._window = source.unseen, source._window
 
-    def _replace_own(self, own: Tensor) -> None:
-        self._kv_pool.used += own.shape[3] - self._own.shape[3]
-        self._own = own
+    def _drop_all(self) -> None:
+        self._give_back_from(0)
+        self.length = self.unseen = 0
+
+    def _give_back_from(self, index: int) -> None:
+        self._kv_pool.give_back(self.pages[index:])
+        del self.pages[index:]
+
+
+def runs(pages: Sequence[int]) -> list[range]:
+    """The runs of consecutive page numbers that ``pages`` consists of, in its order."""
+    ends = [index for index, (one, other) in enumerate(pairwise(pages), start=1) if other != one + 1]
+    bounds = pairwise([0, *ends, len(pages)])
+    return [range(pages[first], pages[end - 1] + 1) for first, end in bounds if first < end]
+
+
+class _Gaps:
+    """The free pages as runs, each as long as it can be."""
+
+    def __init__(self, pages: int) -> None:
+        self._end_of = {0: pages}
+        self._start_of = {pages: 0}
+
+    def take(self, most: int, after: int | None) -> range:
+        """A run of at most ``most`` pages: right behind page ``after``, or in the middle of the longest gap.
+
+        So there is room behind the new run, and behind the one that ends before the gap.
+        """
+        if after is not None and after + 1 in self._end_of:
+            start = first = after + 1
+            end = self._end_of[start]
+        else:
+            start, end = max(self._end_of.items(), key=lambda gap: gap[1] - gap[0])
+            first = start + max(0, end - start - most) // 2 if start else 0
+        run = range(first, min(first + most, end))
+        self._remove(start, end)
+        self._add(start, run.start)
+        self._add(run.stop, end)
+        return run
+
+    def give_back(self, run: range) -> None:
+        """Add a run of pages, joined with the gaps beside it."""
+        start, end = self._start_of.get(run.start, run.start), self._end_of.get(run.stop, run.stop)
+        self._remove(start, run.start)
+        self._remove(run.stop, end)
+        self._add(start, end)
+
+    def _add(self, start: int, end: int) -> None:
+        if start < end:
+            self._end_of[start], self._start_of[end] = end, start
+
+    def _remove(self, start: int, end: int) -> None:
+        if start < end:
+            del self._end_of[start], self._start_of[end]

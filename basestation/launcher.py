@@ -5,12 +5,13 @@ import resource
 import signal
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from prometheus_client import disable_created_metrics
 
 from basestation.key_folder import KeyFolder
-from basestation.memory import parse_size, share_one_heap
+from basestation.memory import free_memory, parse_size, readable_size, share_one_heap
 from basestation.memory_guard import MemoryGuard
 from basestation.metrics import Metrics
 from basestation.monitor import Monitor
@@ -73,8 +74,11 @@ def run_base_station(target: TargetOptions, socket: SocketOptions, operation: Op
         profiler = stack.enter_context(PassProfiler(profile)) if profile else None
         logger.info("loading %s", target.model)
         model = TargetModel.load(target.model, target.dtype, target.torch_device, target.kv_memory, target.use_cache)
+        told = ", ".join(f"{name} {value}" for name, value in model.placement.items())
+        logger.info("target: %s; free memory: %s", told, readable_size(free_memory(model.torch_device)))
+        metrics.describe_target(model.placement, partial(free_memory, model.torch_device))
         budget = PassBudget.of(target.pass_tokens, target.prompt_tokens, model.torch_device.type == "cuda")
-        kv_bytes = model.kv_pool.bytes if model.torch_device.type == "cpu" else 0
+        kv_bytes = model.kv_bytes if model.torch_device.type == "cpu" else 0
         guard = MemoryGuard.of_process(kv_bytes, peer_bytes)
         server = Server(
             model, socket.bind, socket.limits, socket.keys, socket.insecure, budget, metrics, records, profiler, guard

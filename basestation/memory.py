@@ -21,7 +21,10 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
 _A_SIZE = "a size like 512MiB or 4GiB"
 _M_ARENA_MAX = -8  # of glibc's malloc.h
 _KV_SHARE = {"cuda": 0.9, "cpu": 0.5}
-_CPU_OUT_OF_MEMORY = re.compile(r"not enough memory|can't allocate memory", re.IGNORECASE)
+_OUT_OF_MEMORY = re.compile(
+    r"not enough memory|can't allocate memory|CUDA error: out of memory|CU(BLAS|DNN|SPARSE|SOLVER)_STATUS_ALLOC_FAILED",
+    re.IGNORECASE,
+)
 
 
 class OutOfMemory(Exception):  # noqa: N818 - expected under load; the engine handles it
@@ -33,12 +36,10 @@ def catch_out_of_memory() -> Iterator[None]:
     """Raise ``OutOfMemory`` for the different errors with which PyTorch and the system report it."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        torch.cuda.empty_cache()
-        raise OutOfMemory(str(error)) from error
     except RuntimeError as error:
-        if not _CPU_OUT_OF_MEMORY.search(str(error)):
+        if not isinstance(error, torch.OutOfMemoryError) and not _OUT_OF_MEMORY.search(str(error)):
             raise
+        torch.cuda.empty_cache()
         raise OutOfMemory(str(error)) from error
     except OSError as error:
         if error.errno != errno.ENOMEM:
@@ -46,20 +47,19 @@ def catch_out_of_memory() -> Iterator[None]:
         raise OutOfMemory(str(error)) from error
 
 
-def map_pages(size: int) -> mmap.mmap:
-    """Map ``size`` bytes of anonymous memory, which return to the system with the last tensor that uses them.
+def map_memory(size: int) -> mmap.mmap:
+    """Map ``size`` bytes of anonymous memory: what is never written takes no memory, and parts can be given back.
 
-    A heap allocator keeps free memory that lies between used blocks. After hours of
-    KV caches of many sizes, this fragmentation doubles the resident memory.
+    A huge page would take 2 MiB for each small part that is written.
 
     Raises:
         OSError: there is not enough memory.
     """
-    pages = mmap.mmap(-1, size, access=mmap.ACCESS_COPY)
+    memory = mmap.mmap(-1, size, access=mmap.ACCESS_COPY)
     if sys.platform == "linux":
-        with contextlib.suppress(OSError):  # a kernel without huge pages: small ones work too, more slowly
-            pages.madvise(mmap.MADV_HUGEPAGE)
-    return pages
+        with contextlib.suppress(OSError):  # a kernel without huge pages
+            memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return memory
 
 
 def share_one_heap() -> None:
@@ -124,6 +124,20 @@ def parameter_count(config: Any) -> int:
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config)
     return sum(one.numel() for one in skeleton.parameters())
+
+
+def check_host(needed: int) -> None:
+    """Refuse weights that do not fit into the host's memory on their way to a GPU.
+
+    Raises:
+        ModelError: with both sizes.
+    """
+    free = free_memory(torch.device("cpu"))
+    if needed > free:
+        raise ModelError(
+            f"loading the weights takes {readable_size(needed)} of the host's memory at once, and "
+            f"{readable_size(free)} are free; free some memory"
+        )
 
 
 def check_fits(config: Any, dtype: torch.dtype, placement: torch.device) -> int:

@@ -3,7 +3,7 @@
 import collections
 from collections.abc import Callable, Mapping
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 
 from basestation.fleet_metrics import FleetMetrics
 from basestation.kv_pool import KVPool
@@ -32,6 +32,10 @@ class Metrics:
         self._kv_used = self._gauge("kv_positions_used", "Allocated KV-cache positions.")
         self._kv_shared = self._gauge("kv_positions_shared", "KV-cache positions saved by prefix sharing.")
         self._kv_capacity = self._gauge("kv_positions_capacity", "KV-cache positions that fit into the KV pool.")
+        self._placement = Info(
+            "edgedraft_target", "Where the target runs, and in which data type.", registry=self.registry
+        )
+        self._free_memory = self._gauge("free_memory_bytes", "Free memory where the target runs.")
         self._queueing_delay = self._histogram(
             "queueing_delay_seconds",
             "Queueing delay: from a request being ready to the start of its forward pass.",
@@ -55,6 +59,9 @@ class Metrics:
         self._faults = self._counter("faults", "Faults sent to devices.", "code")
         self._idle = self._counter("idle_seconds", "Time in which the engine waited for requests.")
         self._evictions = self._counter("evictions", "KV caches evicted to make room for others.")
+        self._gathered = self._counter(
+            "kv_gathered", "Sessions in forward passes whose KV-cache pages were copied into one run."
+        )
         self._unreadable_keys = self._counter("unreadable_keys", "Key files that could not be looked at.")
         self._out_of_memory = self._counter("out_of_memory", "Forward passes that ran out of memory.")
 
@@ -66,12 +73,18 @@ class Metrics:
         self._kv_shared.set_function(lambda: kv_pool.shared)
         self._kv_capacity.set(kv_pool.capacity)
 
+    def describe_target(self, placement: Mapping[str, str], free_memory: Callable[[], int]) -> None:
+        """Say where the target runs, and read the free memory there whenever the metrics are scraped."""
+        self._placement.info(dict(placement))
+        self._free_memory.set_function(free_memory)
+
     def count_pass(self, record: PassRecord) -> None:
         """Count a forward pass and the rounds it verified."""
         self._forward.observe(record.forward_seconds)
         self._verify.observe(record.verify_seconds)
         self._batch_sessions.observe(record.sessions)
         self._batch_tokens.observe(record.tokens)
+        self._gathered.inc(record.gathered)
         drafted, accepted = collections.Counter[int](), collections.Counter[int]()
         for one in record.rounds:
             self._queueing_delay.observe(one.queueing_delay)

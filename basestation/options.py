@@ -21,7 +21,9 @@ class StationOptions:
     bind: Annotated[str, typer.Option(help="ZeroMQ endpoint to listen on; port 0 chooses a free port.")] = (
         "tcp://127.0.0.1:5755"
     )
-    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16; auto is bfloat16 on CUDA.")] = "auto"
+    dtype: Annotated[
+        str, typer.Option(help="auto, float32, bfloat16 or, on CUDA, float16; auto is float32, on CUDA bfloat16.")
+    ] = "auto"
     torch_device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")] = "auto"
     keys: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Key folder; only the devices enrolled in it are admitted.")

@@ -26,10 +26,14 @@ class VerifiedRound:
 
 @dataclass(frozen=True, slots=True)
 class PassRecord:
-    """One forward pass over ``tokens`` of ``sessions``, which verified ``rounds``."""
+    """One forward pass over ``tokens`` of ``sessions``, which verified ``rounds``.
+
+    It copied the KV cache of ``gathered`` sessions, whose pages were not one run.
+    """
 
     sessions: int
     tokens: int
+    gathered: int
     forward_seconds: float
     verify_seconds: float
     rounds: Sequence[VerifiedRound]

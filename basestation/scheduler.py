@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Self
 
-from basestation.kv_pool import BLOCK_SIZE, KVPool
+from basestation.kv_pool import KVPool
 from basestation.prefix_sharing import share_prefixes
 from basestation.round_shares import RoundShares
 from basestation.segment import Segment
@@ -86,52 +86,55 @@ class Scheduler:
     def schedule(self, sessions: Collection[Session], now: float) -> list[ScheduledUnit]:
         """The next batch: a round of each device, then further ones, then a share of the remaining tokens for prompts.
 
-        A device gets no more than its share of the tokens for its rounds (``round_shares.py``).
+        A device gets no more than its share of the tokens, for its rounds (``round_shares.py``)
+        and for its prompts, however many sessions it has.
 
         In every other pass the prompt that is ready longest comes first, so that none
-        starves; then those of the device that was served least, then the shortest. Tokens
-        that one leaves unused go to the next. Of prompts with a common prefix the first
-        computes it and the others wait for it.
+        starves; then those of the device that was served least. Of a device's prompts the
+        shortest comes first. Tokens that one leaves unused go to the next. Of prompts with
+        a common prefix the first computes it and the others wait for it.
         """
         sources = share_prefixes([one for one in sessions if one.waiting and not one.kv_cache.length], sessions)
         ready = [one for one in sessions if one.waiting and one not in sources]
         ready.sort(key=lambda one: one.ready_since)
+        prompts = [one for one in ready if one.backlog]
+        waiting = {one.peer.owner for one in prompts}
         batch = _BatchBuilder(self._kv_pool, sessions, self._on_eviction)
         left = self._budget.tokens
-        for session in self._round_shares.order([one for one in ready if not one.backlog]):
+        for session in self._round_shares.order([one for one in ready if not one.backlog], waiting):
             if session.round_len > left and batch.units:
                 break
             if batch.add(session, session.round_len):
                 left -= session.round_len
                 self._round_shares.charge(session)
-        prompts = self._fair_prompts(_prefill_order([one for one in ready if one.backlog], sources))
         if running := {one.peer.owner for one in sessions if _is_running(one, now)}:
-            waiting = {one.peer.owner for one in prompts}
             left = min(left, self._budget.prompt_tokens * max(1, len(waiting) // len(running)))
-        for count, session in zip(range(len(prompts), 0, -1), prompts, strict=True):
-            if left < _MIN_CHUNK and batch.units:
-                break
-            added = batch.add(session, max(left // count, _MIN_CHUNK))
-            self._prefilled[session.peer.owner] += added
-            left -= added
+        for turn in self._prompt_turns(prompts, sources):
+            for count, session in zip(range(len(turn), 0, -1), turn, strict=True):
+                if left < _MIN_CHUNK and batch.units:
+                    break
+                added = batch.add(session, max(left // count, _MIN_CHUNK))
+                self._prefilled[session.peer.owner] += added
+                left -= added
         return batch.units
 
-    def _fair_prompts(self, prompts: Sequence[Session]) -> list[Session]:
+    def _prompt_turns(self, prompts: Sequence[Session], sources: Mapping[Session, Session]) -> list[list[Session]]:
         """Every device's first prompt, then every device's second and so on, those of devices served least first.
 
-        In every other pass the first of ``prompts`` stays first.
+        In every other pass the first of ``prompts``, which is ready longest, stays first.
         """
         self._passes += 1
+        oldest = prompts[:1] if self._passes % 2 == 0 else []
         least = min(self._prefilled.values(), default=0)
         self._prefilled = {one.peer.owner: self._prefilled.get(one.peer.owner, least) for one in prompts}
-        turns: collections.Counter[str] = collections.Counter()
-        ranked = []
-        for index, session in enumerate(prompts):
-            owner = session.peer.owner
-            is_first = index == 0 and self._passes % 2 == 0
-            ranked.append((not is_first, turns[owner], self._prefilled[owner], index))
-            turns[owner] += 1
-        return [prompts[index] for *_, index in sorted(ranked)]
+        turns: list[list[Session]] = []
+        taken: collections.Counter[str] = collections.Counter()
+        for session in [*oldest, *(one for one in _shortest_first(prompts, sources) if one not in oldest)]:
+            turn = taken[session.peer.owner]
+            turns += [[]] if turn == len(turns) else []
+            turns[turn].append(session)
+            taken[session.peer.owner] += 1
+        return [sorted(turn, key=lambda one: (one not in oldest, self._prefilled[one.peer.owner])) for turn in turns]
 
     def evict_idle(self, sessions: Collection[Session]) -> int:
         """Evict the KV caches of all sessions that have nothing to run; returns how many."""
@@ -173,13 +176,21 @@ class Scheduler:
 
     def _check_room(self, sessions: Sequence[Session], allowed: int, reason: str, now: float) -> None:
         """Check that sessions, the longest idle first and the one in question last, need no more than ``allowed``."""
-        totals = list(accumulate(_required_positions(sessions)))
+        totals = list(accumulate(self._required_positions(sessions)))
         excess = totals[-1] - allowed
         if excess > 0:
             pairs = zip(sessions[:-1], totals, strict=False)
             ends = (one.last_active + BUSY_SECONDS for one, total in pairs if total >= excess)
             seconds = max(1, math.ceil(next(ends, now) - now))
             raise FullError(f"{reason} (busy sessions: {len(sessions) - 1}); retry in {seconds} s", seconds)
+
+    def _required_positions(self, sessions: Sequence[Session]) -> list[int]:
+        """Positions that each session needs for its tokens and one more; a shared page counts for its last user."""
+        kv_pool = self._kv_pool
+        last_user = {page: one for one in sessions for page in one.kv_cache.pages}
+        elsewhere = [sum(last_user[page] is not one for page in one.kv_cache.pages) for one in sessions]
+        needed = [kv_pool.pages_for(len(one.tokens) + 1) - one.kv_cache.unseen for one in sessions]
+        return [(pages - other) * kv_pool.page_size for pages, other in zip(needed, elsewhere, strict=True)]
 
 
 def _is_running(session: Session, now: float) -> bool:
@@ -193,20 +204,13 @@ def _busy(sessions: Collection[Session], now: float) -> list[Session]:
     return sorted(busy, key=lambda one: one.last_active)
 
 
-def _prefill_order(prompts: Sequence[Session], sources: Mapping[Session, Session]) -> list[Session]:
-    """The first prompt, then the shortest; a source is as short as the shortest session that waits for it."""
+def _shortest_first(prompts: Sequence[Session], sources: Mapping[Session, Session]) -> list[Session]:
+    """Prompts by the tokens left; a source is as short as the shortest session that waits for it."""
     left = {one: one.backlog for one in prompts}
     for newcomer, source in sources.items():
         if source in left:
             left[source] = min(left[source], newcomer.backlog)
-    return [*prompts[:1], *sorted(prompts[1:], key=lambda one: left[one])]
-
-
-def _required_positions(sessions: Sequence[Session]) -> list[int]:
-    """Positions that each session needs for its tokens and one more; a shared block counts for its last user."""
-    last_user = {block: one for one in sessions for block in one.kv_cache.blocks}
-    elsewhere = [sum(last_user[block] is not one for block in one.kv_cache.blocks) * BLOCK_SIZE for one in sessions]
-    return [KVPool.round_up(len(one.tokens) + 1) - other for one, other in zip(sessions, elsewhere, strict=True)]
+    return sorted(prompts, key=lambda one: left[one])
 
 
 class _BatchBuilder:
@@ -227,7 +231,7 @@ class _BatchBuilder:
         """Add at most ``limit`` tokens of a session; returns how many, 0 where the KV pool has no room."""
         segment = session.segment(limit)
         kv_cache, count = session.kv_cache, len(segment.token_ids)
-        growth = max(0, KVPool.round_up(kv_cache.length + count) - kv_cache.capacity)
+        growth = max(0, self._kv_pool.round_up(kv_cache.length + count) - kv_cache.capacity)
         if not self._make_room(session, growth):
             return 0
         self._reserved += growth

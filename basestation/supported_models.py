@@ -11,11 +11,13 @@ SUPPORTED = (
     "granite",
     "llama",
     "mistral",
+    "mixtral",
     "olmo2",
     "phi",
     "phi3",
     "qwen2",
     "qwen3",
+    "qwen3_moe",
     "smollm3",
     "starcoder2",
 )
@@ -30,7 +32,7 @@ def refuse_unsupported(config: Any) -> None:
     """Refuse an architecture that packed batches are not tested with.
 
     Raises:
-        ModelError: with the architecture and the supported ones.
+        ModelError: with the architecture and the supported ones; or the weights are quantised.
     """
     architecture = config.get_text_config().model_type
     if architecture not in SUPPORTED or getattr(config, "is_encoder_decoder", False):
@@ -38,6 +40,12 @@ def refuse_unsupported(config: Any) -> None:
     if getattr(config.get_text_config(), "use_bidirectional_attention", False):
         raise ModelError("a model with use_bidirectional_attention is not supported: name a causal language model")
     _refuse_rope(config.get_text_config())
+    if settings := getattr(config, "quantization_config", None):
+        method = settings.get("quant_method") if isinstance(settings, dict) else settings.quant_method
+        raise ModelError(
+            f"weights quantised by {str(getattr(method, 'value', method))!r} are not supported; name the model's "
+            "float16 or bfloat16 weights, or a .gguf file, which is dequantised"
+        )
 
 
 def _refuse_rope(config: Any) -> None:

@@ -4,6 +4,7 @@ Works with transformers 4.57 and 5.x. Knows tokens and logits; not drafts.
 """
 
 import contextlib
+import json
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,27 +17,37 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.utils import logging as transformers_logging
 
-from basestation.attention import ATTENTION_NAME, PackedBatch, packed_attention
+from basestation.attention import ATTENTION_NAME, packed_attention
+from basestation.forward_pass import ForwardPass
 from basestation.gguf_cache import cache_entry, fill
-from basestation.kv_pool import KVPool, KVShape, SequenceKVCache
-from basestation.memory import check_fits, kv_budget, parameter_count, readable_size
+from basestation.kv_pages import KVPages, KVShape
+from basestation.kv_pool import KVPool, SequenceKVCache
+from basestation.memory import (
+    OutOfMemory,
+    catch_out_of_memory,
+    check_fits,
+    check_host,
+    kv_budget,
+    parameter_count,
+    readable_size,
+)
+from basestation.model_runner import ModelRunner
 from basestation.packed_linear import pack_linears
+from basestation.placement import choose_dtype, choose_placement, describe_placement, reason_for_cpu
 from basestation.segment import Segment
 from basestation.supported_models import refuse_gguf_rope, refuse_unsupported
 from basestation.vocabulary import Vocabulary
 from common.chat_template import default_template
 from common.gguf_metadata import GgufVocabulary
+from common.grammar import GrammarCompiler, is_available
 from common.hub import hub_folder, model_name
 from common.stop_ids import StopSources, all_stop_ids, gguf_stop_sources, stop_sources
 from protocol.errors import ModelError, SettingsError
 
 logger = logging.getLogger(__name__)
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _HUB_FILES = ("*.json", "*.jinja", "*.txt", "tokenizer.model", "*.safetensors")
 _MIN_CONTEXT = 128
-_MAX_UNPADDED_ROWS = 32
-"""Row counts above it are padded on a CPU: by up to 7 rows, above 256 by up to a sixteenth."""
 
 
 class TargetModel:
@@ -47,24 +58,37 @@ class TargetModel:
         vocabulary: see ``Vocabulary``.
         context_length: the model's, or the KV pool's capacity if that is less.
         kv_pool: for the KV caches of its sessions.
+        kv_bytes: memory of the pool.
+        placement: where it runs and in which data type, by name.
+        grammar_compiler: for its vocabulary; None without llguidance or the tokenizer's file.
 
     Args:
         model: a transformers model, on its PyTorch device.
         vocabulary: see ``Vocabulary``.
         name: see above.
-        kv_bytes: memory for the KV pool.
+        kv_memory: bytes for the KV pool.
+        tokenizer_json: the tokenizer as a ``tokenizer.json``; "" if there is none.
 
     Raises:
-        SettingsError: ``kv_bytes`` is not enough for one session.
+        SettingsError: ``kv_memory`` is not enough for one session, or more than there is.
     """
 
-    def __init__(self, model: Any, vocabulary: Vocabulary, name: str, kv_bytes: int) -> None:
+    def __init__(self, model: Any, vocabulary: Vocabulary, name: str, kv_memory: int, tokenizer_json: str = "") -> None:
         self.name = name
         self.vocabulary = vocabulary
         self.torch_device = next(model.parameters()).device
-        self._model = model
-        self.kv_pool = new_kv_pool(model.config, model.dtype, self.torch_device, kv_bytes)
-        self.context_length = context_length(model.config, self.kv_pool)
+        self.placement = describe_placement(self.torch_device, model.dtype)
+        shape = kv_shape(model.config, model.dtype, self.torch_device)
+        kv_pages = _allocated(shape, kv_memory)
+        self.kv_bytes = kv_pages.bytes
+        self.kv_pool = KVPool(kv_pages.count, shape.page_size, kv_pages.discard)
+        self.context_length = context_length(model.config, self.kv_pool.capacity)
+        self._runner = ModelRunner(model, vocabulary.size, kv_pages)
+        self.grammar_compiler = (
+            GrammarCompiler.of_tokenizer(tokenizer_json, vocabulary.size, vocabulary.stop_ids)
+            if tokenizer_json and is_available()
+            else None
+        )
 
     @classmethod
     def load(
@@ -79,7 +103,7 @@ class TargetModel:
 
         Args:
             model: the path or name.
-            dtype: ``float32``, ``bfloat16``, or ``auto``: bfloat16 on CUDA, float32 elsewhere.
+            dtype: of ``DTYPES``, or ``auto``; see ``choose_dtype``.
             torch_device: a PyTorch device, or ``auto``: CUDA if available.
             kv_memory: for the KV pool, like ``4GiB``, or ``auto``: of the memory that is free
                 after loading, nine tenths on CUDA and half elsewhere.
@@ -91,71 +115,51 @@ class TargetModel:
         """
         placement = choose_placement(torch_device)
         precision = choose_dtype(dtype, placement)
+        if torch_device == "auto" and placement.type == "cpu":
+            logger.info("--torch-device auto takes the CPU: %s", reason_for_cpu())
         kv_budget(kv_memory, placement)  # refuse an invalid size before the slow part
         register_attention()
         is_gguf = Path(model).suffix == ".gguf"
         weights = _converted(model, precision, placement) if is_gguf and use_cache else model
-        check_fits(read_config(weights), precision, placement)
+        needed = check_fits(read_config(weights), precision, placement)
+        if placement.type == "cuda":
+            check_host(_largest_tensor(Path(_source(weights)[0])) or needed)
         with _quiet_tools(), _named_failures(model):
-            loaded = _load(weights, precision)
-            vocabulary = (
-                _gguf_vocabulary(Path(model), loaded)
-                if is_gguf
-                else _vocabulary(AutoTokenizer.from_pretrained(_source(model)[0]), loaded)
-            )
+            loaded = _load(weights, precision, placement)
+            tokenizer = None if is_gguf else AutoTokenizer.from_pretrained(_source(model)[0])
+            vocabulary = _vocabulary(tokenizer, loaded) if tokenizer else _gguf_vocabulary(Path(model), loaded)
         loaded.eval().to(placement)
         if placement.type == "cpu":
             pack_linears(loaded)
-        return cls(loaded, vocabulary, model_name(model), kv_budget(kv_memory, placement))
+        return cls(loaded, vocabulary, model_name(model), kv_budget(kv_memory, placement), _tokenizer_json(tokenizer))
 
     def new_kv_cache(self) -> SequenceKVCache:
         """An empty KV cache for one session."""
         return SequenceKVCache(self.kv_pool)
 
-    @torch.inference_mode()
+    @property
+    def gathered(self) -> int:
+        """Sequences so far whose pages a pass had to copy into one run."""
+        return self._runner.gathered
+
     def forward(self, segments: Sequence[Segment]) -> Tensor:
         """Run all segments in one forward pass and append their tokens to their KV caches.
 
         Returns:
             The logits [rows, V], float32, of the last ``num_logits`` tokens of each segment, in order.
+
+        Raises:
+            OutOfMemory: the KV pool has too few free pages.
         """
-        token_ids: list[int] = []
-        positions: list[int] = []
-        logit_rows: list[int] = []
         for segment in segments:
-            past, new = segment.kv_cache.length, len(segment.token_ids)
-            token_ids += segment.token_ids
-            positions += range(past, past + new)
-            logit_rows += range(len(token_ids) - segment.num_logits, len(token_ids))
-        rows, kept = [token_ids, positions], logit_rows or [0]
-        if self.torch_device.type == "cpu":
-            rows, kept = [_padded(row) for row in rows], _padded(kept)
-        logits = self._run(rows, kept, PackedBatch(segments))
+            segment.kv_cache.reserve(segment.kv_cache.length + len(segment.token_ids))
+        logits = self._runner.run(ForwardPass.of(segments))
         for segment in segments:
+            start = segment.kv_cache.length
             segment.kv_cache.length += len(segment.token_ids)
-        return logits[: len(logit_rows)]
-
-    def _run(self, rows: list[list[int]], logit_rows: list[int], packed_batch: PackedBatch) -> Tensor:
-        ids_positions = torch.tensor(rows, device=self.torch_device)
-        output = self._model(
-            input_ids=ids_positions[:1],
-            position_ids=ids_positions[1:],
-            use_cache=False,
-            logits_to_keep=torch.tensor(logit_rows, device=self.torch_device),
-            packed_batch=packed_batch,
-        )
-        logits: Tensor = output.logits[0, :, : self.vocabulary.size].float()
+            if self._runner.window is not None:  # a rollback of this pass goes back to its start at most
+                segment.kv_cache.give_back_unseen(start, self._runner.window)
         return logits
-
-
-def _padded(row: list[int]) -> list[int]:
-    """Pad with zeros to one of a few lengths.
-
-    Row counts are padded to a few buckets, so that oneDNN's primitive cache stays bounded.
-    Creating the primitives for a new row count takes a tenth of a forward pass.
-    """
-    step = max(8, 2 ** (len(row).bit_length() - 5)) if len(row) > _MAX_UNPADDED_ROWS else 1
-    return row + [0] * (-len(row) % step)
 
 
 def read_config(model: str) -> Any:
@@ -173,70 +177,71 @@ def read_config(model: str) -> Any:
     return config
 
 
-def new_kv_pool(config: Any, dtype: torch.dtype, torch_device: torch.device, kv_bytes: int) -> KVPool:
-    """The KV pool of a model, with ``kv_bytes`` of memory.
-
-    Raises:
-        SettingsError: that is not enough for one session.
-    """
+def kv_shape(config: Any, dtype: torch.dtype, torch_device: torch.device) -> KVShape:
+    """The shape of a model's keys and values."""
     config = config.get_text_config()
     heads = config.num_attention_heads
-    shape = KVShape(
+    return KVShape(
         layers=config.num_hidden_layers,
         kv_heads=getattr(config, "num_key_value_heads", None) or heads,
         head_size=getattr(config, "head_dim", None) or config.hidden_size // heads,
         dtype=dtype,
         torch_device=torch_device,
     )
-    capacity, minimum = kv_bytes // shape.position_bytes, KVPool.round_up(_MIN_CONTEXT)
-    if capacity < minimum:
-        needed = readable_size(minimum * shape.position_bytes)
-        raise SettingsError("kv-memory", readable_size(kv_bytes), f"{needed} or more, for {minimum} tokens")
-    return KVPool(shape, capacity)
 
 
-def context_length(config: Any, kv_pool: KVPool) -> int:
+def page_count(shape: KVShape, kv_memory: int) -> int:
+    """Pages of the KV pool that fit into ``kv_memory`` bytes.
+
+    Raises:
+        SettingsError: that is not enough for one session.
+    """
+    least = -(-_MIN_CONTEXT // shape.page_size)
+    if kv_memory < least * shape.page_bytes:
+        needed = f"{readable_size(least * shape.page_bytes)} or more, for {least * shape.page_size} tokens"
+        raise SettingsError("kv-memory", readable_size(kv_memory), needed)
+    return kv_memory // shape.page_bytes
+
+
+def context_length(config: Any, capacity: int) -> int:
     """The model's context length, or the KV pool's capacity if that is less."""
-    minimum = KVPool.round_up(_MIN_CONTEXT)
-    return min(int(config.get_text_config().max_position_embeddings), kv_pool.capacity // minimum * minimum)
+    return min(int(config.get_text_config().max_position_embeddings), capacity)
 
 
-def choose_placement(torch_device: str) -> torch.device:
-    """The PyTorch device with that name; ``auto`` is CUDA if available, else the CPU.
+def _allocated(shape: KVShape, kv_memory: int) -> KVPages:
+    """The pages of the KV pool.
 
     Raises:
-        SettingsError: this machine has no such device.
+        SettingsError: ``kv_memory`` is not enough for one session, or more than there is.
     """
-    if torch_device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    count = page_count(shape, kv_memory)
     try:
-        placement = torch.device(torch_device)
-        torch.empty(0, device=placement)
-    except (RuntimeError, AssertionError) as error:
+        with catch_out_of_memory():
+            return KVPages(shape, count)
+    except OutOfMemory as error:
         reason = str(error).splitlines()[0]
-        raise SettingsError(
-            "torch-device", torch_device, f"auto, cpu or a device of this machine ({reason})"
-        ) from error
-    return placement
+        allowed = f"what is free on {shape.torch_device} ({reason})"
+        raise SettingsError("kv-memory", readable_size(kv_memory), allowed) from error
 
 
-def choose_dtype(dtype: str, placement: torch.device) -> torch.dtype:
-    """The data type with that name; ``auto`` is bfloat16 on CUDA, float32 elsewhere.
-
-    Raises:
-        SettingsError: targets do not run in this type.
-    """
-    if dtype == "auto":
-        return torch.bfloat16 if placement.type == "cuda" else torch.float32
-    if dtype not in DTYPES:
-        raise SettingsError("dtype", dtype, f"auto, {', '.join(DTYPES)}")
-    return DTYPES[dtype]
-
-
-def _load(model: str, dtype: torch.dtype) -> Any:
-    """A model folder, hub name or ``.gguf`` file, as transformers loads it."""
+def _load(model: str, dtype: torch.dtype, placement: torch.device) -> Any:
+    """A model folder, hub name or ``.gguf`` file, as transformers loads it: on CUDA without a copy on the host."""
     source, options = _source(model)
-    return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation=ATTENTION_NAME, **options)
+    device_map = {"": placement} if placement.type == "cuda" else None
+    return AutoModelForCausalLM.from_pretrained(
+        source, dtype=dtype, attn_implementation=ATTENTION_NAME, device_map=device_map, **options
+    )
+
+
+def _largest_tensor(folder: Path) -> int:
+    """Bytes of the largest tensor in ``.safetensors`` files, from which they are read one at a time; 0 without any."""
+    largest = 0
+    for path in folder.glob("*.safetensors"):
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        ends = (entry["data_offsets"] for name, entry in header.items() if name != "__metadata__")
+        largest = max(largest, *(end - start for start, end in ends))
+    return largest
 
 
 def _converted(model: str, dtype: torch.dtype, placement: torch.device) -> str:
@@ -255,7 +260,9 @@ def _converted(model: str, dtype: torch.dtype, placement: torch.device) -> str:
         check_fits(config, dtype, placement)
         logger.info("converting %s once, into %s; with --no-cache it is converted at every start", model, entry)
         with _quiet_tools(), _named_failures(model):
-            if not fill(entry, parameter_count(config) * dtype.itemsize, lambda: _load(model, dtype)):
+            if not fill(
+                entry, parameter_count(config) * dtype.itemsize, lambda: _load(model, dtype, torch.device("cpu"))
+            ):
                 return model
     logger.info("%s is loaded as converted in %s", model, entry)
     return str(entry)
@@ -321,6 +328,12 @@ def _vocabulary(tokenizer: Any, model: Any) -> Vocabulary:
         {name: value for name, value in tokenizer.special_tokens_map.items() if isinstance(value, str)},
     )
     return Vocabulary(ids, model.get_output_embeddings().weight.shape[0], _logged(sources))
+
+
+def _tokenizer_json(tokenizer: Any) -> str:
+    """The fast tokenizer as a ``tokenizer.json``; "" where there is none."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return str(backend.to_str()) if backend is not None else ""
 
 
 def _gguf_vocabulary(path: Path, model: Any) -> Vocabulary:

@@ -28,12 +28,15 @@ import torch
 from torch import Tensor
 
 from basestation.coupled_sampling import coupled_choice
+from basestation.logits_processing import AnswerSoFar, process_logits
 from protocol.full_distribution import FullDistribution
 from protocol.messages import DraftDistribution, Sampling
 from protocol.randomness import Stream, uniforms
 from protocol.sparse import SparseDistribution
 
 _NO_TOKEN = -1
+_TOP_P_NUMBERS = 2**22
+"""Of the scores that top-p sorts at a time: in float64, with copies, about 130 MiB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +49,7 @@ class RoundToVerify:
         drafted: the draft_len tokens.
         distributions: what each drafted token was sampled from, for rejection sampling.
         rejection_sampling: accept by P/Q; otherwise accept what equals the target's own tokens.
+        answer: so far, for sampling settings that change the logits.
     """
 
     sampling: Sampling
@@ -53,6 +57,7 @@ class RoundToVerify:
     drafted: Sequence[int] = ()
     distributions: Sequence[DraftDistribution] = ()
     rejection_sampling: bool = False
+    answer: AnswerSoFar | None = None
 
     @property
     def num_logits(self) -> int:
@@ -84,11 +89,12 @@ def verify_rounds(logits: Tensor, rounds: Sequence[RoundToVerify]) -> list[Verif
     """Verify the rounds of any number of sessions; the results reach the host in one transfer.
 
     Args:
-        logits: [rows, V], float32: the rows of the first round, then those of the next.
+        logits: [rows, V], float32: the rows of the first round, then those of the next; they may be changed.
         rounds: what to verify; each has ``num_logits`` rows.
     """
     if not rounds:
         return []
+    _process_logits(logits, rounds)
     results = torch.empty((len(rounds), 3), dtype=torch.int64, device=logits.device)
     kinds = np.array([one.rejection_sampling for one in rounds], bool)
     row_kinds = kinds.repeat([one.num_logits for one in rounds])
@@ -98,6 +104,15 @@ def verify_rounds(logits: Tensor, rounds: Sequence[RoundToVerify]) -> list[Verif
             rows = logits if len(indices) == len(rounds) else logits[np.flatnonzero(row_kinds == kind)]
             results[indices] = verify(rows, [rounds[index] for index in indices])
     return [VerificationResult(accepted, token_id, bool(finite)) for accepted, token_id, finite in results.tolist()]
+
+
+def _process_logits(logits: Tensor, rounds: Sequence[RoundToVerify]) -> None:
+    """Change the logits of rounds whose sampling settings do so."""
+    end = 0
+    for one in rounds:
+        start, end = end, end + one.num_logits
+        if one.answer is not None:
+            process_logits(logits[start:end], one.sampling, one.answer, one.drafted)
 
 
 def sample_target_tokens(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
@@ -172,10 +187,15 @@ def warp_scores(scores: Tensor, top_k: int, top_p: float) -> Tensor:
         smallest = scores.topk(top_k, dim=-1).values[:, -1:]
         scores = scores.masked_fill(scores < smallest, -torch.inf)
     if top_p < 1:
-        ordered, order = scores.softmax(dim=-1, dtype=torch.float64).sort(dim=-1, descending=True)
-        outside = ordered.cumsum(dim=-1) - ordered >= top_p
-        scores = scores.masked_fill(torch.zeros_like(outside).scatter_(-1, order, outside), -torch.inf)
+        rows = max(1, _TOP_P_NUMBERS // scores.shape[-1])
+        scores = torch.cat([_keep_top_p(part, top_p) for part in torch.split(scores, rows)])
     return scores
+
+
+def _keep_top_p(scores: Tensor, top_p: float) -> Tensor:
+    ordered, order = scores.softmax(dim=-1, dtype=torch.float64).sort(dim=-1, descending=True)
+    outside = ordered.cumsum(dim=-1) - ordered >= top_p
+    return scores.masked_fill(torch.zeros_like(outside).scatter_(-1, order, outside), -torch.inf)
 
 
 def _verify_by_match(logits: Tensor, rounds: Sequence[RoundToVerify]) -> Tensor:

@@ -43,7 +43,8 @@ def _print_version(context: typer.Context, is_wanted: bool) -> None:
 def _common_options(
     verbose: Annotated[bool, typer.Option(*_VERBOSE_FLAGS, help="Show tracebacks and the output of tools.")] = False,
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print version and wire version, and exit.")
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print version and wire version; exit."),
     ] = False,
 ) -> None:
     """Typer declares the options; ``run`` reads ``-v`` from the arguments, wherever it stands."""

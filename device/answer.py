@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from device.client import Client
 from device.common_prefix import common_prefix
-from device.draft_model import DraftModel
+from device.draft_model import SequenceModel
 from device.draft_rounds import Counters
 from device.planners import Planners
 from device.process_memory import peak_memory_bytes
@@ -87,7 +87,7 @@ class Conversation:
     """
 
     def __init__(
-        self, client: Client, planners: Planners, model: DraftModel, tokenizer: Tokenizer, settings: DraftSettings
+        self, client: Client, planners: Planners, model: SequenceModel, tokenizer: Tokenizer, settings: DraftSettings
     ) -> None:
         self.tokenizer = tokenizer
         self.settings = settings
@@ -105,10 +105,13 @@ class Conversation:
         """The session, opened on the prompt or extended with it."""
         planner = self._planners.for_settings(self.settings, self._client.welcome)
         self._prompt_len = len(prompt_ids)
+        sampling = self.settings.sampling
+        self._client.check_sampling(sampling)
+        grammar = self.tokenizer.grammar(sampling.grammar, self._client.stop_ids) if sampling.grammar else None
         if self._session is None:
-            self._session = DeviceSession(self._client, planner, self.settings, self.model, prompt_ids)
+            self._session = DeviceSession(self._client, planner, self.settings, self.model, prompt_ids, grammar)
         else:
-            self._session.extend(prompt_ids, self.settings.sampling, planner)
+            self._session.extend(prompt_ids, sampling, planner, grammar)
         return self._session
 
     @property

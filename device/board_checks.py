@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from common.checks import Finding, Status
-from device.draft_model import DraftModel
+from device.draft_model import SequenceModel
 
 _CPU_INFO = Path("/proc/cpuinfo")
 _CPUS = Path("/sys/devices/system/cpu")
@@ -105,7 +105,9 @@ def throttling(system: Path = Path("/sys")) -> Finding[None]:
     return Finding("; ".join(found), None)
 
 
-def draft_model(load: Callable[[], DraftModel], clock: Callable[[], float] = time.monotonic) -> Finding[DraftModel]:
+def draft_model(
+    load: Callable[[], SequenceModel], clock: Callable[[], float] = time.monotonic
+) -> Finding[SequenceModel]:
     """Load the draft model, and measure how long it takes for a token.
 
     Raises:

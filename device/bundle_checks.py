@@ -36,11 +36,13 @@ def files(folder: Path) -> Finding[Manifest]:
 
 def quality(manifest: Manifest) -> Finding[None]:
     """Check the figures that export measured against the target."""
-    figures = manifest.quality
+    figures, own = manifest.target_quality, manifest.draft_vocabulary
     text = (
         f"acceptance {figures.argmax_agreement:.2f} at temperature 0, {figures.coupled_acceptance:.2f} at 1, "
         f"measured by export at {figures.positions} positions"
     )
+    if own is not None:
+        text += f"; another vocabulary than that of {own.target}: {own.coverage:.2f} of its text can be drafted"
     if min(figures.argmax_agreement, figures.coupled_acceptance) >= _LOW_ACCEPTANCE:
         return Finding(text, None)
     return Finding(text, None, Status.WARNING, "export with a higher --precision, or choose another draft model")

@@ -5,25 +5,22 @@ unknown fields are ignored.
 """
 
 import json
-import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 from device.job import AnswerRequest
+from device.request_fields import ANY, Fields, field
+from device.sampling_fields import SamplingDefaults, read_sampling
 from device.settings import DraftSettings
 from device.tokenizer import ChatMessage, check_unicode
 from protocol.errors import SettingsError
 from protocol.messages import Mode, Sampling
 
-Fields: TypeAlias = dict[str, Any]
-
 _ROLES = ("system", "user", "assistant")
 _ROLE_NAMES = {"developer": "system"}
 """Roles that OpenAI's clients send under another name."""
 _MAX_STOPS = 4
-_ANY = -1
-"""What clients send as ``seed`` for a random one, as ``max_tokens`` for no limit, and as ``top_k`` for all tokens."""
 _NO_LIMIT = 2**31 - 1
 _EXTENSION, _EXTENSION_FIELDS = "edgedraft", ("mode", "draft_len", "rounds")
 """The one field that is not of OpenAI's API, and its own fields."""
@@ -31,21 +28,11 @@ _UNSUPPORTED: Mapping[str, Sequence[Any]] = {
     "best_of": [1],
     "chat_template_kwargs": [{}],
     "echo": [False],
-    "frequency_penalty": [0],
     "function_call": ["none", "auto"],
     "functions": [[]],
-    "grammar": [""],
     "guided_json": [],
-    "ignore_eos": [False],
-    "logit_bias": [{}],
     "logprobs": [False],
-    "min_p": [0],
-    "min_tokens": [0],
     "n": [1],
-    "presence_penalty": [0],
-    "repetition_penalty": [1],
-    "response_format": [{"type": "text"}],
-    "stop_token_ids": [[]],
     "tool_choice": ["none", "auto"],
     "tools": [[]],
     "top_logprobs": [0],
@@ -55,17 +42,13 @@ _UNSUPPORTED: Mapping[str, Sequence[Any]] = {
 
 
 @dataclass(frozen=True)
-class Defaults:
+class Defaults(SamplingDefaults):
     """Values for fields that a request leaves out.
 
-    ``seed`` None draws a new one for each answer; ``settings`` gives the draft settings for a sampling, a mode and
+    ``settings`` gives the draft settings for a sampling, a mode and
     a draft length, each of the latter as on the command line.
     """
 
-    temperature: float
-    top_k: int
-    top_p: float
-    seed: int | None
     max_new_tokens: int
     mode: str
     draft_len: str
@@ -92,8 +75,8 @@ class ChatRequest:
         for name, neutral in _UNSUPPORTED.items():
             if fields.get(name) not in (None, *neutral):
                 raise SettingsError(name, fields[name], " or ".join([*map(json.dumps, neutral), "left out"]))
-        stream_options = _field(fields, "stream_options", dict, {}, "an object")
-        stream = _field(fields, "stream", bool, False, "true or false")
+        stream_options = field(fields, "stream_options", dict, {}, "an object")
+        stream = field(fields, "stream", bool, False, "true or false")
         extension = _extension(fields)
         request = AnswerRequest(
             _messages(fields),
@@ -102,11 +85,11 @@ class ChatRequest:
             _stops(fields),
             _rounds(extension, stream),
         )
-        return cls(request, stream, _field(stream_options, "include_usage", bool, False, "true or false"))
+        return cls(request, stream, field(stream_options, "include_usage", bool, False, "true or false"))
 
 
 def _messages(fields: Fields) -> tuple[ChatMessage, ...]:
-    messages = _field(fields, "messages", list, [], "a list of messages")
+    messages = field(fields, "messages", list, [], "a list of messages")
     if not messages:
         raise SettingsError("messages", messages, "at least one message")
     return tuple(_message(f"messages[{index}]", message) for index, message in enumerate(messages))
@@ -132,20 +115,9 @@ def _is_text(part: Any) -> bool:
     return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
 
 
-def _sampling(fields: Fields, defaults: Defaults) -> Sampling:
-    """The sampling; greedy answers share one seed, so that a conversation can continue its session."""
-    temperature = _number(fields, "temperature", defaults.temperature)
-    top_p = _number(fields, "top_p", defaults.top_p)
-    top_k = _field(fields, "top_k", int, defaults.top_k, "a whole number")
-    seed = _field(fields, "seed", int, defaults.seed, "a whole number")
-    if seed in (None, _ANY):
-        seed = secrets.randbits(63) if temperature else 0
-    return Sampling(temperature, 0 if top_k == _ANY else top_k, top_p, seed)
-
-
 def _extension(fields: Fields) -> Fields:
     """What the request asks of edgedraft alone, each with its full name: ``edgedraft.mode``."""
-    extension = _field(fields, _EXTENSION, dict, {}, "an object")
+    extension = field(fields, _EXTENSION, dict, {}, "an object")
     for name, value in extension.items():
         if name not in _EXTENSION_FIELDS:
             raise SettingsError(f"{_EXTENSION}.{name}", value, f"left out; fields: {', '.join(_EXTENSION_FIELDS)}")
@@ -153,13 +125,13 @@ def _extension(fields: Fields) -> Fields:
 
 
 def _settings(fields: Fields, extension: Fields, defaults: Defaults) -> DraftSettings:
-    mode = _field(extension, "edgedraft.mode", str, defaults.mode, f"auto, {', '.join(Mode)}")
-    draft_len = _field(extension, "edgedraft.draft_len", (str, int), defaults.draft_len, "auto, or 1 or more")
-    return defaults.settings(_sampling(fields, defaults), mode, str(draft_len))
+    mode = field(extension, "edgedraft.mode", str, defaults.mode, f"auto, {', '.join(Mode)}")
+    draft_len = field(extension, "edgedraft.draft_len", (str, int), defaults.draft_len, "auto, or 1 or more")
+    return defaults.settings(read_sampling(fields, defaults), mode, str(draft_len))
 
 
 def _rounds(extension: Fields, stream: bool) -> bool:
-    rounds: bool = _field(extension, "edgedraft.rounds", bool, False, "true or false")
+    rounds: bool = field(extension, "edgedraft.rounds", bool, False, "true or false")
     if rounds and not stream:
         raise SettingsError("edgedraft.rounds", rounds, "false, or true together with stream")
     return rounds
@@ -167,33 +139,15 @@ def _rounds(extension: Fields, stream: bool) -> bool:
 
 def _max_new_tokens(fields: Fields, defaults: Defaults) -> int:
     name = "max_tokens" if fields.get("max_completion_tokens") is None else "max_completion_tokens"
-    count: int = _field(fields, name, int, defaults.max_new_tokens, "a whole number")
-    if count < 1 and count != _ANY:
-        raise SettingsError(name, count, f"1 or more, or {_ANY} for no limit")
-    return _NO_LIMIT if count == _ANY else count
+    count: int = field(fields, name, int, defaults.max_new_tokens, "a whole number")
+    if count < 1 and count != ANY:
+        raise SettingsError(name, count, f"1 or more, or {ANY} for no limit")
+    return _NO_LIMIT if count == ANY else count
 
 
 def _stops(fields: Fields) -> tuple[str, ...]:
-    stops = _field(fields, "stop", (str, list), [], "a text or a list of them")
+    stops = field(fields, "stop", (str, list), [], "a text or a list of them")
     stops = [stops] if isinstance(stops, str) else stops
     if len(stops) > _MAX_STOPS or not all(isinstance(stop, str) and stop for stop in stops):
         raise SettingsError("stop", stops, f"up to {_MAX_STOPS} texts, none of them empty")
     return tuple(stops)
-
-
-def _number(fields: Fields, name: str, default: float) -> float:
-    value = _field(fields, name, (int, float), default, "a number")
-    try:
-        return float(value)
-    except OverflowError:
-        raise SettingsError(name, "a number of that many digits", "a finite number") from None
-
-
-def _field(fields: Fields, name: str, kind: type | tuple[type, ...], default: Any, allowed: str) -> Any:
-    """A field's value; null selects the default, and a boolean is not a number."""
-    value = fields.get(name)
-    if value is None:
-        return default
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise SettingsError(name, value, allowed)
-    return value

@@ -24,8 +24,9 @@ from device.chat import Chat
 from device.client import Client
 from device.curve_keys import new_key, public_key
 from device.doctor import Doctor
-from device.draft_model import DraftModel
+from device.draft_model import SequenceModel
 from device.link import Link
+from device.load_model import load_model
 from device.options import COMMON, OUTPUT, AnswerOptions
 from device.planner_store import PlannerStore
 from device.planners import Planners
@@ -241,17 +242,17 @@ def _conversation(answer_options: AnswerOptions) -> Iterator[Conversation]:
                 yield conversation
 
 
-def _load(answer_options: AnswerOptions) -> tuple[DraftModel, Tokenizer]:
-    model = DraftModel(answer_options.bundle, answer_options.threads, (answer_options.provider,))
+def _load(answer_options: AnswerOptions) -> tuple[SequenceModel, Tokenizer]:
+    model = load_model(answer_options.bundle, answer_options.threads, (answer_options.provider,))
     return model, Tokenizer(answer_options.bundle, model.manifest)
 
 
 def _planners(answer_options: AnswerOptions, manifest: Manifest) -> Planners:
     """New planners, which start from what earlier processes learnt."""
     if answer_options.no_state:
-        return Planners(manifest.quality)
+        return Planners(manifest.target_quality)
     store = PlannerStore(state_folder() / "planner", manifest, answer_options.server)
-    return Planners(manifest.quality, store=store)
+    return Planners(manifest.target_quality, store=store)
 
 
 def _record_file(answer_options: AnswerOptions) -> AbstractContextManager[RoundRecordFile | None]:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from device.answer import Conversation
 from device.client import Client
 from device.common_prefix import common_prefix
-from device.draft_model import DraftModel
+from device.draft_model import SequenceModel
 from device.planners import Planners
 from device.settings import DraftSettings
 from device.tokenizer import Tokenizer
@@ -28,7 +28,7 @@ class Conversations:
         planners: decide how much to draft.
     """
 
-    def __init__(self, model: DraftModel, tokenizer: Tokenizer, cache_tokens: int, planners: Planners) -> None:
+    def __init__(self, model: SequenceModel, tokenizer: Tokenizer, cache_tokens: int, planners: Planners) -> None:
         self._model = model
         self._tokenizer = tokenizer
         self._planners = planners
@@ -86,7 +86,7 @@ class Conversations:
         self._kept.remove(conversation)
         conversation.close()
 
-    def _model_with_prefix_of(self, prompt_ids: Sequence[int]) -> DraftModel:
+    def _model_with_prefix_of(self, prompt_ids: Sequence[int]) -> SequenceModel:
         """The draft model with a KV cache of its own, copied from the one that starts most like the prompt."""
         models = [self._model, *(one.model for one in self._kept)]
         lengths = [common_prefix(model.token_ids, prompt_ids[:-1]) for model in models]

@@ -10,7 +10,8 @@ from functools import partial
 from common.checks import Checks, Finding, Outcome, Status
 from device import board_checks, bundle_checks, link_checks
 from device.client import Client
-from device.draft_model import DraftModel
+from device.draft_model import SequenceModel
+from device.load_model import load_model
 from device.options import AnswerOptions
 from device.speed_prediction import TYPICAL_ANSWER, ShortSession, SpeedPrediction
 from device.terminal import console
@@ -55,7 +56,7 @@ class Doctor:
         self._checks.run("quality", bundle_checks.quality, manifest)
         return manifest
 
-    def _check_board(self, manifest: Outcome[Manifest]) -> Outcome[DraftModel]:
+    def _check_board(self, manifest: Outcome[Manifest]) -> Outcome[SequenceModel]:
         options = self._options
         memory = self._checks.run("memory", bundle_checks.memory, manifest)
         self._checks.run("board", board_checks.board)
@@ -63,7 +64,7 @@ class Doctor:
         self._checks.run("threads", partial(board_checks.threads, options.threads))
         self._checks.run("governor", board_checks.governor)
         self._checks.run("throttling", board_checks.throttling)
-        load = partial(DraftModel, options.bundle, options.threads, (options.provider,))
+        load = partial(load_model, options.bundle, options.threads, (options.provider,))
         return self._checks.run("draft model", lambda _: board_checks.draft_model(load), memory)
 
     def _check_link(self, manifest: Outcome[Manifest]) -> Outcome[Client]:
@@ -80,7 +81,7 @@ class Doctor:
         self._checks.run("rates", partial(link_checks.rates, timeout), manifest, client)
         return client
 
-    def _speed(self, model: DraftModel, client: Client) -> Finding[SpeedPrediction]:
+    def _speed(self, model: SequenceModel, client: Client) -> Finding[SpeedPrediction]:
         options = self._options
         tokenizer = Tokenizer(options.bundle, model.manifest)
         session = ShortSession(client, model, tokenizer, options.draft_settings(options.sampling))

@@ -44,6 +44,41 @@ class KeyValueCache(Protocol):
         """Another cache with a copy of the first ``length`` positions."""
 
 
+class SequenceModel(Protocol):
+    """A draft model with the KV cache of one sequence, in the tokens of the session."""
+
+    @property
+    def manifest(self) -> Manifest:
+        """Of the bundle."""
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The tokens in the cache."""
+
+    @property
+    def forked_length(self) -> int:
+        """How many of them it was forked with."""
+
+    @property
+    def length(self) -> int:
+        """Positions in the cache."""
+
+    def fork(self, length: int) -> Self:
+        """The same model with a cache of its own, which starts with a copy of the first ``length`` positions."""
+
+    def begin(self, prompt_ids: Sequence[int]) -> None:
+        """Prepare for a prompt, which ``forward`` then runs."""
+
+    def forward(self, token_ids: Sequence[int]) -> Logits:
+        """Run one or more tokens after the cached ones; return the logits [vocab_size] after the last of them."""
+
+    def rollback(self, length: int) -> None:
+        """Shorten the cache to ``length`` positions."""
+
+    def room(self, token_ids: Sequence[int]) -> int:
+        """How many tokens fit the context after ``token_ids``."""
+
+
 class DraftModel:
     """A loaded bundle, with the KV cache of one sequence.
 
@@ -79,7 +114,7 @@ class DraftModel:
         """Positions in the cache."""
         return self._cache.length
 
-    def fork(self, length: int) -> "DraftModel":
+    def fork(self, length: int) -> Self:
         """The same model with a cache of its own, which starts with a copy of the first ``length`` positions."""
         fork = copy(self)
         fork._cache = self._cache.fork(length)
@@ -87,11 +122,18 @@ class DraftModel:
         fork.forked_length = length
         return fork
 
+    def begin(self, prompt_ids: Sequence[int]) -> None:
+        """Nothing is to be prepared for a prompt."""
+
+    def room(self, token_ids: Sequence[int]) -> int:
+        """How many tokens fit the context after ``token_ids``."""
+        return max(0, self.manifest.context_length - len(token_ids))
+
     def forward(self, token_ids: Sequence[int]) -> Logits:
         """Run one or more tokens after the cached ones.
 
         Returns:
-            float32 [vocab_size], the logits after the last of them.
+            float32 [graph_tokens], the logits after the last of them.
         """
         start, end = self._cache.length, self._cache.length + len(token_ids)
         if end > self._positions.size:
@@ -99,7 +141,7 @@ class DraftModel:
         inputs: Arrays = {"input_ids": np.array([token_ids], np.int64), "attention_mask": self._ones[:, :end]}
         if self._takes_positions:
             inputs["position_ids"] = self._positions[:, start:end]
-        logits = self._cache.run(inputs, len(token_ids))[: self.manifest.vocab_size]
+        logits = self._cache.run(inputs, len(token_ids))[: self.manifest.graph_tokens]
         self.token_ids += token_ids
         return logits
 
@@ -234,9 +276,9 @@ def _check_graph(session: onnxruntime.InferenceSession, manifest: Manifest) -> N
         raise BundleError(
             f"the graph has logits of shape {shapes['logits']}, not of one token: export the bundle again"
         )
-    if isinstance(rows, int) and rows < manifest.vocab_size:
+    if isinstance(rows, int) and rows < manifest.graph_tokens:
         raise BundleError(
-            f"the graph has {rows} logits; the manifest says {manifest.vocab_size} tokens: export the bundle again"
+            f"the graph has {rows} logits; the manifest says {manifest.graph_tokens} tokens: export the bundle again"
         )
 
 

@@ -53,7 +53,6 @@ class DraftRounds:
         planner: decides how much to draft; may change while no Draft is in flight.
         settings: how to draft.
         tokens: the committed tokens; the session that owns the list appends the tokens of each round to it.
-        draft_context: tokens that fit the draft model's context.
 
     Attributes:
         counters: over all rounds.
@@ -67,7 +66,6 @@ class DraftRounds:
         planner: Planner,
         settings: DraftSettings,
         tokens: Sequence[int],
-        draft_context: int,
     ) -> None:
         self.counters = Counters()
         self._client = client
@@ -75,7 +73,6 @@ class DraftRounds:
         self._drafter = drafter
         self._settings = settings
         self._tokens = tokens
-        self._draft_context = draft_context
         self._in_flight: deque[PendingDraft] = deque()
         self._next: PendingDraft | None = None
         self._concluded = client.now()
@@ -98,8 +95,9 @@ class DraftRounds:
 
     def next(self, end: int) -> VerifiedRound:
         """Draft and send up to position ``end`` until the oldest Draft in flight has its Verdict."""
+        draft_room = self._drafter.room(self._tokens)
         while True:
-            may_draft = self._may_draft(end)
+            may_draft = self._may_draft(end, draft_room)
             if self._in_flight and (may_draft or not self._may_send()):
                 if not may_draft and self._settings.cache_last_token:
                     self._drafter.cache_last_token()
@@ -131,14 +129,15 @@ class DraftRounds:
         self._drafter.follow(self._tokens)
         return None
 
-    def _may_draft(self, end: int) -> bool:
-        """Whether to draft another token of the next Draft."""
+    def _may_draft(self, end: int, draft_room: int) -> bool:
+        """Whether to draft another token of the next Draft; ``draft_room`` tokens fit the draft model's context."""
         drafting = self._next or PendingDraft(self._concluded)
         new_assumption = bool(self._in_flight) and self._next is None
-        room = min(end, self._client.welcome.context_length) - self._sequence_len - 1 - new_assumption
+        room = min(end, self._client.welcome.context_length) - len(self._tokens) - self._pending_len - 1
+        room -= new_assumption
         fixed = self._settings.draft_len
         longest = min(self._client.welcome.max_draft_len, fixed or self._client.welcome.max_draft_len)
-        if room <= 0 or len(drafting.tokens) >= longest or self._sequence_len >= self._draft_context or self._at_end:
+        if room <= 0 or len(drafting.tokens) >= longest or self._pending_len >= draft_room or self._at_end:
             return False
         if self._in_flight and not self.drafts_ahead:
             return False
@@ -244,14 +243,13 @@ class DraftRounds:
         return most if self._settings.drafts_ahead is None else min(most, self._settings.drafts_ahead)
 
     @property
-    def _sequence_len(self) -> int:
-        """The length of the committed tokens with all drafted ones."""
-        pending = [*self._in_flight, *([self._next] if self._next else [])]
-        return len(self._tokens) + sum(map(len, pending))
+    def _pending_len(self) -> int:
+        """How many tokens are drafted and not verified."""
+        return sum(map(len, [*self._in_flight, *([self._next] if self._next else [])]))
 
     @property
     def _at_end(self) -> bool:
         """Whether the last drafted token ends the answer."""
         last = self._next if self._next and len(self._next) else self._in_flight[-1] if self._in_flight else None
         tokens = [*([last.assumed_bonus] if last.assumed_bonus else []), *last.tokens] if last else []
-        return bool(tokens) and tokens[-1].token_id in self._client.stop_ids
+        return bool(tokens) and tokens[-1].token_id in self._drafter.stop_ids

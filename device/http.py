@@ -22,11 +22,12 @@ from starlette.routing import Route
 
 from device.api_key import ApiKeyCheck
 from device.chat_page import page_routes
-from device.chat_request import ChatRequest, Defaults, Fields
+from device.chat_request import ChatRequest, Defaults
 from device.host_check import HostCheck
 from device.http_errors import HttpError, shown
 from device.job import AnswerRequest, Event, Finish, Job
 from device.origin_check import OriginCheck
+from device.request_fields import Fields
 from device.round_events import AnswerRound
 from device.worker import Worker
 from protocol.errors import EdgedraftError

@@ -63,12 +63,13 @@ def coupled_token(logits: Logits, sampling: Sampling, position: int) -> tuple[in
 
 
 def _top_probs(logits: Logits, sampling: Sampling, most: int) -> tuple[Ids, Probs]:
-    """The ``most`` most likely tokens that the user's settings keep, renormalised."""
-    vocab_size = len(logits)
+    """The ``most`` most likely tokens that the user's settings keep, renormalised; none whose logit is -inf."""
     if sampling.greedy:
         return logits.argmax(axis=0, keepdims=True), np.ones(1)
-    count = min(most, sampling.top_k or vocab_size, vocab_size)
-    support = np.arange(vocab_size) if count == vocab_size else np.argpartition(logits, -count)[-count:]
+    support = np.flatnonzero(logits > -np.inf)
+    count = min(most, sampling.top_k or len(support), len(support))
+    if count < len(support):  # many equal logits would slow argpartition down
+        support = support[np.argpartition(logits[support], -count)[-count:]]
     scores = logits[support].astype(np.float64) / sampling.temperature
     weights = np.exp(scores - scores.max())
     probs = weights / weights.sum()

@@ -8,9 +8,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
+from common.grammar import Grammar
 from device.client import Client
 from device.common_prefix import common_prefix
-from device.draft_model import DraftModel
+from device.draft_model import SequenceModel
 from device.draft_rounds import Counters, DraftRounds
 from device.drafter import DraftedToken, Drafter
 from device.planner import MIN_BACKLOG, Planner
@@ -60,6 +61,7 @@ class DeviceSession:
         settings: how to draft and sample.
         model: the draft model.
         prompt_ids: the first prompt.
+        grammar: compiled, that of ``settings``.
 
     Attributes:
         tokens: committed so far, the prompt included.
@@ -70,14 +72,19 @@ class DeviceSession:
     """
 
     def __init__(
-        self, client: Client, planner: Planner, settings: DraftSettings, model: DraftModel, prompt_ids: list[int]
+        self,
+        client: Client,
+        planner: Planner,
+        settings: DraftSettings,
+        model: SequenceModel,
+        prompt_ids: list[int],
+        grammar: Grammar | None = None,
     ) -> None:
         client.check_served(settings)
         self.tokens: list[int] = []
         self._client = client
         self._settings = settings
         self._target_alone = settings.mode is Mode.TARGET
-        self._draft_context = model.manifest.context_length
         self._drafter = Drafter(
             model,
             settings.mode,
@@ -88,15 +95,14 @@ class DeviceSession:
             client.check_cancelled,
         )
         self._requests = SessionRequests(client, settings.mode, settings.sampling, self.tokens)
-        self._rounds = DraftRounds(
-            client, self._requests, self._drafter, planner, settings, self.tokens, self._draft_context
-        )
+        self._rounds = DraftRounds(client, self._requests, self._drafter, planner, settings, self.tokens)
+        self._drafter.answer_start, self._drafter.grammar = len(prompt_ids), grammar
         self._check_prompt(prompt_ids)
         began = client.now()
         try:
             self._requests.open(prompt_ids)
             self._rounds.planner.observe_opened(client.now().seconds - began.seconds)
-            self.tokens[:] = prompt_ids
+            self._begin(prompt_ids)
         except (NonFiniteError, CancelledError):  # nobody else could close the session
             self.close()
             raise
@@ -114,32 +120,41 @@ class DeviceSession:
     @property
     def stop_ids(self) -> frozenset[int]:
         """The ids that end an answer."""
-        return self._client.stop_ids
+        return self._drafter.sampling.stop_ids(self._client.stop_ids)
 
-    def extend(self, prompt_ids: list[int], sampling: Sampling | None = None, planner: Planner | None = None) -> None:
+    def extend(
+        self,
+        prompt_ids: list[int],
+        sampling: Sampling | None = None,
+        planner: Planner | None = None,
+        grammar: Grammar | None = None,
+    ) -> None:
         """Continue with a prompt; only what differs from the committed tokens is sent and run.
 
         Args:
             prompt_ids: the whole conversation.
             sampling: how the target is sampled from now on; None for no change.
             planner: for these settings; None for no change.
+            grammar: compiled, that of ``sampling``.
 
         Raises:
             ContextLengthError: it does not fit the target's context, or exceeds the base station's limit.
+            SettingsError: the base station does not know these sampling settings.
         """
         while left := self._rounds.leave():
             self._commit(left.drafted, left.verdict)
         sampling = sampling or self._drafter.sampling
+        self._client.check_sampling(sampling)
         self._rounds.planner = planner or self._rounds.planner
         start = common_prefix(self.tokens, prompt_ids[:-1])
         can_extend = self._requests.can_extend(sampling)
         self._check_prompt(prompt_ids, start if can_extend else 0)
-        self._drafter.sampling = sampling
+        self._drafter.sampling, self._drafter.answer_start, self._drafter.grammar = sampling, len(prompt_ids), grammar
         if can_extend:
             self._requests.extend(start, prompt_ids[start:], sampling)
         else:  # the target still decodes an abandoned answer, or the base station is of an older version
             self._requests.reopen(prompt_ids, sampling)
-        self.tokens[:] = prompt_ids
+        self._begin(prompt_ids)
 
     def answer(self, max_new_tokens: int) -> Iterator[AnswerToken]:
         """The answer to the prompt, each token as soon as its round is committed.
@@ -164,6 +179,10 @@ class DeviceSession:
         """End the session at the base station."""
         self._requests.close()
 
+    def _begin(self, prompt_ids: list[int]) -> None:
+        self._drafter.begin(prompt_ids)
+        self.tokens[:] = prompt_ids
+
     def _next_tokens(self, room: int) -> Iterable[AnswerToken]:
         """Commit the next tokens, at most ``room``: of a round, or of the target alone."""
         verified = None
@@ -186,7 +205,7 @@ class DeviceSession:
     @property
     def _draft_room(self) -> int:
         """Tokens that fit the draft model's context after the committed ones; without any the target decodes alone."""
-        return max(0, self._draft_context - len(self.tokens))
+        return self._drafter.room(self.tokens)
 
     def _decode(self, count: int) -> Iterator[AnswerToken]:
         """Let the target decode alone and commit its tokens; meanwhile the draft model runs its backlog."""

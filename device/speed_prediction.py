@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from common.round_model import expected_tokens
 from device.client import Client
-from device.draft_model import DraftModel
+from device.draft_model import SequenceModel
 from device.planner import FIRST_DRAFT_LEN, MAX_DRAFT_LEN, TRIAL, Planner
 from device.session import DeviceSession
 from device.settings import DraftSettings
@@ -90,7 +90,7 @@ class ShortSession:
     def __init__(
         self,
         client: Client,
-        model: DraftModel,
+        model: SequenceModel,
         tokenizer: Tokenizer,
         settings: DraftSettings,
         clock: Callable[[], float] = time.monotonic,
@@ -120,7 +120,7 @@ class ShortSession:
         return self._prediction(answer_tokens, first_seconds)
 
     def _new_planner(self) -> Planner:
-        return Planner(self._model.manifest.quality, self._settings.sampling.greedy)
+        return Planner(self._model.manifest.target_quality, self._settings.sampling.greedy)
 
     def _answer(self, prompt: list[int], settings: DraftSettings, count: int) -> float:
         """An answer in a session of its own; the seconds to its first token."""

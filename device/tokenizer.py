@@ -5,8 +5,9 @@ does not end the turn.
 """
 
 import json
+import logging
 from collections.abc import Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -14,10 +15,21 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.decoders import DecodeStream
 
 from common.chat_template import ChatTemplate
-from protocol.bundle import CHAT_TEMPLATE_NAME, TOKENIZER_NAME, Manifest
+from common.grammar import Grammar, GrammarCompiler
+from device.prompt import Prompt
+from protocol.bundle import (
+    CHAT_TEMPLATE_NAME,
+    DRAFT_CHAT_TEMPLATE_NAME,
+    DRAFT_TOKENIZER_NAME,
+    TOKENIZER_NAME,
+    Manifest,
+)
 from protocol.errors import BundleError, SettingsError
 
+logger = logging.getLogger(__name__)
+
 _PRIVATE_USE = range(0xE000, 0xF900)
+_MAX_GRAMMARS = 32
 
 
 class ChatMessage(TypedDict):
@@ -30,32 +42,50 @@ class ChatMessage(TypedDict):
 class Tokenizer:
     """A bundle's tokenizer, with its chat template if there is one.
 
+    Where the draft model has a vocabulary of its own, prompts are also encoded with its tokenizer and chat template.
+
+    Args:
+        bundle: the bundle.
+        manifest: of the bundle.
+        of_draft_model: the draft model's own tokenizer instead of the session's.
+
     Raises:
         BundleError: the tokenizer or the chat template cannot be read.
     """
 
-    def __init__(self, bundle: Path, manifest: Manifest) -> None:
-        self._path = bundle / TOKENIZER_NAME
+    def __init__(self, bundle: Path, manifest: Manifest, *, of_draft_model: bool = False) -> None:
+        own = manifest.draft_vocabulary if of_draft_model else None
+        template_name = DRAFT_CHAT_TEMPLATE_NAME if own else CHAT_TEMPLATE_NAME
+        self._path = bundle / (DRAFT_TOKENIZER_NAME if own else TOKENIZER_NAME)
         try:
             self._tokenizer = FastTokenizer.from_file(str(self._path))
         except Exception as error:  # the library raises Exception itself
             raise BundleError(f"{str(self._path)!r} cannot be read: {error}; export the bundle again") from error
         self._added_ids = frozenset(self._tokenizer.get_added_tokens_decoder())
+        self._vocab_size = manifest.vocab_size
+        self._compiler = lru_cache(1)(self._new_compiler)
+        self._compiled = lru_cache(_MAX_GRAMMARS)(self._compile)
         self._template: ChatTemplate | None = None
-        if CHAT_TEMPLATE_NAME in manifest.files:
-            special = {"bos_token": manifest.bos_token, "eos_token": manifest.eos_token}
-            self._template = ChatTemplate((bundle / CHAT_TEMPLATE_NAME).read_text(encoding="utf-8"), special)
+        if template_name in manifest.files:
+            source = own or manifest
+            special = {"bos_token": source.bos_token, "eos_token": source.eos_token}
+            self._template = ChatTemplate((bundle / template_name).read_text(encoding="utf-8"), special)
+        self._draft: Tokenizer | None = None
+        if manifest.draft_vocabulary and not of_draft_model:
+            self._draft = Tokenizer(bundle, manifest, of_draft_model=True)
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str) -> Prompt:
         """Encode plain text, with the special tokens that the tokenizer adds; control tokens in it count as such.
 
         Raises:
             SettingsError: the text has no tokens.
         """
         check_unicode("prompt", text)
-        return _not_empty(text, self._tokenizer.encode(text).ids)
+        return Prompt(
+            _not_empty(text, self._tokenizer.encode(text).ids), self._draft.encode(text) if self._draft else ()
+        )
 
-    def encode_chat(self, messages: Sequence[ChatMessage]) -> list[int]:
+    def encode_chat(self, messages: Sequence[ChatMessage]) -> Prompt:
         """Encode a conversation, rendered by the chat template, as the prompt for the next answer.
 
         Raises:
@@ -69,12 +99,31 @@ class Tokenizer:
         mark = _unused_character(messages)
         marked = [{**message, "content": self._mark(message["content"], mark)} for message in messages]
         text = self._template.render(marked)
-        return _not_empty(text, self._encode_marked(text, mark))
+        return Prompt(_not_empty(text, self._encode_marked(text, mark)), self._draft_prompt(messages))
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Decode ids, without special tokens."""
         text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
         return text
+
+    def grammar(self, text: str, stop_ids: frozenset[int]) -> Grammar:
+        """A grammar for the draft model's tokens, at its beginning.
+
+        Args:
+            text: as in ``common/grammar.py``.
+            stop_ids: the target's.
+
+        Raises:
+            GrammarError: it cannot be compiled.
+        """
+        return self._compiled(text, stop_ids).copy()
+
+    def _compile(self, text: str, stop_ids: frozenset[int]) -> Grammar:
+        return self._compiler(stop_ids).compile(text)
+
+    def _new_compiler(self, stop_ids: frozenset[int]) -> GrammarCompiler:
+        known = frozenset(token_id for token_id in stop_ids if token_id < self._vocab_size)
+        return GrammarCompiler.of_tokenizer(self._path.read_text(encoding="utf-8"), self._vocab_size, known)
 
     def decode_stream(self, token_ids: Iterator[int]) -> Iterator[str]:
         """The text that each id adds, then what is left; empty while a character is incomplete."""
@@ -88,6 +137,16 @@ class Tokenizer:
         whole = self.decode(seen)
         if len(whole) > len(text) and whole.startswith(text):
             yield whole[len(text) :]
+
+    def _draft_prompt(self, messages: Sequence[ChatMessage]) -> list[int]:
+        """The conversation by the draft model's own chat template; empty where that has none, or refuses it."""
+        if self._draft is None or self._draft._template is None:
+            return []
+        try:
+            return self._draft.encode_chat(messages)
+        except BundleError as error:
+            logger.info("the draft model gets the target's prompt: %s", error)
+            return []
 
     def _mark(self, content: str, mark: str) -> str:
         """The content with ``mark`` before each added token that the tokenizer would find in it.

@@ -14,7 +14,7 @@ from device.answer import AnswerStream
 from device.client import Client
 from device.connection import Connection
 from device.conversations import Conversations
-from device.draft_model import DraftModel
+from device.draft_model import SequenceModel
 from device.job import Finish, Job
 from device.job_queue import JobQueue
 from device.metrics import Metrics
@@ -59,7 +59,7 @@ class Worker:
 
     def __init__(
         self,
-        model: DraftModel,
+        model: SequenceModel,
         tokenizer: Tokenizer,
         connect: Callable[[], Client],
         cache_tokens: int,
@@ -72,7 +72,7 @@ class Worker:
         self._clock = clock
         self._tokenizer = tokenizer
         self._connection = Connection(connect, clock)
-        planners = planners or Planners(model.manifest.quality)
+        planners = planners or Planners(model.manifest.target_quality)
         self._conversations = Conversations(model, tokenizer, cache_tokens, planners)
         self._jobs = JobQueue()
         self.metrics.watch(self._jobs.__len__, lambda: self.ready)

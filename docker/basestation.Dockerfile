@@ -44,6 +44,9 @@ RUN /opt/tools/bin/hatchling build --target wheel --directory /dist \
     && /opt/tools/bin/cyclonedx-py environment --output-file /opt/edgedraft/sbom.json /opt/edgedraft/bin/python
 
 FROM ${PYTHON_IMAGE}
+ARG TORCH=cuda
+# An image with CUDA refuses to start without a usable GPU.
+ENV EDGEDRAFT_BASESTATION_TORCH_DEVICE=${TORCH}
 RUN install --directory --owner=10001 --group=10001 --mode=700 /keys /hub
 COPY --from=build /opt/edgedraft /opt/edgedraft
 # Models downloaded from the hub are cached in /hub.

@@ -20,7 +20,7 @@ from common.configuration import configured_group
 from export.sample_models import SampleName
 from protocol.bundle import Manifest
 
-AUTO = "What --precision auto compares for"
+PREDICTION = "What the speed with --target is predicted for"
 BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder that convert wrote.")]
 
 app = application("Export a draft model as an ONNX bundle for the device.", configured_group("export"))
@@ -43,7 +43,13 @@ def sample(
 
 @app.command()
 def convert(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, a hub name or a .gguf file.")],
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL...",
+            help="A model folder, a hub name or a .gguf file; of several the fastest with --target is kept.",
+        ),
+    ],
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="The bundle folder to create or replace.")],
     converter: Annotated[
         Literal["auto", "optimum", "genai"],
@@ -54,47 +60,52 @@ def convert(
         typer.Option(help="Weight precision; auto is the fastest with the target, without one int8."),
     ] = "auto",
     target: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="Fail unless this target model can verify the draft model.")
+        str | None, typer.Option(metavar="MODEL", help="The target; one with another vocabulary is bridged.")
     ] = None,
     rtt_ms: Annotated[
-        float, typer.Option(help="Round trip of the link.", min=0, max=600_000, rich_help_panel=AUTO)
+        float, typer.Option(help="Round trip of the link.", min=0, max=600_000, rich_help_panel=PREDICTION)
     ] = 0.0,
     up_mbit: Annotated[
-        float | None, typer.Option(help="Uplink in Mbit/s; default: unlimited.", min=0.001, rich_help_panel=AUTO)
+        float | None, typer.Option(help="Uplink in Mbit/s; default: unlimited.", min=0.001, rich_help_panel=PREDICTION)
     ] = None,
     target_ms: Annotated[
         float | None,
         typer.Option(
             help="A forward pass of the target at the base station; default: measured here, with transformers.",
             min=0.001,
-            rich_help_panel=AUTO,
+            rich_help_panel=PREDICTION,
         ),
     ] = None,
     draft_ms: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="NAME=MS",
-            help="A token of the draft model on the device, as int4=12.5; repeatable; default: measured here.",
-            rich_help_panel=AUTO,
+            metavar="[NAME=]MS",
+            help="A token of the draft model on the device, as 15 or int4=12.5; repeatable; default: measured here.",
+            rich_help_panel=PREDICTION,
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as one JSON object.")] = False,
 ) -> None:
-    """Convert a draft model to a bundle and check its quality against the source model."""
+    """Convert a draft model to a bundle and check its quality, against the source model and the target."""
     started = time.monotonic()
     console = _console()
     with console.status("loading libraries"):
         from export.convert import ConvertSettings
         from export.convert import convert as make_bundle
         from export.converters import Converter
-        from export.quantize import CANDIDATES, Precision
+        from export.draft_choice import convert_fastest
+        from export.quantize import CANDIDATES, FORMATS, Precision
         from export.weight_choice import Conditions, parse_draft_ms
 
-    given = parse_draft_ms(draft_ms or [], [one.name for one in CANDIDATES])
+    names = dict.fromkeys(one.name for one in (*CANDIDATES, *FORMATS.values()))
+    given = parse_draft_ms(draft_ms or [], list(names))
     conditions = Conditions(rtt_ms, inf if up_mbit is None else up_mbit, target_ms, given)
     chosen = None if precision == "auto" else Precision(precision)
     settings = ConvertSettings(Converter(converter), chosen, target, conditions)
-    manifest = make_bundle(model, bundle, settings, console)
+    if len(models) == 1:
+        manifest = make_bundle(models[0], bundle, settings, console)
+    else:
+        manifest = convert_fastest(models, bundle, settings, console)
     seconds = time.monotonic() - started
     if as_json:
         typer.echo(json.dumps({**asdict(manifest), "seconds": round(seconds, 1)}))

@@ -4,12 +4,12 @@ Knows the order of the steps and the manifest. Does not know how a step works.
 """
 
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
 from rich.console import Console
-from transformers import PreTrainedTokenizerBase
 
 from common.chat_template import ChatTemplate, default_template
 from common.hub import model_name
@@ -18,17 +18,21 @@ from export import quality, source
 from export.atomic_folder import atomic_folder, is_free
 from export.candidates import Built, CandidateBuilder, candidate_table, progress_bar
 from export.converters import Converter, convert_to_onnx
-from export.quantize import CANDIDATES, FORMATS, Precision
+from export.quantize import CANDIDATES, FORMATS, Precision, WeightFormat
 from export.resources import check_disk, check_memory
-from export.source_model import SourceModel, check_match
+from export.source_model import Models, SourceModel
 from export.tokenizer_check import check_template, check_tokenizer
+from export.vocabulary_bridge import ExportedBridge
 from export.weight_choice import Conditions, TargetText, WeightChoice
 from protocol.bundle import (
     CHAT_TEMPLATE_NAME,
+    DRAFT_CHAT_TEMPLATE_NAME,
+    DRAFT_TOKENIZER_NAME,
     MANIFEST_NAME,
     MODEL_NAME,
     TOKENIZER_NAME,
     Candidate,
+    DraftVocabulary,
     FileRecord,
     Manifest,
 )
@@ -48,8 +52,8 @@ class ConvertSettings:
     Attributes:
         converter: see ``Converter``.
         precision: of the weights; None compares formats and keeps one.
-        target: a target model that the draft model must match.
-        conditions: for which formats are compared, where there is a target.
+        target: a target model, whose tokens the bundle's session has.
+        conditions: for which the speed is predicted, where there is a target.
     """
 
     converter: Converter = Converter.AUTO
@@ -64,70 +68,81 @@ def convert(model: str, bundle: Path, settings: ConvertSettings, console: Consol
     Raises:
         SettingsError: ``bundle`` exists and is neither empty nor a bundle.
         ModelError: a model cannot be read or converted, or memory or disk are too small.
-        MismatchError: the target model gives an id to another token.
+        MismatchError: the draft model cannot spell the tokens of a target with another vocabulary.
         QualityError: the quality check fails.
     """
-    if not is_free(bundle) and not (bundle / MANIFEST_NAME).is_file():
-        raise SettingsError("BUNDLE", str(bundle), "a new or empty folder, or a bundle to replace")
+    check_bundle_folder(bundle)
     with atomic_folder(bundle) as output, tempfile.TemporaryDirectory(dir=output.parent) as scratch:
         with console.status("reading the models"):
             draft = SourceModel.read(model, Path(scratch, "draft"), weights=True)
             parameters = source.parameter_count(draft.folder)
             check_memory(_MEMORY_BYTES * parameters)
             check_disk({output: _DISK_BYTES * parameters})
-            target = _read_target(settings.target, draft, Path(scratch, "target"))
-        _print_stop_ids(draft, console)
-        return _write_bundle(output, draft, target, settings, Path(scratch, "graph"), console)
+            models = Models(draft, _read_target(settings.target, Path(scratch, "target")))
+        _print_stop_ids(models.session, console)
+        return _write_bundle(output, models, settings, Path(scratch, "graph"), console)
 
 
-def _read_target(name: str | None, draft: SourceModel, scratch: Path) -> SourceModel | None:
-    if name is None:
-        return None
-    target = SourceModel.read(name, scratch, weights=False)
-    check_match(draft, target)
-    return target
+def check_bundle_folder(bundle: Path) -> None:
+    """Check that a bundle may be written as ``bundle``.
+
+    Raises:
+        SettingsError: it exists and is neither empty nor a bundle.
+    """
+    if not is_free(bundle) and not (bundle / MANIFEST_NAME).is_file():
+        raise SettingsError("BUNDLE", str(bundle), "a new or empty folder, or a bundle to replace")
 
 
-def _print_stop_ids(draft: SourceModel, console: Console) -> None:
+def _read_target(name: str | None, scratch: Path) -> SourceModel | None:
+    return None if name is None else SourceModel.read(name, scratch, weights=False)
+
+
+def _print_stop_ids(model: SourceModel, console: Console) -> None:
     """Say which source names which stop ids, and warn where they disagree."""
-    ids = all_stop_ids(draft.stop_sources)
-    names = draft.tokenizer.convert_ids_to_tokens(sorted(ids))
+    ids = all_stop_ids(model.stop_sources)
+    names = model.tokenizer.convert_ids_to_tokens(sorted(ids))
     told = ", ".join(f"{token_id} {name}" for token_id, name in zip(sorted(ids), names, strict=True)) or "none"
-    sources = "; ".join(f"{name}: {sorted(named)}" for name, named in draft.stop_sources.items())
+    sources = "; ".join(f"{name}: {sorted(named)}" for name, named in model.stop_sources.items())
     console.print(f"stop ids: {told} ({sources})", markup=False, highlight=False, soft_wrap=True)
-    if any(named != ids for named in draft.stop_sources.values()):
+    if any(named != ids for named in model.stop_sources.values()):
         console.print(
             "warning: the sources of stop ids disagree; an answer ends at any of them", highlight=False, soft_wrap=True
         )
 
 
-def _write_bundle(
-    output: Path,
-    draft: SourceModel,
-    target: SourceModel | None,
-    settings: ConvertSettings,
-    scratch: Path,
-    console: Console,
-) -> Manifest:
-    vocab_size = min(one.vocab_size for one in (draft, target) if one is not None)
+def _write_bundle(output: Path, models: Models, settings: ConvertSettings, scratch: Path, console: Console) -> Manifest:
+    draft, target, bridge = models.draft, models.target, None
+    prompts = own_prompts = _write_text_files(output, models.session, TOKENIZER_NAME, CHAT_TEMPLATE_NAME)
+    if models.are_bridged:
+        own_prompts = _write_text_files(output, draft, DRAFT_TOKENIZER_NAME, DRAFT_CHAT_TEMPLATE_NAME)
+        bridge = ExportedBridge(output, models, prompts, own_prompts)
+        console.print(bridge.notice, markup=False, highlight=False, soft_wrap=True)
     with console.status("converting to ONNX"):
         converter = convert_to_onnx(draft.folder, scratch, settings.converter)
-        _write_tokenizer(output, draft.tokenizer)
-    template = _checked_template(output, draft.tokenizer)
-    prompts = [quality.prompt_ids(draft.tokenizer, template, prompt) for prompt in quality.PROMPTS]
-    text = _source_text(draft, prompts, vocab_size, console)
+    text = _source_text(draft, own_prompts, models.graph_tokens, console)
     builder = CandidateBuilder(scratch / MODEL_NAME, scratch / "candidates", text, console)
-    candidates: list[Candidate] = []
-    if settings.precision is not None:
-        kept = _checked(builder.build(FORMATS[settings.precision]))
-    elif target is None:
-        kept = _default(builder, console)
-    else:
-        target_text = _target_text(target, prompts, vocab_size, settings.conditions, scratch / "target", console)
-        kept, candidates = _best(builder, WeightChoice(target_text, vocab_size, settings.conditions, console), console)
+    choice = None
+    if target is not None and (bridge or settings.precision is None):
+        target_text = _target_text(target, prompts, models.vocab_size, settings.conditions, scratch / "target", console)
+        choice = WeightChoice(
+            target_text, models.vocab_size, settings.conditions, console, bridge.forcing if bridge else None
+        )
+    kept, candidates = _built(builder, settings.precision, choice, console)
+    own = bridge.draft_vocabulary(choice.text, choice.quality[kept.weights.name]) if bridge and choice else None
     for path in kept.graph_path.parent.iterdir():
         path.rename(output / path.name)
-    return _write_manifest(output, draft, vocab_size, converter, kept, candidates)
+    return _write_manifest(output, models, converter, kept, candidates, own)
+
+
+def _built(
+    builder: CandidateBuilder, precision: Precision | None, choice: WeightChoice | None, console: Console
+) -> tuple[Built, list[Candidate]]:
+    """The graph that the bundle gets, and the formats that were compared for the target."""
+    if choice is not None:
+        return _best(builder, choice, CANDIDATES if precision is None else [FORMATS[precision]], console)
+    if precision is not None:
+        return _checked(builder.build(FORMATS[precision])), []
+    return _default(builder, console), []
 
 
 def _source_text(
@@ -160,12 +175,27 @@ def _default(builder: CandidateBuilder, console: Console) -> Built:
     return kept
 
 
-def _best(builder: CandidateBuilder, choice: WeightChoice, console: Console) -> tuple[Built, list[Candidate]]:
+def _best(
+    builder: CandidateBuilder, choice: WeightChoice, formats: Sequence[WeightFormat], console: Console
+) -> tuple[Built, list[Candidate]]:
     """The format with the highest predicted tokens per second, and all that were compared."""
-    built = [builder.build(weights) for weights in CANDIDATES]
+    built = [builder.build(weights) for weights in formats]
     candidates = choice.compare(built)
     console.print(candidate_table(candidates))
-    kept = next(one for one, figures in zip(built, candidates, strict=True) if not figures.reason)
+    kept, figures = next(pair for pair in zip(built, candidates, strict=True) if not pair[1].reason)
+    alone = 1 / choice.text.pass_seconds
+    console.print(
+        f"predicted: {figures.tokens_per_second:.1f} tokens/s, {alone:.1f} of the target alone",
+        highlight=False,
+        soft_wrap=True,
+    )
+    if round(figures.tokens_per_second / alone, 2) <= 1:
+        console.print(
+            "warning: with these times the target alone is as fast; choose a smaller draft model, or give the times "
+            "of device and base station with --draft-ms and --target-ms",
+            highlight=False,
+            soft_wrap=True,
+        )
     return kept, candidates
 
 
@@ -185,13 +215,13 @@ def _target_text(
 
 def _write_manifest(
     output: Path,
-    draft: SourceModel,
-    vocab_size: int,
+    models: Models,
     converter: Converter,
     kept: Built,
     candidates: list[Candidate],
+    own: DraftVocabulary | None,
 ) -> Manifest:
-    cache = kept.cache
+    cache, draft, session, vocab_size = kept.cache, models.draft, models.session, models.vocab_size
     manifest = Manifest(
         name=model_name(draft.name),
         architecture=draft.config.model_type,
@@ -199,10 +229,10 @@ def _write_manifest(
         precision=kept.weights.precision,
         cache_kind=cache.kind,
         vocab_size=vocab_size,
-        vocabulary_hash=vocabulary_hash(draft.vocabulary, vocab_size),
-        stop_ids=tuple(token_id for token_id in sorted(all_stop_ids(draft.stop_sources)) if token_id < vocab_size),
-        bos_token=draft.tokenizer.bos_token or "",
-        eos_token=draft.tokenizer.eos_token or "",
+        vocabulary_hash=vocabulary_hash(session.vocabulary, vocab_size),
+        stop_ids=tuple(token_id for token_id in sorted(all_stop_ids(session.stop_sources)) if token_id < vocab_size),
+        bos_token=session.bos_token,
+        eos_token=session.eos_token,
         context_length=_context_length(draft),
         layers=cache.layers,
         kv_heads=cache.kv_heads,
@@ -211,6 +241,7 @@ def _write_manifest(
         files={path.name: FileRecord.of(path) for path in sorted(output.iterdir())},
         origin=draft.origin(_versions(converter)),
         candidates=tuple(candidates),
+        draft_vocabulary=own,
     )
     manifest.write(output)
     return manifest
@@ -221,21 +252,17 @@ def _versions(converter: Converter) -> dict[str, str]:
     return {name: version(name) for name in (*_TOOLS, _PACKAGES[converter])}
 
 
-def _write_tokenizer(output: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    tokenizer.backend_tokenizer.save(str(output / TOKENIZER_NAME))
-    if (template := default_template(tokenizer.chat_template)) is not None:
-        (output / CHAT_TEMPLATE_NAME).write_text(template, encoding="utf-8")
-
-
-def _checked_template(output: Path, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate | None:
-    """Check the files that ship; return the chat template as a device renders it, if there is one."""
-    check_tokenizer(output / TOKENIZER_NAME)
-    if default_template(tokenizer.chat_template) is None:
-        return None
-    special = {"bos_token": tokenizer.bos_token or "", "eos_token": tokenizer.eos_token or ""}
-    template = ChatTemplate((output / CHAT_TEMPLATE_NAME).read_text(encoding="utf-8"), special)
-    check_template(template, tokenizer)
-    return template
+def _write_text_files(output: Path, model: SourceModel, tokenizer_name: str, template_name: str) -> list[list[int]]:
+    """Write a tokenizer and its chat template, check both, and encode the prompts of the quality check."""
+    tokenizer = model.tokenizer
+    tokenizer.backend_tokenizer.save(str(output / tokenizer_name))
+    check_tokenizer(output / tokenizer_name)
+    template = None
+    if (text := default_template(tokenizer.chat_template)) is not None:
+        (output / template_name).write_text(text, encoding="utf-8")
+        template = ChatTemplate(text, {"bos_token": model.bos_token, "eos_token": model.eos_token})
+        check_template(template, tokenizer)
+    return [quality.prompt_ids(tokenizer, template, prompt) for prompt in quality.PROMPTS]
 
 
 def _context_length(draft: SourceModel) -> int:

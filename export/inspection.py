@@ -17,11 +17,12 @@ from rich.table import Table
 from rich.text import Text
 from tokenizers import Tokenizer
 
+from common.vocabulary_map import VocabularyMap
 from export.candidates import candidate_table
 from export.graph import LOGITS, Cache
 from export.source_model import SourceModel
 from export.tokenizer_check import check_tokenizer
-from protocol.bundle import MODEL_NAME, QUALITY_UPLINK_K, TOKENIZER_NAME, Manifest
+from protocol.bundle import DRAFT_TOKENIZER_NAME, MODEL_NAME, QUALITY_UPLINK_K, TOKENIZER_NAME, Manifest
 from protocol.errors import BundleError, QualityError
 from protocol.vocabulary import first_difference
 
@@ -58,7 +59,7 @@ def _target_fit(vocabulary: dict[str, int], name: str) -> TargetFit:
 
 
 def verify(bundle: Path) -> Manifest:
-    """Check the files of a bundle, its tokenizer, and that its graph computes logits; return its manifest.
+    """Check the files of a bundle, its tokenizers, and that its graph computes logits; return its manifest.
 
     Raises:
         BundleError: a file differs from its record, or the graph from the manifest.
@@ -67,14 +68,17 @@ def verify(bundle: Path) -> Manifest:
     manifest = Manifest.read(bundle)
     manifest.check_files(bundle)
     check_tokenizer(bundle / TOKENIZER_NAME)
+    if (own := manifest.draft_vocabulary) is not None:
+        check_tokenizer(bundle / DRAFT_TOKENIZER_NAME)
+        VocabularyMap.read(bundle, manifest, own)
     cache = Cache.of(onnx.load(bundle / MODEL_NAME, load_external_data=False))
     stated = Cache(manifest.cache_kind, manifest.layers, manifest.kv_heads, manifest.head_size)
     if cache != stated:
         raise BundleError(f"the graph has {cache}; the manifest says {stated}; export the bundle again")
     logits = _first_logits(bundle / MODEL_NAME, cache)
-    if logits.size < manifest.vocab_size:
+    if logits.size < manifest.graph_tokens:
         raise BundleError(
-            f"the graph has {logits.size} logits; the manifest says {manifest.vocab_size} tokens; "
+            f"the graph has {logits.size} logits; the manifest says {manifest.graph_tokens} tokens; "
             "export the bundle again"
         )
     if not np.isfinite(logits).all():
@@ -94,6 +98,19 @@ def _first_logits(path: Path, cache: Cache) -> npt.NDArray[np.float32]:
     return logits
 
 
+def _vocabulary_rows(manifest: Manifest) -> dict[str, str]:
+    """What ``inspect`` prints of a draft model with a vocabulary of its own."""
+    if (own := manifest.draft_vocabulary) is None:
+        return {}
+    figures = own.quality
+    return {
+        "vocabulary": f"{own.vocab_size:,} tokens of its own, {own.common_tokens:,} of which the target has; they are "
+        f"{own.coverage:.3f} of the target's text",
+        "target": f"{own.target}: it accepts {figures.argmax_agreement:.3f} at temperature 0, "
+        f"{figures.coupled_acceptance:.3f} in mode coupled and {figures.topk_acceptance:.3f} in mode topk at 1",
+    }
+
+
 def description(manifest: Manifest, fits: Sequence[TargetFit]) -> Group:
     """What ``inspect`` prints."""
     origin, quality = manifest.origin, manifest.quality
@@ -108,6 +125,7 @@ def description(manifest: Manifest, fits: Sequence[TargetFit]) -> Group:
         "quality": f"against the source model at {quality.positions} positions: argmax agreement "
         f"{quality.argmax_agreement:.3f}, overlap {quality.overlap:.3f}, acceptance {quality.topk_acceptance:.3f} in "
         f"mode topk (K = {QUALITY_UPLINK_K}), {quality.coupled_acceptance:.3f} in mode coupled",
+        **_vocabulary_rows(manifest),
         "files": f"{total / 1e6:.1f} MB: {', '.join(sizes)}",
         "fits": f"targets with the same tokens: {manifest.vocab_size:,}, SHA-256 {manifest.vocabulary_hash}",
     }

@@ -8,7 +8,7 @@ position. Deliberately slow and simple; it shares no code with the device.
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -66,6 +66,13 @@ class Continuation:
     probs: Distributions
 
 
+class Forcing(Protocol):
+    """Something that gets the tokens of continuations one by one."""
+
+    def logits(self, expected: Continuation) -> Iterator[npt.NDArray[np.float32]]:
+        """Yield the logits, float32[V], after the prompt and after each token except the last."""
+
+
 class TeacherForcing:
     """A graph that gets the tokens of continuations one by one.
 
@@ -81,20 +88,25 @@ class TeacherForcing:
 
     def logits(self, expected: Continuation) -> Iterator[npt.NDArray[np.float32]]:
         """Yield the logits, float32[V], after the prompt and after each token except the last."""
+        return self.run([expected.prompt_ids, *([token_id] for token_id in expected.token_ids[:-1])])
+
+    def run(self, steps: Sequence[Sequence[int]]) -> Iterator[npt.NDArray[np.float32]]:
+        """Yield the logits, float32[V], after each step of tokens; after one without tokens those before it."""
         feeds: dict[str, npt.NDArray[Any]] = {
             name: np.zeros((1, self._cache.kv_heads, 0, self._cache.head_size), np.float32)
             for name in self._cache.past_names
         }
         length = 0
-        for inputs in (expected.prompt_ids, *([token_id] for token_id in expected.token_ids[:-1])):
-            positions = np.arange(length, length + len(inputs))
-            length += len(inputs)
-            feeds["input_ids"] = np.array([inputs])
-            feeds["attention_mask"] = np.ones((1, length), np.int64)
-            if self._has_position_ids:
-                feeds["position_ids"] = positions[None]
-            logits, *present = self._session.run(["logits", *self._cache.present_names], feeds)
-            feeds.update(zip(self._cache.past_names, present, strict=True))
+        for inputs in steps:
+            if inputs:
+                positions = np.arange(length, length + len(inputs))
+                length += len(inputs)
+                feeds["input_ids"] = np.array([inputs])
+                feeds["attention_mask"] = np.ones((1, length), np.int64)
+                if self._has_position_ids:
+                    feeds["position_ids"] = positions[None]
+                logits, *present = self._session.run(["logits", *self._cache.present_names], feeds)
+                feeds.update(zip(self._cache.past_names, present, strict=True))
             yield logits[0, 0]
 
 
@@ -116,9 +128,7 @@ def sample_continuations(
     ]
 
 
-def measure(
-    forcing: TeacherForcing, continuations: Sequence[Continuation], on_position: Callable[[], None]
-) -> QualityFigures:
+def measure(forcing: Forcing, continuations: Sequence[Continuation], on_position: Callable[[], None]) -> QualityFigures:
     """Compare a graph's distributions with those of the model that generated the continuations."""
     figures: list[PositionFigures] = []
     for expected in continuations:
@@ -129,9 +139,7 @@ def measure(
     return QualityFigures(agreement, overlap, topk, coupled, len(figures))
 
 
-def argmax_agreement(
-    forcing: TeacherForcing, continuations: Sequence[Continuation], on_position: Callable[[], None]
-) -> float:
+def argmax_agreement(forcing: Forcing, continuations: Sequence[Continuation], on_position: Callable[[], None]) -> float:
     """The share of positions at which graph and model have the same argmax."""
     same = []
     for expected in continuations:

@@ -7,7 +7,7 @@ they are made.
 """
 
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice, pairwise
 from math import ceil, inf, log2
@@ -19,8 +19,8 @@ from transformers import PreTrainedModel
 from common.round_model import Direction, RoundTimes, run_tokens
 from export import quality
 from export.candidates import Built, progress_bar
-from export.quality import Continuation, TeacherForcing
-from protocol.bundle import Candidate
+from export.quality import Continuation, Forcing, TeacherForcing
+from protocol.bundle import Candidate, QualityFigures
 from protocol.errors import QualityError, SettingsError
 
 MAX_DRAFT_LEN = 32
@@ -88,25 +88,26 @@ class TargetText:
 
 
 def parse_draft_ms(values: Sequence[str], names: Sequence[str]) -> dict[str, float]:
-    """Milliseconds by name, of texts like ``int4=12.5``.
+    """Milliseconds by name, of texts like ``int4=12.5``, or ``12.5`` for all of them.
 
     Raises:
         SettingsError: another form, an unknown name, or no time above 0.
     """
     parsed = {}
     for value in values:
-        name, _, text = value.partition("=")
+        name, _, text = value.rpartition("=")
         try:
             milliseconds = float(text)
         except ValueError:
             milliseconds = 0.0
-        if name not in names or not 0 < milliseconds < inf:
-            raise SettingsError("draft-ms", value, f"NAME=MS with NAME one of {', '.join(names)} and MS above 0")
-        parsed[name] = milliseconds
+        meant = [name] if "=" in value else names
+        if not set(meant) <= set(names) or not 0 < milliseconds < inf:
+            raise SettingsError("draft-ms", value, f"MS or NAME=MS with NAME one of {', '.join(names)} and MS above 0")
+        parsed.update(dict.fromkeys(meant, milliseconds))
     return parsed
 
 
-def draft_seconds(forcings: Sequence[TeacherForcing], text: Sequence[Continuation]) -> list[float]:
+def draft_seconds(forcings: Sequence[Forcing], text: Sequence[Continuation]) -> list[float]:
     """The time of a token of each graph; they take turns, so that another load of the machine meets all."""
     times: list[list[float]] = [[] for _ in forcings]
     for turn in range(TURNS):
@@ -159,13 +160,27 @@ class WeightChoice:
 
     Args:
         text: of the target.
-        vocab_size: ids that draft and target model share.
+        vocab_size: ids that frames are encoded for.
         conditions: of the prediction.
         console: for progress.
+        bridge: makes a graph with another vocabulary take the target's tokens; None where it has them.
+
+    Attributes:
+        text: of the target.
+        quality: of each candidate that was compared, against the target, by the name of the format.
     """
 
-    def __init__(self, text: TargetText, vocab_size: int, conditions: Conditions, console: Console) -> None:
-        self._text = text
+    def __init__(
+        self,
+        text: TargetText,
+        vocab_size: int,
+        conditions: Conditions,
+        console: Console,
+        bridge: Callable[[TeacherForcing], Forcing] | None = None,
+    ) -> None:
+        self.quality: dict[str, QualityFigures] = {}
+        self.text = text
+        self._bridge = bridge
         self._vocab_size = vocab_size
         self._conditions = conditions
         self._console = console
@@ -180,9 +195,9 @@ class WeightChoice:
         sound = [one for one, failure in zip(candidates, failures, strict=True) if not failure]
         if not sound:
             candidates[0].check()
-        forcings = [one.forcing() for one in sound]
+        forcings = [self._bridge(one.forcing()) if self._bridge else one.forcing() for one in sound]
         with self._console.status("measuring the drafting speed"):
-            measured = draft_seconds(forcings, self._text.greedy)
+            measured = draft_seconds(forcings, self.text.greedy)
         figures = {
             one.weights.name: self._figures(one, forcing, seconds)
             for one, forcing, seconds in zip(sound, forcings, measured, strict=True)
@@ -193,16 +208,18 @@ class WeightChoice:
             for one, failure in zip(candidates, failures, strict=True)
         ]
 
-    def _figures(self, built: Built, forcing: TeacherForcing, measured: float) -> Candidate:
-        greedy, sampled = self._text.greedy, self._text.sampled
+    def _figures(self, built: Built, forcing: Forcing, measured: float) -> Candidate:
+        greedy, sampled = self.text.greedy, self.text.sampled
         with progress_bar(self._console) as progress:
             steps = sum(len(one.token_ids) for one in (*greedy, *sampled))
             task = progress.add_task(f"acceptance of {built.weights.name}", total=steps)
             at_0 = quality.argmax_agreement(forcing, greedy, lambda: progress.advance(task))
-            at_1 = quality.measure(forcing, sampled, lambda: progress.advance(task)).coupled_acceptance
+            figures = quality.measure(forcing, sampled, lambda: progress.advance(task))
+        self.quality[built.weights.name] = replace(figures, argmax_agreement=at_0)
+        at_1 = figures.coupled_acceptance
         seconds = self._conditions.draft_ms.get(built.weights.name, 1e3 * measured) / 1e3
         speed = predicted_tokens_per_second(
-            (at_0, at_1), seconds, self._text.pass_seconds, self._vocab_size, self._conditions
+            (at_0, at_1), seconds, self.text.pass_seconds, self._vocab_size, self._conditions
         )
         return replace(
             _failed(built, ""),

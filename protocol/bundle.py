@@ -21,9 +21,16 @@ MANIFEST_NAME = "manifest.json"
 MODEL_NAME = "model.onnx"
 TOKENIZER_NAME = "tokenizer.json"
 CHAT_TEMPLATE_NAME = "chat_template.jinja"
-FORMAT_VERSION = 4
-_WITHOUT_ORIGIN = 3
-"""The format before ``origin`` and ``candidates``; it is still read."""
+DRAFT_TOKENIZER_NAME = "draft_tokenizer.json"
+DRAFT_CHAT_TEMPLATE_NAME = "draft_chat_template.jinja"
+VOCABULARY_MAP_NAME = "vocabulary_map.npy"
+FORMAT_VERSION = 5
+_OLDEST_VERSION = 3
+_ADDED_SINCE: Mapping[int, Mapping[str, Any]] = {
+    4: {"origin": {"model": "", "licence": "", "versions": {}}, "candidates": []},
+    5: {"draft_vocabulary": None},
+}
+"""The fields that each format has added, with their values in a manifest of an older one."""
 QUALITY_UPLINK_K = 32
 _MOST_SHOWN = 60
 _MOST_SHARE = 1.001
@@ -108,11 +115,35 @@ class Candidate:
 
 
 @dataclass(frozen=True)
+class DraftVocabulary:
+    """The draft model's own vocabulary, where it is not the first of the target's.
+
+    Attributes:
+        target: the target whose vocabulary the session has.
+        vocab_size: of the draft model.
+        bos_token: of the draft model.
+        eos_token: of the draft model.
+        common_tokens: tokens that both vocabularies have.
+        coverage: the share of the target's own text that consists of common tokens.
+        quality: against the target, as it generates text.
+    """
+
+    target: str
+    vocab_size: int
+    bos_token: str
+    eos_token: str
+    common_tokens: int
+    coverage: float
+    quality: QualityFigures
+
+
+@dataclass(frozen=True)
 class Manifest:
     """Everything that a device needs to know about a draft model.
 
     ``vocab_size`` counts the tokenizer's ids; a graph may return more logits
-    (padding), which are cut off. ``stop_ids`` end an answer.
+    (padding), which are cut off. ``stop_ids`` end an answer. With a ``draft_vocabulary``
+    tokens, stop ids and the tokenizer are the target's.
     """
 
     name: str
@@ -133,7 +164,18 @@ class Manifest:
     files: Mapping[str, FileRecord] = field(default_factory=dict)
     origin: Origin = field(default_factory=Origin)
     candidates: tuple[Candidate, ...] = ()
+    draft_vocabulary: DraftVocabulary | None = None
     format_version: int = FORMAT_VERSION
+
+    @property
+    def graph_tokens(self) -> int:
+        """Tokens that the graph has logits for."""
+        return self.draft_vocabulary.vocab_size if self.draft_vocabulary else self.vocab_size
+
+    @property
+    def target_quality(self) -> QualityFigures:
+        """Figures against the target, or those against the source model where the target was not measured."""
+        return self.draft_vocabulary.quality if self.draft_vocabulary else self.quality
 
     def write(self, folder: Path) -> None:
         """Write ``manifest.json`` into ``folder``."""
@@ -166,21 +208,13 @@ class Manifest:
         if not isinstance(values, dict):
             raise TypeError(f"it holds a {type(values).__name__}; allowed: a JSON object")
         version = values.get("format_version")
-        if version not in (_WITHOUT_ORIGIN, FORMAT_VERSION):
-            raise ValueError(f"format_version is {version!r}; allowed: {_WITHOUT_ORIGIN}, {FORMAT_VERSION}")
-        if version == _WITHOUT_ORIGIN:
-            values = {"origin": asdict(Origin()), "candidates": [], **values}
-        _check_fields(cls, values, "the manifest")
-        _check_fields(QualityFigures, values["quality"], "quality")
-        _check_fields(Origin, values["origin"], "origin")
-        for index, candidate in enumerate(values["candidates"]):
-            _check_fields(Candidate, candidate, f"candidates.{index}")
-        for name, record in values["files"].items():
-            _check_file_name(name)
-            _check_fields(FileRecord, record, f"files.{name}")
-        missing = {MODEL_NAME, TOKENIZER_NAME} - set(values["files"])
-        if missing:
-            raise ValueError(f"files lists no {', '.join(sorted(missing))}")
+        versions = range(_OLDEST_VERSION, FORMAT_VERSION + 1)
+        if not isinstance(version, int) or version not in versions:
+            raise ValueError(f"format_version is {version!r}; allowed: {', '.join(map(str, versions))}")
+        for added in range(version + 1, FORMAT_VERSION + 1):
+            values = {**_ADDED_SINCE[added], **values}
+        _check_manifest(values)
+        own = values["draft_vocabulary"]
         return cls(
             **{
                 **values,
@@ -189,6 +223,7 @@ class Manifest:
                 "quality": QualityFigures(**values["quality"]),
                 "origin": Origin(**values["origin"]),
                 "candidates": tuple(Candidate(**candidate) for candidate in values["candidates"]),
+                "draft_vocabulary": own and DraftVocabulary(**{**own, "quality": QualityFigures(**own["quality"])}),
                 "files": {name: FileRecord(**record) for name, record in values["files"].items()},
             }
         )
@@ -213,6 +248,29 @@ class Manifest:
                 )
             if FileRecord.of(path) != record:
                 raise BundleError(f"{str(path)!r} has another SHA-256 than the manifest lists; export or copy it again")
+
+
+def _check_manifest(values: dict[str, Any]) -> None:
+    """Check every field of a manifest.
+
+    Raises:
+        TypeError, ValueError: one is missing, unknown or not allowed.
+    """
+    _check_fields(Manifest, values, "the manifest")
+    _check_fields(QualityFigures, values["quality"], "quality")
+    _check_fields(Origin, values["origin"], "origin")
+    for index, candidate in enumerate(values["candidates"]):
+        _check_fields(Candidate, candidate, f"candidates.{index}")
+    needed = {MODEL_NAME, TOKENIZER_NAME}
+    if (own := values["draft_vocabulary"]) is not None:
+        _check_fields(DraftVocabulary, own, "draft_vocabulary")
+        _check_fields(QualityFigures, own["quality"], "draft_vocabulary.quality")
+        needed |= {DRAFT_TOKENIZER_NAME, VOCABULARY_MAP_NAME}
+    for name, record in values["files"].items():
+        _check_file_name(name)
+        _check_fields(FileRecord, record, f"files.{name}")
+    if missing := needed - set(values["files"]):
+        raise ValueError(f"files lists no {', '.join(sorted(missing))}")
 
 
 def _check_fields(kind: type[Any], values: Any, what: str) -> None:
@@ -261,6 +319,7 @@ _MEASURE = _Allowed("a finite number, 0 or more", lambda value: type(value) in (
 _OBJECT = _Allowed("an object", lambda value: isinstance(value, dict))
 _ALLOWED: Mapping[str, _Allowed] = {
     **dict.fromkeys(("vocab_size", "context_length", "layers", "kv_heads", "head_size", "positions"), _POSITIVE),
+    "common_tokens": _Allowed("0 to 2147483647", _is_count),
     **dict.fromkeys(
         (
             "argmax_agreement",
@@ -269,11 +328,13 @@ _ALLOWED: Mapping[str, _Allowed] = {
             "coupled_acceptance",
             "coupled_agreement",
             "greedy_acceptance",
+            "coverage",
         ),
         _SHARE,
     ),
     **dict.fromkeys(("draft_milliseconds", "tokens_per_second"), _MEASURE),
     **dict.fromkeys(("quality", "files", "origin"), _OBJECT),
+    "draft_vocabulary": _Allowed("an object or null", lambda value: value is None or isinstance(value, dict)),
     "candidates": _Allowed(
         "a list of objects", lambda value: isinstance(value, list) and all(isinstance(one, dict) for one in value)
     ),

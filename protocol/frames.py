@@ -31,6 +31,7 @@ from protocol.full_distribution import FullDistribution
 from protocol.limits import Limits
 from protocol.messages import (
     HASH_BYTES,
+    MAX_BIASED_TOKENS,
     Close,
     Decode,
     Draft,
@@ -110,7 +111,8 @@ class FrameCodec:
     def max_frame_bytes(self) -> int:
         """The length of the longest valid frame; a socket should refuse longer ones."""
         draft = self.limits.max_draft_len * (3 * self.vocab_size + 16)
-        return max(draft, self.limits.max_prompt_len * self._id_bits // 8) + 1024
+        sampling = _BIAS.size * MAX_BIASED_TOKENS + self.limits.max_grammar_len
+        return max(draft, self.limits.max_prompt_len * self._id_bits // 8 + sampling) + 1024
 
     def encode(self, message: Message) -> bytes:
         """Encode a message."""
@@ -142,12 +144,13 @@ class FrameCodec:
         counter, prompt = self._counter, self._ids("max_prompt_len")
         limits = (_array_of(_ENCODING), counter, counter, counter, counter, counter)
         vocabulary, pace = (counter, _array_of(counter)), (_SECONDS, _SECONDS)
+        sampling, welcome = self._sampling(), (counter, _text(200), counter, counter, _array_of(_MODE))
         return [
             _Layout(Hello, 0, (counter, counter, _binary(32), _array_of(counter))),
-            _Layout(Welcome, 1, (counter, _text(200), counter, counter, _array_of(_MODE), *limits, *vocabulary, *pace)),
-            _Layout(Open, 2, (counter, counter, _MODE, _SAMPLING, prompt)),
+            _Layout(Welcome, 1, (*welcome, *limits, *vocabulary, *pace, counter)),
+            _Layout(Open, 2, (counter, counter, _MODE, sampling, prompt, counter)),
             _Layout(Opened, 3, (counter, counter)),
-            _Layout(Extend, 4, (counter, counter, counter, prompt, _optional(_SAMPLING))),
+            _Layout(Extend, 4, (counter, counter, counter, prompt, _optional(sampling))),
             _Layout(Decode, 6, (counter, counter, counter)),
             _Layout(Verdict, 7, (counter, counter, counter, self._token)),
             _Layout(Close, 8, (counter,)),
@@ -155,6 +158,54 @@ class FrameCodec:
             _Layout(Resume, 11, (counter, counter, counter, _binary(HASH_BYTES))),
             _Layout(Resumed, 12, (counter, counter, counter)),
         ]
+
+    def _sampling(self) -> _Field:
+        """Temperature, top-k, top-p and seed in one binary field; with later settings an array that begins with it."""
+        stop_ids = _array_of(self._token)
+        later = (_NUMBER, _NUMBER, _NUMBER, _NUMBER, self._biases(), self._counter, _FLAG, stop_ids, self._grammar())
+        entries = fields(Sampling)[-len(later) :]
+
+        def pack_sampling(sampling: Sampling) -> Any:
+            first = struct.pack("<dIdQ", sampling.temperature, sampling.top_k, sampling.top_p, sampling.seed)
+            packed = [codec.pack(getattr(sampling, entry.name)) for codec, entry in zip(later, entries, strict=True)]
+            while packed and getattr(sampling, entries[len(packed) - 1].name) == entries[len(packed) - 1].default:
+                packed.pop()
+            return [first, *packed] if packed else first
+
+        def unpack_sampling(value: object) -> Sampling:
+            first, *rest = value if isinstance(value, list) and value else [value]
+            packed = _expect(bytes, first)
+            values = [codec.unpack(entry) for codec, entry in zip(later, rest, strict=False)]
+            try:
+                return Sampling(*struct.unpack("<dIdQ", packed), *values)
+            except (struct.error, SettingsError) as error:
+                raise FrameError(f"sampling settings: {error}") from error
+
+        return _Field(pack_sampling, unpack_sampling)
+
+    def _grammar(self) -> _Field:
+        """A text whose length in UTF-8 is limited."""
+
+        def unpack(value: object) -> str:
+            text = _expect(str, value)
+            self.limits.check("max_grammar_len", len(text.encode()))
+            return text
+
+        return _Field(str, unpack)
+
+    def _biases(self) -> _Field:
+        """Pairs of a token id and its bias, 8 bytes each."""
+
+        def unpack(value: object) -> tuple[tuple[int, float], ...]:
+            data = _expect(bytes, value)
+            if len(data) > _BIAS.size * MAX_BIASED_TOKENS or len(data) % _BIAS.size:
+                raise FrameError(f"{len(data)} bytes of biases; allowed: {_BIAS.size} for each token")
+            pairs = tuple(_BIAS.iter_unpack(data))
+            if any(token_id >= self.vocab_size for token_id, _ in pairs):
+                raise FrameError(f"a bias of a token id above {self.vocab_size - 1}")
+            return pairs
+
+        return _Field(lambda pairs: b"".join(_BIAS.pack(*pair) for pair in pairs), unpack)
 
     def _ids(self, limit: str) -> _Field:
         width = self._id_bits
@@ -308,18 +359,9 @@ def _one_of(choices: Sequence[Any]) -> _Field:
     return _Field(choices.index, lambda value: choices[index.unpack(value)])
 
 
-def _unpack_sampling(value: object) -> Sampling:
-    data = _expect(bytes, value)
-    try:
-        return Sampling(*struct.unpack("<dIdQ", data))
-    except (struct.error, SettingsError) as error:
-        raise FrameError(f"sampling settings: {error}") from error
-
-
 _SECONDS = _Field(float, _unpack_seconds)
 _MODE = _one_of(_MODES)
 _ENCODING = _one_of(_ENCODINGS)
-_SAMPLING = _Field(
-    lambda value: struct.pack("<dIdQ", value.temperature, value.top_k, value.top_p, value.seed),
-    _unpack_sampling,
-)
+_NUMBER = _Field(float, lambda value: _expect(float, value))
+_FLAG = _Field(bool, lambda value: _expect(bool, value))
+_BIAS = struct.Struct("<If")

@@ -57,7 +57,7 @@ class SessionRounds:
     rounds are skipped.
 
     Args:
-        stop_ids: the ids that end a Decode.
+        stop_ids: the model's; with those of the sampling settings they end a Decode.
         window: the maximum number of Drafts in flight.
 
     Attributes:
@@ -72,7 +72,7 @@ class SessionRounds:
         self.next_round = 0
         self.committed_len = 0
         self.in_flight: tuple[Draft, ...] = ()
-        self._stop_ids = stop_ids
+        self._model_stop_ids = self._stop_ids = stop_ids
         self._window = window
         self._mode = Mode.TARGET
         self._awaited: int | None = None
@@ -140,6 +140,10 @@ class SessionRounds:
     def _check_open(message: Open) -> None:
         if not message.prompt_ids:
             raise StateError("an Open without a prompt; allowed: 1 token or more")
+        if message.answer_len >= len(message.prompt_ids):
+            raise StateError(
+                f"an answer of {message.answer_len} tokens in {len(message.prompt_ids)}; allowed: fewer tokens than all"
+            )
         _check_sampling(message.mode, message.sampling)
 
     def _check_extend(self, message: Extend) -> None:
@@ -173,9 +177,12 @@ class SessionRounds:
         match message:
             case Open():
                 self._mode = message.mode
+                self._stop_ids = message.sampling.stop_ids(self._model_stop_ids)
                 self.committed_len = len(message.prompt_ids)
             case Extend():
                 self.committed_len = message.start + len(message.token_ids)
+                if message.sampling is not None:
+                    self._stop_ids = message.sampling.stop_ids(self._model_stop_ids)
             case Draft():
                 self.in_flight += (message,)
             case Decode():

@@ -13,10 +13,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from basestation.kv_pool import KVPool, KVShape, SequenceKVCache
+from basestation.kv_pool import PAGE_SIZE, KVPool, SequenceKVCache
 from basestation.segment import Segment
 from basestation.target_model import TargetModel
 from basestation.vocabulary import Vocabulary
+from common.grammar import GrammarCompiler
 from device.draft_model import DraftModel
 from protocol.bundle import CacheKind, Manifest, QualityFigures
 from protocol.vocabulary import vocabulary_hash
@@ -90,6 +91,12 @@ class FakeDraftModel:
         fork.forked_length = length
         return fork
 
+    def begin(self, prompt_ids: Sequence[int]) -> None:
+        pass
+
+    def room(self, token_ids: Sequence[int]) -> int:
+        return max(0, self.manifest.context_length - len(token_ids))
+
     def forward(self, token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
         assert len(token_ids) > 0
         self.tokens += token_ids
@@ -129,6 +136,9 @@ class FakeTarget:
     """Sessions in each forward pass so far."""
     tokens: list[int] = field(default_factory=list)
     """Tokens in each forward pass so far."""
+    gathered: int = 0
+    torch_device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    grammar_compiler: GrammarCompiler | None = None
 
     @classmethod
     def make(
@@ -138,8 +148,11 @@ class FakeTarget:
         context_length: int = 4096,
         capacity: int = 2**20,
         memory: int | None = None,
+        grammar_compiler: GrammarCompiler | None = None,
     ) -> TargetModel:
-        return cast(TargetModel, cls(table, stop_ids, context_length, "table", new_kv_pool(capacity), memory))
+        fake = cls(table, stop_ids, context_length, "table", new_kv_pool(capacity), memory)
+        fake.grammar_compiler = grammar_compiler
+        return cast(TargetModel, fake)
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -171,7 +184,7 @@ class FakeTarget:
 
 
 def new_kv_pool(capacity: int) -> KVPool:
-    return KVPool(KVShape(1, 1, 1, torch.float32, torch.device("cpu")), capacity)
+    return KVPool(capacity // PAGE_SIZE)
 
 
 def target_alone(table: Table, prompt: Sequence[int], count: int) -> list[int]:

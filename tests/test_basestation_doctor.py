@@ -87,7 +87,7 @@ def test_a_kv_pool_shorter_than_the_context_is_a_warning(doctor: DoctorCommand, 
     options = ["--target", target, "--bind", ANY_PORT, "--torch-device", "cpu", "--dtype", "float32"]
     report = doctor.report(*options, "--kv-memory", kv_memory)
     assert (report.exit_code, report.status("context")) == (0, Status.WARNING)
-    assert report.checks["context"].finding.startswith("256 tokens for one session, 300 for all")
+    assert report.checks["context"].finding.startswith("256 tokens for one session, 256 for all")
     assert "kv-memory is '14.1 KiB'" in doctor.report(*options, "--kv-memory", kv_memory // 8).failure("context")
 
 

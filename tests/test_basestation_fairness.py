@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from basestation.kv_pool import BLOCK_SIZE
+from basestation.kv_pool import PAGE_SIZE
 from basestation.scheduler import PassBudget
 from protocol.messages import Draft, Extend, Fault, Mode, Open, Opened, Sampling, Verdict
 from tests.link_pair import Station
@@ -86,29 +86,29 @@ def open_sessions(station: Station, peer: int, lengths: Sequence[int], first: in
 
 
 def test_the_sessions_of_one_device_leave_half_of_the_kv_pool_to_others() -> None:
-    station = new_station(capacity=20 * BLOCK_SIZE)
+    station = new_station(capacity=20 * PAGE_SIZE)
     ScriptedDevice(station, 9, prompt_of(3))
-    (refused,) = open_sessions(station, 9, [4 * BLOCK_SIZE - 10] * 3)
+    (refused,) = open_sessions(station, 9, [4 * PAGE_SIZE - 10] * 3)
     assert refused == "this device's sessions fill half of the KV pool (busy sessions: 3); retry in 5 s"
-    other = ScriptedDevice(station, 1, prompt_of(9 * BLOCK_SIZE))
+    other = ScriptedDevice(station, 1, prompt_of(9 * PAGE_SIZE))
     settle(station)
     assert other.receive() == [Opened(0, 0)]
 
 
 def test_a_turn_that_grows_a_session_counts_too() -> None:
-    station = new_station(capacity=20 * BLOCK_SIZE)
+    station = new_station(capacity=20 * PAGE_SIZE)
     ScriptedDevice(station, 9, prompt_of(3))
-    assert open_sessions(station, 9, [4 * BLOCK_SIZE, 10]) == []
+    assert open_sessions(station, 9, [4 * PAGE_SIZE, 10]) == []
     settle(station)
-    station.push(bytes([9]), CODEC.encode(Extend(2, 1, 1, tuple(prompt_of(7 * BLOCK_SIZE)))))
+    station.push(bytes([9]), CODEC.encode(Extend(2, 1, 1, tuple(prompt_of(7 * PAGE_SIZE)))))
     fault = station.outboxes[bytes([9])][-1]
     assert isinstance(fault, Fault)
     assert (fault.session_id, fault.code) == (2, "full")
 
 
 def test_a_single_session_may_take_the_whole_kv_pool() -> None:
-    station = new_station(capacity=20 * BLOCK_SIZE)
-    device = ScriptedDevice(station, 1, prompt_of(19 * BLOCK_SIZE))
+    station = new_station(capacity=20 * PAGE_SIZE)
+    device = ScriptedDevice(station, 1, prompt_of(19 * PAGE_SIZE))
     settle(station)
     assert device.receive() == [Opened(0, 0)]
 
@@ -118,13 +118,13 @@ def test_a_device_with_many_prompts_delays_anothers_prompt_little() -> None:
     runner = ScriptedDevice(station, 0, prompt_of(3))
     ScriptedDevice(station, 9, prompt_of(3))
     settle(station)
-    open_sessions(station, 9, [2 * BLOCK_SIZE] * 12)
+    open_sessions(station, 9, [2 * PAGE_SIZE] * 12)
     for _ in range(10):
         runner.receive()
         runner.draft()
         station.engine.step()
         runner.commit()
-    newcomer = ScriptedDevice(station, 1, prompt_of(4 * BLOCK_SIZE, seed=3))
+    newcomer = ScriptedDevice(station, 1, prompt_of(4 * PAGE_SIZE, seed=3))
     newcomer.receive()
     newcomer.draft()
     passes = 0
@@ -134,7 +134,7 @@ def test_a_device_with_many_prompts_delays_anothers_prompt_little() -> None:
         station.engine.step()
         runner.commit()
         passes += 1
-    assert passes <= 1.5 * 4 * BLOCK_SIZE / 16
+    assert passes <= 1.5 * 4 * PAGE_SIZE / 16
 
 
 def test_prompts_of_many_devices_get_more_of_a_pass_than_that_of_one() -> None:
@@ -143,7 +143,7 @@ def test_prompts_of_many_devices_get_more_of_a_pass_than_that_of_one() -> None:
     runners = [ScriptedDevice(station, name, prompt_of(5, name)) for name in range(2)]
     settle(station)
     for name in range(3, 8):
-        ScriptedDevice(station, name, prompt_of(BLOCK_SIZE, name))
+        ScriptedDevice(station, name, prompt_of(PAGE_SIZE, name))
     assert passes_beside_rounds(station, runners, 1) == [2 * 5 + 2 * 32]
 
 

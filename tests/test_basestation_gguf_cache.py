@@ -36,9 +36,9 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The paths that transformers loads weights from."""
     paths, load = [], target_model._load
 
-    def recorded(model: str, dtype: torch.dtype) -> Any:
+    def recorded(model: str, dtype: torch.dtype, placement: torch.device) -> Any:
         paths.append(model)
-        return load(model, dtype)
+        return load(model, dtype, placement)
 
     monkeypatch.setattr(target_model, "_load", recorded)
     return paths

@@ -1,6 +1,7 @@
-"""KV caches return their memory to the system, and out-of-memory errors are recognised."""
+"""Free KV pages return their memory to the system, and out-of-memory errors are recognised."""
 
 import random
+import re
 import subprocess
 import sys
 
@@ -8,8 +9,11 @@ import psutil
 import pytest
 import torch
 
-from basestation.kv_pool import BLOCK_SIZE, KVPool, KVShape, SequenceKVCache
+from basestation import memory
+from basestation.kv_pages import KVPages, KVShape
+from basestation.kv_pool import KVPool, SequenceKVCache
 from basestation.memory import OutOfMemory, catch_out_of_memory
+from protocol.errors import ModelError
 
 SHAPE = KVShape(8, 2, 64, torch.float32, torch.device("cpu"))
 MEBIBYTE = 2**20
@@ -38,24 +42,24 @@ print(psutil.Process().memory_info().rss - before)
 """
 
 
-def new_kv_cache(kv_pool: KVPool, blocks: int) -> SequenceKVCache:
-    kv_cache = SequenceKVCache(kv_pool)
-    kv_cache.reserve(blocks * BLOCK_SIZE)
-    filling = torch.ones(SHAPE.kv_heads, blocks * BLOCK_SIZE, SHAPE.head_size)
-    for layer in range(SHAPE.layers):
-        kv_cache.store(layer, filling, filling)
-    return kv_cache
-
-
-def test_released_kv_caches_leave_no_fragmentation() -> None:
-    rng, kv_pool = random.Random(0), KVPool(SHAPE, 10**9)  # noqa: S311 - a fixed choice
-    process, kv_caches = psutil.Process(), list[SequenceKVCache]()
+def test_free_pages_take_no_memory() -> None:
+    """Sequences come and go; pages that were used before are given back to the system."""
+    rng, process = random.Random(0), psutil.Process()  # noqa: S311 - a fixed choice
     before = process.memory_info().rss
-    for _ in range(2000):
-        kv_caches.append(new_kv_cache(kv_pool, rng.randint(1, 8)))
+    kv_pages = KVPages(SHAPE, 10_000)
+    kv_pool, kv_caches = KVPool(kv_pages.count, SHAPE.page_size, kv_pages.discard), list[SequenceKVCache]()
+    for _ in range(300):
+        kv_caches.append(kv_cache := SequenceKVCache(kv_pool))
+        count = rng.randint(1, 8) * SHAPE.page_size
+        kv_cache.reserve(count)
+        for page in kv_cache.pages:
+            slots = torch.arange(page * SHAPE.page_size, (page + 1) * SHAPE.page_size, device="cpu")
+            filling = torch.ones(SHAPE.kv_heads, SHAPE.page_size, SHAPE.head_size, device="cpu")
+            for layer in range(SHAPE.layers):
+                kv_pages.write(layer, slots, filling, filling)
         if len(kv_caches) > 40:
             kv_caches.pop(rng.randrange(40)).release()
-    allocated = sum(one.capacity for one in kv_caches) * SHAPE.position_bytes
+    allocated = kv_pool.used * SHAPE.position_bytes
     assert allocated > 100 * MEBIBYTE
     assert process.memory_info().rss - before < allocated + 20 * MEBIBYTE
 
@@ -67,7 +71,34 @@ def test_what_a_thread_freed_returns_to_the_system() -> None:
 
 def test_more_memory_than_the_system_has_is_out_of_memory() -> None:
     with pytest.raises(OutOfMemory, match="memory"), catch_out_of_memory():
-        SequenceKVCache(KVPool(SHAPE, 2**60)).reserve(2**45)
+        KVPages(SHAPE, 2**32)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory",
+    ],
+)
+def test_every_text_of_a_failed_allocation_is_out_of_memory(text: str) -> None:
+    with pytest.raises(OutOfMemory, match=re.escape(text.splitlines()[0])), catch_out_of_memory():
+        raise RuntimeError(text)
+
+
+def test_other_errors_of_a_gpu_are_not_out_of_memory() -> None:
+    with pytest.raises(RuntimeError, match="illegal memory access") as caught, catch_out_of_memory():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    assert not isinstance(caught.value, OutOfMemory)
+
+
+def test_weights_that_do_not_fit_into_the_hosts_memory_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "free_memory", lambda placement: {"cpu": 2**30, "cuda": 2**36}[placement.type])
+    memory.check_host(2**30)
+    with pytest.raises(ModelError, match=r"takes 3\.0 GiB of the host's memory at once, and 1\.0 GiB are free"):
+        memory.check_host(3 * 2**30)
 
 
 def test_other_system_errors_are_not_out_of_memory() -> None:

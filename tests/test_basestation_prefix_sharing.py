@@ -1,24 +1,21 @@
 """Shared prefixes: stored once, correct for every session, and freed with the last one."""
 
-import logging
 from array import array
 from collections.abc import Sequence
 from typing import cast
 
 import numpy as np
 import pytest
-import torch
 
-from basestation.attention import Workspace
 from basestation.committed_tokens import CommittedTokens
-from basestation.kv_pool import BLOCK_SIZE, SequenceKVCache
+from basestation.kv_pool import PAGE_SIZE
 from basestation.session import Session
 from protocol.messages import Close, Extend, Fault, Opened
-from tests.fakes import FakeSequenceKVCache, new_kv_pool
+from tests.fakes import FakeSequenceKVCache
 from tests.link_pair import Station
 from tests.scripted_device import BUDGET, CODEC, VOCAB, ScriptedDevice, new_station, prompt_of, settle, target_of
 
-PREFIX = prompt_of(2 * BLOCK_SIZE + 50, seed=77)
+PREFIX = prompt_of(2 * PAGE_SIZE + 50, seed=77)
 PROMPTS = [prompt_of(300, seed=100 + index) for index in range(3)]
 
 
@@ -36,64 +33,18 @@ def check_kv_pool(station: Station) -> None:
     kv_pool, kv_caches = target_of(station).kv_pool, [one.kv_cache for one in sessions_of(station)]
     for session in sessions_of(station):
         assert cast(FakeSequenceKVCache, session.kv_cache).tokens == list(session.tokens[: session.kv_cache.length])
-    blocks = [block for kv_cache in kv_caches for block in kv_cache.blocks]
-    own = sum(kv_cache.capacity - BLOCK_SIZE * len(kv_cache.blocks) for kv_cache in kv_caches)
-    assert kv_pool.used == own + BLOCK_SIZE * len(set(blocks)) <= kv_pool.capacity
-    assert kv_pool.shared == BLOCK_SIZE * (len(blocks) - len(set(blocks)))
+    pages = [page for kv_cache in kv_caches for page in kv_cache.pages]
+    assert kv_pool.used == PAGE_SIZE * len(set(pages)) <= kv_pool.capacity
+    assert kv_pool.shared == PAGE_SIZE * (len(pages) - len(set(pages)))
 
 
-def store(kv_cache: SequenceKVCache, numbers: list[float], workspace: Workspace) -> list[float]:
-    """Store ``numbers`` as keys and their negatives as values; returns all keys of the cache."""
-    kv_cache.reserve(kv_cache.length + len(numbers))
-    keys = torch.tensor(numbers).reshape(1, -1, 1)
-    own = kv_cache.store(0, keys, -keys)
-    all_keys, all_values = workspace.concatenate(0, kv_cache.blocks, own)
-    kv_cache.length += len(numbers)
-    assert torch.equal(all_keys, -all_values)
-    stored: list[float] = all_keys.flatten().tolist()
-    return stored
+def shared_pages(station: Station) -> list[int]:
+    """How many pages of each session another one uses too."""
+    every = [one.kv_cache.pages for one in sessions_of(station)]
+    return [sum(sum(page in pages for pages in every) > 1 for page in own) for own in every]
 
 
-def test_kv_caches_keep_their_content_through_sharing_rollback_and_release() -> None:
-    rng = np.random.default_rng(3)
-    kv_pool, workspace = new_kv_pool(2**20), Workspace(2**16)
-    kv_caches = [SequenceKVCache(kv_pool) for _ in range(6)]
-    written: list[list[float]] = [[] for _ in kv_caches]
-    most_shared = 0
-    for _ in range(2000):
-        one, other = (int(index) for index in rng.choice(len(kv_caches), 2, replace=False))
-        action = rng.random()
-        if action < 0.7:
-            numbers: list[float] = rng.integers(2**20, size=int(rng.integers(1, 300))).astype(float).tolist()
-            written[one] += numbers
-            assert store(kv_caches[one], numbers, workspace) == written[one]
-        elif action < 0.9:
-            length = int(rng.integers(len(written[other]) // BLOCK_SIZE + 1)) * BLOCK_SIZE
-            kv_caches[one].share_prefix(kv_caches[other], length)
-            written[one] = written[other][:length]
-        elif action < 0.97:
-            length = int(rng.integers(len(written[one]) + 1))
-            shared_len = len(kv_caches[one].blocks) * BLOCK_SIZE
-            kv_caches[one].rollback(length)
-            kept = kv_caches[one].length
-            assert kept == length or (kept == length // BLOCK_SIZE * BLOCK_SIZE and length < shared_len)
-            del written[one][kept:]
-        else:
-            kv_caches[one].release()
-            written[one] = []
-        blocks = [block for kv_cache in kv_caches for block in kv_cache.blocks]
-        own = sum(kv_cache.capacity - BLOCK_SIZE * len(kv_cache.blocks) for kv_cache in kv_caches)
-        assert kv_pool.used == own + BLOCK_SIZE * len(set(blocks))
-        assert kv_pool.shared == BLOCK_SIZE * (len(blocks) - len(set(blocks)))
-        assert all(kv_cache.length <= kv_cache.capacity for kv_cache in kv_caches)
-        most_shared = max(most_shared, kv_pool.shared)
-    assert most_shared > 10 * BLOCK_SIZE
-    for kv_cache in kv_caches:
-        kv_cache.release()
-    assert (kv_pool.used, kv_pool.shared) == (0, 0)
-
-
-@pytest.mark.parametrize("capacity", [5 * BLOCK_SIZE, 2**20], ids=["little memory", "much memory"])
+@pytest.mark.parametrize("capacity", [5 * PAGE_SIZE, 2**20], ids=["little memory", "much memory"])
 @pytest.mark.parametrize("memory", [None, 70], ids=["", "short"])
 @pytest.mark.parametrize("seed", range(3))
 def test_answers_do_not_depend_on_shared_prefixes(capacity: int, memory: int | None, seed: int) -> None:
@@ -132,7 +83,7 @@ def test_answers_do_not_depend_on_shared_prefixes(capacity: int, memory: int | N
         check_kv_pool(station)
         most_shared = max(most_shared, target_of(station).kv_pool.shared)
     assert verified > 90
-    assert most_shared >= 2 * BLOCK_SIZE
+    assert most_shared >= 2 * PAGE_SIZE
     close(station, *devices.values())
     kv_pool = target_of(station).kv_pool
     assert (kv_pool.used, kv_pool.shared) == (0, 0)
@@ -146,7 +97,7 @@ def test_a_newcomer_runs_only_tokens_that_are_not_cached() -> None:
     second = ScriptedDevice(station, 2, [*PREFIX, 7])
     settle(station)
     assert sum(target_of(station).tokens) == 50
-    assert target_of(station).kv_pool.shared == 2 * BLOCK_SIZE
+    assert target_of(station).kv_pool.shared == 2 * PAGE_SIZE
     for device in (first, second):
         device.receive()
         device.draft()
@@ -157,10 +108,10 @@ def test_a_newcomer_runs_only_tokens_that_are_not_cached() -> None:
 
 def test_each_session_runs_its_last_token_even_if_all_tokens_are_shared() -> None:
     station = new_station()
-    prompt = prompt_of(2 * BLOCK_SIZE + 1)
+    prompt = prompt_of(2 * PAGE_SIZE + 1)
     devices = [ScriptedDevice(station, name, prompt) for name in (1, 2)]
     settle(station)
-    assert sum(target_of(station).tokens) == 2 * BLOCK_SIZE
+    assert sum(target_of(station).tokens) == 2 * PAGE_SIZE
     for device in devices:
         device.receive()
         device.draft()
@@ -169,8 +120,8 @@ def test_each_session_runs_its_last_token_even_if_all_tokens_are_shared() -> Non
         device.commit()
 
 
-@pytest.mark.parametrize("length", [BLOCK_SIZE - 1, BLOCK_SIZE])
-def test_a_prefix_shorter_than_a_block_is_not_shared(length: int) -> None:
+@pytest.mark.parametrize("length", [PAGE_SIZE - 1, PAGE_SIZE])
+def test_a_prefix_shorter_than_a_page_is_not_shared(length: int) -> None:
     station = new_station()
     for name in (1, 2):
         ScriptedDevice(station, name, prompt_of(length))
@@ -183,8 +134,8 @@ def test_of_simultaneous_prompts_the_first_computes_the_prefix_for_all() -> None
     station = new_station()
     devices = [ScriptedDevice(station, name, [*PREFIX, *prompt_of(20 + name, name)]) for name in range(8)]
     settle(station)
-    assert sum(target_of(station).tokens) == 2 * BLOCK_SIZE + sum(50 + 20 + name - 1 for name in range(8))
-    assert target_of(station).kv_pool.shared == 7 * 2 * BLOCK_SIZE
+    assert sum(target_of(station).tokens) == 2 * PAGE_SIZE + sum(50 + 20 + name - 1 for name in range(8))
+    assert target_of(station).kv_pool.shared == 7 * 2 * PAGE_SIZE
     assert max(target_of(station).tokens) <= BUDGET.tokens
     for device in devices:
         device.receive()
@@ -207,6 +158,23 @@ def test_a_session_computes_a_prefix_itself_when_its_source_closes() -> None:
     newcomer.commit()
 
 
+def test_a_prefix_whose_pages_were_given_back_is_computed_again() -> None:
+    station = new_station()
+    ScriptedDevice(station, 1, [*PREFIX, 1])
+    settle(station)
+    sessions_of(station)[0].kv_cache.give_back_unseen(200, 8)
+    ScriptedDevice(station, 2, [*PREFIX[:200], 2])
+    settle(station)
+    assert target_of(station).kv_pool.shared == 0
+    device = ScriptedDevice(station, 3, [*PREFIX, 3])
+    settle(station)
+    assert target_of(station).kv_pool.shared == PAGE_SIZE, "the second page; the first one is gone, and not seen"
+    device.receive()
+    device.draft()
+    settle(station)
+    device.commit()
+
+
 def test_a_prefix_outlives_its_source() -> None:
     station = new_station()
     source = ScriptedDevice(station, 1, [*PREFIX, 1])
@@ -226,15 +194,15 @@ def test_a_prefix_outlives_its_source() -> None:
 
 
 def test_an_evicted_session_shares_the_prefix_of_another_session_again() -> None:
-    station = new_station(capacity=5 * BLOCK_SIZE)
+    station = new_station(capacity=5 * PAGE_SIZE)
     first = ScriptedDevice(station, 1, [*PREFIX, 1])
     settle(station)
     station.now += 10
     ScriptedDevice(station, 2, [*PREFIX, 2])
     settle(station)
-    assert target_of(station).kv_pool.used == 4 * BLOCK_SIZE
+    assert target_of(station).kv_pool.used == 4 * PAGE_SIZE
     station.now += 10
-    ScriptedDevice(station, 3, prompt_of(BLOCK_SIZE + 20, 3))
+    ScriptedDevice(station, 3, prompt_of(PAGE_SIZE + 20, 3))
     settle(station)
     assert [one.kv_cache.length > 0 for one in sessions_of(station)] == [False, True, True]
     target_of(station).tokens.clear()
@@ -253,11 +221,11 @@ def test_rollback_into_a_shared_prefix_does_not_affect_the_other_session() -> No
     settle(station)
     for device in devices:
         device.receive()
-    devices[1].send(Extend(0, 1, BLOCK_SIZE + 20, (3, 1)))
-    devices[1].tokens[BLOCK_SIZE + 20 :] = [3, 1]
+    devices[1].send(Extend(0, 1, PAGE_SIZE + 20, (3, 1)))
+    devices[1].tokens[PAGE_SIZE + 20 :] = [3, 1]
     devices[1].round_id = 1
     devices[1].receive()
-    assert [len(one.kv_cache.blocks) for one in sessions_of(station)] == [2, 1]
+    assert shared_pages(station) == [1, 1]
     check_kv_pool(station)
     for device in devices:
         device.draft()
@@ -268,8 +236,8 @@ def test_rollback_into_a_shared_prefix_does_not_affect_the_other_session() -> No
 
 
 def test_a_full_station_admits_a_session_that_shares_a_prefix() -> None:
-    """Three of four blocks are used; another session of three blocks fits only if it shares two."""
-    station = new_station(capacity=4 * BLOCK_SIZE)
+    """Three of four pages are used; another session of three pages fits only if it shares two."""
+    station = new_station(capacity=4 * PAGE_SIZE)
     ScriptedDevice(station, 1, [*PREFIX, 1])
     settle(station)
     (fault,) = ScriptedDevice(station, 2, prompt_of(len(PREFIX), 5)).receive()
@@ -277,50 +245,27 @@ def test_a_full_station_admits_a_session_that_shares_a_prefix() -> None:
     assert fault.code == "full"
     assert ScriptedDevice(station, 3, [*PREFIX, 3]).receive() == [Opened(0, 0)]
     settle(station)
-    assert target_of(station).kv_pool.used == 4 * BLOCK_SIZE
+    assert target_of(station).kv_pool.used == 4 * PAGE_SIZE
     (fault,) = ScriptedDevice(station, 4, [*PREFIX, 4]).receive()
     assert isinstance(fault, Fault)
     assert fault.text == "the base station is full (busy sessions: 2); retry in 5 s"
-    assert target_of(station).kv_pool.shared == 2 * BLOCK_SIZE
+    assert target_of(station).kv_pool.shared == 2 * PAGE_SIZE
     check_kv_pool(station)
 
 
-def test_a_shared_block_is_required_until_its_last_user_is_idle() -> None:
-    station = new_station(capacity=5 * BLOCK_SIZE)
+def test_a_shared_page_is_required_until_its_last_user_is_idle() -> None:
+    station = new_station(capacity=5 * PAGE_SIZE)
     for name in (1, 2):
         ScriptedDevice(station, name, [*PREFIX, name])
         settle(station)
         station.now += 2
-    (fault,) = ScriptedDevice(station, 3, prompt_of(2 * BLOCK_SIZE)).receive()
+    (fault,) = ScriptedDevice(station, 3, prompt_of(2 * PAGE_SIZE)).receive()
     assert isinstance(fault, Fault)
-    assert fault.text.endswith("retry in 3 s")  # the first idle session frees one block, the second three
+    assert fault.text.endswith("retry in 3 s")  # the first idle session frees one page, the second three
     station.now += 2
-    assert isinstance(ScriptedDevice(station, 4, prompt_of(2 * BLOCK_SIZE)).receive()[-1], Fault)
+    assert isinstance(ScriptedDevice(station, 4, prompt_of(2 * PAGE_SIZE)).receive()[-1], Fault)
     station.now += 1
-    assert ScriptedDevice(station, 5, prompt_of(2 * BLOCK_SIZE)).receive() == [Opened(0, 0)]
-
-
-def test_if_sharing_runs_out_of_memory_the_newcomer_runs_all_tokens_itself(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def fail(*_: object) -> None:
-        raise torch.OutOfMemoryError("none left")
-
-    station = new_station()
-    devices = [ScriptedDevice(station, 1, [*PREFIX, 1])]
-    settle(station)
-    monkeypatch.setattr(SequenceKVCache, "_convert_to_blocks", fail)
-    with caplog.at_level(logging.WARNING):
-        devices.append(ScriptedDevice(station, 2, [*PREFIX, 2]))
-        settle(station)
-    assert "out of memory while sharing a prefix of 256 tokens: none left" in caplog.text
-    assert target_of(station).kv_pool.shared == 0
-    for device in devices:
-        device.receive()
-        device.draft()
-    settle(station)
-    for device in devices:
-        device.commit()
+    assert ScriptedDevice(station, 5, prompt_of(2 * PAGE_SIZE)).receive() == [Opened(0, 0)]
 
 
 def test_a_pass_looks_at_each_session_once_however_many_wait_for_a_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -338,7 +283,7 @@ def test_a_pass_looks_at_each_session_once_however_many_wait_for_a_prefix(monkey
         reads += len(found)
         return found
 
-    running, new = (prompt_of(10 * BLOCK_SIZE, seed=seed) for seed in (1, 2))
+    running, new = (prompt_of(10 * PAGE_SIZE, seed=seed) for seed in (1, 2))
     for name in range(many):
         ScriptedDevice(station, name, [*running, name % VOCAB])
     settle(station)
@@ -352,22 +297,22 @@ def test_a_pass_looks_at_each_session_once_however_many_wait_for_a_prefix(monkey
     assert 0 < reads <= 2 * BUDGET.tokens
 
 
-def test_sessions_that_differ_inside_a_block_share_only_the_blocks_before_it() -> None:
+def test_sessions_that_differ_inside_a_page_share_only_the_pages_before_it() -> None:
     station = new_station()
-    first, other = prompt_of(4 * BLOCK_SIZE + 1), prompt_of(4 * BLOCK_SIZE + 1)
-    other[2 * BLOCK_SIZE + 5] = (other[2 * BLOCK_SIZE + 5] + 1) % VOCAB
+    first, other = prompt_of(4 * PAGE_SIZE + 1), prompt_of(4 * PAGE_SIZE + 1)
+    other[2 * PAGE_SIZE + 5] = (other[2 * PAGE_SIZE + 5] + 1) % VOCAB
     ScriptedDevice(station, 1, first)
     settle(station)
     ScriptedDevice(station, 2, other)
     settle(station)
-    assert [len(one.kv_cache.blocks) for one in sessions_of(station)] == [2, 2]
+    assert shared_pages(station) == [2, 2]
 
 
 def test_replaced_tokens_have_other_keys() -> None:
-    tokens, fresh = CommittedTokens(), CommittedTokens()
-    tokens.append([1] * (3 * BLOCK_SIZE + 1))
+    tokens, fresh = CommittedTokens(PAGE_SIZE), CommittedTokens(PAGE_SIZE)
+    tokens.append([1] * (3 * PAGE_SIZE + 1))
     before = list(tokens.shareable_keys)
-    tokens.replace_from(BLOCK_SIZE + 1, [2] * 2 * BLOCK_SIZE)
-    fresh.append([*[1] * (BLOCK_SIZE + 1), *[2] * 2 * BLOCK_SIZE])
+    tokens.replace_from(PAGE_SIZE + 1, [2] * 2 * PAGE_SIZE)
+    fresh.append([*[1] * (PAGE_SIZE + 1), *[2] * 2 * PAGE_SIZE])
     assert list(tokens.shareable_keys) == list(fresh.shareable_keys)
     assert [one == other for one, other in zip(tokens.shareable_keys, before, strict=True)] == [True, False, False]

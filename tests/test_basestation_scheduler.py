@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from basestation.kv_pool import BLOCK_SIZE
+from basestation.kv_pool import PAGE_SIZE
 from basestation.scheduler import PassBudget
 from basestation.verify import RoundToVerify, VerificationResult, verify_rounds
 from protocol.errors import SettingsError
@@ -63,8 +63,8 @@ def test_a_session_in_a_decode_is_not_idle() -> None:
 
 
 def test_a_prompt_beyond_the_context_gets_that_fault_even_if_the_kv_pool_is_full() -> None:
-    station = new_station(capacity=4 * BLOCK_SIZE)
-    (fault,) = ScriptedDevice(station, 1, prompt_of(4 * BLOCK_SIZE)).receive()
+    station = new_station(capacity=4 * PAGE_SIZE)
+    (fault,) = ScriptedDevice(station, 1, prompt_of(4 * PAGE_SIZE)).receive()
     assert isinstance(fault, Fault)
     assert fault.code == "context_length"
 
@@ -112,7 +112,7 @@ def test_a_round_of_more_tokens_than_a_forward_pass_is_verified() -> None:
     device.commit()
 
 
-@pytest.mark.parametrize("capacity", [3 * BLOCK_SIZE, 2**20], ids=["little memory", "much memory"])
+@pytest.mark.parametrize("capacity", [3 * PAGE_SIZE, 2**20], ids=["little memory", "much memory"])
 @pytest.mark.parametrize("memory", [None, 70], ids=["", "short"])
 def test_answers_do_not_depend_on_other_sessions(capacity: int, memory: int | None) -> None:
     """Sessions open, draft, extend, become idle and close in the middle of rounds."""
@@ -153,14 +153,14 @@ def test_answers_do_not_depend_on_other_sessions(capacity: int, memory: int | No
 
 
 def test_the_longest_idle_are_evicted_and_keep_their_tokens() -> None:
-    station = new_station(capacity=3 * BLOCK_SIZE)
+    station = new_station(capacity=3 * PAGE_SIZE)
     devices = []
     for name in range(5):
         devices.append(ScriptedDevice(station, name, prompt_of(50, name)))
         settle(station)
         station.now += 10
     kv_pool = target_of(station).kv_pool
-    assert kv_pool.used == 3 * BLOCK_SIZE
+    assert kv_pool.used == 3 * PAGE_SIZE
     assert target_of(station).tokens == [49] * 5
     for cached in (4, 3, 2):
         devices[cached].receive()
@@ -174,11 +174,11 @@ def test_the_longest_idle_are_evicted_and_keep_their_tokens() -> None:
     settle(station)
     devices[0].commit()
     assert target_of(station).tokens[8:] == [54]
-    assert kv_pool.used == 3 * BLOCK_SIZE
+    assert kv_pool.used == 3 * PAGE_SIZE
 
 
 def test_a_full_station_says_when_to_retry() -> None:
-    station = new_station(capacity=3 * BLOCK_SIZE)
+    station = new_station(capacity=3 * PAGE_SIZE)
     devices = []
     for name in range(3):
         devices.append(ScriptedDevice(station, name, prompt_of(50, name)))
@@ -231,10 +231,29 @@ def test_a_round_that_runs_out_of_memory_alone_ends_only_its_session() -> None:
     assert isinstance(fault, Fault)
     assert (fault.session_id, fault.code) == (0, "full")
     assert (fault.text, fault.retry_seconds) == ("the base station is out of memory; retry in 5 s", 5)
-    assert target_of(station).kv_pool.used == BLOCK_SIZE  # the idle session is evicted
+    assert target_of(station).kv_pool.used == PAGE_SIZE  # the idle session is evicted
     devices[2].draft()
     settle(station)
     devices[2].commit()
+
+
+def test_a_session_reaches_the_whole_announced_context_in_a_pool_full_of_idle_sessions() -> None:
+    station = new_station(capacity=20 * PAGE_SIZE)
+    target = target_of(station)
+    for name in range(10):
+        ScriptedDevice(station, name, prompt_of(2 * PAGE_SIZE, name))
+        settle(station)
+        station.now += 10
+    assert target.kv_pool.free == 0
+    device = ScriptedDevice(station, 99, prompt_of(300))
+    settle(station)
+    device.receive()
+    device.send(Decode(0, 1, target.context_length - 300))
+    settle(station)
+    verdicts = [message for message in device.receive() if isinstance(message, Verdict)]
+    expected = target_alone(TARGET, device.tokens, target.context_length - 300)
+    assert [verdict.token_id for verdict in verdicts] == expected
+    assert target.kv_pool.used == target.kv_pool.capacity == target.context_length
 
 
 def test_running_out_of_memory_in_verification_loses_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -294,9 +313,9 @@ def test_a_long_prompt_does_not_starve_behind_shorter_ones(shared: bool) -> None
     runner = ScriptedDevice(station, 0, prompt_of(3))
     settle(station)
     runner.receive()
-    long = ScriptedDevice(station, 1, prompt_of(6 * BLOCK_SIZE, seed=9))
+    long = ScriptedDevice(station, 1, prompt_of(6 * PAGE_SIZE, seed=9))
     station.engine.step()
-    waiter = ScriptedDevice(station, 2, [*prompt_of(6 * BLOCK_SIZE, seed=9)[: 2 * BLOCK_SIZE], 1]) if shared else long
+    waiter = ScriptedDevice(station, 2, [*prompt_of(6 * PAGE_SIZE, seed=9)[: 2 * PAGE_SIZE], 1]) if shared else long
     waiter.draft()
     for name in range(3, 103):
         runner.draft()

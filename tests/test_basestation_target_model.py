@@ -1,5 +1,6 @@
 """Packed batches of every supported architecture against its own forward pass; refusals before loading."""
 
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from basestation import memory
 from basestation.attention import ATTENTION_NAME
-from basestation.kv_pool import BLOCK_SIZE, SequenceKVCache
+from basestation.kv_pool import SequenceKVCache
 from basestation.memory import check_fits, kv_budget, parse_size
 from basestation.segment import Segment
 from basestation.supported_models import ROPE_TYPES, SUPPORTED, refuse_gguf_rope, refuse_unsupported
@@ -36,13 +37,19 @@ TINY = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+EXPERTS: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
+}
 WINDOW = 8
 WINDOWS: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": WINDOW},
+    "mixtral": {"sliding_window": WINDOW},
     "phi3": {"sliding_window": WINDOW},
     "starcoder2": {"sliding_window": WINDOW},
     "qwen2": {"sliding_window": WINDOW, "use_sliding_window": True, "max_window_layers": 1},
     "qwen3": {"sliding_window": WINDOW, "use_sliding_window": True, "max_window_layers": 1},
+    "qwen3_moe": {"sliding_window": WINDOW, "use_sliding_window": True},
     "smollm3": {
         "sliding_window": WINDOW,
         "use_sliding_window": True,
@@ -61,7 +68,7 @@ NO_WINDOWS = {
 
 
 def tiny_config(architecture: str, **changes: Any) -> Any:
-    return AutoConfig.for_model(architecture, **{**TINY, **changes})
+    return AutoConfig.for_model(architecture, **{**TINY, **EXPERTS.get(architecture, {}), **changes})
 
 
 def tiny_pair(architecture: str, **changes: Any) -> tuple[Any, TargetModel]:
@@ -165,16 +172,17 @@ def test_packed_batches_agree_with_the_architectures_own_pass(architecture: str,
 def test_batches_with_a_shared_prefix_agree_with_the_architectures_own_pass(
     architecture: str, changes: dict[str, Any]
 ) -> None:
-    """Three sequences share one or two blocks, are prefilled in chunks and rolled back."""
+    """Three sequences share one or two pages, are prefilled in two passes and rolled back."""
     plain, target = tiny_pair(architecture, **changes)
-    prefix = ids(2 * BLOCK_SIZE, 9)
+    page_size = target.kv_pool.page_size
+    prefix = ids(2 * page_size, 9)
     texts = [[*prefix, *ids(length, seed)] for seed, length in enumerate((40, 6, 23))]
     kv_caches = [target.new_kv_cache() for _ in texts]
-    for start in range(0, len(texts[0]), 50):
-        target.forward([Segment(kv_caches[0], texts[0][start : start + 50], 0)])
-    for kv_cache, length in zip(kv_caches[1:], (2 * BLOCK_SIZE, BLOCK_SIZE), strict=True):
+    target.forward([Segment(kv_caches[0], prefix, 0)])
+    for kv_cache, length in zip(kv_caches[1:], (2 * page_size, page_size), strict=True):
         kv_cache.share_prefix(kv_caches[0], length)
-    for end in (2 * BLOCK_SIZE + 3, len(texts[0])):
+    assert target.kv_pool.shared == 3 * page_size
+    for end in (2 * page_size + 3, len(texts[0])):
         target.forward(
             [
                 Segment(kv_cache, text[kv_cache.length : end], 0)
@@ -186,7 +194,6 @@ def test_batches_with_a_shared_prefix_agree_with_the_architectures_own_pass(
         kv_cache.rollback(len(text) - 5)
     segments = [Segment(kv_cache, text[-5:], 5) for kv_cache, text in zip(kv_caches, texts, strict=True)]
     logits = torch.split(target.forward(segments), 5)
-    assert target.kv_pool.shared == 3 * BLOCK_SIZE
     for text, rows in zip(texts, logits, strict=True):
         with torch.inference_mode():
             expected = plain(torch.tensor([text]), use_cache=False).logits[0, -5:]
@@ -198,20 +205,64 @@ def test_batches_with_a_shared_prefix_agree_with_the_architectures_own_pass(
 def test_prefix_sharing_changes_no_bit(new: int, window: int | None) -> None:
     """One sequence shares nothing, one is the source, one the borrower; all are prefilled in the same chunks."""
     _, target = tiny_pair("mistral", hidden_size=192, num_attention_heads=6, head_dim=64, sliding_window=window)
-    text = ids(2 * BLOCK_SIZE + 77, 0)
+    shared = 2 * target.kv_pool.page_size
+    text = ids(shared + 77, 0)
 
     def run(kv_cache: SequenceKVCache, start: int, end: int) -> torch.Tensor:
         return target.forward([Segment(kv_cache, text[start:end], min(new, end - start))])
 
     alone, source, borrower = (target.new_kv_cache() for _ in range(3))
     for kv_cache in (alone, source):
-        run(kv_cache, 0, 2 * BLOCK_SIZE)
-        run(kv_cache, 2 * BLOCK_SIZE, len(text) - new)
-    borrower.share_prefix(source, 2 * BLOCK_SIZE)
-    run(borrower, 2 * BLOCK_SIZE, len(text) - new)
+        run(kv_cache, 0, shared)
+        run(kv_cache, shared, len(text) - new)
+    borrower.share_prefix(source, shared)
+    run(borrower, shared, len(text) - new)
     expected, *others = (run(kv_cache, len(text) - new, len(text)) for kv_cache in (alone, source, borrower))
     for logits in others:
         assert torch.equal(logits, expected)
+
+
+@pytest.mark.parametrize("new", [1, 5])
+@pytest.mark.parametrize("window", [None, WINDOW, 300], ids=["", "window", "long window"])
+def test_scattered_pages_change_no_bit(new: int, window: int | None) -> None:
+    """One sequence has its pages in one run; the other gets those between the pages of its neighbours."""
+    _, target = tiny_pair("mistral", hidden_size=192, num_attention_heads=6, head_dim=64, sliding_window=window)
+    page_size = target.kv_pool.page_size
+    text = ids(3 * page_size + 77, 0)
+    ends = (100, 2 * page_size, len(text) - new, len(text))
+
+    def run(kv_cache: SequenceKVCache) -> torch.Tensor:
+        for start, end in pairwise((0, *ends)):
+            logits = target.forward([Segment(kv_cache, text[start:end], min(new, end - start))])
+        return logits
+
+    expected = run(target.new_kv_cache())
+    assert target.gathered == 0
+    neighbours = [target.new_kv_cache() for _ in range(target.kv_pool.free // page_size)]
+    for neighbour in neighbours:
+        neighbour.reserve(1)
+    for neighbour in sorted(neighbours, key=lambda one: one.pages)[::2]:
+        neighbour.release()
+    assert torch.equal(run(target.new_kv_cache()), expected)
+    assert target.gathered > 0
+
+
+def test_pages_that_no_position_sees_are_given_back() -> None:
+    """A rollback to a position that would see them starts again."""
+    plain, target = tiny_pair("mistral", sliding_window=WINDOW)
+    page_size, kv_cache = target.kv_pool.page_size, target.new_kv_cache()
+    text = ids(3 * page_size + 40, 0)
+    with torch.inference_mode():
+        expected = plain(torch.tensor([text]), use_cache=False).logits[0, -1:]
+    for _ in range(2):
+        for start in range(0, len(text), 50):
+            logits = target.forward([Segment(kv_cache, text[start : start + 50], 1)])
+            assert target.kv_pool.used <= 2 * page_size
+        assert torch.allclose(logits, expected, atol=2e-4, rtol=1e-4)
+        kv_cache.rollback(len(text) - 30)
+        assert kv_cache.length == len(text) - 30
+        kv_cache.rollback(page_size)
+        assert (kv_cache.length, target.kv_pool.used) == (0, 0)
 
 
 @pytest.mark.parametrize("architecture", WINDOWS)
@@ -293,6 +344,13 @@ def test_other_rope_settings_are_served(settings: dict[str, Any] | None) -> None
     refuse_unsupported(config_like(rope_parameters=settings))
 
 
+@pytest.mark.parametrize("method", ["gptq", "awq", "fp8", "compressed-tensors", "bitsandbytes", "torchao"])
+def test_quantised_weights_are_refused_by_name(method: str) -> None:
+    config = tiny_config("llama", quantization_config={"quant_method": method, "bits": 4})
+    with pytest.raises(ModelError, match=f"weights quantised by '{method}' are not supported; name the model's"):
+        refuse_unsupported(config)
+
+
 def test_a_bidirectional_model_is_refused_by_name() -> None:
     with pytest.raises(ModelError, match="use_bidirectional_attention is not supported"):
         refuse_unsupported(tiny_config("gemma3_text", use_bidirectional_attention=True))
@@ -345,13 +403,14 @@ def test_row_counts_are_padded_to_a_few_buckets(monkeypatch: pytest.MonkeyPatch)
     with CPU:  # only there are they padded
         _, target = tiny_pair("llama")
     kv_cache, text, seen = target.new_kv_cache(), ids(300, 1), list[tuple[int, int]]()
-    run = target._model.forward
+    model = vars(target)["_runner"]._model
+    run = model.forward
 
     def recording_forward(input_ids: torch.Tensor, logits_to_keep: torch.Tensor, **others: Any) -> Any:
         seen.append((input_ids.shape[1], len(logits_to_keep)))
         return run(input_ids=input_ids, logits_to_keep=logits_to_keep, **others)
 
-    monkeypatch.setattr(target._model, "forward", recording_forward)
+    monkeypatch.setattr(model, "forward", recording_forward)
     full = target.forward([Segment(kv_cache, text, len(text))])
     for length in range(1, len(text) + 1):
         kv_cache.rollback(0)
@@ -367,7 +426,8 @@ def test_row_counts_are_padded_to_a_few_buckets(monkeypatch: pytest.MonkeyPatch)
 
 def test_the_context_is_limited_by_the_kv_pool() -> None:
     config = tiny_config("llama")
-    model = AutoModelForCausalLM.from_config(config)
+    with CPU:
+        model = AutoModelForCausalLM.from_config(config)
     vocabulary = Vocabulary(token_names(VOCAB), VOCAB, frozenset())
     position = 3 * 2 * 2 * 8 * 4
     assert TargetModel(model, vocabulary, "tiny", 1000 * position).context_length == 512

@@ -23,6 +23,7 @@ from basestation.verify import (
     sample_target_tokens,
     target_weights,
     verify_rounds,
+    warp_scores,
 )
 from device.sampling import full_distribution, sparse_distribution
 from device.settings import UplinkSettings
@@ -308,6 +309,15 @@ def test_greedy_accepts_up_to_the_first_difference() -> None:
     assert sample_target_tokens(logits, rows).tolist() == [1, 2, 0]
     for drafted, result in (([1, 2], (2, 0)), ([1, 1], (1, 2)), ([0, 2], (0, 1))):
         assert verify_rounds(logits, [RoundToVerify(Sampling(), 7, drafted)]) == [VerificationResult(*result)]
+
+
+def test_top_p_in_parts_keeps_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = torch.randn(50, 700, generator=torch.Generator(torch.get_default_device()).manual_seed(0))
+    whole = warp_scores(scores, 0, 0.7)
+    assert 0 < int(whole.isinf().sum()) < whole.numel()
+    for rows in (1, 7, 50):
+        monkeypatch.setattr("basestation.verify._TOP_P_NUMBERS", rows * 700 + 1)
+        assert torch.equal(warp_scores(scores, 0, 0.7), whole)
 
 
 def test_target_probabilities_after_temperature_top_k_and_top_p() -> None:

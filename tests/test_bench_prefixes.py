@@ -5,7 +5,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from basestation.attention import ATTENTION_NAME
-from basestation.kv_pool import BLOCK_SIZE
+from basestation.kv_pool import PAGE_SIZE
 from basestation.target_model import TargetModel, register_attention
 from basestation.vocabulary import Vocabulary
 from bench.station.prefixes import measure_prefixes
@@ -31,17 +31,17 @@ def target() -> TargetModel:
 
 
 def test_a_shared_prefix_is_stored_once(target: TargetModel) -> None:
-    rows = measure_prefixes(target, 4, BLOCK_SIZE + 50, BLOCK_SIZE, 5, lambda: None)
+    rows = measure_prefixes(target, 4, PAGE_SIZE + 50, PAGE_SIZE, 5, lambda: None)
     assert [(row["case"], row["kv_positions"]) for row in rows] == [
-        ("pass, no prefix shared", 8 * BLOCK_SIZE),
-        ("pass, 128 tokens shared", 5 * BLOCK_SIZE),
+        ("pass, no prefix shared", 8 * PAGE_SIZE),
+        ("pass, 128 tokens shared", 5 * PAGE_SIZE),
         ("prefill, no prefix shared", None),
         ("prefill, 128 tokens shared", None),
     ]
     assert target.kv_pool.used == 0
 
 
-@pytest.mark.parametrize("shared", [0, -BLOCK_SIZE, BLOCK_SIZE + 1, 2 * BLOCK_SIZE])
+@pytest.mark.parametrize("shared", [0, -PAGE_SIZE, PAGE_SIZE + 1, 2 * PAGE_SIZE])
 def test_a_prefix_that_cannot_be_shared_is_refused(target: TargetModel, shared: int) -> None:
     with pytest.raises(SettingsError, match=rf"shared is {shared}; allowed: a multiple of 128 below"):
-        measure_prefixes(target, 2, 2 * BLOCK_SIZE, shared, 5, lambda: None)
+        measure_prefixes(target, 2, 2 * PAGE_SIZE, shared, 5, lambda: None)

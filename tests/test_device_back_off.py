@@ -10,7 +10,7 @@ from typing import cast
 
 import pytest
 
-from basestation.kv_pool import BLOCK_SIZE
+from basestation.kv_pool import PAGE_SIZE
 from basestation.server import Server
 from bench.setup.bench_setup import bench_setup
 from bench.setup.prompts import OWN_PROMPTS
@@ -32,7 +32,7 @@ from tests.serving import serving
 TARGET = random_table(20, seed=1)
 DRAFT = blend(TARGET, random_table(20, seed=2), 0.7)
 PROMPT = [3, 1, 4, 1, 5]
-LONG_PROMPT = PROMPT * (2 * BLOCK_SIZE // len(PROMPT) + 1)
+LONG_PROMPT = PROMPT * (2 * PAGE_SIZE // len(PROMPT) + 1)
 MAX_NEW_TOKENS = 40
 SETTINGS = [
     DraftSettings(mode, sampling, uplink_k=4, draft_len=4)
@@ -45,7 +45,7 @@ every_mode = pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: f"{s.mo
 
 
 def new_station() -> Station:
-    return Station(FakeTarget.make(TARGET, capacity=3 * BLOCK_SIZE))
+    return Station(FakeTarget.make(TARGET, capacity=3 * PAGE_SIZE))
 
 
 def open_over(transport: MemoryTransport, settings: DraftSettings, prompt: list[int] = PROMPT) -> DeviceSession:
@@ -284,7 +284,7 @@ def client_at(address: str, timeouts: Timeouts) -> Iterator[Client]:
 
 
 def new_server(bind: str = "tcp://127.0.0.1:0") -> Server:
-    return Server(FakeTarget.make(TARGET, capacity=3 * BLOCK_SIZE), bind)
+    return Server(FakeTarget.make(TARGET, capacity=3 * PAGE_SIZE), bind)
 
 
 def test_refused_device_connects_when_another_leaves_over_a_socket(caplog: pytest.LogCaptureFixture) -> None:
@@ -323,7 +323,7 @@ def test_generate_logs_the_wait_and_prints_the_same_answer() -> None:
         settings = DraftSettings(Mode.IDS, Sampling(), 1, 4)
         expected = setup.answer(setup.prompt_ids(OWN_PROMPTS[1]), 16, settings).text
         occupant = setup.conversation(settings)
-        stream = occupant.begin(setup.prompt_ids(" ".join(OWN_PROMPTS))[:BLOCK_SIZE]).answer(BLOCK_SIZE)
+        stream = occupant.begin(setup.prompt_ids(" ".join(OWN_PROMPTS))[:PAGE_SIZE]).answer(PAGE_SIZE)
         command = [sys.executable, "-m", "device", "generate", "--bundle", str(BUNDLE), "--server", address]
         with subprocess.Popen(
             [*command, "--prompt", OWN_PROMPTS[1], "--max-new-tokens", "16", "--draft-len", "4"],

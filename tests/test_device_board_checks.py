@@ -7,10 +7,11 @@ import pytest
 
 from common.checks import Status
 from device.board_checks import board, governor, processor, threads, throttling
-from device.bundle_checks import memory
+from device.bundle_checks import memory, quality
 from protocol.bundle import MODEL_NAME, FileRecord
 from protocol.errors import BundleError
 from tests.fakes import manifest
+from tests.vocabulary_pairs import draft_manifest
 
 PI_4 = "processor\t: 0\nFeatures\t: fp asimd evtstrm crc32 cpuid\n\nModel\t\t: Raspberry Pi 4 Model B Rev 1.4\n"
 PI_5 = (
@@ -119,3 +120,10 @@ def test_memory_is_enough_for_a_part_of_the_context_or_not_at_all(tmp_path: Path
         status(600)
     info.write_text("MemTotal: 99999999 kB\n")
     assert memory(model, info).status is Status.NOT_CHECKED
+
+
+def test_the_quality_of_a_bridged_draft_model_is_that_with_its_target() -> None:
+    found = quality(draft_manifest(3))
+    assert found.status is Status.WARNING
+    assert "acceptance 0.60 at temperature 0, 0.50 at 1" in found.text
+    assert "another vocabulary than that of table: 0.90 of its text can be drafted" in found.text

@@ -65,7 +65,9 @@ def bundle(folder: Path, fast: FastTokenizer, template: str | None = CHATML, lis
     if template is not None:
         (folder / CHAT_TEMPLATE_NAME).write_text(template)
     files = {TOKENIZER_NAME: None} | ({CHAT_TEMPLATE_NAME: None} if template and listed else {})
-    return Tokenizer(folder, cast(Manifest, SimpleNamespace(files=files, bos_token="", eos_token="")))
+    return Tokenizer(
+        folder, cast(Manifest, SimpleNamespace(files=files, bos_token="", eos_token="", draft_vocabulary=None))
+    )
 
 
 @pytest.fixture(params=KINDS)

@@ -48,6 +48,7 @@ def test_an_error_is_one_line(
         (["sample", "DIR", "--model", "qwen-7b"], ["--model", "qwen-7b", "qwen2.5-coder-0.5b"]),
         (["convert", "MODEL", "DIR", "--draft-ms", "int5=3"], ["draft-ms", "int5=3", "int8-block128"]),
         (["convert", "MODEL", "DIR", "--rtt-ms=-1"], ["--rtt-ms"]),
+        (["convert", "MODEL", "OTHER", "DIR"], ["MODEL OTHER", "several with --target"]),
         (["inspect", "DIR"], ["is not a bundle"]),
         (["verify", "DIR"], ["is not a bundle"]),
     ],

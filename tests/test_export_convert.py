@@ -1,6 +1,7 @@
 """Bundles of a tiny random model: a bundle that differs from its source model is not written."""
 
 import io
+import json
 import shutil
 import tracemalloc
 from collections.abc import Sequence
@@ -32,7 +33,7 @@ from export.convert import ConvertSettings, convert
 from export.converters import Converter
 from export.quantize import FORMATS, Precision, WeightFormat, quantize
 from export.source import load_tokenizer
-from export.source_model import SourceModel, check_match
+from export.source_model import Models, SourceModel
 from protocol.bundle import CacheKind, Manifest, QualityFigures
 from protocol.errors import MismatchError, ModelError, QualityError, SettingsError
 from protocol.vocabulary import vocabulary_hash
@@ -266,16 +267,18 @@ def test_a_folder_with_other_content_is_not_replaced(source_model: Path, tmp_pat
     refused(SettingsError, "BUNDLE", source_model, tmp_path)
 
 
-def test_a_mismatched_target_is_refused_before_conversion(
+def test_a_target_whose_tokens_cannot_be_spelled_is_refused_before_conversion(
     source_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delattr(convert_module, "convert_to_onnx")
     folder = tmp_path / "folder"
     folder.mkdir()
-    target = save_model(tmp_path / "other-tokens")
-    save_tokenizer(target, ["<s>", "</a>"])
-    match = r"id 1 is '</s>' in '.*tiny-0.1B' and '</a>' in '.*other-tokens'; a draft model needs"
-    refused(MismatchError, match, source_model, folder, replace(FP32_GENAI, target=str(target)))
+    draft = save_model(tmp_path / "few-bytes")
+    content = json.loads((draft / "tokenizer.json").read_text(encoding="utf-8"))
+    del content["model"]["vocab"]["A"]
+    (draft / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    match = "the draft model has no token for the byte 0x41"
+    refused(MismatchError, match, draft, folder, replace(FP32_GENAI, target=str(source_model)))
 
 
 def test_a_chatml_draft_with_more_tokens_and_other_stop_ids_than_its_target_is_cut_to_the_target(
@@ -314,15 +317,15 @@ def test_one_family_whose_vocabularies_are_padded_differently_is_accepted(
         folder = save_model(tmp_path / name)
         save_tokenizer(folder, more=more)
         models.append(SourceModel.read(str(folder), tmp_path, weights=False))
-    check_match(*models)
+    assert not Models(*models).are_bridged
 
 
 def test_of_several_chat_templates_the_default_is_written(tmp_path: Path) -> None:
-    tokenizer = load_tokenizer(save_model(tmp_path / "model"))
-    tokenizer.chat_template = {"default": CHAT_TEMPLATE, "tool_use": "{{ tools }}"}
-    convert_module._write_tokenizer(tmp_path, tokenizer)
+    model = SourceModel.read(str(save_model(tmp_path / "model")), tmp_path, weights=False)
+    model.tokenizer.chat_template = {"default": CHAT_TEMPLATE, "tool_use": "{{ tools }}"}
+    prompts = convert_module._write_text_files(tmp_path, model, "tokenizer.json", "chat_template.jinja")
     assert (tmp_path / "chat_template.jinja").read_text(encoding="utf-8") == CHAT_TEMPLATE
-    assert convert_module._checked_template(tmp_path, tokenizer) is not None
+    assert model.tokenizer.decode(prompts[0]) == f"{quality.PROMPTS[0]}\n"
 
 
 def test_a_graph_that_fails_the_quality_check_is_not_written(

@@ -75,6 +75,7 @@ def test_a_draft_time_that_is_not_allowed_is_refused(value: str) -> None:
     with pytest.raises(SettingsError, match=r"draft-ms is .*int8, int8-block128, int4, int4-symmetric"):
         parse_draft_ms([value], NAMES)
     assert parse_draft_ms(["int4=12.5", "int8=20"], NAMES) == {"int4": 12.5, "int8": 20.0}
+    assert parse_draft_ms(["15", "int4=12.5"], NAMES) == {**dict.fromkeys(NAMES, 15.0), "int4": 12.5}
 
 
 class FakeBuilt(Built):

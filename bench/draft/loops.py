@@ -17,8 +17,8 @@ import numpy as np
 import onnxruntime
 
 from bench.draft.models import Models
-from device.draft_model import DraftModel
 from device.drafter import Drafter
+from device.load_model import load_model
 from device.settings import UplinkSettings
 from protocol.frames import FrameCodec
 from protocol.messages import Draft, Mode, Sampling
@@ -67,7 +67,7 @@ class EdgedraftLoop:
     """The drafter in mode ``ids``: Drafts of ``DRAFT_LEN`` tokens, encoded, and all accepted."""
 
     def __init__(self, models: Models, threads: int) -> None:
-        model = DraftModel(models.bundle, threads)
+        model = load_model(models.bundle, threads)
         uplink = UplinkSettings.of_mode(Mode.IDS, 1, 1.0, 0)
         self._drafter = Drafter(model, Mode.IDS, Sampling(), uplink, stop_ids=frozenset())
         self._codec = FrameCodec(model.manifest.vocab_size)

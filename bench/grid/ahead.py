@@ -32,7 +32,8 @@ from bench.setup.server_process import serving
 from bench.setup.station_process import station_command
 from common.round_model import run_tokens
 from device.answer import Answer
-from device.draft_model import DraftModel
+from device.draft_model import SequenceModel
+from device.load_model import load_model
 from device.planners import Planners
 from device.settings import DraftSettings
 from device.tokenizer import Tokenizer
@@ -86,7 +87,7 @@ def ahead(
     ]
     lens, texts = draft_lens or [6, 8, 12, 16, 24], read_prompts(prompts, count)
     workload = Workload(texts * repeats, lens, max_new_tokens, mode)
-    model, rows = DraftModel(bundle, threads=1), list[Row]()
+    model, rows = load_model(bundle, threads=1), list[Row]()
     with progress_bar() as progress, serving(station_command(target, dtype), Cores.choose().station) as station:
         task = progress.add_task("answers", total=len(links) * len(workload.prompts) * (2 * len(lens) + 3))
         for cell in links:
@@ -140,7 +141,7 @@ class Compared:
 
 
 def _cell_rows(
-    cell: Cell, station: str, bundle: Path, model: DraftModel, workload: Workload, advance: Callable[[], object]
+    cell: Cell, station: str, bundle: Path, model: SequenceModel, workload: Workload, advance: Callable[[], object]
 ) -> list[Row]:
     """Measure one link: a row per case."""
     chosen, core = cases(cell.temperature, workload.draft_lens, workload.mode), Cores.choose().device
@@ -149,7 +150,7 @@ def _cell_rows(
         address = stack.enter_context(_linked(cell, station, core))
         setups = {
             name: stack.enter_context(
-                connected(model, Tokenizer(bundle, model.manifest), address, Planners(model.manifest.quality))
+                connected(model, Tokenizer(bundle, model.manifest), address, Planners(model.manifest.target_quality))
             )
             for name in chosen
         }

@@ -16,7 +16,7 @@ from bench.setup.cores import Cores, running_on
 from bench.setup.results import Row
 from bench.setup.server_process import Served, serving
 from bench.setup.station_process import station_command
-from device.draft_model import DraftModel
+from device.load_model import load_model
 from device.settings import DEFAULT_UPLINK_K, DraftSettings, Timeouts
 from device.tokenizer import Tokenizer
 from protocol.errors import EdgedraftError
@@ -47,7 +47,7 @@ class PairRun:
     """
 
     def __init__(self, bundle: Path, target: str, dtype: str) -> None:
-        self.model = DraftModel(bundle, threads=1)
+        self.model = load_model(bundle, threads=1)
         self._cores = Cores.choose()
         self._tokenizer = Tokenizer(bundle, self.model.manifest)
         self._target = target
@@ -142,7 +142,7 @@ class PairRun:
 
     @contextmanager
     def _connected(self, address: str) -> Iterator[BenchSetup]:
-        planners = RecordingPlanners(self.model.manifest.quality)
+        planners = RecordingPlanners(self.model.manifest.target_quality)
         with connected(self.model, self._tokenizer, address, planners, Timeouts(retry=_RETRY_SECONDS)) as setup:
             yield setup
 

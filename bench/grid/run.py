@@ -116,7 +116,9 @@ def measure_grid(
             measured.add(cell, run.cell_rows(cell, loopback))
         for cell in wanted:  # predict again: the loopback cell may be newer than the cell
             if rows := measured.rows_of(cell):
-                add_predictions(rows, cell, measured.rows_of(Cell(cell.temperature)), pair.model.manifest.quality)
+                add_predictions(
+                    rows, cell, measured.rows_of(Cell(cell.temperature)), pair.model.manifest.target_quality
+                )
                 measured.add(cell, rows)
     rows = [row for cell in wanted for row in measured.rows_of(cell)]
     Results({}, display_rows(rows)).show(console)
@@ -151,7 +153,7 @@ class GridRun:
             cell: to measure.
             loopback: the rows of the temperature's loopback cell; without them nothing is predicted.
         """
-        quality = self._pair.model.manifest.quality
+        quality = self._pair.model.manifest.target_quality
         model = CalibratedModel.of(loopback, quality)
         planned = [_with_draft_len(case, cell, model) for case in cases(cell)]
         measured = self._pair.measure(cell, planned, self._settings.workload(cell), self._advance)

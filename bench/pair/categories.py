@@ -74,7 +74,7 @@ def measured_rows(pair: PairRun, cell: CategoryCell, workload: Workload, advance
     """Measure a category: a row per case, with the load average of the last minute."""
     cases = category_cases(cell.temperature)
     measured = pair.measure(cell.link, cases, workload, advance)
-    rows = category_rows(cell, cases, measured, pair.model.manifest.quality)
+    rows = category_rows(cell, cases, measured, pair.model.manifest.target_quality)
     return [{**row, "load_average": os.getloadavg()[0]} for row in rows]
 
 

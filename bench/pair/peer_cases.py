@@ -14,7 +14,7 @@ from bench.pair.peer_process import PeerProcess, peer_process
 from bench.setup.bench_setup import BenchSetup, connected
 from bench.setup.server_process import serving
 from bench.setup.station_process import running_station
-from device.draft_model import DraftModel
+from device.load_model import load_model
 from device.planners import Planners
 from device.settings import DraftSettings
 from device.tokenizer import Tokenizer
@@ -155,7 +155,7 @@ def _asking(process: PeerProcess, case: str) -> AnswerPrompt:
 
 def _own_cases(files: PairFiles, stack: ExitStack) -> list[PeerCase]:
     """This system with the device's default settings; over the link it also drafts ahead."""
-    model = DraftModel(files.bundle, threads=files.threads)
+    model = load_model(files.bundle, threads=files.threads)
     tokenizer = Tokenizer(files.bundle, model.manifest)
     station = stack.enter_context(running_station(files.target, files.dtype))
     relay = stack.enter_context(serving(relay_command(station, LINK.up, LINK.down))).address
@@ -167,7 +167,7 @@ def _own_cases(files: PairFiles, stack: ExitStack) -> list[PeerCase]:
     }
     found = []
     for name, (address, settings) in chosen.items():
-        setup = stack.enter_context(connected(model, tokenizer, address, Planners(model.manifest.quality)))
+        setup = stack.enter_context(connected(model, tokenizer, address, Planners(model.manifest.target_quality)))
         found.append(PeerCase(name, "edgedraft, target alone", _own_answer(setup, settings), None))
     return found
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from device.answer import Answer, Conversation
 from device.client import Client
-from device.draft_model import DraftModel
+from device.draft_model import SequenceModel
 from device.link import Link
+from device.load_model import load_model
 from device.planners import Planners
 from device.session import DeviceSession
 from device.settings import DraftSettings, Timeouts
@@ -20,14 +21,15 @@ from protocol.frames import FrameCodec
 class BenchSetup:
     """A loaded draft model with its tokenizer, and the client of a greeted base station."""
 
-    model: DraftModel
+    model: SequenceModel
     tokenizer: Tokenizer
     client: Client
     planners: Planners
 
     def prompt_ids(self, prompt: str, max_len: int | None = None) -> list[int]:
         """A user message rendered by the chat template, truncated to ``max_len`` tokens."""
-        return self.tokenizer.encode_chat([{"role": "user", "content": prompt}])[:max_len]
+        ids = self.tokenizer.encode_chat([{"role": "user", "content": prompt}])
+        return ids if max_len is None else ids[:max_len]
 
     def session(self, settings: DraftSettings, prompt_ids: list[int]) -> DeviceSession:
         """A new session; close it after use."""
@@ -51,15 +53,15 @@ class BenchSetup:
 @contextmanager
 def bench_setup(bundle: Path, address: str) -> Iterator[BenchSetup]:
     """Load the bundle, and greet the base station at ``address``."""
-    model = DraftModel(bundle)
-    planners = Planners(model.manifest.quality)
+    model = load_model(bundle)
+    planners = Planners(model.manifest.target_quality)
     with connected(model, Tokenizer(bundle, model.manifest), address, planners) as setup:
         yield setup
 
 
 @contextmanager
 def connected(
-    model: DraftModel, tokenizer: Tokenizer, address: str, planners: Planners, timeouts: Timeouts | None = None
+    model: SequenceModel, tokenizer: Tokenizer, address: str, planners: Planners, timeouts: Timeouts | None = None
 ) -> Iterator[BenchSetup]:
     """Greet the base station at ``address`` with a loaded model."""
     link = Link.connect(address, FrameCodec(model.manifest.vocab_size))

@@ -34,7 +34,8 @@ from bench.station.recorder import record
 from bench.station.recording import Recording, read_recordings, write_recordings
 from bench.station.replay import PREFILL_CASE, RUNNING_SESSIONS, CapacitySettings, measure_replay
 from bench.station.replay_client import ReplayTiming
-from device.draft_model import DraftModel
+from device.draft_model import SequenceModel
+from device.load_model import load_model
 from device.tokenizer import Tokenizer
 from protocol.bundle import Manifest
 
@@ -121,7 +122,7 @@ class _Measurement:
 
     def _run_models(self, path: Path | None, manifest: Manifest) -> tuple[list[Row], list[Recording], str]:
         """The rows of forward passes, the recordings and the target's name; frees the models afterwards."""
-        model, target = DraftModel(self.bundle), TargetModel.load(self.target, self.dtype, self.torch_device)
+        model, target = load_model(self.bundle), TargetModel.load(self.target, self.dtype, self.torch_device)
         dense = load_dense(self.target, self.dtype, target.torch_device)
         rows = measure_pass_rows(target, dense, self.settings, self.advance)
         tokenizer = Tokenizer(self.bundle, manifest)
@@ -141,7 +142,7 @@ def context_prompts(tokenizer: Tokenizer, settings: CapacitySettings) -> list[li
 
 def recorded(
     path: Path | None,
-    model: DraftModel,
+    model: SequenceModel,
     target: TargetModel,
     tokenizer: Tokenizer,
     settings: CapacitySettings,

@@ -14,9 +14,10 @@ import typer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from basestation.attention import ATTENTION_NAME
-from basestation.kv_pool import KVPool, KVShape
+from basestation.kv_pages import KVShape
 from basestation.memory import OutOfMemory, catch_out_of_memory, free_memory, parameter_count, readable_size
-from basestation.target_model import TargetModel, choose_dtype, choose_placement, register_attention
+from basestation.placement import choose_dtype, choose_placement
+from basestation.target_model import TargetModel, register_attention
 from basestation.verify import RoundToVerify, verify_rounds
 from basestation.vocabulary import Vocabulary
 from bench.setup.options import DraftLenOption, DtypeOption, JsonOption, TorchDeviceOption, console, progress_bar
@@ -129,7 +130,7 @@ class Ceiling:
         if case == "dense":  # DynamicCache copies a layer to grow
             copied = combination.sessions * positions * self._kv.position_bytes // self._kv.layers
         else:
-            positions = KVPool.round_up(positions)
+            positions = -(-positions // self._kv.page_size) * self._kv.page_size
         rows = combination.sessions * combination.new
         logits = rows * self._config.vocab_size * (self._dtype.itemsize + torch.float32.itemsize)
         hidden = 3 * max(rows, PREFILL_TOKENS, combination.context) * self._config.intermediate_size
@@ -154,7 +155,8 @@ class Ceiling:
             return self._median(dense.run)
         self._model.set_attn_implementation(ATTENTION_NAME)
         vocabulary = _vocabulary(self._config.vocab_size)
-        target = TargetModel(self._model, vocabulary, "random", self._free)
+        pages = combination.sessions * -(-(combination.context + new) // self._kv.page_size)
+        target = TargetModel(self._model, vocabulary, "random", pages * self._kv.page_bytes)
         packed = PackedPassRunner(target, sequences, new)
         rounds = [RoundToVerify(Sampling(), combination.context + 1, tuple(tokens[-new:][1:])) for tokens in sequences]
         try:

@@ -13,8 +13,9 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from basestation.kv_pool import SequenceKVCache
+from basestation.placement import DTYPES
 from basestation.segment import Segment
-from basestation.target_model import DTYPES, TargetModel
+from basestation.target_model import TargetModel
 
 _REPEATS = 15
 _WARM_UP = 2
@@ -80,7 +81,7 @@ class PackedPassRunner:
         target: of the base station.
         sequences: the tokens of each sequence.
         new: tokens at the end of each that a pass runs; the others are prefilled here.
-        shared: tokens of the prefix that all sequences share in blocks.
+        shared: tokens of the prefix that all sequences share.
     """
 
     def __init__(self, target: TargetModel, sequences: Sequence[list[int]], new: int, shared: int = 0) -> None:

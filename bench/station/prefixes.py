@@ -7,7 +7,6 @@ from typing import Annotated
 import torch
 import typer
 
-from basestation.kv_pool import BLOCK_SIZE
 from basestation.segment import Segment
 from basestation.target_model import TargetModel
 from bench.setup.options import (
@@ -62,10 +61,11 @@ def measure_prefixes(
         advance: called after each measurement.
 
     Raises:
-        SettingsError: ``shared`` is not a multiple of the block size, or not below the context.
+        SettingsError: ``shared`` is not a multiple of the page size, or not below the context.
     """
-    if shared % BLOCK_SIZE or not 0 < shared < context:
-        raise SettingsError("shared", shared, f"a multiple of {BLOCK_SIZE} below the context of {context}")
+    page_size = target.kv_pool.page_size
+    if shared % page_size or not 0 < shared < context:
+        raise SettingsError("shared", shared, f"a multiple of {page_size} below the context of {context}")
     generator = torch.Generator().manual_seed(0)
     prefix, *suffixes = (
         torch.randint(target.vocabulary.size, (length,), generator=generator).tolist()
@@ -105,7 +105,7 @@ def _pass_figures(
 def _prefill_seconds(
     target: TargetModel, tokens: list[int], shared: int, advance: Callable[[], object]
 ) -> dict[str, float]:
-    """Prefill time of a new session: of all its tokens, or of those after a prefix that is already in blocks."""
+    """Prefill time of a new session: of all its tokens, or of those after a prefix that another session has cached."""
     source, new_session = target.new_kv_cache(), target.new_kv_cache()
 
     def prefill(start: int) -> None:

@@ -12,7 +12,7 @@ from basestation.segment import Segment
 from basestation.target_model import TargetModel
 from basestation.verify import RoundToVerify, verify_rounds
 from bench.station.recording import Recording
-from device.draft_model import DraftModel
+from device.draft_model import SequenceModel
 from device.drafter import Drafter
 from device.settings import UplinkSettings
 from protocol.messages import Mode, Sampling
@@ -21,7 +21,7 @@ _GREEDY = Sampling()
 
 
 def record(
-    model: DraftModel,
+    model: SequenceModel,
     target: TargetModel,
     prompts: Sequence[list[int]],
     answer_len: int,

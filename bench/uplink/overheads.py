@@ -24,7 +24,7 @@ from bench.setup.options import (
 )
 from bench.setup.results import Results, Row
 from bench.uplink.positions import load_draft_model
-from device.draft_model import DraftModel
+from device.draft_model import SequenceModel
 from device.drafter import Drafter
 from device.sampling import coupled_token
 from device.settings import UplinkSettings
@@ -69,7 +69,7 @@ class _DeviceTimes:
 
 
 def device_rows(
-    model: DraftModel, prompts: Sequence[list[int]], tokens: int, advance: Callable[[], object]
+    model: SequenceModel, prompts: Sequence[list[int]], tokens: int, advance: Callable[[], object]
 ) -> tuple[list[Row], list[list[int]]]:
     """The device's rows, and each prompt with the tokens that the draft model sampled at temperature 1."""
     times = _DeviceTimes()
@@ -115,7 +115,7 @@ def station_rows(target: TargetModel, sequences: Sequence[list[int]]) -> list[Ro
     ]
 
 
-def _time_tokens(model: DraftModel, prompt: list[int], count: int, times: _DeviceTimes) -> list[int]:
+def _time_tokens(model: SequenceModel, prompt: list[int], count: int, times: _DeviceTimes) -> list[int]:
     """Draft ``count`` tokens one by one; returns the prompt with them."""
     tokens = list(prompt)
     model.rollback(0)
@@ -130,7 +130,7 @@ def _time_tokens(model: DraftModel, prompt: list[int], count: int, times: _Devic
     return tokens
 
 
-def _time_round(model: DraftModel, tokens: list[int], codec: FrameCodec, times: _DeviceTimes) -> None:
+def _time_round(model: SequenceModel, tokens: list[int], codec: FrameCodec, times: _DeviceTimes) -> None:
     """Draft a round in mode ``topk``, and encode and decode its Draft."""
     drafter = Drafter(model, Mode.TOPK, SAMPLED, UplinkSettings.of_mode(Mode.TOPK, UPLINK_K, 1.0, 0))
     drafter.prefill(tokens)

@@ -18,7 +18,8 @@ from basestation.segment import Segment
 from basestation.target_model import TargetModel
 from basestation.verify import target_weights
 from bench.setup.prompts import read_prompts
-from device.draft_model import DraftModel, Logits
+from device.draft_model import Logits, SequenceModel
+from device.load_model import load_model
 from device.sampling import sparse_distribution
 from device.settings import UplinkSettings
 from device.tokenizer import Tokenizer
@@ -64,15 +65,15 @@ class Corpus:
         return float(np.mean([position.acceptance(one.support, one.probs) for position, one in pairs]))
 
 
-def load_draft_model(bundle: Path, prompts: Path | None, count: int) -> tuple[DraftModel, list[list[int]]]:
+def load_draft_model(bundle: Path, prompts: Path | None, count: int) -> tuple[SequenceModel, list[list[int]]]:
     """The draft model, and the ids of the prompts rendered by its chat template."""
-    texts, model = read_prompts(prompts, count), DraftModel(bundle)
+    texts, model = read_prompts(prompts, count), load_model(bundle)
     tokenizer = Tokenizer(bundle, model.manifest)
     return model, [tokenizer.encode_chat([{"role": "user", "content": text}]) for text in texts]
 
 
 def collect(
-    model: DraftModel,
+    model: SequenceModel,
     target: TargetModel,
     prompts: Sequence[list[int]],
     rounds: int,
@@ -111,7 +112,7 @@ def send(codec: FrameCodec, distributions: Sequence[DraftDistribution], seed: in
 
 
 def _answer_positions(
-    model: DraftModel,
+    model: SequenceModel,
     target: TargetModel,
     prompt: list[int],
     count: int,

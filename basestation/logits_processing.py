@@ -1,0 +1,66 @@
+"""What a session's sampling settings do to the target's logits before temperature, top-k and top-p.
+
+Each row follows the committed tokens and the drafted ones before it, so that the
+result does not depend on how many tokens a round verifies.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import log
+
+import torch
+from torch import Tensor
+
+from common.grammar import Grammar
+from protocol.messages import Sampling
+from protocol.penalties import Penalties
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerSoFar:
+    """What the next token depends on besides the target's logits.
+
+    Attributes:
+        tokens: the committed tokens, the prompt included.
+        start: where the answer begins among them.
+        stop_ids: that end the answer.
+        grammar: of the session, if it has one; moves along the drafted tokens.
+    """
+
+    tokens: Sequence[int]
+    start: int
+    stop_ids: frozenset[int]
+    grammar: Grammar | None = None
+
+
+@torch.inference_mode()
+def process_logits(logits: Tensor, sampling: Sampling, answer: AnswerSoFar, drafted: Sequence[int]) -> None:
+    """Change the logits of one round in place.
+
+    Args:
+        logits: [len(drafted) + 1, V], float32.
+        sampling: of the session.
+        answer: before the first row.
+        drafted: the token between each two rows.
+    """
+    if sampling.penalizes:
+        penalties = Penalties(sampling, answer.tokens, answer.start, drafted)
+        columns = torch.from_numpy(penalties.token_ids).to(logits.device)
+        changed = penalties.apply(logits[:, columns].cpu().numpy())
+        logits[:, columns] = torch.from_numpy(changed).to(logits.device)
+    if answer.grammar is not None:
+        _apply_grammar(logits, answer.grammar, list(answer.tokens[answer.start :]), drafted)
+    too_short = sampling.min_tokens - (len(answer.tokens) - answer.start)
+    if too_short > 0:
+        logits[:too_short, sorted(answer.stop_ids)] = -torch.inf
+    if sampling.min_p and not sampling.greedy:
+        least = logits.amax(dim=-1, keepdim=True) + log(sampling.min_p)
+        logits.masked_fill_(logits < least, -torch.inf)
+
+
+def _apply_grammar(logits: Tensor, grammar: Grammar, tokens: Sequence[int], drafted: Sequence[int]) -> None:
+    """Exclude the tokens that the grammar does not allow, up to the first drafted one that it does not allow itself."""
+    for index in range(len(drafted) + 1):
+        if not grammar.follow([*tokens, *drafted[:index]]):
+            return
+        logits[index, torch.from_numpy(~grammar.allowed()).to(logits.device)] = -torch.inf

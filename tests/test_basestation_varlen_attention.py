@@ -1,0 +1,129 @@
+"""One attention call per layer agrees with one per sequence; on a GPU with its kernel, elsewhere with a plain one."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.attention import varlen
+
+from basestation import varlen_attention
+from basestation.attention import SequentialBatch
+from basestation.forward_pass import ForwardPass
+from basestation.kv_pages import KVPages, KVShape
+from basestation.varlen_attention import VarlenBatch, batch_type, failure_of_trial, missing_for_varlen
+
+HEADS, KV_HEADS, HEAD_SIZE, LAYERS, PAGES = 6, 2, 16, 2, 12
+ON_CUDA = torch.get_default_device().type == "cuda"
+DTYPE = torch.bfloat16 if ON_CUDA else torch.float32
+CUDA_SHAPE = KVShape(2, 2, 64, torch.bfloat16, torch.device("cuda"))
+
+
+def plain_varlen(
+    query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int, max_k: int, **rest: Any
+) -> Tensor:
+    """What PyTorch documents of ``varlen_attn``, row by row."""
+    assert rest["enable_gqa"]
+    assert rest["num_splits"] == 1
+    lengths, table = rest["seqused_k"].tolist(), rest["block_table"]
+    assert table.dtype is rest["seqused_k"].dtype is cu_seq_q.dtype is torch.int32
+    assert (max_q, max_k) == (int(cu_seq_q.diff().max()), max(lengths))
+    assert cu_seq_k.diff().tolist() == lengths
+    left, right = rest["window_size"]
+    assert right == 0
+    output = torch.empty_like(query)
+    for index, length in enumerate(lengths):
+        keys, values = (one[table[index].long()].flatten(0, 1)[:length] for one in (key, value))
+        first, last = cu_seq_q[index : index + 2].tolist()
+        for row in range(first, last):
+            position = length - (last - row)
+            seen = slice(0 if left < 0 else max(0, position - left), position + 1)
+            for head in range(query.shape[1]):
+                group = head // (query.shape[1] // key.shape[2])
+                weights = torch.softmax(keys[seen, group] @ query[row, head] * rest["scale"], dim=0)
+                output[row, head] = weights @ values[seen, group]
+    return output
+
+
+def filled_pages() -> KVPages:
+    shape = KVShape(LAYERS, KV_HEADS, HEAD_SIZE, DTYPE, torch.get_default_device())
+    kv_pages = KVPages(shape, PAGES)
+    for one in (*kv_pages.keys, *kv_pages.values):
+        one.copy_(torch.randn(one.shape, dtype=DTYPE))
+    return kv_pages
+
+
+@pytest.mark.parametrize("window", [None, 1, 7, 300])
+def test_one_call_for_all_sequences_agrees_with_one_per_sequence(
+    window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not ON_CUDA:
+        monkeypatch.setattr(varlen, "varlen_attn", plain_varlen)
+    torch.manual_seed(0)
+    one, other = filled_pages(), filled_pages()
+    for mine, others in zip((*one.keys, *one.values), (*other.keys, *other.values), strict=True):
+        others.copy_(mine)
+    size = one.shape.page_size
+    forward_pass = ForwardPass(starts=[0, size + 3, 2 * size - 2, 5], counts=[4, 1, 6, 3])
+    forward_pass.page_tables.extend([[4, 9], [7, 2], [0, 11, 3], [5]])
+    used = sum(forward_pass.counts)
+    batches = SequentialBatch(forward_pass, one), VarlenBatch(forward_pass, other)
+    for layer in range(LAYERS):
+        query, key, value = (torch.randn(heads, used + 2, HEAD_SIZE, dtype=DTYPE) for heads in (HEADS, KV_HEADS, 2))
+        expected, found = (batch.attend(layer, query, key, value, HEAD_SIZE**-0.5, window) for batch in batches)
+        assert torch.allclose(found, expected, atol=2e-2 if ON_CUDA else 1e-5)
+        assert found[:, used:].count_nonzero() == 0
+        assert torch.equal(one.keys[layer], other.keys[layer])
+        assert torch.equal(one.values[layer], other.values[layer])
+
+
+@pytest.mark.parametrize(
+    ("shape", "capability", "reason"),
+    [
+        (CUDA_SHAPE, (9, 0), None),
+        (KVShape(2, 2, 64, torch.float32, torch.device("cuda")), (9, 0), "KV cache is of torch.float32"),
+        (KVShape(2, 2, 320, torch.float16, torch.device("cuda")), (9, 0), "heads have 320 numbers"),
+        (KVShape(2, 2, 36, torch.float16, torch.device("cuda")), (9, 0), "heads have 36 numbers"),
+        (CUDA_SHAPE, (7, 5), "compute capability 7.5"),
+    ],
+)
+def test_a_line_says_what_one_call_per_layer_lacks(
+    shape: KVShape,
+    capability: tuple[int, int],
+    reason: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(varlen_attention, "failure_of_trial", lambda _: None)
+    if reason is None:
+        assert batch_type(shape) is VarlenBatch
+        return
+    assert batch_type(shape) is SequentialBatch
+    assert "attention: one call per sequence and layer, because" in caplog.text
+    assert reason in caplog.text
+
+
+def test_a_kernel_that_fails_or_differs_in_a_trial_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = KVShape(3, KV_HEADS, HEAD_SIZE, torch.float32, torch.device("cpu"))
+    assert str(failure_of_trial(shape)).startswith("a trial failed: ")
+    monkeypatch.setattr(varlen, "varlen_attn", plain_varlen)
+    assert failure_of_trial(shape) is None
+    monkeypatch.setattr(varlen, "varlen_attn", lambda query, *_, **__: query.clone())
+    assert str(failure_of_trial(shape)).startswith("its result in a trial differed by ")
+
+
+def test_an_older_pytorch_without_page_tables_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(varlen, "varlen_attn", lambda query, key, window_size, enable_gqa: None)
+    missing = missing_for_varlen(CUDA_SHAPE)
+    assert missing is not None
+    assert missing.endswith("has no block_table, num_splits, seqused_k")
+
+
+def test_the_kernels_read_pages_that_are_contiguous() -> None:
+    shape = KVShape(1, 2, 8, torch.float16, torch.device("meta"))
+    keys, values = KVPages(shape, 3).tables(0)
+    assert keys.shape == values.shape == (3, shape.page_size, 2, 8)
+    assert keys.is_contiguous()
+    assert values.is_contiguous()
+    assert CUDA_SHAPE.page_size % 256 == 0
