@@ -10,7 +10,8 @@ cd "$(dirname "$0")/.."
 
 PIP=${1-pip}
 CACHE=build/images
-PYTHON_VERSION=3.11
+# Of the base image that docker/base.sh makes; wheels for older glibc 2 run on it too.
+PYTHON_VERSION=3.11 NEWEST_GLIBC=36
 
 export BUILDAH_ISOLATION=chroot BUILD_FLAGS=--layers
 
@@ -44,7 +45,7 @@ wheels() {
   for name in "$@"; do files+=("docker/locks/$name.txt"); done
   ! cmp --silent "$folder/locked" <(cat "${files[@]}") || return 0
   [ "$arch" = arm64 ] && machine=aarch64 || machine=x86_64
-  for glibc in 2_28 2_27 2_26 2_24 2_17; do platforms+=(--platform "manylinux_${glibc}_$machine"); done
+  for ((glibc = NEWEST_GLIBC; glibc >= 17; glibc--)); do platforms+=(--platform "manylinux_2_${glibc}_$machine"); done
   rm -rf "$folder"
   for name in "${files[@]}"; do
     "$PIP" download --quiet --dest "$folder" --require-hashes --no-deps --only-binary :all: \

@@ -78,7 +78,7 @@ def test_libraries_of_the_arm64_image_load_where_pages_have_16_kib() -> None:
         alignments = {
             path: alignment
             for path in device.root.rglob("*.so*")
-            if not path.is_symlink() and (alignment := smallest_alignment(path)) is not None
+            if path.is_file() and not path.is_symlink() and (alignment := smallest_alignment(path)) is not None
         }
     assert len(alignments) > 50
     assert {path: alignment for path, alignment in alignments.items() if alignment < 16384} == {}
