@@ -11,6 +11,7 @@ from math import log
 import torch
 from torch import Tensor
 
+from common.grammar import Grammar
 from protocol.messages import Sampling
 from protocol.penalties import Penalties
 
@@ -23,11 +24,13 @@ class AnswerSoFar:
         tokens: the committed tokens, the prompt included.
         start: where the answer begins among them.
         stop_ids: that end the answer.
+        grammar: of the session, if it has one; moves along the drafted tokens.
     """
 
     tokens: Sequence[int]
     start: int
     stop_ids: frozenset[int]
+    grammar: Grammar | None = None
 
 
 @torch.inference_mode()
@@ -45,9 +48,19 @@ def process_logits(logits: Tensor, sampling: Sampling, answer: AnswerSoFar, draf
         columns = torch.from_numpy(penalties.token_ids).to(logits.device)
         changed = penalties.apply(logits[:, columns].cpu().numpy())
         logits[:, columns] = torch.from_numpy(changed).to(logits.device)
+    if answer.grammar is not None:
+        _apply_grammar(logits, answer.grammar, list(answer.tokens[answer.start :]), drafted)
     too_short = sampling.min_tokens - (len(answer.tokens) - answer.start)
     if too_short > 0:
         logits[:too_short, sorted(answer.stop_ids)] = -torch.inf
     if sampling.min_p and not sampling.greedy:
         least = logits.amax(dim=-1, keepdim=True) + log(sampling.min_p)
         logits.masked_fill_(logits < least, -torch.inf)
+
+
+def _apply_grammar(logits: Tensor, grammar: Grammar, tokens: Sequence[int], drafted: Sequence[int]) -> None:
+    """Exclude the tokens that the grammar does not allow, up to the first drafted one that it does not allow itself."""
+    for index in range(len(drafted) + 1):
+        if not grammar.follow([*tokens, *drafted[:index]]):
+            return
+        logits[index, torch.from_numpy(~grammar.allowed()).to(logits.device)] = -torch.inf

@@ -15,6 +15,7 @@ from basestation.logits_processing import AnswerSoFar
 from basestation.peer import Peer
 from basestation.segment import Segment
 from basestation.verify import RoundToVerify, VerificationResult
+from common.grammar import Grammar
 from protocol.errors import ContextLengthError, StateError, UnknownSessionError
 from protocol.messages import Decode, Draft, Extend, Mode, Open, Opened, Reply, Request, Resume, Resumed, Verdict
 from protocol.rounds import SessionRounds, State
@@ -63,6 +64,7 @@ class Session:
         self._sampling = opening.sampling
         self._stop_ids = stop_ids
         self._answer_start = 0
+        self._grammar: Grammar | None = None
         self._evicted = False
         self._context_length = context_length
         self._answered = AnsweredRequests(opening.session_id, window + 1)
@@ -90,8 +92,12 @@ class Session:
             return []
         return list(islice(self._answered.replies(request, self._resume_round), most))
 
-    def take(self, request: Request) -> list[Reply]:
+    def take(self, request: Request, grammar: Grammar | None = None) -> list[Reply]:
         """Take a new request and return the replies that are due at once.
+
+        Args:
+            request: of the device.
+            grammar: compiled, that of the sampling settings of an Open or Extend.
 
         Raises:
             StateError: the request is not allowed in this state.
@@ -102,13 +108,15 @@ class Session:
         self._evicted = False
         self._answered.remember(request)
         if isinstance(request, Open):
+            self._grammar = grammar
             self.tokens.append(request.prompt_ids)
             self._answer_start = len(self.tokens) - request.answer_len
         elif isinstance(request, Extend):
             self.tokens.replace_from(request.start, request.token_ids)
             self._answer_start = len(self.tokens)
             self.kv_cache.rollback(request.start)
-            self._sampling = request.sampling or self._sampling
+            if request.sampling is not None:
+                self._sampling, self._grammar = request.sampling, grammar
         else:
             return []
         return [self._record(Opened(request.session_id, request.round_id))]
@@ -133,6 +141,11 @@ class Session:
     def held_bytes(self) -> int:
         """Bytes that the session takes besides its KV cache."""
         return self.tokens.nbytes + self._answered.nbytes + sum(map(held_bytes, self.rounds.in_flight))
+
+    @property
+    def grammar_error(self) -> str:
+        """Why the grammar cannot be applied to the current round; "" where it can, or there is none."""
+        return self._grammar.error if self._grammar else ""
 
     @property
     def waiting(self) -> bool:
@@ -192,7 +205,7 @@ class Session:
         """What the sampling settings look at, if they do."""
         if not self._sampling.changes_logits:
             return None
-        return AnswerSoFar(self.tokens[:], self._answer_start, self._sampling.stop_ids(self._stop_ids))
+        return AnswerSoFar(self.tokens[:], self._answer_start, self._sampling.stop_ids(self._stop_ids), self._grammar)
 
     @property
     def _verifying(self) -> bool:

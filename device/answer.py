@@ -105,10 +105,13 @@ class Conversation:
         """The session, opened on the prompt or extended with it."""
         planner = self._planners.for_settings(self.settings, self._client.welcome)
         self._prompt_len = len(prompt_ids)
+        sampling = self.settings.sampling
+        self._client.check_sampling(sampling)
+        grammar = self.tokenizer.grammar(sampling.grammar, self._client.stop_ids) if sampling.grammar else None
         if self._session is None:
-            self._session = DeviceSession(self._client, planner, self.settings, self.model, prompt_ids)
+            self._session = DeviceSession(self._client, planner, self.settings, self.model, prompt_ids, grammar)
         else:
-            self._session.extend(prompt_ids, self.settings.sampling, planner)
+            self._session.extend(prompt_ids, sampling, planner, grammar)
         return self._session
 
     @property

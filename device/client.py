@@ -27,6 +27,7 @@ from protocol.errors import (
     MismatchError,
     SettingsError,
 )
+from protocol.limits import option_name
 from protocol.messages import (
     OLDEST_VERSION,
     PROTOCOL_VERSION,
@@ -150,6 +151,11 @@ class Client:
             for name in sampling.later_settings:
                 allowed = f"left out: the base station speaks protocol version {version}, this needs {SAMPLING_VERSION}"
                 raise SettingsError(name, getattr(sampling, name), allowed)
+        length, most = len(sampling.grammar.encode()), self.welcome.max_grammar_len
+        if length > most:
+            allowed = f"at most {most} bytes (the base station's {option_name('max_grammar_len')})"
+            reason = allowed if most else "left out: this base station has no grammars"
+            raise SettingsError("grammar", f"{length} bytes", reason)
         biased = [token_id for token_id, _ in sampling.logit_bias]
         for name, token_ids in (("logit_bias", biased), ("stop_token_ids", sampling.stop_token_ids)):
             if not all(0 <= token_id < self.vocab_size for token_id in token_ids):

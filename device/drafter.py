@@ -10,6 +10,7 @@ from typing import Self, TypeAlias
 
 import numpy as np
 
+from common.grammar import Grammar
 from device.common_prefix import common_prefix
 from device.draft_model import DraftModel, Logits
 from device.logits_processing import process_logits
@@ -64,6 +65,7 @@ class Drafter:
     Attributes:
         sampling: how the target is sampled; may change between two answers.
         answer_start: where the answer begins in the sequence.
+        grammar: that the answer follows; None for none.
 
     Args:
         model: the draft model, whose KV cache nothing else may use; drafting begins with what it was forked with.
@@ -88,6 +90,7 @@ class Drafter:
         self._model = model
         self.sampling = sampling
         self.answer_start = 0
+        self.grammar: Grammar | None = None
         self._missing = (vocab_size or model.manifest.vocab_size) - model.manifest.vocab_size
         self._uplink = None if mode is Mode.FULL else uplink
         self._ids_alone = mode.sends_ids_alone
@@ -130,8 +133,8 @@ class Drafter:
 
     def draft_token(self) -> DraftedToken:
         """Draft the token that follows all so far."""
+        position = self._model.length + len(self._pending)
         logits = self._next_logits()
-        position = self._model.length
         if self._ids_alone:
             drafted = DraftedToken(*coupled_token(logits, self.sampling, position))
         else:
@@ -144,7 +147,8 @@ class Drafter:
     def guess_token(self) -> DraftedToken:
         """The likeliest token that follows all so far, with the noise of mode ``coupled``; it is not sampled."""
         sampling = self.sampling if self._ids_alone else Sampling()
-        return self._take(DraftedToken(*coupled_token(self._next_logits(), sampling, self._model.length)))
+        position = self._model.length + len(self._pending)
+        return self._take(DraftedToken(*coupled_token(self._next_logits(), sampling, position)))
 
     def cache_last_token(self) -> None:
         """Run the last drafted token, so that the next draft needs one step less if it is accepted."""
@@ -157,9 +161,19 @@ class Drafter:
         return self.sampling.stop_ids(self._model_stop_ids)
 
     def _next_logits(self) -> Logits:
-        """The logits that the next token is drafted from."""
+        """The logits that the next token is drafted from, without a forward pass where the grammar forces it."""
+        answer = [*self._model.token_ids[self.answer_start :], *self._pending]
+        grammar = self.grammar if self.grammar and self.grammar.follow(answer) else None
+        forced = grammar.forced() if grammar else None
+        if forced is not None:
+            logits = np.full(self._model.manifest.vocab_size + self._missing, -np.inf, np.float32)
+            logits[forced] = 0
+            return logits
+        allowed = grammar.allowed() if grammar else None
+        if allowed is not None and not allowed[: self._model.manifest.vocab_size].any():
+            allowed = None  # the draft model has none of the allowed tokens
         logits = self._run()
-        return process_logits(logits, self.sampling, self._model.token_ids, self.answer_start, self.stop_ids)
+        return process_logits(logits, self.sampling, self._model.token_ids, self.answer_start, self.stop_ids, allowed)
 
     def _run(self) -> Logits:
         """The logits after all tokens so far; runs those that are pending."""
@@ -177,7 +191,8 @@ class Drafter:
         return self._logits
 
     def _take(self, drafted: DraftedToken) -> DraftedToken:
-        self._pending = [] if drafted.token_id in self.stop_ids else [drafted.token_id]
+        if drafted.token_id not in self.stop_ids:
+            self._pending.append(drafted.token_id)
         return drafted
 
     def _distribution(self, logits: Logits) -> DraftDistribution:

@@ -5,13 +5,19 @@ from math import log
 
 import numpy as np
 
+from common.grammar import Mask
 from device.draft_model import Logits
 from protocol.messages import Sampling
 from protocol.penalties import Penalties
 
 
 def process_logits(
-    logits: Logits, sampling: Sampling, tokens: Sequence[int], answer_start: int, stop_ids: frozenset[int]
+    logits: Logits,
+    sampling: Sampling,
+    tokens: Sequence[int],
+    answer_start: int,
+    stop_ids: frozenset[int],
+    allowed: Mask | None = None,
 ) -> Logits:
     """The logits that the next token is drafted from; ``logits`` themselves where the settings change nothing.
 
@@ -21,6 +27,7 @@ def process_logits(
         tokens: committed and drafted so far, the prompt included.
         answer_start: where the answer begins among them.
         stop_ids: that end the answer.
+        allowed: by the grammar, bool [V]; None where there is none.
     """
     if not sampling.changes_logits:
         return logits
@@ -28,6 +35,8 @@ def process_logits(
     if sampling.penalizes:
         penalties = Penalties(sampling, tokens, answer_start)
         logits[penalties.token_ids] = penalties.apply(logits[None, penalties.token_ids])[0]
+    if allowed is not None:
+        logits[~allowed] = -np.inf
     if len(tokens) - answer_start < sampling.min_tokens:
         logits[sorted(stop_ids)] = -np.inf
     if sampling.min_p and not sampling.greedy:

@@ -3,6 +3,7 @@
 import secrets
 from dataclasses import dataclass
 
+from device.grammar_fields import read_grammar
 from device.request_fields import ANY, Fields, as_number, field, number
 from protocol.errors import SettingsError
 from protocol.messages import MAX_BIASED_TOKENS, Sampling
@@ -42,6 +43,7 @@ def read_sampling(fields: Fields, defaults: SamplingDefaults) -> Sampling:
         field(fields, "min_tokens", int, 0, "a whole number"),
         field(fields, "ignore_eos", bool, False, "true or false"),
         _stop_token_ids(fields),
+        read_grammar(fields),
     )
 
 

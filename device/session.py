@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
+from common.grammar import Grammar
 from device.client import Client
 from device.common_prefix import common_prefix
 from device.draft_model import DraftModel
@@ -60,6 +61,7 @@ class DeviceSession:
         settings: how to draft and sample.
         model: the draft model.
         prompt_ids: the first prompt.
+        grammar: compiled, that of ``settings``.
 
     Attributes:
         tokens: committed so far, the prompt included.
@@ -70,7 +72,13 @@ class DeviceSession:
     """
 
     def __init__(
-        self, client: Client, planner: Planner, settings: DraftSettings, model: DraftModel, prompt_ids: list[int]
+        self,
+        client: Client,
+        planner: Planner,
+        settings: DraftSettings,
+        model: DraftModel,
+        prompt_ids: list[int],
+        grammar: Grammar | None = None,
     ) -> None:
         client.check_served(settings)
         self.tokens: list[int] = []
@@ -91,7 +99,7 @@ class DeviceSession:
         self._rounds = DraftRounds(
             client, self._requests, self._drafter, planner, settings, self.tokens, self._draft_context
         )
-        self._drafter.answer_start = len(prompt_ids)
+        self._drafter.answer_start, self._drafter.grammar = len(prompt_ids), grammar
         self._check_prompt(prompt_ids)
         began = client.now()
         try:
@@ -117,13 +125,20 @@ class DeviceSession:
         """The ids that end an answer."""
         return self._drafter.sampling.stop_ids(self._client.stop_ids)
 
-    def extend(self, prompt_ids: list[int], sampling: Sampling | None = None, planner: Planner | None = None) -> None:
+    def extend(
+        self,
+        prompt_ids: list[int],
+        sampling: Sampling | None = None,
+        planner: Planner | None = None,
+        grammar: Grammar | None = None,
+    ) -> None:
         """Continue with a prompt; only what differs from the committed tokens is sent and run.
 
         Args:
             prompt_ids: the whole conversation.
             sampling: how the target is sampled from now on; None for no change.
             planner: for these settings; None for no change.
+            grammar: compiled, that of ``sampling``.
 
         Raises:
             ContextLengthError: it does not fit the target's context, or exceeds the base station's limit.
@@ -137,7 +152,7 @@ class DeviceSession:
         start = common_prefix(self.tokens, prompt_ids[:-1])
         can_extend = self._requests.can_extend(sampling)
         self._check_prompt(prompt_ids, start if can_extend else 0)
-        self._drafter.sampling, self._drafter.answer_start = sampling, len(prompt_ids)
+        self._drafter.sampling, self._drafter.answer_start, self._drafter.grammar = sampling, len(prompt_ids), grammar
         if can_extend:
             self._requests.extend(start, prompt_ids[start:], sampling)
         else:  # the target still decodes an abandoned answer, or the base station is of an older version

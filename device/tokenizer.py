@@ -6,7 +6,7 @@ does not end the turn.
 
 import json
 from collections.abc import Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -14,10 +14,12 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.decoders import DecodeStream
 
 from common.chat_template import ChatTemplate
+from common.grammar import Grammar, GrammarCompiler
 from protocol.bundle import CHAT_TEMPLATE_NAME, TOKENIZER_NAME, Manifest
 from protocol.errors import BundleError, SettingsError
 
 _PRIVATE_USE = range(0xE000, 0xF900)
+_MAX_GRAMMARS = 32
 
 
 class ChatMessage(TypedDict):
@@ -41,6 +43,9 @@ class Tokenizer:
         except Exception as error:  # the library raises Exception itself
             raise BundleError(f"{str(self._path)!r} cannot be read: {error}; export the bundle again") from error
         self._added_ids = frozenset(self._tokenizer.get_added_tokens_decoder())
+        self._vocab_size = manifest.vocab_size
+        self._compiler = lru_cache(1)(self._new_compiler)
+        self._compiled = lru_cache(_MAX_GRAMMARS)(self._compile)
         self._template: ChatTemplate | None = None
         if CHAT_TEMPLATE_NAME in manifest.files:
             special = {"bos_token": manifest.bos_token, "eos_token": manifest.eos_token}
@@ -75,6 +80,25 @@ class Tokenizer:
         """Decode ids, without special tokens."""
         text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
         return text
+
+    def grammar(self, text: str, stop_ids: frozenset[int]) -> Grammar:
+        """A grammar for the draft model's tokens, at its beginning.
+
+        Args:
+            text: as in ``common/grammar.py``.
+            stop_ids: the target's.
+
+        Raises:
+            GrammarError: it cannot be compiled.
+        """
+        return self._compiled(text, stop_ids).copy()
+
+    def _compile(self, text: str, stop_ids: frozenset[int]) -> Grammar:
+        return self._compiler(stop_ids).compile(text)
+
+    def _new_compiler(self, stop_ids: frozenset[int]) -> GrammarCompiler:
+        known = frozenset(token_id for token_id in stop_ids if token_id < self._vocab_size)
+        return GrammarCompiler.of_tokenizer(self._path.read_text(encoding="utf-8"), self._vocab_size, known)
 
     def decode_stream(self, token_ids: Iterator[int]) -> Iterator[str]:
         """The text that each id adds, then what is left; empty while a character is incomplete."""

@@ -111,7 +111,8 @@ class FrameCodec:
     def max_frame_bytes(self) -> int:
         """The length of the longest valid frame; a socket should refuse longer ones."""
         draft = self.limits.max_draft_len * (3 * self.vocab_size + 16)
-        return max(draft, self.limits.max_prompt_len * self._id_bits // 8 + _BIAS.size * MAX_BIASED_TOKENS) + 1024
+        sampling = _BIAS.size * MAX_BIASED_TOKENS + self.limits.max_grammar_len
+        return max(draft, self.limits.max_prompt_len * self._id_bits // 8 + sampling) + 1024
 
     def encode(self, message: Message) -> bytes:
         """Encode a message."""
@@ -143,10 +144,10 @@ class FrameCodec:
         counter, prompt = self._counter, self._ids("max_prompt_len")
         limits = (_array_of(_ENCODING), counter, counter, counter, counter, counter)
         vocabulary, pace = (counter, _array_of(counter)), (_SECONDS, _SECONDS)
-        sampling = self._sampling()
+        sampling, welcome = self._sampling(), (counter, _text(200), counter, counter, _array_of(_MODE))
         return [
             _Layout(Hello, 0, (counter, counter, _binary(32), _array_of(counter))),
-            _Layout(Welcome, 1, (counter, _text(200), counter, counter, _array_of(_MODE), *limits, *vocabulary, *pace)),
+            _Layout(Welcome, 1, (*welcome, *limits, *vocabulary, *pace, counter)),
             _Layout(Open, 2, (counter, counter, _MODE, sampling, prompt, counter)),
             _Layout(Opened, 3, (counter, counter)),
             _Layout(Extend, 4, (counter, counter, counter, prompt, _optional(sampling))),
@@ -160,7 +161,8 @@ class FrameCodec:
 
     def _sampling(self) -> _Field:
         """Temperature, top-k, top-p and seed in one binary field; with later settings an array that begins with it."""
-        later = (_NUMBER, _NUMBER, _NUMBER, _NUMBER, self._biases(), self._counter, _FLAG, _array_of(self._token))
+        stop_ids = _array_of(self._token)
+        later = (_NUMBER, _NUMBER, _NUMBER, _NUMBER, self._biases(), self._counter, _FLAG, stop_ids, self._grammar())
         entries = fields(Sampling)[-len(later) :]
 
         def pack_sampling(sampling: Sampling) -> Any:
@@ -180,6 +182,16 @@ class FrameCodec:
                 raise FrameError(f"sampling settings: {error}") from error
 
         return _Field(pack_sampling, unpack_sampling)
+
+    def _grammar(self) -> _Field:
+        """A text whose length in UTF-8 is limited."""
+
+        def unpack(value: object) -> str:
+            text = _expect(str, value)
+            self.limits.check("max_grammar_len", len(text.encode()))
+            return text
+
+        return _Field(str, unpack)
 
     def _biases(self) -> _Field:
         """Pairs of a token id and its bias, 8 bytes each."""

@@ -95,7 +95,7 @@ class Sampling:
     """The target's sampling settings; the output is distributed as the target's own with the same settings.
 
     They are applied in this order: logit bias, repetition penalty, presence and frequency
-    penalties (``penalties.py``), minimum number of tokens, min-p, temperature, top-k, top-p.
+    penalties (``penalties.py``), grammar, minimum number of tokens, min-p, temperature, top-k, top-p.
 
     Attributes:
         temperature: 0 is argmax.
@@ -110,6 +110,7 @@ class Sampling:
         min_tokens: tokens of the answer before the first that may end it.
         ignore_eos: whether the model's stop ids do not end the answer.
         stop_token_ids: further ids that end it.
+        grammar: that the answer follows, in the format of ``common/grammar.py``; "" for none.
     """
 
     temperature: float = 0.0
@@ -124,6 +125,7 @@ class Sampling:
     min_tokens: int = 0
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
+    grammar: str = ""
 
     def __post_init__(self) -> None:
         biases = [bias for _, bias in self.logit_bias]
@@ -142,6 +144,8 @@ class Sampling:
             ("frequency_penalty", -2 <= self.frequency_penalty <= 2, "-2 to 2"),
             ("logit_bias", all(-100 <= bias <= 100 for bias in biases), "-100 to 100 for each token"),
             ("min_tokens", 0 <= self.min_tokens < 2**31, "0 or a number of tokens"),
+            ("min_tokens", not (self.grammar and self.min_tokens), "0 with a grammar, which ends the answer"),
+            ("ignore_eos", not (self.grammar and self.ignore_eos), "false with a grammar, which ends the answer"),
         ):
             if not is_allowed:  # as NaN, which compares false
                 raise SettingsError(name, getattr(self, name), allowed)
@@ -179,12 +183,12 @@ class Sampling:
     @property
     def needs_answer_len(self) -> bool:
         """Whether the next token depends on where the answer began."""
-        return self.counts_answer or self.min_tokens > 0
+        return self.counts_answer or self.min_tokens > 0 or bool(self.grammar)
 
     @property
     def changes_logits(self) -> bool:
         """Whether anything but temperature, top-k and top-p changes the target's logits."""
-        return self.penalizes or self.min_tokens > 0 or self.min_p > 0
+        return self.penalizes or self.min_tokens > 0 or self.min_p > 0 or bool(self.grammar)
 
     def stop_ids(self, model_stop_ids: frozenset[int]) -> frozenset[int]:
         """The ids that end an answer of a model with these stop ids."""
@@ -212,7 +216,7 @@ class Welcome:
 
     ``pass_seconds`` is the time of a forward pass that runs one token of another session
     now, and ``row_seconds`` what each further token adds; 0 where it is not measured, and
-    from a base station of version 3 or older.
+    from a base station of version 3 or older. ``max_grammar_len`` is 0 where the base station has no grammars.
     """
 
     version: int
@@ -230,6 +234,7 @@ class Welcome:
     stop_ids: tuple[int, ...] = ()
     pass_seconds: float = 0.0
     row_seconds: float = 0.0
+    max_grammar_len: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 from starlette.testclient import TestClient
 
+from common.grammar import Grammar
 from device.chat_request import Defaults
 from device.client import Client
 from device.http import Access, application
@@ -16,6 +17,7 @@ from device.tokenizer import ChatMessage, Tokenizer
 from device.worker import Worker
 from protocol.messages import Message, Mode, Open, Sampling
 from tests.fakes import FakeDraftModel, FakeTarget, blend, random_table
+from tests.json_tokens import COMPILER
 from tests.link_pair import CopyCount, MemoryTransport, Station, deliver_once, join
 
 TARGET = random_table(20, seed=1)
@@ -29,6 +31,9 @@ class NumberTokenizer:
 
     def encode_chat(self, messages: Sequence[ChatMessage]) -> list[int]:
         return [int(word) for message in messages for word in message["content"].split()]
+
+    def grammar(self, text: str, _: frozenset[int]) -> Grammar:
+        return COMPILER.compile(text)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return "".join(self.decode_stream(iter(token_ids)))

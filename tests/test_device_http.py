@@ -16,6 +16,7 @@ from device.tokenizer import ChatMessage
 from device.worker import Worker
 from protocol.errors import BusyError, LinkError, SettingsError
 from protocol.messages import Message, Sampling
+from tests import json_tokens
 from tests.fakes import FakeTarget, target_alone
 from tests.link_pair import RefusingTransport, Station
 from tests.number_service import (
@@ -129,7 +130,11 @@ def test_a_turn_with_other_sampling_settings_continues_in_the_same_session(chang
         ({"stop": ""}, ["stop", "none of them empty"]),
         ({"n": 2}, ["n is 2", "1"]),
         ({"tools": [{"type": "function"}]}, ["tools", "function"]),
-        ({"response_format": {"type": "json_object"}}, ["response_format", "json_object"]),
+        ({"response_format": {"type": "yaml"}}, ["response_format", "yaml", "json_object"]),
+        ({"response_format": {"type": "json_schema"}}, ["response_format", "json_schema.schema"]),
+        ({"grammar": "a", "regex": "b"}, ["grammar", "one of response_format, grammar and regex"]),
+        ({"regex": 3}, ["regex", "3", "a regular expression"]),
+        ({"regex": "a", "min_tokens": 2}, ["min_tokens", "2", "0 with a grammar"]),
         ({"stream": "yes"}, ["stream", "yes", "true or false"]),
         ({"presence_penalty": 3}, ["presence_penalty", "3", "-2 to 2"]),
         ({"logit_bias": {"a": 1}}, ["logit_bias", "'a'", "token ids"]),
@@ -156,7 +161,6 @@ def test_neutral_and_unknown_fields_are_ignored() -> None:
         ("best_of", 2),
         ("chat_template_kwargs", {"enable_thinking": False}),
         ("echo", True),
-        ("grammar", 'root ::= "yes"'),
         ("guided_json", {"type": "object"}),
         ("tool_choice", "required"),
         ("top_logprobs", 3),
@@ -190,6 +194,29 @@ def test_sampling_settings_of_a_request_reach_the_base_station() -> None:
         assert refused.status_code == 400
         assert "token ids from 0 to 19" in refused.json()["error"]["message"]
         assert content_of(complete(client)) == text_of(target_alone(TARGET, PROMPT, 12))
+
+
+def test_a_response_format_restricts_the_answer() -> None:
+    schema = {"type": "array", "items": {"enum": [1, True, "a"]}, "maxItems": 3}
+    json_schema = {"type": "json_schema", "json_schema": {"name": "list", "schema": schema}}
+    target = FakeTarget.make(TARGET, frozenset({json_tokens.STOP}), grammar_compiler=json_tokens.COMPILER)
+    with http_client(Station(target)) as client:
+        for fields in ({"response_format": json_schema}, {"grammar": 'start: "[" "1" "]"'}, {"regex": "[0-3]{4}"}):
+            choice = complete(client, max_tokens=40, **fields).json()["choices"][0]
+            text = json_tokens.text_of([int(word) for word in choice["message"]["content"].split()])
+            assert choice["finish_reason"] == "stop"
+            assert "regex" in fields or set(json.loads(text)) <= {1, "a"}
+        for refused in ({"regex": "("}, {"response_format": {"type": "json_schema", "json_schema": {"schema": BAD}}}):
+            response = complete(client, **refused)
+            assert response.status_code == 400
+            assert "cannot be compiled" in response.json()["error"]["message"]
+        assert complete(client).status_code == 200
+    with http_client(new_station()) as client:
+        response = complete(client, response_format={"type": "json_object"})
+        assert (response.status_code, "has no grammars" in response.text) == (400, True)
+
+
+BAD = {"type": "object", "propertyNames": {"pattern": "a"}}
 
 
 def test_top_k_of_a_request_limits_what_is_sampled() -> None:

@@ -77,22 +77,26 @@ def drafts_with_distributions(draw: st.DrawFn, vocab_size: int) -> Draft:
 counters = st.integers(0, 2**32 - 1)
 printable = st.characters(codec="utf-8", exclude_categories=["C", "Z"], include_characters=" ")
 biases = st.floats(-100, 100, width=32)
-samplings = st.builds(
-    Sampling,
-    temperature=st.just(0.0) | st.floats(MIN_TEMPERATURE, MAX_TEMPERATURE),
-    top_k=st.integers(0, 2**31 - 1),
-    top_p=st.floats(0, 1, exclude_min=True),
-    seed=st.integers(0, 2**63 - 1),
-) | st.builds(
-    Sampling,
-    min_p=st.floats(0, 1),
-    repetition_penalty=st.floats(0.01, 100),
-    presence_penalty=st.floats(-2, 2),
-    frequency_penalty=st.floats(-2, 2),
-    logit_bias=st.dictionaries(st.integers(0, 1), biases).map(lambda one: tuple(one.items())),
-    min_tokens=st.integers(0, 2**31 - 1),
-    ignore_eos=st.booleans(),
-    stop_token_ids=st.lists(st.integers(0, 1), max_size=64).map(tuple),
+samplings = (
+    st.builds(
+        Sampling,
+        temperature=st.just(0.0) | st.floats(MIN_TEMPERATURE, MAX_TEMPERATURE),
+        top_k=st.integers(0, 2**31 - 1),
+        top_p=st.floats(0, 1, exclude_min=True),
+        seed=st.integers(0, 2**63 - 1),
+    )
+    | st.builds(
+        Sampling,
+        min_p=st.floats(0, 1),
+        repetition_penalty=st.floats(0.01, 100),
+        presence_penalty=st.floats(-2, 2),
+        frequency_penalty=st.floats(-2, 2),
+        logit_bias=st.dictionaries(st.integers(0, 1), biases).map(lambda one: tuple(one.items())),
+        min_tokens=st.integers(0, 2**31 - 1),
+        ignore_eos=st.booleans(),
+        stop_token_ids=st.lists(st.integers(0, 1), max_size=64).map(tuple),
+    )
+    | st.builds(Sampling, grammar=st.text(st.characters(codec="utf-8"), max_size=300))
 )
 
 
@@ -520,6 +524,8 @@ def test_later_sampling_settings_take_no_byte_where_they_are_not_used() -> None:
         [0.0, 1.0, 0.0, 0.0, b"", 0, 1],
         [0.0, 1.0, 0.0, 0.0, b"", 0, True, [300]],
         [0.0, 1.0, 0.0, 0.0, b"", 0, True, [1] * 65],
+        [0.0, 1.0, 0.0, 0.0, b"", 0, False, [], b"{}"],
+        [0.0, 1.0, 0.0, 0.0, b"", 5, False, [], "{}"],
     ],
     ids=lambda values: str(values)[:60],
 )
