@@ -158,8 +158,8 @@ def serve(
     from prometheus_client import disable_created_metrics
 
     from device import http_server
+    from device.answer_fields import Defaults
     from device.api_key import VARIABLE, read_api_key
-    from device.chat_request import Defaults
     from device.metrics import Metrics
     from device.worker import Worker
 

@@ -12,16 +12,18 @@ from device.tokenizer import ChatMessage
 
 @dataclass(frozen=True)
 class AnswerRequest:
-    """A conversation to continue; any of the ``stops`` in the text ends the answer.
+    """A conversation, a text or tokens to continue; any of the ``stops`` in the text ends the answer.
 
-    With ``rounds`` the answer is delivered round by round, with the origins of its tokens.
+    With ``rounds`` the answer is delivered round by round, with the origins of its tokens; with ``echo`` the prompt
+    comes first, and with log-probabilities if the sampling settings ask for them.
     """
 
-    messages: tuple[ChatMessage, ...]
+    prompt: tuple[ChatMessage, ...] | tuple[int, ...] | str
     settings: DraftSettings
     max_new_tokens: int
     stops: tuple[str, ...] = ()
     rounds: bool = False
+    echo: bool = False
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,21 @@ class Finish:
     new_tokens: int
 
 
-Event: TypeAlias = str | AnswerRound | Finish | Exception
-"""What a job delivers: text and rounds any number of times, then one of the others once."""
+@dataclass(frozen=True)
+class AnswerPiece:
+    """The text that a token adds, and log-probabilities: the token's, and pairs of the likeliest tokens and theirs.
+
+    The first token of a prompt has none.
+    """
+
+    text: str
+    token: str
+    logprob: float | None
+    top: tuple[tuple[str, float], ...]
+
+
+Event: TypeAlias = str | AnswerRound | AnswerPiece | Finish | Exception
+"""What a job delivers: text, rounds and pieces any number of times, then one of the others once."""
 
 
 @dataclass(frozen=True)

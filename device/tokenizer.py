@@ -81,6 +81,11 @@ class Tokenizer:
         text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
         return text
 
+    def token_text(self, token_id: int) -> str:
+        """The text of one token, also of a special one; "�" for a part of a character."""
+        text: str = self._tokenizer.decode([token_id], skip_special_tokens=False)
+        return text
+
     def grammar(self, text: str, stop_ids: frozenset[int]) -> Grammar:
         """A grammar for the draft model's tokens, at its beginning.
 

@@ -15,14 +15,16 @@ from device.client import Client
 from device.connection import Connection
 from device.conversations import Conversations
 from device.draft_model import DraftModel
-from device.job import Finish, Job
+from device.job import AnswerPiece, Finish, Job
 from device.job_queue import JobQueue
 from device.metrics import Metrics
 from device.planners import Planners
+from device.prompt_logprobs import prompt_logprobs
 from device.round_events import RoundEvents
 from device.round_records import RoundRecord
+from device.session import AnswerToken, Origin
 from device.stop_strings import StopStrings
-from device.tokenizer import Tokenizer
+from device.tokenizer import ChatMessage, Tokenizer
 from protocol.errors import (
     AdmissionError,
     BusyError,
@@ -31,7 +33,9 @@ from protocol.errors import (
     EdgedraftError,
     LinkError,
     ProtocolError,
+    SettingsError,
 )
+from protocol.logprobs import TokenLogprobs
 
 logger = logging.getLogger(__name__)
 
@@ -162,8 +166,13 @@ class Worker:
             return error
 
     def _answer(self, job: Job) -> Finish:
-        ids = self._tokenizer.encode_chat(job.request.messages)
+        ids = self._prompt_ids(job.request.prompt)
         client = self._connection.client()
+        if job.request.echo:
+            with client.cancelled_by(lambda: job.cancelled.is_set() or self._stopping.is_set()):
+                self._echo(job, client, ids)
+        if not job.request.max_new_tokens:
+            return Finish("length", len(ids), 0)
         rounds = RoundEvents(job.deliver) if job.request.rounds else None
         with (
             self._conversations.for_prompt(client, ids, job.request.settings) as conversation,
@@ -171,6 +180,33 @@ class Worker:
             client.reporting_rounds_to(partial(self._note_round, rounds)),
         ):
             return self._deliver(conversation.ask(ids, job.request.max_new_tokens), job, rounds)
+
+    def _prompt_ids(self, prompt: tuple[ChatMessage, ...] | tuple[int, ...] | str) -> list[int]:
+        if isinstance(prompt, str):
+            return self._tokenizer.encode(prompt)
+        token_ids = [entry for entry in prompt if isinstance(entry, int)]
+        if not token_ids:
+            return self._tokenizer.encode_chat([entry for entry in prompt if not isinstance(entry, int)])
+        if not 0 <= min(token_ids) <= max(token_ids) < self.vocab_size:
+            raise SettingsError("prompt", "these tokens", f"token ids from 0 to {self.vocab_size - 1}")
+        return token_ids
+
+    def _echo(self, job: Job, client: Client, ids: list[int]) -> None:
+        """Deliver the prompt."""
+        most = job.request.settings.sampling.logprobs
+        if most is None:
+            job.deliver(self._tokenizer.decode(ids))
+            return
+        logprobs = prompt_logprobs(client, ids, most)
+        text = self._tokenizer.token_text(ids[0])
+        job.deliver(AnswerPiece(text, text, None, ()))
+        for token_id, told in zip(ids[1:], logprobs, strict=True):
+            job.deliver(self._piece(self._tokenizer.token_text(token_id), AnswerToken(token_id, Origin.TARGET), told))
+
+    def _piece(self, text: str, token: AnswerToken, logprobs: TokenLogprobs) -> AnswerPiece:
+        text_of = self._tokenizer.token_text
+        top = tuple((text_of(token_id), logprob) for token_id, logprob in logprobs.top)
+        return AnswerPiece(text, text_of(token.token_id), logprobs.logprob, top)
 
     def _note_round(self, rounds: RoundEvents | None, record: RoundRecord) -> None:
         self.metrics.count_round(record)
@@ -185,6 +221,8 @@ class Worker:
             text = stops.feed(chunk.text)
             if rounds:
                 rounds.add(text, chunk.token)
+            elif chunk.token and chunk.token.logprobs:
+                job.deliver(self._piece(text, chunk.token, chunk.token.logprobs))
             elif text:
                 job.deliver(text)
             if stops.reached:

@@ -9,7 +9,7 @@ from typing import Any, cast
 from starlette.testclient import TestClient
 
 from common.grammar import Grammar
-from device.chat_request import Defaults
+from device.answer_fields import Defaults
 from device.client import Client
 from device.http import Access, application
 from device.settings import DraftSettings
@@ -31,6 +31,12 @@ class NumberTokenizer:
 
     def encode_chat(self, messages: Sequence[ChatMessage]) -> list[int]:
         return [int(word) for message in messages for word in message["content"].split()]
+
+    def encode(self, text: str) -> list[int]:
+        return [int(word) for word in text.split()]
+
+    def token_text(self, token_id: int) -> str:
+        return f"{token_id} "
 
     def grammar(self, text: str, _: frozenset[int]) -> Grammar:
         return COMPILER.compile(text)
