@@ -30,7 +30,7 @@ _LIMITS = {
     "max_lexer_states": 50_000,
 }
 """Bounds of the time and memory of llguidance: below a second to compile, a few milliseconds for a token."""
-_JSON = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+JSON_OPTIONS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """JSON with one space after each comma and colon: most of these tokens are forced, and no answer is white space."""
 
 
@@ -45,7 +45,7 @@ def is_available() -> bool:
 
 def schema_grammar(schema: Any) -> str:
     """The grammar of the JSON texts that are valid under a JSON schema."""
-    return json.dumps({"grammars": [{"json_schema": {**schema, "x-guidance": _JSON}}]}, separators=(",", ":"))
+    return json.dumps({"grammars": [{"json_schema": {**schema, "x-guidance": JSON_OPTIONS}}]}, separators=(",", ":"))
 
 
 def lark_grammar(lark: str) -> str:

@@ -2,13 +2,17 @@
 
 import asyncio
 import contextlib
+from typing import TypeAlias
 
 from starlette.requests import ClientDisconnect, Request
 
 from device.http_errors import HttpError
 from device.job import AnswerPiece, AnswerRequest, Event, Finish, Job
 from device.round_events import AnswerRound
+from device.tool_calls import ToolCall
 from device.worker import Worker
+
+AnswerEvent: TypeAlias = str | AnswerRound | AnswerPiece | ToolCall | Finish
 
 
 class AnswerEvents:
@@ -31,7 +35,7 @@ class AnswerEvents:
         self._job = Job(answer_request, self._deliver)
         self._worker.submit(self._job)
 
-    async def next(self) -> str | AnswerRound | AnswerPiece | Finish:
+    async def next(self) -> AnswerEvent:
         """The next event.
 
         Raises:

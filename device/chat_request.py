@@ -5,16 +5,17 @@ unknown fields are ignored.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from device.answer_fields import Defaults, Streaming, choices_of, read_answer, refuse_unsupported
 from device.job import AnswerRequest
 from device.request_fields import Fields, field
 from device.tokenizer import ChatMessage, check_unicode
+from device.tool_fields import read_tool_calls, read_tools
 from protocol.errors import SettingsError
 
-_ROLES = ("system", "user", "assistant")
+_ROLES = ("system", "user", "assistant", "tool")
 _ROLE_NAMES = {"developer": "system"}
 """Roles that OpenAI's clients send under another name."""
 _UNSUPPORTED: Mapping[str, Sequence[Any]] = {
@@ -24,8 +25,6 @@ _UNSUPPORTED: Mapping[str, Sequence[Any]] = {
     "function_call": ["none", "auto"],
     "functions": [[]],
     "guided_json": [],
-    "tool_choice": ["none", "auto"],
-    "tools": [[]],
     "typical_p": [1],
 }
 """Unsupported fields that change the answer, with the values that do not."""
@@ -46,8 +45,22 @@ class ChatRequest:
             SettingsError: a field is missing, has a value that is not allowed, or is not supported.
         """
         refuse_unsupported(fields, _UNSUPPORTED)
-        request = read_answer(fields, _messages(fields), defaults, _logprobs(fields))
+        tools, logprobs = read_tools(fields), _logprobs(fields)
+        request = replace(read_answer(fields, _messages(fields), defaults, logprobs), tools=tools)
+        _check_tools(request)
         return cls(choices_of(fields, request), Streaming.read(fields))
+
+
+def _check_tools(request: AnswerRequest) -> None:
+    """Check that a request with tools asks for nothing that they exclude.
+
+    Raises:
+        SettingsError: it does.
+    """
+    if request.tools.known and (request.rounds or request.settings.sampling.logprobs is not None):
+        raise SettingsError("tools", "given", "left out with logprobs or edgedraft.rounds")
+    if request.tools.forced and request.settings.sampling.grammar:
+        raise SettingsError("tool_choice", "of a tool", "auto or none with response_format, grammar or regex")
 
 
 def _logprobs(fields: Fields) -> int | None:
@@ -72,6 +85,7 @@ def _message(name: str, message: Any) -> ChatMessage:
     if role not in _ROLES:
         raise SettingsError(name, message, f"an object with role {', '.join(_ROLES)} and content")
     content = message.get("content")
+    calls = read_tool_calls(name, message) if role == "assistant" else []
     if content is None and role == "assistant":  # of an answer that only called tools
         content = ""
     if isinstance(content, list) and all(_is_text(part) for part in content):
@@ -79,7 +93,13 @@ def _message(name: str, message: Any) -> ChatMessage:
     if not isinstance(content, str):
         raise SettingsError(f"{name}.content", content, "text, or a list of parts of type text")
     check_unicode(f"{name}.content", content)
-    return {"role": role, "content": content}
+    read: ChatMessage = {"role": role, "content": content}
+    if calls:
+        read["tool_calls"] = calls
+    if role == "tool":
+        read["tool_call_id"] = field(message, "tool_call_id", str, "", "a text")
+        read["name"] = field(message, "name", str, "", "a text")
+    return read
 
 
 def _is_text(part: Any) -> bool:

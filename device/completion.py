@@ -8,11 +8,11 @@ from typing import Protocol
 
 from starlette.requests import ClientDisconnect
 
-from device.answer_events import AnswerEvents
+from device.answer_events import AnswerEvent, AnswerEvents
 from device.http_errors import HttpError
 from device.job import AnswerPiece, AnswerRequest, Finish
 from device.request_fields import Fields
-from device.round_events import AnswerRound
+from device.tool_calls import ToolCall
 
 _LEAST_LOGPROB = -9999.0
 """What OpenAI sends for a probability of 0; JSON has no infinity."""
@@ -25,7 +25,7 @@ class Form(Protocol):
     kind: str
     chunk_kind: str
 
-    def choice(self, text: str, pieces: Sequence[AnswerPiece]) -> Fields:
+    def choice(self, text: str, pieces: Sequence[AnswerPiece], calls: Sequence[ToolCall]) -> Fields:
         """What a whole answer adds to its choice."""
 
     def first(self) -> Fields | None:
@@ -34,15 +34,21 @@ class Form(Protocol):
     def part(self, text: str, pieces: Sequence[AnswerPiece]) -> Fields:
         """What a part of an answer adds to the choice of its chunk."""
 
+    def call(self, index: int, call: ToolCall) -> Fields:
+        """What the call with this number adds to the choice of its chunk."""
+
 
 class ChatForm:
     """Chat completions."""
 
     id_prefix, kind, chunk_kind = "chatcmpl-", "chat.completion", "chat.completion.chunk"
 
-    def choice(self, text: str, pieces: Sequence[AnswerPiece]) -> Fields:
+    def choice(self, text: str, pieces: Sequence[AnswerPiece], calls: Sequence[ToolCall]) -> Fields:
         """The message."""
-        return {"message": {"role": "assistant", "content": text}, **self._logprobs(pieces)}
+        message: Fields = {"role": "assistant", "content": text}
+        if calls:
+            message = message | {"content": text or None, "tool_calls": list(map(_call, calls))}
+        return {"message": message, **self._logprobs(pieces)}
 
     def first(self) -> Fields:
         """The role."""
@@ -51,6 +57,10 @@ class ChatForm:
     def part(self, text: str, pieces: Sequence[AnswerPiece]) -> Fields:
         """The new text."""
         return {"delta": {"content": text} if text or pieces else {}, **self._logprobs(pieces)}
+
+    def call(self, index: int, call: ToolCall) -> Fields:
+        """The whole call."""
+        return {"delta": {"tool_calls": [{"index": index, **_call(call)}]}}
 
     def _logprobs(self, pieces: Sequence[AnswerPiece]) -> Fields:
         return {"logprobs": {"content": [self._token(piece) for piece in pieces]}} if pieces else {}
@@ -68,7 +78,7 @@ class TextForm:
     def __init__(self) -> None:
         self._offset = 0
 
-    def choice(self, text: str, pieces: Sequence[AnswerPiece]) -> Fields:
+    def choice(self, text: str, pieces: Sequence[AnswerPiece], _: Sequence[ToolCall]) -> Fields:
         """The text."""
         self._offset = 0
         return self.part(text, pieces)
@@ -80,6 +90,10 @@ class TextForm:
     def part(self, text: str, pieces: Sequence[AnswerPiece]) -> Fields:
         """The new text."""
         return {"text": text, "logprobs": self._logprobs(pieces) if pieces else None}
+
+    def call(self, _: int, call: ToolCall) -> Fields:
+        """Text completions call no tools."""
+        raise AssertionError(call)
 
     def _logprobs(self, pieces: Sequence[AnswerPiece]) -> Fields:
         offsets = []
@@ -121,20 +135,23 @@ class Completion:
         choices = []
         for index, request in enumerate(self._choices):
             self._events.start(request)
-            text, pieces = "", list[AnswerPiece]()
+            text, pieces, calls = "", list[AnswerPiece](), list[ToolCall]()
             while not isinstance(event := await self._events.next(), Finish):
+                if isinstance(event, ToolCall):
+                    calls.append(event)
+                    continue
                 text += event if isinstance(event, str) else event.text
                 pieces += [event] if isinstance(event, AnswerPiece) else []
             self._finishes.append(event)
-            choices.append({"index": index, **self._form.choice(text, pieces), "finish_reason": event.reason})
+            choices.append({"index": index, **self._form.choice(text, pieces, calls), "finish_reason": event.reason})
         return self._head | {"object": self._form.kind, "choices": choices, "usage": self._usage()}
 
-    async def begin(self) -> str | AnswerRound | AnswerPiece | Finish:
+    async def begin(self) -> AnswerEvent:
         """The first event of the first answer: an error before it still has a status code."""
         self._events.start(self._choices[0])
         return await self._events.next()
 
-    async def stream(self, first: str | AnswerRound | AnswerPiece | Finish) -> AsyncIterator[str]:
+    async def stream(self, first: AnswerEvent) -> AsyncIterator[str]:
         """All answers as server-sent events; ``first`` is what ``begin`` returned."""
         try:
             for index, request in enumerate(self._choices):
@@ -154,11 +171,15 @@ class Completion:
             yield _event(self._head | {"object": self._form.chunk_kind, "choices": [], "usage": self._usage()})
         yield "data: [DONE]\n\n"
 
-    async def _stream_choice(self, index: int, event: str | AnswerRound | AnswerPiece | Finish) -> AsyncIterator[str]:
+    async def _stream_choice(self, index: int, event: AnswerEvent) -> AsyncIterator[str]:
         if (opening := self._form.first()) is not None:
             yield self._chunk(index, opening)
+        calls = 0
         while not isinstance(event, Finish):
-            if isinstance(event, str):
+            if isinstance(event, ToolCall):
+                yield self._chunk(index, self._form.call(calls, event))
+                calls += 1
+            elif isinstance(event, str):
                 yield self._chunk(index, self._form.part(event, ()))
             elif isinstance(event, AnswerPiece):
                 yield self._chunk(index, self._form.part(event.text, (event,)))
@@ -177,6 +198,10 @@ class Completion:
         new_tokens = sum(finish.new_tokens for finish in self._finishes)
         counts = {"prompt_tokens": prompt_tokens, "completion_tokens": new_tokens}
         return counts | {"total_tokens": prompt_tokens + new_tokens}
+
+
+def _call(call: ToolCall) -> Fields:
+    return {"id": call.call_id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 
 
 def _token_logprob(text: str, logprob: float | None) -> Fields:

@@ -8,6 +8,8 @@ from typing import TypeAlias
 from device.round_events import AnswerRound
 from device.settings import DraftSettings
 from device.tokenizer import ChatMessage
+from device.tool_calls import ToolCall
+from device.tool_fields import Tools
 
 
 @dataclass(frozen=True)
@@ -24,11 +26,12 @@ class AnswerRequest:
     stops: tuple[str, ...] = ()
     rounds: bool = False
     echo: bool = False
+    tools: Tools = field(default_factory=Tools)
 
 
 @dataclass(frozen=True)
 class Finish:
-    """The end of an answer; ``reason`` is ``stop`` or ``length``, counts are tokens."""
+    """The end of an answer; ``reason`` is ``stop``, ``length`` or ``tool_calls``, counts are tokens."""
 
     reason: str
     prompt_tokens: int
@@ -48,8 +51,8 @@ class AnswerPiece:
     top: tuple[tuple[str, float], ...]
 
 
-Event: TypeAlias = str | AnswerRound | AnswerPiece | Finish | Exception
-"""What a job delivers: text, rounds and pieces any number of times, then one of the others once."""
+Event: TypeAlias = str | AnswerRound | AnswerPiece | ToolCall | Finish | Exception
+"""What a job delivers: text, rounds, pieces and calls any number of times, then one of the others once."""
 
 
 @dataclass(frozen=True)

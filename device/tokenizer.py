@@ -5,16 +5,17 @@ does not end the turn.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.decoders import DecodeStream
 
 from common.chat_template import ChatTemplate
 from common.grammar import Grammar, GrammarCompiler
+from device.tool_calls import ToolFormat
 from protocol.bundle import CHAT_TEMPLATE_NAME, TOKENIZER_NAME, Manifest
 from protocol.errors import BundleError, SettingsError
 
@@ -23,10 +24,16 @@ _MAX_GRAMMARS = 32
 
 
 class ChatMessage(TypedDict):
-    """One message of a conversation; ``role`` is system, user or assistant."""
+    """One message of a conversation; ``role`` is system, user, assistant or tool.
+
+    Assistants may have ``tool_calls``, tools a ``tool_call_id`` and a ``name``.
+    """
 
     role: str
     content: str
+    tool_calls: NotRequired[list[dict[str, Any]]]
+    tool_call_id: NotRequired[str]
+    name: NotRequired[str]
 
 
 class Tokenizer:
@@ -60,8 +67,18 @@ class Tokenizer:
         check_unicode("prompt", text)
         return _not_empty(text, self._tokenizer.encode(text).ids)
 
-    def encode_chat(self, messages: Sequence[ChatMessage]) -> list[int]:
+    @property
+    def tool_format(self) -> ToolFormat | None:
+        """How the model writes calls of tools; None where its template knows no tools, or the format is not known."""
+        template = self._template
+        return ToolFormat.of_template(template.source) if template and template.knows_tools else None
+
+    def encode_chat(self, messages: Sequence[ChatMessage], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
         """Encode a conversation, rendered by the chat template, as the prompt for the next answer.
+
+        Args:
+            messages: of the conversation.
+            tools: that the answer may call.
 
         Raises:
             SettingsError: the bundle has no chat template.
@@ -69,11 +86,10 @@ class Tokenizer:
         """
         if self._template is None:
             raise SettingsError("prompt", "a conversation", "plain text with --raw: this bundle has no chat template")
-        for message in messages:
-            check_unicode("prompt", message["content"])
-        mark = _unused_character(messages)
-        marked = [{**message, "content": self._mark(message["content"], mark)} for message in messages]
-        text = self._template.render(marked)
+        for text in _texts([messages, tools]):
+            check_unicode("prompt", text)
+        mark = _unused_character([messages, tools])
+        text = self._template.render(self._marked(messages, mark), tools=self._marked(tools, mark))
         return _not_empty(text, self._encode_marked(text, mark))
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -117,6 +133,14 @@ class Tokenizer:
         whole = self.decode(seen)
         if len(whole) > len(text) and whole.startswith(text):
             yield whole[len(text) :]
+
+    def _marked(self, value: Any, mark: str) -> Any:
+        """A value of JSON with all its texts but the names of fields marked."""
+        if isinstance(value, Mapping):
+            return {name: self._marked(entry, mark) for name, entry in value.items()}
+        if isinstance(value, list | tuple):
+            return [self._marked(entry, mark) for entry in value]
+        return self._mark(value, mark) if isinstance(value, str) else value
 
     def _mark(self, content: str, mark: str) -> str:
         """The content with ``mark`` before each added token that the tokenizer would find in it.
@@ -183,9 +207,20 @@ def _pre_tokenizers(part: Any) -> Iterator[dict[str, Any]]:
             yield from _pre_tokenizers(inner)
 
 
-def _unused_character(messages: Sequence[ChatMessage]) -> str:
+def _texts(value: Any) -> Iterator[str]:
+    """All texts in a value of JSON, the names of fields included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from _texts([*value, *value.values()])
+    elif isinstance(value, list | tuple):
+        for entry in value:
+            yield from _texts(entry)
+
+
+def _unused_character(messages: Any) -> str:
     """A private-use character that no message contains."""
-    used = {character for message in messages for character in message["content"]}
+    used = {character for text in _texts(messages) for character in text}
     return next(character for code in _PRIVATE_USE if (character := chr(code)) not in used)
 
 

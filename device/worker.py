@@ -8,14 +8,16 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 from device.answer import AnswerStream
+from device.answer_text import AnswerText
 from device.client import Client
 from device.connection import Connection
 from device.conversations import Conversations
 from device.draft_model import DraftModel
-from device.job import AnswerPiece, Finish, Job
+from device.job import AnswerPiece, AnswerRequest, Finish, Job
 from device.job_queue import JobQueue
 from device.metrics import Metrics
 from device.planners import Planners
@@ -23,8 +25,8 @@ from device.prompt_logprobs import prompt_logprobs
 from device.round_events import RoundEvents
 from device.round_records import RoundRecord
 from device.session import AnswerToken, Origin
-from device.stop_strings import StopStrings
-from device.tokenizer import ChatMessage, Tokenizer
+from device.settings import DraftSettings
+from device.tokenizer import Tokenizer
 from protocol.errors import (
     AdmissionError,
     BusyError,
@@ -166,7 +168,7 @@ class Worker:
             return error
 
     def _answer(self, job: Job) -> Finish:
-        ids = self._prompt_ids(job.request.prompt)
+        ids, settings = self._prompt_ids(job.request), self._settings(job.request)
         client = self._connection.client()
         if job.request.echo:
             with client.cancelled_by(lambda: job.cancelled.is_set() or self._stopping.is_set()):
@@ -175,18 +177,36 @@ class Worker:
             return Finish("length", len(ids), 0)
         rounds = RoundEvents(job.deliver) if job.request.rounds else None
         with (
-            self._conversations.for_prompt(client, ids, job.request.settings) as conversation,
+            self._conversations.for_prompt(client, ids, settings) as conversation,
             client.cancelled_by(lambda: job.cancelled.is_set() or self._stopping.is_set()),
             client.reporting_rounds_to(partial(self._note_round, rounds)),
         ):
             return self._deliver(conversation.ask(ids, job.request.max_new_tokens), job, rounds)
 
-    def _prompt_ids(self, prompt: tuple[ChatMessage, ...] | tuple[int, ...] | str) -> list[int]:
+    def _settings(self, request: AnswerRequest) -> DraftSettings:
+        """The settings of a request; if it must call a tool, with the grammar of a call.
+
+        Raises:
+            SettingsError: the model calls no tools.
+        """
+        if not request.tools.known:
+            return request.settings
+        tool_format = self._tokenizer.tool_format
+        if tool_format is None:
+            raise SettingsError("tools", "given", "left out: this model's chat template declares no tools")
+        if not request.tools.forced:
+            return request.settings
+        sampling = replace(request.settings.sampling, grammar=tool_format.grammar(request.tools.forced))
+        return replace(request.settings, sampling=sampling)
+
+    def _prompt_ids(self, request: AnswerRequest) -> list[int]:
+        prompt = request.prompt
         if isinstance(prompt, str):
             return self._tokenizer.encode(prompt)
         token_ids = [entry for entry in prompt if isinstance(entry, int)]
         if not token_ids:
-            return self._tokenizer.encode_chat([entry for entry in prompt if not isinstance(entry, int)])
+            messages = [entry for entry in prompt if not isinstance(entry, int)]
+            return self._tokenizer.encode_chat(messages, request.tools.known)
         if not 0 <= min(token_ids) <= max(token_ids) < self.vocab_size:
             raise SettingsError("prompt", "these tokens", f"token ids from 0 to {self.vocab_size - 1}")
         return token_ids
@@ -215,21 +235,22 @@ class Worker:
 
     def _deliver(self, stream: AnswerStream, job: Job, rounds: RoundEvents | None) -> Finish:
         """Deliver the text of an answer up to a stop string, in ``rounds`` if they are asked for."""
-        stops = StopStrings(job.request.stops)
+        tool_format = self._tokenizer.tool_format if job.request.tools.known else None
+        answer_text = AnswerText(job.request.stops, tool_format, job.deliver)
         for chunk in stream:
             self._connection.mark_received()
-            text = stops.feed(chunk.text)
+            text = answer_text.feed(chunk.text)
             if rounds:
                 rounds.add(text, chunk.token)
             elif chunk.token and chunk.token.logprobs:
                 job.deliver(self._piece(text, chunk.token, chunk.token.logprobs))
             elif text:
                 job.deliver(text)
-            if stops.reached:
+            if answer_text.stopped:
                 break
         if rounds:
             rounds.flush()
-        if text := stops.flush():
+        if text := answer_text.flush():
             job.deliver(text)
         if not stream.ended:
             return Finish("stop", stream.prompt_tokens, stream.new_tokens)
@@ -240,5 +261,6 @@ class Worker:
             stream.new_tokens,
             answer.tokens_per_second,
         )
-        reason = "stop" if stops.reached else answer.finish_reason
+        reason = "stop" if answer_text.stopped else answer.finish_reason
+        reason = "tool_calls" if answer_text.called and reason == "stop" else reason
         return Finish(reason, stream.prompt_tokens, stream.new_tokens)
