@@ -18,18 +18,10 @@ import numpy.typing as npt
 from protocol.errors import GrammarError
 
 if TYPE_CHECKING:
-    from llguidance import LLMatcher, LLTokenizer
+    from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 Mask: TypeAlias = npt.NDArray[np.bool_]
 
-_LIMITS = {
-    "max_grammar_size": 200_000,
-    "initial_lexer_fuel": 500_000,
-    "step_lexer_fuel": 100_000,
-    "step_max_items": 20_000,
-    "max_lexer_states": 50_000,
-}
-"""Bounds of the time and memory of llguidance: below a second to compile, a few milliseconds for a token."""
 JSON_OPTIONS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """JSON with one space after each comma and colon: most of these tokens are forced, and no answer is white space."""
 
@@ -149,17 +141,30 @@ class GrammarCompiler:
         """
         if not is_available():
             raise GrammarError("grammars need llguidance, which is not installed here")
-        from llguidance import LLMatcher, LLParserLimits
+        from llguidance import LLMatcher
 
         if self._tokenizer is None:
             self._tokenizer = self._make_tokenizer()
-        matcher = LLMatcher(self._tokenizer, text, log_level=0, limits=LLParserLimits(**_LIMITS))
+        matcher = LLMatcher(self._tokenizer, text, log_level=0, limits=_limits())
         grammar = Grammar(matcher, self._vocab_size, frozenset(self._tokenizer.eos_tokens))
         if not matcher.is_error():
             grammar.allowed()
         if matcher.is_error():
             raise GrammarError(f"the grammar cannot be compiled: {_first_line(matcher.get_error())}")
         return grammar
+
+
+def _limits() -> "LLParserLimits":
+    """Bounds of the time and memory of llguidance: below a second to compile, a few milliseconds for a token."""
+    from llguidance import LLParserLimits
+
+    return LLParserLimits(
+        max_grammar_size=200_000,
+        initial_lexer_fuel=500_000,
+        step_lexer_fuel=100_000,
+        step_max_items=20_000,
+        max_lexer_states=50_000,
+    )
 
 
 def _first_line(error: str) -> str:

@@ -49,6 +49,13 @@ class AnswerEvents:
             raise HttpError.of(event)
         return event
 
+    async def next_within(self, seconds: float) -> AnswerEvent | None:
+        """The next event, or None where none comes within ``seconds``; raises what ``next`` raises."""
+        try:
+            return await asyncio.wait_for(self.next(), seconds)
+        except TimeoutError:
+            return None
+
     def cancel(self) -> None:
         """Nobody waits for the answer any more."""
         if self._job:

@@ -16,6 +16,8 @@ from device.tool_calls import ToolCall
 
 _LEAST_LOGPROB = -9999.0
 """What OpenAI sends for a probability of 0; JSON has no infinity."""
+_KEEP_ALIVE_SECONDS = 15.0
+"""A stream without an event for so long gets a comment, so that proxies keep it open."""
 
 
 class Form(Protocol):
@@ -185,7 +187,9 @@ class Completion:
                 yield self._chunk(index, self._form.part(event.text, (event,)))
             else:
                 yield self._chunk(index, self._form.part(event.text, ()), edgedraft=event.fields)
-            event = await self._events.next()
+            while (following := await self._events.next_within(_KEEP_ALIVE_SECONDS)) is None:
+                yield ": keep-alive\n\n"
+            event = following
         self._finishes.append(event)
         yield self._chunk(index, self._form.part("", ()), event.reason)
 

@@ -3,11 +3,9 @@
 Knows JSON, status codes and server-sent events; the answers come from the worker.
 """
 
-import json
 import time
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
@@ -26,13 +24,14 @@ from device.chat_request import ChatRequest
 from device.completion import ChatForm, Completion, Form, TextForm
 from device.host_check import HostCheck
 from device.http_errors import HttpError, shown
+from device.json_body import json_body
 from device.origin_check import OriginCheck
 from device.request_fields import Fields
+from device.request_id import RequestId
 from device.text_request import TextRequest
+from device.token_routes import token_routes
 from device.worker import Worker
 from protocol.errors import EdgedraftError
-
-_MAX_BODY_BYTES = 4 * 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -52,6 +51,7 @@ class Access:
     def checks(self) -> list[Middleware]:
         """The middleware that refuses all others; a page may ask for its access without the key."""
         checks = [
+            Middleware(RequestId),
             Middleware(HostCheck, hosts=self.hosts),
             Middleware(OriginCheck, origins=self.origins),
             Middleware(CORSMiddleware, allow_origins=self.origins, allow_methods=["GET", "POST"], allow_headers=["*"]),
@@ -67,9 +67,12 @@ def application(worker: Worker, name: str, defaults: Defaults, access: Access) -
             Route("/healthz", endpoints.health),
             Route("/readyz", endpoints.readiness),
             Route("/metrics", endpoints.metrics),
+            Route("/health", endpoints.readiness),
             Route("/v1/models", endpoints.models),
+            Route("/v1/models/{name:path}", endpoints.model),
             Route("/v1/chat/completions", endpoints.complete_chat, methods=["POST"]),
             Route("/v1/completions", endpoints.complete_text, methods=["POST"]),
+            *token_routes(worker.tokenizer, worker.vocab_size),
             *page_routes(),
         ],
         middleware=access.checks(),
@@ -109,7 +112,20 @@ class _Routes:
         return Response(generate_latest(self._worker.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     async def models(self, _: Request) -> Response:
+        """The list of the one model that is served."""
+        return JSONResponse({"object": "list", "data": [self._model()]})
+
+    async def model(self, request: Request) -> Response:
         """The one model that is served."""
+        self._check_model(request.path_params["name"])
+        return JSONResponse(self._model())
+
+    def _check_model(self, name: object) -> None:
+        if name not in (None, self._name):
+            message = f"model is {shown(name)}; allowed: {shown(self._name)}"
+            raise HttpError(404, message, "model_not_found", "model")
+
+    def _model(self) -> Fields:
         model = {"id": self._name, "object": "model", "created": self._created, "owned_by": "edgedraft"}
         own = {
             "vocab_size": self._worker.vocab_size,
@@ -117,47 +133,29 @@ class _Routes:
             "mode": self._defaults.mode,
             "draft_len": self._defaults.draft_len,
         }
-        return JSONResponse({"object": "list", "data": [model | {"edgedraft": own}]})
+        return model | {"edgedraft": own}
 
     async def complete_chat(self, request: Request) -> Response:
         """Answers to a conversation, whole or as server-sent events."""
-        fields = await _fields(request)
+        fields = await json_body(request)
         chat = ChatRequest.read(fields, self._defaults)
         return await self._complete(request, fields, chat, ChatForm())
 
     async def complete_text(self, request: Request) -> Response:
         """Continuations of texts, whole or as server-sent events."""
-        fields = await _fields(request)
+        fields = await json_body(request)
         return await self._complete(request, fields, TextRequest.read(fields, self._defaults), TextForm())
 
     async def _complete(
         self, request: Request, fields: Fields, asked: ChatRequest | TextRequest, form: Form
     ) -> Response:
-        if fields.get("model") not in (None, self._name):
-            message = f"model is {shown(fields['model'])}; allowed: {shown(self._name)}"
-            raise HttpError(404, message, "model_not_found", "model")
+        self._check_model(fields.get("model"))
         events = AnswerEvents(self._worker, request)
         completion = Completion(self._name, events, asked.choices, asked.streaming.include_usage, form)
         if not asked.streaming.stream:
             return JSONResponse(await completion.whole())
         first = await completion.begin()
         return StreamingResponse(completion.stream(first), media_type="text/event-stream")
-
-
-async def _fields(request: Request) -> Any:
-    try:
-        return json.loads(await _body(request))
-    except (ValueError, RecursionError) as error:
-        raise HttpError(400, f"the body is not JSON: {error}") from error
-
-
-async def _body(request: Request) -> bytes:
-    body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > _MAX_BODY_BYTES:
-            raise HttpError(413, f"the body is longer than {_MAX_BODY_BYTES} bytes")
-    return bytes(body)
 
 
 async def _error_response(_: Request, error: Exception) -> Response:

@@ -61,6 +61,7 @@ class Worker:
         metrics: what the service counts.
         failure: what ended the thread before ``stop``; None while it runs.
         vocab_size: tokens of the draft model.
+        tokenizer: of the same bundle.
     """
 
     def __init__(
@@ -76,7 +77,7 @@ class Worker:
         self.vocab_size = model.manifest.vocab_size
         self.metrics = metrics or Metrics()
         self._clock = clock
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._connection = Connection(connect, clock)
         planners = planners or Planners(model.manifest.quality)
         self._conversations = Conversations(model, tokenizer, cache_tokens, planners)
@@ -191,7 +192,7 @@ class Worker:
         """
         if not request.tools.known:
             return request.settings
-        tool_format = self._tokenizer.tool_format
+        tool_format = self.tokenizer.tool_format
         if tool_format is None:
             raise SettingsError("tools", "given", "left out: this model's chat template declares no tools")
         if not request.tools.forced:
@@ -202,11 +203,11 @@ class Worker:
     def _prompt_ids(self, request: AnswerRequest) -> list[int]:
         prompt = request.prompt
         if isinstance(prompt, str):
-            return self._tokenizer.encode(prompt)
+            return self.tokenizer.encode(prompt)
         token_ids = [entry for entry in prompt if isinstance(entry, int)]
         if not token_ids:
             messages = [entry for entry in prompt if not isinstance(entry, int)]
-            return self._tokenizer.encode_chat(messages, request.tools.known)
+            return self.tokenizer.encode_chat(messages, request.tools.known)
         if not 0 <= min(token_ids) <= max(token_ids) < self.vocab_size:
             raise SettingsError("prompt", "these tokens", f"token ids from 0 to {self.vocab_size - 1}")
         return token_ids
@@ -215,16 +216,16 @@ class Worker:
         """Deliver the prompt."""
         most = job.request.settings.sampling.logprobs
         if most is None:
-            job.deliver(self._tokenizer.decode(ids))
+            job.deliver(self.tokenizer.decode(ids))
             return
         logprobs = prompt_logprobs(client, ids, most)
-        text = self._tokenizer.token_text(ids[0])
+        text = self.tokenizer.token_text(ids[0])
         job.deliver(AnswerPiece(text, text, None, ()))
         for token_id, told in zip(ids[1:], logprobs, strict=True):
-            job.deliver(self._piece(self._tokenizer.token_text(token_id), AnswerToken(token_id, Origin.TARGET), told))
+            job.deliver(self._piece(self.tokenizer.token_text(token_id), AnswerToken(token_id, Origin.TARGET), told))
 
     def _piece(self, text: str, token: AnswerToken, logprobs: TokenLogprobs) -> AnswerPiece:
-        text_of = self._tokenizer.token_text
+        text_of = self.tokenizer.token_text
         top = tuple((text_of(token_id), logprob) for token_id, logprob in logprobs.top)
         return AnswerPiece(text, text_of(token.token_id), logprobs.logprob, top)
 
@@ -235,7 +236,7 @@ class Worker:
 
     def _deliver(self, stream: AnswerStream, job: Job, rounds: RoundEvents | None) -> Finish:
         """Deliver the text of an answer up to a stop string, in ``rounds`` if they are asked for."""
-        tool_format = self._tokenizer.tool_format if job.request.tools.known else None
+        tool_format = self.tokenizer.tool_format if job.request.tools.known else None
         answer_text = AnswerText(job.request.stops, tool_format, job.deliver)
         for chunk in stream:
             self._connection.mark_received()

@@ -25,7 +25,8 @@ PROMPT = [3, 1, 4, 1, 5]
 def log_probs(tokens: Sequence[int]) -> npt.NDArray[np.float64]:
     """Of the token after ``tokens``, [V]."""
     logits = next_logits(TARGET, tokens).astype(np.float64)
-    return logits - np.log(np.exp(logits).sum())
+    normalised: npt.NDArray[np.float64] = logits - np.log(np.exp(logits).sum())
+    return normalised
 
 
 def assert_told(told: TokenLogprobs | None, tokens: Sequence[int], token_id: int, most: int) -> None:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -157,7 +158,7 @@ def test_a_grammar_longer_than_the_limit_is_refused_on_both_ends() -> None:
 
 
 @pytest.mark.parametrize("values", [{"min_tokens": 3}, {"ignore_eos": True}], ids=str)
-def test_settings_that_contradict_the_end_of_a_grammar_are_refused(values: dict[str, int]) -> None:
+def test_settings_that_contradict_the_end_of_a_grammar_are_refused(values: dict[str, Any]) -> None:
     with pytest.raises(SettingsError, match="with a grammar"):
         replace(Sampling(grammar=GRAMMARS["list"]), **values)
 
