@@ -183,7 +183,7 @@ class Session:
         if draft is None:
             return RoundToVerify(sampling, position, rejection_sampling=by_rejection, answer=answer)
         distributions = draft.distributions if by_rejection else ()
-        return RoundToVerify(sampling, position, draft.token_ids, distributions, by_rejection, answer)
+        return RoundToVerify(sampling, position, draft.token_ids, distributions, by_rejection, answer, draft.given)
 
     def evict(self) -> None:
         """Free the KV cache; it is recomputed from the tokens when they are needed again."""
@@ -195,7 +195,7 @@ class Session:
         accepted, token_id = result.accepted, result.token_id
         self.tokens.append((*self._drafted[:accepted], token_id))
         self.kv_cache.rollback(len(self.tokens) - 1)
-        verdict = Verdict(self.session_id, self.rounds.round_id, accepted, token_id)
+        verdict = Verdict(self.session_id, self.rounds.round_id, accepted, token_id, result.logprobs)
         self._record(verdict)
         self.ready_since = self.last_active = now
         return verdict

@@ -18,7 +18,7 @@ Knows tensors and the seed; not where the logits came from.
 """
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -29,7 +29,9 @@ from torch import Tensor
 
 from basestation.coupled_sampling import coupled_choice
 from basestation.logits_processing import AnswerSoFar, process_logits
+from basestation.logprobs import token_logprobs
 from protocol.full_distribution import FullDistribution
+from protocol.logprobs import TokenLogprobs
 from protocol.messages import DraftDistribution, Sampling
 from protocol.randomness import Stream, uniforms
 from protocol.sparse import SparseDistribution
@@ -50,6 +52,7 @@ class RoundToVerify:
         distributions: what each drafted token was sampled from, for rejection sampling.
         rejection_sampling: accept by P/Q; otherwise accept what equals the target's own tokens.
         answer: so far, for sampling settings that change the logits.
+        given: accept all drafted tokens.
     """
 
     sampling: Sampling
@@ -58,6 +61,7 @@ class RoundToVerify:
     distributions: Sequence[DraftDistribution] = ()
     rejection_sampling: bool = False
     answer: AnswerSoFar | None = None
+    given: bool = False
 
     @property
     def num_logits(self) -> int:
@@ -70,11 +74,13 @@ class VerificationResult:
     """The number of ``accepted`` drafted tokens, and the recovered or bonus token ``token_id`` after them.
 
     Unless ``finite``, it was computed from logits that are NaN or +inf, or all -inf, and has no meaning.
+    ``logprobs`` are of all these tokens, if the sampling settings ask for them.
     """
 
     accepted: int
     token_id: int
     finite: bool = True
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +100,7 @@ def verify_rounds(logits: Tensor, rounds: Sequence[RoundToVerify]) -> list[Verif
     """
     if not rounds:
         return []
+    unprocessed = _rows_for_logprobs(logits, rounds)
     _process_logits(logits, rounds)
     results = torch.empty((len(rounds), 3), dtype=torch.int64, device=logits.device)
     kinds = np.array([one.rejection_sampling for one in rounds], bool)
@@ -103,7 +110,22 @@ def verify_rounds(logits: Tensor, rounds: Sequence[RoundToVerify]) -> list[Verif
         if indices:
             rows = logits if len(indices) == len(rounds) else logits[np.flatnonzero(row_kinds == kind)]
             results[indices] = verify(rows, [rounds[index] for index in indices])
-    return [VerificationResult(accepted, token_id, bool(finite)) for accepted, token_id, finite in results.tolist()]
+    verified = [VerificationResult(accepted, token_id, bool(finite)) for accepted, token_id, finite in results.tolist()]
+    for index, rows in unprocessed.items():
+        one, most = verified[index], rounds[index].sampling.logprobs or 0
+        token_ids = [*rounds[index].drafted[: one.accepted], one.token_id]
+        verified[index] = replace(one, logprobs=token_logprobs(rows, token_ids, most))
+    return verified
+
+
+def _rows_for_logprobs(logits: Tensor, rounds: Sequence[RoundToVerify]) -> dict[int, Tensor]:
+    """Copies of the logits of the rounds whose log-probabilities are asked for, by index."""
+    ends = np.cumsum([one.num_logits for one in rounds]).tolist()
+    return {
+        index: logits[end - one.num_logits : end].clone()
+        for index, (one, end) in enumerate(zip(rounds, ends, strict=True))
+        if one.sampling.logprobs is not None
+    }
 
 
 def _process_logits(logits: Tensor, rounds: Sequence[RoundToVerify]) -> None:
@@ -205,7 +227,7 @@ def _verify_by_match(logits: Tensor, rounds: Sequence[RoundToVerify]) -> Tensor:
         SamplingRow(one.sampling, one.position + index) for one in rounds for index in range(one.num_logits)
     ]
     target_ids = sample_target_tokens(logits, sampling_rows)
-    ends = rows.first_rejected(target_ids == rows.drafted)
+    ends = rows.first_rejected((target_ids == rows.drafted) | rows.given)
     return torch.stack([ends - rows.starts, target_ids[ends], rows.finite_up_to(ends, logits)], dim=1)
 
 
@@ -236,6 +258,7 @@ class _VerifyRows:
     Attributes:
         starts: the first row of each round, int64 [rounds].
         drafted: the drafted token of each row, int64 [n]; ``_NO_TOKEN`` in the last row of a round.
+        given: whether it is accepted whatever the target's is, bool [n].
     """
 
     def __init__(self, rounds: Sequence[RoundToVerify], torch_device: torch.device) -> None:
@@ -248,6 +271,7 @@ class _VerifyRows:
         self._round_indices = self._to_device(np.repeat(np.arange(len(rounds)), counts))
         self.starts = self._to_device(starts)
         self.drafted = self._to_device(drafted)
+        self.given = self._to_device(np.repeat([one.given for one in rounds], counts) & (drafted != _NO_TOKEN))
 
     def uniforms(self, stream: Stream) -> Tensor:
         """Random numbers of all rows, float64 [n] in [0, 1)."""

@@ -9,6 +9,7 @@ llguidance is loaded with the first grammar.
 
 import json
 from collections.abc import Callable, Sequence
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -17,19 +18,11 @@ import numpy.typing as npt
 from protocol.errors import GrammarError
 
 if TYPE_CHECKING:
-    from llguidance import LLMatcher, LLTokenizer
+    from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 Mask: TypeAlias = npt.NDArray[np.bool_]
 
-_LIMITS: dict[str, Any] = {
-    "max_grammar_size": 200_000,
-    "initial_lexer_fuel": 500_000,
-    "step_lexer_fuel": 100_000,
-    "step_max_items": 20_000,
-    "max_lexer_states": 50_000,
-}
-"""Bounds of the time and memory of llguidance: below a second to compile, a few milliseconds for a token."""
-_JSON = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+JSON_OPTIONS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """JSON with one space after each comma and colon: most of these tokens are forced, and no answer is white space."""
 
 
@@ -44,7 +37,7 @@ def is_available() -> bool:
 
 def schema_grammar(schema: Any) -> str:
     """The grammar of the JSON texts that are valid under a JSON schema."""
-    return json.dumps({"grammars": [{"json_schema": {**schema, "x-guidance": _JSON}}]}, separators=(",", ":"))
+    return json.dumps({"grammars": [{"json_schema": {**schema, "x-guidance": JSON_OPTIONS}}]}, separators=(",", ":"))
 
 
 def lark_grammar(lark: str) -> str:
@@ -66,9 +59,10 @@ class Grammar:
         error: why nothing can be said any more: a limit was exceeded; "" otherwise.
     """
 
-    def __init__(self, matcher: "LLMatcher", vocab_size: int) -> None:
+    def __init__(self, matcher: "LLMatcher", vocab_size: int, stop_ids: frozenset[int]) -> None:
         self._matcher = matcher
         self._vocab_size = vocab_size
+        self._stop_ids = stop_ids
         self._tokens: list[int] = []
         self.error = ""
 
@@ -76,20 +70,27 @@ class Grammar:
         """Another grammar at its beginning."""
         matcher = self._matcher.deep_copy()
         matcher.reset()
-        return Grammar(matcher, self._vocab_size)
+        return Grammar(matcher, self._vocab_size, self._stop_ids)
 
     def follow(self, tokens: Sequence[int]) -> bool:
-        """Move to the state after the answer ``tokens``; whether the grammar allows all of them."""
+        """Move to the state after the answer ``tokens``; whether the grammar allows all of them.
+
+        The state does not change with a stop id at their end, which nothing may follow.
+        """
+        ends = bool(tokens) and tokens[-1] in self._stop_ids
+        body = tokens[:-1] if ends else tokens
         shared = 0
-        while shared < min(len(tokens), len(self._tokens)) and tokens[shared] == self._tokens[shared]:
+        while shared < min(len(body), len(self._tokens)) and body[shared] == self._tokens[shared]:
             shared += 1
         if shared < len(self._tokens):
             self._matcher.rollback(len(self._tokens) - shared)
             del self._tokens[shared:]
-        consumed = self._matcher.try_consume_tokens(list(tokens[shared:])) if shared < len(tokens) else 0
-        self._tokens += tokens[shared : shared + consumed]
+        rest = list(takewhile(lambda token_id: token_id not in self._stop_ids, body[shared:]))
+        consumed = self._matcher.try_consume_tokens(rest) if rest else 0
+        self._tokens += rest[:consumed]
         self._note_error()
-        return len(self._tokens) == len(tokens) and not self.error
+        allowed = len(self._tokens) == len(body) and not self.error
+        return allowed and (not ends or bool(self.allowed()[tokens[-1]]))
 
     def allowed(self) -> Mask:
         """Which tokens may come next, bool [V]."""
@@ -140,17 +141,30 @@ class GrammarCompiler:
         """
         if not is_available():
             raise GrammarError("grammars need llguidance, which is not installed here")
-        from llguidance import LLMatcher, LLParserLimits
+        from llguidance import LLMatcher
 
         if self._tokenizer is None:
             self._tokenizer = self._make_tokenizer()
-        matcher = LLMatcher(self._tokenizer, text, log_level=0, limits=LLParserLimits(**_LIMITS))
-        grammar = Grammar(matcher, self._vocab_size)
+        matcher = LLMatcher(self._tokenizer, text, log_level=0, limits=_limits())
+        grammar = Grammar(matcher, self._vocab_size, frozenset(self._tokenizer.eos_tokens))
         if not matcher.is_error():
             grammar.allowed()
         if matcher.is_error():
             raise GrammarError(f"the grammar cannot be compiled: {_first_line(matcher.get_error())}")
         return grammar
+
+
+def _limits() -> "LLParserLimits":
+    """Bounds of the time and memory of llguidance: below a second to compile, a few milliseconds for a token."""
+    from llguidance import LLParserLimits
+
+    return LLParserLimits(
+        max_grammar_size=200_000,
+        initial_lexer_fuel=500_000,
+        step_lexer_fuel=100_000,
+        step_max_items=20_000,
+        max_lexer_states=50_000,
+    )
 
 
 def _first_line(error: str) -> str:

@@ -19,8 +19,13 @@ class SamplingDefaults:
     seed: int | None
 
 
-def read_sampling(fields: Fields, defaults: SamplingDefaults) -> Sampling:
+def read_sampling(fields: Fields, defaults: SamplingDefaults, logprobs: int | None = None) -> Sampling:
     """The sampling; greedy answers share one seed, so that a conversation can continue its session.
+
+    Args:
+        fields: of the request.
+        defaults: for fields that it leaves out.
+        logprobs: how many of the likeliest tokens are told with each token; None for no log-probabilities.
 
     Raises:
         SettingsError: a field has a value that is not allowed.
@@ -44,6 +49,7 @@ def read_sampling(fields: Fields, defaults: SamplingDefaults) -> Sampling:
         field(fields, "ignore_eos", bool, False, "true or false"),
         _stop_token_ids(fields),
         read_grammar(fields),
+        logprobs,
     )
 
 

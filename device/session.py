@@ -5,7 +5,7 @@ Knows tokens, not text; ``session_requests.py`` gets the requests answered.
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from common.grammar import Grammar
@@ -19,6 +19,7 @@ from device.session_requests import SessionRequests
 from device.settings import DraftSettings
 from protocol.errors import CancelledError, ContextLengthError, NonFiniteError
 from protocol.limits import option_name
+from protocol.logprobs import TokenLogprobs
 from protocol.messages import Mode, Sampling, Verdict
 
 logger = logging.getLogger(__name__)
@@ -44,12 +45,14 @@ class AnswerToken:
     """One committed token of an answer.
 
     ``origin`` is ``target`` where nothing was drafted. ``margin`` is the draft model's, in nats, of an accepted
-    token; None where it was sampled from its distribution, and for tokens of the target.
+    token; None where it was sampled from its distribution, and for tokens of the target. ``logprobs`` are the target's,
+    if the sampling settings ask for them.
     """
 
     token_id: int
     origin: Origin
     margin: float | None = None
+    logprobs: TokenLogprobs | None = None
 
 
 class DeviceSession:
@@ -237,6 +240,9 @@ class DeviceSession:
         accepted = drafted[: verdict.accepted]
         committed = [AnswerToken(token.token_id, Origin.ACCEPTED, token.margin) for token in accepted]
         committed.append(AnswerToken(verdict.token_id, last if drafted else Origin.TARGET))
+        if verdict.logprobs:
+            pairs = zip(committed, verdict.logprobs, strict=True)
+            committed = [replace(token, logprobs=logprobs) for token, logprobs in pairs]
         self.tokens += [token.token_id for token in committed]
         return committed
 

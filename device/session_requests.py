@@ -103,6 +103,12 @@ class SessionRequests:
         """The number of Drafts without a Verdict."""
         return len(self._rounds.in_flight)
 
+    def send_given(self, token_ids: Sequence[int]) -> None:
+        """Send tokens of the prompt whose log-probabilities are asked for; ``verdict`` has them."""
+        draft = Draft(self._session_id, self._rounds.next_round, tuple(token_ids), given=True)
+        self._rounds.advance(draft)
+        self._client.send(draft)
+
     def send_draft(self, drafted: DraftResult, assumed_bonus: int | None = None) -> None:
         """Send a Draft; while another is in flight, on the bonus token that is assumed to follow that one."""
         round_id = self._rounds.next_round

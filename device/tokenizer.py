@@ -6,10 +6,10 @@ does not end the turn.
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.decoders import DecodeStream
@@ -17,6 +17,7 @@ from tokenizers.decoders import DecodeStream
 from common.chat_template import ChatTemplate
 from common.grammar import Grammar, GrammarCompiler
 from device.prompt import Prompt
+from device.tool_calls import ToolFormat
 from protocol.bundle import (
     CHAT_TEMPLATE_NAME,
     DRAFT_CHAT_TEMPLATE_NAME,
@@ -33,10 +34,16 @@ _MAX_GRAMMARS = 32
 
 
 class ChatMessage(TypedDict):
-    """One message of a conversation; ``role`` is system, user or assistant."""
+    """One message of a conversation; ``role`` is system, user, assistant or tool.
+
+    Assistants may have ``tool_calls``, tools a ``tool_call_id`` and a ``name``.
+    """
 
     role: str
     content: str
+    tool_calls: NotRequired[list[dict[str, Any]]]
+    tool_call_id: NotRequired[str]
+    name: NotRequired[str]
 
 
 class Tokenizer:
@@ -85,8 +92,18 @@ class Tokenizer:
             _not_empty(text, self._tokenizer.encode(text).ids), self._draft.encode(text) if self._draft else ()
         )
 
-    def encode_chat(self, messages: Sequence[ChatMessage]) -> Prompt:
+    @property
+    def tool_format(self) -> ToolFormat | None:
+        """How the model writes calls of tools; None where its template knows no tools, or the format is not known."""
+        template = self._template
+        return ToolFormat.of_template(template.source) if template and template.knows_tools else None
+
+    def encode_chat(self, messages: Sequence[ChatMessage], tools: Sequence[Mapping[str, Any]] = ()) -> Prompt:
         """Encode a conversation, rendered by the chat template, as the prompt for the next answer.
+
+        Args:
+            messages: of the conversation.
+            tools: that the answer may call.
 
         Raises:
             SettingsError: the bundle has no chat template.
@@ -94,16 +111,21 @@ class Tokenizer:
         """
         if self._template is None:
             raise SettingsError("prompt", "a conversation", "plain text with --raw: this bundle has no chat template")
-        for message in messages:
-            check_unicode("prompt", message["content"])
-        mark = _unused_character(messages)
-        marked = [{**message, "content": self._mark(message["content"], mark)} for message in messages]
-        text = self._template.render(marked)
-        return Prompt(_not_empty(text, self._encode_marked(text, mark)), self._draft_prompt(messages))
+        for text in _texts([messages, tools]):
+            check_unicode("prompt", text)
+        mark = _unused_character([messages, tools])
+        text = self._template.render(self._marked(messages, mark), tools=self._marked(tools, mark))
+        ids = _not_empty(text, self._encode_marked(text, mark))
+        return Prompt(ids, self._draft_prompt(messages, tools))
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Decode ids, without special tokens."""
         text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
+        return text
+
+    def token_text(self, token_id: int) -> str:
+        """The text of one token, also of a special one; "�" for a part of a character."""
+        text: str = self._tokenizer.decode([token_id], skip_special_tokens=False)
         return text
 
     def grammar(self, text: str, stop_ids: frozenset[int]) -> Grammar:
@@ -138,15 +160,24 @@ class Tokenizer:
         if len(whole) > len(text) and whole.startswith(text):
             yield whole[len(text) :]
 
-    def _draft_prompt(self, messages: Sequence[ChatMessage]) -> list[int]:
-        """The conversation by the draft model's own chat template; empty where that has none, or refuses it."""
-        if self._draft is None or self._draft._template is None:
+    def _draft_prompt(self, messages: Sequence[ChatMessage], tools: Sequence[Mapping[str, Any]]) -> list[int]:
+        """The conversation by the draft model's own chat template; empty where that cannot render it."""
+        template = self._draft._template if self._draft else None
+        if self._draft is None or template is None or (tools and not template.knows_tools):
             return []
         try:
-            return self._draft.encode_chat(messages)
+            return self._draft.encode_chat(messages, tools)
         except BundleError as error:
             logger.info("the draft model gets the target's prompt: %s", error)
             return []
+
+    def _marked(self, value: Any, mark: str) -> Any:
+        """A value of JSON with all its texts but the names of fields marked."""
+        if isinstance(value, Mapping):
+            return {name: self._marked(entry, mark) for name, entry in value.items()}
+        if isinstance(value, list | tuple):
+            return [self._marked(entry, mark) for entry in value]
+        return self._mark(value, mark) if isinstance(value, str) else value
 
     def _mark(self, content: str, mark: str) -> str:
         """The content with ``mark`` before each added token that the tokenizer would find in it.
@@ -213,9 +244,20 @@ def _pre_tokenizers(part: Any) -> Iterator[dict[str, Any]]:
             yield from _pre_tokenizers(inner)
 
 
-def _unused_character(messages: Sequence[ChatMessage]) -> str:
+def _texts(value: Any) -> Iterator[str]:
+    """All texts in a value of JSON, the names of fields included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from _texts([*value, *value.values()])
+    elif isinstance(value, list | tuple):
+        for entry in value:
+            yield from _texts(entry)
+
+
+def _unused_character(messages: Any) -> str:
     """A private-use character that no message contains."""
-    used = {character for message in messages for character in message["content"]}
+    used = {character for text in _texts(messages) for character in text}
     return next(character for code in _PRIVATE_USE if (character := chr(code)) not in used)
 
 

@@ -29,6 +29,7 @@ from protocol.draft_codec import DraftedTokens, EncodedDraft, decode_drafted, en
 from protocol.errors import FrameError, SettingsError
 from protocol.full_distribution import FullDistribution
 from protocol.limits import Limits
+from protocol.logprobs import TokenLogprobs
 from protocol.messages import (
     HASH_BYTES,
     MAX_BIASED_TOKENS,
@@ -54,7 +55,7 @@ from protocol.sparse import SparseDistribution
 
 MAX_FAULT_TEXT = 1000
 _MAX_ARRAY_LEN = 256
-_DRAFT_TAGS = _DRAFT_TAG, _PIPELINED_DRAFT_TAG = 5, 10
+_DRAFT_TAGS = _DRAFT_TAG, _PIPELINED_DRAFT_TAG, _GIVEN_DRAFT_TAG = 5, 10, 13
 _MIN_ID_BITS = 8  # more than the padding of the last byte
 _MAX_COUNTER = 2**32 - 1
 _Value = TypeVar("_Value")
@@ -134,6 +135,8 @@ class FrameCodec:
         if not isinstance(values, list) or not values or type(values[0]) is not int:
             raise FrameError("a frame must be an array that starts with its tag")
         tag, *rest = values
+        if tag == _GIVEN_DRAFT_TAG:
+            return self._unpack_given(rest)
         if tag in (_DRAFT_TAG, _PIPELINED_DRAFT_TAG):
             return self._unpack_draft(rest, pipelined=tag == _PIPELINED_DRAFT_TAG)
         if tag not in self._by_tag:
@@ -152,7 +155,7 @@ class FrameCodec:
             _Layout(Opened, 3, (counter, counter)),
             _Layout(Extend, 4, (counter, counter, counter, prompt, _optional(sampling))),
             _Layout(Decode, 6, (counter, counter, counter)),
-            _Layout(Verdict, 7, (counter, counter, counter, self._token)),
+            _Layout(Verdict, 7, (counter, counter, counter, self._token, _array_of(self._logprobs()))),
             _Layout(Close, 8, (counter,)),
             _Layout(Fault, 9, (_optional(counter), _text(40), _text(MAX_FAULT_TEXT), counter)),
             _Layout(Resume, 11, (counter, counter, counter, _binary(HASH_BYTES))),
@@ -162,7 +165,9 @@ class FrameCodec:
     def _sampling(self) -> _Field:
         """Temperature, top-k, top-p and seed in one binary field; with later settings an array that begins with it."""
         stop_ids = _array_of(self._token)
-        later = (_NUMBER, _NUMBER, _NUMBER, _NUMBER, self._biases(), self._counter, _FLAG, stop_ids, self._grammar())
+        grammar, logprobs = self._grammar(), _optional(self._counter)
+        numbers = (_NUMBER, _NUMBER, _NUMBER, _NUMBER)
+        later = (*numbers, self._biases(), self._counter, _FLAG, stop_ids, grammar, logprobs)
         entries = fields(Sampling)[-len(later) :]
 
         def pack_sampling(sampling: Sampling) -> Any:
@@ -192,6 +197,9 @@ class FrameCodec:
             return text
 
         return _Field(str, unpack)
+
+    def _logprobs(self) -> _Field:
+        return _Field(TokenLogprobs.encode, lambda value: TokenLogprobs.decode(_expect(bytes, value), self.vocab_size))
 
     def _biases(self) -> _Field:
         """Pairs of a token id and its bias, 8 bytes each."""
@@ -227,6 +235,8 @@ class FrameCodec:
         head = [_DRAFT_TAG, draft.session_id, draft.round_id]
         if draft.assumed_bonus is not None:
             head = [_PIPELINED_DRAFT_TAG, draft.session_id, draft.round_id, draft.assumed_bonus]
+        if draft.given:
+            head = [_GIVEN_DRAFT_TAG, draft.session_id, draft.round_id]
         return [*head, *self._pack_drafted(draft)]
 
     def _pack_drafted(self, draft: Draft) -> list[int | bytes]:
@@ -248,6 +258,12 @@ class FrameCodec:
         session_id, round_id, *assumed_bonus = (codec.unpack(value) for codec, value in zip(head, values, strict=False))
         token_ids, distributions = self._unpack_drafted(values[len(head) :])
         return Draft(session_id, round_id, token_ids, distributions, assumed_bonus[0] if assumed_bonus else None)
+
+    def _unpack_given(self, values: list[object]) -> Draft:
+        if len(values) < 3:
+            raise FrameError(f"Draft of given tokens has {len(values)} fields; allowed: 3 or more")
+        session_id, round_id = (self._counter.unpack(value) for value in values[:2])
+        return Draft(session_id, round_id, self._draft_ids.unpack(values[2]), given=True)
 
     def _unpack_drafted(self, values: list[object]) -> tuple[tuple[int, ...], tuple[DraftDistribution, ...]]:
         match values:

@@ -30,6 +30,7 @@ import numpy as np
 from protocol.errors import SettingsError
 from protocol.full_distribution import FullDistribution
 from protocol.limits import Limits
+from protocol.logprobs import MAX_TOP_LOGPROBS, TokenLogprobs
 from protocol.sparse import SparseDistribution
 
 PROTOCOL_VERSION = 5
@@ -111,6 +112,7 @@ class Sampling:
         ignore_eos: whether the model's stop ids do not end the answer.
         stop_token_ids: further ids that end it.
         grammar: that the answer follows, in the format of ``common/grammar.py``; "" for none.
+        logprobs: how many likeliest tokens a Verdict tells with the log-probability of each token; None for nothing.
     """
 
     temperature: float = 0.0
@@ -126,6 +128,7 @@ class Sampling:
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
     grammar: str = ""
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
         biases = [bias for _, bias in self.logit_bias]
@@ -144,6 +147,7 @@ class Sampling:
             ("frequency_penalty", -2 <= self.frequency_penalty <= 2, "-2 to 2"),
             ("logit_bias", all(-100 <= bias <= 100 for bias in biases), "-100 to 100 for each token"),
             ("min_tokens", 0 <= self.min_tokens < 2**31, "0 or a number of tokens"),
+            ("logprobs", 0 <= (self.logprobs or 0) <= MAX_TOP_LOGPROBS, f"0 to {MAX_TOP_LOGPROBS}"),
             ("min_tokens", not (self.grammar and self.min_tokens), "0 with a grammar, which ends the answer"),
             ("ignore_eos", not (self.grammar and self.ignore_eos), "false with a grammar, which ends the answer"),
         ):
@@ -279,7 +283,8 @@ class Draft:
     A Draft without tokens requests one token of the target. A Draft with an
     ``assumed_bonus`` is sent before the Verdict of the previous round. It is valid if
     all tokens of that round are accepted and the Verdict's token is ``assumed_bonus``;
-    otherwise it is invalidated.
+    otherwise it is invalidated. All tokens of a ``given`` Draft are accepted: they are
+    part of the prompt, and their log-probabilities are asked for.
     """
 
     session_id: int
@@ -287,6 +292,7 @@ class Draft:
     token_ids: tuple[int, ...]
     distributions: tuple[DraftDistribution, ...] = ()
     assumed_bonus: int | None = None
+    given: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,13 +312,14 @@ class Verdict:
     """The first ``accepted`` drafted tokens are accepted, and ``token_id`` follows them.
 
     ``token_id`` is the *recovered* token if a drafted token was rejected, and the
-    *bonus* token otherwise.
+    *bonus* token otherwise. ``logprobs`` are of these tokens, if the sampling settings ask for them.
     """
 
     session_id: int
     round_id: int
     accepted: int
     token_id: int
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

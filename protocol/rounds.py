@@ -129,6 +129,8 @@ class SessionRounds:
             self._check_draft(message)
         elif isinstance(message, Verdict) and message.accepted > self._drafted:
             raise StateError(f"{message.accepted} tokens accepted of {self._drafted} drafted")
+        elif isinstance(message, Verdict) and message.logprobs and len(message.logprobs) != message.accepted + 1:
+            raise StateError(f"log-probabilities of {len(message.logprobs)} tokens of {message.accepted + 1}")
         elif isinstance(message, Decode) and message.count == 0:
             raise StateError("a Decode of 0 tokens; allowed: 1 or more")
         elif isinstance(message, Open):
@@ -156,9 +158,11 @@ class SessionRounds:
             _check_sampling(self._mode, message.sampling)
 
     def _check_draft(self, draft: Draft) -> None:
-        if self._mode is Mode.TARGET and draft.token_ids:
+        if draft.given:
+            self._check_given(draft)
+        elif self._mode is Mode.TARGET and draft.token_ids:
             raise StateError("a Draft with tokens in mode 'target'; allowed: none")
-        if draft.token_ids and self._mode.sends_ids_alone == bool(draft.distributions):
+        elif draft.token_ids and self._mode.sends_ids_alone == bool(draft.distributions):
             kind = "with" if draft.distributions else "without"
             raise StateError(f"a Draft {kind} distributions in mode {self._mode.value!r}")
         if self.is_invalidated(draft):
@@ -167,6 +171,13 @@ class SessionRounds:
             raise StateError("a Draft without an assumed bonus token while another is in flight")
         if len(self.in_flight) >= self._window:
             raise StateError(f"{len(self.in_flight) + 1} Drafts in flight; allowed: {self._window} (--window)")
+
+    def _check_given(self, draft: Draft) -> None:
+        if self._mode is not Mode.TARGET or not draft.token_ids or self.in_flight:
+            raise StateError(
+                f"a Draft of {len(draft.token_ids)} given tokens in mode {self._mode.value!r}, "
+                f"{len(self.in_flight)} others in flight; allowed: 1 or more in mode 'target', none in flight"
+            )
 
     @property
     def _drafted(self) -> int:

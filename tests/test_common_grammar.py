@@ -48,6 +48,8 @@ def test_at_its_end_only_stop_ids_are_allowed(text: str) -> None:
             assert grammar.follow(answer)
             answer.append(rng.choice(np.flatnonzero(grammar.allowed()).tolist()))
         assert answer[-1] == STOP
+        assert grammar.follow(answer)
+        assert not grammar.follow([*answer, STOP])
         if text.startswith('{"grammars":[{"json_schema"'):
             json.loads(text_of(answer))
 

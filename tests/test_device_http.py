@@ -128,8 +128,12 @@ def test_a_turn_with_other_sampling_settings_continues_in_the_same_session(chang
         ({"max_completion_tokens": 1.5}, ["max_completion_tokens", "1.5"]),
         ({"stop": ["a"] * 5}, ["stop", "up to 4"]),
         ({"stop": ""}, ["stop", "none of them empty"]),
-        ({"n": 2}, ["n is 2", "1"]),
+        ({"n": 9}, ["n is 9", "1 to 8"]),
+        ({"logprobs": 2}, ["logprobs", "true or false"]),
+        ({"logprobs": True, "top_logprobs": 21}, ["logprobs", "21", "0 to 20"]),
         ({"tools": [{"type": "function"}]}, ["tools", "function"]),
+        ({"tool_choice": "required"}, ["tool_choice", "required", "names one of the tools"]),
+        ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, ["tool_calls[0]", "function"]),
         ({"response_format": {"type": "yaml"}}, ["response_format", "yaml", "json_object"]),
         ({"response_format": {"type": "json_schema"}}, ["response_format", "json_schema.schema"]),
         ({"grammar": "a", "regex": "b"}, ["grammar", "one of response_format, grammar and regex"]),
@@ -160,9 +164,7 @@ def test_neutral_and_unknown_fields_are_ignored() -> None:
     [
         ("best_of", 2),
         ("chat_template_kwargs", {"enable_thinking": False}),
-        ("echo", True),
         ("guided_json", {"type": "object"}),
-        ("tool_choice", "required"),
         ("top_logprobs", 3),
         ("typical_p", 0.9),
     ],
@@ -186,7 +188,7 @@ def test_sampling_settings_of_a_request_reach_the_base_station() -> None:
         "ignore_eos": True,
         "stop_token_ids": [9],
     }
-    sampling = ChatRequest.read(FIELDS | fields, DEFAULTS).request.settings.sampling
+    sampling = ChatRequest.read(FIELDS | fields, DEFAULTS).choices[0].settings.sampling
     assert sampling == Sampling(0, 0, 1, 0, 0.1, 1.2, 0.5, 1.0, ((7, 3.0), (5, -100.0)), 5, True, (9,))
     with http_client(new_station()) as client:
         assert content_of(complete(client, **fields)) == text_of(slow_answer(TARGET, sampling, PROMPT, 12, ()))
@@ -223,11 +225,11 @@ def test_top_k_of_a_request_limits_what_is_sampled() -> None:
     """With one candidate a sampled answer is the greedy one."""
     with http_client(new_station()) as client:
         assert content_of(complete(client, temperature=1.5, top_k=1)) == text_of(target_alone(TARGET, PROMPT, 12))
-    assert ChatRequest.read(FIELDS | {"top_k": -1}, DEFAULTS).request.settings.sampling.top_k == 0
+    assert ChatRequest.read(FIELDS | {"top_k": -1}, DEFAULTS).choices[0].settings.sampling.top_k == 0
 
 
 def test_minus_one_is_a_random_seed_and_no_limit_of_tokens() -> None:
-    requests = [ChatRequest.read(FIELDS | {"temperature": 1, "seed": -1}, DEFAULTS).request for _ in range(2)]
+    requests = [ChatRequest.read(FIELDS | {"temperature": 1, "seed": -1}, DEFAULTS).choices[0] for _ in range(2)]
     assert requests[0].settings.sampling.seed != requests[1].settings.sampling.seed
     station = Station(FakeTarget.make(TARGET, context_length=40))
     with http_client(station) as client:
@@ -242,8 +244,8 @@ def test_messages_are_read_as_their_senders_mean_them() -> None:
         {"role": "assistant", "content": None, "tool_calls": []},
         {"role": "user", "content": "1 5"},
     ]
-    read = ChatRequest.read(FIELDS | {"messages": messages}, DEFAULTS).request.messages
-    assert [(one["role"], one["content"]) for one in read] == [
+    read = ChatRequest.read(FIELDS | {"messages": messages}, DEFAULTS).choices[0].prompt
+    assert [(one["role"], one["content"]) for one in read if isinstance(one, dict)] == [
         ("system", "3 1"),
         ("user", "4"),
         ("assistant", ""),
@@ -268,7 +270,7 @@ def test_error_response_is_one_line_and_the_next_request_is_answered() -> None:
             (complete(client, messages=[{"role": "user", "content": "3 " * 5000}]), 400),
             (complete(client, model="numbers-2"), 404),
             (client.get("/v1/chat/completions"), 405),
-            (client.get("/v1/completions"), 404),
+            (client.get("/v1/completions"), 405),
         ):
             assert response.status_code == status
             assert "\n" not in response.text.strip()

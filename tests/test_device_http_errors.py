@@ -54,7 +54,7 @@ def test_an_error_names_status_code_and_field(fields: dict[str, Any], status: in
         ("POST", "/v1/chat/completions", b"\xff", 400),
         ("POST", "/v1/chat/completions", b'{"messages": [{"role": "user", "content": "3 \\ud800"}]}', 400),
         ("POST", "/v1/chat/completions", b" " * 5_000_000, 413),
-        ("POST", "/v1/completions", b"{}", 404),
+        ("POST", "/v1/embeddings", b"{}", 404),
         ("DELETE", "/v1/chat/completions", b"", 405),
     ],
     ids=lambda value: str(value)[:40],

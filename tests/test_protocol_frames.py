@@ -15,6 +15,7 @@ from protocol.errors import FrameError, LimitError, ProtocolError
 from protocol.frames import FrameCodec
 from protocol.full_distribution import FullDistribution
 from protocol.limits import Limits
+from protocol.logprobs import TokenLogprobs
 from protocol.messages import (
     MAX_TEMPERATURE,
     MIN_TEMPERATURE,
@@ -96,8 +97,14 @@ samplings = (
         ignore_eos=st.booleans(),
         stop_token_ids=st.lists(st.integers(0, 1), max_size=64).map(tuple),
     )
-    | st.builds(Sampling, grammar=st.text(st.characters(codec="utf-8"), max_size=300))
+    | st.builds(Sampling, grammar=st.text(st.characters(codec="utf-8"), max_size=300), logprobs=st.integers(0, 20))
 )
+
+
+def token_logprobs(vocab_size: int) -> st.SearchStrategy[TokenLogprobs]:
+    logprobs = st.floats(max_value=0, width=32)
+    top = st.lists(st.tuples(st.integers(0, vocab_size - 1), logprobs), max_size=20).map(tuple)
+    return st.builds(TokenLogprobs, logprobs, top)
 
 
 def field_strategies(vocab_size: int) -> dict[str, st.SearchStrategy[Any]]:
@@ -119,6 +126,8 @@ def field_strategies(vocab_size: int) -> dict[str, st.SearchStrategy[Any]]:
         "token_ids": token_ids,
         "distributions": st.just(()),
         "accepted": st.integers(0, 64),
+        "given": st.just(False),
+        "logprobs": st.lists(token_logprobs(vocab_size), max_size=65).map(tuple),
         "token_id": st.integers(0, vocab_size - 1),
         "code": st.text(printable, max_size=40),
         "text": st.text(printable, max_size=1000),
@@ -131,7 +140,8 @@ def messages(kind: type[Message], vocab_size: int) -> st.SearchStrategy[Message]
         kind, **{entry.name: known.get(entry.name, counters) for entry in fields(kind)}
     )
     if kind is Draft:
-        return plain | drafts_with_distributions(vocab_size)
+        given = st.builds(Draft, counters, counters, known["token_ids"], given=st.just(True))
+        return plain | drafts_with_distributions(vocab_size) | given
     if kind is Extend:
         return plain | st.builds(Extend, counters, counters, counters, known["token_ids"])
     if kind is Fault:
@@ -532,6 +542,29 @@ def test_later_sampling_settings_take_no_byte_where_they_are_not_used() -> None:
 def test_invalid_later_sampling_settings_are_refused(values: list[object]) -> None:
     first = [] if values == [] else [struct.pack("<dIdQ", 0.5, 3, 0.9, 7)]
     refused(frame_of(2, 1, 0, 0, [*first, *values], ids_of(1, 2)), "")
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        b"",
+        b"123",
+        b"12345678",
+        struct.pack("<f", np.nan),
+        struct.pack("<fIf", -1.0, 300, -1.0),
+        struct.pack("<fIf", -1.0, 2, np.nan),
+        bytes(4 + 8 * 21),
+        "text",
+    ],
+    ids=str,
+)
+def test_invalid_log_probabilities_are_refused(told: object) -> None:
+    refused(frame_of(7, 0, 1, 0, 5, [told]), "log-probabilit|of type str; allowed: bytes")
+
+
+def test_a_given_draft_has_tokens_and_nothing_else() -> None:
+    assert msgpack.unpackb(CODEC.encode(Draft(1, 2, (5,), given=True))) == [13, 1, 2, ids_of(5)]
+    refused(frame_of(13, 1, 2), "given tokens has 2 fields; allowed: 3")
 
 
 def test_the_vocabulary_follows_the_fields_of_a_welcome_that_an_older_device_knows() -> None:

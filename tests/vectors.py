@@ -17,6 +17,7 @@ import numpy as np
 from protocol.coupling import PositionNoise
 from protocol.frames import FrameCodec
 from protocol.full_distribution import FullDistribution
+from protocol.logprobs import TokenLogprobs
 from protocol.messages import (
     PROTOCOL_VERSION,
     Close,
@@ -76,6 +77,11 @@ REQUESTS: list[Message] = [
     Extend(7, 5, 1, (4,), Sampling(1.0, seed=3, min_p=0.4, min_tokens=2, stop_token_ids=(9,))),
     Decode(7, 6, 6),
     Close(7),
+    Open(8, 0, Mode.TARGET, Sampling(logprobs=2), (2,)),
+    Draft(8, 1, (7, 0, 3), given=True),
+    Extend(8, 2, 3, (3,)),
+    Draft(8, 3, (9,), given=True),
+    Close(8),
 ]
 
 
@@ -113,7 +119,9 @@ def messages(vocab_size: int) -> list[Message]:
         Draft(1, 3, (40, 5), (one, other), assumed_bonus=0),
         *([Draft(1, 4, (9,), (full,))] if vocab_size < LARGE_VOCAB else []),
         Decode(1, 5, 70_000),
+        Draft(1, 5, (5, 0, last), given=True),
         Verdict(1, 2, 3, last),
+        Verdict(1, 2, 0, last, (TokenLogprobs(-0.5, ((last, -0.5), (3, -2.25))),)),
         Resume.of(1, 2, (1, last, 0)),
         Resumed(1, 2, 3),
         Close(1),
