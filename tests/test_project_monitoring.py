@@ -13,7 +13,7 @@ from device.metrics import Metrics as DeviceMetrics
 from tests.monitoring import DOCKER, alerts, dashboard_queries, rules
 from tests.sample import PROJECT
 
-SUFFIXES = {"counter": ("_total",), "gauge": ("",), "histogram": ("_bucket", "_sum", "_count")}
+SUFFIXES = {"counter": ("_total",), "gauge": ("",), "info": ("_info",), "histogram": ("_bucket", "_sum", "_count")}
 SERVICES: dict[str, Any] = yaml.safe_load((DOCKER / "compose.yaml").read_text(encoding="utf-8"))["services"]
 JOBS = [
     job["job_name"] for job in yaml.safe_load((DOCKER / "prometheus.yml").read_text(encoding="utf-8"))["scrape_configs"]
