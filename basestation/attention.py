@@ -25,7 +25,7 @@ ATTENTION_NAME = "edgedraft_packed"
 
 @dataclass(frozen=True, slots=True)
 class _Visible:
-    """The positions that a sequence's new tokens can see, from the beginning of a page on.
+    """The positions that a sequence's new tokens can see, from the start of a page on.
 
     Attributes:
         length: how many there are, the new ones included.

@@ -3,6 +3,7 @@
 Knows PyTorch devices and data types; not models.
 """
 
+import logging
 import os
 from pathlib import Path
 
@@ -10,18 +11,23 @@ import torch
 
 from protocol.errors import SettingsError
 
+logger = logging.getLogger(__name__)
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _DRIVER_VERSION = Path("/sys/module/nvidia/version")
 
 
 def choose_placement(torch_device: str) -> torch.device:
-    """The PyTorch device with that name; ``auto`` is CUDA if available, else the CPU.
+    """The PyTorch device with that name; ``auto`` is CUDA if available, else the CPU, and a log line says why.
 
     Raises:
         SettingsError: this machine has no such device.
     """
     if torch_device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        logger.info("--torch-device auto takes the CPU: %s", reason_for_cpu())
+        return torch.device("cpu")
     try:
         placement = torch.device(torch_device)
         torch.empty(0, device=placement)

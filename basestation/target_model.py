@@ -33,7 +33,7 @@ from basestation.memory import (
 )
 from basestation.model_runner import ModelRunner
 from basestation.packed_linear import pack_linears
-from basestation.placement import choose_dtype, choose_placement, describe_placement, reason_for_cpu
+from basestation.placement import choose_dtype, choose_placement, describe_placement
 from basestation.segment import Segment
 from basestation.supported_models import refuse_gguf_rope, refuse_unsupported
 from basestation.vocabulary import Vocabulary
@@ -115,15 +115,11 @@ class TargetModel:
         """
         placement = choose_placement(torch_device)
         precision = choose_dtype(dtype, placement)
-        if torch_device == "auto" and placement.type == "cpu":
-            logger.info("--torch-device auto takes the CPU: %s", reason_for_cpu())
         kv_budget(kv_memory, placement)  # refuse an invalid size before the slow part
         register_attention()
         is_gguf = Path(model).suffix == ".gguf"
         weights = _converted(model, precision, placement) if is_gguf and use_cache else model
-        needed = check_fits(read_config(weights), precision, placement)
-        if placement.type == "cuda":
-            check_host(_largest_tensor(Path(_source(weights)[0])) or needed)
+        _check_memory(weights, precision, placement)
         with _quiet_tools(), _named_failures(model):
             loaded = _load(weights, precision, placement)
             tokenizer = None if is_gguf else AutoTokenizer.from_pretrained(_source(model)[0])
@@ -231,6 +227,17 @@ def _load(model: str, dtype: torch.dtype, placement: torch.device) -> Any:
     return AutoModelForCausalLM.from_pretrained(
         source, dtype=dtype, attn_implementation=ATTENTION_NAME, device_map=device_map, **options
     )
+
+
+def _check_memory(model: str, dtype: torch.dtype, placement: torch.device) -> None:
+    """Refuse a model that does not fit where it runs, or whose tensors do not fit on the host on their way there.
+
+    Raises:
+        ModelError: with both sizes.
+    """
+    needed = check_fits(read_config(model), dtype, placement)
+    if placement.type == "cuda":
+        check_host(_largest_tensor(Path(_source(model)[0])) or needed)
 
 
 def _largest_tensor(folder: Path) -> int:
