@@ -18,6 +18,11 @@ from protocol.errors import BundleError, MismatchError
 Ids: TypeAlias = npt.NDArray[np.int32]
 Logits: TypeAlias = npt.NDArray[np.float32]
 ABSENT = -1
+SHARPENING = 1.25
+"""Factor of the draft model's logits: a small model of another family is less certain than the target.
+
+Any factor is exact, since drafts are guesses; this one raises the acceptance in mode ``coupled``.
+"""
 _TEXT_BYTES = frozenset({*b"\t\n\r", *range(0x20, 0x7F), *range(0x80, 0xC0), *range(0xC2, 0xF1)})
 """Bytes that text has; vocabularies lack some control characters and bytes that UTF-8 never or hardly uses."""
 
@@ -109,9 +114,16 @@ class VocabularyMap:
         return self._spellings[token_id]
 
     def target_logits(self, draft_logits: Logits) -> Logits:
-        """The draft model's logits by target id, -inf for tokens that it does not have: float32 [target's V]."""
+        """The draft model's logits times ``SHARPENING`` by target id, -inf for tokens that it does not have.
+
+        Args:
+            draft_logits: float32 [draft model's V].
+
+        Returns:
+            float32 [target's V].
+        """
         logits = np.full(len(self.draft_ids), -np.inf, np.float32)
-        logits[self._common] = draft_logits[self._their_draft_ids]
+        logits[self._common] = draft_logits[self._their_draft_ids] * np.float32(SHARPENING)
         return logits
 
     def _spelled(self, content: bytes) -> tuple[int, ...]:

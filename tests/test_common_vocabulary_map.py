@@ -9,7 +9,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from common.token_bytes import TokenBytes
-from common.vocabulary_map import ABSENT, VocabularyMap
+from common.vocabulary_map import ABSENT, SHARPENING, VocabularyMap
 from protocol.bundle import DRAFT_TOKENIZER_NAME, TOKENIZER_NAME, VOCABULARY_MAP_NAME
 from protocol.errors import BundleError, MismatchError, ModelError
 from tests.vocabulary_pairs import END, TARGET, TARGET_SIZE, TARGET_TEXTS, bridged, draft_manifest, draft_tokens
@@ -141,10 +141,10 @@ def test_a_wrong_or_damaged_map_is_refused_when_it_is_read(fault: str, tmp_path:
         VocabularyMap.read(tmp_path, manifest, vocabulary)
 
 
-def test_the_logits_are_the_draft_models_by_target_id() -> None:
+def test_the_logits_are_the_draft_models_by_target_id_sharpened() -> None:
     bridge, tokens = bridged(4)
     found = VocabularyMap.build(TARGET, tokens, TARGET_SIZE)
     logits = np.arange(bridge.manifest.graph_tokens, dtype=np.float32)
     by_target = found.target_logits(logits)
     for token_id, draft_id in enumerate(found.draft_ids.tolist()):
-        assert by_target[token_id] == (-np.inf if draft_id == ABSENT else draft_id)
+        assert by_target[token_id] == (-np.inf if draft_id == ABSENT else SHARPENING * draft_id)

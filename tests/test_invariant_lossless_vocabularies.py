@@ -3,6 +3,7 @@
 import random
 from collections import Counter
 from collections.abc import Sequence
+from itertools import product
 
 import numpy as np
 import pytest
@@ -125,8 +126,14 @@ def test_random_sessions_give_the_targets_answers() -> None:
     assert min(modes[Mode.IDS], modes[Mode.COUPLED]) > SESSIONS / 4
 
 
-@every_draft
-@pytest.mark.parametrize("mode", [Mode.TOPK, Mode.TOPP, Mode.FULL])
+@pytest.mark.parametrize(
+    ("mode", "common", "similar"),
+    [
+        *product([Mode.TOPK, Mode.TOPP, Mode.FULL], [2], [True]),
+        (Mode.TOPK, len(TARGET_TEXTS), True),
+        (Mode.FULL, 5, False),
+    ],
+)
 def test_sampled_answers_are_distributed_as_the_targets_own(mode: Mode, common: int, similar: bool) -> None:
     """Answers of two tokens, over many seeds at one base station."""
     samples, counts = 1200, np.zeros((TARGET_SIZE, TARGET_SIZE))

@@ -121,6 +121,7 @@ def _answer_positions(
 ) -> Iterator[Position]:
     tokens, rows = list(prompt), []
     model.rollback(0)
+    model.begin(prompt)
     for _ in range(count):
         start = time.perf_counter()
         rows.append(model.forward(tokens[model.length :]).copy())
