@@ -129,7 +129,7 @@ class Tokenizer:
         return text
 
     def grammar(self, text: str, stop_ids: frozenset[int]) -> Grammar:
-        """A grammar for the draft model's tokens, at its beginning.
+        """A grammar for the draft model's tokens, before the first of them.
 
         Args:
             text: as in ``common/grammar.py``.

@@ -7,7 +7,7 @@ bytes never change.
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -102,11 +102,7 @@ def messages(vocab_size: int) -> list[Message]:
         Welcome(PROTOCOL_VERSION, "target", 8192, 64, modes, window=4, vocab_size=vocab_size, stop_ids=(2, last)),
         Welcome(PROTOCOL_VERSION, "target", 8192, 64, modes, vocab_size=9, pass_seconds=0.021, row_seconds=0.00075),
         Welcome(PROTOCOL_VERSION, "target", 8192, 64, modes, vocab_size=9, max_grammar_len=65_536),
-        *(Open(1, 0, mode, Sampling(0.7, 40, 0.9, SEEDS[-1]), (1, last, 0)) for mode in modes[1:]),
-        Open(0, 0, Mode.IDS, Sampling(), (1, 2, 3, 4, 5)),
-        Open(0, 0, Mode.IDS, Sampling(0.5, repetition_penalty=1.5), (1, 2)),
-        Open(0, 0, Mode.IDS, Sampling(logit_bias=((3, -100.0), (last, 0.5)), ignore_eos=True), (1, 2, 3), 2),
-        Open(0, 0, Mode.IDS, Sampling(grammar='{"grammars": []}'), (1, 2)),
+        *openings(modes, last),
         Opened(1, 0),
         Extend(1, 9, 300, (4, 5)),
         Extend(1, 10, 300, (4, last), Sampling(0.6, 20, 0.95, 11)),
@@ -127,6 +123,17 @@ def messages(vocab_size: int) -> list[Message]:
         Close(1),
         Fault(None, "mismatch", "other tokens"),
         Fault(1, "unknown_session", "session 1 is not open"),
+    ]
+
+
+def openings(modes: Sequence[Mode], last: int) -> list[Message]:
+    """Open in every mode but the first, and with more sampling settings."""
+    return [
+        *(Open(1, 0, mode, Sampling(0.7, 40, 0.9, SEEDS[-1]), (1, last, 0)) for mode in modes[1:]),
+        Open(0, 0, Mode.IDS, Sampling(), (1, 2, 3, 4, 5)),
+        Open(0, 0, Mode.IDS, Sampling(0.5, repetition_penalty=1.5), (1, 2)),
+        Open(0, 0, Mode.IDS, Sampling(logit_bias=((3, -100.0), (last, 0.5)), ignore_eos=True), (1, 2, 3), 2),
+        Open(0, 0, Mode.IDS, Sampling(grammar='{"grammars": []}'), (1, 2)),
     ]
 
 
