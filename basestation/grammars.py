@@ -76,7 +76,7 @@ class Grammars:
         return False
 
     def get(self, text: str) -> Grammar | None:
-        """A compiled grammar before the first token; None for ""."""
+        """A compiled grammar, before its first token; None for ""."""
         grammar = self._kept.get(text)
         return grammar.copy() if isinstance(grammar, Grammar) else None
 

@@ -88,17 +88,16 @@ class Server:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._metrics = metrics or Metrics()
         self._authenticator = Authenticator(keys, self._context, self._metrics) if keys else None
-        self._router = self._bound_router(bind)
-        self._outbox = self._context.socket(zmq.PULL)
-        self._outbox.bind("inproc://replies")
-        self._replies = self._context.socket(zmq.PUSH)
-        self._replies.connect("inproc://replies")
+        try:
+            self._router = Router(self._context, bind, self._codec.max_frame_bytes, self._authenticator)
+        except LinkError:
+            self._context.destroy(linger=0)
+            raise
+        self._outbox, self._replies = self._reply_sockets()
         self._inbox = Inbox(limits.max_held_bytes)
         self._compiler = ThreadPoolExecutor(1, "grammar")
-        budget = budget or PassBudget()
-        self._engine = Engine(
-            target, limits, budget, self._deliver, self._metrics, records, run_elsewhere=self._run_elsewhere
-        )
+        passes = (budget or PassBudget(), self._deliver, self._metrics, records)
+        self._engine = Engine(target, limits, *passes, run_elsewhere=self._run_elsewhere)
         self._envelope_bytes = CURVE_BYTES if keys else 0
         self._request_limiter = RateLimiter(limits.max_requests_per_second)
         self._byte_limiter = RateLimiter(limits.max_bytes_per_second)
@@ -155,12 +154,12 @@ class Server:
         """Whether ``stop`` was called."""
         return self._stop_at < math.inf
 
-    def _bound_router(self, bind: str) -> Router:
-        try:
-            return Router(self._context, bind, self._codec.max_frame_bytes, self._authenticator)
-        except LinkError:
-            self._context.destroy(linger=0)
-            raise
+    def _reply_sockets(self) -> "tuple[zmq.Socket[bytes], zmq.Socket[bytes]]":
+        """Where the I/O thread receives replies, and where the engine sends them."""
+        outbox, replies = self._context.socket(zmq.PULL), self._context.socket(zmq.PUSH)
+        outbox.bind("inproc://replies")
+        replies.connect("inproc://replies")
+        return outbox, replies
 
     def _exchange_frames(self) -> None:
         poller = zmq.Poller()

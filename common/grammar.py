@@ -67,7 +67,7 @@ class Grammar:
         self.error = ""
 
     def copy(self) -> "Grammar":
-        """The same grammar before the first token."""
+        """Another grammar, before its first token."""
         matcher = self._matcher.deep_copy()
         matcher.reset()
         return Grammar(matcher, self._vocab_size, self._stop_ids)

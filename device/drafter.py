@@ -171,7 +171,8 @@ class Drafter:
 
     def _next_logits(self) -> Logits:
         """The logits that the next token is drafted from, without a forward pass where the grammar forces it."""
-        answer = [*self._model.token_ids[self.answer_start :], *self._pending]
+        cached, start = self._model.token_ids, self.answer_start
+        answer = [*cached[start:], *self._pending[max(0, start - len(cached)) :]]
         grammar = self.grammar if self.grammar and self.grammar.follow(answer) else None
         forced = grammar.forced() if grammar else None
         if forced is not None:

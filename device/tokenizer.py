@@ -69,7 +69,7 @@ class Tokenizer:
         except Exception as error:  # the library raises Exception itself
             raise BundleError(f"{str(self._path)!r} cannot be read: {error}; export the bundle again") from error
         self._added_ids = frozenset(self._tokenizer.get_added_tokens_decoder())
-        self._vocab_size = manifest.vocab_size
+        self._manifest = manifest
         self._compiler = lru_cache(1)(self._new_compiler)
         self._compiled = lru_cache(_MAX_GRAMMARS)(self._compile)
         self._template: ChatTemplate | None = None
@@ -144,8 +144,9 @@ class Tokenizer:
         return self._compiler(stop_ids).compile(text)
 
     def _new_compiler(self, stop_ids: frozenset[int]) -> GrammarCompiler:
-        known = frozenset(token_id for token_id in stop_ids if token_id < self._vocab_size)
-        return GrammarCompiler.of_tokenizer(self._path.read_text(encoding="utf-8"), self._vocab_size, known)
+        vocab_size = self._manifest.vocab_size
+        known = frozenset(token_id for token_id in stop_ids if token_id < vocab_size)
+        return GrammarCompiler.of_tokenizer(self._path.read_text(encoding="utf-8"), vocab_size, known)
 
     def decode_stream(self, token_ids: Iterator[int]) -> Iterator[str]:
         """The text that each id adds, then what is left; empty while a character is incomplete."""

@@ -110,7 +110,7 @@ def test_an_echo_has_the_prompts_log_probabilities() -> None:
         ({"suffix": "7"}, ["suffix", "left out"]),
         ({"prompt": ""}, ["prompt", "none of them empty"]),
         ({"prompt": []}, ["prompt", "0 prompts"]),
-        ({"prompt": [[3], "4", [True]]}, ["prompt", "list of token ids"]),
+        ({"prompt": [[3], "4", [True]]}, ["prompt", "lists of token ids"]),
         ({"prompt": [20]}, ["prompt", "token ids from 0 to 19"]),
         ({"logprobs": True}, ["logprobs", "a whole number"]),
         ({"max_tokens": 0}, ["max_tokens", "0 with echo"]),

@@ -130,6 +130,7 @@ def test_a_turn_with_other_sampling_settings_continues_in_the_same_session(chang
         ({"stop": ""}, ["stop", "none of them empty"]),
         ({"n": 9}, ["n is 9", "1 to 8"]),
         ({"logprobs": 2}, ["logprobs", "true or false"]),
+        ({"top_logprobs": 3}, ["top_logprobs", "3", "together with logprobs"]),
         ({"logprobs": True, "top_logprobs": 21}, ["logprobs", "21", "0 to 20"]),
         ({"tools": [{"type": "function"}]}, ["tools", "function"]),
         ({"tool_choice": "required"}, ["tool_choice", "required", "names one of the tools"]),
@@ -165,7 +166,7 @@ def test_neutral_and_unknown_fields_are_ignored() -> None:
         ("best_of", 2),
         ("chat_template_kwargs", {"enable_thinking": False}),
         ("guided_json", {"type": "object"}),
-        ("top_logprobs", 3),
+        ("echo", True),
         ("typical_p", 0.9),
     ],
 )

@@ -78,8 +78,8 @@ def test_a_foreign_host_gets_json() -> None:
     ("fields", "words"),
     [
         ({"tools": [{"strict": True, "name": None}]}, '[{"strict": true, "name": null}]'),
-        ({"logprobs": True}, "logprobs is true; allowed: false or left out"),
-        ({"response_format": {"type": "x"}}, 'allowed: {"type": "text"} or left out'),
+        ({"chat_template_kwargs": {"a": None}}, 'chat_template_kwargs is {"a": null}; allowed: {} or left out'),
+        ({"response_format": {"type": "x"}}, 'response_format is {"type": "x"}; allowed: text, json_object'),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, '[{"type": "image_url"}]'),
         ({"model": ["a", None]}, '["a", null]'),
     ],

@@ -61,14 +61,14 @@ def ids_of(session: DeviceSession, count: int = 40) -> list[int]:
 @pytest.mark.parametrize("mode", Mode)
 @every_setting
 def test_greedy_answers_are_those_of_the_slow_twin(mode: Mode, sampling: Sampling) -> None:
-    for index, prompt in enumerate(PROMPTS):
+    for index, prompt in enumerate(PROMPTS if mode is Mode.IDS else PROMPTS[:3]):
         settings = DraftSettings(mode, sampling, 4, [4, None, 8][index % 3], drafts_ahead=[0, 0, 2][index % 3])
         assert ids_of(session_of(settings, prompt)) == slow_answer(TARGET, sampling, prompt, 40, STOPS)
 
 
 @every_setting
 def test_coupled_answers_are_the_targets_own_with_the_same_seed(sampling: Sampling) -> None:
-    for seed, prompt in enumerate(PROMPTS[:6]):
+    for seed, prompt in enumerate(PROMPTS[:3]):
         sampled = replace(sampling, temperature=0.9, seed=seed)
         alone = ids_of(session_of(DraftSettings(Mode.TARGET, sampled, 4, None), prompt))
         for draft_len, ahead in ((4, 0), (8, 2)):

@@ -58,7 +58,7 @@ TAGS = {
     Resume: 11,
     Resumed: 12,
 }
-PIPELINED_DRAFT_TAG = 10
+PIPELINED_DRAFT_TAG, GIVEN_DRAFT_TAG = 10, 13
 SAMPLING = Sampling(0.5, 3, 0.9, 7)
 
 
@@ -140,7 +140,7 @@ def messages(kind: type[Message], vocab_size: int) -> st.SearchStrategy[Message]
         kind, **{entry.name: known.get(entry.name, counters) for entry in fields(kind)}
     )
     if kind is Draft:
-        given = st.builds(Draft, counters, counters, known["token_ids"], given=st.just(True))
+        given = st.builds(Draft, counters, counters, known["token_ids"].filter(bool), given=st.just(True))
         return plain | drafts_with_distributions(vocab_size) | given
     if kind is Extend:
         return plain | st.builds(Extend, counters, counters, counters, known["token_ids"])
@@ -333,8 +333,8 @@ def test_bytes_that_are_not_a_message_are_refused(frame: bytes) -> None:
 
 
 def test_an_unknown_tag_is_refused() -> None:
-    known = ", ".join(map(str, sorted([*TAGS.values(), PIPELINED_DRAFT_TAG])))
-    for tag in (13, 255, -1, 2**63):
+    known = ", ".join(map(str, sorted([*TAGS.values(), PIPELINED_DRAFT_TAG, GIVEN_DRAFT_TAG])))
+    for tag in (14, 255, -1, 2**63):
         refused(frame_of(tag, 0), rf"the tag {tag}; allowed: \[{known}\]")
 
 
@@ -541,7 +541,7 @@ def test_later_sampling_settings_take_no_byte_where_they_are_not_used() -> None:
 )
 def test_invalid_later_sampling_settings_are_refused(values: list[object]) -> None:
     first = [] if values == [] else [struct.pack("<dIdQ", 0.5, 3, 0.9, 7)]
-    refused(frame_of(2, 1, 0, 0, [*first, *values], ids_of(1, 2)), "")
+    refused(frame_of(2, 1, 0, 0, [*first, *values], ids_of(1, 2)), "sampling settings|field|biases?|token id|allowed")
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ bytes never change.
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -102,12 +102,12 @@ def messages(vocab_size: int) -> list[Message]:
         Welcome(PROTOCOL_VERSION, "target", 8192, 64, modes, window=4, vocab_size=vocab_size, stop_ids=(2, last)),
         Welcome(PROTOCOL_VERSION, "target", 8192, 64, modes, vocab_size=9, pass_seconds=0.021, row_seconds=0.00075),
         Welcome(PROTOCOL_VERSION, "target", 8192, 64, modes, vocab_size=9, max_grammar_len=65_536),
-        *openings(modes, last),
+        *(Open(1, 0, mode, Sampling(0.7, 40, 0.9, SEEDS[-1]), (1, last, 0)) for mode in modes[1:]),
+        Open(0, 0, Mode.IDS, Sampling(), (1, 2, 3, 4, 5)),
         Opened(1, 0),
         Extend(1, 9, 300, (4, 5)),
         Extend(1, 10, 300, (4, last), Sampling(0.6, 20, 0.95, 11)),
         Extend(1, 11, 0, (4,), Sampling()),
-        Extend(1, 12, 0, (4,), Sampling(min_p=0.25, frequency_penalty=-0.5, min_tokens=300, stop_token_ids=(7, last))),
         Draft(1, 2, ()),
         Draft(1, 2, (5, 0, last)),
         Draft(1, 2, (5, 0, last), assumed_bonus=17),
@@ -115,25 +115,25 @@ def messages(vocab_size: int) -> list[Message]:
         Draft(1, 3, (40, 5), (one, other), assumed_bonus=0),
         *([Draft(1, 4, (9,), (full,))] if vocab_size < LARGE_VOCAB else []),
         Decode(1, 5, 70_000),
-        Draft(1, 5, (5, 0, last), given=True),
         Verdict(1, 2, 3, last),
-        Verdict(1, 2, 0, last, (TokenLogprobs(-0.5, ((last, -0.5), (3, -2.25))),)),
         Resume.of(1, 2, (1, last, 0)),
         Resumed(1, 2, 3),
         Close(1),
         Fault(None, "mismatch", "other tokens"),
         Fault(1, "unknown_session", "session 1 is not open"),
+        *later_messages(last),
     ]
 
 
-def openings(modes: Sequence[Mode], last: int) -> list[Message]:
-    """Open in every mode but the first, and with more sampling settings."""
+def later_messages(last: int) -> list[Message]:
+    """Messages that are new in version 5."""
     return [
-        *(Open(1, 0, mode, Sampling(0.7, 40, 0.9, SEEDS[-1]), (1, last, 0)) for mode in modes[1:]),
-        Open(0, 0, Mode.IDS, Sampling(), (1, 2, 3, 4, 5)),
         Open(0, 0, Mode.IDS, Sampling(0.5, repetition_penalty=1.5), (1, 2)),
         Open(0, 0, Mode.IDS, Sampling(logit_bias=((3, -100.0), (last, 0.5)), ignore_eos=True), (1, 2, 3), 2),
         Open(0, 0, Mode.IDS, Sampling(grammar='{"grammars": []}'), (1, 2)),
+        Extend(1, 12, 0, (4,), Sampling(min_p=0.25, frequency_penalty=-0.5, min_tokens=300, stop_token_ids=(7, last))),
+        Draft(1, 5, (5, 0, last), given=True),
+        Verdict(1, 2, 0, last, (TokenLogprobs(-0.5, ((last, -0.5), (3, -2.25))),)),
     ]
 
 
