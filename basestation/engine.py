@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TypeAlias
 
-from basestation.grammars import Grammars, RunElsewhere, grammar_of, run_here
+from basestation.grammars import Grammars, RunElsewhere, run_here
 from basestation.handshake import Handshake
 from basestation.memory import OutOfMemory, catch_out_of_memory
 from basestation.metrics import Metrics
@@ -77,7 +77,7 @@ class Engine:
         self._clock = clock
         self._draining = False
         self._handshake = Handshake(target, limits)
-        self._grammars = Grammars(target.grammar_compiler, run_elsewhere)
+        self._grammars = Grammars(target.grammar_compiler, limits.max_held_bytes, run_elsewhere)
         self._pass_times = PassTimes()
         self._sessions = SessionTable(limits)
         self._repetitions = RateLimiter(limits.max_requests_per_second, clock)
@@ -242,7 +242,7 @@ class Engine:
                 self._resume(peer, message)
             case Close():
                 logger.info("peer %s, session %s: closed by the device", peer, message.session_id)
-                self._grammars.forget(peer.owner)
+                self._grammars.forget(peer.owner, message.session_id)
                 self._sessions.drop(peer.owner, message.session_id)
             case Fault():
                 logger.warning("peer %s reports %s: %s", peer, message.code, message.text)
@@ -259,7 +259,7 @@ class Engine:
     def _request(self, peer: Peer, request: Request) -> None:
         if not self._handshake.greeted(peer.owner):
             raise UnknownSessionError(f"{type(request).__name__} before Hello")
-        if not self._grammars.ready(peer.owner, grammar_of(request), partial(self.receive, peer, request)):
+        if not self._grammars.ready(peer.owner, request, partial(self.receive, peer, request)):
             return
         session = self._sessions.get(peer.owner, request.session_id)
         if session is not None:
@@ -277,7 +277,7 @@ class Engine:
         owner = session.peer.owner
         if session.is_new(request):
             self._sessions.check_memory(owner, request)
-            replies = session.take(request, self._grammars.get(grammar_of(request)))
+            replies = session.take(request, self._grammars.get(request))
             if isinstance(request, Extend):
                 self._scheduler.check_share(session, self._sessions.all(), self._clock())
             return replies
@@ -293,7 +293,7 @@ class Engine:
         self._sessions.check_memory(peer.owner, request)
         kv_cache, stop_ids = target.new_kv_cache(), target.vocabulary.stop_ids
         session = Session(peer, request, kv_cache, stop_ids, target.context_length, self._limits.window, now)
-        replies = session.take(request, self._grammars.get(grammar_of(request)))
+        replies = session.take(request, self._grammars.get(request))
         self._scheduler.admit(session, self._sessions.all(), now)
         self._sessions.add(session)
         prompt_len = len(request.prompt_ids)

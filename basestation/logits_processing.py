@@ -15,6 +15,9 @@ from common.grammar import Grammar
 from protocol.messages import Sampling
 from protocol.penalties import Penalties
 
+_GRAMMAR_SECONDS = 0.1
+"""CPU time of the masks of one round."""
+
 
 @dataclass(frozen=True, slots=True)
 class AnswerSoFar:
@@ -60,7 +63,9 @@ def process_logits(logits: Tensor, sampling: Sampling, answer: AnswerSoFar, draf
 
 def _apply_grammar(logits: Tensor, grammar: Grammar, tokens: Sequence[int], drafted: Sequence[int]) -> None:
     """Exclude the tokens that the grammar does not allow, up to the first drafted one that it does not allow itself."""
-    for index in range(len(drafted) + 1):
-        if not grammar.follow([*tokens, *drafted[:index]]):
+    follows = grammar.follow(tokens, _GRAMMAR_SECONDS)
+    for row, token_id in zip(logits, (*drafted, None), strict=True):
+        if not follows:
             return
-        logits[index, torch.from_numpy(~grammar.allowed()).to(logits.device)] = -torch.inf
+        row[torch.from_numpy(~grammar.allowed()).to(row.device)] = -torch.inf
+        follows = token_id is not None and grammar.advance(token_id)

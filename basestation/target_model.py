@@ -39,7 +39,8 @@ from basestation.supported_models import refuse_gguf_rope, refuse_unsupported
 from basestation.vocabulary import Vocabulary
 from common.chat_template import default_template
 from common.gguf_metadata import GgufVocabulary
-from common.grammar import GrammarCompiler, is_available
+from common.grammar import GrammarCompiler
+from common.grammar_matcher import is_available
 from common.hub import hub_folder, model_name
 from common.stop_ids import StopSources, all_stop_ids, gguf_stop_sources, stop_sources
 from protocol.errors import ModelError, SettingsError

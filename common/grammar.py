@@ -3,36 +3,31 @@
 A grammar is a text in llguidance's format, made from a JSON schema, a Lark grammar or
 a regular expression. What it allows next is a function of the answer's tokens alone.
 At its end only stop ids are allowed.
-
-llguidance is loaded with the first grammar.
 """
 
 import json
+import math
+import time
 from collections.abc import Callable, Sequence
-from itertools import takewhile
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
+from common.common_prefix import common_prefix
+from common.grammar_matcher import is_available, new_matcher, new_tokenizer
+from common.grammar_trial import GrammarTrial
 from protocol.errors import GrammarError
 
 if TYPE_CHECKING:
-    from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+    from llguidance import LLMatcher, LLTokenizer
 
 Mask: TypeAlias = npt.NDArray[np.bool_]
 
+_FOLLOW_SECONDS = 1.0
+
 JSON_OPTIONS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """JSON with one space after each comma and colon: most of these tokens are forced, and no answer is white space."""
-
-
-def is_available() -> bool:
-    """Whether llguidance is installed."""
-    try:
-        import llguidance  # noqa: F401
-    except ImportError:
-        return False
-    return True
 
 
 def schema_grammar(schema: Any) -> str:
@@ -64,33 +59,41 @@ class Grammar:
         self._vocab_size = vocab_size
         self._stop_ids = stop_ids
         self._tokens: list[int] = []
+        self._seconds = self._deadline = math.inf
         self.error = ""
 
     def copy(self) -> "Grammar":
-        """Another grammar, before its first token."""
-        matcher = self._matcher.deep_copy()
-        matcher.reset()
-        return Grammar(matcher, self._vocab_size, self._stop_ids)
+        """Another grammar in the same state."""
+        copied = Grammar(self._matcher.deep_copy(), self._vocab_size, self._stop_ids)
+        copied._tokens, copied.error = self._tokens[:], self.error
+        return copied
 
-    def follow(self, tokens: Sequence[int]) -> bool:
+    def follow(self, tokens: Sequence[int], seconds: float = _FOLLOW_SECONDS) -> bool:
         """Move to the state after the answer ``tokens``; whether the grammar allows all of them.
 
-        The state does not change with a stop id at their end, which nothing may follow.
+        Args:
+            tokens: of the answer; the state does not change with a stop id at their end, which nothing may follow.
+            seconds: of CPU time up to the next ``follow``; more of it is an ``error``.
         """
-        ends = bool(tokens) and tokens[-1] in self._stop_ids
-        body = tokens[:-1] if ends else tokens
-        shared = 0
-        while shared < min(len(body), len(self._tokens)) and body[shared] == self._tokens[shared]:
-            shared += 1
+        self._seconds, self._deadline = seconds, time.thread_time() + seconds
+        shared = common_prefix(tokens, self._tokens)
         if shared < len(self._tokens):
             self._matcher.rollback(len(self._tokens) - shared)
             del self._tokens[shared:]
-        rest = list(takewhile(lambda token_id: token_id not in self._stop_ids, body[shared:]))
-        consumed = self._matcher.try_consume_tokens(rest) if rest else 0
-        self._tokens += rest[:consumed]
+        return (
+            not self.error
+            and all(map(self.advance, tokens[shared:-1]))
+            and (shared == len(tokens) or self._end_with(tokens[-1]))
+        )
+
+    def advance(self, token_id: int) -> bool:
+        """Move by one token, not a stop id; whether the grammar allows it."""
+        if self.error or token_id in self._stop_ids or not self._matcher.try_consume_tokens([token_id]):
+            self._note_error()
+            return False
+        self._tokens.append(token_id)
         self._note_error()
-        allowed = len(self._tokens) == len(body) and not self.error
-        return allowed and (not ends or bool(self.allowed()[tokens[-1]]))
+        return not self.error
 
     def allowed(self) -> Mask:
         """Which tokens may come next, bool [V]."""
@@ -104,67 +107,58 @@ class Grammar:
         self._note_error()
         return tokens[0] if tokens else None
 
+    def _end_with(self, token_id: int) -> bool:
+        return bool(self.allowed()[token_id]) if token_id in self._stop_ids else self.advance(token_id)
+
     def _note_error(self) -> None:
         if self._matcher.is_error():
             self.error = _first_line(self._matcher.get_error())
+        elif time.thread_time() > self._deadline:
+            self.error = f"it takes more than {self._seconds} s"
 
 
 class GrammarCompiler:
-    """Compiles grammars for one vocabulary; compiling may take up to a second, without Python's lock.
+    """Compiles grammars for one vocabulary; compiling may take some seconds, without Python's lock.
 
     Args:
         tokenizer: makes llguidance's tokenizer, once.
         vocab_size: length of the masks.
+        check: compiles a grammar first where it can end nothing else; raises GrammarError.
     """
 
-    def __init__(self, tokenizer: "Callable[[], LLTokenizer]", vocab_size: int) -> None:
+    def __init__(
+        self, tokenizer: "Callable[[], LLTokenizer]", vocab_size: int, check: Callable[[str], None] = lambda _: None
+    ) -> None:
         self._make_tokenizer = tokenizer
         self._tokenizer: LLTokenizer | None = None
         self._vocab_size = vocab_size
+        self._check = check
 
     @classmethod
     def of_tokenizer(cls, tokenizer_json: str, vocab_size: int, stop_ids: frozenset[int]) -> "GrammarCompiler":
         """Compiles for the tokenizer of a ``tokenizer.json``; all of ``stop_ids`` end a text."""
-
-        def make() -> "LLTokenizer":
-            from llguidance import LLTokenizer
-
-            return LLTokenizer(tokenizer_json, n_vocab=vocab_size, eos_token=sorted(stop_ids))
-
-        return cls(make, vocab_size)
+        setup = tokenizer_json, vocab_size, sorted(stop_ids)
+        return cls(lambda: new_tokenizer(*setup), vocab_size, GrammarTrial(*setup).check)
 
     def compile(self, text: str) -> Grammar:
         """Compile a grammar.
 
         Raises:
-            GrammarError: it is not a grammar, exceeds a limit, allows no text, or llguidance is not installed.
+            GrammarError: it is not a grammar, exceeds a limit or allows no text, or llguidance is not installed or
+                cannot use the tokenizer.
         """
         if not is_available():
             raise GrammarError("grammars need llguidance, which is not installed here")
-        from llguidance import LLMatcher
-
         if self._tokenizer is None:
-            self._tokenizer = self._make_tokenizer()
-        matcher = LLMatcher(self._tokenizer, text, log_level=0, limits=_limits())
-        grammar = Grammar(matcher, self._vocab_size, frozenset(self._tokenizer.eos_tokens))
-        if not matcher.is_error():
-            grammar.allowed()
+            try:
+                self._tokenizer = self._make_tokenizer()
+            except ValueError as error:
+                raise GrammarError(f"llguidance cannot use this model's tokenizer: {error}") from error
+        self._check(text)
+        matcher = new_matcher(self._tokenizer, text)
         if matcher.is_error():
             raise GrammarError(f"the grammar cannot be compiled: {_first_line(matcher.get_error())}")
-        return grammar
-
-
-def _limits() -> "LLParserLimits":
-    """Bounds of the time and memory of llguidance: below a second to compile, a few milliseconds for a token."""
-    from llguidance import LLParserLimits
-
-    return LLParserLimits(
-        max_grammar_size=200_000,
-        initial_lexer_fuel=500_000,
-        step_lexer_fuel=100_000,
-        step_max_items=20_000,
-        max_lexer_states=50_000,
-    )
+        return Grammar(matcher, self._vocab_size, frozenset(self._tokenizer.eos_tokens))
 
 
 def _first_line(error: str) -> str:

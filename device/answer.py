@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
+from common.common_prefix import common_prefix
 from device.client import Client
-from device.common_prefix import common_prefix
 from device.draft_model import SequenceModel
 from device.draft_rounds import Counters
 from device.planners import Planners

@@ -10,8 +10,8 @@ from typing import Self, TypeAlias
 
 import numpy as np
 
+from common.common_prefix import common_prefix
 from common.grammar import Grammar
-from device.common_prefix import common_prefix
 from device.draft_model import Logits, SequenceModel
 from device.logits_processing import process_logits
 from device.sampling import coupled_token, full_distribution, sparse_distribution
@@ -180,8 +180,6 @@ class Drafter:
             logits[forced] = 0
             return logits
         allowed = grammar.allowed() if grammar else None
-        if allowed is not None and not allowed[: self._model.manifest.vocab_size].any():
-            allowed = None  # the draft model has none of the allowed tokens
         logits = self._run()
         return process_logits(logits, self.sampling, self._model.token_ids, self.answer_start, self.stop_ids, allowed)
 

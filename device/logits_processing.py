@@ -27,7 +27,7 @@ def process_logits(
         tokens: committed and drafted so far, the prompt included.
         answer_start: where the answer begins among them.
         stop_ids: that end the answer.
-        allowed: by the grammar, bool [V]; None where there is none.
+        allowed: by the grammar, bool, of the draft model's tokens; None where there is none.
     """
     if not sampling.changes_logits:
         return logits
@@ -36,9 +36,16 @@ def process_logits(
         penalties = Penalties(sampling, tokens, answer_start)
         logits[penalties.token_ids] = penalties.apply(logits[None, penalties.token_ids])[0]
     if allowed is not None:
-        logits[~allowed] = -np.inf
+        logits = _masked(logits, allowed)
     if len(tokens) - answer_start < sampling.min_tokens:
         logits[sorted(stop_ids)] = -np.inf
     if sampling.min_p and not sampling.greedy:
         logits[logits < logits.max() + log(sampling.min_p)] = -np.inf
     return logits
+
+
+def _masked(logits: Logits, allowed: Mask) -> Logits:
+    """The logits without the tokens that are not allowed; all of them where the draft model has none of the others."""
+    missing = len(logits) - len(allowed)
+    masked = np.where(np.pad(allowed, (0, missing)), logits, np.float32(-np.inf))
+    return masked if masked.max() > -np.inf else logits

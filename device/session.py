@@ -8,9 +8,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
+from common.common_prefix import common_prefix
 from common.grammar import Grammar
 from device.client import Client
-from device.common_prefix import common_prefix
 from device.draft_model import SequenceModel
 from device.draft_rounds import Counters, DraftRounds
 from device.drafter import DraftedToken, Drafter

@@ -3,6 +3,7 @@
 from collections import Counter
 from dataclasses import replace
 from itertools import product
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +13,7 @@ from scipy.stats import chisquare
 
 from basestation.logits_processing import AnswerSoFar, process_logits
 from basestation.verify import RoundToVerify, VerificationResult, verify_rounds
+from common.grammar import Grammar
 from device import logits_processing
 from device.sampling import coupled_token, full_distribution, sparse_distribution
 from device.settings import UplinkSettings
@@ -69,6 +71,31 @@ def test_every_row_of_a_round_is_that_of_the_slow_twin_on_both_ends(sampling: Sa
 def test_settings_that_change_nothing_leave_the_logits_as_they_are() -> None:
     logits = next_logits(TARGET, PROMPT)
     assert logits_processing.process_logits(logits, Sampling(0.7, 3, 0.9, 1), PROMPT, 3, STOPS) is logits
+
+
+class CountingGrammar:
+    """A grammar that allows everything, and counts the tokens it moves over."""
+
+    def __init__(self) -> None:
+        self.moves: list[int] = []
+
+    def follow(self, tokens: list[int], seconds: float) -> bool:
+        self.moves.append(len(tokens))
+        return True
+
+    def advance(self, token_id: int) -> bool:
+        self.moves.append(1)
+        return token_id != 2
+
+    def allowed(self) -> npt.NDArray[np.bool_]:
+        return np.ones(VOCAB, np.bool_)
+
+
+def test_a_round_moves_a_grammar_once_over_the_answer_and_once_over_each_drafted_token() -> None:
+    grammar = CountingGrammar()
+    answer = AnswerSoFar([*PROMPT, *[0] * 100], len(PROMPT), STOPS, cast(Grammar, grammar))
+    process_logits(torch.zeros(6, VOCAB), Sampling(grammar="x"), answer, [0, 1, 2, 0, 1])
+    assert grammar.moves == [100, 1, 1, 1]
 
 
 def exact_pairs(sampling: Sampling) -> npt.NDArray[np.float64]:

@@ -72,6 +72,29 @@ def test_a_forced_token_is_the_only_one_allowed() -> None:
     assert grammar.forced() is None
 
 
+def test_an_ambiguous_grammar_ends_with_an_error_after_some_tokens() -> None:
+    grammar = COMPILER.compile(lark_grammar('start: s\ns: s s | "a" | "b"'))
+    assert not grammar.follow([PIECES.index("a")] * 6000)
+    assert "items" in grammar.error
+    assert not grammar.follow([])
+
+
+def test_a_grammar_that_takes_longer_than_it_may_ends_with_an_error() -> None:
+    grammar = COMPILER.compile(GRAMMARS["regex"])
+    assert not grammar.follow([PIECES.index("a")] * 2, seconds=0)
+    assert grammar.error == "it takes more than 0 s"
+
+
+def test_a_copy_has_the_same_state_and_does_not_follow_the_original() -> None:
+    grammar = COMPILER.compile(GRAMMARS["lark"])
+    assert grammar.follow([PIECES.index("a")])
+    copied = grammar.copy()
+    assert grammar.advance(PIECES.index("b"))
+    assert np.flatnonzero(copied.allowed()).tolist() == [PIECES.index("b"), PIECES.index("c")]
+    assert copied.follow([])
+    assert copied.forced() == PIECES.index("a")
+
+
 def schema_of(schema: dict[str, Any]) -> str:
     return schema_grammar(schema)
 

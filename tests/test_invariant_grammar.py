@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from llguidance import LLTokenizer
 
-from common.grammar import lark_grammar, regex_grammar, schema_grammar
+from basestation import logits_processing
+from common.grammar import GrammarCompiler, lark_grammar, regex_grammar, schema_grammar
 from device.session import DeviceSession
 from device.settings import DraftSettings
 from protocol.errors import GrammarError, SettingsError
@@ -235,3 +237,78 @@ def test_a_session_that_is_closed_while_its_grammar_is_compiled_does_not_open() 
     replies(station, hello(VOCAB), open_with(GRAMMARS["list"]), Close(0))
     elsewhere.finish()
     assert station.pull(b"a") is None
+
+
+def test_sessions_of_a_device_wait_for_the_same_grammar_and_one_that_closes_leaves_the_others() -> None:
+    elsewhere = Elsewhere()
+    station = station_with(elsewhere)
+    replies(station, hello(VOCAB), *(open_with(GRAMMARS["list"], index) for index in range(3)), Close(1))
+    assert len(elsewhere.tasks) == 1
+    elsewhere.finish()
+    assert [one.session_id for one in replies(station, Draft(0, 1, ())) if isinstance(one, Opened)] == [0, 2]
+
+
+def test_what_waits_for_a_grammar_is_bounded() -> None:
+    prompt = (1,) * 1000
+    for limits, most in ((Limits(max_held_bytes=100_000), 2), (Limits(max_sessions=100), 16)):
+        elsewhere = Elsewhere()
+        target = FakeTarget.make(TARGET, frozenset({STOP}), grammar_compiler=COMPILER)
+        station = Station(target, limits, run_elsewhere=elsewhere)
+        openings = [replace(open_with(GRAMMARS["list"], index), prompt_ids=prompt) for index in range(20)]
+        refused = replies(station, hello(VOCAB), *openings, *openings[:most])[1:]
+        assert [getattr(one, "code", "") for one in refused] == ["full"] * (20 - most)
+
+
+def test_the_answer_so_far_of_a_reopened_session_is_followed_elsewhere() -> None:
+    elsewhere = Elsewhere()
+    station = station_with(elsewhere)
+    text, prompt = GRAMMARS["regex"], tuple(PROMPTS[0])
+    answer = tuple(slow_answer(text, prompt))
+    opening = Open(0, 0, Mode.IDS, Sampling(grammar=text), (*prompt, *answer[:2]), 2)
+    replies(station, hello(VOCAB), opening)
+    elsewhere.finish()
+    followed = replies(station, Draft(0, 1, answer[2:4]))
+    assert [type(one) for one in followed] == [Opened, Verdict]
+    assert isinstance(followed[1], Verdict)
+    assert (followed[1].accepted, followed[1].token_id) == (2, answer[4])
+    again = replies(station, replace(opening, session_id=1))
+    assert (again, len(elsewhere.tasks)) == ([], 1)
+
+
+def test_an_answer_that_takes_the_grammar_too_long_is_refused_before_a_forward_pass() -> None:
+    station = new_station()
+    ambiguous = Sampling(grammar=lark_grammar('start: s\ns: s s | "a"'))
+    opening = Open(0, 0, Mode.IDS, ambiguous, (1, *[PIECES.index("a")] * 3000), 3000)
+    fault = replies(station, hello(VOCAB), opening)[-1]
+    assert isinstance(fault, Fault)
+    assert (fault.code, "cannot be applied" in fault.text) == (GrammarError.code, True)
+
+
+def test_a_round_that_takes_the_grammar_too_long_ends_its_session_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logits_processing, "_GRAMMAR_SECONDS", 0.0)
+    station = new_station()
+    plain = replace(open_with(""), session_id=1)
+    replies(station, hello(VOCAB), open_with(GRAMMARS["list"]), plain)
+    received = replies(station, Draft(0, 1, ()), Draft(1, 1, ()))
+    assert [type(one) for one in received] == [Fault, Verdict]
+    assert isinstance(received[0], Fault)
+    assert (received[0].session_id, received[0].code) == (0, GrammarError.code)
+    assert "takes more than" in received[0].text
+
+
+def test_a_compiler_that_fails_otherwise_ends_the_session_alone() -> None:
+    def no_tokenizer() -> LLTokenizer:
+        raise RuntimeError("no byte fallback")
+
+    compiler = GrammarCompiler(no_tokenizer, VOCAB)
+    station = Station(FakeTarget.make(TARGET, frozenset({STOP}), grammar_compiler=compiler))
+    received = replies(station, hello(VOCAB), open_with(GRAMMARS["list"]), open_with("", 1))
+    assert [type(one) for one in received] == [Welcome, Fault, Opened]
+    assert isinstance(received[1], Fault)
+    assert received[1].code == GrammarError.code
+
+
+def test_a_tokenizer_that_llguidance_cannot_use_is_named() -> None:
+    compiler = GrammarCompiler.of_tokenizer("{}", VOCAB, frozenset({STOP}))
+    with pytest.raises(GrammarError, match=r"cannot use this model's tokenizer: ."):
+        compiler.compile(GRAMMARS["list"])
