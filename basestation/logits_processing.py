@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import log
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -63,9 +64,11 @@ def process_logits(logits: Tensor, sampling: Sampling, answer: AnswerSoFar, draf
 
 def _apply_grammar(logits: Tensor, grammar: Grammar, tokens: Sequence[int], drafted: Sequence[int]) -> None:
     """Exclude the tokens that the grammar does not allow, up to the first drafted one that it does not allow itself."""
+    excluded = np.zeros(logits.shape, np.bool_)
     follows = grammar.follow(tokens, _GRAMMAR_SECONDS)
-    for row, token_id in zip(logits, (*drafted, None), strict=True):
+    for row, token_id in zip(excluded, (*drafted, None), strict=True):
         if not follows:
-            return
-        row[torch.from_numpy(~grammar.allowed()).to(row.device)] = -torch.inf
+            break
+        np.logical_not(grammar.allowed(), out=row)
         follows = token_id is not None and grammar.advance(token_id)
+    logits.masked_fill_(torch.from_numpy(excluded).to(logits.device), -torch.inf)
