@@ -21,7 +21,7 @@ RunElsewhere: TypeAlias = Callable[[Callable[[], None], Callable[[], None]], Non
 
 logger = logging.getLogger(__name__)
 
-_MAX_KEPT = 64
+_MAX_KEPT = 32
 _MAX_COMPILING = 64
 _MAX_WAITING = 16
 _RETRY_SECONDS = 1
@@ -88,10 +88,8 @@ class Grammars:
             FullError: another grammar of the owner is being compiled, or those of too many, or too much waits for it.
         """
         wanted = _Wanted.by(request)
-        if not wanted.text or wanted in self._kept:
-            outcome = self._kept.get(wanted)
-            if isinstance(outcome, GrammarError):
-                raise GrammarError(str(outcome))
+        compiled = self._outcome(_Wanted(wanted.text))
+        if not wanted.text or self._outcome(wanted):
             return True
         compiler = self._compiler
         if compiler is None:
@@ -99,7 +97,6 @@ class Grammars:
         job, entry = self._jobs.get(owner), (held_bytes(request), again)
         if job is None and len(self._jobs) < _MAX_COMPILING:
             job = self._jobs[owner] = _Job(wanted, {request.session_id: entry})
-            compiled = self._kept.get(_Wanted(wanted.text))
             self._run_elsewhere(lambda: _compile(compiler, job, compiled), lambda: self._conclude(owner))
         elif job is not None and job.wanted == wanted and self._fits(job, request.session_id, entry[0]):
             job.waiting[request.session_id] = entry
@@ -109,13 +106,19 @@ class Grammars:
 
     def get(self, request: Request) -> Grammar | None:
         """The grammar of a request that is ready; None where it has none."""
-        grammar = self._kept.get(_Wanted.by(request))
-        return grammar.copy() if isinstance(grammar, Grammar) else None
+        grammar = self._outcome(_Wanted.by(request))
+        return grammar.copy() if grammar else None
 
     def forget(self, owner: str, session_id: int) -> None:
         """Do not take the request again that waits for a grammar of a session."""
         if owner in self._jobs:
             self._jobs[owner].waiting.pop(session_id, None)
+
+    def _outcome(self, wanted: _Wanted) -> Grammar | None:
+        outcome = self._kept.get(wanted)
+        if isinstance(outcome, GrammarError):
+            raise GrammarError(str(outcome))
+        return outcome
 
     def _fits(self, job: _Job, session_id: int, size: int) -> bool:
         others = [held for other, (held, _) in job.waiting.items() if other != session_id]
@@ -132,19 +135,19 @@ class Grammars:
             self._kept.popitem(last=False)
 
 
-def _compile(compiler: GrammarCompiler, job: _Job, compiled: Grammar | GrammarError | None) -> None:
+def _compile(compiler: GrammarCompiler, job: _Job, compiled: Grammar | None) -> None:
     """Fill in the outcomes of a job, for its text if that is not ``compiled`` yet, and for its answer."""
     text, answer = job.wanted.text, job.wanted.answer
     job.outcomes[job.wanted] = GrammarError("the grammar cannot be compiled; the base station's log says why")
     try:
-        grammar = compiled if isinstance(compiled, Grammar) else compiler.compile(text)
+        grammar = compiled or compiler.compile(text)
         job.outcomes[_Wanted(text)] = grammar
         if answer:
             followed = grammar.copy()
             followed.follow(answer)
             job.outcomes[job.wanted] = _checked(followed)
     except GrammarError as error:
-        job.outcomes[job.wanted] = error
+        job.outcomes[_Wanted(text)] = job.outcomes[job.wanted] = error
     except Exception:
         logger.exception("a grammar of %d characters cannot be compiled", len(text))
 

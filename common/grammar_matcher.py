@@ -48,5 +48,5 @@ def _limits() -> "LLParserLimits":
         step_lexer_fuel=100_000,
         max_items_in_row=300,
         step_max_items=10_000,
-        max_lexer_states=50_000,
+        max_lexer_states=20_000,
     )

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _CPU_SECONDS = 1
 _WALL_SECONDS = 10
-_MEMORY_BYTES = 64 * 2**20
+_MEMORY_BYTES = 32 * 2**20
 _STACK_BYTES = 2**20  # less than any thread has that compiles afterwards
 _NICENESS = 10
 _LENGTH = struct.Struct("<I")

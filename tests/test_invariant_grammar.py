@@ -275,6 +275,16 @@ def test_the_answer_so_far_of_a_reopened_session_is_followed_elsewhere() -> None
     assert (again, len(elsewhere.tasks)) == ([], 1)
 
 
+def test_a_grammar_that_was_refused_is_not_compiled_again() -> None:
+    elsewhere = Elsewhere()
+    station = station_with(elsewhere)
+    openings = [replace(open_with("{", index), answer_len=index % 2) for index in (1, 2, 3)]
+    replies(station, hello(VOCAB), openings[0])
+    elsewhere.finish()
+    assert [getattr(one, "code", "") for one in replies(station, *openings[1:])] == [GrammarError.code] * 3
+    assert elsewhere.tasks == []
+
+
 def test_an_answer_that_takes_the_grammar_too_long_is_refused_before_a_forward_pass() -> None:
     station = new_station()
     ambiguous = Sampling(grammar=lark_grammar('start: s\ns: s s | "a"'))
