@@ -48,16 +48,13 @@ class GrammarTrial:
         Raises:
             GrammarError: it takes too much time, memory or recursion.
         """
-        process = self._process = self._process or self._start()
-        assert process.stdin
-        assert process.stdout
         try:
-            _send(process.stdin, text)
-            reply = process.stdout.readline()
-        except BrokenPipeError:
-            reply = b""
+            self._process = self._process or self._start()
+            reply = _ask(self._process, text)
+        except OSError as error:
+            raise GrammarError(f"the grammar cannot be compiled: no process can be started for it: {error}") from error
         if not reply:
-            _end(process)
+            _end(self._process)
             self._process = None
             raise GrammarError("the grammar cannot be compiled: the process that compiles grammars ended; see the log")
         if reason := json.loads(reply):
@@ -73,8 +70,18 @@ class GrammarTrial:
         )
         weakref.finalize(self, _end, process)
         assert process.stdin
-        _send(process.stdin, self._setup)
+        with contextlib.suppress(BrokenPipeError):  # it has ended; the next question sees that
+            _send(process.stdin, self._setup)
         return process
+
+
+def _ask(process: "subprocess.Popen[bytes]", text: str) -> bytes:
+    """The reply; empty if the process has ended."""
+    assert process.stdin
+    assert process.stdout
+    with contextlib.suppress(BrokenPipeError):
+        _send(process.stdin, text)
+    return process.stdout.readline()
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:

@@ -3,6 +3,7 @@
 import gc
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,15 @@ def test_another_process_starts_where_the_first_one_ended(compiler: GrammarCompi
     with pytest.raises(GrammarError, match="process that compiles grammars ended"):
         compiler.compile(VALID)
     assert compiler.compile(VALID).follow([])
+
+
+@pytest.mark.parametrize("executable", ["/nonexistent", "/bin/false"])
+def test_a_process_that_does_not_start_is_a_grammar_error(executable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", executable)
+    compiler = new_compiler()
+    for _ in range(2):
+        with pytest.raises(GrammarError, match=r"no process can be started|process that compiles grammars ended"):
+            compiler.compile(VALID)
 
 
 def test_the_process_ends_with_its_compiler() -> None:
