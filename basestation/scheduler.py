@@ -97,11 +97,12 @@ class Scheduler:
         sources = share_prefixes([one for one in sessions if one.waiting and not one.kv_cache.length], sessions)
         ready = [one for one in sessions if one.waiting and one not in sources]
         ready.sort(key=lambda one: one.ready_since)
+        rounds = [one for one in ready if not one.backlog]
         prompts = [one for one in ready if one.backlog]
         waiting = {one.peer.owner for one in prompts}
         batch = _BatchBuilder(self._kv_pool, sessions, self._on_eviction)
         left = self._budget.tokens
-        for session in self._round_shares.order([one for one in ready if not one.backlog], waiting):
+        for session in self._round_shares.order(rounds, waiting):
             if session.round_len > left and batch.units:
                 break
             if batch.add(session, session.round_len):
@@ -113,7 +114,7 @@ class Scheduler:
             for count, session in zip(range(len(turn), 0, -1), turn, strict=True):
                 if left < _MIN_CHUNK and batch.units:
                     break
-                added = batch.add(session, max(left // count, _MIN_CHUNK))
+                added = batch.add(session, max(left // count, _MIN_CHUNK), evict_waiting=not rounds)
                 self._prefilled[session.peer.owner] += added
                 left -= added
         return batch.units
@@ -227,34 +228,37 @@ class _BatchBuilder:
         self._on_eviction = on_eviction
         self._reserved = 0
 
-    def add(self, session: Session, limit: int) -> int:
-        """Add at most ``limit`` tokens of a session; returns how many, 0 where the KV pool has no room."""
+    def add(self, session: Session, limit: int, evict_waiting: bool = True) -> int:
+        """Add at most ``limit`` tokens of a session; returns how many, 0 where the KV pool has no room.
+
+        For the first of a batch others that wait are evicted too if ``evict_waiting``: a prompt evicts no round.
+        """
         segment = session.segment(limit)
         kv_cache, count = session.kv_cache, len(segment.token_ids)
         growth = max(0, self._kv_pool.round_up(kv_cache.length + count) - kv_cache.capacity)
-        if not self._make_room(session, growth):
+        if not self._make_room(session, growth, evict_waiting and not self.units):
             return 0
         self._reserved += growth
         self.units.append(ScheduledUnit(session, segment, session.round if segment.num_logits else None))
         return count
 
-    def _make_room(self, session: Session, growth: int) -> bool:
+    def _make_room(self, session: Session, growth: int, evict_waiting: bool) -> bool:
         """Evict other sessions until ``growth`` positions are free; False where none is left to evict."""
         while growth > self._kv_pool.free - self._reserved:
-            victim = self._victim(session)
+            victim = self._victim(session, evict_waiting)
             if victim is None:
                 return False
             victim.evict()
             self._on_eviction(victim)
         return True
 
-    def _victim(self, session: Session) -> Session | None:
-        """The session to evict: the longest idle; where the batch would be empty, else the last to become ready."""
+    def _victim(self, session: Session, evict_waiting: bool) -> Session | None:
+        """The session to evict: the longest idle; if ``evict_waiting``, else the last to become ready."""
         scheduled = {id(unit.session) for unit in self.units}
         candidates = [
             one for one in self._sessions if one.kv_cache.capacity and one is not session and id(one) not in scheduled
         ]
         idle = [one for one in candidates if not one.waiting]
-        if idle or self.units:
+        if idle or not evict_waiting:
             return min(idle, key=lambda one: one.last_active, default=None)
         return max(candidates, key=lambda one: one.ready_since, default=None)

@@ -1,5 +1,6 @@
 """What one device has in rounds, prompts and KV caches leaves room for the others."""
 
+import math
 from collections.abc import Sequence
 
 from basestation.kv_pool import PAGE_SIZE
@@ -7,6 +8,13 @@ from basestation.scheduler import PassBudget
 from protocol.messages import Draft, Extend, Fault, Mode, Open, Opened, Sampling, Verdict
 from tests.link_pair import Station
 from tests.scripted_device import CODEC, ScriptedDevice, new_station, prompt_of, settle, target_of
+
+EIGHT_SHARES = PassBudget(256, 32)
+DEVICES = 8
+PROMPT = 200
+LONGEST_DRAFT = 64
+FAIR_PASSES = math.ceil(PROMPT / (EIGHT_SHARES.tokens // (DEVICES + 1)))
+"""Passes that the prompts of eight devices take, if a ninth device has the same share."""
 
 
 def passes_beside_rounds(station: Station, runners: Sequence[ScriptedDevice], count: int) -> list[int]:
@@ -155,3 +163,67 @@ def test_further_rounds_of_a_device_get_its_share_of_the_pass_alone() -> None:
     settle(station)
     push_drafts(station, 9, range(1, 7), 6)
     assert passes_beside_rounds(station, runners, 1) == [3 * 5 + 2 * 7], "a quarter of 64 tokens is two rounds of 7"
+
+
+def greedy_station(prompt: int) -> Station:
+    """A base station with a device, 200, whose eight sessions each have a prompt."""
+    station = new_station(EIGHT_SHARES)
+    ScriptedDevice(station, 200, prompt_of(prompt, seed=99))
+    open_sessions(station, 200, [prompt] * 7)
+    return station
+
+
+def passes_until_verified(station: Station) -> int:
+    """How many passes run until each of eight other devices has a Verdict; 200 drafts on after each of its own."""
+    devices = [ScriptedDevice(station, name, prompt_of(PROMPT, seed=name)) for name in range(1, 1 + DEVICES)]
+    for device in devices:
+        device.draft()
+    for count in range(1, 200):
+        station.engine.step()
+        verdicts = [one for one in station.outboxes[bytes([200])] if isinstance(one, Verdict)]
+        station.outboxes[bytes([200])].clear()
+        for verdict in verdicts:
+            push_drafts(station, 200, [verdict.session_id], LONGEST_DRAFT, verdict.round_id + 1)
+        if all(any(isinstance(one, Verdict) for one in station.outboxes[device.peer]) for device in devices):
+            return count
+    raise AssertionError("never verified")
+
+
+def test_many_prompts_of_a_device_delay_those_of_others_as_one_prompt_does() -> None:
+    assert passes_until_verified(greedy_station(prompt=2000)) <= FAIR_PASSES + 2
+
+
+def test_long_rounds_of_a_device_delay_the_prompts_of_others_by_its_share_alone() -> None:
+    station = greedy_station(prompt=20)
+    settle(station)
+    push_drafts(station, 200, range(8), LONGEST_DRAFT)
+    assert passes_until_verified(station) <= FAIR_PASSES + 2
+
+
+def test_a_long_round_runs_beside_prompts_when_its_tokens_have_added_up() -> None:
+    station = greedy_station(prompt=20)
+    settle(station)
+    for name in range(1, 1 + DEVICES):
+        ScriptedDevice(station, name, prompt_of(4000, seed=name))
+    station.outboxes[bytes([200])].clear()
+    push_drafts(station, 200, [0], LONGEST_DRAFT)
+    for _ in range(math.ceil((1 + LONGEST_DRAFT) / (EIGHT_SHARES.tokens // (DEVICES + 1)))):
+        assert not station.outboxes[bytes([200])]
+        station.engine.step()
+    assert [type(one) for one in station.outboxes[bytes([200])]] == [Verdict]
+
+
+def test_a_prompt_does_not_evict_a_session_whose_long_round_waits_for_its_share() -> None:
+    station = new_station(capacity=4 * PAGE_SIZE)
+    ScriptedDevice(station, 9, prompt_of(PAGE_SIZE + 10))
+    growing = ScriptedDevice(station, 1, prompt_of(2 * PAGE_SIZE - 10, seed=1))
+    settle(station)
+    push_drafts(station, 9, [0], LONGEST_DRAFT)
+    growing.send(Extend(0, 1, 2 * PAGE_SIZE - 20, tuple(prompt_of(PAGE_SIZE, seed=2))))
+    target_of(station).tokens.clear()
+    settle(station)
+    assert isinstance(station.outboxes[bytes([9])][-1], Verdict)
+    run = sum(target_of(station).tokens)
+    assert run == 1 + LONGEST_DRAFT + PAGE_SIZE - 1, (
+        "nothing twice; the last token of a prompt runs with its first round"
+    )

@@ -94,7 +94,7 @@ def test_every_field_is_required_and_of_one_type(name: str) -> None:
     values = {key: value for key, value in VALID.items() if key != name}
     assert f"has no {name}" in refused(json.dumps(values))
     values_of_other_types: list[Any] = [True, 1.5, float("nan"), [[]], [None], "\ud800"]
-    for value in (*values_of_other_types, *([] if VALID[name] is None else [None])):
+    for value in values_of_other_types if name == "draft_vocabulary" else [None, *values_of_other_types]:
         assert name in refused(changed(name, value))
     assert "has the unknown field 'news'" in refused(json.dumps(VALID | {"news": 1}))
 
