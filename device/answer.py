@@ -13,6 +13,7 @@ from device.planners import Planners
 from device.process_memory import peak_memory_bytes
 from device.session import AnswerToken, DeviceSession, Origin
 from device.settings import DraftSettings
+from device.timings import Timings
 from device.tokenizer import Tokenizer
 
 
@@ -161,6 +162,7 @@ class AnswerStream:
         self._prompt_ids = prompt_ids
         self._max_new_tokens = max_new_tokens
         self._tokens: list[AnswerToken] = []
+        self._cached_tokens = 0
         self._finish_reason = "length"
         self._ended: _Snapshot | None = None
 
@@ -191,6 +193,22 @@ class AnswerStream:
     def ended(self) -> bool:
         """Whether iteration has reached the end of the answer."""
         return self._ended is not None
+
+    @property
+    def timings(self) -> Timings:
+        """The figures of the answer so far, once it has a token."""
+        began, now = self._began, self._ended or self._conversation.snapshot()
+        return Timings(
+            cache_n=self._cached_tokens,
+            prompt_n=len(self._prompt_ids) - self._cached_tokens,
+            prompt_ms=1000 * (self._first - began.seconds),
+            predicted_n=len(self._tokens),
+            predicted_ms=1000 * (now.seconds - self._first),
+            draft_n=now.counters.drafted - began.counters.drafted,
+            draft_n_accepted=now.counters.accepted - began.counters.accepted,
+            uplink_bytes=now.uplink_bytes - began.uplink_bytes,
+            downlink_bytes=now.downlink_bytes - began.downlink_bytes,
+        )
 
     @property
     def answer(self) -> Answer:
@@ -227,6 +245,7 @@ class AnswerStream:
 
     def _token_ids(self) -> Iterator[int]:
         session = self._conversation.begin(self._prompt_ids)
+        self._cached_tokens = session.cached_tokens
         for token in session.answer(self._max_new_tokens):
             if not self._tokens:
                 self._first = time.monotonic()

@@ -1,10 +1,11 @@
 """The fields that chat and text completions share: sampling, drafting, length, stops, choices and streaming."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
+from device.http_fields import EXTENSION_FIELDS, IGNORED, MAX_CHOICES, MAX_STOPS, ONLY_VALUES, SHARED_FIELDS
 from device.job import AnswerRequest
 from device.request_fields import ANY, Fields, field
 from device.sampling_fields import SamplingDefaults, read_sampling
@@ -13,11 +14,8 @@ from device.tokenizer import ChatMessage
 from protocol.errors import SettingsError
 from protocol.messages import Mode, Sampling
 
-_MAX_STOPS = 4
-_MAX_CHOICES = 8
 _NO_LIMIT = 2**31 - 1
-_EXTENSION, _EXTENSION_FIELDS = "edgedraft", ("mode", "draft_len", "rounds")
-"""The one field that is not of OpenAI's API, and its own fields."""
+_EXTENSION = "edgedraft"
 
 
 @dataclass(frozen=True)
@@ -55,17 +53,22 @@ class Streaming:
         )
 
 
-def refuse_unsupported(fields: Any, unsupported: Mapping[str, Sequence[Any]]) -> None:
-    """Check that a request is an object, and that unsupported fields have a value that changes nothing.
+def check_names(fields: Any, known: Collection[str]) -> None:
+    """Check that a request is an object, and that no field is unknown that could change the answer.
+
+    Args:
+        fields: of the request.
+        known: names of fields that are read, besides those of both kinds of request.
 
     Raises:
-        SettingsError: they have another one.
+        SettingsError: one is, and its value is none that changes nothing.
     """
     if not isinstance(fields, dict):
         raise SettingsError("the request", fields, "a JSON object")
-    for name, neutral in unsupported.items():
-        if fields.get(name) not in (None, *neutral):
-            raise SettingsError(name, fields[name], " or ".join([*map(json.dumps, neutral), "left out"]))
+    for name, value in fields.items():
+        neutral = ONLY_VALUES.get(name, ())
+        if not (name in known or name in SHARED_FIELDS or name in IGNORED or value in (None, *neutral)):
+            raise SettingsError(name, value, " or ".join([*map(json.dumps, neutral), "left out"]))
 
 
 def read_answer(
@@ -80,8 +83,7 @@ def read_answer(
         SettingsError: a field has a value that is not allowed.
     """
     extension = _extension(fields)
-    stream = field(fields, "stream", bool, False, "true or false")
-    rounds = _rounds(extension, stream and logprobs is None)
+    rounds = _rounds(extension, logprobs is None)
     settings = _settings(fields, extension, defaults, logprobs)
     echo = field(fields, "echo", bool, False, "true or false")
     return AnswerRequest(prompt, settings, _max_new_tokens(fields, defaults, echo), _stops(fields), rounds, echo)
@@ -94,8 +96,8 @@ def choices_of(fields: Fields, request: AnswerRequest) -> tuple[AnswerRequest, .
         SettingsError: it is not allowed.
     """
     count = field(fields, "n", int, 1, "a whole number")
-    if not 1 <= count <= _MAX_CHOICES:
-        raise SettingsError("n", count, f"1 to {_MAX_CHOICES}")
+    if not 1 <= count <= MAX_CHOICES:
+        raise SettingsError("n", count, f"1 to {MAX_CHOICES}")
     return tuple(_with_seed(request, index) for index in range(count))
 
 
@@ -109,8 +111,8 @@ def _extension(fields: Fields) -> Fields:
     """What the request asks of edgedraft alone, each with its full name: ``edgedraft.mode``."""
     extension = field(fields, _EXTENSION, dict, {}, "an object")
     for name, value in extension.items():
-        if name not in _EXTENSION_FIELDS:
-            raise SettingsError(f"{_EXTENSION}.{name}", value, f"left out; fields: {', '.join(_EXTENSION_FIELDS)}")
+        if name not in EXTENSION_FIELDS:
+            raise SettingsError(f"{_EXTENSION}.{name}", value, f"left out; fields: {', '.join(EXTENSION_FIELDS)}")
     return {f"{_EXTENSION}.{name}": value for name, value in extension.items()}
 
 
@@ -123,7 +125,7 @@ def _settings(fields: Fields, extension: Fields, defaults: Defaults, logprobs: i
 def _rounds(extension: Fields, possible: bool) -> bool:
     rounds: bool = field(extension, "edgedraft.rounds", bool, False, "true or false")
     if rounds and not possible:
-        raise SettingsError("edgedraft.rounds", rounds, "false, or true together with stream, without logprobs")
+        raise SettingsError("edgedraft.rounds", rounds, "false, or true without logprobs")
     return rounds
 
 
@@ -138,6 +140,6 @@ def _max_new_tokens(fields: Fields, defaults: Defaults, echo: bool) -> int:
 def _stops(fields: Fields) -> tuple[str, ...]:
     stops = field(fields, "stop", (str, list), [], "a text or a list of them")
     stops = [stops] if isinstance(stops, str) else stops
-    if len(stops) > _MAX_STOPS or not all(isinstance(stop, str) and stop for stop in stops):
-        raise SettingsError("stop", stops, f"up to {_MAX_STOPS} texts, none of them empty")
+    if len(stops) > MAX_STOPS or not all(isinstance(stop, str) and stop for stop in stops):
+        raise SettingsError("stop", stops, f"up to {MAX_STOPS} texts, none of them empty")
     return tuple(stops)

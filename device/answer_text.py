@@ -13,23 +13,29 @@ class AnswerText:
         stops: texts that end the answer.
         tool_format: of the calls in it; None where it may have none.
         deliver: receives calls.
+        parallel: whether several calls may come; if not, the first one ends the answer.
 
     Attributes:
         called: whether a call was delivered.
     """
 
     def __init__(
-        self, stops: Sequence[str], tool_format: ToolFormat | None, deliver: Callable[[ToolCall], None]
+        self,
+        stops: Sequence[str],
+        tool_format: ToolFormat | None,
+        deliver: Callable[[ToolCall], None],
+        parallel: bool = True,
     ) -> None:
         self._stops = StopStrings(stops)
         self._parser = tool_format.parser() if tool_format else None
         self._deliver = deliver
+        self._parallel = parallel
         self.called = False
 
     @property
     def stopped(self) -> bool:
-        """Whether a stop string has appeared; no text follows."""
-        return self._stops.reached
+        """Whether a stop string has appeared, or the only call; no text follows."""
+        return self._stops.reached or (self.called and not self._parallel)
 
     def feed(self, text: str) -> str:
         """Add ``text``; return what may be shown now."""
@@ -42,8 +48,13 @@ class AnswerText:
         return self._without_calls([*self._parser.feed(text), *self._parser.flush()]) if self._parser else text
 
     def _without_calls(self, parts: Sequence[str | ToolCall]) -> str:
+        text = ""
         for part in parts:
+            if self.called and not self._parallel:
+                break
             if isinstance(part, ToolCall):
                 self.called = True
                 self._deliver(part)
-        return "".join(part for part in parts if isinstance(part, str))
+            else:
+                text += part
+        return text

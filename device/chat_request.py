@@ -1,33 +1,23 @@
 """A request of OpenAI's chat completions API, validated and turned into requests to the worker.
 
-Fields that would change the answer and are not supported are refused; other
-unknown fields are ignored.
+Fields that are not known are refused.
 """
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from device.answer_fields import Defaults, Streaming, choices_of, read_answer, refuse_unsupported
+from device.answer_fields import Defaults, Streaming, check_names, choices_of, read_answer
+from device.http_fields import CHAT_FIELDS
 from device.job import AnswerRequest
 from device.request_fields import Fields, field
 from device.tokenizer import ChatMessage, check_unicode
 from device.tool_fields import read_tool_calls, read_tools
 from protocol.errors import SettingsError
+from protocol.logprobs import MAX_TOP_LOGPROBS
 
 _ROLES = ("system", "user", "assistant", "tool")
 _ROLE_NAMES = {"developer": "system"}
 """Roles that OpenAI's clients send under another name."""
-_UNSUPPORTED: Mapping[str, Sequence[Any]] = {
-    "best_of": [1],
-    "chat_template_kwargs": [{}],
-    "echo": [False],
-    "function_call": ["none", "auto"],
-    "functions": [[]],
-    "guided_json": [],
-    "typical_p": [1],
-}
-"""Unsupported fields that change the answer, with the values that do not."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +34,10 @@ class ChatRequest:
         Raises:
             SettingsError: a field is missing, has a value that is not allowed, or is not supported.
         """
-        refuse_unsupported(fields, _UNSUPPORTED)
-        tools, logprobs = read_tools(fields), _logprobs(fields)
-        request = replace(read_answer(fields, _messages(fields), defaults, logprobs), tools=tools)
+        check_names(fields, CHAT_FIELDS)
+        tools, logprobs, messages = read_tools(fields), _logprobs(fields), _messages(fields)
+        request = read_answer(fields, messages, defaults, logprobs)
+        request = replace(request, tools=tools, continue_final=_continues(fields, messages[-1]))
         _check_tools(request)
         return cls(choices_of(fields, request), Streaming.read(fields))
 
@@ -67,8 +58,8 @@ def _logprobs(fields: Fields) -> int | None:
     """How many of the likeliest tokens are told with each token; None without log-probabilities."""
     asked = field(fields, "logprobs", bool, False, "true or false")
     most = field(fields, "top_logprobs", int, 0, "a whole number")
-    if most and not asked:
-        raise SettingsError("top_logprobs", most, "0, or more together with logprobs")
+    if not 0 <= most <= (MAX_TOP_LOGPROBS if asked else 0):
+        raise SettingsError("top_logprobs", most, f"0, or up to {MAX_TOP_LOGPROBS} together with logprobs")
     return most if asked else None
 
 
@@ -77,6 +68,17 @@ def _messages(fields: Fields) -> tuple[ChatMessage, ...]:
     if not messages:
         raise SettingsError("messages", messages, "at least one message")
     return tuple(_message(f"messages[{index}]", message) for index, message in enumerate(messages))
+
+
+def _continues(fields: Fields, final: ChatMessage) -> bool:
+    """Whether the answer continues the final message."""
+    continued: bool = field(fields, "continue_final_message", bool, False, "true or false")
+    if continued and (final["role"] != "assistant" or "tool_calls" in final):
+        raise SettingsError("continue_final_message", True, "false, or true after an assistant's text")
+    prompted = field(fields, "add_generation_prompt", bool, not continued, "true or false")
+    if prompted == continued:
+        raise SettingsError("add_generation_prompt", prompted, "true, or false with continue_final_message")
+    return continued
 
 
 def _message(name: str, message: Any) -> ChatMessage:

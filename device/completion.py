@@ -12,6 +12,8 @@ from device.answer_events import AnswerEvent, AnswerEvents
 from device.http_errors import HttpError
 from device.job import AnswerPiece, AnswerRequest, Finish
 from device.request_fields import Fields
+from device.round_events import AnswerRound
+from device.timings import Timings
 from device.tool_calls import ToolCall
 
 _LEAST_LOGPROB = -9999.0
@@ -137,16 +139,23 @@ class Completion:
         choices = []
         for index, request in enumerate(self._choices):
             self._events.start(request)
-            text, pieces, calls = "", list[AnswerPiece](), list[ToolCall]()
-            while not isinstance(event := await self._events.next(), Finish):
-                if isinstance(event, ToolCall):
-                    calls.append(event)
-                    continue
-                text += event if isinstance(event, str) else event.text
-                pieces += [event] if isinstance(event, AnswerPiece) else []
-            self._finishes.append(event)
-            choices.append({"index": index, **self._form.choice(text, pieces, calls), "finish_reason": event.reason})
-        return self._head | {"object": self._form.kind, "choices": choices, "usage": self._usage()}
+            choices.append({"index": index, **await self._whole_choice()})
+        timings = sum((finish.timings for finish in self._finishes), Timings())
+        end = {"choices": choices, "usage": self._usage(), "timings": timings.fields}
+        return self._head | {"object": self._form.kind} | end
+
+    async def _whole_choice(self) -> Fields:
+        text, pieces, calls, rounds = "", list[AnswerPiece](), list[ToolCall](), list[Fields]()
+        while not isinstance(event := await self._events.next(), Finish):
+            if isinstance(event, ToolCall):
+                calls.append(event)
+                continue
+            text += event if isinstance(event, str) else event.text
+            pieces += [event] if isinstance(event, AnswerPiece) else []
+            rounds += [event.fields] if isinstance(event, AnswerRound) else []
+        self._finishes.append(event)
+        choice = {**self._form.choice(text, pieces, calls), "finish_reason": event.reason}
+        return choice | ({"edgedraft": {"rounds": rounds}} if rounds else {})
 
     async def begin(self) -> AnswerEvent:
         """The first event of the first answer: an error before it still has a status code."""
@@ -191,7 +200,7 @@ class Completion:
                 yield ": keep-alive\n\n"
             event = following
         self._finishes.append(event)
-        yield self._chunk(index, self._form.part("", ()), event.reason)
+        yield self._chunk(index, self._form.part("", ()), event.reason, timings=event.timings.fields)
 
     def _chunk(self, index: int, part: Fields, finish_reason: str | None = None, **extension: Fields) -> str:
         choice = {"index": index, **part, "finish_reason": finish_reason}
@@ -201,7 +210,8 @@ class Completion:
         prompt_tokens = sum(finish.prompt_tokens for finish in self._finishes)
         new_tokens = sum(finish.new_tokens for finish in self._finishes)
         counts = {"prompt_tokens": prompt_tokens, "completion_tokens": new_tokens}
-        return counts | {"total_tokens": prompt_tokens + new_tokens}
+        cached = {"cached_tokens": sum(finish.timings.cache_n for finish in self._finishes)}
+        return counts | {"total_tokens": prompt_tokens + new_tokens, "prompt_tokens_details": cached}
 
 
 def _call(call: ToolCall) -> Fields:

@@ -25,6 +25,7 @@ from device.completion import ChatForm, Completion, Form, TextForm
 from device.host_check import HostCheck
 from device.http_errors import HttpError, shown
 from device.json_body import json_body
+from device.openapi import openapi
 from device.origin_check import OriginCheck
 from device.request_fields import Fields
 from device.request_id import RequestId
@@ -68,6 +69,7 @@ def application(worker: Worker, name: str, defaults: Defaults, access: Access) -
             Route("/readyz", endpoints.readiness),
             Route("/metrics", endpoints.metrics),
             Route("/health", endpoints.readiness),
+            Route("/openapi.json", endpoints.description),
             Route("/v1/models", endpoints.models),
             Route("/v1/models/{name:path}", endpoints.model),
             Route("/v1/chat/completions", endpoints.complete_chat, methods=["POST"]),
@@ -110,6 +112,10 @@ class _Routes:
     async def metrics(self, _: Request) -> Response:
         """The metrics in Prometheus' format."""
         return Response(generate_latest(self._worker.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    async def description(self, _: Request) -> Response:
+        """The description of the service."""
+        return JSONResponse(openapi())
 
     async def models(self, _: Request) -> Response:
         """The list of the one model that is served."""

@@ -7,6 +7,7 @@ from typing import TypeAlias
 
 from device.round_events import AnswerRound
 from device.settings import DraftSettings
+from device.timings import Timings
 from device.tokenizer import ChatMessage
 from device.tool_calls import ToolCall
 from device.tool_fields import Tools
@@ -17,7 +18,8 @@ class AnswerRequest:
     """A conversation, a text or tokens to continue; any of the ``stops`` in the text ends the answer.
 
     With ``rounds`` the answer is delivered round by round, with the origins of its tokens; with ``echo`` the prompt
-    comes first, and with log-probabilities if the sampling settings ask for them.
+    comes first, and with log-probabilities if the sampling settings ask for them. With ``continue_final`` the answer
+    continues the last message.
     """
 
     prompt: tuple[ChatMessage, ...] | tuple[int, ...] | str
@@ -27,6 +29,7 @@ class AnswerRequest:
     rounds: bool = False
     echo: bool = False
     tools: Tools = field(default_factory=Tools)
+    continue_final: bool = False
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class Finish:
     reason: str
     prompt_tokens: int
     new_tokens: int
+    timings: Timings = field(default_factory=Timings, compare=False)
 
 
 @dataclass(frozen=True)

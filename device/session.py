@@ -68,6 +68,7 @@ class DeviceSession:
 
     Attributes:
         tokens: committed so far, the prompt included.
+        cached_tokens: of the last prompt, that were not sent again.
 
     Raises:
         SettingsError: the base station does not serve these settings.
@@ -85,6 +86,7 @@ class DeviceSession:
     ) -> None:
         client.check_served(settings)
         self.tokens: list[int] = []
+        self.cached_tokens = 0
         self._client = client
         self._settings = settings
         self._target_alone = settings.mode is Mode.TARGET
@@ -151,7 +153,8 @@ class DeviceSession:
         self._rounds.planner = planner or self._rounds.planner
         start = common_prefix(self.tokens, prompt_ids[:-1])
         can_extend = self._requests.can_extend(sampling)
-        self._check_prompt(prompt_ids, start if can_extend else 0)
+        self.cached_tokens = start if can_extend else 0
+        self._check_prompt(prompt_ids, self.cached_tokens)
         self._drafter.sampling, self._drafter.answer_start, self._drafter.grammar = sampling, len(prompt_ids), grammar
         if can_extend:
             self._requests.extend(start, prompt_ids[start:], sampling)

@@ -1,24 +1,17 @@
 """A request of OpenAI's text completions API, validated and turned into requests to the worker."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from device.answer_fields import Defaults, Streaming, choices_of, read_answer, refuse_unsupported
+from device.answer_fields import Defaults, Streaming, check_names, choices_of, read_answer
+from device.http_fields import MAX_PROMPTS, TEXT_FIELDS
 from device.job import AnswerRequest
 from device.request_fields import Fields, field
 from device.tokenizer import check_unicode
 from protocol.errors import SettingsError
 
-_MAX_PROMPTS = 128
 _PROMPT = "a text, a list of texts, token ids, or a list of lists of token ids"
-_UNSUPPORTED: Mapping[str, Sequence[Any]] = {
-    "best_of": [1],
-    "suffix": [""],
-    "tools": [[]],
-    "typical_p": [1],
-}
-"""Unsupported fields that change the answer, with the values that do not."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +28,7 @@ class TextRequest:
         Raises:
             SettingsError: a field is missing, has a value that is not allowed, or is not supported.
         """
-        refuse_unsupported(fields, _UNSUPPORTED)
+        check_names(fields, TEXT_FIELDS)
         logprobs = field(fields, "logprobs", int, None, "a whole number")
         requests = [read_answer(fields, prompt, defaults, logprobs) for prompt in _prompts(fields)]
         return cls(tuple(one for request in requests for one in choices_of(fields, request)), Streaming.read(fields))
@@ -44,8 +37,8 @@ class TextRequest:
 def _prompts(fields: Fields) -> Sequence[str | tuple[int, ...]]:
     given = field(fields, "prompt", (str, list), [], _PROMPT)
     prompts = [given] if isinstance(given, str) or (given and _are_ids(given)) else given
-    if not 1 <= len(prompts) <= _MAX_PROMPTS:
-        raise SettingsError("prompt", f"{len(prompts)} prompts", f"1 to {_MAX_PROMPTS}")
+    if not 1 <= len(prompts) <= MAX_PROMPTS:
+        raise SettingsError("prompt", f"{len(prompts)} prompts", f"1 to {MAX_PROMPTS}")
     return [_prompt(prompt) for prompt in prompts]
 
 

@@ -98,12 +98,18 @@ class Tokenizer:
         template = self._template
         return ToolFormat.of_template(template.source) if template and template.knows_tools else None
 
-    def encode_chat(self, messages: Sequence[ChatMessage], tools: Sequence[Mapping[str, Any]] = ()) -> Prompt:
+    def encode_chat(
+        self,
+        messages: Sequence[ChatMessage],
+        tools: Sequence[Mapping[str, Any]] = (),
+        continue_final: bool = False,
+    ) -> Prompt:
         """Encode a conversation, rendered by the chat template, as the prompt for the next answer.
 
         Args:
             messages: of the conversation.
             tools: that the answer may call.
+            continue_final: whether the answer continues the last message, instead of following it.
 
         Raises:
             SettingsError: the bundle has no chat template.
@@ -114,9 +120,13 @@ class Tokenizer:
         for text in _texts([messages, tools]):
             check_unicode("prompt", text)
         mark = _unused_character([messages, tools])
-        text = self._template.render(self._marked(messages, mark), tools=self._marked(tools, mark))
+        marked, marked_tools = self._marked(messages, mark), self._marked(tools, mark)
+        if continue_final:
+            text = _render_to_final_content(self._template, marked, marked_tools)
+        else:
+            text = self._template.render(marked, tools=marked_tools)
         ids = _not_empty(text, self._encode_marked(text, mark))
-        return Prompt(ids, self._draft_prompt(messages, tools))
+        return Prompt(ids, self._draft_prompt(messages, tools, continue_final))
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Decode ids, without special tokens."""
@@ -161,13 +171,15 @@ class Tokenizer:
         if len(whole) > len(text) and whole.startswith(text):
             yield whole[len(text) :]
 
-    def _draft_prompt(self, messages: Sequence[ChatMessage], tools: Sequence[Mapping[str, Any]]) -> list[int]:
+    def _draft_prompt(
+        self, messages: Sequence[ChatMessage], tools: Sequence[Mapping[str, Any]], continue_final: bool
+    ) -> list[int]:
         """The conversation by the draft model's own chat template; empty where that cannot render it."""
         template = self._draft._template if self._draft else None
         if self._draft is None or template is None or (tools and not template.knows_tools):
             return []
         try:
-            return self._draft.encode_chat(messages, tools)
+            return self._draft.encode_chat(messages, tools, continue_final)
         except BundleError as error:
             logger.info("the draft model gets the target's prompt: %s", error)
             return []
@@ -236,6 +248,22 @@ class Tokenizer:
             if part.get("type") == "Metaspace" and part.get("prepend_scheme") == "first":
                 part["prepend_scheme"] = prepend_scheme
         return FastTokenizer.from_str(json.dumps(content))
+
+
+def _render_to_final_content(
+    template: ChatTemplate, messages: Sequence[dict[str, Any]], tools: Sequence[Mapping[str, Any]]
+) -> str:
+    """The text of a conversation up to the end of its last message's content.
+
+    Raises:
+        BundleError: the template does not show that content.
+    """
+    end = _unused_character([messages, tools])
+    final = messages[-1] | {"content": messages[-1]["content"] + end}
+    text = template.render([*messages[:-1], final], add_generation_prompt=False, tools=tools)
+    if end not in text:
+        raise BundleError("the chat template does not show the last message; send it without continue_final_message")
+    return text.rpartition(end)[0]
 
 
 def _pre_tokenizers(part: Any) -> Iterator[dict[str, Any]]:

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from device.http_fields import MAX_TOOLS
 from device.request_fields import Fields, field
 from protocol.errors import SettingsError
 
-_MAX_TOOLS = 128
 _CHOICES = "auto, none, required, or an object that names one of the tools"
 
 
@@ -19,32 +19,35 @@ class Tools:
     Attributes:
         known: as OpenAI's API describes them, for the chat template.
         forced: those of which the answer must call one; empty where it need not.
+        parallel: whether an answer may have several calls.
     """
 
     known: Sequence[Fields] = ()
     forced: Sequence[Fields] = ()
+    parallel: bool = True
 
 
 def read_tools(fields: Fields) -> Tools:
-    """Read ``tools`` and ``tool_choice``.
+    """Read ``tools``, ``tool_choice`` and ``parallel_tool_calls``.
 
     Raises:
         SettingsError: a value is not allowed.
     """
     tools = field(fields, "tools", list, [], "a list of tools")
-    if len(tools) > _MAX_TOOLS or not all(map(_is_tool, tools)):
-        allowed = f"up to {_MAX_TOOLS} objects with type function, and function with a name and parameters, an object"
+    if len(tools) > MAX_TOOLS or not all(map(_is_tool, tools)):
+        allowed = f"up to {MAX_TOOLS} objects with type function, and function with a name and parameters, an object"
         raise SettingsError("tools", tools, allowed)
     choice = field(fields, "tool_choice", (str, dict), "auto", _CHOICES)
+    parallel = field(fields, "parallel_tool_calls", bool, True, "true or false")
     if choice == "none" or (choice == "auto" and not tools):
         return Tools()
     if choice == "auto":
-        return Tools(tools)
+        return Tools(tools, parallel=parallel)
     name = choice.get("function", {}).get("name") if _names_function(choice) else None
     forced = [tool for tool in tools if choice == "required" or tool["function"]["name"] == name]
     if not forced:
         raise SettingsError("tool_choice", choice, _CHOICES)
-    return Tools(tools, forced)
+    return Tools(tools, forced, parallel)
 
 
 def read_tool_calls(name: str, message: Fields) -> list[Fields]:

@@ -207,7 +207,7 @@ class Worker:
         token_ids = [entry for entry in prompt if isinstance(entry, int)]
         if not token_ids:
             messages = [entry for entry in prompt if not isinstance(entry, int)]
-            return self.tokenizer.encode_chat(messages, request.tools.known)
+            return self.tokenizer.encode_chat(messages, request.tools.known, request.continue_final)
         if not 0 <= min(token_ids) <= max(token_ids) < self.vocab_size:
             raise SettingsError("prompt", "these tokens", f"token ids from 0 to {self.vocab_size - 1}")
         return token_ids
@@ -236,8 +236,9 @@ class Worker:
 
     def _deliver(self, stream: AnswerStream, job: Job, rounds: RoundEvents | None) -> Finish:
         """Deliver the text of an answer up to a stop string, in ``rounds`` if they are asked for."""
-        tool_format = self.tokenizer.tool_format if job.request.tools.known else None
-        answer_text = AnswerText(job.request.stops, tool_format, job.deliver)
+        tools = job.request.tools
+        tool_format = self.tokenizer.tool_format if tools.known else None
+        answer_text = AnswerText(job.request.stops, tool_format, job.deliver, tools.parallel)
         for chunk in stream:
             self._connection.mark_received()
             text = answer_text.feed(chunk.text)
@@ -253,15 +254,13 @@ class Worker:
             rounds.flush()
         if text := answer_text.flush():
             job.deliver(text)
-        if not stream.ended:
-            return Finish("stop", stream.prompt_tokens, stream.new_tokens)
-        answer = stream.answer
-        logger.info(
-            "%d prompt tokens, %d new tokens, %.1f tokens/s",
-            stream.prompt_tokens,
-            stream.new_tokens,
-            answer.tokens_per_second,
-        )
-        reason = "stop" if answer_text.stopped else answer.finish_reason
+        if stream.ended:
+            logger.info(
+                "%d prompt tokens, %d new tokens, %.1f tokens/s",
+                stream.prompt_tokens,
+                stream.new_tokens,
+                stream.answer.tokens_per_second,
+            )
+        reason = "stop" if answer_text.stopped else stream.answer.finish_reason
         reason = "tool_calls" if answer_text.called and reason == "stop" else reason
-        return Finish(reason, stream.prompt_tokens, stream.new_tokens)
+        return Finish(reason, stream.prompt_tokens, stream.new_tokens, stream.timings)

@@ -32,7 +32,9 @@ class NumberTokenizer:
 
     tool_format: ToolFormat | None = None
 
-    def encode_chat(self, messages: Sequence[ChatMessage], _: Sequence[Mapping[str, Any]] = ()) -> list[int]:
+    def encode_chat(
+        self, messages: Sequence[ChatMessage], _: Sequence[Mapping[str, Any]] = (), __: bool = False
+    ) -> list[int]:
         return [int(word) for message in messages for word in message["content"].split()]
 
     def encode(self, text: str) -> list[int]:

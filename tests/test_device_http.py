@@ -2,7 +2,7 @@
 
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -38,6 +38,13 @@ from tests.number_service import (
 )
 from tests.slow_sampling import slow_answer
 
+USAGE = {
+    "prompt_tokens": 5,
+    "completion_tokens": 12,
+    "total_tokens": 17,
+    "prompt_tokens_details": {"cached_tokens": 0},
+}
+
 
 def test_answer_equals_the_targets_greedy_output() -> None:
     with http_client(new_station()) as client:
@@ -47,19 +54,18 @@ def test_answer_equals_the_targets_greedy_output() -> None:
         "content": text_of(target_alone(TARGET, PROMPT, 12)),
     }
     assert answer["choices"][0]["finish_reason"] == "length"
-    assert answer["usage"] == {"prompt_tokens": 5, "completion_tokens": 12, "total_tokens": 17}
+    assert answer["usage"] == USAGE
 
 
 def test_stream_has_the_same_text_token_by_token() -> None:
     with http_client(new_station()) as client:
         chunks = streamed(client, stream_options={"include_usage": True})
-        usage = complete(client).json()["usage"]
     deltas = [chunk["choices"][0]["delta"] for chunk in chunks[:-1]]
     assert [delta.get("content", "") for delta in deltas[1:-1]] == [
         text_of([token_id]) for token_id in target_alone(TARGET, PROMPT, 12)
     ]
     assert [chunk["choices"][0]["finish_reason"] for chunk in chunks[:-1]] == [None] * 13 + ["length"]
-    assert chunks[-1]["usage"] == usage
+    assert chunks[-1]["usage"] == USAGE
     assert len({chunk["id"] for chunk in chunks}) == 1
 
 
@@ -131,7 +137,7 @@ def test_a_turn_with_other_sampling_settings_continues_in_the_same_session(chang
         ({"n": 9}, ["n is 9", "1 to 8"]),
         ({"logprobs": 2}, ["logprobs", "true or false"]),
         ({"top_logprobs": 3}, ["top_logprobs", "3", "together with logprobs"]),
-        ({"logprobs": True, "top_logprobs": 21}, ["logprobs", "21", "0 to 20"]),
+        ({"logprobs": True, "top_logprobs": 21}, ["top_logprobs", "21", "up to 20"]),
         ({"tools": [{"type": "function"}]}, ["tools", "function"]),
         ({"tool_choice": "required"}, ["tool_choice", "required", "names one of the tools"]),
         ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, ["tool_calls[0]", "function"]),
@@ -155,7 +161,7 @@ def test_invalid_or_unsupported_field_is_refused_by_name(fields: dict[str, objec
     assert all(word in str(error.value) for word in words)
 
 
-def test_neutral_and_unknown_fields_are_ignored() -> None:
+def test_neutral_fields_are_ignored() -> None:
     neutral = {"n": 1, "tools": None, "logprobs": False, "frequency_penalty": 0, "user": "me", "top_p": None}
     assert ChatRequest.read(FIELDS | neutral, DEFAULTS) == ChatRequest.read(FIELDS, DEFAULTS)
 
@@ -220,6 +226,32 @@ def test_a_response_format_restricts_the_answer() -> None:
 
 
 BAD = {"type": "object", "propertyNames": {"pattern": "a"}}
+
+
+def test_the_last_message_is_continued_if_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+
+    def encode_chat(_: object, messages: Sequence[ChatMessage], __: object, continue_final: bool) -> list[int]:
+        asked.append(continue_final)
+        return NumberTokenizer().encode(" ".join(message["content"] for message in messages))
+
+    monkeypatch.setattr(NumberTokenizer, "encode_chat", encode_chat)
+    begun = [*FIELDS["messages"], {"role": "assistant", "content": "9"}]  # type: ignore[misc]
+    with http_client(new_station()) as client:
+        continued = complete(client, messages=begun, continue_final_message=True, add_generation_prompt=False)
+        complete(client, messages=begun)
+        refused = [
+            complete(client, continue_final_message=True),
+            complete(client, add_generation_prompt=False),
+            complete(client, messages=begun, continue_final_message=True, add_generation_prompt=True),
+        ]
+    assert content_of(continued) == text_of(target_alone(TARGET, [*PROMPT, 9], 12))
+    assert asked == [True, False]
+    assert [one.json()["error"]["param"] for one in refused] == [
+        "continue_final_message",
+        "add_generation_prompt",
+        "add_generation_prompt",
+    ]
 
 
 def test_top_k_of_a_request_limits_what_is_sampled() -> None:

@@ -196,6 +196,16 @@ def test_calls_are_returned_whole_and_streamed(monkeypatch: pytest.MonkeyPatch) 
     assert plain["message"] == {"role": "assistant", "content": hermes()}
 
 
+def test_without_parallel_calls_the_first_one_ends_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(NumberTokenizer, "tool_format", ToolFormat.HERMES)
+    monkeypatch.setattr(NumberTokenizer, "decode_stream", CallingTokenizer.decode_stream)
+    with http_client(new_station()) as client:
+        answer = complete(client, tools=[WEATHER], max_tokens=5, parallel_tool_calls=False).json()
+    assert len(answer["choices"][0]["message"]["tool_calls"]) == 1
+    assert answer["choices"][0]["finish_reason"] == "tool_calls"
+    assert answer["usage"]["completion_tokens"] == 1
+
+
 def test_a_model_whose_template_knows_no_tools_is_told_by_name() -> None:
     with http_client(new_station()) as client:
         response = complete(client, tools=[WEATHER])

@@ -38,7 +38,7 @@ def test_a_stream_has_the_text_and_usage_of_the_whole_answer(client: OpenAI) -> 
     whole = ask(client)
     chunks = list(ask(client, stream=True, stream_options={"include_usage": True}))
     assert streamed(chunks) == text(whole)
-    assert chunks[-1].usage == whole.usage
+    assert chunks[-1].usage.total_tokens == whole.usage.total_tokens
     assert whole.usage.completion_tokens == 16
 
 
