@@ -22,6 +22,7 @@ RunElsewhere: TypeAlias = Callable[[Callable[[], None], Callable[[], None]], Non
 logger = logging.getLogger(__name__)
 
 _MAX_KEPT = 32
+_MAX_KEPT_BYTES = 64 * 2**20
 _MAX_COMPILING = 64
 _MAX_WAITING = 16
 _RETRY_SECONDS = 1
@@ -63,7 +64,7 @@ class _Job:
 
 
 class Grammars:
-    """Grammars by their text, the last few kept.
+    """Grammars by their text, the last few kept within a number and a size.
 
     Args:
         compiler: for the target's vocabulary; None where grammars are not available.
@@ -114,6 +115,10 @@ class Grammars:
         if owner in self._jobs:
             self._jobs[owner].waiting.pop(session_id, None)
 
+    @property
+    def _kept_bytes(self) -> int:
+        return sum(one.nbytes for one in self._kept.values() if isinstance(one, Grammar))
+
     def _outcome(self, wanted: _Wanted) -> Grammar | None:
         outcome = self._kept.get(wanted)
         if isinstance(outcome, GrammarError):
@@ -131,7 +136,7 @@ class Grammars:
             again()
         if job.wanted.answer:
             del self._kept[job.wanted]
-        while len(self._kept) > _MAX_KEPT:
+        while len(self._kept) > _MAX_KEPT or self._kept_bytes > _MAX_KEPT_BYTES:
             self._kept.popitem(last=False)
 
 

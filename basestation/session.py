@@ -140,7 +140,8 @@ class Session:
     @property
     def held_bytes(self) -> int:
         """Bytes that the session takes besides its KV cache."""
-        return self.tokens.nbytes + self._answered.nbytes + sum(map(held_bytes, self.rounds.in_flight))
+        grammar = self._grammar.nbytes if self._grammar else 0
+        return self.tokens.nbytes + self._answered.nbytes + sum(map(held_bytes, self.rounds.in_flight)) + grammar
 
     @property
     def grammar_error(self) -> str:

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from basestation.coupled_sampling import coupled_choice
-from basestation.logits_processing import AnswerSoFar, process_logits
+from basestation.logits_processing import AnswerSoFar, MaskTime, process_logits
 from basestation.logprobs import token_logprobs
 from protocol.full_distribution import FullDistribution
 from protocol.logprobs import TokenLogprobs
@@ -130,11 +130,12 @@ def _rows_for_logprobs(logits: Tensor, rounds: Sequence[RoundToVerify]) -> dict[
 
 def _process_logits(logits: Tensor, rounds: Sequence[RoundToVerify]) -> None:
     """Change the logits of rounds whose sampling settings do so."""
+    mask_time = MaskTime(sum(one.answer is not None and one.answer.grammar is not None for one in rounds))
     end = 0
     for one in rounds:
         start, end = end, end + one.num_logits
         if one.answer is not None:
-            process_logits(logits[start:end], one.sampling, one.answer, one.drafted)
+            process_logits(logits[start:end], one.sampling, one.answer, one.drafted, mask_time)
 
 
 def sample_target_tokens(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:

@@ -51,20 +51,22 @@ class Grammar:
     """What a grammar allows after some tokens of an answer; advances and rolls back with them.
 
     Attributes:
+        nbytes: of memory that it and each copy take, at most; 0 where that was not measured.
         error: why nothing can be said any more: a limit was exceeded; "" otherwise.
     """
 
-    def __init__(self, matcher: "LLMatcher", vocab_size: int, stop_ids: frozenset[int]) -> None:
+    def __init__(self, matcher: "LLMatcher", vocab_size: int, stop_ids: frozenset[int], nbytes: int = 0) -> None:
         self._matcher = matcher
         self._vocab_size = vocab_size
         self._stop_ids = stop_ids
+        self.nbytes = nbytes
         self._tokens: list[int] = []
         self._seconds = self._deadline = math.inf
         self.error = ""
 
     def copy(self) -> "Grammar":
         """Another grammar in the same state."""
-        copied = Grammar(self._matcher.deep_copy(), self._vocab_size, self._stop_ids)
+        copied = Grammar(self._matcher.deep_copy(), self._vocab_size, self._stop_ids, self.nbytes)
         copied._tokens, copied.error = self._tokens[:], self.error
         return copied
 
@@ -123,11 +125,11 @@ class GrammarCompiler:
     Args:
         tokenizer: makes llguidance's tokenizer, once.
         vocab_size: length of the masks.
-        check: compiles a grammar first where it can end nothing else; raises GrammarError.
+        check: compiles a grammar first where it can end nothing else, and returns its bytes; raises GrammarError.
     """
 
     def __init__(
-        self, tokenizer: "Callable[[], LLTokenizer]", vocab_size: int, check: Callable[[str], None] = lambda _: None
+        self, tokenizer: "Callable[[], LLTokenizer]", vocab_size: int, check: Callable[[str], int] = lambda _: 0
     ) -> None:
         self._make_tokenizer = tokenizer
         self._tokenizer: LLTokenizer | None = None
@@ -154,11 +156,11 @@ class GrammarCompiler:
                 self._tokenizer = self._make_tokenizer()
             except ValueError as error:
                 raise GrammarError(f"llguidance cannot use this model's tokenizer: {error}") from error
-        self._check(text)
+        nbytes = self._check(text)
         matcher = new_matcher(self._tokenizer, text)
         if matcher.is_error():
             raise GrammarError(f"the grammar cannot be compiled: {_first_line(matcher.get_error())}")
-        return Grammar(matcher, self._vocab_size, frozenset(self._tokenizer.eos_tokens))
+        return Grammar(matcher, self._vocab_size, frozenset(self._tokenizer.eos_tokens), nbytes)
 
 
 def _first_line(error: str) -> str:

@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 
 _CPU_SECONDS = 1
 _WALL_SECONDS = 10
-_MEMORY_BYTES = 32 * 2**20
-_STACK_BYTES = 2**20  # less than any thread has that compiles afterwards
+_MIB = 2**20
+_MEMORY_MIB = 32
+_STACK_BYTES = _MIB  # less than any thread has that compiles afterwards
 _NICENESS = 10
 _LENGTH = struct.Struct("<I")
 
@@ -42,8 +43,8 @@ class GrammarTrial:
         self._setup = json.dumps([tokenizer_json, vocab_size, stop_ids])
         self._process: subprocess.Popen[bytes] | None = None
 
-    def check(self, text: str) -> None:
-        """Compile a grammar there.
+    def check(self, text: str) -> int:
+        """Compile a grammar there; the bytes that it takes, at most, in whole MiB.
 
         Raises:
             GrammarError: it takes too much time, memory or recursion.
@@ -57,8 +58,10 @@ class GrammarTrial:
             _end(self._process)
             self._process = None
             raise GrammarError("the grammar cannot be compiled: the process that compiles grammars ended; see the log")
-        if reason := json.loads(reply):
-            raise GrammarError(f"the grammar cannot be compiled: {reason}")
+        outcome = json.loads(reply)
+        if isinstance(outcome, str):
+            raise GrammarError(f"the grammar cannot be compiled: {outcome}")
+        return int(outcome) * _MIB
 
     def _start(self) -> "subprocess.Popen[bytes]":
         process = subprocess.Popen(  # noqa: S603 - our own module
@@ -104,24 +107,25 @@ def _receive(stream: IO[bytes]) -> str | None:
 
 
 def main() -> None:
-    """Answer each grammar with a line: why it cannot be compiled, in JSON; "" if it can or is not a grammar."""
+    """Answer each grammar with a line in JSON: the MiB it takes, or why it cannot be compiled; 1 for what is none."""
     setup = _receive(sys.stdin.buffer)
     assert setup is not None
     tokenizer = new_tokenizer(*json.loads(setup))
     while (text := _receive(sys.stdin.buffer)) is not None:
-        print(json.dumps(_reason(_exit_code(tokenizer, text))), flush=True)  # noqa: T201 - the reply
+        print(json.dumps(_outcome(_exit_code(tokenizer, text))), flush=True)  # noqa: T201 - the reply
 
 
 def _exit_code(tokenizer: "LLTokenizer", text: str) -> int:
-    """That of a process that compiles a grammar within limits; negative for a signal."""
+    """That of a process that compiles a grammar within limits: the MiB it takes, 0 where it fails, minus a signal."""
     child = os.fork()
     if not child:
         try:
             _limit_this_process()
-            new_matcher(tokenizer, text)
-            os._exit(0)
+            before = _private_bytes()
+            matcher = new_matcher(tokenizer, text)
+            os._exit((_private_bytes() - before) // _MIB + 1 if matcher else 0)
         finally:
-            os._exit(1)
+            os._exit(0)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
@@ -134,17 +138,28 @@ def _limit_this_process() -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (_CPU_SECONDS, _CPU_SECONDS))
     resource.setrlimit(resource.RLIMIT_STACK, (_STACK_BYTES, _STACK_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
-    memory = pages * resource.getpagesize() + _MEMORY_BYTES
+    memory = _memory_bytes()[0] + _MEMORY_MIB * _MIB
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
 
 
-def _reason(exit_code: int) -> str:
-    if exit_code == 0:
-        return ""
+def _private_bytes() -> int:
+    """Memory of this process that is no file's."""
+    _, resident, shared, *_ = _memory_bytes()
+    return resident - shared
+
+
+def _memory_bytes() -> list[int]:
+    """Mapped, resident, shared and further kinds."""
+    pages = Path("/proc/self/statm").read_text(encoding="ascii").split()
+    return [int(count) * os.sysconf("SC_PAGESIZE") for count in pages]
+
+
+def _outcome(exit_code: int) -> int | str:
+    if exit_code > 0:
+        return exit_code
     if -exit_code in (signal.SIGKILL, signal.SIGXCPU, signal.SIGALRM):
         return f"it takes more than {_CPU_SECONDS} s"
-    return f"it takes more than {_MEMORY_BYTES // 2**20} MiB, or is nested too deeply"
+    return f"it takes more than {_MEMORY_MIB} MiB, or is nested too deeply"
 
 
 if __name__ == "__main__":

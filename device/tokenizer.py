@@ -30,7 +30,7 @@ from protocol.errors import BundleError, SettingsError
 logger = logging.getLogger(__name__)
 
 _PRIVATE_USE = range(0xE000, 0xF900)
-_MAX_GRAMMARS = 32
+_MAX_GRAMMARS = 8
 
 
 class ChatMessage(TypedDict):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from basestation.logits_processing import AnswerSoFar, process_logits
+from basestation.logits_processing import AnswerSoFar, MaskTime, process_logits
 from basestation.verify import RoundToVerify, VerificationResult, verify_rounds
 from common.grammar import Grammar
 from device import logits_processing
@@ -60,7 +60,7 @@ def test_every_row_of_a_round_is_that_of_the_slow_twin_on_both_ends(sampling: Sa
     expected = np.stack([slow_row(TARGET, sampling, committed + drafted[:row]) for row in range(5)])
     rows = [next_logits(TARGET, [*PROMPT, *committed, *drafted[:row]]) for row in range(5)]
     logits = torch.tensor(np.stack(rows))
-    process_logits(logits, sampling, AnswerSoFar([*PROMPT, *committed], len(PROMPT), STOPS), drafted)
+    process_logits(logits, sampling, AnswerSoFar([*PROMPT, *committed], len(PROMPT), STOPS), drafted, MaskTime(0))
     np.testing.assert_allclose(logits.numpy(), expected, rtol=1e-5)
     for index, row in enumerate(rows):
         tokens = [*PROMPT, *committed, *drafted[:index]]
@@ -94,8 +94,36 @@ class CountingGrammar:
 def test_a_round_moves_a_grammar_once_over_the_answer_and_once_over_each_drafted_token() -> None:
     grammar = CountingGrammar()
     answer = AnswerSoFar([*PROMPT, *[0] * 100], len(PROMPT), STOPS, cast(Grammar, grammar))
-    process_logits(torch.zeros(6, VOCAB), Sampling(grammar="x"), answer, [0, 1, 2, 0, 1])
+    process_logits(torch.zeros(6, VOCAB), Sampling(grammar="x"), answer, [0, 1, 2, 0, 1], MaskTime(1))
     assert grammar.moves == [100, 1, 1, 1]
+
+
+class TimedGrammar(CountingGrammar):
+    """A grammar that takes as much as it wants of the time that it gets."""
+
+    def __init__(self, clock: list[float], wanted: float) -> None:
+        super().__init__()
+        self.allotted = 0.0
+        self._clock = clock
+        self._wanted = wanted
+
+    def follow(self, tokens: list[int], seconds: float) -> bool:
+        self.allotted = seconds
+        self._clock[0] += min(seconds, self._wanted)
+        return True
+
+
+@pytest.mark.parametrize(("wanted", "last"), [(1.0, 0.1 / 32), (0.0, 0.1)], ids=["all they get", "nothing"])
+def test_the_grammars_of_a_pass_share_its_time(wanted: float, last: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("basestation.logits_processing.time.thread_time", lambda: clock[0])
+    grammars = [TimedGrammar(clock, wanted) for _ in range(16)]
+    answers = [AnswerSoFar(PROMPT, len(PROMPT), STOPS, cast(Grammar, one)) for one in grammars]
+    rounds = [RoundToVerify(Sampling(grammar="x"), len(PROMPT), answer=answer) for answer in answers]
+    verify_rounds(torch.zeros(16, VOCAB), rounds)
+    assert clock[0] <= 0.1 + 1e-9
+    assert min(one.allotted for one in grammars) >= 0.1 / 32 - 1e-9
+    assert grammars[-1].allotted == pytest.approx(last)
 
 
 def exact_pairs(sampling: Sampling) -> npt.NDArray[np.float64]:

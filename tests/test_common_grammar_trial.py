@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from common.grammar import GrammarCompiler
+from common.grammar import GrammarCompiler, schema_grammar
 from protocol.errors import GrammarError
 from tests.hostile_grammars import HOSTILE, VALID, new_compiler
 
@@ -35,6 +35,12 @@ def test_a_grammar_that_takes_too_much_is_refused_and_the_next_one_is_compiled(
         compiler.compile(text)
     assert compiler.compile(VALID).follow([])
     assert process_id(compiler) == before
+
+
+def test_a_grammar_and_its_copies_know_their_size(compiler: GrammarCompiler) -> None:
+    small = compiler.compile(VALID)
+    large = compiler.compile(schema_grammar({"enum": [f"{index:x}" * 8 for index in range(4000)]}))
+    assert 0 < small.nbytes < large.nbytes == large.copy().nbytes
 
 
 def test_what_is_no_grammar_is_refused_with_the_reason(compiler: GrammarCompiler) -> None:
