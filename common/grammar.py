@@ -116,7 +116,7 @@ class Grammar:
         if self._matcher.is_error():
             self.error = _first_line(self._matcher.get_error())
         elif time.thread_time() > self._deadline:
-            self.error = f"it takes more than {self._seconds} s"
+            self.error = f"it takes more than {self._seconds:.2g} s"
 
 
 class GrammarCompiler:

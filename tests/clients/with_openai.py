@@ -1,6 +1,7 @@
 """OpenAI's Python client against a running pair, whose addresses and key are in the environment."""
 
 import asyncio
+import json
 import os
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -105,6 +106,28 @@ def test_an_answer_is_parsed_into_a_model(client: OpenAI) -> None:
         model="sample", messages=QUESTION, response_format=River, max_tokens=200, temperature=0
     )
     assert isinstance(parsed.choices[0].message.parsed, River)
+
+
+def test_a_required_tool_is_called_and_its_result_answered(client: OpenAI) -> None:
+    parameters = {
+        "type": "object",
+        "properties": {"city": {"enum": ["Oslo", "Rome"]}, "days": {"type": "integer", "minimum": 1, "maximum": 9}},
+        "required": ["city", "days"],
+        "additionalProperties": False,
+    }
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": parameters}}]
+    asked: Any = [{"role": "user", "content": "How is the weather in Rome?"}]
+    choice = ask(client, asked, tools=tools, tool_choice="required", max_tokens=80).choices[0]
+    call = choice.message.tool_calls[0]
+    arguments = json.loads(call.function.arguments)
+    assert (choice.finish_reason, call.function.name) == ("tool_calls", "weather")
+    assert arguments["city"] in ("Oslo", "Rome")
+    assert 1 <= arguments["days"] <= 9
+    chunks = list(ask(client, asked, tools=tools, tool_choice="required", max_tokens=80, stream=True))
+    deltas = [one for chunk in chunks for one in chunk.choices[0].delta.tool_calls or []]
+    assert "".join(one.function.arguments for one in deltas) == call.function.arguments
+    result = {"role": "tool", "tool_call_id": call.id, "content": "sunny"}
+    assert text(ask(client, [*asked, choice.message, result], tools=tools, tool_choice="none"))
 
 
 def test_log_probabilities_and_choices(client: OpenAI) -> None:
