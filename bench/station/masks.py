@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
+import numpy.typing as npt
 import typer
 from tokenizers import Tokenizer
 
@@ -85,9 +86,7 @@ def measure_masks(tokenizer_json: str, vocab_size: int, stop_id: int, rows: int,
     return measured
 
 
-def _mask_seconds(
-    compiled: Grammar, stop_id: int, rows: int, longest: int
-) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+def _mask_seconds(compiled: Grammar, stop_id: int, rows: int, longest: int) -> npt.NDArray[np.float64]:
     rng = random.Random(0)  # noqa: S311 - not a secret
     seconds = np.empty(rows)
     grammar, length, token_id = compiled.copy(), 0, stop_id
