@@ -26,18 +26,7 @@ def answer_schemas() -> Fields:
         "TextAnswer": _answer(head, _choice(text_choice, {"edgedraft": rounds})),
         "ChatChunk": _chunk(head, _choice(chunk_choice, optional=["logprobs"])),
         "TextChunk": _chunk(head, _choice(text_choice)),
-        "Message": _object(
-            {
-                "role": schema("string", "assistant"),
-                "content": schema(["string", "null"], "the text; in a chunk what it adds"),
-                "tool_calls": schema(
-                    "array",
-                    "whole calls: `id`, `type`, `function` with `name` and `arguments`; in a chunk also `index`",
-                    items={"type": "object"},
-                ),
-            },
-            optional=["role", "content", "tool_calls"],
-        ),
+        "Message": _message(),
         "Usage": _usage(),
         "Timings": _timings(),
         "Round": _round(),
@@ -63,6 +52,21 @@ _ERROR = {
     "param": schema(["string", "null"], "the field of the request"),
     "code": schema(["string", "null"], "the kind of the error"),
 }
+
+
+def _message() -> Fields:
+    return _object(
+        {
+            "role": schema("string", "assistant"),
+            "content": schema(["string", "null"], "the text; in a chunk what it adds"),
+            "tool_calls": schema(
+                "array",
+                "whole calls: `id`, `type`, `function` with `name` and `arguments`; in a chunk also `index`",
+                items={"type": "object"},
+            ),
+        },
+        optional=["role", "content", "tool_calls"],
+    )
 
 
 def _choice(

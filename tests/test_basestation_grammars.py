@@ -4,7 +4,7 @@ from basestation.grammars import Grammars
 from common.grammar import GrammarCompiler, regex_grammar
 from protocol.errors import LimitError
 from protocol.frames import FrameCodec
-from protocol.messages import Fault, Mode, Open, Opened, Sampling, Welcome
+from protocol.messages import Fault, Message, Mode, Open, Opened, Sampling, Welcome
 from tests.fakes import FakeTarget, random_table
 from tests.json_tokens import PIECES, STOP, json_tokenizer
 from tests.link_pair import Station
@@ -51,7 +51,8 @@ def test_the_grammars_of_a_devices_sessions_count_as_memory_that_it_holds() -> N
     target = FakeTarget.make(random_table(len(PIECES), seed=1), frozenset({STOP}), grammar_compiler=compiler)
     station, codec = Station(target), FrameCodec(len(PIECES))
     received = []
-    for message in (hello(len(PIECES)), *(open_with(index + 1, index) for index in range(3))):
+    messages: list[Message] = [hello(len(PIECES)), *(open_with(index + 1, index) for index in range(3))]
+    for message in messages:
         station.push(b"a", codec.encode(message))
         received.append(station.pull(b"a"))
     assert [type(one) for one in received] == [Welcome, Opened, Opened, Fault]
