@@ -20,8 +20,9 @@ COMMANDS = {
     "link": "edgedraft-bench link",
     "uplink": "edgedraft-bench uplink --bundle build/bundle --target build/sample",
     "ahead": (
-        "edgedraft-bench ahead --bundle build/bundle --target build/sample --count 3 --max-new-tokens 64 "
-        "--draft-len 6 --draft-len 12 --draft-len 24"
+        "edgedraft-bench ahead --bundle build/bundle --target build/sample --prompts FILE --count 4 "
+        "--max-new-tokens 64 --draft-len 8 --draft-len 16 --round-trip-ms 0 --round-trip-ms 20 --round-trip-ms 50 "
+        "--round-trip-ms 100 --round-trip-ms 200 --uplink-mbit 1 --uplink-mbit 50"
     ),
     "draft": "edgedraft-bench draft --bundle build/bundle-int4 --target build/sample",
     "grid": "edgedraft-bench grid --dtype float32 --bundle build/bundle --target build/sample",
@@ -144,9 +145,9 @@ def _ahead(results: Results | None) -> Iterator[str]:
             "answers with a bootstrap 95 % interval: over the target alone, and over the best fixed draft length, with "
             "one Draft at a time or (`times best fixed`) of all cases; those that begin with `whole` include the "
             "prompt. `times round model` compares with `RoundTimes.run_seconds`; `invalidated share` is that of the "
-            "Drafts' bytes."
+            "Drafts' bytes. `docs/results/ahead.json` has the fixed draft lengths too."
         )
-        yield table(results.rows)
+        yield table([row for row in results.rows if row["case"] == "target alone" or "auto" in str(row["case"])])
 
 
 def _draft(results: Results | None) -> Iterator[str]:

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Self, TypeAlias
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from protocol.errors import SettingsError
 
 Value: TypeAlias = str | int | float | bool | list[int] | list[list[float | None]] | None
 Row: TypeAlias = dict[str, Value]
+_ANY_WIDTH = 10_000
 _PACKAGES = ("numpy", "onnxruntime", "torch", "transformers", "pyzmq", "msgpack")
 
 
@@ -61,12 +63,35 @@ class Results:
             raise SettingsError("json", str(path), f"results of edgedraft-bench ({error!r})") from error
 
     def show(self, console: Console) -> None:
-        """Print the rows; consecutive rows with the same columns form one table."""
-        for names, rows in groupby(self.rows, key=tuple):
-            table = Table(*(name.replace("_", " ") for name in names))
+        """Print the rows; consecutive rows with the same columns form one table, too wide a one a table per row."""
+        for _, group in groupby(self.rows, key=tuple):
+            rows = list(group)
+            table = _table_of(rows)
+            if Measurement.get(console, console.options.update(max_width=_ANY_WIDTH), table).minimum <= console.width:
+                console.print(table)
+                continue
             for row in rows:
-                table.add_row(*(format_value(value) for value in row.values()))
-            console.print(table)
+                console.print(_table_per_column(row))
+
+
+def _table_of(rows: Sequence[Mapping[str, Value]]) -> Table:
+    table = Table(*map(_heading, rows[0]))
+    for row in rows:
+        table.add_row(*map(format_value, row.values()))
+    return table
+
+
+def _table_per_column(row: Mapping[str, Value]) -> Table:
+    """A line for each column of one row, below its case."""
+    table = Table("case", str(row["case"]))
+    for name, value in row.items():
+        if name != "case":
+            table.add_row(_heading(name), format_value(value))
+    return table
+
+
+def _heading(name: str) -> str:
+    return name.replace("_", " ")
 
 
 def number(row: Mapping[str, Value], name: str) -> float:
