@@ -24,7 +24,7 @@ needs-test-clients := node=nodejs npm=npm
 needs-peers := npm=npm
 NEEDS := needs-test needs-test-images needs-screenshots needs-test-pages needs-test-clients needs-peers
 
-.PHONY: $(NEEDS) locks help demo demo-pair test test-next test-cuda test-gguf test-pair test-clients test-pages screenshots endurance images test-images lint types bench peers models pair clean
+.PHONY: $(NEEDS) locks help demo demo-pair test test-next test-cuda test-gguf test-pair test-clients test-schemas test-pages screenshots endurance images test-images lint types bench peers models pair clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 13
@@ -65,6 +65,9 @@ test-pair: pair  ## exact answers of the pair in float32; needs 16 GB of memory 
 
 test-clients: needs-test-clients models $(CLIENTS_VENV)/ready $(CLIENTS_NODE)/ready  ## run openai (Python, Node), litellm and langchain against a pair; needs node
 	$(BIN)/pytest -q -m clients
+
+test-schemas: models  ## 200 JSON schemas on the sample model; takes about 15 minutes
+	$(BIN)/pytest -q -rP -m endurance tests/test_model_schemas.py
 
 test-pages: needs-test-pages models  ## drive the web pages in Chromium and scrape both ends with Prometheus, from Debian
 	$(BIN)/pytest -q -m pages

@@ -1,14 +1,17 @@
 """The last requests of a session, to recognise repetitions, and the replies that they get again (invariant 4).
 
-A request is kept as a hash and a Verdict as two numbers, so that long prompts and
-long Decodes take little memory.
+A request is kept as a hash, and a Verdict as two numbers and the bytes of its
+log-probabilities, so that long prompts and long Decodes take little memory.
 """
 
 from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
+from protocol.logprobs import TokenLogprobs
 from protocol.messages import Draft, Opened, Reply, Request, Verdict
+
+_ANY_VOCABULARY = 2**32
 
 
 @dataclass(slots=True)
@@ -18,6 +21,7 @@ class _Answered:
     key: int
     opened: bool = False
     verdicts: "array[int]" = field(default_factory=lambda: array("I"))
+    logprobs: list[tuple[bytes, ...]] = field(default_factory=list)
 
 
 class AnsweredRequests:
@@ -46,7 +50,10 @@ class AnsweredRequests:
     @property
     def nbytes(self) -> int:
         """Bytes that the replies take."""
-        return sum(one.verdicts.itemsize * len(one.verdicts) for one in self._answered.values())
+        return sum(
+            one.verdicts.itemsize * len(one.verdicts) + sum(len(data) for told in one.logprobs for data in told)
+            for one in self._answered.values()
+        )
 
     def remember(self, request: Request) -> None:
         """Note a new request, and forget the oldest one beyond ``most``."""
@@ -59,6 +66,8 @@ class AnsweredRequests:
         answered = self._answered[round_id]
         if isinstance(reply, Verdict):
             answered.verdicts.extend((reply.accepted, reply.token_id))
+            if reply.logprobs:
+                answered.logprobs.append(tuple(one.encode() for one in reply.logprobs))
         else:
             answered.opened = True
 
@@ -75,7 +84,9 @@ class AnsweredRequests:
         verdicts = answered.verdicts
         for index in range(max(0, first_round - request.round_id), len(verdicts) // 2):
             accepted, token_id = verdicts[2 * index : 2 * index + 2]
-            yield Verdict(self._session_id, request.round_id + index, accepted, token_id)
+            told = answered.logprobs[index] if answered.logprobs else ()
+            logprobs = tuple(TokenLogprobs.decode(data, _ANY_VOCABULARY) for data in told)
+            yield Verdict(self._session_id, request.round_id + index, accepted, token_id, logprobs)
 
 
 def _key(request: Request) -> int:

@@ -63,6 +63,9 @@ def serve(
     max_held_bytes: Annotated[
         int, typer.Option(help="Bytes held per device, besides KV caches.", rich_help_panel=LIMITS)
     ] = Limits.max_held_bytes,
+    max_grammar_len: Annotated[int, typer.Option(help="Bytes of a grammar.", rich_help_panel=LIMITS)] = (
+        Limits.max_grammar_len
+    ),
     peer_memory: Annotated[
         str,
         typer.Option(help="Memory for what peers send and for the tensors of a pass.", rich_help_panel=PASSES),
@@ -108,6 +111,7 @@ def serve(
         idle_timeout,
         max_bytes_per_second,
         max_held_bytes,
+        max_grammar_len,
     )
     from basestation.launcher import OperationOptions, SocketOptions, TargetOptions, run_base_station
 

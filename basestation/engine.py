@@ -7,8 +7,10 @@ schedule, run, verify, deliver.
 import logging
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TypeAlias
 
+from basestation.grammars import Grammars, RunElsewhere, run_here
 from basestation.handshake import Handshake
 from basestation.memory import OutOfMemory, catch_out_of_memory
 from basestation.metrics import Metrics
@@ -22,7 +24,15 @@ from basestation.session import Session
 from basestation.session_table import SessionTable
 from basestation.target_model import TargetModel
 from basestation.verify import VerificationResult, verify_rounds
-from protocol.errors import ClosingError, EdgedraftError, FullError, NonFiniteError, StateError, UnknownSessionError
+from protocol.errors import (
+    ClosingError,
+    EdgedraftError,
+    FullError,
+    GrammarError,
+    NonFiniteError,
+    StateError,
+    UnknownSessionError,
+)
 from protocol.limits import Limits
 from protocol.messages import Close, Decode, Draft, Extend, Fault, Hello, Message, Mode, Open, Reply, Request, Resume
 
@@ -45,6 +55,7 @@ class Engine:
         metrics: counters.
         records: gets a line for every round.
         clock: seconds, monotonic.
+        run_elsewhere: how grammars are compiled.
     """
 
     def __init__(
@@ -56,6 +67,7 @@ class Engine:
         metrics: Metrics | None = None,
         records: PassRecordFile | None = None,
         clock: Callable[[], float] = time.monotonic,
+        run_elsewhere: RunElsewhere = run_here,
     ) -> None:
         self._target = target
         self._limits = limits
@@ -65,6 +77,7 @@ class Engine:
         self._clock = clock
         self._draining = False
         self._handshake = Handshake(target, limits)
+        self._grammars = Grammars(target.grammar_compiler, limits.max_held_bytes, run_elsewhere)
         self._pass_times = PassTimes()
         self._sessions = SessionTable(limits)
         self._repetitions = RateLimiter(limits.max_requests_per_second, clock)
@@ -157,17 +170,23 @@ class Engine:
         end = self._clock()
         rounds = []
         for session, result in zip((unit.session for unit in units if unit.round), results, strict=True):
-            if result.finite:
+            if result.finite and not session.grammar_error:
                 rounds.append(self._conclude(session, result, start, end))
             else:
-                where = f"in the round after {len(session.tokens)} tokens of this session"
-                what = f"the target's logits are NaN or infinite {where}"
-                self.fault(session.peer, session.session_id, NonFiniteError(what))
+                self._fail_round(session)
         tokens = sum(len(unit.segment.token_ids) for unit in units)
         if tokens == sum(unit.segment.num_logits for unit in units):  # no prefill
             self._pass_times.observe(len(units), tokens, end - start)
         gathered = self._target.gathered - gathered
         self._record(PassRecord(len(units), tokens, gathered, forward_seconds, verify_seconds, rounds))
+
+    def _fail_round(self, session: Session) -> None:
+        """End a session whose round has no result."""
+        where = f"in the round after {len(session.tokens)} tokens of this session"
+        error: EdgedraftError = NonFiniteError(f"the target's logits are NaN or infinite {where}")
+        if session.grammar_error:
+            error = GrammarError(f"the grammar cannot be applied {where}: {session.grammar_error}")
+        self.fault(session.peer, session.session_id, error)
 
     def _conclude(self, session: Session, result: VerificationResult, start: float, end: float) -> VerifiedRound:
         """Commit a round and deliver its Verdict; ``start`` and ``end`` are the times of the pass."""
@@ -223,6 +242,7 @@ class Engine:
                 self._resume(peer, message)
             case Close():
                 logger.info("peer %s, session %s: closed by the device", peer, message.session_id)
+                self._grammars.forget(peer.owner, message.session_id)
                 self._sessions.drop(peer.owner, message.session_id)
             case Fault():
                 logger.warning("peer %s reports %s: %s", peer, message.code, message.text)
@@ -239,6 +259,8 @@ class Engine:
     def _request(self, peer: Peer, request: Request) -> None:
         if not self._handshake.greeted(peer.owner):
             raise UnknownSessionError(f"{type(request).__name__} before Hello")
+        if not self._grammars.ready(peer.owner, request, partial(self.receive, peer, request)):
+            return
         session = self._sessions.get(peer.owner, request.session_id)
         if session is not None:
             session.touch(peer, self._clock())
@@ -255,7 +277,7 @@ class Engine:
         owner = session.peer.owner
         if session.is_new(request):
             self._sessions.check_memory(owner, request)
-            replies = session.take(request)
+            replies = session.take(request, self._grammars.get(request))
             if isinstance(request, Extend):
                 self._scheduler.check_share(session, self._sessions.all(), self._clock())
             return replies
@@ -271,7 +293,7 @@ class Engine:
         self._sessions.check_memory(peer.owner, request)
         kv_cache, stop_ids = target.new_kv_cache(), target.vocabulary.stop_ids
         session = Session(peer, request, kv_cache, stop_ids, target.context_length, self._limits.window, now)
-        replies = session.take(request)
+        replies = session.take(request, self._grammars.get(request))
         self._scheduler.admit(session, self._sessions.all(), now)
         self._sessions.add(session)
         prompt_len = len(request.prompt_ids)

@@ -6,7 +6,16 @@ from basestation.pace import Pace
 from basestation.target_model import TargetModel
 from protocol.errors import MismatchError
 from protocol.limits import Limits
-from protocol.messages import OLDEST_VERSION, PACE_VERSION, PROTOCOL_VERSION, VOCABULARY_VERSION, Hello, Mode, Welcome
+from protocol.messages import (
+    OLDEST_VERSION,
+    PACE_VERSION,
+    PROTOCOL_VERSION,
+    SAMPLING_VERSION,
+    VOCABULARY_VERSION,
+    Hello,
+    Mode,
+    Welcome,
+)
 
 _REMEDY = "export the draft model again with --target"
 _MAX_GREETED = 10_000  # an owner that was dropped gets the Fault "unknown_session" and sends Hello again
@@ -70,7 +79,10 @@ class Handshake:
         welcome = replace(welcome, vocab_size=vocabulary.size, stop_ids=tuple(sorted(vocabulary.stop_ids)))
         if version < PACE_VERSION:
             return welcome
-        return replace(welcome, pass_seconds=pace.pass_seconds, row_seconds=pace.row_seconds)
+        welcome = replace(welcome, pass_seconds=pace.pass_seconds, row_seconds=pace.row_seconds)
+        if version < SAMPLING_VERSION or self._target.grammar_compiler is None:
+            return welcome
+        return replace(welcome, max_grammar_len=limits.max_grammar_len)
 
     def _check(self, hello: Hello) -> None:
         vocabulary = self._target.vocabulary

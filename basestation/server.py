@@ -10,7 +10,8 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import zmq
@@ -92,12 +93,11 @@ class Server:
         except LinkError:
             self._context.destroy(linger=0)
             raise
-        self._outbox = self._context.socket(zmq.PULL)
-        self._outbox.bind("inproc://replies")
-        self._replies = self._context.socket(zmq.PUSH)
-        self._replies.connect("inproc://replies")
+        self._outbox, self._replies = self._reply_sockets()
         self._inbox = Inbox(limits.max_held_bytes)
-        self._engine = Engine(target, limits, budget or PassBudget(), self._deliver, self._metrics, records)
+        self._compiler = ThreadPoolExecutor(1, "grammar")
+        passes = (budget or PassBudget(), self._deliver, self._metrics, records)
+        self._engine = Engine(target, limits, *passes, run_elsewhere=self._run_elsewhere)
         self._envelope_bytes = CURVE_BYTES if keys else 0
         self._request_limiter = RateLimiter(limits.max_requests_per_second)
         self._byte_limiter = RateLimiter(limits.max_bytes_per_second)
@@ -131,6 +131,7 @@ class Server:
             while self._outbox.poll(0):
                 self._flush(Turn())
             self._context.destroy(linger=_LINGER_MS)
+            self._compiler.shutdown(cancel_futures=True)
         if self._failure is not None:
             raise self._failure
 
@@ -152,6 +153,13 @@ class Server:
     def draining(self) -> bool:
         """Whether ``stop`` was called."""
         return self._stop_at < math.inf
+
+    def _reply_sockets(self) -> "tuple[zmq.Socket[bytes], zmq.Socket[bytes]]":
+        """Where the I/O thread receives replies, and where the engine sends them."""
+        outbox, replies = self._context.socket(zmq.PULL), self._context.socket(zmq.PUSH)
+        outbox.bind("inproc://replies")
+        replies.connect("inproc://replies")
+        return outbox, replies
 
     def _exchange_frames(self) -> None:
         poller = zmq.Poller()
@@ -234,6 +242,10 @@ class Server:
         frame = self._codec.encode(message)
         self._replies.send_multipart([address, frame])
         return socket_bytes(frame, self._envelope_bytes)
+
+    def _run_elsewhere(self, work: Callable[[], None], then: Callable[[], None]) -> None:
+        """Run ``work`` in the compiler's thread, then ``then`` in the engine's."""
+        self._compiler.submit(work).add_done_callback(lambda _: self._inbox.put(then))
 
     def _run_engine(self) -> None:
         while not self._stopping.is_set() and not self._finished():

@@ -11,9 +11,11 @@ from basestation.answered_requests import AnsweredRequests
 from basestation.committed_tokens import CommittedTokens
 from basestation.held_bytes import held_bytes
 from basestation.kv_pool import SequenceKVCache
+from basestation.logits_processing import AnswerSoFar
 from basestation.peer import Peer
 from basestation.segment import Segment
 from basestation.verify import RoundToVerify, VerificationResult
+from common.grammar import Grammar
 from protocol.errors import ContextLengthError, StateError, UnknownSessionError
 from protocol.messages import Decode, Draft, Extend, Mode, Open, Opened, Reply, Request, Resume, Resumed, Verdict
 from protocol.rounds import SessionRounds, State
@@ -26,7 +28,7 @@ class Session:
         peer: who opened it.
         opening: the Open; ``take`` it next.
         kv_cache: an empty one.
-        stop_ids: that end a Decode.
+        stop_ids: the target's.
         context_length: of the target.
         window: how many Drafts may be in flight.
         now: the engine's clock.
@@ -60,6 +62,9 @@ class Session:
         self.ready_since = now
         self._mode = opening.mode
         self._sampling = opening.sampling
+        self._stop_ids = stop_ids
+        self._answer_start = 0
+        self._grammar: Grammar | None = None
         self._evicted = False
         self._context_length = context_length
         self._answered = AnsweredRequests(opening.session_id, window + 1)
@@ -87,8 +92,12 @@ class Session:
             return []
         return list(islice(self._answered.replies(request, self._resume_round), most))
 
-    def take(self, request: Request) -> list[Reply]:
+    def take(self, request: Request, grammar: Grammar | None = None) -> list[Reply]:
         """Take a new request and return the replies that are due at once.
+
+        Args:
+            request: of the device.
+            grammar: compiled, that of the sampling settings of an Open or Extend.
 
         Raises:
             StateError: the request is not allowed in this state.
@@ -99,11 +108,15 @@ class Session:
         self._evicted = False
         self._answered.remember(request)
         if isinstance(request, Open):
+            self._grammar = grammar
             self.tokens.append(request.prompt_ids)
+            self._answer_start = len(self.tokens) - request.answer_len
         elif isinstance(request, Extend):
             self.tokens.replace_from(request.start, request.token_ids)
+            self._answer_start = len(self.tokens)
             self.kv_cache.rollback(request.start)
-            self._sampling = request.sampling or self._sampling
+            if request.sampling is not None:
+                self._sampling, self._grammar = request.sampling, grammar
         else:
             return []
         return [self._record(Opened(request.session_id, request.round_id))]
@@ -127,7 +140,13 @@ class Session:
     @property
     def held_bytes(self) -> int:
         """Bytes that the session takes besides its KV cache."""
-        return self.tokens.nbytes + self._answered.nbytes + sum(map(held_bytes, self.rounds.in_flight))
+        grammar = self._grammar.nbytes if self._grammar else 0
+        return self.tokens.nbytes + self._answered.nbytes + sum(map(held_bytes, self.rounds.in_flight)) + grammar
+
+    @property
+    def grammar_error(self) -> str:
+        """Why the grammar cannot be applied to the current round; "" where it can, or there is none."""
+        return self._grammar.error if self._grammar else ""
 
     @property
     def waiting(self) -> bool:
@@ -161,10 +180,11 @@ class Session:
         """The current round, for the logits of a segment that includes it."""
         draft = self.rounds.in_flight[0] if self.rounds.in_flight else None
         sampling, position, by_rejection = self._sampling, len(self.tokens), self._rejection_sampling
+        answer = self._answer_so_far
         if draft is None:
-            return RoundToVerify(sampling, position, rejection_sampling=by_rejection)
+            return RoundToVerify(sampling, position, rejection_sampling=by_rejection, answer=answer)
         distributions = draft.distributions if by_rejection else ()
-        return RoundToVerify(sampling, position, draft.token_ids, distributions, by_rejection)
+        return RoundToVerify(sampling, position, draft.token_ids, distributions, by_rejection, answer, draft.given)
 
     def evict(self) -> None:
         """Free the KV cache; it is recomputed from the tokens when they are needed again."""
@@ -176,10 +196,17 @@ class Session:
         accepted, token_id = result.accepted, result.token_id
         self.tokens.append((*self._drafted[:accepted], token_id))
         self.kv_cache.rollback(len(self.tokens) - 1)
-        verdict = Verdict(self.session_id, self.rounds.round_id, accepted, token_id)
+        verdict = Verdict(self.session_id, self.rounds.round_id, accepted, token_id, result.logprobs)
         self._record(verdict)
         self.ready_since = self.last_active = now
         return verdict
+
+    @property
+    def _answer_so_far(self) -> AnswerSoFar | None:
+        """What the sampling settings look at, if they do."""
+        if not self._sampling.changes_logits:
+            return None
+        return AnswerSoFar(self.tokens[:], self._answer_start, self._sampling.stop_ids(self._stop_ids), self._grammar)
 
     @property
     def _verifying(self) -> bool:

@@ -39,6 +39,8 @@ from basestation.supported_models import refuse_gguf_rope, refuse_unsupported
 from basestation.vocabulary import Vocabulary
 from common.chat_template import default_template
 from common.gguf_metadata import GgufVocabulary
+from common.grammar import GrammarCompiler
+from common.grammar_matcher import is_available
 from common.hub import hub_folder, model_name
 from common.stop_ids import StopSources, all_stop_ids, gguf_stop_sources, stop_sources
 from protocol.errors import ModelError, SettingsError
@@ -59,18 +61,20 @@ class TargetModel:
         kv_pool: for the KV caches of its sessions.
         kv_bytes: memory of the pool.
         placement: where it runs and in which data type, by name.
+        grammar_compiler: for its vocabulary; None without llguidance or the tokenizer's file.
 
     Args:
         model: a transformers model, on its PyTorch device.
         vocabulary: see ``Vocabulary``.
         name: see above.
         kv_memory: bytes for the KV pool.
+        tokenizer_json: the tokenizer as a ``tokenizer.json``; "" if there is none.
 
     Raises:
         SettingsError: ``kv_memory`` is not enough for one session, or more than there is.
     """
 
-    def __init__(self, model: Any, vocabulary: Vocabulary, name: str, kv_memory: int) -> None:
+    def __init__(self, model: Any, vocabulary: Vocabulary, name: str, kv_memory: int, tokenizer_json: str = "") -> None:
         self.name = name
         self.vocabulary = vocabulary
         self.torch_device = next(model.parameters()).device
@@ -81,6 +85,11 @@ class TargetModel:
         self.kv_pool = KVPool(kv_pages.count, shape.page_size, kv_pages.discard)
         self.context_length = context_length(model.config, self.kv_pool.capacity)
         self._runner = ModelRunner(model, vocabulary.size, kv_pages)
+        self.grammar_compiler = (
+            GrammarCompiler.of_tokenizer(tokenizer_json, vocabulary.size, vocabulary.stop_ids)
+            if tokenizer_json and is_available()
+            else None
+        )
 
     @classmethod
     def load(
@@ -114,15 +123,12 @@ class TargetModel:
         _check_memory(weights, precision, placement)
         with _quiet_tools(), _named_failures(model):
             loaded = _load(weights, precision, placement)
-            vocabulary = (
-                _gguf_vocabulary(Path(model), loaded)
-                if is_gguf
-                else _vocabulary(AutoTokenizer.from_pretrained(_source(model)[0]), loaded)
-            )
+            tokenizer = None if is_gguf else AutoTokenizer.from_pretrained(_source(model)[0])
+            vocabulary = _vocabulary(tokenizer, loaded) if tokenizer else _gguf_vocabulary(Path(model), loaded)
         loaded.eval().to(placement)
         if placement.type == "cpu":
             pack_linears(loaded)
-        return cls(loaded, vocabulary, model_name(model), kv_budget(kv_memory, placement))
+        return cls(loaded, vocabulary, model_name(model), kv_budget(kv_memory, placement), _tokenizer_json(tokenizer))
 
     def new_kv_cache(self) -> SequenceKVCache:
         """An empty KV cache for one session."""
@@ -330,6 +336,12 @@ def _vocabulary(tokenizer: Any, model: Any) -> Vocabulary:
         {name: value for name, value in tokenizer.special_tokens_map.items() if isinstance(value, str)},
     )
     return Vocabulary(ids, model.get_output_embeddings().weight.shape[0], _logged(sources))
+
+
+def _tokenizer_json(tokenizer: Any) -> str:
+    """The fast tokenizer as a ``tokenizer.json``; "" where there is none."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return str(backend.to_str()) if backend is not None else ""
 
 
 def _gguf_vocabulary(path: Path, model: Any) -> Vocabulary:

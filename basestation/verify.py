@@ -18,7 +18,7 @@ Knows tensors and the seed; not where the logits came from.
 """
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -28,7 +28,10 @@ import torch
 from torch import Tensor
 
 from basestation.coupled_sampling import coupled_choice
+from basestation.logits_processing import AnswerSoFar, MaskTime, process_logits
+from basestation.logprobs import token_logprobs
 from protocol.full_distribution import FullDistribution
+from protocol.logprobs import TokenLogprobs
 from protocol.messages import DraftDistribution, Sampling
 from protocol.randomness import Stream, uniforms
 from protocol.sparse import SparseDistribution
@@ -48,6 +51,8 @@ class RoundToVerify:
         drafted: the draft_len tokens.
         distributions: what each drafted token was sampled from, for rejection sampling.
         rejection_sampling: accept by P/Q; otherwise accept what equals the target's own tokens.
+        answer: so far, for sampling settings that change the logits.
+        given: accept all drafted tokens.
     """
 
     sampling: Sampling
@@ -55,6 +60,8 @@ class RoundToVerify:
     drafted: Sequence[int] = ()
     distributions: Sequence[DraftDistribution] = ()
     rejection_sampling: bool = False
+    answer: AnswerSoFar | None = None
+    given: bool = False
 
     @property
     def num_logits(self) -> int:
@@ -67,11 +74,13 @@ class VerificationResult:
     """The number of ``accepted`` drafted tokens, and the recovered or bonus token ``token_id`` after them.
 
     Unless ``finite``, it was computed from logits that are NaN or +inf, or all -inf, and has no meaning.
+    ``logprobs`` are of all these tokens, if the sampling settings ask for them.
     """
 
     accepted: int
     token_id: int
     finite: bool = True
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,11 +95,13 @@ def verify_rounds(logits: Tensor, rounds: Sequence[RoundToVerify]) -> list[Verif
     """Verify the rounds of any number of sessions; the results reach the host in one transfer.
 
     Args:
-        logits: [rows, V], float32: the rows of the first round, then those of the next.
+        logits: [rows, V], float32: the rows of the first round, then those of the next; they may be changed.
         rounds: what to verify; each has ``num_logits`` rows.
     """
     if not rounds:
         return []
+    unprocessed = _rows_for_logprobs(logits, rounds)
+    _process_logits(logits, rounds)
     results = torch.empty((len(rounds), 3), dtype=torch.int64, device=logits.device)
     kinds = np.array([one.rejection_sampling for one in rounds], bool)
     row_kinds = kinds.repeat([one.num_logits for one in rounds])
@@ -99,7 +110,32 @@ def verify_rounds(logits: Tensor, rounds: Sequence[RoundToVerify]) -> list[Verif
         if indices:
             rows = logits if len(indices) == len(rounds) else logits[np.flatnonzero(row_kinds == kind)]
             results[indices] = verify(rows, [rounds[index] for index in indices])
-    return [VerificationResult(accepted, token_id, bool(finite)) for accepted, token_id, finite in results.tolist()]
+    verified = [VerificationResult(accepted, token_id, bool(finite)) for accepted, token_id, finite in results.tolist()]
+    for index, rows in unprocessed.items():
+        one, most = verified[index], rounds[index].sampling.logprobs or 0
+        token_ids = [*rounds[index].drafted[: one.accepted], one.token_id]
+        verified[index] = replace(one, logprobs=token_logprobs(rows, token_ids, most))
+    return verified
+
+
+def _rows_for_logprobs(logits: Tensor, rounds: Sequence[RoundToVerify]) -> dict[int, Tensor]:
+    """Copies of the logits of the rounds whose log-probabilities are asked for, by index."""
+    ends = np.cumsum([one.num_logits for one in rounds]).tolist()
+    return {
+        index: logits[end - one.num_logits : end].clone()
+        for index, (one, end) in enumerate(zip(rounds, ends, strict=True))
+        if one.sampling.logprobs is not None
+    }
+
+
+def _process_logits(logits: Tensor, rounds: Sequence[RoundToVerify]) -> None:
+    """Change the logits of rounds whose sampling settings do so."""
+    mask_time = MaskTime(sum(one.answer is not None and one.answer.grammar is not None for one in rounds))
+    end = 0
+    for one in rounds:
+        start, end = end, end + one.num_logits
+        if one.answer is not None:
+            process_logits(logits[start:end], one.sampling, one.answer, one.drafted, mask_time)
 
 
 def sample_target_tokens(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
@@ -192,7 +228,7 @@ def _verify_by_match(logits: Tensor, rounds: Sequence[RoundToVerify]) -> Tensor:
         SamplingRow(one.sampling, one.position + index) for one in rounds for index in range(one.num_logits)
     ]
     target_ids = sample_target_tokens(logits, sampling_rows)
-    ends = rows.first_rejected(target_ids == rows.drafted)
+    ends = rows.first_rejected((target_ids == rows.drafted) | rows.given)
     return torch.stack([ends - rows.starts, target_ids[ends], rows.finite_up_to(ends, logits)], dim=1)
 
 
@@ -223,6 +259,7 @@ class _VerifyRows:
     Attributes:
         starts: the first row of each round, int64 [rounds].
         drafted: the drafted token of each row, int64 [n]; ``_NO_TOKEN`` in the last row of a round.
+        given: whether it is accepted whatever the target's is, bool [n].
     """
 
     def __init__(self, rounds: Sequence[RoundToVerify], torch_device: torch.device) -> None:
@@ -235,6 +272,7 @@ class _VerifyRows:
         self._round_indices = self._to_device(np.repeat(np.arange(len(rounds)), counts))
         self.starts = self._to_device(starts)
         self.drafted = self._to_device(drafted)
+        self.given = self._to_device(np.repeat([one.given for one in rounds], counts) & (drafted != _NO_TOKEN))
 
     def uniforms(self, stream: Stream) -> Tensor:
         """Random numbers of all rows, float64 [n] in [0, 1)."""

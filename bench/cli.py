@@ -33,6 +33,7 @@ MODULES = {
     "churn": "bench.station.churn",
     "prefixes": "bench.station.prefixes",
     "ceiling": "bench.station.ceiling",
+    "masks": "bench.station.masks",
     "report": "bench.report.report",
 }
 """Each command and the module with the function of that name."""

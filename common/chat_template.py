@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from jinja2 import TemplateError, nodes
+from jinja2 import TemplateError, meta, nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -39,6 +39,10 @@ class ChatTemplate:
         source: in Jinja.
         special_tokens: variables such as ``bos_token``; one with an empty value is not defined.
 
+    Attributes:
+        source: see above.
+        knows_tools: whether it reads the variable ``tools``.
+
     Raises:
         BundleError: it is not valid Jinja.
     """
@@ -50,15 +54,22 @@ class ChatTemplate:
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = _strftime_now
+        self.source = source
         self._special_tokens = {name: token for name, token in special_tokens.items() if token}
         try:
             self._template = environment.from_string(source)
+            self.knows_tools = "tools" in meta.find_undeclared_variables(environment.parse(source))
         except Exception as error:  # what jinja2 accepts may still be no valid Python, or nested too deeply
             raise BundleError(
                 f"the chat template is not valid: {_one_line(error)}; correct it in the model and export again"
             ) from error
 
-    def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] = (),
+    ) -> str:
         """The text of a conversation.
 
         Raises:
@@ -67,7 +78,7 @@ class ChatTemplate:
         try:
             return self._template.render(
                 messages=messages,
-                tools=None,
+                tools=list(tools) or None,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
                 **self._special_tokens,

@@ -5,14 +5,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
+from common.common_prefix import common_prefix
 from device.client import Client
-from device.common_prefix import common_prefix
 from device.draft_model import SequenceModel
 from device.draft_rounds import Counters
 from device.planners import Planners
 from device.process_memory import peak_memory_bytes
 from device.session import AnswerToken, DeviceSession, Origin
 from device.settings import DraftSettings
+from device.timings import Timings
 from device.tokenizer import Tokenizer
 
 
@@ -105,10 +106,13 @@ class Conversation:
         """The session, opened on the prompt or extended with it."""
         planner = self._planners.for_settings(self.settings, self._client.welcome)
         self._prompt_len = len(prompt_ids)
+        sampling = self.settings.sampling
+        self._client.check_sampling(sampling)
+        grammar = self.tokenizer.grammar(sampling.grammar, self._client.stop_ids) if sampling.grammar else None
         if self._session is None:
-            self._session = DeviceSession(self._client, planner, self.settings, self.model, prompt_ids)
+            self._session = DeviceSession(self._client, planner, self.settings, self.model, prompt_ids, grammar)
         else:
-            self._session.extend(prompt_ids, self.settings.sampling, planner)
+            self._session.extend(prompt_ids, sampling, planner, grammar)
         return self._session
 
     @property
@@ -158,6 +162,7 @@ class AnswerStream:
         self._prompt_ids = prompt_ids
         self._max_new_tokens = max_new_tokens
         self._tokens: list[AnswerToken] = []
+        self._cached_tokens = 0
         self._finish_reason = "length"
         self._ended: _Snapshot | None = None
 
@@ -188,6 +193,22 @@ class AnswerStream:
     def ended(self) -> bool:
         """Whether iteration has reached the end of the answer."""
         return self._ended is not None
+
+    @property
+    def timings(self) -> Timings:
+        """The figures of the answer so far, once it has a token."""
+        began, now = self._began, self._ended or self._conversation.snapshot()
+        return Timings(
+            cache_n=self._cached_tokens,
+            prompt_n=len(self._prompt_ids) - self._cached_tokens,
+            prompt_ms=1000 * (self._first - began.seconds),
+            predicted_n=len(self._tokens),
+            predicted_ms=1000 * (now.seconds - self._first),
+            draft_n=now.counters.drafted - began.counters.drafted,
+            draft_n_accepted=now.counters.accepted - began.counters.accepted,
+            uplink_bytes=now.uplink_bytes - began.uplink_bytes,
+            downlink_bytes=now.downlink_bytes - began.downlink_bytes,
+        )
 
     @property
     def answer(self) -> Answer:
@@ -224,6 +245,7 @@ class AnswerStream:
 
     def _token_ids(self) -> Iterator[int]:
         session = self._conversation.begin(self._prompt_ids)
+        self._cached_tokens = session.cached_tokens
         for token in session.answer(self._max_new_tokens):
             if not self._tokens:
                 self._first = time.monotonic()

@@ -13,7 +13,7 @@ from device.http_errors import HttpError
 from protocol.errors import KeyFileError
 
 VARIABLE = "EDGEDRAFT_API_KEY"
-_OPEN_PATHS = ("/healthz", "/readyz", "/metrics")
+_OPEN_PATHS = ("/healthz", "/readyz", "/health", "/metrics")
 _FORBIDDEN = stat.S_IRWXG | stat.S_IRWXO
 
 

@@ -141,6 +141,10 @@ def serve(
             rich_help_panel=SERVICE,
         ),
     ] = None,
+    alias: Annotated[
+        str | None,
+        typer.Option(help="Name of the model in the API; default the bundle's.", rich_help_panel=SERVICE),
+    ] = None,
     cache_tokens: Annotated[
         int,
         typer.Option(
@@ -150,17 +154,14 @@ def serve(
         ),
     ] = 8192,
 ) -> None:
-    """Serve a chat page and OpenAI's chat completions API over HTTP until interrupted.
-
-    Requests may set temperature, top_p, seed, stop and max_tokens; the options are the defaults.
-    """
+    """Serve a chat page and OpenAI's completions API over HTTP until interrupted; the options are the defaults."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     answer_options.check()
     from prometheus_client import disable_created_metrics
 
     from device import http_server
+    from device.answer_fields import Defaults
     from device.api_key import VARIABLE, read_api_key
-    from device.chat_request import Defaults
     from device.metrics import Metrics
     from device.worker import Worker
 
@@ -186,7 +187,7 @@ def serve(
             answer_options.draft_len,
             answer_options.draft_settings,
         )
-        http_server.serve(worker, model.manifest.name, defaults, bind, key, cors_origins or [])
+        http_server.serve(worker, alias or model.manifest.name, defaults, bind, key, cors_origins or [])
 
 
 @app.command()

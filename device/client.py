@@ -27,9 +27,11 @@ from protocol.errors import (
     MismatchError,
     SettingsError,
 )
+from protocol.limits import option_name
 from protocol.messages import (
     OLDEST_VERSION,
     PROTOCOL_VERSION,
+    SAMPLING_VERSION,
     Close,
     Encoding,
     Fault,
@@ -38,6 +40,7 @@ from protocol.messages import (
     Mode,
     Request,
     Resume,
+    Sampling,
     Verdict,
     Welcome,
 )
@@ -136,6 +139,27 @@ class Client:
             raise SettingsError("drafts-ahead", settings.drafts_ahead, f"0 to {welcome.window - 1}")
         if encoding is Encoding.SPARSE and settings.uplink_k > welcome.max_uplink_k:
             raise SettingsError("uplink-k", settings.uplink_k, f"1 to {welcome.max_uplink_k}")
+
+    def check_sampling(self, sampling: Sampling) -> None:
+        """Check sampling settings against the base station's version and vocabulary.
+
+        Raises:
+            SettingsError: the base station does not know a setting, or its target does not have a token.
+        """
+        version = self.welcome.version
+        if version < SAMPLING_VERSION:
+            for name in sampling.later_settings:
+                allowed = f"left out: the base station speaks protocol version {version}, this needs {SAMPLING_VERSION}"
+                raise SettingsError(name, getattr(sampling, name), allowed)
+        length, most = len(sampling.grammar.encode()), self.welcome.max_grammar_len
+        if length > most:
+            allowed = f"at most {most} bytes (the base station's {option_name('max_grammar_len')})"
+            reason = allowed if most else "left out: this base station has no grammars"
+            raise SettingsError("grammar", f"{length} bytes", reason)
+        biased = [token_id for token_id, _ in sampling.logit_bias]
+        for name, token_ids in (("logit_bias", biased), ("stop_token_ids", sampling.stop_token_ids)):
+            if not all(0 <= token_id < self.vocab_size for token_id in token_ids):
+                raise SettingsError(name, max(token_ids), f"token ids from 0 to {self.vocab_size - 1}")
 
     def new_session_id(self) -> int:
         """An id that no session of this client has had."""

@@ -8,9 +8,9 @@ recently used conversations are dropped first.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from common.common_prefix import common_prefix
 from device.answer import Conversation
 from device.client import Client
-from device.common_prefix import common_prefix
 from device.draft_model import SequenceModel
 from device.planners import Planners
 from device.settings import DraftSettings

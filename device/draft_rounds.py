@@ -252,4 +252,4 @@ class DraftRounds:
         """Whether the last drafted token ends the answer."""
         last = self._next if self._next and len(self._next) else self._in_flight[-1] if self._in_flight else None
         tokens = [*([last.assumed_bonus] if last.assumed_bonus else []), *last.tokens] if last else []
-        return bool(tokens) and tokens[-1].token_id in self._client.stop_ids
+        return bool(tokens) and tokens[-1].token_id in self._drafter.stop_ids

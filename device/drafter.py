@@ -10,8 +10,10 @@ from typing import Self, TypeAlias
 
 import numpy as np
 
-from device.common_prefix import common_prefix
+from common.common_prefix import common_prefix
+from common.grammar import Grammar
 from device.draft_model import Logits, SequenceModel
+from device.logits_processing import process_logits
 from device.sampling import coupled_token, full_distribution, sparse_distribution
 from device.settings import UplinkSettings
 from protocol.errors import NonFiniteError
@@ -62,6 +64,8 @@ class Drafter:
 
     Attributes:
         sampling: how the target is sampled; may change between two answers.
+        answer_start: where the answer begins in the sequence.
+        grammar: that the answer follows; None for none.
 
     Args:
         model: the draft model, whose KV cache nothing else may use; drafting begins with what it was forked with.
@@ -69,7 +73,7 @@ class Drafter:
         sampling: how the target is sampled.
         uplink: how much of each distribution is sent in modes ``topk`` and ``topp``.
         vocab_size: of the target, whose first tokens the draft model knows; None for the draft model's own.
-        stop_ids: the ids that end an answer; None for the draft model's own.
+        stop_ids: the model's, which end an answer with those of ``sampling``; None for the draft model's own.
         before_pass: called before each forward pass; what it raises ends the draft, and the KV cache stays valid.
     """
 
@@ -85,10 +89,12 @@ class Drafter:
     ) -> None:
         self._model = model
         self.sampling = sampling
+        self.answer_start = 0
+        self.grammar: Grammar | None = None
         self._missing = (vocab_size or model.manifest.vocab_size) - model.manifest.vocab_size
         self._uplink = None if mode is Mode.FULL else uplink
         self._ids_alone = mode.sends_ids_alone
-        self._stop_ids = frozenset(model.manifest.stop_ids) if stop_ids is None else stop_ids
+        self._model_stop_ids = frozenset(model.manifest.stop_ids) if stop_ids is None else stop_ids
         self._before_pass = before_pass
         model.rollback(model.forked_length)
         self._pending: list[int] = []
@@ -126,7 +132,7 @@ class Drafter:
             should_continue is None or should_continue([token.margin for token in drafted])
         ):
             drafted.append(self.draft_token())
-            if drafted[-1].token_id in self._stop_ids:
+            if drafted[-1].token_id in self.stop_ids:
                 break
         return DraftResult.of(drafted)
 
@@ -136,8 +142,8 @@ class Drafter:
 
     def draft_token(self) -> DraftedToken:
         """Draft the token that follows all so far."""
-        logits = self._run()
-        position = self._model.length
+        position = self._model.length + len(self._pending)
+        logits = self._next_logits()
         if self._ids_alone:
             drafted = DraftedToken(*coupled_token(logits, self.sampling, position))
         else:
@@ -150,12 +156,32 @@ class Drafter:
     def guess_token(self) -> DraftedToken:
         """The likeliest token that follows all so far, with the noise of mode ``coupled``; it is not sampled."""
         sampling = self.sampling if self._ids_alone else Sampling()
-        return self._take(DraftedToken(*coupled_token(self._run(), sampling, self._model.length)))
+        position = self._model.length + len(self._pending)
+        return self._take(DraftedToken(*coupled_token(self._next_logits(), sampling, position)))
 
     def cache_last_token(self) -> None:
         """Run the last drafted token, so that the next draft needs one step less if it is accepted."""
         if self._pending:
             self._run()
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """The ids that end an answer."""
+        return self.sampling.stop_ids(self._model_stop_ids)
+
+    def _next_logits(self) -> Logits:
+        """The logits that the next token is drafted from, without a forward pass where the grammar forces it."""
+        cached, start = self._model.token_ids, self.answer_start
+        answer = [*cached[start:], *self._pending[max(0, start - len(cached)) :]]
+        grammar = self.grammar if self.grammar and self.grammar.follow(answer) else None
+        forced = grammar.forced() if grammar else None
+        if forced is not None:
+            logits = np.full(self._model.manifest.vocab_size + self._missing, -np.inf, np.float32)
+            logits[forced] = 0
+            return logits
+        allowed = grammar.allowed() if grammar else None
+        logits = self._run()
+        return process_logits(logits, self.sampling, self._model.token_ids, self.answer_start, self.stop_ids, allowed)
 
     def _run(self) -> Logits:
         """The logits after all tokens so far; runs those that are pending."""
@@ -173,7 +199,8 @@ class Drafter:
         return self._logits
 
     def _take(self, drafted: DraftedToken) -> DraftedToken:
-        self._pending = [] if drafted.token_id in self._stop_ids else [drafted.token_id]
+        if drafted.token_id not in self.stop_ids:
+            self._pending.append(drafted.token_id)
         return drafted
 
     def _distribution(self, logits: Logits) -> DraftDistribution:

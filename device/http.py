@@ -1,14 +1,10 @@
-"""The device's HTTP service: OpenAI's chat completions, the chat page, health, readiness and metrics.
+"""The device's HTTP service: OpenAI's completions, the chat page, health, readiness and metrics.
 
 Knows JSON, status codes and server-sent events; the answers come from the worker.
 """
 
-import asyncio
-import contextlib
-import json
-import secrets
 import time
-from collections.abc import AsyncIterator, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -20,19 +16,23 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from device.answer_events import AnswerEvents
+from device.answer_fields import Defaults
 from device.api_key import ApiKeyCheck
 from device.chat_page import page_routes
-from device.chat_request import ChatRequest, Defaults, Fields
+from device.chat_request import ChatRequest
+from device.completion import ChatForm, Completion, Form, TextForm
 from device.host_check import HostCheck
 from device.http_errors import HttpError, shown
-from device.job import AnswerRequest, Event, Finish, Job
+from device.json_body import json_body
+from device.openapi import openapi
 from device.origin_check import OriginCheck
-from device.round_events import AnswerRound
+from device.request_fields import Fields
+from device.request_id import RequestId
+from device.text_request import TextRequest
+from device.token_routes import token_routes
 from device.worker import Worker
 from protocol.errors import EdgedraftError
-
-_MAX_BODY_BYTES = 4 * 1024 * 1024
-_CHUNK = "chat.completion.chunk"
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ class Access:
     def checks(self) -> list[Middleware]:
         """The middleware that refuses all others; a page may ask for its access without the key."""
         checks = [
+            Middleware(RequestId),
             Middleware(HostCheck, hosts=self.hosts),
             Middleware(OriginCheck, origins=self.origins),
             Middleware(CORSMiddleware, allow_origins=self.origins, allow_methods=["GET", "POST"], allow_headers=["*"]),
@@ -67,8 +68,13 @@ def application(worker: Worker, name: str, defaults: Defaults, access: Access) -
             Route("/healthz", endpoints.health),
             Route("/readyz", endpoints.readiness),
             Route("/metrics", endpoints.metrics),
+            Route("/health", endpoints.readiness),
+            Route("/openapi.json", endpoints.description),
             Route("/v1/models", endpoints.models),
-            Route("/v1/chat/completions", endpoints.complete, methods=["POST"]),
+            Route("/v1/models/{name:path}", endpoints.model),
+            Route("/v1/chat/completions", endpoints.complete_chat, methods=["POST"]),
+            Route("/v1/completions", endpoints.complete_text, methods=["POST"]),
+            *token_routes(worker.tokenizer, worker.vocab_size),
             *page_routes(),
         ],
         middleware=access.checks(),
@@ -107,8 +113,25 @@ class _Routes:
         """The metrics in Prometheus' format."""
         return Response(generate_latest(self._worker.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
+    async def description(self, _: Request) -> Response:
+        """The description of the service."""
+        return JSONResponse(openapi())
+
     async def models(self, _: Request) -> Response:
+        """The list of the one model that is served."""
+        return JSONResponse({"object": "list", "data": [self._model()]})
+
+    async def model(self, request: Request) -> Response:
         """The one model that is served."""
+        self._check_model(request.path_params["name"])
+        return JSONResponse(self._model())
+
+    def _check_model(self, name: object) -> None:
+        if name not in (None, self._name):
+            message = f"model is {shown(name)}; allowed: {shown(self._name)}"
+            raise HttpError(404, message, "model_not_found", "model")
+
+    def _model(self) -> Fields:
         model = {"id": self._name, "object": "model", "created": self._created, "owned_by": "edgedraft"}
         own = {
             "vocab_size": self._worker.vocab_size,
@@ -116,119 +139,29 @@ class _Routes:
             "mode": self._defaults.mode,
             "draft_len": self._defaults.draft_len,
         }
-        return JSONResponse({"object": "list", "data": [model | {"edgedraft": own}]})
+        return model | {"edgedraft": own}
 
-    async def complete(self, request: Request) -> Response:
-        """An answer, whole or as server-sent events."""
-        try:
-            fields = json.loads(await _body(request))
-        except (ValueError, RecursionError) as error:
-            raise HttpError(400, f"the body is not JSON: {error}") from error
+    async def complete_chat(self, request: Request) -> Response:
+        """Answers to a conversation, whole or as server-sent events."""
+        fields = await json_body(request)
         chat = ChatRequest.read(fields, self._defaults)
-        if fields.get("model") not in (None, self._name):
-            message = f"model is {shown(fields['model'])}; allowed: {shown(self._name)}"
-            raise HttpError(404, message, "model_not_found", "model")
-        events = _AnswerEvents(self._worker, chat.request, request)
-        completion = _Completion(self._name, events, chat.include_usage)
-        if not chat.stream:
+        return await self._complete(request, fields, chat, ChatForm())
+
+    async def complete_text(self, request: Request) -> Response:
+        """Continuations of texts, whole or as server-sent events."""
+        fields = await json_body(request)
+        return await self._complete(request, fields, TextRequest.read(fields, self._defaults), TextForm())
+
+    async def _complete(
+        self, request: Request, fields: Fields, asked: ChatRequest | TextRequest, form: Form
+    ) -> Response:
+        self._check_model(fields.get("model"))
+        events = AnswerEvents(self._worker, request)
+        completion = Completion(self._name, events, asked.choices, asked.streaming.include_usage, form)
+        if not asked.streaming.stream:
             return JSONResponse(await completion.whole())
-        first = await events.next()  # an error before it still has a status code
+        first = await completion.begin()
         return StreamingResponse(completion.stream(first), media_type="text/event-stream")
-
-
-class _AnswerEvents:
-    """An answer's events, handed from the worker's thread to the event loop."""
-
-    def __init__(self, worker: Worker, answer_request: AnswerRequest, request: Request) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._queue: asyncio.Queue[Event] = asyncio.Queue()
-        self._job = Job(answer_request, self._deliver)
-        worker.submit(self._job)
-        self._watch = self._loop.create_task(self._cancel_when_the_client_leaves(request))
-
-    async def next(self) -> str | AnswerRound | Finish:
-        """The next event.
-
-        Raises:
-            HttpError: the answer failed.
-            ClientDisconnect: the client has left.
-        """
-        event = await self._queue.get()
-        if isinstance(event, ClientDisconnect):
-            raise event
-        if isinstance(event, Exception):
-            raise HttpError.of(event)
-        return event
-
-    def cancel(self) -> None:
-        """Nobody waits for the answer any more."""
-        self._job.cancelled.set()
-
-    async def _cancel_when_the_client_leaves(self, request: Request) -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-        self.cancel()
-        self._queue.put_nowait(ClientDisconnect())
-
-    def _deliver(self, event: Event) -> None:
-        with contextlib.suppress(RuntimeError):  # the event loop has ended
-            self._loop.call_soon_threadsafe(self._queue.put_nowait, event)
-
-
-class _Completion:
-    """An answer as JSON objects, whole or in chunks."""
-
-    def __init__(self, name: str, events: _AnswerEvents, include_usage: bool) -> None:
-        self._events = events
-        self._include_usage = include_usage
-        self._head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": name}
-
-    async def whole(self) -> Fields:
-        """The answer as one object."""
-        text = ""
-        while not isinstance(event := await self._events.next(), Finish):
-            assert isinstance(event, str)  # rounds are streamed only
-            text += event
-        choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": event.reason}
-        return self._head | {"object": "chat.completion", "choices": [choice], "usage": _usage(event)}
-
-    async def stream(self, first: str | AnswerRound | Finish) -> AsyncIterator[str]:
-        """The answer as server-sent events; ``first`` has been received already."""
-        event = first
-        try:
-            yield self._chunk({"role": "assistant", "content": ""})
-            while not isinstance(event, Finish):
-                yield self._content(event)
-                event = await self._events.next()
-        except HttpError as error:
-            yield _event(error.fields)
-            return
-        except ClientDisconnect:
-            return
-        finally:
-            self._events.cancel()
-        yield self._chunk({}, event.reason)
-        if self._include_usage:
-            yield _event(self._head | {"object": _CHUNK, "choices": [], "usage": _usage(event)})
-        yield "data: [DONE]\n\n"
-
-    def _content(self, event: str | AnswerRound) -> str:
-        if isinstance(event, str):
-            return self._chunk({"content": event})
-        return self._chunk({"content": event.text}, edgedraft=event.fields)
-
-    def _chunk(self, delta: Fields, finish_reason: str | None = None, **extension: Fields) -> str:
-        choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
-        return _event(self._head | {"object": _CHUNK, "choices": [choice]} | extension)
-
-
-async def _body(request: Request) -> bytes:
-    body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > _MAX_BODY_BYTES:
-            raise HttpError(413, f"the body is longer than {_MAX_BODY_BYTES} bytes")
-    return bytes(body)
 
 
 async def _error_response(_: Request, error: Exception) -> Response:
@@ -238,12 +171,3 @@ async def _error_response(_: Request, error: Exception) -> Response:
 async def _no_response(_: Request, __: Exception) -> Response:
     """The client has left."""
     return Response()
-
-
-def _usage(finish: Finish) -> Fields:
-    counts = {"prompt_tokens": finish.prompt_tokens, "completion_tokens": finish.new_tokens}
-    return counts | {"total_tokens": finish.prompt_tokens + finish.new_tokens}
-
-
-def _event(fields: Fields) -> str:
-    return f"data: {json.dumps(fields, ensure_ascii=False)}\n\n"

@@ -13,6 +13,7 @@ from protocol.errors import (
     ContextLengthError,
     EdgedraftError,
     FaultError,
+    GrammarError,
     SettingsError,
 )
 
@@ -21,6 +22,7 @@ _KINDS: Mapping[type[EdgedraftError], tuple[int, str, str | None]] = {
     ContextLengthError: (400, _INVALID, "context_length_exceeded"),
     SettingsError: (400, _INVALID, "invalid_value"),
     BundleError: (400, _INVALID, "invalid_value"),  # the chat template cannot render the conversation
+    GrammarError: (400, _INVALID, "invalid_grammar"),
     BusyError: (429, _RATE, _RATE),
     EdgedraftError: (503, _SERVER, None),
 }
@@ -63,6 +65,8 @@ class HttpError(Exception):
             return cls(error.status_code, error.detail, kind=kind, headers=error.headers)
         if not isinstance(error, EdgedraftError):
             return cls(500, "internal error; the log of the device's service has the details", kind=_SERVER)
+        if isinstance(error, FaultError) and error.fault_code == GrammarError.code:
+            return cls.of(GrammarError(error.text))
         status, kind, code = next(_KINDS[base] for base in type(error).__mro__ if base in _KINDS)
         own_code = error.fault_code if isinstance(error, FaultError) else error.code
         headers = {"Retry-After": str(error.retry_seconds)} if error.retry_seconds else None

@@ -11,8 +11,8 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from common.loopback import is_loopback
+from device.answer_fields import Defaults
 from device.api_key import VARIABLE
-from device.chat_request import Defaults
 from device.http import Access, application
 from device.http_connection import HttpConnection
 from device.worker import Worker

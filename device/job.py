@@ -7,34 +7,56 @@ from typing import TypeAlias
 
 from device.round_events import AnswerRound
 from device.settings import DraftSettings
+from device.timings import Timings
 from device.tokenizer import ChatMessage
+from device.tool_calls import ToolCall
+from device.tool_fields import Tools
 
 
 @dataclass(frozen=True)
 class AnswerRequest:
-    """A conversation to continue; any of the ``stops`` in the text ends the answer.
+    """A conversation, a text or tokens to continue; any of the ``stops`` in the text ends the answer.
 
-    With ``rounds`` the answer is delivered round by round, with the origins of its tokens.
+    With ``rounds`` the answer is delivered round by round, with the origins of its tokens; with ``echo`` the prompt
+    comes first, and with log-probabilities if the sampling settings ask for them. With ``continue_final`` the answer
+    continues the last message.
     """
 
-    messages: tuple[ChatMessage, ...]
+    prompt: tuple[ChatMessage, ...] | tuple[int, ...] | str
     settings: DraftSettings
     max_new_tokens: int
     stops: tuple[str, ...] = ()
     rounds: bool = False
+    echo: bool = False
+    tools: Tools = field(default_factory=Tools)
+    continue_final: bool = False
 
 
 @dataclass(frozen=True)
 class Finish:
-    """The end of an answer; ``reason`` is ``stop`` or ``length``, counts are tokens."""
+    """The end of an answer; ``reason`` is ``stop``, ``length`` or ``tool_calls``, counts are tokens."""
 
     reason: str
     prompt_tokens: int
     new_tokens: int
+    timings: Timings = field(default_factory=Timings, compare=False)
 
 
-Event: TypeAlias = str | AnswerRound | Finish | Exception
-"""What a job delivers: text and rounds any number of times, then one of the others once."""
+@dataclass(frozen=True)
+class AnswerPiece:
+    """The text that a token adds, and log-probabilities: the token's, and pairs of the likeliest tokens and theirs.
+
+    The first token of a prompt has none.
+    """
+
+    text: str
+    token: str
+    logprob: float | None
+    top: tuple[tuple[str, float], ...]
+
+
+Event: TypeAlias = str | AnswerRound | AnswerPiece | ToolCall | Finish | Exception
+"""What a job delivers: text, rounds, pieces and calls any number of times, then one of the others once."""
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,10 @@ class AnswerRound:
     @property
     def fields(self) -> dict[str, Any]:
         """The round in JSON: the fields of a line of ``--record``, and its tokens."""
-        tokens = [{"text": text, **asdict(token)} for text, token in self.tokens]
+        tokens = [
+            {"text": text, "token_id": token.token_id, "origin": token.origin, "margin": token.margin}
+            for text, token in self.tokens
+        ]
         return {**asdict(self.record), "tokens": tokens}
 
 

@@ -5,11 +5,12 @@ Knows tokens, not text; ``session_requests.py`` gets the requests answered.
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
+from common.common_prefix import common_prefix
+from common.grammar import Grammar
 from device.client import Client
-from device.common_prefix import common_prefix
 from device.draft_model import SequenceModel
 from device.draft_rounds import Counters, DraftRounds
 from device.drafter import DraftedToken, Drafter
@@ -18,6 +19,7 @@ from device.session_requests import SessionRequests
 from device.settings import DraftSettings
 from protocol.errors import CancelledError, ContextLengthError, NonFiniteError
 from protocol.limits import option_name
+from protocol.logprobs import TokenLogprobs
 from protocol.messages import Mode, Sampling, Verdict
 
 logger = logging.getLogger(__name__)
@@ -43,12 +45,14 @@ class AnswerToken:
     """One committed token of an answer.
 
     ``origin`` is ``target`` where nothing was drafted. ``margin`` is the draft model's, in nats, of an accepted
-    token; None where it was sampled from its distribution, and for tokens of the target.
+    token; None where it was sampled from its distribution, and for tokens of the target. ``logprobs`` are the target's,
+    if the sampling settings ask for them.
     """
 
     token_id: int
     origin: Origin
     margin: float | None = None
+    logprobs: TokenLogprobs | None = None
 
 
 class DeviceSession:
@@ -60,9 +64,11 @@ class DeviceSession:
         settings: how to draft and sample.
         model: the draft model.
         prompt_ids: the first prompt.
+        grammar: compiled, that of ``settings``.
 
     Attributes:
         tokens: committed so far, the prompt included.
+        cached_tokens: of the last prompt, that were not sent again.
 
     Raises:
         SettingsError: the base station does not serve these settings.
@@ -70,10 +76,17 @@ class DeviceSession:
     """
 
     def __init__(
-        self, client: Client, planner: Planner, settings: DraftSettings, model: SequenceModel, prompt_ids: list[int]
+        self,
+        client: Client,
+        planner: Planner,
+        settings: DraftSettings,
+        model: SequenceModel,
+        prompt_ids: list[int],
+        grammar: Grammar | None = None,
     ) -> None:
         client.check_served(settings)
         self.tokens: list[int] = []
+        self.cached_tokens = 0
         self._client = client
         self._settings = settings
         self._target_alone = settings.mode is Mode.TARGET
@@ -88,6 +101,7 @@ class DeviceSession:
         )
         self._requests = SessionRequests(client, settings.mode, settings.sampling, self.tokens)
         self._rounds = DraftRounds(client, self._requests, self._drafter, planner, settings, self.tokens)
+        self._drafter.answer_start, self._drafter.grammar = len(prompt_ids), grammar
         self._check_prompt(prompt_ids)
         began = client.now()
         try:
@@ -111,27 +125,37 @@ class DeviceSession:
     @property
     def stop_ids(self) -> frozenset[int]:
         """The ids that end an answer."""
-        return self._client.stop_ids
+        return self._drafter.sampling.stop_ids(self._client.stop_ids)
 
-    def extend(self, prompt_ids: list[int], sampling: Sampling | None = None, planner: Planner | None = None) -> None:
+    def extend(
+        self,
+        prompt_ids: list[int],
+        sampling: Sampling | None = None,
+        planner: Planner | None = None,
+        grammar: Grammar | None = None,
+    ) -> None:
         """Continue with a prompt; only what differs from the committed tokens is sent and run.
 
         Args:
             prompt_ids: the whole conversation.
             sampling: how the target is sampled from now on; None for no change.
             planner: for these settings; None for no change.
+            grammar: compiled, that of ``sampling``.
 
         Raises:
             ContextLengthError: it does not fit the target's context, or exceeds the base station's limit.
+            SettingsError: the base station does not know these sampling settings.
         """
         while left := self._rounds.leave():
             self._commit(left.drafted, left.verdict)
         sampling = sampling or self._drafter.sampling
+        self._client.check_sampling(sampling)
         self._rounds.planner = planner or self._rounds.planner
         start = common_prefix(self.tokens, prompt_ids[:-1])
         can_extend = self._requests.can_extend(sampling)
-        self._check_prompt(prompt_ids, start if can_extend else 0)
-        self._drafter.sampling = sampling
+        self.cached_tokens = start if can_extend else 0
+        self._check_prompt(prompt_ids, self.cached_tokens)
+        self._drafter.sampling, self._drafter.answer_start, self._drafter.grammar = sampling, len(prompt_ids), grammar
         if can_extend:
             self._requests.extend(start, prompt_ids[start:], sampling)
         else:  # the target still decodes an abandoned answer, or the base station is of an older version
@@ -219,6 +243,9 @@ class DeviceSession:
         accepted = drafted[: verdict.accepted]
         committed = [AnswerToken(token.token_id, Origin.ACCEPTED, token.margin) for token in accepted]
         committed.append(AnswerToken(verdict.token_id, last if drafted else Origin.TARGET))
+        if verdict.logprobs:
+            pairs = zip(committed, verdict.logprobs, strict=True)
+            committed = [replace(token, logprobs=logprobs) for token, logprobs in pairs]
         self.tokens += [token.token_id for token in committed]
         return committed
 

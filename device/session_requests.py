@@ -59,6 +59,7 @@ class SessionRequests:
         self._mode = mode
         self._sampling = sampling
         self._tokens = tokens
+        self._answer_start = 0
         self._prefills = False
         self._refused_at: float | None = None  # the first refusal since the last reply, by the client's clock
         self._unknown = False
@@ -71,13 +72,17 @@ class SessionRequests:
         return self._rounds.state is State.READY
 
     def open(self, prompt_ids: Sequence[int]) -> None:
-        """Open the session on a prompt."""
-        self._prefills = True
+        """Open the session on a prompt.
+
+        Raises:
+            SettingsError: the base station does not know these sampling settings.
+        """
+        self._prefills, self._answer_start = True, len(prompt_ids)
         next(self._replies(lambda: self._open(prompt_ids)))
 
     def extend(self, start: int, token_ids: Sequence[int], sampling: Sampling) -> None:
         """Keep the first ``start`` committed tokens, append ``token_ids``, and sample with these settings."""
-        self._prefills = True
+        self._prefills, self._answer_start = True, start + len(token_ids)
         before, self._sampling = self._sampling, sampling
         changed = None if sampling == before else sampling
         next(self._replies(lambda: Extend(self._session_id, self._rounds.round_id, start, tuple(token_ids), changed)))
@@ -97,6 +102,12 @@ class SessionRequests:
     def drafts_in_flight(self) -> int:
         """The number of Drafts without a Verdict."""
         return len(self._rounds.in_flight)
+
+    def send_given(self, token_ids: Sequence[int]) -> None:
+        """Send tokens of the prompt whose log-probabilities are asked for; ``verdict`` has them."""
+        draft = Draft(self._session_id, self._rounds.next_round, tuple(token_ids), given=True)
+        self._rounds.advance(draft)
+        self._client.send(draft)
 
     def send_draft(self, drafted: DraftResult, assumed_bonus: int | None = None) -> None:
         """Send a Draft; while another is in flight, on the bonus token that is assumed to follow that one."""
@@ -230,7 +241,9 @@ class SessionRequests:
                 f"{len(prompt_ids)} tokens",
                 f"at most {context_length - 1} (the target's context at the base station)",
             )
-        return Open(self._session_id, 0, self._mode, self._sampling, tuple(prompt_ids))
+        self._client.check_sampling(self._sampling)
+        answer_len = max(0, len(prompt_ids) - self._answer_start) if self._sampling.needs_answer_len else 0
+        return Open(self._session_id, 0, self._mode, self._sampling, tuple(prompt_ids), answer_len)
 
     def _resume(self) -> Resume:
         return Resume.of(self._session_id, self._rounds.round_id, self._tokens)

@@ -6,16 +6,18 @@ does not end the turn.
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
-from functools import cached_property
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.decoders import DecodeStream
 
 from common.chat_template import ChatTemplate
+from common.grammar import Grammar, GrammarCompiler
 from device.prompt import Prompt
+from device.tool_calls import ToolFormat
 from protocol.bundle import (
     CHAT_TEMPLATE_NAME,
     DRAFT_CHAT_TEMPLATE_NAME,
@@ -28,13 +30,20 @@ from protocol.errors import BundleError, SettingsError
 logger = logging.getLogger(__name__)
 
 _PRIVATE_USE = range(0xE000, 0xF900)
+_MAX_GRAMMARS = 8
 
 
 class ChatMessage(TypedDict):
-    """One message of a conversation; ``role`` is system, user or assistant."""
+    """One message of a conversation; ``role`` is system, user, assistant or tool.
+
+    Assistants may have ``tool_calls``, tools a ``tool_call_id`` and a ``name``.
+    """
 
     role: str
     content: str
+    tool_calls: NotRequired[list[dict[str, Any]]]
+    tool_call_id: NotRequired[str]
+    name: NotRequired[str]
 
 
 class Tokenizer:
@@ -60,6 +69,9 @@ class Tokenizer:
         except Exception as error:  # the library raises Exception itself
             raise BundleError(f"{str(self._path)!r} cannot be read: {error}; export the bundle again") from error
         self._added_ids = frozenset(self._tokenizer.get_added_tokens_decoder())
+        self._manifest = manifest
+        self._compiler = lru_cache(1)(self._new_compiler)
+        self._compiled = lru_cache(_MAX_GRAMMARS)(self._compile)
         self._template: ChatTemplate | None = None
         if template_name in manifest.files:
             source = own or manifest
@@ -80,8 +92,24 @@ class Tokenizer:
             _not_empty(text, self._tokenizer.encode(text).ids), self._draft.encode(text) if self._draft else ()
         )
 
-    def encode_chat(self, messages: Sequence[ChatMessage]) -> Prompt:
+    @property
+    def tool_format(self) -> ToolFormat | None:
+        """How the model writes calls of tools; None where its template knows no tools, or the format is not known."""
+        template = self._template
+        return ToolFormat.of_template(template.source) if template and template.knows_tools else None
+
+    def encode_chat(
+        self,
+        messages: Sequence[ChatMessage],
+        tools: Sequence[Mapping[str, Any]] = (),
+        continue_final: bool = False,
+    ) -> Prompt:
         """Encode a conversation, rendered by the chat template, as the prompt for the next answer.
+
+        Args:
+            messages: of the conversation.
+            tools: that the answer may call.
+            continue_final: whether the answer continues the last message, instead of following it.
 
         Raises:
             SettingsError: the bundle has no chat template.
@@ -89,17 +117,46 @@ class Tokenizer:
         """
         if self._template is None:
             raise SettingsError("prompt", "a conversation", "plain text with --raw: this bundle has no chat template")
-        for message in messages:
-            check_unicode("prompt", message["content"])
-        mark = _unused_character(messages)
-        marked = [{**message, "content": self._mark(message["content"], mark)} for message in messages]
-        text = self._template.render(marked)
-        return Prompt(_not_empty(text, self._encode_marked(text, mark)), self._draft_prompt(messages))
+        for text in _texts([messages, tools]):
+            check_unicode("prompt", text)
+        mark = _unused_character([messages, tools])
+        marked, marked_tools = self._marked(messages, mark), self._marked(tools, mark)
+        if continue_final:
+            text = _render_to_final_content(self._template, marked, marked_tools)
+        else:
+            text = self._template.render(marked, tools=marked_tools)
+        ids = _not_empty(text, self._encode_marked(text, mark))
+        return Prompt(ids, self._draft_prompt(messages, tools, continue_final))
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Decode ids, without special tokens."""
         text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
         return text
+
+    def token_text(self, token_id: int) -> str:
+        """The text of one token, also of a special one; "�" for a part of a character."""
+        text: str = self._tokenizer.decode([token_id], skip_special_tokens=False)
+        return text
+
+    def grammar(self, text: str, stop_ids: frozenset[int]) -> Grammar:
+        """A grammar for the draft model's tokens, before the first of them.
+
+        Args:
+            text: as in ``common/grammar.py``.
+            stop_ids: the target's.
+
+        Raises:
+            GrammarError: it cannot be compiled.
+        """
+        return self._compiled(text, stop_ids).copy()
+
+    def _compile(self, text: str, stop_ids: frozenset[int]) -> Grammar:
+        return self._compiler(stop_ids).compile(text)
+
+    def _new_compiler(self, stop_ids: frozenset[int]) -> GrammarCompiler:
+        vocab_size = self._manifest.vocab_size
+        known = frozenset(token_id for token_id in stop_ids if token_id < vocab_size)
+        return GrammarCompiler.of_tokenizer(self._path.read_text(encoding="utf-8"), vocab_size, known)
 
     def decode_stream(self, token_ids: Iterator[int]) -> Iterator[str]:
         """The text that each id adds, then what is left; empty while a character is incomplete."""
@@ -114,15 +171,26 @@ class Tokenizer:
         if len(whole) > len(text) and whole.startswith(text):
             yield whole[len(text) :]
 
-    def _draft_prompt(self, messages: Sequence[ChatMessage]) -> list[int]:
-        """The conversation by the draft model's own chat template; empty where that has none, or refuses it."""
-        if self._draft is None or self._draft._template is None:
+    def _draft_prompt(
+        self, messages: Sequence[ChatMessage], tools: Sequence[Mapping[str, Any]], continue_final: bool
+    ) -> list[int]:
+        """The conversation by the draft model's own chat template; empty where that cannot render it."""
+        template = self._draft._template if self._draft else None
+        if self._draft is None or template is None or (tools and not template.knows_tools):
             return []
         try:
-            return self._draft.encode_chat(messages)
+            return self._draft.encode_chat(messages, tools, continue_final)
         except BundleError as error:
             logger.info("the draft model gets the target's prompt: %s", error)
             return []
+
+    def _marked(self, value: Any, mark: str) -> Any:
+        """A value of JSON with all its texts but the names of fields marked."""
+        if isinstance(value, Mapping):
+            return {name: self._marked(entry, mark) for name, entry in value.items()}
+        if isinstance(value, list | tuple):
+            return [self._marked(entry, mark) for entry in value]
+        return self._mark(value, mark) if isinstance(value, str) else value
 
     def _mark(self, content: str, mark: str) -> str:
         """The content with ``mark`` before each added token that the tokenizer would find in it.
@@ -182,6 +250,22 @@ class Tokenizer:
         return FastTokenizer.from_str(json.dumps(content))
 
 
+def _render_to_final_content(
+    template: ChatTemplate, messages: Sequence[dict[str, Any]], tools: Sequence[Mapping[str, Any]]
+) -> str:
+    """The text of a conversation up to the end of its last message's content.
+
+    Raises:
+        BundleError: the template does not show that content.
+    """
+    end = _unused_character([messages, tools])
+    final = messages[-1] | {"content": messages[-1]["content"] + end}
+    text = template.render([*messages[:-1], final], add_generation_prompt=False, tools=tools)
+    if end not in text:
+        raise BundleError("the chat template does not show the last message; send it without continue_final_message")
+    return text.rpartition(end)[0]
+
+
 def _pre_tokenizers(part: Any) -> Iterator[dict[str, Any]]:
     if part:
         yield part
@@ -189,9 +273,20 @@ def _pre_tokenizers(part: Any) -> Iterator[dict[str, Any]]:
             yield from _pre_tokenizers(inner)
 
 
-def _unused_character(messages: Sequence[ChatMessage]) -> str:
+def _texts(value: Any) -> Iterator[str]:
+    """All texts in a value of JSON, the names of fields included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from _texts([*value, *value.values()])
+    elif isinstance(value, list | tuple):
+        for entry in value:
+            yield from _texts(entry)
+
+
+def _unused_character(messages: Any) -> str:
     """A private-use character that no message contains."""
-    used = {character for message in messages for character in message["content"]}
+    used = {character for text in _texts(messages) for character in text}
     return next(character for code in _PRIVATE_USE if (character := chr(code)) not in used)
 
 

@@ -16,8 +16,8 @@ from typing import Self
 
 import numpy as np
 
+from common.common_prefix import common_prefix
 from common.vocabulary_map import VocabularyMap
-from device.common_prefix import common_prefix
 from device.draft_model import Logits, SequenceModel
 from device.prompt import Prompt
 

@@ -8,20 +8,24 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 from device.answer import AnswerStream
+from device.answer_text import AnswerText
 from device.client import Client
 from device.connection import Connection
 from device.conversations import Conversations
 from device.draft_model import SequenceModel
-from device.job import Finish, Job
+from device.job import AnswerPiece, AnswerRequest, Finish, Job
 from device.job_queue import JobQueue
 from device.metrics import Metrics
 from device.planners import Planners
+from device.prompt_logprobs import prompt_logprobs
 from device.round_events import RoundEvents
 from device.round_records import RoundRecord
-from device.stop_strings import StopStrings
+from device.session import AnswerToken, Origin
+from device.settings import DraftSettings
 from device.tokenizer import Tokenizer
 from protocol.errors import (
     AdmissionError,
@@ -31,7 +35,9 @@ from protocol.errors import (
     EdgedraftError,
     LinkError,
     ProtocolError,
+    SettingsError,
 )
+from protocol.logprobs import TokenLogprobs
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +61,7 @@ class Worker:
         metrics: what the service counts.
         failure: what ended the thread before ``stop``; None while it runs.
         vocab_size: tokens of the draft model.
+        tokenizer: of the same bundle.
     """
 
     def __init__(
@@ -70,7 +77,7 @@ class Worker:
         self.vocab_size = model.manifest.vocab_size
         self.metrics = metrics or Metrics()
         self._clock = clock
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._connection = Connection(connect, clock)
         planners = planners or Planners(model.manifest.target_quality)
         self._conversations = Conversations(model, tokenizer, cache_tokens, planners)
@@ -162,15 +169,65 @@ class Worker:
             return error
 
     def _answer(self, job: Job) -> Finish:
-        ids = self._tokenizer.encode_chat(job.request.messages)
+        ids, settings = self._prompt_ids(job.request), self._settings(job.request)
         client = self._connection.client()
+        if job.request.echo:
+            with client.cancelled_by(lambda: job.cancelled.is_set() or self._stopping.is_set()):
+                self._echo(job, client, ids)
+        if not job.request.max_new_tokens:
+            return Finish("length", len(ids), 0)
         rounds = RoundEvents(job.deliver) if job.request.rounds else None
         with (
-            self._conversations.for_prompt(client, ids, job.request.settings) as conversation,
+            self._conversations.for_prompt(client, ids, settings) as conversation,
             client.cancelled_by(lambda: job.cancelled.is_set() or self._stopping.is_set()),
             client.reporting_rounds_to(partial(self._note_round, rounds)),
         ):
             return self._deliver(conversation.ask(ids, job.request.max_new_tokens), job, rounds)
+
+    def _settings(self, request: AnswerRequest) -> DraftSettings:
+        """The settings of a request; if it must call a tool, with the grammar of a call.
+
+        Raises:
+            SettingsError: the model calls no tools.
+        """
+        if not request.tools.known:
+            return request.settings
+        tool_format = self.tokenizer.tool_format
+        if tool_format is None:
+            raise SettingsError("tools", "given", "left out: this model's chat template declares no tools")
+        if not request.tools.forced:
+            return request.settings
+        sampling = replace(request.settings.sampling, grammar=tool_format.grammar(request.tools.forced))
+        return replace(request.settings, sampling=sampling)
+
+    def _prompt_ids(self, request: AnswerRequest) -> list[int]:
+        prompt = request.prompt
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt)
+        token_ids = [entry for entry in prompt if isinstance(entry, int)]
+        if not token_ids:
+            messages = [entry for entry in prompt if not isinstance(entry, int)]
+            return self.tokenizer.encode_chat(messages, request.tools.known, request.continue_final)
+        if not 0 <= min(token_ids) <= max(token_ids) < self.vocab_size:
+            raise SettingsError("prompt", "these tokens", f"token ids from 0 to {self.vocab_size - 1}")
+        return token_ids
+
+    def _echo(self, job: Job, client: Client, ids: list[int]) -> None:
+        """Deliver the prompt."""
+        most = job.request.settings.sampling.logprobs
+        if most is None:
+            job.deliver(self.tokenizer.decode(ids))
+            return
+        logprobs = prompt_logprobs(client, ids, most)
+        text = self.tokenizer.token_text(ids[0])
+        job.deliver(AnswerPiece(text, text, None, ()))
+        for token_id, told in zip(ids[1:], logprobs, strict=True):
+            job.deliver(self._piece(self.tokenizer.token_text(token_id), AnswerToken(token_id, Origin.TARGET), told))
+
+    def _piece(self, text: str, token: AnswerToken, logprobs: TokenLogprobs) -> AnswerPiece:
+        text_of = self.tokenizer.token_text
+        top = tuple((text_of(token_id), logprob) for token_id, logprob in logprobs.top)
+        return AnswerPiece(text, text_of(token.token_id), logprobs.logprob, top)
 
     def _note_round(self, rounds: RoundEvents | None, record: RoundRecord) -> None:
         self.metrics.count_round(record)
@@ -179,28 +236,31 @@ class Worker:
 
     def _deliver(self, stream: AnswerStream, job: Job, rounds: RoundEvents | None) -> Finish:
         """Deliver the text of an answer up to a stop string, in ``rounds`` if they are asked for."""
-        stops = StopStrings(job.request.stops)
+        tools = job.request.tools
+        tool_format = self.tokenizer.tool_format if tools.known else None
+        answer_text = AnswerText(job.request.stops, tool_format, job.deliver, tools.parallel)
         for chunk in stream:
             self._connection.mark_received()
-            text = stops.feed(chunk.text)
+            text = answer_text.feed(chunk.text)
             if rounds:
                 rounds.add(text, chunk.token)
+            elif chunk.token and chunk.token.logprobs:
+                job.deliver(self._piece(text, chunk.token, chunk.token.logprobs))
             elif text:
                 job.deliver(text)
-            if stops.reached:
+            if answer_text.stopped:
                 break
         if rounds:
             rounds.flush()
-        if text := stops.flush():
+        if text := answer_text.flush():
             job.deliver(text)
-        if not stream.ended:
-            return Finish("stop", stream.prompt_tokens, stream.new_tokens)
-        answer = stream.answer
-        logger.info(
-            "%d prompt tokens, %d new tokens, %.1f tokens/s",
-            stream.prompt_tokens,
-            stream.new_tokens,
-            answer.tokens_per_second,
-        )
-        reason = "stop" if stops.reached else answer.finish_reason
-        return Finish(reason, stream.prompt_tokens, stream.new_tokens)
+        if stream.ended:
+            logger.info(
+                "%d prompt tokens, %d new tokens, %.1f tokens/s",
+                stream.prompt_tokens,
+                stream.new_tokens,
+                stream.answer.tokens_per_second,
+            )
+        reason = "stop" if answer_text.stopped else stream.answer.finish_reason
+        reason = "tool_calls" if answer_text.called and reason == "stop" else reason
+        return Finish(reason, stream.prompt_tokens, stream.new_tokens, stream.timings)

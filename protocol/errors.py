@@ -5,6 +5,7 @@
     EdgedraftError
     ├── SettingsError           a setting has an invalid value
     │   └── ContextLengthError  the prompt or the answer exceeds the context length
+    ├── GrammarError            a grammar cannot be compiled or applied
     ├── ModelError              a model cannot be found, read or used
     │   ├── BundleError         a bundle is missing, damaged or has another format version
     │   ├── QualityError        an exported model differs too much from its target
@@ -67,6 +68,13 @@ class ContextLengthError(SettingsError):
     """The prompt or the answer exceeds the model's context length."""
 
     code = "context_length"
+
+
+class GrammarError(EdgedraftError):
+    """A grammar cannot be compiled or applied."""
+
+    code = "grammar"
+    exit_code = 2
 
 
 class ModelError(EdgedraftError):

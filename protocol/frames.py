@@ -29,8 +29,10 @@ from protocol.draft_codec import DraftedTokens, EncodedDraft, decode_drafted, en
 from protocol.errors import FrameError, SettingsError
 from protocol.full_distribution import FullDistribution
 from protocol.limits import Limits
+from protocol.logprobs import TokenLogprobs
 from protocol.messages import (
     HASH_BYTES,
+    MAX_BIASED_TOKENS,
     Close,
     Decode,
     Draft,
@@ -53,7 +55,7 @@ from protocol.sparse import SparseDistribution
 
 MAX_FAULT_TEXT = 1000
 _MAX_ARRAY_LEN = 256
-_DRAFT_TAGS = _DRAFT_TAG, _PIPELINED_DRAFT_TAG = 5, 10
+_DRAFT_TAGS = _DRAFT_TAG, _PIPELINED_DRAFT_TAG, _GIVEN_DRAFT_TAG = 5, 10, 13
 _MIN_ID_BITS = 8  # more than the padding of the last byte
 _MAX_COUNTER = 2**32 - 1
 _Value = TypeVar("_Value")
@@ -110,7 +112,8 @@ class FrameCodec:
     def max_frame_bytes(self) -> int:
         """The length of the longest valid frame; a socket should refuse longer ones."""
         draft = self.limits.max_draft_len * (3 * self.vocab_size + 16)
-        return max(draft, self.limits.max_prompt_len * self._id_bits // 8) + 1024
+        sampling = _BIAS.size * MAX_BIASED_TOKENS + self.limits.max_grammar_len
+        return max(draft, self.limits.max_prompt_len * self._id_bits // 8 + sampling) + 1024
 
     def encode(self, message: Message) -> bytes:
         """Encode a message."""
@@ -132,6 +135,8 @@ class FrameCodec:
         if not isinstance(values, list) or not values or type(values[0]) is not int:
             raise FrameError("a frame must be an array that starts with its tag")
         tag, *rest = values
+        if tag == _GIVEN_DRAFT_TAG:
+            return self._unpack_given(rest)
         if tag in (_DRAFT_TAG, _PIPELINED_DRAFT_TAG):
             return self._unpack_draft(rest, pipelined=tag == _PIPELINED_DRAFT_TAG)
         if tag not in self._by_tag:
@@ -142,19 +147,73 @@ class FrameCodec:
         counter, prompt = self._counter, self._ids("max_prompt_len")
         limits = (_array_of(_ENCODING), counter, counter, counter, counter, counter)
         vocabulary, pace = (counter, _array_of(counter)), (_SECONDS, _SECONDS)
+        sampling, welcome = self._sampling(), (counter, _text(200), counter, counter, _array_of(_MODE))
         return [
             _Layout(Hello, 0, (counter, counter, _binary(32), _array_of(counter))),
-            _Layout(Welcome, 1, (counter, _text(200), counter, counter, _array_of(_MODE), *limits, *vocabulary, *pace)),
-            _Layout(Open, 2, (counter, counter, _MODE, _SAMPLING, prompt)),
+            _Layout(Welcome, 1, (*welcome, *limits, *vocabulary, *pace, counter)),
+            _Layout(Open, 2, (counter, counter, _MODE, sampling, prompt, counter)),
             _Layout(Opened, 3, (counter, counter)),
-            _Layout(Extend, 4, (counter, counter, counter, prompt, _optional(_SAMPLING))),
+            _Layout(Extend, 4, (counter, counter, counter, prompt, _optional(sampling))),
             _Layout(Decode, 6, (counter, counter, counter)),
-            _Layout(Verdict, 7, (counter, counter, counter, self._token)),
+            _Layout(Verdict, 7, (counter, counter, counter, self._token, _array_of(self._logprobs()))),
             _Layout(Close, 8, (counter,)),
             _Layout(Fault, 9, (_optional(counter), _text(40), _text(MAX_FAULT_TEXT), counter)),
             _Layout(Resume, 11, (counter, counter, counter, _binary(HASH_BYTES))),
             _Layout(Resumed, 12, (counter, counter, counter)),
         ]
+
+    def _sampling(self) -> _Field:
+        """Temperature, top-k, top-p and seed in one binary field; with later settings an array that begins with it."""
+        stop_ids = _array_of(self._token)
+        grammar, logprobs = self._grammar(), _optional(self._counter)
+        numbers = (_NUMBER, _NUMBER, _NUMBER, _NUMBER)
+        later = (*numbers, self._biases(), self._counter, _FLAG, stop_ids, grammar, logprobs)
+        entries = fields(Sampling)[-len(later) :]
+
+        def pack_sampling(sampling: Sampling) -> Any:
+            first = struct.pack("<dIdQ", sampling.temperature, sampling.top_k, sampling.top_p, sampling.seed)
+            packed = [codec.pack(getattr(sampling, entry.name)) for codec, entry in zip(later, entries, strict=True)]
+            while packed and getattr(sampling, entries[len(packed) - 1].name) == entries[len(packed) - 1].default:
+                packed.pop()
+            return [first, *packed] if packed else first
+
+        def unpack_sampling(value: object) -> Sampling:
+            first, *rest = value if isinstance(value, list) and value else [value]
+            packed = _expect(bytes, first)
+            values = [codec.unpack(entry) for codec, entry in zip(later, rest, strict=False)]
+            try:
+                return Sampling(*struct.unpack("<dIdQ", packed), *values)
+            except (struct.error, SettingsError) as error:
+                raise FrameError(f"sampling settings: {error}") from error
+
+        return _Field(pack_sampling, unpack_sampling)
+
+    def _grammar(self) -> _Field:
+        """A text whose length in UTF-8 is limited."""
+
+        def unpack(value: object) -> str:
+            text = _expect(str, value)
+            self.limits.check("max_grammar_len", len(text.encode()))
+            return text
+
+        return _Field(str, unpack)
+
+    def _logprobs(self) -> _Field:
+        return _Field(TokenLogprobs.encode, lambda value: TokenLogprobs.decode(_expect(bytes, value), self.vocab_size))
+
+    def _biases(self) -> _Field:
+        """Pairs of a token id and its bias, 8 bytes each."""
+
+        def unpack(value: object) -> tuple[tuple[int, float], ...]:
+            data = _expect(bytes, value)
+            if len(data) > _BIAS.size * MAX_BIASED_TOKENS or len(data) % _BIAS.size:
+                raise FrameError(f"{len(data)} bytes of biases; allowed: {_BIAS.size} for each token")
+            pairs = tuple(_BIAS.iter_unpack(data))
+            if any(token_id >= self.vocab_size for token_id, _ in pairs):
+                raise FrameError(f"a bias of a token id above {self.vocab_size - 1}")
+            return pairs
+
+        return _Field(lambda pairs: b"".join(_BIAS.pack(*pair) for pair in pairs), unpack)
 
     def _ids(self, limit: str) -> _Field:
         width = self._id_bits
@@ -176,6 +235,8 @@ class FrameCodec:
         head = [_DRAFT_TAG, draft.session_id, draft.round_id]
         if draft.assumed_bonus is not None:
             head = [_PIPELINED_DRAFT_TAG, draft.session_id, draft.round_id, draft.assumed_bonus]
+        if draft.given:
+            head = [_GIVEN_DRAFT_TAG, draft.session_id, draft.round_id]
         return [*head, *self._pack_drafted(draft)]
 
     def _pack_drafted(self, draft: Draft) -> list[int | bytes]:
@@ -197,6 +258,12 @@ class FrameCodec:
         session_id, round_id, *assumed_bonus = (codec.unpack(value) for codec, value in zip(head, values, strict=False))
         token_ids, distributions = self._unpack_drafted(values[len(head) :])
         return Draft(session_id, round_id, token_ids, distributions, assumed_bonus[0] if assumed_bonus else None)
+
+    def _unpack_given(self, values: list[object]) -> Draft:
+        if len(values) < 3:
+            raise FrameError(f"Draft of given tokens has {len(values)} fields; allowed: 3 or more")
+        session_id, round_id = (self._counter.unpack(value) for value in values[:2])
+        return Draft(session_id, round_id, self._draft_ids.unpack(values[2]), given=True)
 
     def _unpack_drafted(self, values: list[object]) -> tuple[tuple[int, ...], tuple[DraftDistribution, ...]]:
         match values:
@@ -308,18 +375,9 @@ def _one_of(choices: Sequence[Any]) -> _Field:
     return _Field(choices.index, lambda value: choices[index.unpack(value)])
 
 
-def _unpack_sampling(value: object) -> Sampling:
-    data = _expect(bytes, value)
-    try:
-        return Sampling(*struct.unpack("<dIdQ", data))
-    except (struct.error, SettingsError) as error:
-        raise FrameError(f"sampling settings: {error}") from error
-
-
 _SECONDS = _Field(float, _unpack_seconds)
 _MODE = _one_of(_MODES)
 _ENCODING = _one_of(_ENCODINGS)
-_SAMPLING = _Field(
-    lambda value: struct.pack("<dIdQ", value.temperature, value.top_k, value.top_p, value.seed),
-    _unpack_sampling,
-)
+_NUMBER = _Field(float, lambda value: _expect(float, value))
+_FLAG = _Field(bool, lambda value: _expect(bool, value))
+_BIAS = struct.Struct("<If")

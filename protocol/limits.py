@@ -14,6 +14,7 @@ class Limits:
         max_draft_len: tokens in a Draft.
         max_uplink_k: entries of a distribution, except in mode ``full``.
         max_sessions: open sessions per device.
+        max_grammar_len: bytes of a grammar.
         max_requests_per_second: requests per device, averaged over a few seconds.
         window: Drafts in flight per session.
         idle_timeout: seconds after which an idle session is dropped.
@@ -30,6 +31,7 @@ class Limits:
     idle_timeout: int = 600
     max_bytes_per_second: int = 32 * 2**20
     max_held_bytes: int = 64 * 2**20
+    max_grammar_len: int = 64 * 2**10
 
     def __post_init__(self) -> None:
         for entry in fields(self):

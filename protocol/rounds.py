@@ -57,7 +57,7 @@ class SessionRounds:
     rounds are skipped.
 
     Args:
-        stop_ids: the ids that end a Decode.
+        stop_ids: the model's; with those of the sampling settings they end a Decode.
         window: the maximum number of Drafts in flight.
 
     Attributes:
@@ -72,7 +72,7 @@ class SessionRounds:
         self.next_round = 0
         self.committed_len = 0
         self.in_flight: tuple[Draft, ...] = ()
-        self._stop_ids = stop_ids
+        self._model_stop_ids = self._stop_ids = stop_ids
         self._window = window
         self._mode = Mode.TARGET
         self._awaited: int | None = None
@@ -129,6 +129,8 @@ class SessionRounds:
             self._check_draft(message)
         elif isinstance(message, Verdict) and message.accepted > self._drafted:
             raise StateError(f"{message.accepted} tokens accepted of {self._drafted} drafted")
+        elif isinstance(message, Verdict) and message.logprobs and len(message.logprobs) != message.accepted + 1:
+            raise StateError(f"log-probabilities of {len(message.logprobs)} tokens of {message.accepted + 1}")
         elif isinstance(message, Decode) and message.count == 0:
             raise StateError("a Decode of 0 tokens; allowed: 1 or more")
         elif isinstance(message, Open):
@@ -140,6 +142,10 @@ class SessionRounds:
     def _check_open(message: Open) -> None:
         if not message.prompt_ids:
             raise StateError("an Open without a prompt; allowed: 1 token or more")
+        if message.answer_len >= len(message.prompt_ids):
+            raise StateError(
+                f"an answer of {message.answer_len} tokens in {len(message.prompt_ids)}; allowed: fewer tokens than all"
+            )
         _check_sampling(message.mode, message.sampling)
 
     def _check_extend(self, message: Extend) -> None:
@@ -152,9 +158,11 @@ class SessionRounds:
             _check_sampling(self._mode, message.sampling)
 
     def _check_draft(self, draft: Draft) -> None:
-        if self._mode is Mode.TARGET and draft.token_ids:
+        if draft.given:
+            self._check_given(draft)
+        elif self._mode is Mode.TARGET and draft.token_ids:
             raise StateError("a Draft with tokens in mode 'target'; allowed: none")
-        if draft.token_ids and self._mode.sends_ids_alone == bool(draft.distributions):
+        elif draft.token_ids and self._mode.sends_ids_alone == bool(draft.distributions):
             kind = "with" if draft.distributions else "without"
             raise StateError(f"a Draft {kind} distributions in mode {self._mode.value!r}")
         if self.is_invalidated(draft):
@@ -163,6 +171,13 @@ class SessionRounds:
             raise StateError("a Draft without an assumed bonus token while another is in flight")
         if len(self.in_flight) >= self._window:
             raise StateError(f"{len(self.in_flight) + 1} Drafts in flight; allowed: {self._window} (--window)")
+
+    def _check_given(self, draft: Draft) -> None:
+        if self._mode is not Mode.TARGET or not draft.token_ids or self.in_flight:
+            raise StateError(
+                f"a Draft of {len(draft.token_ids)} given tokens in mode {self._mode.value!r}, "
+                f"{len(self.in_flight)} others in flight; allowed: 1 or more in mode 'target', none in flight"
+            )
 
     @property
     def _drafted(self) -> int:
@@ -173,9 +188,12 @@ class SessionRounds:
         match message:
             case Open():
                 self._mode = message.mode
+                self._stop_ids = message.sampling.stop_ids(self._model_stop_ids)
                 self.committed_len = len(message.prompt_ids)
             case Extend():
                 self.committed_len = message.start + len(message.token_ids)
+                if message.sampling is not None:
+                    self._stop_ids = message.sampling.stop_ids(self._model_stop_ids)
             case Draft():
                 self.in_flight += (message,)
             case Decode():

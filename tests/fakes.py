@@ -17,6 +17,7 @@ from basestation.kv_pool import PAGE_SIZE, KVPool, SequenceKVCache
 from basestation.segment import Segment
 from basestation.target_model import TargetModel
 from basestation.vocabulary import Vocabulary
+from common.grammar import GrammarCompiler
 from device.draft_model import DraftModel
 from protocol.bundle import CacheKind, Manifest, QualityFigures
 from protocol.vocabulary import vocabulary_hash
@@ -137,6 +138,7 @@ class FakeTarget:
     """Tokens in each forward pass so far."""
     gathered: int = 0
     torch_device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    grammar_compiler: GrammarCompiler | None = None
 
     @classmethod
     def make(
@@ -146,8 +148,11 @@ class FakeTarget:
         context_length: int = 4096,
         capacity: int = 2**20,
         memory: int | None = None,
+        grammar_compiler: GrammarCompiler | None = None,
     ) -> TargetModel:
-        return cast(TargetModel, cls(table, stop_ids, context_length, "table", new_kv_pool(capacity), memory))
+        fake = cls(table, stop_ids, context_length, "table", new_kv_pool(capacity), memory)
+        fake.grammar_compiler = grammar_compiler
+        return cast(TargetModel, fake)
 
     @property
     def vocabulary(self) -> Vocabulary:

@@ -6,9 +6,11 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from basestation.engine import Engine
+from basestation.grammars import RunElsewhere, run_here
 from basestation.peer import Peer
 from basestation.scheduler import PassBudget
 from basestation.target_model import TargetModel
+from common.grammar import Grammar
 from device.client import Client
 from device.draft_model import SequenceModel
 from device.link import Link
@@ -31,11 +33,24 @@ def deliver_once(_: Message) -> int:
 class Station:
     """An engine without a socket, for any number of peers."""
 
-    def __init__(self, target: TargetModel, limits: Limits | None = None, budget: PassBudget | None = None) -> None:
+    def __init__(
+        self,
+        target: TargetModel,
+        limits: Limits | None = None,
+        budget: PassBudget | None = None,
+        run_elsewhere: RunElsewhere = run_here,
+    ) -> None:
         self.limits = limits or Limits()
         self.codec = FrameCodec(target.vocabulary.size, self.limits)
         self.now = 0.0
-        self.engine = Engine(target, self.limits, budget or PassBudget(256, 64), self._deliver, clock=lambda: self.now)
+        self.engine = Engine(
+            target,
+            self.limits,
+            budget or PassBudget(256, 64),
+            self._deliver,
+            clock=lambda: self.now,
+            run_elsewhere=run_elsewhere,
+        )
         self.outboxes: defaultdict[bytes, deque[Message]] = defaultdict(deque)
 
     def push(self, peer: bytes, frame: bytes) -> None:
@@ -130,11 +145,16 @@ class RefusingTransport(TimedTransport):
 
 
 def open_session(
-    client: Client, settings: DraftSettings, model: SequenceModel, prompt: list[int], planners: Planners | None = None
+    client: Client,
+    settings: DraftSettings,
+    model: SequenceModel,
+    prompt: list[int],
+    planners: Planners | None = None,
+    grammar: Grammar | None = None,
 ) -> DeviceSession:
     """Open a session; sessions that share ``planners`` share their measurements."""
     planner = (planners or Planners(model.manifest.quality)).for_settings(settings, client.welcome)
-    return DeviceSession(client, planner, settings, model, prompt)
+    return DeviceSession(client, planner, settings, model, prompt, grammar)
 
 
 def join(station: Station, model: SequenceModel, transport: MemoryTransport | None = None) -> tuple[Client, Link]:

@@ -1,21 +1,24 @@
 """The HTTP service over models without weights: a token is the text of its number."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import count
 from typing import Any, cast
 
 from starlette.testclient import TestClient
 
-from device.chat_request import Defaults
+from common.grammar import Grammar
+from device.answer_fields import Defaults
 from device.client import Client
 from device.http import Access, application
 from device.settings import DraftSettings
 from device.tokenizer import ChatMessage, Tokenizer
+from device.tool_calls import ToolFormat
 from device.worker import Worker
 from protocol.messages import Message, Mode, Open, Sampling
 from tests.fakes import FakeDraftModel, FakeTarget, blend, random_table
+from tests.json_tokens import COMPILER
 from tests.link_pair import CopyCount, MemoryTransport, Station, deliver_once, join
 
 TARGET = random_table(20, seed=1)
@@ -27,8 +30,21 @@ FIELDS = {"messages": [{"role": "user", "content": "3 1 4 1 5"}], "max_tokens": 
 class NumberTokenizer:
     """Token 7 is the text ``7`` and a space."""
 
-    def encode_chat(self, messages: Sequence[ChatMessage]) -> list[int]:
+    tool_format: ToolFormat | None = None
+
+    def encode_chat(
+        self, messages: Sequence[ChatMessage], _: Sequence[Mapping[str, Any]] = (), __: bool = False
+    ) -> list[int]:
         return [int(word) for message in messages for word in message["content"].split()]
+
+    def encode(self, text: str) -> list[int]:
+        return [int(word) for word in text.split()]
+
+    def token_text(self, token_id: int) -> str:
+        return f"{token_id} "
+
+    def grammar(self, text: str, _: frozenset[int]) -> Grammar:
+        return COMPILER.compile(text)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return "".join(self.decode_stream(iter(token_ids)))

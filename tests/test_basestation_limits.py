@@ -12,6 +12,7 @@ from basestation.rate_limit import RateLimiter
 from basestation.segment import Segment
 from basestation.server import Server
 from basestation.target_model import TargetModel
+from common.grammar import GrammarCompiler
 from device.settings import DraftSettings
 from protocol.errors import ContextLengthError, SettingsError
 from protocol.frames import FrameCodec
@@ -32,7 +33,8 @@ def opening(session_id: int) -> Open:
 
 
 def station() -> Station:
-    return Station(FakeTarget.make(TARGET), TIGHT)
+    compiler = GrammarCompiler.of_tokenizer("{}", VOCAB, frozenset())  # not used
+    return Station(FakeTarget.make(TARGET, grammar_compiler=compiler), TIGHT)
 
 
 def test_a_welcome_contains_every_limit_that_a_device_can_respect() -> None:

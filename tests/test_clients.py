@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from tests.device_service import device_service
-from tests.sample import PROJECT
+from tests.log_likelihoods import write_questions
+from tests.sample import PROJECT, SAMPLE
+from tests.tool_bundle import write_tool_bundle
 
 CASES = PROJECT / "tests" / "clients"
 CLIENTS_PYTHON = PROJECT / ".venv-clients" / "bin" / "python"
@@ -18,15 +20,30 @@ NODE_FOLDER = PROJECT / "build" / "clients"
 API_KEY = "sk-edgedraft-clients"
 NOBODY = "tcp://127.0.0.1:9"
 
+PYTHON_CASES = sorted(path.name for path in CASES.glob("with_*.py"))
+NODE_CASES = sorted(path.name for path in CASES.glob("with_*.mjs"))
+
 pytestmark = pytest.mark.model
 
 
 @pytest.fixture(scope="module")
-def environment(station_address: str) -> Iterator[dict[str, str]]:
-    """The addresses of a service, and of one without a base station, as the cases read them."""
-    with device_service(station_address, api_key=API_KEY) as up, device_service(NOBODY, api_key=API_KEY) as down:
+def environment(station_address: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The addresses of a service with tools, and of one without a base station, as the cases read them."""
+    bundle = ("--bundle", str(write_tool_bundle(tmp_path_factory.mktemp("tools") / "bundle")))
+    with (
+        device_service(station_address, *bundle, api_key=API_KEY) as up,
+        device_service(NOBODY, api_key=API_KEY) as down,
+    ):
         addresses = {"EDGEDRAFT_URL": f"{up.url}/v1", "EDGEDRAFT_DOWN_URL": f"{down.url}/v1"}
-        yield {**os.environ, **addresses, "EDGEDRAFT_API_KEY": API_KEY}
+        yield {**os.environ, **addresses, "EDGEDRAFT_API_KEY": API_KEY, "EDGEDRAFT_TARGET": str(SAMPLE)}
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Questions with the log-likelihoods of their choices."""
+    path = tmp_path_factory.mktemp("questions") / "questions.jsonl"
+    write_questions(path)
+    return path
 
 
 def run(command: Sequence[str | Path], environment: dict[str, str], folder: Path = PROJECT) -> None:
@@ -44,12 +61,13 @@ def test_openai_in_this_environment(environment: dict[str, str]) -> None:
 
 
 @pytest.mark.clients
-@pytest.mark.parametrize("name", ["with_openai.py", "with_litellm.py", "with_langchain.py"])
-def test_a_python_client(name: str, environment: dict[str, str]) -> None:
-    run_python(CLIENTS_PYTHON, name, environment)
+@pytest.mark.parametrize("name", PYTHON_CASES)
+def test_a_python_client(name: str, environment: dict[str, str], questions: Path) -> None:
+    run_python(CLIENTS_PYTHON, name, environment | {"EDGEDRAFT_QUESTIONS": str(questions)})
 
 
 @pytest.mark.clients
-def test_openai_in_node(environment: dict[str, str]) -> None:
-    shutil.copy(CASES / "with_openai.mjs", NODE_FOLDER)  # Node looks for packages beside the file
-    run(["node", "--test", "with_openai.mjs"], environment, NODE_FOLDER)
+@pytest.mark.parametrize("name", NODE_CASES)
+def test_a_client_in_node(name: str, environment: dict[str, str]) -> None:
+    shutil.copy(CASES / name, NODE_FOLDER)  # Node looks for packages beside the file
+    run(["node", "--test", name], environment, NODE_FOLDER)

@@ -14,7 +14,7 @@ from device.draft_model import DraftModel
 from device.http import Access, application
 from device.job import AnswerRequest, Event, Finish, Job
 from device.settings import DraftSettings
-from device.tokenizer import Tokenizer
+from device.tokenizer import ChatMessage, Tokenizer
 from device.worker import Worker
 from protocol.errors import CancelledError, ClosingError
 from protocol.messages import Close, Draft, Message, Mode, Opened, Sampling, Verdict
@@ -60,7 +60,8 @@ class Answer:
         self.text = ""
         self._end: Finish | Exception | None = None
         self._ended = threading.Event()
-        request = AnswerRequest(({"role": "user", "content": text_of(prompt)},), settings, max_new_tokens)
+        message: ChatMessage = {"role": "user", "content": text_of(prompt)}
+        request = AnswerRequest((message,), settings, max_new_tokens)
         self.job = Job(request, self._take)
 
     def cancel(self) -> None:

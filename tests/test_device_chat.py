@@ -5,7 +5,7 @@ import pty
 import signal
 import stat
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,8 +32,10 @@ class PromptRecorder(NumberTokenizer):
     def __init__(self) -> None:
         self.prompts: list[list[int]] = []
 
-    def encode_chat(self, messages: Sequence[ChatMessage]) -> list[int]:
-        self.prompts.append(super().encode_chat(messages))
+    def encode_chat(
+        self, messages: Sequence[ChatMessage], tools: Sequence[Mapping[str, Any]] = (), continue_final: bool = False
+    ) -> list[int]:
+        self.prompts.append(super().encode_chat(messages, tools, continue_final))
         return self.prompts[-1]
 
 

@@ -2,7 +2,7 @@
 
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -16,6 +16,7 @@ from device.tokenizer import ChatMessage
 from device.worker import Worker
 from protocol.errors import BusyError, LinkError, SettingsError
 from protocol.messages import Message, Sampling
+from tests import json_tokens
 from tests.fakes import FakeTarget, target_alone
 from tests.link_pair import RefusingTransport, Station
 from tests.number_service import (
@@ -35,6 +36,14 @@ from tests.number_service import (
     streamed,
     text_of,
 )
+from tests.slow_sampling import slow_answer
+
+USAGE = {
+    "prompt_tokens": 5,
+    "completion_tokens": 12,
+    "total_tokens": 17,
+    "prompt_tokens_details": {"cached_tokens": 0},
+}
 
 
 def test_answer_equals_the_targets_greedy_output() -> None:
@@ -45,19 +54,18 @@ def test_answer_equals_the_targets_greedy_output() -> None:
         "content": text_of(target_alone(TARGET, PROMPT, 12)),
     }
     assert answer["choices"][0]["finish_reason"] == "length"
-    assert answer["usage"] == {"prompt_tokens": 5, "completion_tokens": 12, "total_tokens": 17}
+    assert answer["usage"] == USAGE
 
 
 def test_stream_has_the_same_text_token_by_token() -> None:
     with http_client(new_station()) as client:
         chunks = streamed(client, stream_options={"include_usage": True})
-        usage = complete(client).json()["usage"]
     deltas = [chunk["choices"][0]["delta"] for chunk in chunks[:-1]]
     assert [delta.get("content", "") for delta in deltas[1:-1]] == [
         text_of([token_id]) for token_id in target_alone(TARGET, PROMPT, 12)
     ]
     assert [chunk["choices"][0]["finish_reason"] for chunk in chunks[:-1]] == [None] * 13 + ["length"]
-    assert chunks[-1]["usage"] == usage
+    assert chunks[-1]["usage"] == USAGE
     assert len({chunk["id"] for chunk in chunks}) == 1
 
 
@@ -126,10 +134,25 @@ def test_a_turn_with_other_sampling_settings_continues_in_the_same_session(chang
         ({"max_completion_tokens": 1.5}, ["max_completion_tokens", "1.5"]),
         ({"stop": ["a"] * 5}, ["stop", "up to 4"]),
         ({"stop": ""}, ["stop", "none of them empty"]),
-        ({"n": 2}, ["n is 2", "1"]),
+        ({"n": 9}, ["n is 9", "1 to 8"]),
+        ({"logprobs": 2}, ["logprobs", "true or false"]),
+        ({"top_logprobs": 3}, ["top_logprobs", "3", "together with logprobs"]),
+        ({"logprobs": True, "top_logprobs": 21}, ["top_logprobs", "21", "up to 20"]),
         ({"tools": [{"type": "function"}]}, ["tools", "function"]),
-        ({"response_format": {"type": "json_object"}}, ["response_format", "json_object"]),
+        ({"tool_choice": "required"}, ["tool_choice", "required", "names one of the tools"]),
+        ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, ["tool_calls[0]", "function"]),
+        ({"response_format": {"type": "yaml"}}, ["response_format", "yaml", "json_object"]),
+        ({"response_format": {"type": "json_schema"}}, ["response_format", "json_schema.schema"]),
+        ({"grammar": "a", "regex": "b"}, ["grammar", "one of response_format, grammar and regex"]),
+        ({"regex": 3}, ["regex", "3", "a regular expression"]),
+        ({"regex": "a", "min_tokens": 2}, ["min_tokens", "2", "0 with a grammar"]),
         ({"stream": "yes"}, ["stream", "yes", "true or false"]),
+        ({"presence_penalty": 3}, ["presence_penalty", "3", "-2 to 2"]),
+        ({"logit_bias": {"a": 1}}, ["logit_bias", "'a'", "token ids"]),
+        ({"logit_bias": {"1": "2"}}, ["logit_bias.1", "'2'", "a number"]),
+        ({"logit_bias": {str(one): 1 for one in range(200_000)}}, ["logit_bias", "200000 tokens", "up to 1024"]),
+        ({"stop_token_ids": ["3"]}, ["stop_token_ids", "token ids"]),
+        ({"ignore_eos": 1}, ["ignore_eos", "true or false"]),
     ],
 )
 def test_invalid_or_unsupported_field_is_refused_by_name(fields: dict[str, object], words: list[str]) -> None:
@@ -138,7 +161,7 @@ def test_invalid_or_unsupported_field_is_refused_by_name(fields: dict[str, objec
     assert all(word in str(error.value) for word in words)
 
 
-def test_neutral_and_unknown_fields_are_ignored() -> None:
+def test_neutral_fields_are_ignored() -> None:
     neutral = {"n": 1, "tools": None, "logprobs": False, "frequency_penalty": 0, "user": "me", "top_p": None}
     assert ChatRequest.read(FIELDS | neutral, DEFAULTS) == ChatRequest.read(FIELDS, DEFAULTS)
 
@@ -148,16 +171,8 @@ def test_neutral_and_unknown_fields_are_ignored() -> None:
     [
         ("best_of", 2),
         ("chat_template_kwargs", {"enable_thinking": False}),
-        ("echo", True),
-        ("grammar", 'root ::= "yes"'),
         ("guided_json", {"type": "object"}),
-        ("ignore_eos", True),
-        ("min_p", 0.1),
-        ("min_tokens", 5),
-        ("repetition_penalty", 1.1),
-        ("stop_token_ids", [3]),
-        ("tool_choice", "required"),
-        ("top_logprobs", 3),
+        ("echo", True),
         ("typical_p", 0.9),
     ],
 )
@@ -169,15 +184,85 @@ def test_a_field_that_would_change_the_answer_is_honoured_or_refused(name: str, 
     assert "left out" in response.json()["error"]["message"]
 
 
+def test_sampling_settings_of_a_request_reach_the_base_station() -> None:
+    fields: dict[str, Any] = {
+        "min_p": 0.1,
+        "repetition_penalty": 1.2,
+        "presence_penalty": 0.5,
+        "frequency_penalty": 1,
+        "logit_bias": {"7": 3, "5": -100},
+        "min_tokens": 5,
+        "ignore_eos": True,
+        "stop_token_ids": [9],
+    }
+    sampling = ChatRequest.read(FIELDS | fields, DEFAULTS).choices[0].settings.sampling
+    assert sampling == Sampling(0, 0, 1, 0, 0.1, 1.2, 0.5, 1.0, ((7, 3.0), (5, -100.0)), 5, True, (9,))
+    with http_client(new_station()) as client:
+        assert content_of(complete(client, **fields)) == text_of(slow_answer(TARGET, sampling, PROMPT, 12, ()))
+        refused = complete(client, stop_token_ids=[20])
+        assert refused.status_code == 400
+        assert "token ids from 0 to 19" in refused.json()["error"]["message"]
+        assert content_of(complete(client)) == text_of(target_alone(TARGET, PROMPT, 12))
+
+
+def test_a_response_format_restricts_the_answer() -> None:
+    schema = {"type": "array", "items": {"enum": [1, True, "a"]}, "maxItems": 3}
+    json_schema = {"type": "json_schema", "json_schema": {"name": "list", "schema": schema}}
+    target = FakeTarget.make(TARGET, frozenset({json_tokens.STOP}), grammar_compiler=json_tokens.COMPILER)
+    with http_client(Station(target)) as client:
+        for fields in ({"response_format": json_schema}, {"grammar": 'start: "[" "1" "]"'}, {"regex": "[0-3]{4}"}):
+            choice = complete(client, max_tokens=40, **fields).json()["choices"][0]
+            text = json_tokens.text_of([int(word) for word in choice["message"]["content"].split()])
+            assert choice["finish_reason"] == "stop"
+            assert "regex" in fields or set(json.loads(text)) <= {1, "a"}
+        for refused in ({"regex": "("}, {"response_format": {"type": "json_schema", "json_schema": {"schema": BAD}}}):
+            response = complete(client, **refused)
+            assert response.status_code == 400
+            assert "cannot be compiled" in response.json()["error"]["message"]
+        assert complete(client).status_code == 200
+    with http_client(new_station()) as client:
+        response = complete(client, response_format={"type": "json_object"})
+        assert (response.status_code, "has no grammars" in response.text) == (400, True)
+
+
+BAD = {"type": "object", "propertyNames": {"pattern": "a"}}
+
+
+def test_the_last_message_is_continued_if_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+
+    def encode_chat(_: object, messages: Sequence[ChatMessage], __: object, continue_final: bool) -> list[int]:
+        asked.append(continue_final)
+        return NumberTokenizer().encode(" ".join(message["content"] for message in messages))
+
+    monkeypatch.setattr(NumberTokenizer, "encode_chat", encode_chat)
+    begun = [*FIELDS["messages"], {"role": "assistant", "content": "9"}]  # type: ignore[misc]
+    with http_client(new_station()) as client:
+        continued = complete(client, messages=begun, continue_final_message=True, add_generation_prompt=False)
+        complete(client, messages=begun)
+        refused = [
+            complete(client, continue_final_message=True),
+            complete(client, add_generation_prompt=False),
+            complete(client, messages=begun, continue_final_message=True, add_generation_prompt=True),
+        ]
+    assert content_of(continued) == text_of(target_alone(TARGET, [*PROMPT, 9], 12))
+    assert asked == [True, False]
+    assert [one.json()["error"]["param"] for one in refused] == [
+        "continue_final_message",
+        "add_generation_prompt",
+        "add_generation_prompt",
+    ]
+
+
 def test_top_k_of_a_request_limits_what_is_sampled() -> None:
     """With one candidate a sampled answer is the greedy one."""
     with http_client(new_station()) as client:
         assert content_of(complete(client, temperature=1.5, top_k=1)) == text_of(target_alone(TARGET, PROMPT, 12))
-    assert ChatRequest.read(FIELDS | {"top_k": -1}, DEFAULTS).request.settings.sampling.top_k == 0
+    assert ChatRequest.read(FIELDS | {"top_k": -1}, DEFAULTS).choices[0].settings.sampling.top_k == 0
 
 
 def test_minus_one_is_a_random_seed_and_no_limit_of_tokens() -> None:
-    requests = [ChatRequest.read(FIELDS | {"temperature": 1, "seed": -1}, DEFAULTS).request for _ in range(2)]
+    requests = [ChatRequest.read(FIELDS | {"temperature": 1, "seed": -1}, DEFAULTS).choices[0] for _ in range(2)]
     assert requests[0].settings.sampling.seed != requests[1].settings.sampling.seed
     station = Station(FakeTarget.make(TARGET, context_length=40))
     with http_client(station) as client:
@@ -192,8 +277,8 @@ def test_messages_are_read_as_their_senders_mean_them() -> None:
         {"role": "assistant", "content": None, "tool_calls": []},
         {"role": "user", "content": "1 5"},
     ]
-    read = ChatRequest.read(FIELDS | {"messages": messages}, DEFAULTS).request.messages
-    assert [(one["role"], one["content"]) for one in read] == [
+    read = ChatRequest.read(FIELDS | {"messages": messages}, DEFAULTS).choices[0].prompt
+    assert [(one["role"], one["content"]) for one in read if isinstance(one, dict)] == [
         ("system", "3 1"),
         ("user", "4"),
         ("assistant", ""),
@@ -218,7 +303,7 @@ def test_error_response_is_one_line_and_the_next_request_is_answered() -> None:
             (complete(client, messages=[{"role": "user", "content": "3 " * 5000}]), 400),
             (complete(client, model="numbers-2"), 404),
             (client.get("/v1/chat/completions"), 405),
-            (client.get("/v1/completions"), 404),
+            (client.get("/v1/completions"), 405),
         ):
             assert response.status_code == status
             assert "\n" not in response.text.strip()

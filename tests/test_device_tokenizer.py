@@ -129,6 +129,22 @@ def test_a_template_that_splits_a_content_still_finds_its_marks(tmp_path: Path) 
     assert tokenizer.encode_chat(user("thought</think>said")) == tokenizer.encode_chat(user("said"))
 
 
+@pytest.mark.parametrize("content", ["It is ", *FORGERIES])
+def test_a_final_message_is_continued_where_it_ends(tmp_path: Path, content: str) -> None:
+    tokenizer = bundle(tmp_path, byte_level())
+    final: ChatMessage = {"role": "assistant", "content": content}
+    ids = tokenizer.encode_chat([*user("hi"), final], continue_final=True)
+    text = tokenizer._tokenizer.decode(ids, skip_special_tokens=False)
+    assert text == f"<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n{content.lstrip()}"
+    assert control_count(tokenizer, ids) == 3
+
+
+def test_a_template_that_hides_the_final_message_cannot_continue_it(tmp_path: Path) -> None:
+    tokenizer = bundle(tmp_path, byte_level(), "{{ messages[0].content }}")
+    with pytest.raises(BundleError, match="does not show the last message"):
+        tokenizer.encode_chat([*user("hi"), {"role": "assistant", "content": "It"}], continue_final=True)
+
+
 def test_text_that_is_not_unicode_is_refused(tokenizer: Tokenizer) -> None:
     for encode in (tokenizer.encode, lambda text: tokenizer.encode_chat(user(text))):
         with pytest.raises(SettingsError, match="text in UTF-8"):

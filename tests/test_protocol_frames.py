@@ -15,6 +15,7 @@ from protocol.errors import FrameError, LimitError, ProtocolError
 from protocol.frames import FrameCodec
 from protocol.full_distribution import FullDistribution
 from protocol.limits import Limits
+from protocol.logprobs import TokenLogprobs
 from protocol.messages import (
     MAX_TEMPERATURE,
     MIN_TEMPERATURE,
@@ -57,7 +58,7 @@ TAGS = {
     Resume: 11,
     Resumed: 12,
 }
-PIPELINED_DRAFT_TAG = 10
+PIPELINED_DRAFT_TAG, GIVEN_DRAFT_TAG = 10, 13
 SAMPLING = Sampling(0.5, 3, 0.9, 7)
 
 
@@ -76,13 +77,34 @@ def drafts_with_distributions(draw: st.DrawFn, vocab_size: int) -> Draft:
 
 counters = st.integers(0, 2**32 - 1)
 printable = st.characters(codec="utf-8", exclude_categories=["C", "Z"], include_characters=" ")
-samplings = st.builds(
-    Sampling,
-    temperature=st.just(0.0) | st.floats(MIN_TEMPERATURE, MAX_TEMPERATURE),
-    top_k=st.integers(0, 2**31 - 1),
-    top_p=st.floats(0, 1, exclude_min=True),
-    seed=st.integers(0, 2**63 - 1),
+biases = st.floats(-100, 100, width=32)
+samplings = (
+    st.builds(
+        Sampling,
+        temperature=st.just(0.0) | st.floats(MIN_TEMPERATURE, MAX_TEMPERATURE),
+        top_k=st.integers(0, 2**31 - 1),
+        top_p=st.floats(0, 1, exclude_min=True),
+        seed=st.integers(0, 2**63 - 1),
+    )
+    | st.builds(
+        Sampling,
+        min_p=st.floats(0, 1),
+        repetition_penalty=st.floats(0.01, 100),
+        presence_penalty=st.floats(-2, 2),
+        frequency_penalty=st.floats(-2, 2),
+        logit_bias=st.dictionaries(st.integers(0, 1), biases).map(lambda one: tuple(one.items())),
+        min_tokens=st.integers(0, 2**31 - 1),
+        ignore_eos=st.booleans(),
+        stop_token_ids=st.lists(st.integers(0, 1), max_size=64).map(tuple),
+    )
+    | st.builds(Sampling, grammar=st.text(st.characters(codec="utf-8"), max_size=300), logprobs=st.integers(0, 20))
 )
+
+
+def token_logprobs(vocab_size: int) -> st.SearchStrategy[TokenLogprobs]:
+    logprobs = st.floats(max_value=0, width=32)
+    top = st.lists(st.tuples(st.integers(0, vocab_size - 1), logprobs), max_size=20).map(tuple)
+    return st.builds(TokenLogprobs, logprobs, top)
 
 
 def field_strategies(vocab_size: int) -> dict[str, st.SearchStrategy[Any]]:
@@ -104,6 +126,8 @@ def field_strategies(vocab_size: int) -> dict[str, st.SearchStrategy[Any]]:
         "token_ids": token_ids,
         "distributions": st.just(()),
         "accepted": st.integers(0, 64),
+        "given": st.just(False),
+        "logprobs": st.lists(token_logprobs(vocab_size), max_size=65).map(tuple),
         "token_id": st.integers(0, vocab_size - 1),
         "code": st.text(printable, max_size=40),
         "text": st.text(printable, max_size=1000),
@@ -116,7 +140,8 @@ def messages(kind: type[Message], vocab_size: int) -> st.SearchStrategy[Message]
         kind, **{entry.name: known.get(entry.name, counters) for entry in fields(kind)}
     )
     if kind is Draft:
-        return plain | drafts_with_distributions(vocab_size)
+        given = st.builds(Draft, counters, counters, known["token_ids"].filter(bool), given=st.just(True))
+        return plain | drafts_with_distributions(vocab_size) | given
     if kind is Extend:
         return plain | st.builds(Extend, counters, counters, counters, known["token_ids"])
     if kind is Fault:
@@ -308,8 +333,8 @@ def test_bytes_that_are_not_a_message_are_refused(frame: bytes) -> None:
 
 
 def test_an_unknown_tag_is_refused() -> None:
-    known = ", ".join(map(str, sorted([*TAGS.values(), PIPELINED_DRAFT_TAG])))
-    for tag in (13, 255, -1, 2**63):
+    known = ", ".join(map(str, sorted([*TAGS.values(), PIPELINED_DRAFT_TAG, GIVEN_DRAFT_TAG])))
+    for tag in (14, 255, -1, 2**63):
         refused(frame_of(tag, 0), rf"the tag {tag}; allowed: \[{known}\]")
 
 
@@ -423,7 +448,7 @@ def test_sampling_settings_out_of_range_are_refused(values: tuple[float, int, fl
     )
     refused(frame_of(2, 0, 0, 1, packed, b""), "sampling settings: .*; allowed: ")
     refused(frame_of(2, 0, 0, 1, packed[:-1], b""), "sampling settings")
-    refused(frame_of(2, 0, 0, 1, list(values), b""), "of type list; allowed: bytes")
+    refused(frame_of(2, 0, 0, 1, list(values), b""), "of type float; allowed: bytes")
 
 
 ONE = encode_drafted((7,), (SparseDistribution.quantize(300, np.array([7, 200]), np.array([0.5, 0.5]), 10),))
@@ -483,6 +508,63 @@ def test_sampling_settings_follow_the_fields_of_an_extend_that_an_older_base_sta
     refused(frame_of(*values[:5], struct.pack("<dIdQ", np.nan, 3, 0.9, 7)), "sampling settings: .*; allowed: ")
     refused(frame_of(*values[:5], values[5][:-1]), "sampling settings")
     refused(frame_of(*values[:5], 7), "of type int; allowed: bytes")
+
+
+def test_later_sampling_settings_take_no_byte_where_they_are_not_used() -> None:
+    plain = CODEC.encode(Open(1, 0, Mode.IDS, SAMPLING, (1, 2)))
+    assert msgpack.unpackb(plain)[4] == struct.pack("<dIdQ", 0.5, 3, 0.9, 7)
+    penalized = CODEC.encode(Open(1, 0, Mode.IDS, replace(SAMPLING, presence_penalty=1.0), (1, 2)))
+    assert msgpack.unpackb(penalized)[4] == [struct.pack("<dIdQ", 0.5, 3, 0.9, 7), 0.0, 1.0, 1.0]
+    assert msgpack.unpackb(CODEC.encode(Open(1, 0, Mode.IDS, SAMPLING, (1, 2), 1)))[-1] == 1
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [],
+        [b""],
+        [None],
+        [float("nan")],
+        [0.0, 1.0, 0.0, 0.0, b"1234567"],
+        [0.0, 1.0, 0.0, 0.0, struct.pack("<If", 300, 1.0)],
+        [0.0, 1.0, 0.0, 0.0, struct.pack("<If", 1, np.nan)],
+        [0.0, 1.0, 0.0, 0.0, struct.pack("<If", 1, 1.0) * 2],
+        [0.0, 1.0, 0.0, 0.0, bytes(8 * 1025)],
+        [0.0, 1.0, 0.0, 0.0, b"", 2**31],
+        [0.0, 1.0, 0.0, 0.0, b"", 0, 1],
+        [0.0, 1.0, 0.0, 0.0, b"", 0, True, [300]],
+        [0.0, 1.0, 0.0, 0.0, b"", 0, True, [1] * 65],
+        [0.0, 1.0, 0.0, 0.0, b"", 0, False, [], b"{}"],
+        [0.0, 1.0, 0.0, 0.0, b"", 5, False, [], "{}"],
+    ],
+    ids=lambda values: str(values)[:60],
+)
+def test_invalid_later_sampling_settings_are_refused(values: list[object]) -> None:
+    first = [] if values == [] else [struct.pack("<dIdQ", 0.5, 3, 0.9, 7)]
+    refused(frame_of(2, 1, 0, 0, [*first, *values], ids_of(1, 2)), "sampling settings|field|biases?|token id|allowed")
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        b"",
+        b"123",
+        b"12345678",
+        struct.pack("<f", np.nan),
+        struct.pack("<fIf", -1.0, 300, -1.0),
+        struct.pack("<fIf", -1.0, 2, np.nan),
+        bytes(4 + 8 * 21),
+        "text",
+    ],
+    ids=str,
+)
+def test_invalid_log_probabilities_are_refused(told: object) -> None:
+    refused(frame_of(7, 0, 1, 0, 5, [told]), "log-probabilit|of type str; allowed: bytes")
+
+
+def test_a_given_draft_has_tokens_and_nothing_else() -> None:
+    assert msgpack.unpackb(CODEC.encode(Draft(1, 2, (5,), given=True))) == [13, 1, 2, ids_of(5)]
+    refused(frame_of(13, 1, 2), "given tokens has 2 fields; allowed: 3")
 
 
 def test_the_vocabulary_follows_the_fields_of_a_welcome_that_an_older_device_knows() -> None:

@@ -17,6 +17,7 @@ import numpy as np
 from protocol.coupling import PositionNoise
 from protocol.frames import FrameCodec
 from protocol.full_distribution import FullDistribution
+from protocol.logprobs import TokenLogprobs
 from protocol.messages import (
     PROTOCOL_VERSION,
     Close,
@@ -71,6 +72,16 @@ REQUESTS: list[Message] = [
     Extend(6, 8, 3, (1, 5)),
     Decode(6, 9, 2),
     Close(6),
+    Open(7, 0, Mode.IDS, Sampling(presence_penalty=2.0, logit_bias=((9, 2.5),), stop_token_ids=(3,)), (2, 7), 1),
+    Decode(7, 1, 8),
+    Extend(7, 5, 1, (4,), Sampling(1.0, seed=3, min_p=0.4, min_tokens=2, stop_token_ids=(9,))),
+    Decode(7, 6, 6),
+    Close(7),
+    Open(8, 0, Mode.TARGET, Sampling(logprobs=2), (2,)),
+    Draft(8, 1, (7, 0, 3), given=True),
+    Extend(8, 2, 3, (3,)),
+    Draft(8, 3, (9,), given=True),
+    Close(8),
 ]
 
 
@@ -90,6 +101,7 @@ def messages(vocab_size: int) -> list[Message]:
         Welcome(PROTOCOL_VERSION, "target", 8192, 64, modes, (Encoding.SPARSE,), 4096, 512, 4, 100, 4),
         Welcome(PROTOCOL_VERSION, "target", 8192, 64, modes, window=4, vocab_size=vocab_size, stop_ids=(2, last)),
         Welcome(PROTOCOL_VERSION, "target", 8192, 64, modes, vocab_size=9, pass_seconds=0.021, row_seconds=0.00075),
+        Welcome(PROTOCOL_VERSION, "target", 8192, 64, modes, vocab_size=9, max_grammar_len=65_536),
         *(Open(1, 0, mode, Sampling(0.7, 40, 0.9, SEEDS[-1]), (1, last, 0)) for mode in modes[1:]),
         Open(0, 0, Mode.IDS, Sampling(), (1, 2, 3, 4, 5)),
         Opened(1, 0),
@@ -109,6 +121,19 @@ def messages(vocab_size: int) -> list[Message]:
         Close(1),
         Fault(None, "mismatch", "other tokens"),
         Fault(1, "unknown_session", "session 1 is not open"),
+        *later_messages(last),
+    ]
+
+
+def later_messages(last: int) -> list[Message]:
+    """Messages that are new in version 5."""
+    return [
+        Open(0, 0, Mode.IDS, Sampling(0.5, repetition_penalty=1.5), (1, 2)),
+        Open(0, 0, Mode.IDS, Sampling(logit_bias=((3, -100.0), (last, 0.5)), ignore_eos=True), (1, 2, 3), 2),
+        Open(0, 0, Mode.IDS, Sampling(grammar='{"grammars": []}'), (1, 2)),
+        Extend(1, 12, 0, (4,), Sampling(min_p=0.25, frequency_penalty=-0.5, min_tokens=300, stop_token_ids=(7, last))),
+        Draft(1, 5, (5, 0, last), given=True),
+        Verdict(1, 2, 0, last, (TokenLogprobs(-0.5, ((last, -0.5), (3, -2.25))),)),
     ]
 
 

@@ -1,12 +1,13 @@
 """LangChain's ChatOpenAI against a running pair, whose addresses and key are in the environment."""
 
 import os
-from typing import Any
+from typing import Any, Literal
 
 import openai
 import pytest
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
 from langchain_openai import ChatOpenAI
+from pydantic import BaseModel, Field
 
 URL, KEY, DOWN_URL = (os.environ[f"EDGEDRAFT_{name}"] for name in ("URL", "API_KEY", "DOWN_URL"))
 QUESTION = "Name three rivers of Europe."
@@ -50,6 +51,25 @@ def test_two_conversations_take_turns() -> None:
         for messages in conversations:
             messages += [AIMessage(chat().invoke(messages).content), HumanMessage("Go on.")]
     assert chat().invoke(conversations[0][:1]).content == conversations[0][1].content
+
+
+class River(BaseModel):
+    """A river of Europe."""
+
+    name: str = Field(max_length=20)
+    countries: list[Literal["France", "Germany", "Italy"]] = Field(max_length=2)
+
+
+@pytest.mark.parametrize("method", ["json_schema", "function_calling"])
+def test_an_answer_has_the_structure_of_a_class(method: str) -> None:
+    answer = chat(max_tokens=200, temperature=0).with_structured_output(River, method=method).invoke(QUESTION)
+    assert isinstance(answer, River)
+
+
+def test_a_bound_tool_is_called() -> None:
+    message = chat(max_tokens=200, temperature=0).bind_tools([River], tool_choice="required").invoke(QUESTION)
+    assert [call["name"] for call in message.tool_calls] == ["River"]
+    River(**message.tool_calls[0]["args"])
 
 
 def test_errors_have_their_classes() -> None:

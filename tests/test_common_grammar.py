@@ -1,0 +1,125 @@
+"""Grammars: what they allow follows from the answer's tokens alone, and none takes a process down."""
+
+import json
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+
+from common.grammar import lark_grammar, regex_grammar, schema_grammar
+from protocol.errors import GrammarError
+from tests.json_tokens import COMPILER, PIECES, STOP, text_of
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"a": {"type": "integer", "minimum": 0, "maximum": 30}, "b": {"enum": ["c", True, None]}},
+    "required": ["a", "b"],
+    "additionalProperties": False,
+}
+GRAMMARS = {
+    "schema": schema_grammar(SCHEMA),
+    "list": schema_grammar({"type": "array", "items": {"type": "boolean"}, "maxItems": 3}),
+    "lark": lark_grammar('start: "a" ("b" | "c")+ "x"'),
+    "regex": regex_grammar("[ab]{2,4}c*"),
+}
+
+
+@pytest.mark.parametrize("text", GRAMMARS.values(), ids=GRAMMARS)
+def test_a_state_does_not_depend_on_the_tokens_that_were_rolled_back(text: str) -> None:
+    rng = random.Random(1)  # noqa: S311 - not a secret
+    moving, answer = COMPILER.compile(text), list[int]()
+    for _ in range(200):
+        fresh = COMPILER.compile(text)
+        assert moving.follow(answer)
+        assert fresh.follow(answer)
+        np.testing.assert_array_equal(moving.allowed(), fresh.allowed())
+        allowed = np.flatnonzero(fresh.allowed()).tolist()
+        answer = [*answer, rng.choice(allowed)] if rng.random() < 0.7 else answer[: rng.randrange(len(answer) + 1)]
+        answer = answer[:-1] if answer[-1:] == [STOP] else answer
+
+
+@pytest.mark.parametrize("text", GRAMMARS.values(), ids=GRAMMARS)
+def test_at_its_end_only_stop_ids_are_allowed(text: str) -> None:
+    rng = random.Random(2)  # noqa: S311 - not a secret
+    for _ in range(20):
+        grammar, answer = COMPILER.compile(text), list[int]()
+        while STOP not in answer and len(answer) < 100:
+            assert grammar.follow(answer)
+            answer.append(rng.choice(np.flatnonzero(grammar.allowed()).tolist()))
+        assert answer[-1] == STOP
+        assert grammar.follow(answer)
+        assert not grammar.follow([*answer, STOP])
+        if text.startswith('{"grammars":[{"json_schema"'):
+            json.loads(text_of(answer))
+
+
+def test_a_token_that_is_not_allowed_leaves_the_state_as_it_was() -> None:
+    grammar = COMPILER.compile(GRAMMARS["regex"])
+    a, x = PIECES.index("a"), PIECES.index("x")
+    assert grammar.follow([a])
+    assert not grammar.follow([a, x, a])
+    assert not grammar.error
+    assert grammar.follow([a, a])
+
+
+def test_a_forced_token_is_the_only_one_allowed() -> None:
+    grammar = COMPILER.compile(GRAMMARS["lark"])
+    assert grammar.follow([])
+    assert grammar.forced() == PIECES.index("a")
+    assert np.flatnonzero(grammar.allowed()).tolist() == [PIECES.index("a")]
+    assert grammar.follow([PIECES.index("a")])
+    assert grammar.forced() is None
+
+
+def test_an_ambiguous_grammar_ends_with_an_error_after_some_tokens() -> None:
+    grammar = COMPILER.compile(lark_grammar('start: s\ns: s s | "a" | "b"'))
+    assert not grammar.follow([PIECES.index("a")] * 6000)
+    assert "items" in grammar.error
+    assert not grammar.follow([])
+
+
+def test_a_grammar_that_takes_longer_than_it_may_ends_with_an_error() -> None:
+    grammar = COMPILER.compile(GRAMMARS["regex"])
+    assert not grammar.follow([PIECES.index("a")] * 2, seconds=0)
+    assert grammar.error == "it takes more than 0 s"
+
+
+def test_a_copy_has_the_same_state_and_does_not_follow_the_original() -> None:
+    grammar = COMPILER.compile(GRAMMARS["lark"])
+    assert grammar.follow([PIECES.index("a")])
+    copied = grammar.copy()
+    assert grammar.advance(PIECES.index("b"))
+    assert np.flatnonzero(copied.allowed()).tolist() == [PIECES.index("b"), PIECES.index("c")]
+    assert copied.follow([])
+    assert copied.forced() == PIECES.index("a")
+
+
+def schema_of(schema: dict[str, Any]) -> str:
+    return schema_grammar(schema)
+
+
+HOSTILE = {
+    "not a grammar": "{",
+    "deep Lark": lark_grammar("start: " + "(" * 16_000 + '"a"' + ")" * 16_000),
+    "deep JSON": '{"grammars":[{"json_schema":' + '{"items":' * 5000 + "{}" + "}" * 5000 + "}]}",
+    "deep regex": regex_grammar("(" * 16_000 + "a" + ")" * 16_000),
+    "product of choices": schema_of(
+        {
+            "allOf": [
+                {"anyOf": [{"properties": {f"p{index}_{choice}": {"type": "string"}}} for choice in range(4)]}
+                for index in range(12)
+            ]
+        }
+    ),
+    "no text": schema_of({"$ref": "#"}),
+    "unknown keyword": schema_of({"propertyNames": {"pattern": "a"}, "type": "object"}),
+}
+
+
+@pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
+def test_what_cannot_be_compiled_is_refused_with_the_reason(text: str) -> None:
+    with pytest.raises(GrammarError, match=r"cannot be compiled: .") as error:
+        COMPILER.compile(text)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 300

@@ -1,0 +1,125 @@
+"""Text completions, choices and log-probabilities over HTTP."""
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+from starlette.testclient import TestClient
+
+from tests.fakes import next_logits, target_alone
+from tests.number_service import PROMPT, TARGET, complete, http_client, new_station, streamed, text_of
+
+TEXT = "3 1 4 1 5"
+EXPECTED = target_alone(TARGET, PROMPT, 6)
+
+
+def complete_text(client: TestClient, **fields: object) -> Any:
+    return client.post("/v1/completions", json={"prompt": TEXT, "max_tokens": 6} | fields)
+
+
+def logprob(tokens: list[int], token_id: int) -> float:
+    logits = next_logits(TARGET, tokens).astype(np.float64)
+    return float(logits[token_id] - np.log(np.exp(logits).sum()))
+
+
+@pytest.mark.parametrize("prompt", [TEXT, [TEXT], PROMPT, [PROMPT]], ids=str)
+def test_a_prompt_is_a_text_or_token_ids(prompt: object) -> None:
+    with http_client(new_station()) as client:
+        answer = complete_text(client, prompt=prompt).json()
+    assert answer["object"] == "text_completion"
+    assert answer["choices"] == [{"index": 0, "text": text_of(EXPECTED), "logprobs": None, "finish_reason": "length"}]
+    assert [answer["usage"][name] for name in ("prompt_tokens", "completion_tokens", "total_tokens")] == [5, 6, 11]
+
+
+def test_several_prompts_have_a_choice_each_and_n_times_as_many() -> None:
+    with http_client(new_station()) as client:
+        both = complete_text(client, prompt=[TEXT, "7"]).json()["choices"]
+        sampled = complete_text(client, prompt=[TEXT, "7"], n=2, temperature=1.0, seed=5).json()["choices"]
+        seeds = [complete_text(client, temperature=1.0, seed=seed).json()["choices"][0]["text"] for seed in (5, 6)]
+    assert [choice["text"] for choice in both] == [text_of(EXPECTED), text_of(target_alone(TARGET, [7], 6))]
+    assert [choice["index"] for choice in sampled] == [0, 1, 2, 3]
+    assert [choice["text"] for choice in sampled[:2]] == seeds
+    assert seeds[0] != seeds[1]
+
+
+def test_a_chat_has_n_choices_whole_and_streamed() -> None:
+    with http_client(new_station()) as client:
+        whole = complete(client, n=2, temperature=1.0, seed=5).json()
+        chunks = streamed(client, n=2, temperature=1.0, seed=5, stream_options={"include_usage": True})
+    texts = ["", ""]
+    for chunk in chunks[:-1]:
+        choice = chunk["choices"][0]
+        texts[choice["index"]] += choice["delta"].get("content", "")
+    assert texts == [choice["message"]["content"] for choice in whole["choices"]]
+    assert chunks[-1]["usage"]["total_tokens"] == whole["usage"]["total_tokens"]
+    assert whole["usage"]["completion_tokens"] == 24
+
+
+def test_a_streamed_text_is_the_whole_one() -> None:
+    with http_client(new_station()) as client:
+        lines = complete_text(client, stream=True, logprobs=1).text.split("\n\n")
+        whole = complete_text(client, logprobs=1).json()["choices"][0]
+    assert lines[-2:] == ["data: [DONE]", ""]
+    choices = [json.loads(line.removeprefix("data: "))["choices"][0] for line in lines[:-2]]
+    assert "".join(choice["text"] for choice in choices) == whole["text"]
+    assert choices[-1]["finish_reason"] == "length"
+    offsets = [offset for choice in choices if choice["logprobs"] for offset in choice["logprobs"]["text_offset"]]
+    assert offsets == whole["logprobs"]["text_offset"]
+
+
+def test_chat_log_probabilities_are_the_targets() -> None:
+    with http_client(new_station()) as client:
+        choice = complete(client, logprobs=True, top_logprobs=2, max_tokens=6).json()["choices"][0]
+        plain = complete(client, max_tokens=6).json()["choices"][0]
+        chunks = streamed(client, logprobs=True, top_logprobs=2, max_tokens=6)
+    assert choice["message"] == plain["message"]
+    assert "logprobs" not in plain
+    told = choice["logprobs"]["content"]
+    streamed_told = [one for chunk in chunks for one in chunk["choices"][0].get("logprobs", {}).get("content", [])]
+    assert streamed_told == told
+    for index, token_id in enumerate(EXPECTED):
+        expected = logprob([*PROMPT, *EXPECTED[:index]], token_id)
+        assert told[index]["token"] == f"{token_id} "
+        assert told[index]["bytes"] == list(f"{token_id} ".encode())
+        assert told[index]["logprob"] == pytest.approx(expected, abs=1e-5)
+        assert len(told[index]["top_logprobs"]) == 2
+        assert told[index]["top_logprobs"][0]["logprob"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_an_echo_has_the_prompts_log_probabilities() -> None:
+    with http_client(new_station()) as client:
+        choice = complete_text(client, echo=True, logprobs=1, max_tokens=1).json()["choices"][0]
+        alone = complete_text(client, prompt=PROMPT, echo=True, logprobs=1, max_tokens=0).json()["choices"][0]
+        text = complete_text(client, echo=True).json()["choices"][0]["text"]
+    tokens = [*PROMPT, EXPECTED[0]]
+    told = choice["logprobs"]
+    assert told["tokens"] == [f"{token_id} " for token_id in tokens]
+    assert told["token_logprobs"][0] is told["top_logprobs"][0] is None
+    expected = [logprob(tokens[:index], tokens[index]) for index in range(1, 6)]
+    assert told["token_logprobs"][1:] == pytest.approx(expected, abs=1e-5)
+    assert told["text_offset"] == [2 * index for index in range(6)]
+    assert choice["text"] == text_of(tokens)
+    assert alone["logprobs"]["token_logprobs"][1:] == pytest.approx(expected[:-1], abs=1e-5)
+    assert text == text_of([*PROMPT, *EXPECTED])
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"suffix": "7"}, ["suffix", "left out"]),
+        ({"prompt": ""}, ["prompt", "none of them empty"]),
+        ({"prompt": []}, ["prompt", "0 prompts"]),
+        ({"prompt": [[3], "4", [True]]}, ["prompt", "lists of token ids"]),
+        ({"prompt": [20]}, ["prompt", "token ids from 0 to 19"]),
+        ({"logprobs": True}, ["logprobs", "a whole number"]),
+        ({"max_tokens": 0}, ["max_tokens", "0 with echo"]),
+        ({"best_of": 2}, ["best_of"]),
+    ],
+)
+def test_an_invalid_or_unsupported_field_is_refused_by_name(fields: dict[str, object], words: list[str]) -> None:
+    with http_client(new_station()) as client:
+        response = complete_text(client, **fields)
+        assert response.status_code == 400
+        assert all(word in response.json()["error"]["message"] for word in words)
+        assert complete_text(client).status_code == 200
