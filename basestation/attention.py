@@ -73,16 +73,26 @@ class SequentialBatch:
     """A ``PackedBatch`` with one SDPA call per sequence, for every device and dtype.
 
     It reads the pages of a sequence in place where they are one run, and otherwise a copy of them.
+
+    Args:
+        forward_pass: that it is for.
+        kv_pages: that the pass reads and writes.
+        placed: its ``layout``, on the device of the pages.
     """
 
-    def __init__(self, forward_pass: ForwardPass, kv_pages: KVPages) -> None:
+    def __init__(self, forward_pass: ForwardPass, kv_pages: KVPages, placed: Sequence[Tensor]) -> None:
         self._pass = forward_pass
         self._kv_pages = kv_pages
         self._page_size = kv_pages.shape.page_size
         self._visible: dict[tuple[int, int | None], _Visible] = {}
-        self._slots = torch.tensor(slots_of(forward_pass, self._page_size), device=kv_pages.shape.torch_device)
+        (self._slots,) = placed
         self._workspace = _Workspace(kv_pages)
         self.windows: set[int | None] = set()
+
+    @staticmethod
+    def layout(forward_pass: ForwardPass, page_size: int) -> list[list[int]]:
+        """The numbers that attention needs on the device, in rows."""
+        return [slots_of(forward_pass, page_size)]
 
     @property
     def gathered(self) -> int:

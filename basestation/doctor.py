@@ -22,7 +22,7 @@ from basestation.options import StationOptions
 from basestation.packed_linear import packed_dtype
 from basestation.placement import choose_dtype, choose_placement, dtype_name
 from basestation.router import Router
-from basestation.target_model import context_length, kv_shape, page_count, read_config
+from basestation.target_model import context_length, kv_shape, model_folder, page_count, read_config
 from common.checks import Checks, Finding, Outcome, Status
 from common.key_files import read_public
 from common.loopback import is_loopback
@@ -58,7 +58,7 @@ def examine(options: StationOptions, as_json: bool) -> bool:
 def _check_target(checks: Checks, options: StationOptions) -> None:
     config: Outcome[Any] = checks.run("target", partial(_target, options.target))
     placement = checks.run("processor", partial(_processor, options.torch_device, options.dtype))
-    weights = checks.run("memory", _memory, config, placement)
+    weights = checks.run("memory", partial(_memory, options.target), config, placement)
     checks.run("context", partial(_context, options.kv_memory), config, placement, weights)
 
 
@@ -85,8 +85,8 @@ def _processor(torch_device: str, dtype: str) -> Finding[_Placement]:
     return Finding(text, placement)
 
 
-def _memory(config: Any, placement: _Placement) -> Finding[int]:
-    needed = check_fits(config, placement.dtype, placement.torch_device)
+def _memory(model: str, config: Any, placement: _Placement) -> Finding[int]:
+    needed = check_fits(config, placement.dtype, placement.torch_device, model_folder(model))
     free = readable_size(free_memory(placement.torch_device))
     return Finding(f"the weights take {readable_size(needed)} of {free} free", needed)
 

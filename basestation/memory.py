@@ -7,6 +7,7 @@ import mmap
 import re
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -14,6 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from basestation.packed_linear import packed_bytes
+from basestation.quantized_weights import quantization_method, quantized_bytes
 from protocol.errors import ModelError, SettingsError
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -140,20 +142,28 @@ def check_host(needed: int) -> None:
         )
 
 
-def check_fits(config: Any, dtype: torch.dtype, placement: torch.device) -> int:
+def check_fits(config: Any, dtype: torch.dtype, placement: torch.device, folder: Path | None = None) -> int:
     """Refuse a model whose weights do not fit, before they are read.
+
+    Args:
+        config: of the model.
+        dtype: of its weights, where they are not quantised.
+        placement: where they go.
+        folder: with its files, which say how large quantised weights are.
 
     Returns:
         The bytes of its weights.
 
     Raises:
-        ModelError: with both sizes.
+        ModelError: with both sizes; or they are quantised, and their kernels are missing.
     """
-    count = parameter_count(config)
+    count, method = parameter_count(config), quantization_method(config)
     each = packed_bytes(dtype) if placement.type == "cpu" else dtype.itemsize
     needed, free = count * each, free_memory(placement)
+    if method is not None and folder is not None:
+        needed = quantized_bytes(config, folder, count * dtype.itemsize, placement)
     if needed > free:
-        precision = str(dtype).removeprefix("torch.")
+        precision = str(dtype).removeprefix("torch.") if method is None else f"the form of {method}"
         raise ModelError(
             f"{count / 1e9:.2f} billion parameters in {precision} take {readable_size(needed)}, "
             f"and {readable_size(free)} are free on {placement}; choose a smaller model or dtype, or free some memory"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from basestation.forward_pass import ForwardPass
+from basestation.host_transfer import to_device
 from basestation.kv_pages import KVPages
 from basestation.varlen_attention import batch_type
 
@@ -46,16 +47,17 @@ class ModelRunner:
         Returns:
             The logits [rows, V], float32, of ``forward_pass.logit_rows``.
         """
-        rows, kept = [forward_pass.token_ids, forward_pass.positions], forward_pass.logit_rows or [0]
+        rows = [forward_pass.token_ids, forward_pass.positions, forward_pass.logit_rows or [0]]
         if self._torch_device.type == "cpu":
-            rows, kept = [_padded(row) for row in rows], _padded(kept)
-        ids_positions = torch.tensor(rows, device=self._torch_device)
-        packed_batch = self._batch_type(forward_pass, self._kv_pages)
+            rows = [_padded(row) for row in rows]
+        layout = self._batch_type.layout(forward_pass, self._kv_pages.shape.page_size)
+        ids, positions, kept, *placed = to_device([*rows, *layout], self._torch_device)
+        packed_batch = self._batch_type(forward_pass, self._kv_pages, placed)
         output = self._model(
-            input_ids=ids_positions[:1],
-            position_ids=ids_positions[1:],
+            input_ids=ids[None],
+            position_ids=positions[None],
             use_cache=False,
-            logits_to_keep=torch.tensor(kept, device=self._torch_device),
+            logits_to_keep=kept,
             packed_batch=packed_batch,
         )
         self.gathered += packed_batch.gathered

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from basestation.quantized_weights import refuse_unsupported_quantization
 from protocol.errors import ModelError
 
 SUPPORTED = (
@@ -32,7 +33,8 @@ def refuse_unsupported(config: Any) -> None:
     """Refuse an architecture that packed batches are not tested with.
 
     Raises:
-        ModelError: with the architecture and the supported ones; or the weights are quantised.
+        ModelError: with the architecture and the supported ones; or the weights are quantised in a way that is not
+            served.
     """
     architecture = config.get_text_config().model_type
     if architecture not in SUPPORTED or getattr(config, "is_encoder_decoder", False):
@@ -40,12 +42,7 @@ def refuse_unsupported(config: Any) -> None:
     if getattr(config.get_text_config(), "use_bidirectional_attention", False):
         raise ModelError("a model with use_bidirectional_attention is not supported: name a causal language model")
     _refuse_rope(config.get_text_config())
-    if settings := getattr(config, "quantization_config", None):
-        method = settings.get("quant_method") if isinstance(settings, dict) else settings.quant_method
-        raise ModelError(
-            f"weights quantised by {str(getattr(method, 'value', method))!r} are not supported; name the model's "
-            "float16 or bfloat16 weights, or a .gguf file, which is dequantised"
-        )
+    refuse_unsupported_quantization(config)
 
 
 def _refuse_rope(config: Any) -> None:

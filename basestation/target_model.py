@@ -34,6 +34,7 @@ from basestation.memory import (
 from basestation.model_runner import ModelRunner
 from basestation.packed_linear import pack_linears
 from basestation.placement import choose_dtype, choose_placement, describe_placement
+from basestation.quantized_weights import quantization_method, without_later_expansion
 from basestation.segment import Segment
 from basestation.supported_models import refuse_gguf_rope, refuse_unsupported
 from basestation.vocabulary import Vocabulary
@@ -125,9 +126,11 @@ class TargetModel:
             loaded = _load(weights, precision, placement)
             tokenizer = None if is_gguf else AutoTokenizer.from_pretrained(_source(model)[0])
             vocabulary = _vocabulary(tokenizer, loaded) if tokenizer else _gguf_vocabulary(Path(model), loaded)
-        loaded.eval().to(placement)
-        if placement.type == "cpu":
-            pack_linears(loaded)
+        loaded.eval()
+        if quantization_method(loaded.config) is None:
+            loaded.to(placement)
+            if placement.type == "cpu":
+                pack_linears(loaded)
         return cls(loaded, vocabulary, model_name(model), kv_budget(kv_memory, placement), _tokenizer_json(tokenizer))
 
     def new_kv_cache(self) -> SequenceKVCache:
@@ -172,6 +175,15 @@ def read_config(model: str) -> Any:
         config = AutoConfig.from_pretrained(source, **options)
         refuse_unsupported(config)
     return config
+
+
+def model_folder(model: str) -> Path:
+    """The folder with the files of a model folder, hub name or ``.gguf`` file.
+
+    Raises:
+        ModelError: it cannot be found.
+    """
+    return Path(_source(model)[0])
 
 
 def kv_shape(config: Any, dtype: torch.dtype, torch_device: torch.device) -> KVShape:
@@ -223,11 +235,14 @@ def _allocated(shape: KVShape, kv_memory: int) -> KVPages:
 
 def _load(model: str, dtype: torch.dtype, placement: torch.device) -> Any:
     """A model folder, hub name or ``.gguf`` file, as transformers loads it: on CUDA without a copy on the host."""
-    source, options = _source(model)
-    device_map = {"": placement} if placement.type == "cuda" else None
-    return AutoModelForCausalLM.from_pretrained(
-        source, dtype=dtype, attn_implementation=ATTENTION_NAME, device_map=device_map, **options
-    )
+    source, gguf_file = _source(model)
+    options: dict[str, Any] = {**gguf_file, "dtype": dtype, "attn_implementation": ATTENTION_NAME}
+    config = None if gguf_file else read_config(model)
+    if quantization_method(config) is not None:
+        options["config"] = without_later_expansion(config)
+    if placement.type == "cuda" or "config" in options:  # quantised weights cannot be moved later
+        options["device_map"] = {"": str(placement)}
+    return AutoModelForCausalLM.from_pretrained(source, **options)
 
 
 def _check_memory(model: str, dtype: torch.dtype, placement: torch.device) -> None:
@@ -236,9 +251,10 @@ def _check_memory(model: str, dtype: torch.dtype, placement: torch.device) -> No
     Raises:
         ModelError: with both sizes.
     """
-    needed = check_fits(read_config(model), dtype, placement)
+    folder = model_folder(model)
+    needed = check_fits(read_config(model), dtype, placement, folder)
     if placement.type == "cuda":
-        check_host(_largest_tensor(Path(_source(model)[0])) or needed)
+        check_host(_largest_tensor(folder) or needed)
 
 
 def _largest_tensor(folder: Path) -> int:

@@ -5,8 +5,9 @@ The kernel gives a sequence the same bits in every batch, because it splits no s
 
 import inspect
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
-from itertools import accumulate
+from itertools import accumulate, chain
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch.nn.attention import varlen
 
 from basestation.attention import SequentialBatch, slots_of
 from basestation.forward_pass import ForwardPass
+from basestation.host_transfer import to_device
 from basestation.kv_pages import KVPages, KVShape
 
 logger = logging.getLogger(__name__)
@@ -27,24 +29,36 @@ _NEEDED = {"block_table", "seqused_k", "window_size", "enable_gqa", "num_splits"
 
 
 class VarlenBatch:
-    """A ``PackedBatch`` with one call of ``torch.nn.attention.varlen.varlen_attn`` a layer."""
+    """A ``PackedBatch`` with one call of ``torch.nn.attention.varlen.varlen_attn`` a layer.
+
+    Args:
+        forward_pass: that it is for.
+        kv_pages: that the pass reads and writes.
+        placed: its ``layout``, on the device of the pages.
+    """
 
     gathered = 0
     """The kernel reads pages where they are."""
 
-    def __init__(self, forward_pass: ForwardPass, kv_pages: KVPages) -> None:
+    def __init__(self, forward_pass: ForwardPass, kv_pages: KVPages, placed: Sequence[Tensor]) -> None:
         self.windows: set[int | None] = set()
         self._kv_pages = kv_pages
-        page_size, torch_device = kv_pages.shape.page_size, kv_pages.shape.torch_device
-        lengths = [start + count for start, count in zip(forward_pass.starts, forward_pass.counts, strict=True)]
-        self._longest = max(lengths)
-        self._most_new = max(forward_pass.counts)
-        columns = -(-self._longest // page_size)
+        self._longest, self._most_new = max(_lengths(forward_pass)), max(forward_pass.counts)
+        self._slots, numbers = placed
+        sequences = len(forward_pass.counts)
+        bounds = [sequences + 1, sequences + 1, sequences]
+        parts = torch.split(numbers.int(), [*bounds, len(numbers) - sum(bounds)])
+        self._query_ends, self._key_ends, self._used, table = parts
+        self._page_table = table.view(sequences, -1)
+
+    @staticmethod
+    def layout(forward_pass: ForwardPass, page_size: int) -> list[list[int]]:
+        """The slots of the new tokens; and the bounds of all sequences, their lengths and their page table."""
+        lengths = _lengths(forward_pass)
+        columns = -(-max(lengths) // page_size)
         table = [[*pages[:columns], *[0] * (columns - len(pages))] for pages in forward_pass.page_tables]
-        self._slots = torch.tensor(slots_of(forward_pass, page_size), device=torch_device)
-        self._page_table = torch.tensor(table, dtype=torch.int32, device=torch_device)
-        bounds = [[0, *accumulate(forward_pass.counts)], [0, *accumulate(lengths)], [0, *lengths]]
-        self._bounds = torch.tensor(bounds, dtype=torch.int32, device=torch_device)
+        bounds = [0, *accumulate(forward_pass.counts), 0, *accumulate(lengths)]
+        return [slots_of(forward_pass, page_size), [*bounds, *lengths, *chain.from_iterable(table)]]
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None
@@ -59,14 +73,14 @@ class VarlenBatch:
             query[:, :used].transpose(0, 1),
             keys,
             values,
-            self._bounds[0],
-            self._bounds[1],
+            self._query_ends,
+            self._key_ends,
             self._most_new,
             self._longest,
             scale=scaling,
             window_size=(-1 if window is None else window - 1, 0),
             enable_gqa=True,
-            seqused_k=self._bounds[2, 1:],
+            seqused_k=self._used,
             block_table=self._page_table,
             num_splits=1,
         )
@@ -103,18 +117,33 @@ def missing_for_varlen(shape: KVShape) -> str | None:
 
 @torch.inference_mode()
 def failure_of_trial(shape: KVShape) -> str | None:
-    """Why a small pass of ``VarlenBatch`` fails, or how far it is from ``SequentialBatch``; None if it does neither."""
-    forward_pass = ForwardPass(starts=[0, 0], counts=[5, 1], page_tables=[[1], [0]])
-    kv_shape, heads = replace(shape, layers=1), (2 * shape.kv_heads, shape.kv_heads, shape.kv_heads)
+    """Why a small pass of ``VarlenBatch`` fails, or how far it is from ``SequentialBatch``; None if it does neither.
+
+    One sequence has cached positions on scattered pages, the other starts; with and without sliding windows.
+    """
+    page_size = shape.page_size
+    forward_pass = ForwardPass(starts=[page_size + 9, 0], counts=[5, 1], page_tables=[[2, 0], [1]])
+    kv_pages = KVPages(replace(shape, layers=1), 3)
+    for cached in (*kv_pages.keys, *kv_pages.values):
+        cached.normal_()
     query, key, value = (
-        torch.randn(count, 6, shape.head_size, dtype=shape.dtype, device=shape.torch_device) for count in heads
+        torch.randn(heads, 6, shape.head_size, dtype=shape.dtype, device=shape.torch_device)
+        for heads in (2 * shape.kv_heads, shape.kv_heads, shape.kv_heads)
     )
-    outputs = []
-    for kind in (SequentialBatch, VarlenBatch):
-        batch = kind(forward_pass, KVPages(kv_shape, 2))
-        try:
-            outputs.append(batch.attend(0, query, key, value, shape.head_size**-0.5, None))
-        except (RuntimeError, ValueError) as error:
-            return f"a trial failed: {str(error).splitlines()[0]}"
-    difference = float((outputs[0] - outputs[1]).abs().max())
-    return None if difference < _TOLERANCE else f"its result in a trial differed by {difference:.2g}"
+    for window in (None, 7, page_size):
+        outputs = []
+        for kind in (SequentialBatch, VarlenBatch):
+            batch = kind(forward_pass, kv_pages, to_device(kind.layout(forward_pass, page_size), shape.torch_device))
+            try:
+                outputs.append(batch.attend(0, query, key, value, shape.head_size**-0.5, window))
+            except (RuntimeError, ValueError) as error:
+                return f"a trial failed: {str(error).splitlines()[0]}"
+        difference = float((outputs[0] - outputs[1]).abs().max())
+        if not difference < _TOLERANCE:  # NaN compares false
+            return f"its result in a trial with window {window} differed by {difference:.2g}"
+    return None
+
+
+def _lengths(forward_pass: ForwardPass) -> list[int]:
+    """The positions of each sequence after the pass."""
+    return [start + count for start, count in zip(forward_pass.starts, forward_pass.counts, strict=True)]

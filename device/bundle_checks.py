@@ -6,6 +6,8 @@ Knows files and sizes; loads no model.
 import re
 from pathlib import Path
 
+import numpy as np
+
 from common.checks import Finding, Status
 from protocol.bundle import MODEL_NAME, Manifest
 from protocol.errors import BundleError
@@ -14,7 +16,6 @@ _LOW_ACCEPTANCE = 0.55
 """The least that an export accepts; below it drafts of several tokens are mostly rejected."""
 _FIRST_POSITIONS = 512
 """The draft model reserves so many positions with the first token."""
-_KV_BYTES = 4
 _MEMORY_INFO = Path("/proc/meminfo")
 _AVAILABLE = re.compile(r"^MemAvailable: *(\d+) kB$", re.MULTILINE)
 
@@ -59,7 +60,8 @@ def memory(manifest: Manifest, memory_info: Path = _MEMORY_INFO) -> Finding[None
         return Finding(f"{memory_info} does not tell the available memory", None, Status.NOT_CHECKED)
     available = int(found[1]) * 1024
     weights = sum(record.size for name, record in manifest.files.items() if name.startswith(MODEL_NAME))
-    position = 2 * manifest.layers * manifest.kv_heads * manifest.head_size * _KV_BYTES
+    number = np.dtype(manifest.cache_dtype).itemsize
+    position = 2 * manifest.layers * manifest.kv_heads * manifest.head_size * number
     least, most = (
         weights + min(positions, manifest.context_length) * position
         for positions in (_FIRST_POSITIONS, manifest.context_length)

@@ -1,12 +1,14 @@
-"""What ONNX Runtime's CUDA provider needs: shared libraries, a driver, and code for the GPU's compute capability.
+"""What ONNX Runtime's CUDA provider needs: shared libraries, a driver, code for the GPU's compute capability, kernels.
 
 Without them ONNX Runtime runs the model on the CPU; here they are looked for, and what is missing is named.
 """
 
 import ctypes
+import logging
 import mmap
 import re
 import struct
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +16,10 @@ from typing import Any, TypeAlias
 
 import onnxruntime
 
+from protocol.bundle import CacheKind, Manifest
 from protocol.errors import EdgedraftError, SettingsError
+
+logger = logging.getLogger(__name__)
 
 CUDA_PROVIDERS = ("CUDAExecutionProvider", "TensorrtExecutionProvider")
 Capability: TypeAlias = tuple[int, int]
@@ -28,6 +33,24 @@ _FAT_BINARY = struct.pack("<I", 0xBA55ED50)
 _CONTAINER = struct.Struct("<4xHHQ")  # version, bytes of this header, bytes of the entries
 _ENTRY = struct.Struct("<HHIQ12xI")  # kind, version, bytes of this header, bytes of the code, architecture
 _PTX, _BINARY = 1, 2
+_LENGTHS = frozenset(
+    {
+        "Add",
+        "Cast",
+        "Concat",
+        "Constant",
+        "Gather",
+        "ReduceSum",
+        "Reshape",
+        "Shape",
+        "Slice",
+        "Squeeze",
+        "Sub",
+        "Unsqueeze",
+    }
+)
+"""Nodes that ONNX Runtime prefers to run on the CPU where they compute lengths and positions."""
+_EXPORT_AGAIN = "export it again with: edgedraft-export convert --for cuda"
 _JETSON: frozenset[Capability] = frozenset({(7, 2), (8, 7), (11, 0)})
 """Xavier, Orin and Thor, which run only binary code made for exactly them."""
 
@@ -103,6 +126,39 @@ def check_cuda(provider: str, library: Path = _LIBRARY, load: Callable[[str], An
         ]
     if faults:
         raise SettingsError("provider", provider, f"CPUExecutionProvider, because {', '.join(faults)}")
+
+
+def check_bundle(provider: str, manifest: Manifest) -> None:
+    """Check that a bundle's graph is one for a GPU: its attention has kernels there, and its KV cache stays there.
+
+    Raises:
+        SettingsError: it is not.
+    """
+    if manifest.cache_kind is not CacheKind.SHARED or manifest.cache_dtype != "float16":
+        reason = f"the bundle is for a CPU: its attention is of {manifest.cache_dtype}"
+        raise SettingsError("provider", provider, f"CPUExecutionProvider, because {reason}; {_EXPORT_AGAIN}")
+
+
+def check_nodes(provider: str, session: onnxruntime.InferenceSession) -> None:
+    """Check that a session runs its graph on the GPU, except for the arithmetic with lengths and positions.
+
+    Raises:
+        SettingsError: names the nodes that ONNX Runtime runs on the CPU.
+    """
+    if not hasattr(session, "get_provider_graph_assignment_info"):
+        logger.warning("ONNX Runtime %s cannot tell which nodes run on the CPU", onnxruntime.__version__)
+        return
+    nodes = Counter(
+        node.op_type
+        for subgraph in session.get_provider_graph_assignment_info()
+        if subgraph.ep_name == "CPUExecutionProvider"
+        for node in subgraph.get_nodes()
+        if node.op_type not in _LENGTHS
+    )
+    if nodes:
+        listed = ", ".join(f"{op_type} ({count} nodes)" for op_type, count in sorted(nodes.items()))
+        reason = f"ONNX Runtime has no kernel there for {listed}"
+        raise SettingsError("provider", provider, f"CPUExecutionProvider, because {reason}; {_EXPORT_AGAIN}")
 
 
 def _needed(library: Path) -> list[str]:

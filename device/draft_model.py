@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime
 
-from device.cuda_provider import CUDA_PROVIDERS, check_cuda
+from device.cuda_provider import CUDA_PROVIDERS, check_bundle, check_cuda, check_nodes
 from device.huge_pages import huge_pages
 from protocol.bundle import MODEL_NAME, CacheKind, Manifest
 from protocol.errors import BundleError, SettingsError
@@ -100,7 +100,7 @@ class DraftModel:
         self.manifest = Manifest.read(bundle)
         self.manifest.check_files(bundle)
         with huge_pages():
-            session = _load(bundle / MODEL_NAME, threads, providers)
+            session = _load(bundle / MODEL_NAME, threads, providers, self.manifest)
         _check_graph(session, self.manifest)
         self._takes_positions = "position_ids" in {entry.name for entry in session.get_inputs()}
         self._reserve_positions(_FIRST_CAPACITY)
@@ -157,15 +157,18 @@ class DraftModel:
 
 
 class SharedCache:
-    """Past and present share one buffer per layer: float32 [1, kv_heads, capacity, head_size].
+    """Past and present share one buffer per layer: [1, kv_heads, capacity, head_size], where the attention runs.
 
-    The logits, too, have a buffer: ``IOBinding.get_outputs`` would wrap the outputs of all layers.
+    The logits, too, have a buffer, on the host: ``IOBinding.get_outputs`` would wrap the outputs of all layers. A run
+    copies its inputs to the provider's device, and the logits back.
     """
 
     def __init__(self, session: onnxruntime.InferenceSession, manifest: Manifest) -> None:
         self.length = 0
         self._session = session
         self._shape = (1, manifest.kv_heads, 0, manifest.head_size)
+        self._dtype = manifest.cache_dtype
+        self._device = "cuda" if session.get_providers()[0] in CUDA_PROVIDERS else "cpu"
         self._vocab_size = int(_shapes(session)["logits"][-1])
         self._pasts = sorted(_past_names(session))
         self._buffers: dict[str, onnxruntime.OrtValue] = {}
@@ -204,10 +207,10 @@ class SharedCache:
         logits = np.empty((1, 1, self._vocab_size), np.float32)
         binding.bind_ortvalue_output("logits", onnxruntime.OrtValue.ortvalue_from_numpy(logits))
         for name in self._pasts:
-            grown = np.zeros((*self._shape[:2], self._capacity, self._shape[3]), np.float32)
+            grown = np.zeros((*self._shape[:2], self._capacity, self._shape[3]), self._dtype)
             if name in self._buffers:
                 grown[:, :, : self.length] = self._buffers[name].numpy()[:, :, : self.length]
-            value = onnxruntime.OrtValue.ortvalue_from_numpy(grown)
+            value = onnxruntime.OrtValue.ortvalue_from_numpy(grown, self._device)
             self._buffers[name] = value
             binding.bind_ortvalue_input(name, value)
             binding.bind_ortvalue_output(_present_name(name), value)
@@ -221,7 +224,7 @@ class GrowingCache:
     def __init__(self, session: onnxruntime.InferenceSession, manifest: Manifest) -> None:
         self.length = 0
         self._session = session
-        empty = np.zeros((1, manifest.kv_heads, 0, manifest.head_size), np.float32)
+        empty = np.zeros((1, manifest.kv_heads, 0, manifest.head_size), manifest.cache_dtype)
         self._past: Arrays = dict.fromkeys(_past_names(session), empty)
         self._outputs = ["logits", *map(_present_name, self._past)]
 
@@ -282,14 +285,15 @@ def _check_graph(session: onnxruntime.InferenceSession, manifest: Manifest) -> N
         )
 
 
-def _load(path: Path, threads: int, providers: Sequence[str]) -> onnxruntime.InferenceSession:
+def _load(path: Path, threads: int, providers: Sequence[str], manifest: Manifest) -> onnxruntime.InferenceSession:
     available = onnxruntime.get_available_providers()
     unknown = [name for name in providers if name not in available]
     if unknown:
         raise SettingsError("provider", unknown[0], ", ".join(available))
-    for name in providers:
-        if name in CUDA_PROVIDERS:
-            check_cuda(name)
+    on_gpu = [name for name in providers if name in CUDA_PROVIDERS]
+    for name in on_gpu:
+        check_cuda(name)
+        check_bundle(name, manifest)
     if not 0 <= threads <= _MAX_THREADS:
         raise SettingsError("threads", threads, f"0 (all usable cores) to {_MAX_THREADS}")
     options = onnxruntime.SessionOptions()
@@ -297,6 +301,8 @@ def _load(path: Path, threads: int, providers: Sequence[str]) -> onnxruntime.Inf
     options.log_severity_level = 3
     # Spinning between the operators of a run saves a quarter of it; longer spinning only takes the cores from others.
     options.add_session_config_entry("session.intra_op.spin_duration_us", "20")
+    if on_gpu:
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=list(providers))
     except Exception as error:  # ONNX Runtime's errors share no base class
@@ -305,4 +311,6 @@ def _load(path: Path, threads: int, providers: Sequence[str]) -> onnxruntime.Inf
     started = session.get_providers()
     if idle := [name for name in providers if name not in started]:
         raise SettingsError("provider", idle[0], f"{', '.join(started)}, because ONNX Runtime could not start it")
+    for name in on_gpu:
+        check_nodes(name, session)
     return session

@@ -4,14 +4,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from onnx import ModelProto
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
-from export import graph, quality
+from export import cuda_graph, graph, quality
 from export.quality import Continuation, TeacherForcing
-from export.quantize import WeightFormat, quantize
+from export.quantize import Precision, WeightFormat, quantize
 from export.quiet import quiet_tools
 from protocol.bundle import MODEL_NAME, QUALITY_UPLINK_K, Candidate, QualityFigures
 
@@ -47,7 +48,7 @@ class CandidateBuilder:
     """Builds candidates of one converted model.
 
     Args:
-        converted: the float32 graph.
+        converted: the graph before quantization.
         folder: for the candidates; need not exist.
         text: continuations by the source model.
         console: for progress.
@@ -60,11 +61,20 @@ class CandidateBuilder:
         self._console = console
 
     def build(self, weights: WeightFormat) -> Built:
-        """Quantize to a format, and measure its quality; the table is printed."""
+        """Quantize to a format, and measure its quality; the table is printed.
+
+        Raises:
+            ModelError: the graph is for a GPU and has nodes that run on the CPU.
+        """
         folder = self._folder / weights.name
         folder.mkdir(parents=True)
         with self._console.status(f"quantizing the weights to {weights.name}"):
-            cache = _write_graph(self._converted, folder / MODEL_NAME, weights)
+            model = _quantized(self._converted, weights)
+            cache = graph.Cache.of(model)
+            graph.save(model, folder / MODEL_NAME)
+        if weights.precision is Precision.FP16:
+            self._console.print(cuda_graph.node_table(model))
+            cuda_graph.check_kernels(model)
         forcing = TeacherForcing(folder / MODEL_NAME, cache)
         steps = sum(len(one.token_ids) for one in self._text)
         with progress_bar(self._console) as progress:
@@ -96,13 +106,12 @@ def candidate_table(candidates: Sequence[Candidate]) -> Table:
     return table
 
 
-def _write_graph(converted: Path, output: Path, weights: WeightFormat) -> graph.Cache:
+def _quantized(converted: Path, weights: WeightFormat) -> ModelProto:
     model = graph.load(converted)
+    graph.cast_logits(model)
     graph.keep_last_position(model)
     with quiet_tools():
-        model = quantize(model, weights)
-    graph.save(model, output)
-    return graph.Cache.of(model)
+        return quantize(model, weights)
 
 
 def _quality_table(figures: QualityFigures, weights: WeightFormat) -> Table:

@@ -19,6 +19,7 @@ from common.command_line import application, run
 from common.configuration import configured_group
 from export.sample_models import SampleName
 from protocol.bundle import Manifest
+from protocol.errors import SettingsError
 
 PREDICTION = "What the speed with --target is predicted for"
 BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder that convert wrote.")]
@@ -59,6 +60,10 @@ def convert(
         Literal["auto", "fp32", "int8", "int4"],
         typer.Option(help="Weight precision; auto is the fastest with the target, without one int8."),
     ] = "auto",
+    processor: Annotated[
+        Literal["cpu", "cuda"],
+        typer.Option("--for", help="What the device runs it on; with cuda, weights and KV cache are float16."),
+    ] = "cpu",
     target: Annotated[
         str | None, typer.Option(metavar="MODEL", help="The target; one with another vocabulary is bridged.")
     ] = None,
@@ -92,7 +97,7 @@ def convert(
     with console.status("loading libraries"):
         from export.convert import ConvertSettings
         from export.convert import convert as make_bundle
-        from export.converters import Converter
+        from export.converters import Converter, Processor
         from export.draft_choice import convert_fastest
         from export.quantize import CANDIDATES, FORMATS, Precision
         from export.weight_choice import Conditions, parse_draft_ms
@@ -101,7 +106,11 @@ def convert(
     given = parse_draft_ms(draft_ms or [], list(names))
     conditions = Conditions(rtt_ms, inf if up_mbit is None else up_mbit, target_ms, given)
     chosen = None if precision == "auto" else Precision(precision)
-    settings = ConvertSettings(Converter(converter), chosen, target, conditions)
+    if processor == "cuda":
+        if chosen is not None:
+            raise SettingsError("precision", precision, "auto with --for cuda, whose weights are float16")
+        chosen = Precision.FP16
+    settings = ConvertSettings(Converter(converter), chosen, target, conditions, Processor(processor))
     if len(models) == 1:
         manifest = make_bundle(models[0], bundle, settings, console)
     else:

@@ -17,7 +17,7 @@ from common.stop_ids import all_stop_ids
 from export import quality, source
 from export.atomic_folder import atomic_folder, is_free
 from export.candidates import Built, CandidateBuilder, candidate_table, progress_bar
-from export.converters import Converter, convert_to_onnx
+from export.converters import Converter, Processor, convert_to_onnx
 from export.quantize import CANDIDATES, FORMATS, Precision, WeightFormat
 from export.resources import check_disk, check_memory
 from export.source_model import Models, SourceModel
@@ -54,12 +54,14 @@ class ConvertSettings:
         precision: of the weights; None compares formats and keeps one.
         target: a target model, whose tokens the bundle's session has.
         conditions: for which the speed is predicted, where there is a target.
+        processor: of the device; for a GPU the weights are float16.
     """
 
     converter: Converter = Converter.AUTO
     precision: Precision | None = Precision.INT8
     target: str | None = None
     conditions: Conditions = field(default_factory=Conditions)
+    processor: Processor = Processor.CPU
 
 
 def convert(model: str, bundle: Path, settings: ConvertSettings, console: Console) -> Manifest:
@@ -118,7 +120,7 @@ def _write_bundle(output: Path, models: Models, settings: ConvertSettings, scrat
         bridge = ExportedBridge(output, models, prompts, own_prompts)
         console.print(bridge.notice, markup=False, highlight=False, soft_wrap=True)
     with console.status("converting to ONNX"):
-        converter = convert_to_onnx(draft.folder, scratch, settings.converter)
+        converter = convert_to_onnx(draft.folder, scratch, settings.converter, settings.processor)
     text = _source_text(draft, own_prompts, models.graph_tokens, console)
     builder = CandidateBuilder(scratch / MODEL_NAME, scratch / "candidates", text, console)
     choice = None
@@ -242,6 +244,7 @@ def _write_manifest(
         origin=draft.origin(_versions(converter)),
         candidates=tuple(candidates),
         draft_vocabulary=own,
+        cache_dtype=cache.dtype,
     )
     manifest.write(output)
     return manifest

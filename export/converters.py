@@ -1,4 +1,4 @@
-"""The converters: from a model folder to a float32 ONNX graph.
+"""The converters: from a model folder to an ONNX graph: of float32, for a GPU of float16.
 
 Knows how to call each converter and which errors it raises. Does not know what
 happens to the graph afterwards.
@@ -8,7 +8,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from export.quiet import quiet_tools
-from protocol.errors import ModelError
+from protocol.errors import ModelError, SettingsError
 
 
 class Converter(StrEnum):
@@ -22,17 +22,37 @@ class Converter(StrEnum):
     """optimum: more architectures, standard operators, a growing KV cache."""
 
 
-def convert_to_onnx(source: Path, folder: Path, converter: Converter) -> Converter:
+class Processor(StrEnum):
+    """What the graph is for."""
+
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+_GENAI_PRECISIONS = {Processor.CPU: "fp32", Processor.CUDA: "fp16"}
+
+
+def convert_to_onnx(
+    source: Path, folder: Path, converter: Converter, processor: Processor = Processor.CPU
+) -> Converter:
     """Convert the model folder ``source`` to ``folder/model.onnx`` and return the converter used.
 
     Raises:
         ModelError: the converter does not support the architecture, or fails.
+        SettingsError: it is optimum, and the graph for a GPU.
     """
     if converter is Converter.OPTIMUM:
+        if processor is Processor.CUDA:
+            raise SettingsError("converter", converter.value, "auto or genai with --for cuda")
         return _with_optimum(source, folder)
     try:
-        return _with_genai(source, folder)
+        return _with_genai(source, folder, processor)
     except NotImplementedError as error:
+        if processor is Processor.CUDA:
+            raise ModelError(
+                f"converter 'genai' does not support the architecture of {str(source)!r}, and optimum writes no graph "
+                "for cuda; use --for cpu"
+            ) from error
         if converter is Converter.AUTO:
             return _with_optimum(source, folder)
         raise ModelError(
@@ -40,15 +60,15 @@ def convert_to_onnx(source: Path, folder: Path, converter: Converter) -> Convert
         ) from error
 
 
-def _with_genai(source: Path, folder: Path) -> Converter:
+def _with_genai(source: Path, folder: Path, processor: Processor) -> Converter:
     try:
         with quiet_tools():
             # Imported late: it takes seconds and imports torch.
             from onnxruntime_genai.models.builder import create_model
 
             create_model(
-                str(source), str(source), str(folder), "fp32", "cpu", str(folder / "cache"),
-                hf_remote=False,
+                str(source), str(source), str(folder), _GENAI_PRECISIONS[processor], processor.value,
+                str(folder / "cache"), hf_remote=False,
             )  # fmt: skip
     except NotImplementedError:
         raise  # an unsupported architecture: the caller may try optimum

@@ -12,7 +12,7 @@ from typing import Self
 import onnx
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from protocol.bundle import CacheKind
+from protocol.bundle import CACHE_DTYPES, CacheKind
 from protocol.errors import ModelError
 
 LOGITS = "logits"
@@ -23,12 +23,13 @@ _EXTERNAL_BYTES = 1024  # smaller tensors stay in the graph file
 
 @dataclass(frozen=True)
 class Cache:
-    """A graph's KV cache inputs and outputs, each float32[batch, kv_heads, length, head_size]."""
+    """A graph's KV cache inputs and outputs, each [batch, kv_heads, length, head_size] of ``dtype``."""
 
     kind: CacheKind
     layers: int
     kv_heads: int
     head_size: int
+    dtype: str = "float32"
 
     @classmethod
     def of(cls, model: ModelProto) -> Self:
@@ -44,8 +45,13 @@ class Cache:
                 f"the graph has KV cache inputs of {len(shapes)} shapes; allowed: 1, the same for every layer"
             )
         _, kv_heads, _, head_size = shapes.pop()
+        dtypes = {helper.tensor_dtype_to_np_dtype(entry.type.tensor_type.elem_type).name for entry in past.values()}
+        if len(dtypes) != 1 or not dtypes <= set(CACHE_DTYPES):
+            raise ModelError(f"the graph has a KV cache of {', '.join(dtypes)}; allowed: {' or '.join(CACHE_DTYPES)}")
         shared = any(node.op_type == "GroupQueryAttention" for node in model.graph.node)
-        cache = cls(CacheKind.SHARED if shared else CacheKind.GROWING, len(past) // 2, kv_heads, head_size)
+        cache = cls(
+            CacheKind.SHARED if shared else CacheKind.GROWING, len(past) // 2, kv_heads, head_size, dtypes.pop()
+        )
         cache._check_names(model.graph)
         return cache
 
@@ -102,6 +108,18 @@ def keep_last_position(model: ModelProto) -> None:
     output = next(output for output in graph.output if output.name == LOGITS)
     output.type.tensor_type.shape.dim[1].Clear()
     output.type.tensor_type.shape.dim[1].dim_value = 1
+
+
+def cast_logits(model: ModelProto) -> None:
+    """Let the output ``logits`` be float32, whatever they are computed in."""
+    graph = model.graph
+    output = next(output for output in graph.output if output.name == LOGITS)
+    if output.type.tensor_type.elem_type != TensorProto.FLOAT:
+        _rename_output(graph, LOGITS, "computed_logits")
+        graph.node.append(
+            helper.make_node("Cast", ["computed_logits"], [LOGITS], name="cast_logits", to=TensorProto.FLOAT)
+        )
+        output.type.tensor_type.elem_type = TensorProto.FLOAT
 
 
 def find_head(graph: GraphProto) -> NodeProto | None:

@@ -72,7 +72,7 @@ def verify(bundle: Path) -> Manifest:
         check_tokenizer(bundle / DRAFT_TOKENIZER_NAME)
         VocabularyMap.read(bundle, manifest, own)
     cache = Cache.of(onnx.load(bundle / MODEL_NAME, load_external_data=False))
-    stated = Cache(manifest.cache_kind, manifest.layers, manifest.kv_heads, manifest.head_size)
+    stated = Cache(manifest.cache_kind, manifest.layers, manifest.kv_heads, manifest.head_size, manifest.cache_dtype)
     if cache != stated:
         raise BundleError(f"the graph has {cache}; the manifest says {stated}; export the bundle again")
     logits = _first_logits(bundle / MODEL_NAME, cache)
@@ -89,7 +89,7 @@ def verify(bundle: Path) -> Manifest:
 def _first_logits(path: Path, cache: Cache) -> npt.NDArray[np.float32]:
     """The logits [V] after one token."""
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    feeds = {name: np.zeros((1, cache.kv_heads, 0, cache.head_size), np.float32) for name in cache.past_names}
+    feeds = {name: np.zeros((1, cache.kv_heads, 0, cache.head_size), cache.dtype) for name in cache.past_names}
     ids = {"input_ids": np.zeros((1, 1), np.int64), "attention_mask": np.ones((1, 1), np.int64)}
     positions = {"position_ids": np.zeros((1, 1), np.int64)}
     wanted = {entry.name for entry in session.get_inputs()}

@@ -49,6 +49,7 @@ class QualityLimits:
 
 LIMITS: Mapping[Precision, QualityLimits] = {
     Precision.FP32: QualityLimits(0.99, 0.99),
+    Precision.FP16: QualityLimits(0.97, 0.97),
     Precision.INT8: QualityLimits(0.92, 0.92),
     Precision.INT4: QualityLimits(0.60, 0.55),
 }
@@ -93,7 +94,7 @@ class TeacherForcing:
     def run(self, steps: Sequence[Sequence[int]]) -> Iterator[npt.NDArray[np.float32]]:
         """Yield the logits, float32[V], after each step of tokens; after one without tokens those before it."""
         feeds: dict[str, npt.NDArray[Any]] = {
-            name: np.zeros((1, self._cache.kv_heads, 0, self._cache.head_size), np.float32)
+            name: np.zeros((1, self._cache.kv_heads, 0, self._cache.head_size), self._cache.dtype)
             for name in self._cache.past_names
         }
         length = 0

@@ -24,6 +24,7 @@ class Precision(StrEnum):
     """The precision of a draft model's weights."""
 
     FP32 = "fp32"
+    FP16 = "fp16"
     INT8 = "int8"
     INT4 = "int4"
 
@@ -58,7 +59,7 @@ CANDIDATES = (
 
 def quantize(model: ModelProto, weights: WeightFormat) -> ModelProto:
     """Quantize the weights of ``model``; with INT4, the embedding and the head get 8 bits."""
-    if weights.precision is Precision.FP32:
+    if weights.precision in (Precision.FP32, Precision.FP16):
         return model
     fold_transposes(model)
     _quantize_embedding(model)

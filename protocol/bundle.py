@@ -24,13 +24,15 @@ CHAT_TEMPLATE_NAME = "chat_template.jinja"
 DRAFT_TOKENIZER_NAME = "draft_tokenizer.json"
 DRAFT_CHAT_TEMPLATE_NAME = "draft_chat_template.jinja"
 VOCABULARY_MAP_NAME = "vocabulary_map.npy"
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 _OLDEST_VERSION = 3
 _ADDED_SINCE: Mapping[int, Mapping[str, Any]] = {
     4: {"origin": {"model": "", "licence": "", "versions": {}}, "candidates": []},
     5: {"draft_vocabulary": None},
+    6: {"cache_dtype": "float32"},
 }
 """The fields that each format has added, with their values in a manifest of an older one."""
+CACHE_DTYPES = ("float32", "float16")
 QUALITY_UPLINK_K = 32
 _MOST_SHOWN = 60
 _MOST_SHARE = 1.001
@@ -143,7 +145,8 @@ class Manifest:
 
     ``vocab_size`` counts the tokenizer's ids; a graph may return more logits
     (padding), which are cut off. ``stop_ids`` end an answer. With a ``draft_vocabulary``
-    tokens, stop ids and the tokenizer are the target's.
+    tokens, stop ids and the tokenizer are the target's. ``cache_dtype`` is float16 in
+    graphs for a GPU.
     """
 
     name: str
@@ -165,6 +168,7 @@ class Manifest:
     origin: Origin = field(default_factory=Origin)
     candidates: tuple[Candidate, ...] = ()
     draft_vocabulary: DraftVocabulary | None = None
+    cache_dtype: str = "float32"
     format_version: int = FORMAT_VERSION
 
     @property
@@ -342,6 +346,7 @@ _ALLOWED: Mapping[str, _Allowed] = {
         "an object of texts", lambda value: isinstance(value, dict) and all(map(_is_text, value.values()))
     ),
     **dict.fromkeys(("vocabulary_hash", "sha256"), _HASH),
+    "cache_dtype": _Allowed(" or ".join(CACHE_DTYPES), lambda value: value in list(CACHE_DTYPES)),
     "cache_kind": _Allowed(" or ".join(CacheKind), lambda value: value in list(CacheKind)),
     "format_version": _Allowed(str(FORMAT_VERSION), lambda value: type(value) is int),
     "size": _Allowed("a number of bytes", lambda value: type(value) is int and value >= 0),

@@ -86,7 +86,7 @@ def p_value(sampling: Sampling, samples: int) -> float:
         choices = sample_target_tokens(rows[before * size + last], sampling_rows)
         before, last, cells = last, choices, cells * size + choices
     expected = np.einsum("a,ab,abc->abc", exact[0, 1], exact[1], exact).ravel() * samples
-    counts = np.bincount(cells.numpy(), minlength=size**3)
+    counts = np.bincount(cells.cpu().numpy(), minlength=size**3)
     possible = expected > 0
     assert counts[~possible].sum() == 0
     return float(chisquare(counts[possible], expected[possible]).pvalue)

@@ -82,6 +82,13 @@ def test_weights_that_do_not_fit_are_named(doctor: DoctorCommand, tmp_path: Path
     assert report.not_checked("memory") == ["context"]
 
 
+def test_missing_kernels_of_quantised_weights_are_named(doctor: DoctorCommand, tmp_path: Path) -> None:
+    target = write_target(tmp_path, quantization_config={"quant_method": "awq", "bits": 4})
+    report = doctor.report("--target", target, "--bind", ANY_PORT, "--torch-device", "cpu")
+    assert "weights quantised by 'awq' cannot be loaded on cpu: " in report.failure("memory")
+    assert report.not_checked("memory") == ["context"]
+
+
 def test_a_kv_pool_shorter_than_the_context_is_a_warning(doctor: DoctorCommand, target: Path) -> None:
     kv_memory = 300 * 3 * 2 * 2 * 8 * 4  # 300 positions
     options = ["--target", target, "--bind", ANY_PORT, "--torch-device", "cpu", "--dtype", "float32"]

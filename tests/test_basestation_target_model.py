@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from basestation import memory
+from basestation import memory, target_model
 from basestation.attention import ATTENTION_NAME
 from basestation.kv_pool import SequenceKVCache
 from basestation.memory import check_fits, kv_budget, parse_size
@@ -344,11 +344,15 @@ def test_other_rope_settings_are_served(settings: dict[str, Any] | None) -> None
     refuse_unsupported(config_like(rope_parameters=settings))
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "fp8", "compressed-tensors", "bitsandbytes", "torchao"])
-def test_quantised_weights_are_refused_by_name(method: str) -> None:
-    config = tiny_config("llama", quantization_config={"quant_method": method, "bits": 4})
-    with pytest.raises(ModelError, match=f"weights quantised by '{method}' are not supported; name the model's"):
-        refuse_unsupported(config)
+@pytest.mark.parametrize(("placement", "device_map"), [("cuda", {"": "cuda"}), ("cpu", None)])
+def test_weights_go_straight_to_a_gpu(
+    placement: str, device_map: dict[str, str] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_config("llama").save_pretrained(tmp_path)
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda source, **options: given.update(options))
+    target_model._load(str(tmp_path), torch.bfloat16, torch.device(placement))
+    assert given.get("device_map") == device_map
 
 
 def test_a_bidirectional_model_is_refused_by_name() -> None:

@@ -1,18 +1,25 @@
 """One attention call per layer agrees with one per sequence; on a GPU with its kernel, elsewhere with a plain one."""
 
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeAlias
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.attention import varlen
+from torch.overrides import TorchFunctionMode
 
 from basestation import varlen_attention
 from basestation.attention import SequentialBatch
 from basestation.forward_pass import ForwardPass
+from basestation.host_transfer import to_device
 from basestation.kv_pages import KVPages, KVShape
+from basestation.segment import Segment
 from basestation.varlen_attention import VarlenBatch, batch_type, failure_of_trial, missing_for_varlen
+from tests.test_basestation_target_model import WINDOW, ids, tiny_pair
 
+Kernel: TypeAlias = Callable[..., Tensor]
 HEADS, KV_HEADS, HEAD_SIZE, LAYERS, PAGES = 6, 2, 16, 2, 12
 ON_CUDA = torch.get_default_device().type == "cuda"
 DTYPE = torch.bfloat16 if ON_CUDA else torch.float32
@@ -67,10 +74,16 @@ def test_one_call_for_all_sequences_agrees_with_one_per_sequence(
     forward_pass = ForwardPass(starts=[0, size + 3, 2 * size - 2, 5], counts=[4, 1, 6, 3])
     forward_pass.page_tables.extend([[4, 9], [7, 2], [0, 11, 3], [5]])
     used = sum(forward_pass.counts)
-    batches = SequentialBatch(forward_pass, one), VarlenBatch(forward_pass, other)
+    batches = (
+        kind(forward_pass, kv_pages, to_device(kind.layout(forward_pass, size), one.shape.torch_device))
+        for kind, kv_pages in ((SequentialBatch, one), (VarlenBatch, other))
+    )
+    sequential, varlen_batch = batches
     for layer in range(LAYERS):
         query, key, value = (torch.randn(heads, used + 2, HEAD_SIZE, dtype=DTYPE) for heads in (HEADS, KV_HEADS, 2))
-        expected, found = (batch.attend(layer, query, key, value, HEAD_SIZE**-0.5, window) for batch in batches)
+        expected, found = (
+            batch.attend(layer, query, key, value, HEAD_SIZE**-0.5, window) for batch in (sequential, varlen_batch)
+        )
         assert torch.allclose(found, expected, atol=2e-2 if ON_CUDA else 1e-5)
         assert found[:, used:].count_nonzero() == 0
         assert torch.equal(one.keys[layer], other.keys[layer])
@@ -109,8 +122,68 @@ def test_a_kernel_that_fails_or_differs_in_a_trial_is_not_used(monkeypatch: pyte
     assert str(failure_of_trial(shape)).startswith("a trial failed: ")
     monkeypatch.setattr(varlen, "varlen_attn", plain_varlen)
     assert failure_of_trial(shape) is None
-    monkeypatch.setattr(varlen, "varlen_attn", lambda query, *_, **__: query.clone())
-    assert str(failure_of_trial(shape)).startswith("its result in a trial differed by ")
+    monkeypatch.setattr(varlen, "varlen_attn", lambda query, *_, **__: query.new_full(query.shape, torch.nan))
+    assert str(failure_of_trial(shape)) == "its result in a trial with window None differed by nan"
+
+
+def no_window(varlen_attn: Kernel, *args: Any, **rest: Any) -> Tensor:
+    return varlen_attn(*args, **{**rest, "window_size": (-1, 0)})
+
+
+def a_longer_window(varlen_attn: Kernel, *args: Any, **rest: Any) -> Tensor:
+    left, right = rest["window_size"]
+    return varlen_attn(*args, **{**rest, "window_size": (left if left < 0 else left + 1, right)})
+
+
+def pages_in_order(varlen_attn: Kernel, *args: Any, **rest: Any) -> Tensor:
+    return varlen_attn(*args, **{**rest, "block_table": rest["block_table"].sort().values})
+
+
+def new_positions_alone(varlen_attn: Kernel, *args: Any, **rest: Any) -> Tensor:
+    query, key, value, cu_seq_q, *_ = args
+    new = cu_seq_q.diff()
+    return varlen_attn(
+        query, key, value, cu_seq_q, cu_seq_q, int(new.max()), int(new.max()), **{**rest, "seqused_k": new}
+    )
+
+
+@pytest.mark.parametrize("defect", [no_window, a_longer_window, pages_in_order, new_positions_alone])
+def test_the_trial_sees_what_a_kernel_ignores(defect: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    monkeypatch.setattr(varlen, "varlen_attn", partial(defect, plain_varlen))
+    shape = KVShape(3, KV_HEADS, HEAD_SIZE, torch.float32, torch.device("cpu"))
+    assert str(failure_of_trial(shape)).startswith("its result in a trial with window ")
+
+
+class Transfers(TorchFunctionMode):
+    """Counts the tensors that are made of numbers of the host."""
+
+    count = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func in (torch.tensor, torch.as_tensor, torch.from_numpy)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", [SequentialBatch, VarlenBatch])
+def test_a_pass_gets_all_its_numbers_in_one_transfer(
+    kind: type[SequentialBatch] | type[VarlenBatch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(varlen, "varlen_attn", plain_varlen)
+    with torch.device("cpu"):
+        plain, target = tiny_pair("mistral", sliding_window=WINDOW)
+        monkeypatch.setattr(vars(target)["_runner"], "_batch_type", kind)
+        texts = [ids(200, 1), ids(20, 2)]
+        kv_caches = [target.new_kv_cache() for _ in texts]
+        target.forward([Segment(kv_cache, text[:-5], 0) for kv_cache, text in zip(kv_caches, texts, strict=True)])
+        segments = [Segment(kv_cache, text[-5:], 5) for kv_cache, text in zip(kv_caches, texts, strict=True)]
+        with Transfers() as transfers:
+            logits = torch.split(target.forward(segments), 5)
+        assert transfers.count == 1
+        for text, rows in zip(texts, logits, strict=True):
+            with torch.inference_mode():
+                expected = plain(torch.tensor([text]), use_cache=False).logits[0, -5:]
+            assert torch.allclose(rows, expected, atol=2e-4, rtol=1e-4)
 
 
 def test_an_older_pytorch_without_page_tables_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,7 +59,7 @@ def test_a_manifest_of_the_format_before_origins_is_read(tmp_path: Path) -> None
 def test_an_old_format_version_is_refused_with_export_again(version: int, tmp_path: Path) -> None:
     figures = json.loads(json.dumps(vars(manifest(12).quality)))
     altered(tmp_path, format_version=version, quality=None, gate=figures)
-    with pytest.raises(BundleError, match=rf"format_version is {version}; allowed: 3, 4, 5; export .*again"):
+    with pytest.raises(BundleError, match=rf"format_version is {version}; allowed: 3, 4, 5, 6; export .*again"):
         Manifest.read(tmp_path)
 
 

@@ -30,8 +30,14 @@ COMMANDS = {
     "churn": "edgedraft-bench churn --bundle build/bundle --target build/sample --recording rounds.jsonl",
     "ceiling": "edgedraft-bench ceiling --shape 7b --torch-device cuda",
 }
-CEILING_GOAL = 0.8
-"""Share of the ceiling that a packed pass of 64 sessions should reach."""
+_CEILING_CASES = {
+    "packed": "a forward pass of the base station, including verification",
+    "dense": "transformers' batch with the same tokens",
+    "continuous": "transformers' continuous batching, one token per session",
+    "target": "the base station without drafts, one token per session",
+}
+CEILING_GOAL = 0.85
+"""Share of the best rival's tokens per second that a packed pass of 64 sessions should reach."""
 
 
 def report(
@@ -208,10 +214,10 @@ def _ceiling(results: Results | None) -> Iterator[str]:
         for row in compared
         if row["sessions"] == 64 and row["share_of_ceiling"] is not None
     ]
+    described = ". ".join(f"`{case}`: {_CEILING_CASES[case]}" for case in cases)
     yield (
-        "`packed`: a forward pass of the base station, including verification. `dense`: transformers' batch with the "
-        "same tokens, the ceiling. `target`: the base station without drafts, one token per session. Tokens per second "
-        "count the tokens that a pass runs.\n\n" + table([row for rows in cases.values() for row in rows])
+        f"{described}. The better of transformers' passes is the ceiling. Tokens per second count the tokens that a "
+        "pass runs.\n\n" + table([row for rows in cases.values() for row in rows])
     )
     yield (
         f"Share of the ceiling that a packed pass of 64 sessions reaches: {', '.join(reached) or 'not measured'} "

@@ -1,7 +1,7 @@
-"""Packed forward passes of a large target against a dense batch, from one session to hundreds, on one torch device.
+"""Packed forward passes of a large target against transformers' own, from one session to hundreds, on one torch device.
 
 The target has random weights and is built on the torch device: the time of a pass
-depends on shapes, not on tokens. Both kinds of pass use the same weights.
+depends on shapes, not on tokens. All kinds of pass use the same weights.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +22,14 @@ from basestation.verify import RoundToVerify, verify_rounds
 from basestation.vocabulary import Vocabulary
 from bench.setup.options import DraftLenOption, DtypeOption, JsonOption, TorchDeviceOption, console, progress_bar
 from bench.setup.results import Results, Row
-from bench.station.passes import PREFILL_TOKENS, DensePassRunner, PackedPassRunner, seconds_of
+from bench.station.passes import (
+    PREFILL_TOKENS,
+    ContinuousBatchingError,
+    DensePassRunner,
+    PackedPassRunner,
+    continuous_batching_seconds,
+    seconds_of,
+)
 from protocol.errors import SettingsError
 from protocol.messages import Sampling
 
@@ -45,7 +52,10 @@ SHAPES: dict[str, dict[str, int]] = {
         "tie_word_embeddings": True,
     },
 }
-CASES = ("packed", "dense", "target")
+CASES = ("packed", "dense", "continuous", "target")
+RIVALS = ("dense", "continuous")
+_ONE_TOKEN = ("continuous", "target")
+"""Cases whose passes run one token per session."""
 _REPEATS = 12
 _WARM_UP = 3
 
@@ -64,7 +74,7 @@ def ceiling(
     draft_len: DraftLenOption = 5,
     json_file: JsonOption = None,
 ) -> None:
-    """Compare forward passes of a large target with a dense batch and with target-only decoding; meant for CUDA."""
+    """Compare passes of a large target with transformers' own and with target-only decoding; meant for CUDA."""
     if shape not in SHAPES:
         raise SettingsError("shape", shape, " or ".join(SHAPES))
     wanted = combinations(contexts or (512, 2048), sessions or (1, 4, 16, 64, 256), draft_len)
@@ -127,10 +137,13 @@ class Ceiling:
     def needed(self, case: str, combination: Combination) -> int:
         """Bytes that a case needs: weights, KV cache and the largest tensors of a pass."""
         positions, copied = combination.context + combination.new, 0
-        if case == "dense":  # DynamicCache copies a layer to grow
-            copied = combination.sessions * positions * self._kv.position_bytes // self._kv.layers
+        if case in RIVALS:  # transformers repeats keys and values of a layer for all query heads
+            groups = self._config.num_attention_heads // self._config.num_key_value_heads
+            copied = groups * combination.sessions * positions * self._kv.position_bytes // self._kv.layers
         else:
             positions = -(-positions // self._kv.page_size) * self._kv.page_size
+        if case == "continuous":  # a mask of all sessions' positions for each token of a pass
+            copied += combination.sessions * positions * PREFILL_TOKENS * self._dtype.itemsize
         rows = combination.sessions * combination.new
         logits = rows * self._config.vocab_size * (self._dtype.itemsize + torch.float32.itemsize)
         hidden = 3 * max(rows, PREFILL_TOKENS, combination.context) * self._config.intermediate_size
@@ -138,21 +151,27 @@ class Ceiling:
         return int(cached + copied + logits + hidden * self._dtype.itemsize)
 
     def _measure(self, case: str, combination: Combination) -> tuple[float | None, str | None]:
-        """Seconds of a pass, or PyTorch's message if memory runs out in spite of the estimate."""
+        """Seconds of a pass; or why there are none, as if memory runs out in spite of the estimate."""
+        if case == "continuous" and self._torch_device.type != "cuda":
+            return None, "transformers sizes the pages of continuous batching by a GPU's memory"
         try:
             with catch_out_of_memory():
                 return self._seconds(case, combination), None
-        except OutOfMemory as error:
+        except (OutOfMemory, ContinuousBatchingError) as error:
             return None, str(error).splitlines()[0]
 
     def _seconds(self, case: str, combination: Combination) -> float:
         self._model = self._model or self._build()
-        new = 1 if case == "target" else combination.new
+        new = 1 if case in _ONE_TOKEN else combination.new
         sequences = self._sequences(combination, new)
         if case == "dense":
             self._model.set_attn_implementation("sdpa")
             dense = DensePassRunner(self._model, sequences, new)
             return self._median(dense.run)
+        if case == "continuous":
+            self._model.set_attn_implementation("sdpa_paged")
+            contexts = [tokens[:-new] for tokens in sequences]
+            return median(continuous_batching_seconds(self._model, contexts, _WARM_UP + _REPEATS)[_WARM_UP:])
         self._model.set_attn_implementation(ATTENTION_NAME)
         vocabulary = _vocabulary(self._config.vocab_size)
         pages = combination.sessions * -(-(combination.context + new) // self._kv.page_size)
@@ -201,22 +220,24 @@ def card(torch_device: torch.device) -> str:
 
 
 def compare(rows: Sequence[Row]) -> list[Row]:
-    """For each combination the packed pass relative to the dense one, and the largest possible gain of drafting.
+    """For each combination the packed pass relative to the best rival, and the largest possible gain of drafting.
 
-    The gain is the packed pass's tokens per second, all drafted tokens accepted, over those of target-only decoding.
+    Both are ratios of tokens per second, all drafted tokens accepted; the gain is over target-only decoding.
     """
     found = {(row["context"], row["sessions"], row["case"]): row for row in rows}
     compared: list[Row] = []
     for (context, sessions, case), packed in found.items():
         if case != "packed":
             continue
-        dense, target = (found[context, sessions, other] for other in ("dense", "target"))
+        rivals = [found[context, sessions, rival]["tokens_per_second"] for rival in RIVALS]
+        best = max((speed for speed in rivals if isinstance(speed, float)), default=None)
+        target = found[context, sessions, "target"]
         compared.append(
             {
                 "case": "comparison",
                 "context": context,
                 "sessions": sessions,
-                "share_of_ceiling": _ratio(dense["milliseconds"], packed["milliseconds"]),
+                "share_of_ceiling": _ratio(packed["tokens_per_second"], best),
                 "max_gain_over_target": _ratio(packed["tokens_per_second"], target["tokens_per_second"]),
             }
         )
@@ -232,7 +253,7 @@ def _ratio(one: object, other: object) -> float | None:
 
 
 def _row(case: str, combination: Combination, seconds: float | None, skipped: str | None) -> Row:
-    tokens = combination.sessions * (1 if case == "target" else combination.new)
+    tokens = combination.sessions * (1 if case in _ONE_TOKEN else combination.new)
     return {
         "case": case,
         "context": combination.context,

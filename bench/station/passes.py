@@ -1,4 +1,4 @@
-"""Packed forward passes of the base station, and dense batches of transformers with the same tokens.
+"""Packed forward passes of the base station, dense batches of transformers with the same tokens, continuous batching.
 
 A dense batch is padded where lengths differ.
 """
@@ -6,11 +6,13 @@ A dense batch is padded where lengths differ.
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import median
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, GenerationConfig, StaticCache
+from transformers.generation.continuous_batching import RequestStatus
 
 from basestation.kv_pool import SequenceKVCache
 from basestation.placement import DTYPES
@@ -20,7 +22,8 @@ from basestation.target_model import TargetModel
 _REPEATS = 15
 _WARM_UP = 2
 PREFILL_TOKENS = 4096
-"""Tokens of all sessions in one step of a dense prefill."""
+"""Tokens of all sessions in one step of a dense prefill, or in a pass of continuous batching."""
+_BLOCK_SIZE = 32
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class PassTimes:
 
 
 class DensePassRunner:
-    """Runs a batch with a ``DynamicCache``, padded on the left.
+    """Runs a batch with a ``StaticCache``, padded on the left.
 
     Args:
         model: the target in transformers.
@@ -51,16 +54,15 @@ class DensePassRunner:
         self._positions = (self._mask.cumsum(dim=1) - 1).clamp(min=0)
         self._past = longest - new
         self._new_ids = rows[:, self._past :]
-        self._cache = DynamicCache()
+        self._cache = StaticCache(model.config, max_cache_len=longest)
         step = max(1, PREFILL_TOKENS // len(sequences))
         for start in range(0, self._past, step):
             end = min(start + step, self._past)
             self._run(rows[:, start:end], slice(start, end), logits_to_keep=1)
 
     def run(self) -> None:
-        """Run the new tokens once, and roll the cache back."""
+        """Run the new tokens once; the next run overwrites them in the cache."""
         self._run(self._new_ids, slice(self._past, self._mask.shape[1]))
-        self._cache.crop(self._past)
 
     @torch.inference_mode()
     def _run(self, ids: torch.Tensor, columns: slice, logits_to_keep: int = 0) -> None:
@@ -69,6 +71,7 @@ class DensePassRunner:
             attention_mask=self._mask[:, : columns.stop],
             position_ids=self._positions[:, columns],
             past_key_values=self._cache,
+            cache_position=torch.arange(columns.start, columns.stop, device=ids.device),
             use_cache=True,
             logits_to_keep=logits_to_keep,
         )
@@ -106,6 +109,63 @@ class PackedPassRunner:
         """Free the KV caches."""
         for kv_cache in self._kv_caches:
             kv_cache.release()
+
+
+class ContinuousBatchingError(Exception):
+    """transformers' continuous batching failed."""
+
+
+def continuous_batching_seconds(model: Any, sequences: Sequence[list[int]], passes: int) -> list[float]:
+    """The times of at least so many passes of transformers' continuous batching, each with one token per sequence.
+
+    Args:
+        model: the target in transformers, with a paged attention.
+        sequences: the tokens of each sequence before these passes, all of one length.
+        passes: see above.
+
+    Raises:
+        ContinuousBatchingError: with its reason.
+    """
+    length, count = len(sequences[0]), len(sequences)
+    batch_tokens = max(PREFILL_TOKENS, 2 * count)
+    prefill_passes = -(-length * count // (batch_tokens - count)) + 1  # sequences that decode take part in them
+    new = prefill_passes + passes + 1
+    blocks = count * (-(-(length + new) // _BLOCK_SIZE) + 1)
+    config = GenerationConfig(
+        max_new_tokens=new,
+        do_sample=False,
+        eos_token_id=-1,
+        block_size=_BLOCK_SIZE,
+        num_blocks=blocks * 4 // 3,  # it starts no sequence while less than a fifth is free
+        max_batch_tokens=batch_tokens,
+    )
+    manager = model.init_continuous_batching(generation_config=config, streaming=True)
+    manager.start()
+    try:
+        manager.add_requests(sequences)
+        instants = _token_instants(manager, count)
+    finally:
+        manager.stop(block=True)
+    last_started = max(instants, key=lambda times: times[0])
+    first_finished = min(times[-1] for times in instants)
+    return [end - start for start, end in pairwise(last_started) if end <= first_finished]
+
+
+def _token_instants(manager: Any, count: int) -> list[list[float]]:
+    """When each of ``count`` sequences got each of its tokens."""
+    instants: dict[str, list[float]] = {}
+    finished = 0
+    while finished < count:
+        result = manager.get_result(timeout=1)
+        if result is None:
+            if not manager.is_running():
+                raise ContinuousBatchingError("transformers' continuous batching stopped; the log says why")
+            continue
+        if result.status is RequestStatus.FAILED:
+            raise ContinuousBatchingError(f"transformers' continuous batching failed: {result.error}")
+        instants.setdefault(result.request_id, []).append(time.perf_counter())
+        finished += result.status is RequestStatus.FINISHED
+    return list(instants.values())
 
 
 def load_dense(model: str, dtype: str, torch_device: torch.device) -> Any:
