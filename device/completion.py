@@ -200,7 +200,12 @@ class Completion:
     def _usage(self) -> Fields:
         prompt_tokens = sum(finish.prompt_tokens for finish in self._finishes)
         new_tokens = sum(finish.new_tokens for finish in self._finishes)
-        counts = {"prompt_tokens": prompt_tokens, "completion_tokens": new_tokens}
+        counts: Fields = {"prompt_tokens": prompt_tokens, "completion_tokens": new_tokens}
+        predicted = [finish.prediction_tokens for finish in self._finishes if finish.prediction_tokens is not None]
+        if predicted:
+            accepted, rejected = map(sum, zip(*predicted, strict=True))
+            details = {"accepted_prediction_tokens": accepted, "rejected_prediction_tokens": rejected}
+            counts["completion_tokens_details"] = details
         return counts | {"total_tokens": prompt_tokens + new_tokens}
 
 

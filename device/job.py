@@ -17,7 +17,8 @@ class AnswerRequest:
     """A conversation, a text or tokens to continue; any of the ``stops`` in the text ends the answer.
 
     With ``rounds`` the answer is delivered round by round, with the origins of its tokens; with ``echo`` the prompt
-    comes first, and with log-probabilities if the sampling settings ask for them.
+    comes first, and with log-probabilities if the sampling settings ask for them. ``prediction`` is what the answer
+    perhaps is.
     """
 
     prompt: tuple[ChatMessage, ...] | tuple[int, ...] | str
@@ -27,15 +28,21 @@ class AnswerRequest:
     rounds: bool = False
     echo: bool = False
     tools: Tools = field(default_factory=Tools)
+    prediction: str = ""
 
 
 @dataclass(frozen=True)
 class Finish:
-    """The end of an answer; ``reason`` is ``stop``, ``length`` or ``tool_calls``, counts are tokens."""
+    """The end of an answer; ``reason`` is ``stop``, ``length`` or ``tool_calls``, counts are tokens.
+
+    ``prediction_tokens`` are how many of the prediction were accepted, and how many were drafted and rejected; None
+    without a prediction.
+    """
 
     reason: str
     prompt_tokens: int
     new_tokens: int
+    prediction_tokens: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
