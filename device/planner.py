@@ -267,7 +267,7 @@ class Planner:
         best, most, tokens = 0, 0.0, 1.0
         for count in range(1, len(proposal.token_ids) + 1):
             tokens += alpha**count
-            gain = tokens - rate * max(reply + count * slope, tokens * catch_up)
+            gain = tokens - rate * (reply + count * slope + tokens * catch_up)
             if gain > most:
                 best, most = count, gain
         return best
