@@ -211,9 +211,7 @@ class DraftRounds:
         can_draft = self._drafter.room(self._tokens) > 0
         if self._settings.draft_len is not None:
             return 0 if can_draft else len(proposal.token_ids)
-        if self._in_flight:
-            return self._planner.lookup_len_ahead(proposal, evidence_of(self._in_flight), can_draft)
-        return self._planner.lookup_len(proposal, can_draft)
+        return self._planner.lookup_len(proposal, can_draft, evidence_of(self._in_flight))
 
     def _use_wait(self) -> bool:
         """Bring the draft model's KV cache up to date while a Verdict is awaited; whether there may be more to do."""

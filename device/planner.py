@@ -252,41 +252,34 @@ class Planner:
         piece = self.times.round_trip_seconds / (_LOOKUP_SHARE * self._target_seconds)
         return min(most, max(_LEAST_PIECE, ceil(piece)))
 
-    def lookup_len(self, proposal: Proposal, can_draft: bool) -> int:
+    def lookup_len(self, proposal: Proposal, can_draft: bool, before: Sequence[Evidence] = ()) -> int:
         """How many tokens of a proposal to send as the next Draft; 0 where that is slower than the other ways.
 
+        While Drafts are in flight it costs no round trip, and goes up to the probability of ``MIN_SURVIVAL`` that all
+        of it is accepted.
+
         Args:
-            proposal: of prompt lookup.
+            proposal: of prompt lookup; while Drafts are in flight its first token is the assumed bonus token.
             can_draft: whether the draft model can draft instead; it must run the accepted tokens later.
+            before: of the tokens in flight; empty where none are.
         """
         if self._target_seconds is None:
             return 0
-        alpha, reply, slope = self._lookup.of(proposal.match), self._replies.intercept, self._replies.slope
+        alpha, slope = self._lookup.of(proposal.match), self._replies.slope
+        seconds = self._target_seconds if before else self._replies.intercept
         rate = self.tokens_per_second if can_draft and not self._alone else 1 / self._target_seconds
         catch_up = self._prefill_token_seconds if can_draft and not self._alone else 0.0
+        survival = prod(map(self._acceptance_at, before))
         best, most, tokens = 0, 0.0, 1.0
         for count in range(1, len(proposal.token_ids) + 1):
+            survival *= alpha
+            if before and survival < MIN_SURVIVAL:
+                break
             tokens += alpha**count
-            gain = tokens - rate * (reply + count * slope + tokens * catch_up)
+            gain = tokens - rate * (seconds + count * slope + tokens * catch_up)
             if gain > most:
                 best, most = count, gain
         return best
-
-    def lookup_len_ahead(self, proposal: Proposal, before: Sequence[Evidence], can_draft: bool) -> int:
-        """The same while other Drafts are in flight, where drafting takes no time: up to ``MIN_SURVIVAL``.
-
-        Args:
-            proposal: of prompt lookup; its first token is the assumed bonus token.
-            before: of the tokens in flight.
-            can_draft: whether the draft model can draft instead.
-        """
-        alpha = self._lookup.of(proposal.match)
-        if can_draft and alpha < self.alpha:
-            return 0
-        survival, count = prod(map(self._acceptance_at, before)) * alpha, 0
-        while count < len(proposal.token_ids) and survival >= MIN_SURVIVAL:
-            survival, count = survival * alpha, count + 1
-        return count
 
     def should_draft_ahead(self, before: Sequence[Evidence], margins: Sequence[float | None]) -> bool:
         """Whether to draft another token of a Draft, where up to ``drafts_ahead`` others are sent before its Verdict.

@@ -119,9 +119,9 @@ def test_a_proposal_is_sent_where_it_was_right_and_not_where_it_was_wrong() -> N
     assert good.lookup_len(proposal, can_draft=True) > 10
     assert good.lookup_len(proposal, can_draft=False) > 10
     assert bad.lookup_len(proposal, can_draft=True) == 0
-    assert good.lookup_len_ahead(proposal, [], can_draft=True) > 10
-    assert good.lookup_len_ahead(proposal, [0.1] * 20, can_draft=True) == 0
-    assert bad.lookup_len_ahead(proposal, [], can_draft=True) == 0
+    assert good.lookup_len(proposal, True, before=[Match(4)]) > 10
+    assert good.lookup_len(proposal, True, before=[0.1] * 20) == 0
+    assert bad.lookup_len(proposal, True, before=[Match(16)]) == 0
 
 
 def test_longer_drafts_are_sent_where_verifying_a_token_costs_less() -> None:
