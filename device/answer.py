@@ -104,7 +104,7 @@ class Conversation:
         """
         return AnswerStream(self, prompt_ids, max_new_tokens, prediction)
 
-    def begin(self, prompt_ids: list[int], prediction: Sequence[int]) -> DeviceSession:
+    def begin(self, prompt_ids: list[int], prediction: Sequence[int] = ()) -> DeviceSession:
         """The session, opened on the prompt or extended with it."""
         planner = self._planners.for_settings(self.settings, self._client.welcome)
         self._prompt_len = len(prompt_ids)
