@@ -211,8 +211,8 @@ class DeviceSession:
         if self._draft_room and self._settings.draft_len:
             return 0
         alone = planner.decode_len(self._drafter.backlog(self.tokens)) if self._draft_room else room
-        if self._lookup is not None and alone > TRIAL:
-            alone = planner.decode_piece(alone)
+        if self._lookup is not None and alone > TRIAL:  # piece by piece, so that lookup is tried in between
+            alone = TRIAL if self._settings.draft_len else planner.decode_piece(alone)
         return min(alone, room)
 
     @property
