@@ -69,7 +69,7 @@ def ids_of(session: DeviceSession, count: int = COUNT) -> list[int]:
 )
 def test_answers_are_the_targets_own(mode: Mode, sampling: Sampling, ahead: int | None, kind: str) -> None:
     chance, looked_up = random.Random(f"{mode}{kind}"), 0  # noqa: S311
-    for _ in range(8):
+    for _ in range(4):
         times = PairTimes(*(chance.choice([0.001, 0.01, 0.05]) for _ in range(4)))
         prompt = [chance.randrange(VOCAB) for _ in range(chance.randrange(1, 12))]
         answer = expected(sampling, prompt)
@@ -83,7 +83,7 @@ def test_answers_are_the_targets_own(mode: Mode, sampling: Sampling, ahead: int 
     if mode is Mode.TARGET:
         assert looked_up == 0
     elif sampling.greedy or kind in ("right", "edited"):
-        assert looked_up > 20
+        assert looked_up > 8
 
 
 @pytest.mark.parametrize("ahead", [0, 3])
@@ -118,7 +118,7 @@ def test_a_base_station_that_restarts_changes_no_answer(restart_at: int) -> None
 
 
 SMALL = random_table(3, seed=4, sharpness=0.8)
-PROMPT, LENGTH, SAMPLES = [0, 1, 2, 0, 1, 2, 0, 1], 4, 1600
+PROMPT, LENGTH, SAMPLES = [0, 1, 2, 0, 1, 2, 0, 1], 4, 1000
 FALSE_ALARM = 1e-4
 
 
