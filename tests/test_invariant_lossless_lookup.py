@@ -62,28 +62,23 @@ def ids_of(session: DeviceSession, count: int = COUNT) -> list[int]:
     return [token.token_id for token in session.answer(count)]
 
 
-@pytest.mark.parametrize("kind", ["none", "right", "edited", "wrong"])
 @pytest.mark.parametrize("ahead", [0, None])
 @pytest.mark.parametrize(
     ("mode", "sampling"), [*((mode, GREEDY) for mode in Mode), (Mode.COUPLED, SAMPLED), (Mode.TARGET, SAMPLED)]
 )
-def test_answers_are_the_targets_own(mode: Mode, sampling: Sampling, ahead: int | None, kind: str) -> None:
-    chance, looked_up = random.Random(f"{mode}{kind}"), 0  # noqa: S311
-    for _ in range(4):
+def test_answers_are_the_targets_own(mode: Mode, sampling: Sampling, ahead: int | None) -> None:
+    chance, looked_up = random.Random(mode), 0  # noqa: S311
+    for kind in ["none", "right", "edited", "wrong"] * 2:
         times = PairTimes(*(chance.choice([0.001, 0.01, 0.05]) for _ in range(4)))
         prompt = [chance.randrange(VOCAB) for _ in range(chance.randrange(1, 12))]
         answer = expected(sampling, prompt)
         settings = DraftSettings(mode, sampling, 3, None, drafts_ahead=ahead, lookup=True)
-        session = TimedPair(TARGET, DRAFT, times).session(
-            settings, prompt, prediction=prediction_of(kind, answer, chance)
-        )
+        prediction = prediction_of(kind, answer, chance)
+        session = TimedPair(TARGET, DRAFT, times).session(settings, prompt, prediction=prediction)
         tokens = list(session.answer(COUNT))
-        assert [token.token_id for token in tokens] == answer
+        assert [token.token_id for token in tokens] == answer, kind
         looked_up += sum(token.origin is Origin.LOOKUP for token in tokens)
-    if mode is Mode.TARGET:
-        assert looked_up == 0
-    elif sampling.greedy or kind in ("right", "edited"):
-        assert looked_up > 8
+    assert (looked_up > 20) is (mode is not Mode.TARGET)
 
 
 @pytest.mark.parametrize("ahead", [0, 3])
