@@ -18,6 +18,7 @@ MODULES = {
     "ahead": "bench.grid.ahead",
     "fresh": "bench.grid.fresh",
     "categories": "bench.pair.categories",
+    "lookup": "bench.pair.lookup",
     "agreement": "bench.pair.agreement",
     "peers": "bench.pair.peers",
     "exact": "bench.exact",

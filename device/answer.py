@@ -98,11 +98,14 @@ class Conversation:
         self._prompt_len = 0
         self._session: DeviceSession | None = None
 
-    def ask(self, prompt_ids: list[int], max_new_tokens: int) -> "AnswerStream":
-        """The answer to a prompt, at most ``max_new_tokens`` long; nothing happens until it is iterated."""
-        return AnswerStream(self, prompt_ids, max_new_tokens)
+    def ask(self, prompt_ids: list[int], max_new_tokens: int, prediction: Sequence[int] = ()) -> "AnswerStream":
+        """The answer to a prompt, at most ``max_new_tokens`` long; nothing happens until it is iterated.
 
-    def begin(self, prompt_ids: list[int]) -> DeviceSession:
+        ``prediction`` is what the answer perhaps is, for prompt lookup.
+        """
+        return AnswerStream(self, prompt_ids, max_new_tokens, prediction)
+
+    def begin(self, prompt_ids: list[int], prediction: Sequence[int] = ()) -> DeviceSession:
         """The session, opened on the prompt or extended with it."""
         planner = self._planners.for_settings(self.settings, self._client.welcome)
         self._prompt_len = len(prompt_ids)
@@ -110,9 +113,11 @@ class Conversation:
         self._client.check_sampling(sampling)
         grammar = self.tokenizer.grammar(sampling.grammar, self._client.stop_ids) if sampling.grammar else None
         if self._session is None:
-            self._session = DeviceSession(self._client, planner, self.settings, self.model, prompt_ids, grammar)
+            self._session = DeviceSession(
+                self._client, planner, self.settings, self.model, prompt_ids, grammar, prediction
+            )
         else:
-            self._session.extend(prompt_ids, sampling, planner, grammar)
+            self._session.extend(prompt_ids, sampling, planner, grammar, prediction)
         return self._session
 
     @property
@@ -157,10 +162,13 @@ class Conversation:
 class AnswerStream:
     """One answer: iterate over its text chunks, then read ``answer``."""
 
-    def __init__(self, conversation: Conversation, prompt_ids: list[int], max_new_tokens: int) -> None:
+    def __init__(
+        self, conversation: Conversation, prompt_ids: list[int], max_new_tokens: int, prediction: Sequence[int] = ()
+    ) -> None:
         self._conversation = conversation
         self._prompt_ids = prompt_ids
         self._max_new_tokens = max_new_tokens
+        self._prediction = prediction
         self._tokens: list[AnswerToken] = []
         self._cached_tokens = 0
         self._finish_reason = "length"
@@ -188,6 +196,13 @@ class AnswerStream:
     def new_tokens(self) -> int:
         """Tokens committed so far."""
         return len(self._tokens)
+
+    @property
+    def prediction_tokens(self) -> tuple[int, int]:
+        """How many tokens of the prediction were accepted so far, and how many rejected."""
+        began, now = self._began.counters, self._conversation.snapshot().counters
+        accepted = now.accepted_prediction - began.accepted_prediction
+        return accepted, now.drafted_prediction - began.drafted_prediction - accepted
 
     @property
     def ended(self) -> bool:
@@ -244,7 +259,7 @@ class AnswerStream:
         )
 
     def _token_ids(self) -> Iterator[int]:
-        session = self._conversation.begin(self._prompt_ids)
+        session = self._conversation.begin(self._prompt_ids, self._prediction)
         self._cached_tokens = session.cached_tokens
         for token in session.answer(self._max_new_tokens):
             if not self._tokens:

@@ -37,9 +37,20 @@ class ChatRequest:
         check_names(fields, CHAT_FIELDS)
         tools, logprobs, messages = read_tools(fields), _logprobs(fields), _messages(fields)
         request = read_answer(fields, messages, defaults, logprobs)
-        request = replace(request, tools=tools, continue_final=_continues(fields, messages[-1]))
+        continued = _continues(fields, messages[-1])
+        request = replace(request, tools=tools, prediction=_prediction(fields), continue_final=continued)
         _check_tools(request)
         return cls(choices_of(fields, request), Streaming.read(fields))
+
+
+def _prediction(fields: Fields) -> str:
+    """What the answer perhaps is; "" where nothing is predicted."""
+    prediction = field(fields, "prediction", dict, None, "an object of type content")
+    if prediction is None:
+        return ""
+    if prediction.get("type", "content") != "content":
+        raise SettingsError("prediction.type", prediction["type"], "content")
+    return _text("prediction.content", prediction.get("content"))
 
 
 def _check_tools(request: AnswerRequest) -> None:
@@ -90,18 +101,23 @@ def _message(name: str, message: Any) -> ChatMessage:
     calls = read_tool_calls(name, message) if role == "assistant" else []
     if content is None and role == "assistant":  # of an answer that only called tools
         content = ""
-    if isinstance(content, list) and all(_is_text(part) for part in content):
-        content = "".join(part["text"] for part in content)
-    if not isinstance(content, str):
-        raise SettingsError(f"{name}.content", content, "text, or a list of parts of type text")
-    check_unicode(f"{name}.content", content)
-    read: ChatMessage = {"role": role, "content": content}
+    read: ChatMessage = {"role": role, "content": _text(f"{name}.content", content)}
     if calls:
         read["tool_calls"] = calls
     if role == "tool":
         read["tool_call_id"] = field(message, "tool_call_id", str, "", "a text")
         read["name"] = field(message, "name", str, "", "a text")
     return read
+
+
+def _text(name: str, content: Any) -> str:
+    """A text, or the texts of several parts."""
+    if isinstance(content, list) and all(_is_text(part) for part in content):
+        content = "".join(part["text"] for part in content)
+    if not isinstance(content, str):
+        raise SettingsError(name, content, "text, or a list of parts of type text")
+    check_unicode(name, content)
+    return content
 
 
 def _is_text(part: Any) -> bool:

@@ -27,6 +27,7 @@ from device.doctor import Doctor
 from device.draft_model import SequenceModel
 from device.link import Link
 from device.load_model import load_model
+from device.no_draft_model import NoDraftModel
 from device.options import COMMON, OUTPUT, AnswerOptions
 from device.planner_store import PlannerStore
 from device.planners import Planners
@@ -51,7 +52,8 @@ SystemPrompt = Annotated[
 ShowOrigins = Annotated[
     bool,
     typer.Option(
-        help="Color tokens: accepted green, recovered red, bonus blue, target alone magenta.", rich_help_panel=OUTPUT
+        help="Color tokens: accepted green, recovered red, bonus blue, target alone magenta, prompt lookup cyan.",
+        rich_help_panel=OUTPUT,
     ),
 ]
 
@@ -244,7 +246,11 @@ def _conversation(answer_options: AnswerOptions) -> Iterator[Conversation]:
 
 
 def _load(answer_options: AnswerOptions) -> tuple[SequenceModel, Tokenizer]:
-    model = load_model(answer_options.bundle, answer_options.threads, (answer_options.provider,))
+    model: SequenceModel
+    if answer_options.draft == "none":
+        model = NoDraftModel(Manifest.read(answer_options.bundle))
+    else:
+        model = load_model(answer_options.bundle, answer_options.threads, (answer_options.provider,))
     return model, Tokenizer(answer_options.bundle, model.manifest)
 
 

@@ -209,9 +209,14 @@ class Completion:
     def _usage(self) -> Fields:
         prompt_tokens = sum(finish.prompt_tokens for finish in self._finishes)
         new_tokens = sum(finish.new_tokens for finish in self._finishes)
-        counts = {"prompt_tokens": prompt_tokens, "completion_tokens": new_tokens}
-        cached = {"cached_tokens": sum(finish.timings.cache_n for finish in self._finishes)}
-        return counts | {"total_tokens": prompt_tokens + new_tokens, "prompt_tokens_details": cached}
+        counts: Fields = {"prompt_tokens": prompt_tokens, "completion_tokens": new_tokens}
+        counts["prompt_tokens_details"] = {"cached_tokens": sum(finish.timings.cache_n for finish in self._finishes)}
+        predicted = [finish.prediction_tokens for finish in self._finishes if finish.prediction_tokens is not None]
+        if predicted:
+            accepted, rejected = map(sum, zip(*predicted, strict=True))
+            details = {"accepted_prediction_tokens": accepted, "rejected_prediction_tokens": rejected}
+            counts["completion_tokens_details"] = details
+        return counts | {"total_tokens": prompt_tokens + new_tokens}
 
 
 def _call(call: ToolCall) -> Fields:

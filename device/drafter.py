@@ -14,6 +14,7 @@ from common.common_prefix import common_prefix
 from common.grammar import Grammar
 from device.draft_model import Logits, SequenceModel
 from device.logits_processing import process_logits
+from device.prompt_lookup import Match
 from device.sampling import coupled_token, full_distribution, sparse_distribution
 from device.settings import UplinkSettings
 from protocol.errors import NonFiniteError
@@ -34,11 +35,18 @@ class DraftedToken:
         token_id: its id.
         margin: the gap between the two highest scores; None where the token was sampled from its distribution.
         distribution: what it was sampled from, in modes that send it.
+        match: that it followed, if prompt lookup proposed it; None for a token of the draft model.
     """
 
     token_id: int
     margin: float | None
     distribution: DraftDistribution | None = None
+    match: Match | None = None
+
+    @property
+    def evidence(self) -> float | Match | None:
+        """What tells its acceptance: its match or its margin."""
+        return self.match or self.margin
 
 
 @dataclass(frozen=True)

@@ -91,6 +91,13 @@ def _chunk(head: Mapping[str, Any], choice: Fields) -> Fields:
 
 
 def _usage() -> Fields:
+    """Token counts; with a prediction, how much of it was right."""
+    predicted = _object(
+        {
+            "accepted_prediction_tokens": schema("integer", "tokens of the prediction in the answer"),
+            "rejected_prediction_tokens": schema("integer", "those that were drafted and rejected"),
+        }
+    )
     cached = _object({"cached_tokens": schema("integer", "prompt tokens that were not sent again")})
     return _object(
         {
@@ -98,7 +105,9 @@ def _usage() -> Fields:
             "completion_tokens": schema("integer", "of all choices"),
             "total_tokens": schema("integer", "their sum"),
             "prompt_tokens_details": cached,
-        }
+            "completion_tokens_details": predicted,
+        },
+        optional=["completion_tokens_details"],
     )
 
 

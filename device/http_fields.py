@@ -111,6 +111,15 @@ CHAT_FIELDS: Mapping[str, Schema] = {
     "tools": schema("array", "functions that the answer may call", items={"type": "object"}, maxItems=MAX_TOOLS),
     "tool_choice": schema(["string", "object"], "auto, none, required, or an object that names one of the tools"),
     "parallel_tool_calls": schema("boolean", "false: the first call ends the answer"),
+    "prediction": schema(
+        "object",
+        "what the answer perhaps is, as `content` of type `content`: proposed to the target, like any draft",
+        properties={
+            "type": schema("string", "`content`"),
+            "content": schema(["string", "array"], "a text, or parts of type text"),
+        },
+        required=["content"],
+    ),
     "logprobs": schema("boolean", "send the target's log-probability of each token"),
     "top_logprobs": schema("integer", "and those of as many most likely tokens", minimum=0, maximum=MAX_TOP_LOGPROBS),
 }
@@ -151,7 +160,6 @@ ONLY_VALUES: Mapping[str, Sequence[Any]] = {
 IGNORED: Sequence[str] = (
     "cache_prompt",
     "metadata",
-    "prediction",
     "priority",
     "prompt_cache_key",
     "prompt_cache_retention",

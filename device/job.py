@@ -19,7 +19,7 @@ class AnswerRequest:
 
     With ``rounds`` the answer is delivered round by round, with the origins of its tokens; with ``echo`` the prompt
     comes first, and with log-probabilities if the sampling settings ask for them. With ``continue_final`` the answer
-    continues the last message.
+    continues the last message. ``prediction`` is what the answer perhaps is.
     """
 
     prompt: tuple[ChatMessage, ...] | tuple[int, ...] | str
@@ -30,15 +30,21 @@ class AnswerRequest:
     echo: bool = False
     tools: Tools = field(default_factory=Tools)
     continue_final: bool = False
+    prediction: str = ""
 
 
 @dataclass(frozen=True)
 class Finish:
-    """The end of an answer; ``reason`` is ``stop``, ``length`` or ``tool_calls``, counts are tokens."""
+    """The end of an answer; ``reason`` is ``stop``, ``length`` or ``tool_calls``, counts are tokens.
+
+    ``prediction_tokens`` are how many of the prediction were accepted, and how many were drafted and rejected; None
+    without a prediction.
+    """
 
     reason: str
     prompt_tokens: int
     new_tokens: int
+    prediction_tokens: tuple[int, int] | None = None
     timings: Timings = field(default_factory=Timings, compare=False)
 
 

@@ -19,6 +19,8 @@ from protocol.messages import Mode, Sampling
 
 COMMON, SAMPLING, DRAFTING, LINK, OUTPUT = "Common", "Sampling", "Drafting", "Link", "Output"
 """The panels of the help."""
+DRAFTS = ("model", "none")
+"""What may draft besides prompt lookup."""
 _SYSTEM_BUNDLE = Path("/var/lib/edgedraft/bundle")
 
 
@@ -90,6 +92,20 @@ class AnswerOptions:
             rich_help_panel=DRAFTING,
         ),
     ] = "auto"
+    draft: Annotated[
+        str,
+        typer.Option(
+            help="model: the bundle's draft model; none: prompt lookup alone, the model is not loaded.",
+            rich_help_panel=DRAFTING,
+        ),
+    ] = "model"
+    lookup: Annotated[
+        bool,
+        typer.Option(
+            help="Also draft what followed the last tokens earlier in the conversation, where that is faster.",
+            rich_help_panel=DRAFTING,
+        ),
+    ] = True
     drafts_ahead: Annotated[
         str,
         typer.Option(
@@ -155,6 +171,8 @@ class AnswerOptions:
             KeyFileError: a key file cannot be used.
             BundleError: the bundle's manifest cannot be read.
         """
+        if self.draft not in DRAFTS:
+            raise SettingsError("draft", self.draft, " or ".join(DRAFTS))
         self.draft_settings(self.sampling)
         self.curve_keys()
         endpoint(self.server)
@@ -179,6 +197,7 @@ class AnswerOptions:
             uplink_p=self.uplink_p,
             uplink_steps=self.uplink_steps,
             drafts_ahead=self._drafts_ahead,
+            lookup=self.lookup,
         )
 
     @property

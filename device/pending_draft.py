@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from device.drafter import DraftedToken
+from device.planner import Evidence
 from device.round_records import Moment
 
 
@@ -19,6 +20,7 @@ class PendingDraft:
         draft_seconds: the time to draft ``tokens`` and ``assumed_bonus``.
         sent: when it was sent.
         uplink_bytes: of it on the link.
+        is_looked_up: whether its tokens are those of prompt lookup, so that none is added.
     """
 
     began: Moment
@@ -28,6 +30,7 @@ class PendingDraft:
     draft_seconds: float = 0.0
     sent: Moment | None = None
     uplink_bytes: int = 0
+    is_looked_up: bool = False
 
     def __len__(self) -> int:
         return len(self.tokens) + (self.assumed_bonus is not None)
@@ -38,12 +41,18 @@ class PendingDraft:
         return [token.margin for token in self.tokens]
 
     @property
-    def uncertain_margins(self) -> list[float | None]:
-        """The margins of the assumed bonus token, if there is one, and of ``tokens``."""
-        assumed = [self.assumed_bonus.margin] if self.assumed_bonus else []
-        return [*assumed, *self.margins]
+    def evidence(self) -> list[Evidence]:
+        """Of the assumed bonus token, if there is one, and of ``tokens``."""
+        assumed = [self.assumed_bonus] if self.assumed_bonus else []
+        return [token.evidence for token in (*assumed, *self.tokens)]
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Of the assumed bonus token, if there is one, and of ``tokens``."""
+        assumed = [self.assumed_bonus] if self.assumed_bonus else []
+        return [token.token_id for token in (*assumed, *self.tokens)]
 
 
-def margins_of(drafts: Sequence[PendingDraft]) -> list[float | None]:
-    """The margins of all tokens of Drafts whose Verdicts are not known."""
-    return [margin for draft in drafts for margin in draft.uncertain_margins]
+def evidence_of(drafts: Sequence[PendingDraft]) -> list[Evidence]:
+    """The evidence of all tokens of Drafts whose Verdicts are not known."""
+    return [evidence for draft in drafts for evidence in draft.evidence]

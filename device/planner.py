@@ -6,13 +6,18 @@ Knows numbers, not models or links; the formulas are in ``common/round_model.py`
 from bisect import bisect
 from collections.abc import Sequence
 from dataclasses import replace
-from math import inf, prod, sqrt
+from math import ceil, inf, prod, sqrt
+from typing import TypeAlias
 
 from common.estimates import DECAY, Line, Ratio, Share
 from common.round_model import RoundTimes, expected_tokens, run_tokens
 from device.planner_figures import MAX_ROUNDS, PlannerFigures
+from device.planner_lookup import LookupAcceptance
+from device.prompt_lookup import Match, Proposal
 from protocol.bundle import QualityFigures
 
+Evidence: TypeAlias = float | Match | None
+"""What tells the acceptance of a drafted token: its margin or the match that it followed; None where it was sampled."""
 MAX_DRAFT_LEN = 32
 """Longest planned draft: the formulas assume the same acceptance at every position, which fails further out."""
 ASSUMED_COST = 1 / 4
@@ -31,6 +36,9 @@ TRIAL_SHARE = 1 / 50
 """Largest share of all time that trials of drafting may cost."""
 _TARGET_TRIAL_SHARE = 1 / 100
 """The same for trials of the target alone, which run where drafting is faster, usually by far."""
+_LOOKUP_SHARE = 1 / 40
+"""Largest share of the time that the target alone may lose because it decodes piece by piece, for prompt lookup."""
+_LEAST_PIECE = 2
 _PRIOR_ROUNDS = 6.0
 _CERTAIN_ROUNDS = 32
 """Before this many rounds, drafting is given up only where it is clearly slower: n rounds have an error of 1/√n."""
@@ -71,7 +79,11 @@ class Planner:
 
     The acceptance rate is estimated by *margin*, the gap between the two highest
     scores, where the argmax is drafted: in modes ``ids`` and ``coupled``, and at
-    temperature 0 in all modes. Sampled tokens share one estimate.
+    temperature 0 in all modes. Sampled tokens share one estimate. That of tokens from
+    prompt lookup is estimated by the length of their match.
+
+    Prompt lookup drafts where its round is expected to give more tokens than the
+    faster of the draft model and the target alone would give in the same time.
 
     Args:
         quality: figures of the quality check, the initial acceptance rate.
@@ -92,6 +104,7 @@ class Planner:
         self._prefills = Ratio()  # seconds over tokens of a prompt
         self._rounds = Ratio()  # tokens over seconds
         self._rounds_seen = 0
+        self._lookup = LookupAcceptance()
         self._predicted = 0.0, 0.0
         self._overlapped_lens: dict[int, int] = {}  # by drafts ahead, until the estimates change
         self._alone = False
@@ -229,14 +242,53 @@ class Planner:
         seconds = times.seconds(1) - times.seconds(0)
         return accepted >= seconds * self.tokens_per_second
 
-    def should_draft_ahead(self, before: Sequence[float | None], margins: Sequence[float | None]) -> bool:
+    def decode_piece(self, most: int) -> int:
+        """How many of ``most`` tokens the target decodes alone before prompt lookup is tried again.
+
+        Each piece costs a round trip, which may take up to ``_LOOKUP_SHARE`` of the time.
+        """
+        if self._target_seconds is None:
+            return min(most, TRIAL)
+        piece = self.times.round_trip_seconds / (_LOOKUP_SHARE * self._target_seconds)
+        return min(most, max(_LEAST_PIECE, ceil(piece)))
+
+    def lookup_len(self, proposal: Proposal, can_draft: bool, before: Sequence[Evidence] = ()) -> int:
+        """How many tokens of a proposal to send as the next Draft; 0 where that is slower than the other ways.
+
+        While Drafts are in flight it costs no round trip, and goes up to the probability of ``MIN_SURVIVAL`` that all
+        of it is accepted.
+
+        Args:
+            proposal: of prompt lookup; while Drafts are in flight its first token is the assumed bonus token.
+            can_draft: whether the draft model can draft instead; it must run the accepted tokens later.
+            before: of the tokens in flight; empty where none are.
+        """
+        if self._target_seconds is None:
+            return 0
+        alpha, slope = self._lookup.of(proposal.match), self._replies.slope
+        seconds = self._target_seconds if before else self._replies.intercept
+        rate = self.tokens_per_second if can_draft and not self._alone else 1 / self._target_seconds
+        catch_up = self._prefill_token_seconds if can_draft and not self._alone else 0.0
+        survival = prod(map(self._acceptance_at, before))
+        best, most, tokens = 0, 0.0, 1.0
+        for count in range(1, len(proposal.token_ids) + 1):
+            survival *= alpha
+            if before and survival < MIN_SURVIVAL:
+                break
+            tokens += alpha**count
+            gain = tokens - rate * (seconds + count * slope + tokens * catch_up)
+            if gain > most:
+                best, most = count, gain
+        return best
+
+    def should_draft_ahead(self, before: Sequence[Evidence], margins: Sequence[float | None]) -> bool:
         """Whether to draft another token of a Draft, where up to ``drafts_ahead`` others are sent before its Verdict.
 
         Drafting goes on while nothing else could be done, up to the probability of
         ``MIN_SURVIVAL`` that all of it is accepted: what is sent in vain costs bytes.
 
         Args:
-            before: margins of the tokens in flight, and of the assumed bonus token.
+            before: of the tokens in flight, and of the assumed bonus token.
             margins: of the Draft so far.
         """
         if len(margins) >= self._overlapped_len():
@@ -317,6 +369,17 @@ class Planner:
             self._rounds_seen += not overlapped
             self._review(False, accepted + 1, round_seconds)
 
+    def observe_proposal(self, proposal: Proposal, committed: Sequence[int]) -> None:
+        """Record what was committed where a proposal of prompt lookup would have begun, whether it was sent or not."""
+        self._lookup.observe(proposal, committed)
+
+    def observe_lookup_reply(self, drafted: int, reply_seconds: float | None) -> None:
+        """Record the reply to a Draft of prompt lookup; see ``observe``."""
+        if reply_seconds is not None and self._target_seconds is not None:
+            self._longest_link = None
+            self._overlapped_lens.clear()
+            self._replies.observe(drafted, reply_seconds)
+
     def observe_assumed(self, margin: float | None, is_right: bool, is_argmax: bool) -> None:
         """Record whether an assumed bonus token was right.
 
@@ -376,8 +439,10 @@ class Planner:
         """Seconds to run a token of a long prompt through the draft model."""
         return self._prefills.value if self._prefills else PREFILL_COST * self.times.draft_seconds
 
-    def _acceptance_at(self, margin: float | None) -> float:
-        return self.alpha if margin is None else self._acceptance_in(bisect(_MARGIN_BOUNDS, margin))
+    def _acceptance_at(self, evidence: Evidence) -> float:
+        if isinstance(evidence, Match):
+            return self._lookup.of(evidence)
+        return self.alpha if evidence is None else self._acceptance_in(bisect(_MARGIN_BOUNDS, evidence))
 
     def _acceptance_in(self, margin_class: int) -> float:
         prior = min([self.alpha, *_PRIOR_ACCEPTANCE[margin_class : margin_class + 1]])

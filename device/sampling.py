@@ -12,7 +12,7 @@ from device.draft_model import Logits
 from device.settings import UplinkSettings
 from protocol.coupling import PositionNoise, argmax_and_margin
 from protocol.full_distribution import FullDistribution
-from protocol.messages import Sampling
+from protocol.messages import DraftDistribution, Sampling
 from protocol.sparse import SparseDistribution
 
 COUPLED_CANDIDATES = 1024
@@ -43,6 +43,15 @@ def full_distribution(logits: Logits, sampling: Sampling) -> FullDistribution:
     support, probs = _top_probs(logits, sampling, len(logits))
     dense = np.zeros(len(logits))
     dense[support] = probs
+    return FullDistribution.quantize(dense)
+
+
+def certain_distribution(token_id: int, vocab_size: int, uplink: UplinkSettings | None) -> DraftDistribution:
+    """The distribution of a token that was not sampled, but chosen: a sparse one, or without ``uplink`` a full one."""
+    if uplink is not None:
+        return SparseDistribution.quantize(vocab_size, np.array([token_id]), np.ones(1), uplink.steps)
+    dense = np.zeros(vocab_size)
+    dense[token_id] = 1
     return FullDistribution.quantize(dense)
 
 

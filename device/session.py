@@ -14,7 +14,8 @@ from device.client import Client
 from device.draft_model import SequenceModel
 from device.draft_rounds import Counters, DraftRounds
 from device.drafter import DraftedToken, Drafter
-from device.planner import MIN_BACKLOG, Planner
+from device.lookup_drafter import LookupDrafter
+from device.planner import MIN_BACKLOG, TRIAL, Planner
 from device.session_requests import SessionRequests
 from device.settings import DraftSettings
 from protocol.errors import CancelledError, ContextLengthError, NonFiniteError
@@ -24,12 +25,6 @@ from protocol.messages import Mode, Sampling, Verdict
 
 logger = logging.getLogger(__name__)
 
-_MIN_PREFILL, _MAX_PREFILL = 8, 16
-"""While the target decodes alone, the draft model runs the new tokens in chunks of this size.
-
-A single token costs more, and more tokens would keep those of the target waiting.
-"""
-
 
 class Origin(StrEnum):
     """How a token of the answer was produced."""
@@ -38,15 +33,16 @@ class Origin(StrEnum):
     RECOVERED = "recovered"
     BONUS = "bonus"
     TARGET = "target"
+    LOOKUP = "lookup"
 
 
 @dataclass(frozen=True)
 class AnswerToken:
     """One committed token of an answer.
 
-    ``origin`` is ``target`` where nothing was drafted. ``margin`` is the draft model's, in nats, of an accepted
-    token; None where it was sampled from its distribution, and for tokens of the target. ``logprobs`` are the target's,
-    if the sampling settings ask for them.
+    ``origin`` is ``target`` where nothing was drafted, ``lookup`` for an accepted token of prompt lookup. ``margin`` is
+    the draft model's, in nats, of an accepted token; None where it was sampled from its distribution, and for tokens of
+    prompt lookup and of the target. ``logprobs`` are the target's, if the sampling settings ask for them.
     """
 
     token_id: int
@@ -65,6 +61,7 @@ class DeviceSession:
         model: the draft model.
         prompt_ids: the first prompt.
         grammar: compiled, that of ``settings``.
+        prediction: what the answer perhaps is, for prompt lookup.
 
     Attributes:
         tokens: committed so far, the prompt included.
@@ -83,6 +80,7 @@ class DeviceSession:
         model: SequenceModel,
         prompt_ids: list[int],
         grammar: Grammar | None = None,
+        prediction: Sequence[int] = (),
     ) -> None:
         client.check_served(settings)
         self.tokens: list[int] = []
@@ -100,14 +98,16 @@ class DeviceSession:
             client.check_cancelled,
         )
         self._requests = SessionRequests(client, settings.mode, settings.sampling, self.tokens)
-        self._rounds = DraftRounds(client, self._requests, self._drafter, planner, settings, self.tokens)
+        looks_up = settings.lookup and not self._target_alone
+        self._lookup = LookupDrafter(settings.mode, settings.uplink, client.vocab_size) if looks_up else None
+        self._rounds = DraftRounds(client, self._requests, self._drafter, planner, settings, self.tokens, self._lookup)
         self._drafter.answer_start, self._drafter.grammar = len(prompt_ids), grammar
         self._check_prompt(prompt_ids)
         began = client.now()
         try:
             self._requests.open(prompt_ids)
             self._rounds.planner.observe_opened(client.now().seconds - began.seconds)
-            self._begin(prompt_ids)
+            self._begin(prompt_ids, prediction)
         except (NonFiniteError, CancelledError):  # nobody else could close the session
             self.close()
             raise
@@ -133,6 +133,7 @@ class DeviceSession:
         sampling: Sampling | None = None,
         planner: Planner | None = None,
         grammar: Grammar | None = None,
+        prediction: Sequence[int] = (),
     ) -> None:
         """Continue with a prompt; only what differs from the committed tokens is sent and run.
 
@@ -141,6 +142,7 @@ class DeviceSession:
             sampling: how the target is sampled from now on; None for no change.
             planner: for these settings; None for no change.
             grammar: compiled, that of ``sampling``.
+            prediction: what the answer perhaps is, for prompt lookup.
 
         Raises:
             ContextLengthError: it does not fit the target's context, or exceeds the base station's limit.
@@ -160,7 +162,7 @@ class DeviceSession:
             self._requests.extend(start, prompt_ids[start:], sampling)
         else:  # the target still decodes an abandoned answer, or the base station is of an older version
             self._requests.reopen(prompt_ids, sampling)
-        self._begin(prompt_ids)
+        self._begin(prompt_ids, prediction)
 
     def answer(self, max_new_tokens: int) -> Iterator[AnswerToken]:
         """The answer to the prompt, each token as soon as its round is committed.
@@ -185,8 +187,10 @@ class DeviceSession:
         """End the session at the base station."""
         self._requests.close()
 
-    def _begin(self, prompt_ids: list[int]) -> None:
+    def _begin(self, prompt_ids: list[int], prediction: Sequence[int]) -> None:
         self._drafter.begin(prompt_ids)
+        if self._lookup is not None:
+            self._lookup.begin(prompt_ids, prediction[: self._client.welcome.context_length])
         self.tokens[:] = prompt_ids
 
     def _next_tokens(self, room: int) -> Iterable[AnswerToken]:
@@ -196,17 +200,23 @@ class DeviceSession:
             backlog = 0 if self._target_alone or not self._draft_room else self._drafter.backlog(self.tokens)
             if alone > 1 or backlog < MIN_BACKLOG or not self._rounds.drafts_ahead:
                 return self._decode(alone)
-            verified = self._rounds.begin(self._prefill_draft_model)
+            verified = self._rounds.begin()
         verified = verified or self._rounds.next(len(self.tokens) + room)
         return self._commit(verified.drafted, verified.verdict)
 
     def _decode_len(self, room: int) -> int:
         """How many tokens the target decodes alone now; 0 where the device drafts."""
-        if self._target_alone or not self._draft_room:
+        if self._target_alone:
             return room
-        if self._settings.draft_len:
+        planner = self._rounds.planner
+        if self._rounds.look_up(len(self.tokens) + room):
             return 0
-        return min(self._rounds.planner.decode_len(self._drafter.backlog(self.tokens)), room)
+        if self._draft_room and self._settings.draft_len:
+            return 0
+        alone = planner.decode_len(self._drafter.backlog(self.tokens)) if self._draft_room else room
+        if self._lookup is not None and alone > TRIAL:  # piece by piece, so that lookup is tried in between
+            alone = TRIAL if self._settings.draft_len else planner.decode_piece(alone)
+        return min(alone, room)
 
     @property
     def _draft_room(self) -> int:
@@ -216,7 +226,7 @@ class DeviceSession:
     def _decode(self, count: int) -> Iterator[AnswerToken]:
         """Let the target decode alone and commit its tokens; meanwhile the draft model runs its backlog."""
         moments = [self._client.now()]
-        for verdict in self._requests.decode(count, self._prefill_draft_model):
+        for verdict in self._requests.decode(count, self._rounds.catch_up):
             moments.append(self._client.now())
             self._client.record(self._settings.mode, verdict, 0, 0, (moments[-2], moments[-2], moments[-1]))
             yield from self._commit((), verdict)
@@ -225,23 +235,14 @@ class DeviceSession:
         self._rounds.planner.observe_decoded(len(seconds) - 1, first_seconds, seconds[-1] - seconds[1])
         logger.debug("%d tokens of the target alone; next: %s", len(seconds) - 1, self._rounds.planner.explanation)
 
-    def _prefill_draft_model(self) -> bool:
-        """Run a chunk of the committed tokens through the draft model; whether there was one."""
-        if self._target_alone or not self._draft_room:
-            return False
-        began = self._client.now().seconds
-        backlog = min(self._drafter.backlog(self.tokens), _MAX_PREFILL)
-        if backlog < _MIN_PREFILL:
-            return False
-        self._drafter.prefill(self.tokens, backlog)
-        self._rounds.planner.observe_prefill(backlog, self._client.now().seconds - began)
-        return True
-
     def _commit(self, drafted: Sequence[DraftedToken], verdict: Verdict) -> list[AnswerToken]:
         self.counters.rounds += 1
         last = Origin.BONUS if verdict.accepted == len(drafted) else Origin.RECOVERED
         accepted = drafted[: verdict.accepted]
-        committed = [AnswerToken(token.token_id, Origin.ACCEPTED, token.margin) for token in accepted]
+        committed = [
+            AnswerToken(token.token_id, Origin.LOOKUP if token.match else Origin.ACCEPTED, token.margin)
+            for token in accepted
+        ]
         committed.append(AnswerToken(verdict.token_id, last if drafted else Origin.TARGET))
         if verdict.logprobs:
             pairs = zip(committed, verdict.logprobs, strict=True)

@@ -61,6 +61,8 @@ class DraftSettings:
             that takes time from a base station on the same core.
         drafts_ahead: most Drafts sent on an assumed bonus token, while another is in flight; None for as many as the
             planner and the base station's window allow.
+        lookup: also draft by prompt lookup, where the planner expects more of it; with a fixed ``draft_len`` only where
+            the draft model cannot draft.
     """
 
     mode: Mode
@@ -71,6 +73,7 @@ class DraftSettings:
     uplink_steps: int = 0
     cache_last_token: bool = True
     drafts_ahead: int | None = 0
+    lookup: bool = False
 
     def __post_init__(self) -> None:
         _ = self.uplink  # raises if a value is not allowed

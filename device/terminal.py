@@ -14,6 +14,7 @@ ORIGIN_STYLES = {
     Origin.RECOVERED: "bold red",
     Origin.BONUS: "bold blue",
     Origin.TARGET: "bold magenta",
+    Origin.LOOKUP: "cyan",
 }
 
 console = Console(highlight=False, soft_wrap=True)

@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 _PRIVATE_USE = range(0xE000, 0xF900)
 _MAX_GRAMMARS = 8
+_MAX_GUESS = 2**18
+"""Characters: more than an answer has, and encoded in a tenth of a second."""
 
 
 class ChatMessage(TypedDict):
@@ -127,6 +129,10 @@ class Tokenizer:
             text = self._template.render(marked, tools=marked_tools)
         ids = _not_empty(text, self._encode_marked(text, mark))
         return Prompt(ids, self._draft_prompt(messages, tools, continue_final))
+
+    def encode_guess(self, text: str) -> list[int]:
+        """The tokens of what an answer perhaps is: as text, also control tokens; of a long text the first."""
+        return self._encode_plain(text[:_MAX_GUESS], first=False)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Decode ids, without special tokens."""

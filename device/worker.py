@@ -182,7 +182,9 @@ class Worker:
             client.cancelled_by(lambda: job.cancelled.is_set() or self._stopping.is_set()),
             client.reporting_rounds_to(partial(self._note_round, rounds)),
         ):
-            return self._deliver(conversation.ask(ids, job.request.max_new_tokens), job, rounds)
+            predicted = job.request.prediction
+            prediction = self.tokenizer.encode_guess(predicted) if predicted else ()
+            return self._deliver(conversation.ask(ids, job.request.max_new_tokens, prediction), job, rounds)
 
     def _settings(self, request: AnswerRequest) -> DraftSettings:
         """The settings of a request; if it must call a tool, with the grammar of a call.
@@ -263,4 +265,5 @@ class Worker:
             )
         reason = "stop" if answer_text.stopped else stream.answer.finish_reason
         reason = "tool_calls" if answer_text.called and reason == "stop" else reason
-        return Finish(reason, stream.prompt_tokens, stream.new_tokens, stream.timings)
+        predicted = stream.prediction_tokens if job.request.prediction else None
+        return Finish(reason, stream.prompt_tokens, stream.new_tokens, predicted, stream.timings)

@@ -1,7 +1,7 @@
 """A device and a base station joined in memory, over a link that can lose and duplicate frames."""
 
 from collections import defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -151,10 +151,11 @@ def open_session(
     prompt: list[int],
     planners: Planners | None = None,
     grammar: Grammar | None = None,
+    prediction: Sequence[int] = (),
 ) -> DeviceSession:
     """Open a session; sessions that share ``planners`` share their measurements."""
     planner = (planners or Planners(model.manifest.quality)).for_settings(settings, client.welcome)
-    return DeviceSession(client, planner, settings, model, prompt, grammar)
+    return DeviceSession(client, planner, settings, model, prompt, grammar, prediction)
 
 
 def join(station: Station, model: SequenceModel, transport: MemoryTransport | None = None) -> tuple[Client, Link]:

@@ -40,6 +40,9 @@ class NumberTokenizer:
     def encode(self, text: str) -> list[int]:
         return [int(word) for word in text.split()]
 
+    def encode_guess(self, text: str) -> list[int]:
+        return self.encode(text)
+
     def token_text(self, token_id: int) -> str:
         return f"{token_id} "
 

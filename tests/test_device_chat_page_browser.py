@@ -139,7 +139,7 @@ def test_each_origin_has_a_tint_of_its_own_and_later_ones_get_one(browser: Brows
             )
             assert len({*tints, "rgba(0, 0, 0, 0)"}) == len(origins) + 1
             legend = page.locator("#legend li").all_inner_texts()
-            assert legend == ["accepted draft", "recovered", "bonus", "target alone", "lookup", "grammar"]
+            assert legend == ["accepted draft", "recovered", "bonus", "target alone", "prompt lookup", "grammar"]
 
 
 def test_speculation_off_lets_the_target_decode_alone_on_the_wire(browser: Browser, pair: Pair) -> None:

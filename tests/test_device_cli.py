@@ -23,6 +23,7 @@ from basestation.server import Server
 from device.draft_model import DraftModel
 from device.options import AnswerOptions
 from protocol.errors import SettingsError
+from tests.command_settings import settings_of
 from tests.fakes import FakeTarget
 from tests.sample import PROJECT
 from tests.serving import serving
@@ -106,6 +107,21 @@ def test_characters_that_stdout_lacks_are_replaced(
     done = device(name, bundle, station, "--max-new-tokens", "2", *options, text=b"cat\n", environment=environment)
     assert (done.returncode, done.stderr) == (0, b"")
     assert b"? ?" in done.stdout
+
+
+def test_a_device_without_a_draft_model_needs_only_manifest_and_tokenizer(tmp_path: Path, station: str) -> None:
+    folder = write_bundle(tmp_path / "bundle", one_word("🙂"))
+    (folder / "model.onnx").unlink()
+    options = ("--draft", "none", "--draft-len", "8", "--max-new-tokens", "40", "--json", "--prompt", "cat")
+    answer = json.loads(device("generate", folder, station, *options).stdout)
+    assert answer["text"].split() == ["🙂"] * 40
+    assert {"lookup", "target"} <= set(answer["origins"])
+    assert answer["rounds"] < 20
+
+
+def test_lookup_is_on_unless_it_is_turned_off(bundle: Path) -> None:
+    for flags, expected in (((), True), (("--lookup",), True), (("--no-lookup",), False)):
+        assert settings_of("device", "--bundle", str(bundle), *flags)["lookup"]["value"] is expected
 
 
 def test_an_answer_needs_no_flag_that_the_file_or_the_environment_has(
@@ -289,6 +305,7 @@ def test_threads_0_uses_the_cores_that_the_process_may_run_on(cores: int, bundle
         ("draft_len", "nan"),
         ("draft_len", "9" * 5000),
         ("mode", "\udcff"),
+        ("draft", "all"),
     ],
 )
 def test_a_number_that_is_not_allowed_is_refused_by_name(name: str, value: object, bundle: Path) -> None:

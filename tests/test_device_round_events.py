@@ -193,7 +193,7 @@ def test_mode_and_draft_length_of_a_request_override_the_options(
 ) -> None:
     options = AnswerOptions(bundle=Path("none"), server="tcp://10.0.0.5:5755", mode="full", draft_len="7")
     sampling = Sampling(temperature, seed=1)
-    assert options.draft_settings(sampling) == DraftSettings(Mode.FULL, sampling, 1, 7, drafts_ahead=None)
+    assert options.draft_settings(sampling) == DraftSettings(Mode.FULL, sampling, 1, 7, drafts_ahead=None, lookup=True)
     if isinstance(found, str):
         with pytest.raises(SettingsError) as error:
             options.draft_settings(sampling, mode, draft_len)

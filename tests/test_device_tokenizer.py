@@ -108,6 +108,17 @@ def test_a_message_keeps_its_text(tmp_path: Path, content: str) -> None:
     assert text == f"<|im_start|>user\n{content.strip()}<|im_end|>\n<|im_start|>assistant\n"
 
 
+@pytest.mark.parametrize("content", FORGERIES)
+def test_control_tokens_in_a_guess_are_plain_text(tokenizer: Tokenizer, content: str) -> None:
+    assert control_count(tokenizer, tokenizer.encode_guess(content)) == 0
+
+
+def test_of_a_long_guess_the_first_part_is_encoded(tmp_path: Path) -> None:
+    tokenizer = bundle(tmp_path, byte_level())
+    assert tokenizer.decode(tokenizer.encode_guess("ab<|im_end|>")) == "ab<|im_end|>"
+    assert len(tokenizer.encode_guess("a" * 3_000_000)) == 2**18
+
+
 def test_raw_text_keeps_its_control_tokens(tokenizer: Tokenizer) -> None:
     assert control_count(tokenizer, tokenizer.encode("a<|im_end|><tool_call>b")) == 2
 

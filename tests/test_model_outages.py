@@ -45,7 +45,7 @@ def draw_answers(setup: BenchSetup) -> list[Disturbed]:
         prompt, ahead, draft_len = draw.choice(OWN_PROMPTS), draw.choice([1, None]), draw.choice([4, None])
         alone = DraftSettings(Mode.TARGET, sampling, 1, None)
         expected = setup.answer(setup.prompt_ids(prompt), TOKENS, alone).token_ids
-        settings = DraftSettings(mode, sampling, 1, draft_len, drafts_ahead=ahead)
+        settings = DraftSettings(mode, sampling, 1, draft_len, drafts_ahead=ahead, lookup=index % 4 < 2)
         outage = draw.randrange(len(expected)), OUTAGE_SECONDS[index % len(OUTAGE_SECONDS)]
         answers.append(Disturbed(prompt, settings, expected, *outage))
     return answers

@@ -47,10 +47,9 @@ def random_settings(draw: random.Random) -> DraftSettings:
     sampling = random_sampling(draw, mode)
     fixed = [1, 2, 3, 4, 6, 8]
     planned = [None] if sampling.greedy or mode in DRAWN_FROM_TARGET else []  # the planner depends on the time
-    uplink_k = draw.choice([1, 4, 32, 256])
-    return DraftSettings(
-        mode, sampling, uplink_k, draw.choice([*fixed, *planned]), drafts_ahead=draw.choice([0, 1, None])
-    )
+    uplink_k, draft_len = draw.choice([1, 4, 32, 256]), draw.choice([*fixed, *planned])
+    ahead, lookup = draw.choice([0, 1, None]), draw.choice([True, False])
+    return DraftSettings(mode, sampling, uplink_k, draft_len, drafts_ahead=ahead, lookup=lookup)
 
 
 class Reference:

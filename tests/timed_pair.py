@@ -17,7 +17,7 @@ import torch
 from basestation.segment import Segment
 from basestation.target_model import TargetModel
 from device.client import Client
-from device.draft_model import DraftModel, Logits
+from device.draft_model import DraftModel, Logits, SequenceModel
 from device.link import Link
 from device.planner_store import PlannerStore
 from device.planners import Planners
@@ -109,9 +109,22 @@ class TimedPair:
         self.client = Client(link, own, Timeouts(), clock=lambda: self.now)
         self.planners = Planners(own.quality, store=store)
 
-    def session(self, settings: DraftSettings, prompt: Sequence[int]) -> DeviceSession:
+    def session(
+        self,
+        settings: DraftSettings,
+        prompt: Sequence[int],
+        model: SequenceModel | None = None,
+        prediction: Sequence[int] = (),
+    ) -> DeviceSession:
+        """A session with the pair's draft model, or with another ``model``."""
         planner = self.planners.for_settings(settings, self.client.welcome)
-        return DeviceSession(self.client, planner, settings, cast(DraftModel, self._model), list(prompt))
+        drafting = model or cast(DraftModel, self._model)
+        return DeviceSession(self.client, planner, settings, drafting, list(prompt), prediction=prediction)
+
+    @property
+    def draft_passes(self) -> list[int]:
+        """Tokens of each forward pass of the draft model."""
+        return self._model.passes
 
     def send(self, frame: bytes) -> None:
         self.sent.append(self._station.codec.decode(frame))

@@ -93,7 +93,8 @@ class Workload:
 class Case:
     """A way to generate an answer; without a draft length, the planner chooses it.
 
-    Where ``colocated``, the draft model runs on the base station's core. ``drafts_ahead`` is as in ``DraftSettings``.
+    Where ``colocated``, the draft model runs on the base station's core. ``drafts_ahead`` and ``lookup`` are as in
+    ``DraftSettings``; without a draft model, lookup drafts alone.
     """
 
     name: str
@@ -101,6 +102,8 @@ class Case:
     draft_len: int | None = None
     colocated: bool = False
     drafts_ahead: int | None = 0
+    lookup: bool = False
+    has_draft_model: bool = True
 
 
 TARGET = Case("target alone", Mode.TARGET)

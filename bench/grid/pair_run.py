@@ -2,10 +2,10 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeAlias
 
 from bench.grid.cells import TARGET, AnswerLimits, Case, Cell, Workload
 from bench.grid.recording_planner import RecordingPlanners
@@ -17,6 +17,7 @@ from bench.setup.results import Row
 from bench.setup.server_process import Served, serving
 from bench.setup.station_process import station_command
 from device.load_model import load_model
+from device.no_draft_model import NoDraftModel
 from device.settings import DEFAULT_UPLINK_K, DraftSettings, Timeouts
 from device.tokenizer import Tokenizer
 from protocol.errors import EdgedraftError
@@ -24,6 +25,8 @@ from protocol.messages import Sampling
 
 WARM_UP = AnswerLimits(24, 4.0)
 _RETRY_SECONDS = 20.0
+Setups: TypeAlias = Mapping[tuple[bool, bool], BenchSetup]
+"""By whether the draft model runs on the base station's core, and whether there is one."""
 
 
 @dataclass(frozen=True)
@@ -104,24 +107,27 @@ class PairRun:
                 failures = dict.fromkeys(answers, str(error))
         return Measured(answers, failures)
 
-    def _setups(self, stack: ExitStack, cell: Cell, cases: Sequence[Case], station: str) -> Mapping[bool, BenchSetup]:
-        """The device on its own core and, if a case needs it, on the base station's core."""
-        setups = {False: stack.enter_context(self._connected(stack.enter_context(self._linked(cell, station))))}
+    def _setups(self, stack: ExitStack, cell: Cell, cases: Sequence[Case], station: str) -> Setups:
+        """The device on its own core and, if cases need it, on the base station's core and without a draft model."""
+        device = stack.enter_context(self._connected(stack.enter_context(self._linked(cell, station))))
+        setups = {(False, True): device}
         if any(case.colocated for case in cases):
             with running_on(self._cores.station):
-                setups[True] = stack.enter_context(self._connected(station))
+                setups[True, True] = stack.enter_context(self._connected(station))
+        if not all(case.has_draft_model for case in cases):
+            manifest = self.model.manifest
+            planners = RecordingPlanners(manifest.target_quality)
+            setups[False, False] = replace(device, model=NoDraftModel(manifest), planners=planners)
         return setups
 
-    def _warm_up(self, setups: Mapping[bool, BenchSetup], cell: Cell, cases: Sequence[Case], prompt: str) -> None:
+    def _warm_up(self, setups: Setups, cell: Cell, cases: Sequence[Case], prompt: str) -> None:
         """Run the first forward passes, which are slow, and let each planner measure its link."""
         for case in cases:
             if case is TARGET or case.draft_len is None:
                 self._answer(setups, cell, case, prompt, WARM_UP)
 
-    def _answer(
-        self, setups: Mapping[bool, BenchSetup], cell: Cell, case: Case, prompt: str, limits: AnswerLimits
-    ) -> Throughput:
-        setup = setups[case.colocated]
+    def _answer(self, setups: Setups, cell: Cell, case: Case, prompt: str, limits: AnswerLimits) -> Throughput:
+        setup = setups[case.colocated, case.has_draft_model]
         with running_on(self._cores.station if case.colocated else self._cores.device):
             return measure_throughput(setup, setup.prompt_ids(prompt), _draft_settings(case, cell), limits)
 
@@ -155,4 +161,5 @@ def _draft_settings(case: Case, cell: Cell) -> DraftSettings:
         case.draft_len,
         cache_last_token=not case.colocated,
         drafts_ahead=case.drafts_ahead,
+        lookup=case.lookup,
     )

@@ -5,7 +5,9 @@ const LABELS = new Map([
   ["recovered", "recovered"],
   ["bonus", "bonus"],
   ["target", "target alone"],
+  ["lookup", "prompt lookup"],
 ]);
+const KNOWN = LABELS.size;
 const OTHER_HUES = 3;
 const legend = document.getElementById("legend");
 const details = document.getElementById("details");
@@ -98,7 +100,7 @@ function tint(element, origin) {
     legend.append(legendEntry(origin));
   }
   element.dataset.origin = origin;
-  const index = [...LABELS.keys()].indexOf(origin) - 4;
+  const index = [...LABELS.keys()].indexOf(origin) - KNOWN;
   if (index >= 0) element.dataset.other = index % OTHER_HUES;
 }
 

@@ -1,0 +1,114 @@
+"""What prompt lookup adds: the draft model with and without it, and lookup alone, over loopback."""
+
+from collections.abc import Mapping, Sequence
+from math import inf
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bench.grid.cells import TARGET, AnswerLimits, Case, Cell, Workload
+from bench.grid.pair_run import Measured, PairRun
+from bench.grid.ratio import Ratio
+from bench.grid.throughput import Throughput
+from bench.pair.code_edits import CODE_EDITS
+from bench.setup.options import (
+    BundleOption,
+    DtypeOption,
+    JsonOption,
+    MaxNewTokensOption,
+    TargetOption,
+    console,
+    progress_bar,
+)
+from bench.setup.prompts import prompts_by_category
+from bench.setup.results import Results, Row
+from protocol.errors import SettingsError
+from protocol.messages import Mode
+
+CODE_EDIT = "code edit"
+
+
+def lookup(
+    bundle: BundleOption,
+    target: TargetOption,
+    dtype: DtypeOption = "bfloat16",
+    prompts: Annotated[
+        Path | None, typer.Option(help="Spec-Bench jsonl file for --category. Default: the built-in code edits.")
+    ] = None,
+    category: Annotated[str, typer.Option(help="Category of prompts in that file.")] = CODE_EDIT,
+    count: Annotated[int, typer.Option(help="Prompts, or all where there are fewer.", min=1)] = 10,
+    temperature: Annotated[float, typer.Option(help="0 measures mode ids, above 0 mode coupled.")] = 0.0,
+    max_new_tokens: MaxNewTokensOption = 256,
+    repeats: Annotated[int, typer.Option(help="Answers to each prompt in each case.", min=1)] = 3,
+    json_file: JsonOption = None,
+) -> None:
+    """Compare drafting with and without prompt lookup, and lookup without a draft model.
+
+    The cases take turns on each prompt, in alternating order. Ratios are medians over the answers, with a bootstrap
+    95 % interval.
+    """
+    texts = lookup_prompts(prompts, category, count)
+    cases = lookup_cases(Mode.COUPLED if temperature else Mode.IDS)
+    workload = Workload(texts * repeats, AnswerLimits(max_new_tokens, inf))
+    with progress_bar() as progress, PairRun(bundle, target, dtype) as pair:
+        task = progress.add_task("answers", total=len(workload.prompts) * len(cases))
+        measured = pair.measure(Cell(temperature), cases, workload, lambda: progress.advance(task))
+        settings: Row = {"category": category, "temperature": temperature, "max_new_tokens": max_new_tokens}
+        results = Results({**pair.described(), **settings, "repeats": repeats}, lookup_rows(cases, measured))
+    results.show(console)
+    results.write(json_file)
+
+
+def lookup_prompts(path: Path | None, category: str, count: int) -> list[str]:
+    """The built-in code edits, or those of a category of a Spec-Bench file.
+
+    Raises:
+        SettingsError: there is no such category, or the file has another format.
+    """
+    by_category = {CODE_EDIT: list(CODE_EDITS)} if path is None else prompts_by_category(path, count)
+    if category not in by_category:
+        raise SettingsError("category", category, ", ".join(by_category))
+    return by_category[category][:count]
+
+
+def lookup_cases(mode: Mode) -> list[Case]:
+    """The target alone, the draft model without and with prompt lookup, and lookup alone."""
+    return [
+        TARGET,
+        Case("draft model", mode),
+        Case("draft model and lookup", mode, lookup=True),
+        Case("lookup alone", mode, lookup=True, has_draft_model=False),
+    ]
+
+
+def lookup_rows(cases: Sequence[Case], measured: Measured) -> list[Row]:
+    """A row per case, with its ratios to the target alone and to the draft model."""
+    answers = measured.answers
+    rows: list[Row] = []
+    for case in cases:
+        of_case = answers[case.name]
+        tokens = sum(one.tokens for one in of_case)
+        rows.append(
+            {
+                "case": case.name,
+                "answers": len(of_case),
+                "tokens_per_second": tokens / sum(one.seconds for one in of_case) if tokens else None,
+                "tokens_per_verdict": tokens / sum(one.verdicts for one in of_case) if tokens else None,
+                "uplink_bytes_per_token": sum(one.uplink_bytes for one in of_case) / tokens if tokens else None,
+                "over_target": _ratio(answers, case, cases[0]),
+                "over_draft_model": _ratio(answers, case, cases[1]),
+                "failed": measured.failures.get(case.name),
+            }
+        )
+    return rows
+
+
+def _ratio(answers: Mapping[str, Sequence[Throughput]], case: Case, other: Case) -> str | None:
+    """The median ratio of tokens per second over paired answers, with its interval; None where a case failed."""
+    if len(answers[case.name]) != len(answers[other.name]):
+        return None
+    pairs = zip(answers[case.name], answers[other.name], strict=True)
+    timed = [(one.tokens_per_second, another.tokens_per_second) for one, another in pairs if one.seconds]
+    timed = [(one, another) for one, another in timed if another]
+    return str(Ratio.of(*map(list, zip(*timed, strict=True)))) if timed else None

@@ -1,0 +1,62 @@
+"""Prompt lookup measured: the cases, paired ratios, and a run of the command."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from bench.cli import app
+from bench.grid.cells import TARGET
+from bench.grid.pair_run import Measured
+from bench.grid.throughput import Throughput
+from bench.pair.code_edits import CODE_EDITS
+from bench.pair.lookup import CODE_EDIT, lookup_cases, lookup_prompts, lookup_rows
+from protocol.errors import SettingsError
+from protocol.messages import Mode
+from tests.sample import BUNDLE, SAMPLE
+
+CASES = lookup_cases(Mode.IDS)
+
+
+def answers(*seconds: float) -> list[Throughput]:
+    return [Throughput(40, one, 1, 0.5, 80, 40, (), 10) for one in seconds]
+
+
+def test_ratios_pair_the_answers_of_a_prompt() -> None:
+    measured = Measured(
+        {
+            TARGET.name: answers(4.0, 2.0),
+            CASES[1].name: answers(2.0, 1.0),
+            CASES[2].name: answers(1.0, 0.5),
+            CASES[3].name: answers(4.0),
+        },
+        {CASES[3].name: "lost"},
+    )
+    rows = lookup_rows(CASES, measured)
+    assert [row["over_target"] for row in rows] == [f"{one} ({one} to {one})" for one in ("1.00", "2.00", "4.00")] + [
+        None
+    ]
+    assert rows[2]["over_draft_model"] == "2.00 (2.00 to 2.00)"
+    assert [row["failed"] for row in rows] == [None, None, None, "lost"]
+    assert rows[1]["tokens_per_verdict"] == 4
+
+
+def test_the_prompts_are_ten_code_edits_or_a_category_of_a_file(tmp_path: Path) -> None:
+    assert len(set(lookup_prompts(None, CODE_EDIT, 10))) == len(CODE_EDITS) == 10
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(json.dumps({"category": "rag", "turns": ["Why?"]}), encoding="utf-8")
+    assert lookup_prompts(file, "rag", 10) == ["Why?"]
+    with pytest.raises(SettingsError, match="rag"):
+        lookup_prompts(file, CODE_EDIT, 10)
+
+
+@pytest.mark.model
+def test_the_command_measures_all_cases(tmp_path: Path) -> None:
+    file = tmp_path / "lookup.json"
+    options = ["--count", "1", "--repeats", "1", "--max-new-tokens", "24", "--json", str(file)]
+    done = CliRunner().invoke(app, ["lookup", "--bundle", str(BUNDLE), "--target", str(SAMPLE), *options])
+    assert done.exit_code == 0, done.output
+    rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
+    assert [row["case"] for row in rows] == [case.name for case in CASES]
+    assert all(row["tokens_per_second"] > 0 and row["failed"] is None for row in rows)
