@@ -12,6 +12,7 @@ from zmq.utils import z85
 
 from basestation.key_folder import EnrolledDevice, KeyFolder
 from basestation.peer import UNNAMED
+from basestation.quarantine import HandshakeLog
 from common.loopback import is_loopback
 from protocol.errors import KeyFileError, RevokedError, SettingsError
 
@@ -38,14 +39,22 @@ class Authenticator:
         keys: of the base station and the enrolled devices.
         context: of the socket that is guarded.
         metrics: count the files that could not be looked at.
+        handshakes: is told of each handshake before it is answered, and knows the keys in quarantine.
 
     Attributes:
         socket: receives ZeroMQ's requests; call ``answer`` when it is readable.
     """
 
-    def __init__(self, keys: KeyFolder, context: "zmq.Context[zmq.Socket[bytes]]", metrics: "Metrics") -> None:
+    def __init__(
+        self,
+        keys: KeyFolder,
+        context: "zmq.Context[zmq.Socket[bytes]]",
+        metrics: "Metrics",
+        handshakes: HandshakeLog | None = None,
+    ) -> None:
         self._keys = keys
         self._metrics = metrics
+        self._handshakes = handshakes
         self._admitted: dict[str, str] = {}
         """Names by key."""
         self._unreadable: set[str] = set()
@@ -64,6 +73,8 @@ class Authenticator:
         version, request, _, address, _, mechanism, *credentials = self.socket.recv_multipart()
         key = z85.encode(credentials[0]).decode() if mechanism == b"CURVE" else ""
         enrolled = self._is_enrolled(key) if key else False
+        if enrolled and self._handshakes:
+            enrolled = self._handshakes.admit(key) or None
         status, text = _STATUS[enrolled]
         if enrolled is False:
             status, text = self._refusal(key)

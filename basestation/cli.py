@@ -4,18 +4,21 @@ import json
 import sys
 import time
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from basestation.key_folder import KeyFolder
+from basestation.launch_options import ClusterOptions, OperationOptions, SocketOptions, TargetOptions
 from basestation.logs import LogFormat, start_logging
 from basestation.options import OPERATION, PASSES, StationOptions
 from common.command_line import application, run
 from common.configuration import configured_group
 from common.key_files import read_public
 from common.option_groups import with_options
+from protocol.errors import SettingsError
 from protocol.limits import Limits
 
 app = application(
@@ -25,6 +28,7 @@ keys_app = typer.Typer(help="The keys of the base station and of the enrolled de
 app.add_typer(keys_app, name="keys")
 
 LIMITS = "Limits of a device's requests"
+CLUSTER = "Replicas"
 KeyFolderArgument = Annotated[Path, typer.Argument(metavar="DIR", help="Folder created by keys new.")]
 DeviceName = Annotated[str, typer.Argument(metavar="NAME", help="The device's name in this folder.")]
 
@@ -97,6 +101,24 @@ def serve(
             help="Time for open sessions to finish after SIGTERM.", min=0, max=86_400, rich_help_panel=OPERATION
         ),
     ] = 3.0,
+    replicas: Annotated[
+        int | None,
+        typer.Option(
+            help="Engines behind a front of their own process, placed and restarted by Ray.",
+            min=1,
+            rich_help_panel=CLUSTER,
+        ),
+    ] = None,
+    ray_address: Annotated[
+        str | None,
+        typer.Option(metavar="HOST:PORT", help="A Ray cluster; default: this machine.", rich_help_panel=CLUSTER),
+    ] = None,
+    replica_cpus: Annotated[
+        int | None,
+        typer.Option(
+            help="Cores of a replica; default: this machine's, divided by the replicas.", min=1, rich_help_panel=CLUSTER
+        ),
+    ] = None,
 ) -> None:
     """Serve a target model until interrupted; SIGTERM lets open sessions finish, SIGINT does not."""
     start_logging(log_format)
@@ -113,22 +135,34 @@ def serve(
         max_held_bytes,
         max_grammar_len,
     )
-    from basestation.launcher import OperationOptions, SocketOptions, TargetOptions, run_base_station
-
-    run_base_station(
-        TargetOptions(
-            options.target,
-            options.dtype,
-            options.torch_device,
-            options.kv_memory,
-            not no_cache,
-            peer_memory,
-            pass_tokens,
-            prompt_tokens,
-        ),
-        SocketOptions(options.bind, folder, options.insecure, limits),
-        OperationOptions(options.metrics_bind, record, profile, drain_seconds),
+    target = TargetOptions(
+        options.target,
+        options.dtype,
+        options.torch_device,
+        options.kv_memory,
+        not no_cache,
+        peer_memory,
+        pass_tokens,
+        prompt_tokens,
     )
+    socket = SocketOptions(options.bind, folder, options.insecure, limits)
+    operation = OperationOptions(options.metrics_bind, record, profile, drain_seconds, log_format)
+    if replicas is None:
+        from basestation.launcher import run_base_station
+
+        run_base_station(target, socket, operation)
+    else:
+        _serve_replicas(target, socket, operation, ClusterOptions(replicas, ray_address, replica_cpus))
+
+
+def _serve_replicas(
+    target: TargetOptions, socket: SocketOptions, operation: OperationOptions, options: ClusterOptions
+) -> None:
+    if find_spec("ray") is None:
+        raise SettingsError("replicas", options.replicas, "left out; or install edgedraft[cluster]")
+    from basestation.cluster import serve_replicas
+
+    serve_replicas(target, socket, operation, options)
 
 
 @app.command()
@@ -170,6 +204,18 @@ def top(
             now = read_snapshot(url)
             live.update(render(before, now), refresh=True)
             before = now
+
+
+@app.command()
+def scale(
+    replicas: Annotated[int, typer.Argument(metavar="N", help="Replicas from now on.", min=1)],
+    bind: Annotated[str, typer.Option(help="The --bind of the base station.")] = StationOptions.bind,
+) -> None:
+    """Change the number of replicas of a base station that serves on this machine."""
+    from basestation.control import ask_for_replicas, control_file
+
+    ask_for_replicas(control_file(bind), replicas)
+    typer.echo(f"{replicas} replicas; those that are too many finish their sessions first")
 
 
 @keys_app.command()

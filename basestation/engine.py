@@ -12,6 +12,7 @@ from typing import TypeAlias
 
 from basestation.grammars import Grammars, RunElsewhere, run_here
 from basestation.handshake import Handshake
+from basestation.load import Load
 from basestation.memory import OutOfMemory, catch_out_of_memory
 from basestation.metrics import Metrics
 from basestation.pace import PassTimes
@@ -20,6 +21,7 @@ from basestation.pass_records import PassRecord, PassRecordFile, VerifiedRound
 from basestation.peer import Peer
 from basestation.rate_limit import RateLimiter
 from basestation.scheduler import BUSY_SECONDS, PassBudget, ScheduledUnit, Scheduler
+from basestation.served_target import ServedTarget
 from basestation.session import Session
 from basestation.session_table import SessionTable
 from basestation.target_model import TargetModel
@@ -76,13 +78,20 @@ class Engine:
         self._records = records
         self._clock = clock
         self._draining = False
-        self._handshake = Handshake(target, limits)
+        self._handshake = Handshake(ServedTarget.of(target), limits)
         self._grammars = Grammars(target.grammar_compiler, limits.max_held_bytes, run_elsewhere)
         self._pass_times = PassTimes()
         self._sessions = SessionTable(limits)
         self._repetitions = RateLimiter(limits.max_requests_per_second, clock)
         self._scheduler = Scheduler(target.kv_pool, budget, self._note_eviction)
         self._metrics.watch(self._sessions.count_by_name, target.kv_pool)
+
+    @property
+    def load(self) -> Load:
+        """The sessions, the KV pool and the pace now. Any thread may ask."""
+        pool = self._target.kv_pool
+        sessions = self._sessions.keys()
+        return Load(sessions, pool.used / pool.capacity, self._pass_times.pace(len(sessions)))
 
     @property
     def busy(self) -> bool:
@@ -98,6 +107,8 @@ class Engine:
         """Take a message of ``size`` bytes; an error ends its session alone, with a Fault (invariant 7)."""
         session_id = getattr(message, "session_id", None)
         mode = self._mode_of(peer, session_id)
+        if peer.version:
+            self._handshake.note(peer.owner, peer.version)
         try:
             self._dispatch(peer, message)
         except EdgedraftError as error:

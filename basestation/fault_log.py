@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 _PER_DEVICE = 10
@@ -33,11 +33,16 @@ class FaultLog:
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
         self._by_device: dict[str, deque[LoggedFault]] = {}
+        self._elsewhere: dict[str, Sequence[LoggedFault]] = {}
 
     def add(self, device: str, code: str, text: str, reported: bool = False) -> None:
         """Keep a fault; code and text are cut to a length for display."""
         fault = LoggedFault(self._clock(), device, code[:_MAX_CODE], text[:_MAX_TEXT], reported)
         self._by_device.setdefault(device, deque(maxlen=_PER_DEVICE)).append(fault)
+
+    def take(self, replica: str, faults: Sequence[LoggedFault]) -> None:
+        """Keep the latest faults of a replica, in place of those it reported before."""
+        self._elsewhere[replica] = faults
 
     def drop(self, device: str) -> None:
         """Forget a device's faults."""
@@ -45,5 +50,6 @@ class FaultLog:
 
     def newest(self, count: int) -> list[LoggedFault]:
         """At most ``count`` faults of all devices, the newest first."""
-        logs = [log.copy() for log in self._by_device.copy().values()]
+        logs: list[Iterable[LoggedFault]] = [log.copy() for log in self._by_device.copy().values()]
+        logs += self._elsewhere.copy().values()
         return sorted((fault for log in logs for fault in log), key=lambda fault: -fault.time)[:count]

@@ -18,7 +18,7 @@ import transformers
 from platformdirs import user_cache_path
 from safetensors import SafetensorError
 
-from basestation.memory import readable_size
+from basestation.sizes import readable_size
 
 logger = logging.getLogger(__name__)
 

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from basestation.pace import Pace
-from basestation.target_model import TargetModel
+from basestation.served_target import ServedTarget
 from protocol.errors import MismatchError
 from protocol.limits import Limits
 from protocol.messages import (
@@ -29,7 +29,7 @@ class Handshake:
         limits: announced in the Welcome.
     """
 
-    def __init__(self, target: TargetModel, limits: Limits) -> None:
+    def __init__(self, target: ServedTarget, limits: Limits) -> None:
         self._target = target
         self._limits = limits
         self._versions: dict[str, int] = {}
@@ -42,15 +42,23 @@ class Handshake:
         """
         self._check(hello)
         version = min(hello.version, PROTOCOL_VERSION)
+        self.note(owner, version)
+        return self._welcome(version, pace)
+
+    def note(self, owner: str, version: int) -> None:
+        """Keep the version of an owner that was greeted here or elsewhere."""
         self._versions.pop(owner, None)
         self._versions[owner] = version
         if len(self._versions) > _MAX_GREETED:
             del self._versions[next(iter(self._versions))]
-        return self._welcome(version, pace)
 
     def greeted(self, owner: str) -> bool:
         """Whether an owner sent Hello."""
         return owner in self._versions
+
+    def version_of(self, owner: str) -> int:
+        """The version of an owner that sent Hello, 0 for others."""
+        return self._versions.get(owner, 0)
 
     def speaks_oldest(self, owner: str) -> bool:
         """Whether messages to an owner may have only the fields of the oldest version."""
@@ -80,7 +88,7 @@ class Handshake:
         if version < PACE_VERSION:
             return welcome
         welcome = replace(welcome, pass_seconds=pace.pass_seconds, row_seconds=pace.row_seconds)
-        if version < SAMPLING_VERSION or self._target.grammar_compiler is None:
+        if version < SAMPLING_VERSION or not target.has_grammars:
             return welcome
         return replace(welcome, max_grammar_len=limits.max_grammar_len)
 

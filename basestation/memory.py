@@ -1,7 +1,6 @@
 """Memory: how much is free, how much a model needs, and how "out of memory" is recognised."""
 
 import contextlib
-import ctypes
 import errno
 import mmap
 import re
@@ -16,12 +15,9 @@ from transformers import AutoModelForCausalLM
 
 from basestation.packed_linear import packed_bytes
 from basestation.quantized_weights import quantization_method, quantized_bytes
-from protocol.errors import ModelError, SettingsError
+from basestation.sizes import A_SIZE, parse_size, readable_size
+from protocol.errors import ModelError
 
-_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
-_A_SIZE = "a size like 512MiB or 4GiB"
-_M_ARENA_MAX = -8  # of glibc's malloc.h
 _KV_SHARE = {"cuda": 0.9, "cpu": 0.5}
 _OUT_OF_MEMORY = re.compile(
     r"not enough memory|can't allocate memory|CUDA error: out of memory|CU(BLAS|DNN|SPARSE|SOLVER)_STATUS_ALLOC_FAILED",
@@ -64,40 +60,6 @@ def map_memory(size: int) -> mmap.mmap:
     return memory
 
 
-def share_one_heap() -> None:
-    """Let all threads allocate from one heap, where the allocator can; call it before there are threads.
-
-    glibc otherwise gives threads heaps of their own, of which ``return_free_memory`` cannot return the end: up to
-    64 MiB each.
-    """
-    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
-        mallopt(_M_ARENA_MAX, 1)
-
-
-def return_free_memory() -> None:
-    """Return to the system what the allocator holds, where it can."""
-    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
-        trim(0)
-
-
-def parse_size(option: str, text: str, allowed: str = _A_SIZE) -> int:
-    """Bytes of a size like ``4GiB``, ``512M`` or ``1000000``; each unit is 1024 of the previous one.
-
-    Raises:
-        SettingsError: ``text`` is not a size.
-    """
-    found = _SIZE.fullmatch(text.strip())
-    if found is None:
-        raise SettingsError(option, text, allowed)
-    return int(float(found[1]) * _UNITS[found[2].upper()])
-
-
-def readable_size(size: float) -> str:
-    """A size in bytes, formatted with a unit."""
-    unit = next((unit for unit in ("KiB", "MiB", "GiB") if size < 1024 * _UNITS[unit[0]]), "TiB")
-    return f"{size / _UNITS[unit[0]]:.1f} {unit}"
-
-
 def free_memory(placement: torch.device) -> int:
     """Free bytes on a PyTorch device."""
     if placement.type == "cuda":
@@ -117,7 +79,7 @@ def kv_budget(kv_memory: str, placement: torch.device, weights: int = 0) -> int:
         SettingsError: ``kv_memory`` is not a size.
     """
     if kv_memory != "auto":
-        return parse_size("kv-memory", kv_memory, f"auto, or {_A_SIZE}")
+        return parse_size("kv-memory", kv_memory, f"auto, or {A_SIZE}")
     return int((free_memory(placement) - weights) * _KV_SHARE.get(placement.type, 0.5))
 
 

@@ -12,7 +12,8 @@ from collections.abc import Callable
 
 import psutil
 
-from basestation.memory import readable_size, return_free_memory
+from basestation.heap import return_free_memory
+from basestation.sizes import readable_size
 from protocol.errors import OverloadError
 
 logger = logging.getLogger(__name__)

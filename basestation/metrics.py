@@ -2,14 +2,17 @@
 
 import collections
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 
 from basestation.fleet_metrics import FleetMetrics
-from basestation.kv_pool import KVPool
 from basestation.pass_records import PassRecord
 from basestation.peer import Peer
 from protocol.messages import Mode
+
+if TYPE_CHECKING:
+    from basestation.kv_pool import KVPool  # imports PyTorch
 
 _SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
 _COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -65,7 +68,7 @@ class Metrics:
         self._unreadable_keys = self._counter("unreadable_keys", "Key files that could not be looked at.")
         self._out_of_memory = self._counter("out_of_memory", "Forward passes that ran out of memory.")
 
-    def watch(self, sessions: Callable[[], Mapping[str, int]], kv_pool: KVPool) -> None:
+    def watch(self, sessions: Callable[[], Mapping[str, int]], kv_pool: "KVPool") -> None:
         """Read the gauges from these whenever the metrics are scraped; ``sessions`` counts them by device."""
         self._sessions.set_function(lambda: sum(sessions().values()))
         self.fleet.watch(sessions)

@@ -14,11 +14,13 @@ class Peer:
         owner: who owns the sessions: a device's public key, or without keys its address in hexadecimal.
         address: the connection's ZeroMQ identity.
         name: under which the device is enrolled.
+        version: of the protocol that a front agreed with the device; 0 if no front did.
     """
 
     owner: str
     address: bytes
     name: str = UNNAMED
+    version: int = 0
 
     @classmethod
     def without_key(cls, address: bytes) -> "Peer":

@@ -4,6 +4,7 @@ import logging
 from collections import Counter
 
 from basestation.held_bytes import held_bytes
+from basestation.load import SessionKey
 from basestation.scheduler import BUSY_SECONDS
 from basestation.session import Session
 from protocol.errors import FullError
@@ -35,6 +36,11 @@ class SessionTable:
     def of(self, owner: str) -> list[Session]:
         """All sessions of an owner."""
         return list(self._by_owner.get(owner, {}).values())
+
+    def keys(self) -> list[SessionKey]:
+        """Owner and session id of all sessions. Another thread may call it: it iterates over copies."""
+        owned = self._by_owner.copy().items()
+        return [(owner, session_id) for owner, sessions in owned for session_id in sessions.copy()]
 
     def add(self, session: Session) -> None:
         """Add a session that was opened."""

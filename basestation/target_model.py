@@ -29,13 +29,13 @@ from basestation.memory import (
     check_host,
     kv_budget,
     parameter_count,
-    readable_size,
 )
 from basestation.model_runner import ModelRunner
 from basestation.packed_linear import pack_linears
 from basestation.placement import choose_dtype, choose_placement, describe_placement
 from basestation.quantized_weights import quantization_method, without_later_expansion
 from basestation.segment import Segment
+from basestation.sizes import readable_size
 from basestation.supported_models import refuse_gguf_rope, refuse_unsupported
 from basestation.vocabulary import Vocabulary
 from common.chat_template import default_template

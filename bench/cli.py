@@ -31,6 +31,7 @@ MODULES = {
     "relay": "bench.link.relay",
     "link": "bench.link.accuracy",
     "capacity": "bench.station.capacity",
+    "cluster": "bench.station.cluster",
     "churn": "bench.station.churn",
     "prefixes": "bench.station.prefixes",
     "ceiling": "bench.station.ceiling",

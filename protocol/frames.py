@@ -55,6 +55,7 @@ from protocol.sparse import SparseDistribution
 
 MAX_FAULT_TEXT = 1000
 _MAX_ARRAY_LEN = 256
+_MAX_HEAD_BYTES = 64
 _DRAFT_TAGS = _DRAFT_TAG, _PIPELINED_DRAFT_TAG, _GIVEN_DRAFT_TAG = 5, 10, 13
 _MIN_ID_BITS = 8  # more than the padding of the last byte
 _MAX_COUNTER = 2**32 - 1
@@ -94,6 +95,14 @@ class _Layout:
         return list(fields(self.kind)[: len(self.fields)])
 
 
+@dataclass(frozen=True, slots=True)
+class FrameHead:
+    """The kind of a message, and the session that it names, None if it names none."""
+
+    kind: type[Message]
+    session_id: int | None
+
+
 class FrameCodec:
     """Encodes and decodes messages for models with ``vocab_size`` tokens."""
 
@@ -107,6 +116,7 @@ class FrameCodec:
         layouts = self._make_layouts()
         self._by_kind = {layout.kind: layout for layout in layouts}
         self._by_tag = {layout.tag: layout for layout in layouts}
+        self._kinds = {layout.tag: layout.kind for layout in layouts} | dict.fromkeys(_DRAFT_TAGS, Draft)
 
     @property
     def max_frame_bytes(self) -> int:
@@ -142,6 +152,26 @@ class FrameCodec:
         if tag not in self._by_tag:
             raise FrameError(f"a frame has the tag {tag}; allowed: {sorted([*self._by_tag, *_DRAFT_TAGS])}")
         return self._by_tag[tag].unpack(rest)
+
+    def head(self, frame: bytes) -> FrameHead:
+        """Read the head of a frame; what follows it may be invalid.
+
+        Raises:
+            FrameError: the bytes do not start with the head of a message.
+        """
+        unpacker = msgpack.Unpacker(max_buffer_size=_MAX_HEAD_BYTES)
+        unpacker.feed(frame[:_MAX_HEAD_BYTES])
+        try:
+            fields, tag = unpacker.read_array_header() - 1, unpacker.unpack()
+            kind = self._kinds.get(tag) if type(tag) is int else None
+            first = unpacker.unpack() if fields > 0 else None
+        except (ValueError, msgpack.UnpackException) as error:
+            raise FrameError(f"{len(frame)} bytes do not start with the head of a message: {error}") from error
+        if kind is None:
+            raise FrameError(f"a frame has the tag {tag!r:.20}; allowed: {sorted(self._kinds)}")
+        if kind in (Hello, Welcome) or (kind is Fault and first is None):
+            return FrameHead(kind, None)
+        return FrameHead(kind, self._counter.unpack(first))
 
     def _make_layouts(self) -> list[_Layout]:
         counter, prompt = self._counter, self._ids("max_prompt_len")

@@ -6,7 +6,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import cast
 
@@ -16,8 +16,8 @@ import pytest
 import zmq
 
 from basestation import memory_guard
+from basestation.heap import return_free_memory
 from basestation.inbox import Inbox, Task
-from basestation.memory import return_free_memory
 from basestation.memory_guard import MemoryGuard
 from basestation.router import ReceivedMessage, Router
 from basestation.server import Server
@@ -31,6 +31,7 @@ from tests.fakes import FakeTarget, random_table
 from tests.link_pair import Station
 from tests.raw_device import RawDevice, hello
 from tests.serving import serving
+from tests.wait import wait_for
 
 VOCAB = 12
 TARGET = random_table(VOCAB, seed=1)
@@ -247,9 +248,8 @@ def test_new_connections_are_refused_while_memory_is_short_and_open_ones_continu
 
 
 def test_a_message_of_endless_parts_ends_the_process_and_not_the_machine() -> None:
-    server = Server(FakeTarget.make(TARGET), "tcp://127.0.0.1:0")
     guard = MemoryGuard(psutil.Process().memory_info().rss, 150 * MIB)
-    vars(server)["_memory_guard"] = guard
+    server = Server(FakeTarget.make(TARGET), "tcp://127.0.0.1:0", memory_guard=guard)
     failures: list[Exception] = []
 
     def serve() -> None:
@@ -289,10 +289,3 @@ def send_endless_message(address: str, most: int) -> None:
 
 def _property(name: bytes, value: bytes) -> bytes:
     return bytes([len(name)]) + name + struct.pack(">I", len(value)) + value
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 20) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.05)

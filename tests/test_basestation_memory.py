@@ -19,7 +19,7 @@ SHAPE = KVShape(8, 2, 64, torch.float32, torch.device("cpu"))
 MEBIBYTE = 2**20
 KEPT_BYTES = """
 import ctypes, threading, psutil
-from basestation.memory import return_free_memory, share_one_heap
+from basestation.heap import return_free_memory, share_one_heap
 
 share_one_heap()
 libc = ctypes.CDLL(None)

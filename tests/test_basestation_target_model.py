@@ -14,8 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from basestation import memory, target_model
 from basestation.attention import ATTENTION_NAME
 from basestation.kv_pool import SequenceKVCache
-from basestation.memory import check_fits, kv_budget, parse_size
+from basestation.memory import check_fits, kv_budget
 from basestation.segment import Segment
+from basestation.sizes import parse_size
 from basestation.supported_models import ROPE_TYPES, SUPPORTED, refuse_gguf_rope, refuse_unsupported
 from basestation.target_model import TargetModel, register_attention
 from basestation.vocabulary import Vocabulary

@@ -15,8 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from basestation.attention import ATTENTION_NAME
 from basestation.kv_pages import KVShape
-from basestation.memory import OutOfMemory, catch_out_of_memory, free_memory, parameter_count, readable_size
+from basestation.memory import OutOfMemory, catch_out_of_memory, free_memory, parameter_count
 from basestation.placement import choose_dtype, choose_placement
+from basestation.sizes import readable_size
 from basestation.target_model import TargetModel, register_attention
 from basestation.verify import RoundToVerify, verify_rounds
 from basestation.vocabulary import Vocabulary

@@ -1,0 +1,320 @@
+"""A front and its replicas on real sockets: answers, losses, restarts, admission."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import zmq
+
+from basestation.inner_link import InnerKey
+from basestation.key_folder import KeyFolder
+from basestation.server import Server
+from basestation.target_model import TargetModel
+from device.client import Client
+from device.curve_keys import CurveKeys, new_key
+from device.link import Link
+from device.session import DeviceSession
+from device.settings import DraftSettings, Timeouts
+from protocol.errors import FaultError
+from protocol.frames import FrameCodec
+from protocol.limits import Limits
+from protocol.messages import Close, Draft, Fault, Message, Mode, Open, Opened, Sampling, Welcome
+from tests.fakes import FakeDraftModel, FakeTarget, blend, random_table, target_alone
+from tests.front_site import FrontSite, RunningReplica, front_site
+from tests.link_pair import open_session
+from tests.raw_device import hello
+from tests.serving import serving
+from tests.wait import wait_for
+
+VOCAB = 12
+TARGET = random_table(VOCAB, seed=1)
+DRAFT = blend(TARGET, random_table(VOCAB, seed=2), 0.7)
+PROMPT = [3, 1, 4, 1, 5]
+TOKENS = 60
+CODEC = FrameCodec(VOCAB)
+IDS = DraftSettings(Mode.IDS, Sampling(), 4, 4)
+COUPLED = DraftSettings(Mode.COUPLED, Sampling(1.0, seed=7), 4, 4)
+TOPK = DraftSettings(Mode.TOPK, Sampling(1.0, seed=7), 4, 4)
+TIMEOUTS = Timeouts(connect=10, resend=1, retry=20)
+
+
+def target() -> TargetModel:
+    return FakeTarget.make(TARGET)
+
+
+@pytest.fixture
+def site() -> Iterator[FrontSite]:
+    with front_site() as site:
+        for name in ("replica-0", "replica-1"):
+            site.start_replica(name, target())
+        site.wait_for_replicas(2)
+        yield site
+
+
+@pytest.fixture
+def cleanup() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
+
+
+def session_at(address: str, settings: DraftSettings, cleanup: ExitStack) -> DeviceSession:
+    model = FakeDraftModel.make(DRAFT)
+    link = Link.connect(address, CODEC)
+    cleanup.callback(link.close)
+    return open_session(Client(link, model.manifest, TIMEOUTS), settings, model, PROMPT)
+
+
+def serving_replica(site: FrontSite) -> RunningReplica:
+    """The replica that has the only session."""
+    wait_for(lambda: sum(one.open_sessions for one in site.replicas.values()) == 1)
+    return next(one for one in site.replicas.values() if one.open_sessions)
+
+
+def undisturbed(settings: DraftSettings) -> list[int]:
+    with serving(Server(target(), "tcp://127.0.0.1:0")) as server, ExitStack() as cleanup:
+        return [token.token_id for token in session_at(server.address, settings, cleanup).answer(TOKENS)]
+
+
+@dataclass
+class RawPeer:
+    """A DEALER that sends the messages that a test gives it."""
+
+    address: str
+    cleanup: ExitStack
+    socket: "zmq.Socket[bytes]" = field(init=False)
+
+    def __post_init__(self) -> None:
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self.cleanup.callback(context.destroy, linger=0)
+        self.socket = context.socket(zmq.DEALER)
+        self.cleanup.callback(self.socket.close, linger=0)
+        self.socket.connect(self.address)
+
+    def request(self, message: Message | bytes) -> Message | None:
+        self.socket.send(message if isinstance(message, bytes) else CODEC.encode(message))
+        return self.receive()
+
+    def receive(self, seconds: float = 5) -> Message | None:
+        return CODEC.decode(self.socket.recv()) if self.socket.poll(round(1000 * seconds)) else None
+
+
+# -- answers --
+
+
+def test_a_greedy_answer_is_the_targets_own(site: FrontSite, cleanup: ExitStack) -> None:
+    answer = [token.token_id for token in session_at(site.address, IDS, cleanup).answer(TOKENS)]
+    assert answer == target_alone(TARGET, PROMPT, TOKENS)
+
+
+def test_a_coupled_answer_is_that_of_a_single_process(site: FrontSite, cleanup: ExitStack) -> None:
+    answer = [token.token_id for token in session_at(site.address, COUPLED, cleanup).answer(TOKENS)]
+    assert answer == undisturbed(COUPLED)
+
+
+def test_the_welcome_is_that_of_a_single_process(site: FrontSite, cleanup: ExitStack) -> None:
+    with serving(Server(target(), "tcp://127.0.0.1:0")) as server:
+        expected = RawPeer(server.address, cleanup).request(hello(VOCAB))
+    assert isinstance(expected, Welcome)
+    assert RawPeer(site.address, cleanup).request(hello(VOCAB)) == expected
+
+
+def test_a_draft_model_that_does_not_match_is_refused(site: FrontSite, cleanup: ExitStack) -> None:
+    refusal = RawPeer(site.address, cleanup).request(hello(VOCAB + 1))
+    assert isinstance(refusal, Fault)
+    assert refusal.code == "mismatch"
+
+
+def test_sessions_of_many_devices_are_at_both_replicas(site: FrontSite, cleanup: ExitStack) -> None:
+    for number in range(24):
+        peer = RawPeer(site.address, cleanup)
+        assert isinstance(peer.request(hello(VOCAB)), Welcome)
+        assert peer.request(Open(number, 0, Mode.IDS, Sampling(), tuple(PROMPT))) == Opened(number, 0)
+    counts = [replica.open_sessions for replica in site.replicas.values()]
+    assert sum(counts) == 24
+    assert min(counts) > 0
+
+
+# -- losses --
+
+
+@pytest.mark.parametrize("settings", [IDS, COUPLED, TOPK], ids=lambda one: str(one.mode))
+def test_an_answer_survives_the_loss_of_each_replica_in_turn(
+    site: FrontSite, cleanup: ExitStack, settings: DraftSettings
+) -> None:
+    answer = list[int]()
+    for token in session_at(site.address, settings, cleanup).answer(TOKENS):
+        answer.append(token.token_id)
+        if len(answer) in (10, 30):
+            lost = serving_replica(site)
+            lost.kill()
+            del site.replicas[lost.name]
+            site.start_replica(lost.name, target())
+            wait_for(lambda: sum(one.open_sessions for one in site.replicas.values()) == 0)
+    if settings is TOPK:
+        assert len(answer) == TOKENS
+    else:
+        assert answer == undisturbed(settings)
+
+
+def test_a_session_whose_replica_lives_never_moves(site: FrontSite, cleanup: ExitStack) -> None:
+    answer = list[int]()
+    for token in session_at(site.address, IDS, cleanup).answer(TOKENS):
+        answer.append(token.token_id)
+        if len(answer) == 10:
+            home = serving_replica(site)
+            opened = home.open_sessions
+            next(one for one in site.replicas.values() if one is not home).kill()
+        if len(answer) == 30:
+            site.restart_front()
+    assert answer == target_alone(TARGET, PROMPT, TOKENS)
+    assert home.open_sessions == opened == 1
+
+
+def test_an_answer_survives_the_restart_of_the_front_without_opening_a_session(
+    site: FrontSite, cleanup: ExitStack, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    answer = list[int]()
+    for token in session_at(site.address, COUPLED, cleanup).answer(TOKENS):
+        answer.append(token.token_id)
+        if len(answer) in (10, 30):
+            site.restart_front()
+    assert answer == undisturbed(COUPLED)
+    opened = [line.partition("coupled, ")[2] for line in caplog.messages if "coupled, " in line]
+    assert opened == ["5 tokens"] * 2  # one at the replica, one undisturbed
+
+
+def test_a_session_that_no_replica_has_is_unknown(site: FrontSite, cleanup: ExitStack) -> None:
+    peer = RawPeer(site.address, cleanup)
+    assert isinstance(peer.request(hello(VOCAB)), Welcome)
+    refusal = peer.request(Draft(5, 1, ()))
+    assert isinstance(refusal, Fault)
+    assert (refusal.session_id, refusal.code) == (5, "unknown_session")
+
+
+def test_without_a_replica_an_open_is_refused_until_one_is_back(site: FrontSite, cleanup: ExitStack) -> None:
+    peer = RawPeer(site.address, cleanup)
+    assert isinstance(peer.request(hello(VOCAB)), Welcome)
+    for replica in list(site.replicas.values()):
+        replica.kill()
+    wait_for(lambda: not site.front.routing.replicas)
+    opening = Open(0, 0, Mode.IDS, Sampling(), tuple(PROMPT))
+    refusal = peer.request(opening)
+    assert isinstance(refusal, Fault)
+    assert (refusal.code, refusal.retry_seconds) == ("full", 1)
+    site.start_replica("replica-0", target())
+    wait_for(lambda: len(site.front.routing.replicas) == 1)
+    assert peer.request(opening) == Opened(0, 0)
+
+
+# -- admission and limits --
+
+
+def test_a_replica_without_the_inner_key_is_not_admitted(site: FrontSite) -> None:
+    site.start_replica("stranger", target(), InnerKey.new())
+    known = site.start_replica("replica-2", target())
+    wait_for(lambda: len(site.front.routing.replicas) == 3)
+    assert {one.name for one in site.front.routing.replicas.values()} == {"replica-0", "replica-1", known.name}
+
+
+def test_a_replica_with_another_target_gets_no_sessions(site: FrontSite) -> None:
+    site.start_replica("other", FakeTarget.make(random_table(VOCAB + 1, seed=3)))
+    site.start_replica("replica-2", target())
+    wait_for(lambda: len(site.front.routing.replicas) == 3)
+    assert "other" not in {one.name for one in site.front.routing.replicas.values()}
+
+
+@pytest.mark.parametrize("frame", [b"", b"\xc1", b"\x91\x05", b"\x92\x63\x00", b"\x93\x05\xff\x00"])
+def test_bytes_that_are_no_message_get_a_fault(site: FrontSite, cleanup: ExitStack, frame: bytes) -> None:
+    peer = RawPeer(site.address, cleanup)
+    refusal = peer.request(frame)
+    assert isinstance(refusal, Fault)
+    assert refusal.code == "frame"
+    assert isinstance(peer.request(hello(VOCAB)), Welcome)
+
+
+def test_a_flood_is_limited_at_the_front(cleanup: ExitStack) -> None:
+    with front_site(Limits(max_requests_per_second=5), expected=1) as site:
+        site.start_replica("replica-0", target())
+        site.wait_for_replicas(1)
+        peer = RawPeer(site.address, cleanup)
+        for _ in range(40):
+            peer.socket.send(CODEC.encode(hello(VOCAB)))
+        replies = list(iter(lambda: peer.receive(0.5), None))
+    assert [reply.code for reply in replies if isinstance(reply, Fault)] == ["limit"]
+    assert sum(isinstance(reply, Welcome) for reply in replies) < 30
+
+
+# -- drain --
+
+
+def test_a_draining_station_opens_no_session_and_lets_open_ones_finish(site: FrontSite, cleanup: ExitStack) -> None:
+    answer = list[int]()
+    for token in session_at(site.address, IDS, cleanup).answer(TOKENS):
+        answer.append(token.token_id)
+        if len(answer) == 10:
+            site.drain(20.0)
+            late = RawPeer(site.address, cleanup)
+            assert isinstance(late.request(hello(VOCAB)), Welcome)
+            refusal = late.request(Open(0, 0, Mode.IDS, Sampling(), tuple(PROMPT)))
+            assert isinstance(refusal, Fault)
+            assert refusal.code == "closing"
+    assert answer == target_alone(TARGET, PROMPT, TOKENS)
+    for replica in site.replicas.values():
+        replica.thread.join(10)
+        assert not replica.thread.is_alive()
+
+
+def test_sessions_of_a_drained_replica_finish_and_new_ones_go_elsewhere(site: FrontSite, cleanup: ExitStack) -> None:
+    answer = list[int]()
+    for token in session_at(site.address, IDS, cleanup).answer(TOKENS):
+        answer.append(token.token_id)
+        if len(answer) == 10:
+            home = serving_replica(site)
+            site.drain(20.0, home.name)
+            other = next(one for one in site.replicas.values() if one is not home)
+            late = RawPeer(site.address, cleanup)
+            assert isinstance(late.request(hello(VOCAB)), Welcome)
+            assert late.request(Open(0, 0, Mode.IDS, Sampling(), tuple(PROMPT))) == Opened(0, 0)
+            assert other.open_sessions == 1
+            late.socket.send(CODEC.encode(Close(0)))
+    assert answer == target_alone(TARGET, PROMPT, TOKENS)
+    home.thread.join(10)
+    assert not home.thread.is_alive()
+
+
+# -- keys --
+
+
+def test_a_revoked_device_is_told_and_its_sessions_end_at_every_replica(tmp_path: Path, cleanup: ExitStack) -> None:
+    folder = KeyFolder.create(tmp_path / "keys")
+    folder.enroll("phone", new_key(tmp_path / "phone"))
+    keys = CurveKeys.read(tmp_path / "phone", folder.public_key)
+    with front_site(keys=folder, expected=1) as site:
+        replica = site.start_replica("replica-0", target())
+        site.wait_for_replicas(1)
+        model = FakeDraftModel.make(DRAFT)
+        link = Link.connect(site.address, CODEC, keys)
+        cleanup.callback(link.close)
+        session = open_session(Client(link, model.manifest, TIMEOUTS), IDS, model, PROMPT)
+        answer = session.answer(TOKENS)
+        next(answer)
+        folder.revoke("phone")
+        wait_for(lambda: replica.open_sessions == 0)
+        with pytest.raises(FaultError) as caught:
+            list(answer)
+    assert caught.value.fault_code == "revoked"
+
+
+# -- imports --
+
+
+@pytest.mark.parametrize("module", ["basestation.front_process", "basestation.cli"])
+def test_the_front_imports_neither_pytorch_nor_ray(module: str) -> None:
+    code = f"import sys, {module}; print(sorted({{'torch', 'transformers', 'ray'}} & set(sys.modules)))"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert told.stdout.strip() == "[]"

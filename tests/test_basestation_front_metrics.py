@@ -1,0 +1,79 @@
+"""Metrics of all replicas: one scrape with the label ``replica``, and sums for the tables and the fleet page."""
+
+from prometheus_client import generate_latest
+
+from basestation.fault_log import LoggedFault
+from basestation.front_metrics import FrontMetrics
+from basestation.inner_messages import Report
+from basestation.load import Load
+from basestation.metrics import Metrics
+from basestation.pass_records import PassRecord, VerifiedRound
+from basestation.peer import Peer
+from basestation.top import parse_snapshot
+from protocol.messages import Mode
+
+PEER = Peer("key", b"\x01a", "kitchen")
+
+
+def replica_metrics(rounds: int) -> Metrics:
+    metrics = Metrics()
+    verified = [VerifiedRound("key", 0, number, Mode.IDS, 4, 2, 1, 0.1) for number in range(rounds)]
+    metrics.count_pass(PassRecord(1, 5, 0, 0.5, 0.1, verified))
+    metrics.count_uplink(PEER, Mode.IDS, 100)
+    return metrics
+
+
+def report(name: str, metrics: Metrics) -> Report:
+    text = generate_latest(metrics.registry).decode()
+    return Report(name, "digest", Load(), metrics=text, faults=metrics.fleet.faults.newest(10))
+
+
+def scrape(metrics: FrontMetrics) -> str:
+    return generate_latest(metrics.registry).decode()
+
+
+def front_of(*replicas: Metrics) -> FrontMetrics:
+    front = FrontMetrics()
+    for number, metrics in enumerate(replicas):
+        front.take(report(f"replica-{number}", metrics))
+    return front
+
+
+def test_a_scrape_has_each_replicas_samples_under_its_label() -> None:
+    text = scrape(front_of(replica_metrics(2), replica_metrics(3)))
+    for number, rounds in enumerate((2, 3)):
+        assert f'edgedraft_rounds_total{{mode="ids",replica="replica-{number}"}} {rounds}.0' in text
+    assert text.count("# TYPE edgedraft_rounds_total counter") == 1
+
+
+def test_a_snapshot_adds_the_replicas_and_the_front() -> None:
+    front = front_of(replica_metrics(2), replica_metrics(3))
+    front.count_uplink(PEER, None, 11)
+    snapshot = parse_snapshot(scrape(front), 0.0)
+    assert snapshot.value("rounds_total", "ids") == 5
+    assert snapshot.total("uplink_bytes_total") == 211
+    assert snapshot.value("fleet_uplink_bytes_total", "kitchen") == 211
+
+
+def test_of_the_times_of_several_replicas_the_latest_is_taken() -> None:
+    metrics = [replica_metrics(1), replica_metrics(1)]
+    latest = max(
+        parse_snapshot(generate_latest(one.registry).decode(), 0.0).total("fleet_last_seen_timestamp_seconds")
+        for one in metrics
+    )
+    assert parse_snapshot(scrape(front_of(*metrics)), 0.0).total("fleet_last_seen_timestamp_seconds") == latest
+
+
+def test_a_lost_replica_is_no_longer_scraped() -> None:
+    front = front_of(replica_metrics(2), replica_metrics(3))
+    front.drop("replica-0")
+    assert 'replica="replica-0"' not in scrape(front)
+
+
+def test_the_fleet_page_lists_the_faults_of_the_front_and_of_all_replicas() -> None:
+    metrics = Metrics()
+    metrics.count_fault(PEER, "state", "at the replica")
+    front = front_of(metrics)
+    front.count_fault(PEER, "limit", "at the front")
+    listed: list[LoggedFault] = front.fleet.faults.newest(10)
+    assert {fault.text for fault in listed} == {"at the replica", "at the front"}
