@@ -13,7 +13,7 @@ import typer
 from basestation.key_folder import KeyFolder
 from basestation.launch_options import ClusterOptions, OperationOptions, SocketOptions, TargetOptions
 from basestation.logs import LogFormat, start_logging
-from basestation.options import OPERATION, PASSES, StationOptions
+from basestation.options import OPERATION, PASSES, BindOption, StationOptions
 from common.command_line import application, run
 from common.configuration import configured_group
 from common.key_files import read_public
@@ -209,7 +209,7 @@ def top(
 @app.command()
 def scale(
     replicas: Annotated[int, typer.Argument(metavar="N", help="Replicas from now on.", min=1)],
-    bind: Annotated[str, typer.Option(help="The --bind of the base station.")] = StationOptions.bind,
+    bind: BindOption = StationOptions.bind,
 ) -> None:
     """Change the number of replicas of a base station that serves on this machine."""
     from basestation.control import ask_for_replicas, control_file

@@ -13,14 +13,17 @@ PASSES = "Forward passes"
 OPERATION = "Operation"
 
 
+BindOption = Annotated[
+    str, typer.Option(help="ZeroMQ endpoint that the base station listens on; port 0 chooses a free port.")
+]
+
+
 @dataclass(frozen=True)
 class StationOptions:
     """Which target is served and with which memory, and where and to whom."""
 
     target: Annotated[str, typer.Option(help="Model folder, hub name or .gguf file.")]
-    bind: Annotated[str, typer.Option(help="ZeroMQ endpoint to listen on; port 0 chooses a free port.")] = (
-        "tcp://127.0.0.1:5755"
-    )
+    bind: BindOption = "tcp://127.0.0.1:5755"
     dtype: Annotated[
         str, typer.Option(help="auto, float32, bfloat16 or, on CUDA, float16; auto is float32, on CUDA bfloat16.")
     ] = "auto"
