@@ -63,10 +63,10 @@ test-gguf: $(VENV)/ready  ## download two real GGUF files (700 MB) and test thei
 test-pair: pair  ## exact answers of the pair in float32; needs 16 GB of memory and about an hour
 	$(BIN)/pytest -q -rP -m pair
 
-test-clients: needs-test-clients models $(CLIENTS_VENV)/ready $(CLIENTS_NODE)/ready  ## run openai (Python, Node), litellm and langchain against a pair; needs node
+test-clients: needs-test-clients models $(CLIENTS_VENV)/ready $(CLIENTS_NODE)/ready  ## run clients of the API, in Python and Node, against a pair; needs node
 	$(BIN)/pytest -q -m clients
 
-test-schemas: models  ## 200 JSON schemas on the sample model; takes about 15 minutes
+test-schemas: models  ## 200 JSON schemas on the sample model; takes about 40 minutes
 	$(BIN)/pytest -q -rP -m endurance tests/test_model_schemas.py
 
 test-pages: needs-test-pages models  ## drive the web pages in Chromium and scrape both ends with Prometheus, from Debian

@@ -13,7 +13,7 @@ const provider = createOpenAICompatible({
   includeUsage: true,
   supportsStructuredOutputs: true,
 });
-const settings = { model: provider("sample"), prompt: "Name a river of Europe.", temperature: 0, maxRetries: 0 };
+const settings = { model: provider("sample"), prompt: "Name three rivers of Europe.", temperature: 0, maxRetries: 0 };
 const schema = jsonSchema({
   type: "object",
   properties: {

@@ -28,6 +28,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             "model_id": "pair",
             "model_name": "sample",
             "api_base": URL,
+            "api_key_name": "pair",
             "supports_schema": True,
             "supports_tools": True,
         }
