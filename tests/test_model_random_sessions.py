@@ -53,15 +53,22 @@ def random_settings(draw: random.Random) -> DraftSettings:
 
 
 class Reference:
-    """What a conversation must answer."""
+    """What a conversation must answer.
 
-    def __init__(self, setup: BenchSetup, settings: DraftSettings) -> None:
-        self._setup = setup
-        self._unbroken = setup.conversation(replace(settings, drafts_ahead=0))
+    Args:
+        alone: the device on which the target alone answers. Another one than that of the unbroken conversation: two
+            conversations would share a draft model, whose logits depend, in their last digits, on what it ran together.
+        unbroken: the device of that conversation.
+        settings: of the conversation.
+    """
+
+    def __init__(self, alone: BenchSetup, unbroken: BenchSetup, settings: DraftSettings) -> None:
+        self._alone = alone
+        self._unbroken = unbroken.conversation(replace(settings, drafts_ahead=0))
 
     def answers(self, prompt: list[int], count: int, settings: DraftSettings) -> Iterator[list[int]]:
         if settings.sampling.greedy or settings.mode in DRAWN_FROM_TARGET:
-            yield self._setup.answer(prompt, count, replace(settings, mode=Mode.TARGET)).token_ids
+            yield self._alone.answer(prompt, count, replace(settings, mode=Mode.TARGET)).token_ids
         if settings.mode.encoding:
             self._unbroken.settings = replace(settings, drafts_ahead=0)
             yield [token.token_id for token in self._unbroken.begin(prompt).answer(count)]
@@ -101,10 +108,10 @@ def relayed(address: str) -> Iterator[tuple[BenchSetup, CountingRelay]]:
 def test_random_sessions_give_the_targets_answers(station_address: str, sample_setup: BenchSetup) -> None:
     draw = random.Random(20250914)  # noqa: S311 - not a secret
     seen: Counter[str] = Counter()
-    with relayed(station_address) as (setup, relay):
+    with relayed(station_address) as (setup, relay), bench_setup(BUNDLE, station_address) as unbroken:
         for number in range(SESSIONS):
             settings = random_settings(draw)
-            conversation, reference = setup.conversation(settings), Reference(sample_setup, settings)
+            conversation, reference = setup.conversation(settings), Reference(sample_setup, unbroken, settings)
             tokens: list[int] = []
             for added in turns(draw, setup):
                 tokens += added
