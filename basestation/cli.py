@@ -147,12 +147,13 @@ def serve(
     )
     socket = SocketOptions(options.bind, folder, options.insecure, limits)
     operation = OperationOptions(options.metrics_bind, record, profile, drain_seconds, log_format)
-    if replicas is None:
+    cluster = ClusterOptions.of(replicas, ray_address, replica_cpus)
+    if cluster is None:
         from basestation.launcher import run_base_station
 
         run_base_station(target, socket, operation)
     else:
-        _serve_replicas(target, socket, operation, ClusterOptions(replicas, ray_address, replica_cpus))
+        _serve_replicas(target, socket, operation, cluster)
 
 
 def _serve_replicas(

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
+from socket import create_connection
 from types import TracebackType
 from typing import Any, Self
 
@@ -26,13 +27,14 @@ from basestation.inner_link import InnerKey
 from basestation.launch_options import ClusterOptions, OperationOptions, SocketOptions, TargetOptions
 from basestation.replica_settings import ReplicaOptions, ReplicaSettings
 from basestation.sizes import parse_size
-from protocol.errors import EdgedraftError, LinkError, ModelError
+from protocol.errors import EdgedraftError, LinkError, ModelError, SettingsError
 from protocol.limits import Limits
 
 logger = logging.getLogger(__name__)
 
 _WAIT_SECONDS = 0.5
 _STOP_SECONDS = 5.0
+_REACH_SECONDS = 5.0
 _OBJECT_STORE_BYTES = 100 * 2**20
 """Nothing is stored there; about the least that Ray accepts."""
 _LOCAL_KV_SHARE = 4
@@ -143,11 +145,28 @@ class Cluster:
     def _connect(self, options: ClusterOptions, cpus: int) -> None:
         shared = {"log_to_driver": True, "configure_logging": False, "namespace": "edgedraft"}
         if options.ray_address is not None:
+            _check_reachable(options.ray_address)
             ray.init(options.ray_address, **shared)
             return
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # Ray writes one to the home folder otherwise
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         ray.init("local", num_cpus=cpus, include_dashboard=False, object_store_memory=_OBJECT_STORE_BYTES, **shared)
+
+
+def _check_reachable(address: str) -> None:
+    """Check that something listens there: Ray itself tries for a minute and then ends the process.
+
+    Raises:
+        SettingsError: ``address`` is not HOST:PORT.
+        LinkError: nothing listens there.
+    """
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        raise SettingsError("ray_address", address, "HOST:PORT")
+    try:
+        create_connection((host, int(port)), _REACH_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise LinkError(f"no Ray cluster at {address}: {error}; start one with: ray start --head") from error
 
 
 def serve_replicas(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from basestation.key_folder import KeyFolder
 from basestation.logs import LogFormat
+from protocol.errors import SettingsError
 from protocol.limits import Limits
 
 
@@ -59,3 +60,17 @@ class ClusterOptions:
     replicas: int
     ray_address: str | None
     replica_cpus: int | None
+
+    @classmethod
+    def of(cls, replicas: int | None, ray_address: str | None, replica_cpus: int | None) -> "ClusterOptions | None":
+        """The options of a base station with replicas; None of one without.
+
+        Raises:
+            SettingsError: an option has no effect without replicas.
+        """
+        if replicas is not None:
+            return cls(replicas, ray_address, replica_cpus)
+        for name, value in (("ray_address", ray_address), ("replica_cpus", replica_cpus)):
+            if value is not None:
+                raise SettingsError(name, value, "left out without --replicas")
+        return None

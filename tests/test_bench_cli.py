@@ -92,3 +92,23 @@ def test_the_processes_of_a_benchmark_have_no_settings_of_this_machine(
         for env in (None, flags_alone())
     ]
     assert sources == [{"environment", "file", "default"}, {"default"}]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["cluster", "--seconds", "-1"], "--seconds"),
+        (["cluster", "--devices", "0"], "--devices"),
+        (["masks", "--tokenizer", "missing.json"], "missing.json"),
+        (["masks", "--tokenizer", os.devnull], os.devnull),
+        (["masks", "--tokenizer", "missing.json", "--rows", "0"], "--rows"),
+        (["exact", "--bundle", ".", "--target", ".", "--count", "0"], "--count"),
+    ],
+)
+def test_a_setting_out_of_range_or_a_wrong_file_is_named_in_one_line(arguments: list[str], named: str) -> None:
+    command = [sys.executable, "-m", "bench", *arguments]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("error: ")
+    assert named in ended.stderr
+    assert ended.stderr.count("\n") == 1

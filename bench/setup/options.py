@@ -16,12 +16,12 @@ TorchDeviceOption = Annotated[str, typer.Option(help="Torch device of the target
 PromptsOption = Annotated[
     Path | None, typer.Option(help="Spec-Bench jsonl file with prompts. Default: the built-in prompts.")
 ]
-CountOption = Annotated[int, typer.Option(help="Number of prompts.")]
-MaxNewTokensOption = Annotated[int, typer.Option(help="Tokens per answer.")]
-RoundsOption = Annotated[int, typer.Option(help="Rounds of 8 tokens per prompt.")]
-DraftLenOption = Annotated[int, typer.Option(help="Tokens drafted per round.")]
-UplinkKOption = Annotated[int, typer.Option(help="Entries kept of each distribution in mode topk.")]
-BatchSessionsOption = Annotated[int, typer.Option("--sessions", help="Sessions in one forward pass.")]
+CountOption = Annotated[int, typer.Option(help="Number of prompts.", min=1)]
+MaxNewTokensOption = Annotated[int, typer.Option(help="Tokens per answer.", min=1)]
+RoundsOption = Annotated[int, typer.Option(help="Rounds of 8 tokens per prompt.", min=1)]
+DraftLenOption = Annotated[int, typer.Option(help="Tokens drafted per round.", min=1)]
+UplinkKOption = Annotated[int, typer.Option(help="Entries kept of each distribution in mode topk.", min=1)]
+BatchSessionsOption = Annotated[int, typer.Option("--sessions", help="Sessions in one forward pass.", min=1)]
 JsonOption = Annotated[Path | None, typer.Option("--json", help="Write the results to this file.")]
 
 

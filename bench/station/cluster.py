@@ -38,9 +38,9 @@ _REPLICAS = (1, 10, 100, 1000)
 
 
 def cluster(
-    seconds: Annotated[float, typer.Option(help="Duration of the measurement.")] = 5.0,
-    devices: Annotated[int, typer.Option(help="Devices that send at once.")] = 16,
-    frame_bytes: Annotated[int, typer.Option(help="Bytes of a frame.")] = 64,
+    seconds: Annotated[float, typer.Option(help="Duration of the measurement.", min=0.1)] = 5.0,
+    devices: Annotated[int, typer.Option(help="Devices that send at once.", min=1)] = 16,
+    frame_bytes: Annotated[int, typer.Option(help="Bytes of a frame.", min=1)] = 64,
     json_file: JsonOption = None,
 ) -> None:
     """Measure the frames a front passes on, and how many replicas it is enough for."""

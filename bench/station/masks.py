@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 from bench.setup.options import JsonOption, console
 from bench.setup.results import Results, Row
 from common.grammar import Grammar, GrammarCompiler, lark_grammar, regex_grammar, schema_grammar
+from protocol.errors import SettingsError
 
 _PERSON = {
     "type": "object",
@@ -39,18 +40,32 @@ GRAMMARS: Mapping[str, str] = {
 
 def masks(
     tokenizer: Annotated[Path, typer.Option(help="A tokenizer.json, for instance that of a bundle.")],
-    vocab_size: Annotated[int | None, typer.Option(help="Length of a mask. Default: the tokenizer's tokens.")] = None,
-    rows: Annotated[int, typer.Option(help="Rows of each grammar.")] = 2000,
-    longest: Annotated[int, typer.Option(help="Tokens of the longest answer.")] = 64,
+    vocab_size: Annotated[
+        int | None, typer.Option(help="Length of a mask. Default: the tokenizer's tokens.", min=1)
+    ] = None,
+    rows: Annotated[int, typer.Option(help="Rows of each grammar.", min=1)] = 2000,
+    longest: Annotated[int, typer.Option(help="Tokens of the longest answer.", min=1)] = 64,
     json_file: JsonOption = None,
 ) -> None:
     """Measure the time and memory of grammars: to compile them, and for the mask of each row."""
-    text = tokenizer.read_text(encoding="utf-8")
-    stop_id = Tokenizer.from_str(text).get_vocab_size() - 1
+    text, stop_id = _read_tokenizer(tokenizer)
     size = vocab_size or stop_id + 1
     measured = Results({"vocab_size": size, "rows": rows}, measure_masks(text, size, stop_id, rows, longest))
     measured.show(console)
     measured.write(json_file)
+
+
+def _read_tokenizer(path: Path) -> tuple[str, int]:
+    """The text of a ``tokenizer.json``, and the id of its last token.
+
+    Raises:
+        SettingsError: the file cannot be read, or is another one.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        return text, Tokenizer.from_str(text).get_vocab_size() - 1
+    except Exception as error:  # the library raises Exception itself
+        raise SettingsError("tokenizer", str(path), f"a tokenizer.json ({error})") from error
 
 
 def measure_masks(tokenizer_json: str, vocab_size: int, stop_id: int, rows: int, longest: int) -> list[Row]:
