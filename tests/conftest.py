@@ -1,6 +1,7 @@
 """Fixtures: one base station with the sample model in float32 and one browser, each shared; no state or settings."""
 
 import os
+import secrets
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,9 @@ import basestation  # noqa: F401 - sets how OpenMP's threads wait, before PyTorc
 from bench.setup.bench_setup import BenchSetup, bench_setup
 from bench.setup.station_process import running_station
 from tests.sample import BUNDLE, SAMPLE
+
+# Ray reads these once, when a test file first imports it.
+os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser

@@ -1,7 +1,6 @@
 """Two replicas on two logical nodes of Ray with the sample pair: every loss in turn, and the answers stay the same."""
 
 import os
-import secrets
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -79,17 +78,13 @@ def two_nodes() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def station() -> Iterator[Station]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "token")
-        patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        with two_nodes() as nodes:
-            options = ["--replicas", "2", "--ray-address", nodes.address, "--replica-cpus", "1"]
-            command = [*station_command(str(SAMPLE), "float32"), "--kv-memory", "256MiB", *options]
-            with serving(command) as served:
-                station = Station(served.address, psutil.Process(served.process.pid), nodes)
-                wait_for(lambda: len(station.replicas) == 2, 60)
-                yield station
+    with two_nodes() as nodes:
+        options = ["--replicas", "2", "--ray-address", nodes.address, "--replica-cpus", "1"]
+        command = [*station_command(str(SAMPLE), "float32"), "--kv-memory", "256MiB", *options]
+        with serving(command) as served:
+            station = Station(served.address, psutil.Process(served.process.pid), nodes)
+            wait_for(lambda: len(station.replicas) == 2, 60)
+            yield station
 
 
 @pytest.fixture(scope="module")
