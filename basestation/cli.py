@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from basestation.key_folder import KeyFolder
+from basestation.devices.key_folder import KeyFolder
 from basestation.launch_options import ClusterOptions, OperationOptions, SocketOptions, TargetOptions
 from basestation.logs import LogFormat, start_logging
 from basestation.options import OPERATION, PASSES, BindOption, StationOptions
@@ -161,7 +161,7 @@ def _serve_replicas(
 ) -> None:
     if find_spec("ray") is None:
         raise SettingsError("replicas", options.replicas, "left out; or install edgedraft[cluster]")
-    from basestation.cluster import serve_replicas
+    from basestation.replicas.cluster import serve_replicas
 
     serve_replicas(target, socket, operation, options)
 
@@ -192,7 +192,7 @@ def top(
     from rich.console import Console
     from rich.live import Live
 
-    from basestation.top import read_snapshot, render
+    from basestation.monitoring.top import read_snapshot, render
 
     before = read_snapshot(url)
     if once:
@@ -213,7 +213,7 @@ def scale(
     bind: BindOption = StationOptions.bind,
 ) -> None:
     """Change the number of replicas of a base station that serves on this machine."""
-    from basestation.control import ask_for_replicas, control_file
+    from basestation.replicas.control import ask_for_replicas, control_file
 
     ask_for_replicas(control_file(bind), replicas)
     typer.echo(f"{replicas} replicas; those that are too many finish their sessions first")

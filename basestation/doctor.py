@@ -14,16 +14,16 @@ import torch
 import zmq
 from rich.console import Console
 
-from basestation.key_folder import KeyFolder
-from basestation.memory import check_fits, free_memory, kv_budget
-from basestation.metrics import Metrics
-from basestation.monitor import Monitor
+from basestation.devices.key_folder import KeyFolder
+from basestation.devices.router import Router
+from basestation.kv_cache.memory import check_fits, free_memory, kv_budget
+from basestation.monitoring.metrics import Metrics
+from basestation.monitoring.monitor import Monitor
 from basestation.options import StationOptions
-from basestation.packed_linear import packed_dtype
-from basestation.placement import choose_dtype, choose_placement, dtype_name
-from basestation.router import Router
 from basestation.sizes import readable_size
-from basestation.target_model import context_length, kv_shape, model_folder, page_count, read_config
+from basestation.target.packed_linear import packed_dtype
+from basestation.target.placement import choose_dtype, choose_placement, dtype_name
+from basestation.target.target_model import context_length, kv_shape, model_folder, page_count, read_config
 from common.checks import Checks, Finding, Outcome, Status
 from common.key_files import read_public
 from common.loopback import is_loopback

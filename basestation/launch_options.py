@@ -6,7 +6,7 @@ Imports no PyTorch: the processes that only route do not need it.
 from dataclasses import dataclass
 from pathlib import Path
 
-from basestation.key_folder import KeyFolder
+from basestation.devices.key_folder import KeyFolder
 from basestation.logs import LogFormat
 from protocol.errors import SettingsError
 from protocol.limits import Limits

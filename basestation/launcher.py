@@ -9,22 +9,22 @@ from pathlib import Path
 from prometheus_client import disable_created_metrics
 
 from basestation.descriptors import raise_descriptor_limit
-from basestation.engine_host import PassOptions
-from basestation.heap import share_one_heap
+from basestation.engine.engine_host import PassOptions
+from basestation.engine.pass_records import PassRecordFile
+from basestation.engine.profiler import PassProfiler
+from basestation.engine.scheduler import PassBudget
+from basestation.kv_cache.heap import share_one_heap
+from basestation.kv_cache.memory import free_memory
+from basestation.kv_cache.memory_guard import MemoryGuard
 from basestation.launch_options import OperationOptions, SocketOptions, TargetOptions
 from basestation.logs import start_logging
-from basestation.memory import free_memory
-from basestation.memory_guard import MemoryGuard
-from basestation.metrics import Metrics
-from basestation.monitor import Monitor
-from basestation.pass_records import PassRecordFile
-from basestation.profiler import PassProfiler
-from basestation.replica import Replica
-from basestation.replica_settings import ReplicaSettings
-from basestation.scheduler import PassBudget
+from basestation.monitoring.metrics import Metrics
+from basestation.monitoring.monitor import Monitor
+from basestation.replicas.replica import Replica
+from basestation.replicas.replica_settings import ReplicaSettings
 from basestation.server import Server
 from basestation.sizes import parse_size, readable_size
-from basestation.target_model import TargetModel
+from basestation.target.target_model import TargetModel
 
 logger = logging.getLogger(__name__)
 

@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from basestation.authentication import check_bind
-from basestation.key_folder import KeyFolder
+from basestation.devices.authentication import check_bind
+from basestation.devices.key_folder import KeyFolder
 
 PASSES = "Forward passes"
 OPERATION = "Operation"

@@ -2,15 +2,15 @@
 
 import zmq
 
-from basestation.device_socket import Admission, DeviceSocket
-from basestation.engine_host import EngineHost, PassOptions
-from basestation.key_folder import KeyFolder
-from basestation.memory_guard import MemoryGuard
-from basestation.metrics import Metrics
-from basestation.pass_records import PassRecordFile
-from basestation.profiler import PassProfiler
-from basestation.scheduler import PassBudget
-from basestation.target_model import TargetModel
+from basestation.devices.device_socket import Admission, DeviceSocket
+from basestation.devices.key_folder import KeyFolder
+from basestation.engine.engine_host import EngineHost, PassOptions
+from basestation.engine.pass_records import PassRecordFile
+from basestation.engine.profiler import PassProfiler
+from basestation.engine.scheduler import PassBudget
+from basestation.kv_cache.memory_guard import MemoryGuard
+from basestation.monitoring.metrics import Metrics
+from basestation.target.target_model import TargetModel
 from protocol.errors import EdgedraftError
 from protocol.frames import FrameCodec
 from protocol.limits import Limits

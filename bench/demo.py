@@ -12,7 +12,7 @@ from bench.grid.speedup import WARM_UP_TOKENS
 from bench.setup.bench_setup import BenchSetup, bench_setup
 from bench.setup.options import BundleOption, DtypeOption, TargetOption, console
 from bench.setup.station_process import running_station
-from device.answer import Answer
+from device.answers.answer import Answer
 from device.settings import DraftSettings
 from device.terminal import ORIGIN_STYLES
 from protocol.messages import Mode, Sampling

@@ -1,7 +1,7 @@
 """The file format of CURVE keys: one public or one secret key per file, as text, for both ends.
 
 A key is 32 bytes, written as 40 characters of Z85 (ZeroMQ RFC 32). Knows no cryptography:
-``device/curve_keys.py`` and ``basestation/key_folder.py`` generate the pairs.
+``device/link/curve_keys.py`` and ``basestation/devices/key_folder.py`` generate the pairs.
 """
 
 import os

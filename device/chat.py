@@ -10,10 +10,10 @@ from contextlib import contextmanager, suppress
 from threading import Event
 from types import FrameType
 
-from device.answer import Conversation
+from device.answers.answer import Conversation
 from device.state_folder import state_folder
 from device.terminal import console, show, show_figures
-from device.tokenizer import ChatMessage
+from device.text.tokenizer import ChatMessage
 from protocol.errors import CancelledError
 
 _HISTORY_LINES = 1000

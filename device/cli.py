@@ -19,22 +19,22 @@ from common.command_line import application, run
 from common.configuration import came_from_file, configured_group
 from common.key_files import public_path
 from common.option_groups import with_options
-from device.answer import Conversation
+from device.answers.answer import Conversation
 from device.chat import Chat
-from device.client import Client
-from device.curve_keys import new_key, public_key
 from device.doctor import Doctor
-from device.draft_model import SequenceModel
-from device.link import Link
-from device.load_model import load_model
-from device.no_draft_model import NoDraftModel
+from device.drafting.draft_model import SequenceModel
+from device.drafting.load_model import load_model
+from device.drafting.no_draft_model import NoDraftModel
+from device.link.curve_keys import new_key, public_key
+from device.link.link import Link
 from device.options import COMMON, OUTPUT, AnswerOptions
-from device.planner_store import PlannerStore
-from device.planners import Planners
-from device.round_records import RoundRecordFile
+from device.planning.planner_store import PlannerStore
+from device.planning.planners import Planners
+from device.session.client import Client
+from device.session.round_records import RoundRecordFile
 from device.state_folder import state_folder
 from device.terminal import console, show, show_figures
-from device.tokenizer import ChatMessage, Tokenizer, check_unicode
+from device.text.tokenizer import ChatMessage, Tokenizer, check_unicode
 from protocol.bundle import Manifest
 from protocol.errors import SettingsError
 from protocol.frames import FrameCodec
@@ -85,7 +85,7 @@ def generate(
     """Answer one prompt; the text streams as it is committed."""
     if explain:
         logging.basicConfig(format="%(message)s")
-        for name in ("device.session", "device.draft_rounds"):
+        for name in ("device.session.session", "device.session.draft_rounds"):
             logging.getLogger(name).setLevel(logging.DEBUG)
     asked = _prompt(text, prompt)
     messages = _messages(asked, system)
@@ -161,11 +161,11 @@ def serve(
     answer_options.check()
     from prometheus_client import disable_created_metrics
 
-    from device import http_server
-    from device.answer_fields import Defaults
-    from device.api_key import VARIABLE, read_api_key
-    from device.metrics import Metrics
-    from device.worker import Worker
+    from device.answers.worker import Worker
+    from device.http import http_server
+    from device.http.answer_fields import Defaults
+    from device.http.api_key import VARIABLE, read_api_key
+    from device.http.metrics import Metrics
 
     is_overridden = came_from_file(context, "api_key_file") and VARIABLE in os.environ
     key = read_api_key(None if is_overridden else api_key_file)

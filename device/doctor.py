@@ -8,14 +8,14 @@ from dataclasses import asdict
 from functools import partial
 
 from common.checks import Checks, Finding, Outcome, Status
-from device import board_checks, bundle_checks, link_checks
-from device.client import Client
-from device.draft_model import SequenceModel
-from device.load_model import load_model
+from device.checks import board_checks, bundle_checks, link_checks
+from device.drafting.draft_model import SequenceModel
+from device.drafting.load_model import load_model
 from device.options import AnswerOptions
-from device.speed_prediction import TYPICAL_ANSWER, ShortSession, SpeedPrediction
+from device.planning.speed_prediction import TYPICAL_ANSWER, ShortSession, SpeedPrediction
+from device.session.client import Client
 from device.terminal import console
-from device.tokenizer import Tokenizer
+from device.text.tokenizer import Tokenizer
 from protocol.bundle import Manifest
 
 

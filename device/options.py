@@ -10,8 +10,8 @@ from typing import Annotated
 import typer
 
 from common.loopback import is_loopback
-from device.curve_keys import CurveKeys
-from device.probe import endpoint
+from device.link.curve_keys import CurveKeys
+from device.link.probe import endpoint
 from device.settings import DEFAULT_UPLINK_K, DraftSettings, Timeouts, choose_mode
 from protocol.bundle import Manifest
 from protocol.errors import SettingsError

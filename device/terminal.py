@@ -6,8 +6,8 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from device.answer import Answer, TextChunk
-from device.session import Origin
+from device.answers.answer import Answer, TextChunk
+from device.session.session import Origin
 
 ORIGIN_STYLES = {
     Origin.ACCEPTED: "green",

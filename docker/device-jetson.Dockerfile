@@ -41,7 +41,7 @@ COPY device device
 # As in device.Dockerfile.
 RUN /opt/tools/bin/hatchling build --target wheel --directory /dist \
     && /opt/edgedraft/bin/pip install --no-cache-dir --no-index --no-deps /dist/*.whl \
-    && /opt/edgedraft/bin/python -c "from device.cuda_provider import check_code; check_code('${COMPUTE_CAPABILITY}')" \
+    && /opt/edgedraft/bin/python -c "from device.drafting.cuda_provider import check_code; check_code('${COMPUTE_CAPABILITY}')" \
     && /opt/edgedraft/bin/pip uninstall --yes \
         certifi charset-normalizer filelock fsspec hf-xet huggingface-hub pyyaml requests tqdm urllib3 setuptools pip \
     && find /opt/edgedraft -depth -type d \( -name tests -o -path '*/onnxruntime/transformers' \) -exec rm -rf {} + \

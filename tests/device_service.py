@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from device.api_key import VARIABLE
+from device.http.api_key import VARIABLE
 from tests.sample import BUNDLE
 
 _SERVING_LINE = re.compile(r"serving sample at (http://\S+)")

@@ -13,12 +13,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from basestation.kv_pool import PAGE_SIZE, KVPool, SequenceKVCache
-from basestation.segment import Segment
-from basestation.target_model import TargetModel
-from basestation.vocabulary import Vocabulary
+from basestation.kv_cache.kv_pool import PAGE_SIZE, KVPool, SequenceKVCache
+from basestation.target.segment import Segment
+from basestation.target.target_model import TargetModel
+from basestation.target.vocabulary import Vocabulary
 from common.grammar import GrammarCompiler
-from device.draft_model import DraftModel
+from device.drafting.draft_model import DraftModel
 from protocol.bundle import CacheKind, Manifest, QualityFigures
 from protocol.vocabulary import vocabulary_hash
 

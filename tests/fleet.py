@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from basestation.key_folder import KeyFolder
-from basestation.metrics import Metrics
-from basestation.monitor import Monitor
+from basestation.devices.key_folder import KeyFolder
+from basestation.monitoring.metrics import Metrics
+from basestation.monitoring.monitor import Monitor
+from basestation.monitoring.snapshot import Snapshot
 from basestation.server import Server
-from basestation.snapshot import Snapshot
-from device.client import Client
-from device.curve_keys import CurveKeys, new_key
-from device.link import Link
-from device.session import DeviceSession
+from device.link.curve_keys import CurveKeys, new_key
+from device.link.link import Link
+from device.session.client import Client
+from device.session.session import DeviceSession
 from device.settings import DraftSettings, Timeouts
 from protocol.frames import FrameCodec
 from protocol.messages import Mode, Sampling

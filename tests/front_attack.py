@@ -13,9 +13,9 @@ from typing import Any
 
 import zmq
 
-from basestation.front_process import FrontSettings, run_front
-from basestation.router import Router
-from device.curve_keys import CurveKeys
+from basestation.devices.router import Router
+from basestation.replicas.front_process import FrontSettings, run_front
+from device.link.curve_keys import CurveKeys
 
 _SEED = 7
 

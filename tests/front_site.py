@@ -6,14 +6,14 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from multiprocessing import Pipe
 
-from basestation.device_socket import Admission
-from basestation.engine_host import PassOptions
-from basestation.front import Front, FrontOptions
-from basestation.inner_link import InnerKey
-from basestation.key_folder import KeyFolder
-from basestation.replica import Replica
-from basestation.replica_settings import ReplicaOptions
-from basestation.target_model import TargetModel
+from basestation.devices.device_socket import Admission
+from basestation.devices.key_folder import KeyFolder
+from basestation.engine.engine_host import PassOptions
+from basestation.replicas.front import Front, FrontOptions
+from basestation.replicas.inner_link import InnerKey
+from basestation.replicas.replica import Replica
+from basestation.replicas.replica_settings import ReplicaOptions
+from basestation.target.target_model import TargetModel
 from protocol.limits import Limits
 from tests.wait import wait_for
 

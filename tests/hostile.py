@@ -15,7 +15,7 @@ import msgpack
 import numpy as np
 import zmq
 
-from device.curve_keys import CurveKeys
+from device.link.curve_keys import CurveKeys
 from protocol.draft_codec import encode_drafted
 from protocol.frames import FrameCodec
 from protocol.limits import Limits

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from device.openapi import openapi
+from device.http.openapi import openapi
 
 _HEAD = """# HTTP
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
-from device.draft_model import DraftModel
-from device.session import DeviceSession
+from device.drafting.draft_model import DraftModel
+from device.session.session import DeviceSession
 from device.settings import DraftSettings
 from protocol.frames import FrameCodec
 from protocol.messages import Hello, Message, Mode, Open, Sampling, Welcome

@@ -5,17 +5,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from basestation.engine import Engine
-from basestation.grammars import RunElsewhere, run_here
-from basestation.peer import Peer
-from basestation.scheduler import PassBudget
-from basestation.target_model import TargetModel
+from basestation.devices.peer import Peer
+from basestation.engine.engine import Engine
+from basestation.engine.scheduler import PassBudget
+from basestation.sessions.grammars import RunElsewhere, run_here
+from basestation.target.target_model import TargetModel
 from common.grammar import Grammar
-from device.client import Client
-from device.draft_model import SequenceModel
-from device.link import Link
-from device.planners import Planners
-from device.session import DeviceSession
+from device.drafting.draft_model import SequenceModel
+from device.link.link import Link
+from device.planning.planners import Planners
+from device.session.client import Client
+from device.session.session import DeviceSession
 from device.settings import DraftSettings, Timeouts
 from protocol.errors import FullError, ProtocolError
 from protocol.frames import FrameCodec

@@ -4,8 +4,8 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from device.draft_model import SequenceModel
-from device.session import AnswerToken, DeviceSession
+from device.drafting.draft_model import SequenceModel
+from device.session.session import AnswerToken, DeviceSession
 from device.settings import DraftSettings
 from tests.fakes import Table
 from tests.timed_pair import TimedPair

@@ -9,13 +9,13 @@ from typing import Any, cast
 from starlette.testclient import TestClient
 
 from common.grammar import Grammar
-from device.answer_fields import Defaults
-from device.client import Client
-from device.http import Access, application
+from device.answers.worker import Worker
+from device.http.answer_fields import Defaults
+from device.http.service import Access, application
+from device.session.client import Client
 from device.settings import DraftSettings
-from device.tokenizer import ChatMessage, Tokenizer
-from device.tool_calls import ToolFormat
-from device.worker import Worker
+from device.text.tokenizer import ChatMessage, Tokenizer
+from device.text.tool_calls import ToolFormat
 from protocol.messages import Message, Mode, Open, Sampling
 from tests.fakes import FakeDraftModel, FakeTarget, blend, random_table
 from tests.json_tokens import COMPILER

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from device.planner_store import PlannerStore
+from device.planning.planner_store import PlannerStore
 from device.settings import DraftSettings
 from protocol.messages import Mode, Sampling
 from tests.fakes import blend, manifest, random_table

@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from basestation.key_folder import KeyFolder
+from basestation.devices.key_folder import KeyFolder
 from bench.setup.station_process import StationProcess, station_process
-from device.curve_keys import CurveKeys, new_key
-from device.link import Link
+from device.link.curve_keys import CurveKeys, new_key
+from device.link.link import Link
 from protocol.bundle import Manifest
 from protocol.frames import FrameCodec
 from protocol.messages import Decode

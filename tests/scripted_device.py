@@ -5,7 +5,7 @@ from typing import cast
 
 import numpy as np
 
-from basestation.scheduler import PassBudget
+from basestation.engine.scheduler import PassBudget
 from protocol.frames import FrameCodec
 from protocol.messages import PROTOCOL_VERSION, Draft, Hello, Message, Mode, Open, Sampling, Verdict
 from tests.fakes import FakeTarget, random_table, target_alone

@@ -1,11 +1,11 @@
-"""The slow and obvious twin of ``basestation.verify``: one round at a time, in NumPy and float64."""
+"""The slow and obvious twin of ``basestation.verification.verify``: one round at a time, in NumPy and float64."""
 
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
-from basestation.verify import RoundToVerify, VerificationResult
+from basestation.verification.verify import RoundToVerify, VerificationResult
 from protocol.coupling import PositionNoise
 from protocol.messages import DraftDistribution, Sampling
 from protocol.randomness import Stream, uniform

@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from basestation.key_folder import KeyFolder
+from basestation.devices.key_folder import KeyFolder
 from tests.sample import PROJECT
 
 _SSH = """#!/bin/sh

@@ -15,13 +15,13 @@ import psutil
 import pytest
 import zmq
 
-from basestation import memory_guard
-from basestation.heap import return_free_memory
-from basestation.inbox import Inbox, Task
-from basestation.memory_guard import MemoryGuard
-from basestation.router import ReceivedMessage, Router
+from basestation.devices.router import ReceivedMessage, Router
+from basestation.engine.inbox import Inbox, Task
+from basestation.kv_cache import memory_guard
+from basestation.kv_cache.heap import return_free_memory
+from basestation.kv_cache.memory_guard import MemoryGuard
 from basestation.server import Server
-from basestation.session import Session
+from basestation.sessions.session import Session
 from protocol.errors import OverloadError
 from protocol.frames import FrameCodec
 from protocol.full_distribution import FullDistribution

@@ -4,8 +4,8 @@ import socket
 
 import pytest
 
-from basestation.cluster import Cluster
 from basestation.launch_options import ClusterOptions
+from basestation.replicas.cluster import Cluster
 from protocol.errors import LinkError, SettingsError
 
 

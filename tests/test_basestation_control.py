@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from basestation.control import Control, ask_for_replicas, control_file
+from basestation.replicas.control import Control, ask_for_replicas, control_file
 from protocol.errors import LinkError
 
 

@@ -8,8 +8,14 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from basestation import coupled_sampling
-from basestation.verify import RoundToVerify, SamplingRow, VerificationResult, sample_target_tokens, verify_rounds
+from basestation.verification import coupled_sampling
+from basestation.verification.verify import (
+    RoundToVerify,
+    SamplingRow,
+    VerificationResult,
+    sample_target_tokens,
+    verify_rounds,
+)
 from device.settings import DraftSettings
 from protocol.coupling import Integers64, noise_keys
 from protocol.messages import Mode, Sampling

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from basestation.cli import app
-from basestation.key_folder import KeyFolder
+from basestation.devices.key_folder import KeyFolder
 from common.checks import Status
-from device.curve_keys import new_key
+from device.link.curve_keys import new_key
 from tests.doctor_command import DoctorCommand
 from tests.test_basestation_target_model import tiny_config
 

@@ -3,8 +3,8 @@
 import math
 from collections.abc import Sequence
 
-from basestation.kv_pool import PAGE_SIZE
-from basestation.scheduler import PassBudget
+from basestation.engine.scheduler import PassBudget
+from basestation.kv_cache.kv_pool import PAGE_SIZE
 from protocol.messages import Draft, Extend, Fault, Mode, Open, Opened, Sampling, Verdict
 from tests.link_pair import Station
 from tests.scripted_device import CODEC, ScriptedDevice, new_station, prompt_of, settle, target_of

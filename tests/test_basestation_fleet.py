@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from basestation.fault_log import FaultLog
-from basestation.fleet_history import INTERVAL, SAMPLES, FleetHistory
-from basestation.fleet_report import fleet_report
-from basestation.key_folder import KeyFolder
-from basestation.metrics import Metrics
-from basestation.monitor import Monitor
-from basestation.peer import UNNAMED, Peer
-from basestation.snapshot import Snapshot
-from device.curve_keys import new_key
+from basestation.devices.key_folder import KeyFolder
+from basestation.devices.peer import UNNAMED, Peer
+from basestation.monitoring.fault_log import FaultLog
+from basestation.monitoring.fleet_history import INTERVAL, SAMPLES, FleetHistory
+from basestation.monitoring.fleet_report import fleet_report
+from basestation.monitoring.metrics import Metrics
+from basestation.monitoring.monitor import Monitor
+from basestation.monitoring.snapshot import Snapshot
+from device.link.curve_keys import new_key
 from protocol.messages import Mode
 from tests.fakes import target_alone
 from tests.fleet import PROMPT, TARGET, Fleet, fleet, get

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 import zmq
 
-from basestation.inner_link import InnerKey
-from basestation.key_folder import KeyFolder
+from basestation.devices.key_folder import KeyFolder
+from basestation.replicas.inner_link import InnerKey
 from basestation.server import Server
-from basestation.target_model import TargetModel
-from device.client import Client
-from device.curve_keys import CurveKeys, new_key
-from device.link import Link
-from device.session import DeviceSession
+from basestation.target.target_model import TargetModel
+from device.link.curve_keys import CurveKeys, new_key
+from device.link.link import Link
+from device.session.client import Client
+from device.session.session import DeviceSession
 from device.settings import DraftSettings, Timeouts
 from protocol.errors import FaultError
 from protocol.frames import FrameCodec
@@ -313,7 +313,7 @@ def test_a_revoked_device_is_told_and_its_sessions_end_at_every_replica(tmp_path
 # -- imports --
 
 
-@pytest.mark.parametrize("module", ["basestation.front_process", "basestation.cli"])
+@pytest.mark.parametrize("module", ["basestation.replicas.front_process", "basestation.cli"])
 def test_the_front_imports_neither_pytorch_nor_ray(module: str) -> None:
     code = f"import sys, {module}; print(sorted({{'torch', 'transformers', 'ray'}} & set(sys.modules)))"
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)

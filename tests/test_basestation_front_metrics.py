@@ -2,14 +2,14 @@
 
 from prometheus_client import generate_latest
 
-from basestation.fault_log import LoggedFault
-from basestation.front_metrics import FrontMetrics
-from basestation.inner_messages import Report
-from basestation.load import Load
-from basestation.metrics import Metrics
-from basestation.pass_records import PassRecord, VerifiedRound
-from basestation.peer import Peer
-from basestation.top import parse_snapshot
+from basestation.devices.peer import Peer
+from basestation.engine.load import Load
+from basestation.engine.pass_records import PassRecord, VerifiedRound
+from basestation.monitoring.fault_log import LoggedFault
+from basestation.monitoring.metrics import Metrics
+from basestation.monitoring.top import parse_snapshot
+from basestation.replicas.front_metrics import FrontMetrics
+from basestation.replicas.inner_messages import Report
 from protocol.messages import Mode
 
 PEER = Peer("key", b"\x01a", "kitchen")

@@ -11,10 +11,10 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from basestation import gguf_cache, target_model
-from basestation.gguf_cache import cache_entry
-from basestation.segment import Segment
-from basestation.target_model import TargetModel
+from basestation.target import gguf_cache, target_model
+from basestation.target.gguf_cache import cache_entry
+from basestation.target.segment import Segment
+from basestation.target.target_model import TargetModel
 from protocol.errors import ModelError
 from tests.gguf_files import tiny_model_file
 
@@ -57,7 +57,7 @@ def test_the_second_start_reads_the_converted_weights_and_gives_the_same_logits(
     dtype: str, file: Path, loaded: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     entry = str(cache_entry(file, getattr(torch, dtype)))
-    with caplog.at_level(logging.INFO, logger="basestation.target_model"):
+    with caplog.at_level(logging.INFO, logger="basestation.target.target_model"):
         first = load(file, dtype)
     assert f"converting {file} once, into {entry}; with --no-cache" in caplog.text
     second, without = load(file, dtype), load(file, dtype, use_cache=False)
@@ -78,7 +78,7 @@ def test_an_entry_belongs_to_the_content_the_dtype_and_the_version(
     with copy.open("ab") as content:
         content.write(b"\0")
     others = [cache_entry(copy, torch.float32), cache_entry(file, torch.bfloat16)]
-    monkeypatch.setattr("basestation.gguf_cache.transformers.__version__", "9.9.9")
+    monkeypatch.setattr("basestation.target.gguf_cache.transformers.__version__", "9.9.9")
     others.append(cache_entry(file, torch.float32))
     assert len({entry, *others}) == 4
 

@@ -1,6 +1,6 @@
 """Compiled grammars are kept within a number and a size, and count as memory of their sessions."""
 
-from basestation.grammars import Grammars
+from basestation.sessions.grammars import Grammars
 from common.grammar import GrammarCompiler, regex_grammar
 from protocol.errors import LimitError
 from protocol.frames import FrameCodec

@@ -5,8 +5,8 @@ from collections import Counter
 
 import pytest
 
-from basestation.kv_pool import KVPool, SequenceKVCache, runs
-from basestation.memory import OutOfMemory
+from basestation.kv_cache.kv_pool import KVPool, SequenceKVCache, runs
+from basestation.kv_cache.memory import OutOfMemory
 
 PAGES, SIZE, SEQUENCES = 40, 4, 10
 OPERATIONS = 100_000

@@ -7,11 +7,11 @@ from typing import cast
 import pytest
 import torch
 
-from basestation.peer import Peer
-from basestation.rate_limit import RateLimiter
-from basestation.segment import Segment
+from basestation.devices.peer import Peer
+from basestation.devices.rate_limit import RateLimiter
 from basestation.server import Server
-from basestation.target_model import TargetModel
+from basestation.target.segment import Segment
+from basestation.target.target_model import TargetModel
 from common.grammar import GrammarCompiler
 from device.settings import DraftSettings
 from protocol.errors import ContextLengthError, SettingsError

@@ -11,11 +11,11 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from basestation.logits_processing import AnswerSoFar, MaskTime, process_logits
-from basestation.verify import RoundToVerify, VerificationResult, verify_rounds
+from basestation.verification.logits_processing import AnswerSoFar, MaskTime, process_logits
+from basestation.verification.verify import RoundToVerify, VerificationResult, verify_rounds
 from common.grammar import Grammar
-from device import logits_processing
-from device.sampling import coupled_token, full_distribution, sparse_distribution
+from device.drafting import logits_processing
+from device.drafting.sampling import coupled_token, full_distribution, sparse_distribution
 from device.settings import UplinkSettings
 from protocol.messages import Mode, Sampling
 from protocol.randomness import Stream, random_bits
@@ -116,7 +116,7 @@ class TimedGrammar(CountingGrammar):
 @pytest.mark.parametrize(("wanted", "last"), [(1.0, 0.1 / 32), (0.0, 0.1)], ids=["all they get", "nothing"])
 def test_the_grammars_of_a_pass_share_its_time(wanted: float, last: float, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
-    monkeypatch.setattr("basestation.logits_processing.time.thread_time", lambda: clock[0])
+    monkeypatch.setattr("basestation.verification.logits_processing.time.thread_time", lambda: clock[0])
     grammars = [TimedGrammar(clock, wanted) for _ in range(16)]
     answers = [AnswerSoFar(PROMPT, len(PROMPT), STOPS, cast(Grammar, one)) for one in grammars]
     rounds = [RoundToVerify(Sampling(grammar="x"), len(PROMPT), answer=answer) for answer in answers]

@@ -9,17 +9,17 @@ import psutil
 import pytest
 import torch
 
-from basestation import memory
-from basestation.kv_pages import KVPages, KVShape
-from basestation.kv_pool import KVPool, SequenceKVCache
-from basestation.memory import OutOfMemory, catch_out_of_memory
+from basestation.kv_cache import memory
+from basestation.kv_cache.kv_pages import KVPages, KVShape
+from basestation.kv_cache.kv_pool import KVPool, SequenceKVCache
+from basestation.kv_cache.memory import OutOfMemory, catch_out_of_memory
 from protocol.errors import ModelError
 
 SHAPE = KVShape(8, 2, 64, torch.float32, torch.device("cpu"))
 MEBIBYTE = 2**20
 KEPT_BYTES = """
 import ctypes, threading, psutil
-from basestation.heap import return_free_memory, share_one_heap
+from basestation.kv_cache.heap import return_free_memory, share_one_heap
 
 share_one_heap()
 libc = ctypes.CDLL(None)

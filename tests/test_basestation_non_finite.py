@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from basestation.verify import RoundToVerify, VerificationResult, verify_rounds
+from basestation.verification.verify import RoundToVerify, VerificationResult, verify_rounds
 from device.settings import DraftSettings
 from protocol.errors import FaultError, NonFiniteError
 from protocol.full_distribution import FullDistribution

@@ -15,16 +15,16 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 
+from basestation.engine.pass_records import PassRecordFile
+from basestation.engine.profiler import PassProfiler
 from basestation.logs import JsonFormatter
-from basestation.metrics import Metrics
-from basestation.monitor import Monitor
-from basestation.pass_records import PassRecordFile
-from basestation.profiler import PassProfiler
+from basestation.monitoring.metrics import Metrics
+from basestation.monitoring.monitor import Monitor
+from basestation.monitoring.top import parse_snapshot, read_snapshot, render
 from basestation.server import Server
-from basestation.top import parse_snapshot, read_snapshot, render
-from device.client import Client
-from device.link import Link
-from device.session import DeviceSession
+from device.link.link import Link
+from device.session.client import Client
+from device.session.session import DeviceSession
 from device.settings import DraftSettings, Timeouts
 from protocol.errors import FaultError, LinkError, SettingsError
 from protocol.frames import FrameCodec

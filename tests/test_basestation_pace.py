@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from basestation.pace import PassTimes
-from basestation.segment import Segment
+from basestation.engine.pace import PassTimes
+from basestation.target.segment import Segment
 from protocol.messages import Decode, Draft, Mode, Open, Opened, Sampling, Welcome
 from tests.fakes import FakeTarget, random_table
 from tests.link_pair import Station

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from basestation.packed_linear import PackedLinear, pack_linears, packed_bytes
+from basestation.target.packed_linear import PackedLinear, pack_linears, packed_bytes
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 16, 80])
@@ -38,7 +38,7 @@ def test_each_layer_is_freed_before_the_next_is_packed() -> None:
             super().__init__(original, dtype)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("basestation.packed_linear.PackedLinear", CountingLinear)
+        patch.setattr("basestation.target.packed_linear.PackedLinear", CountingLinear)
         pack_linears(model)
     assert seen[-1] <= 2
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from basestation.pass_clock import PassClock
+from basestation.engine.pass_clock import PassClock
 
 
 class FakeEvent:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from basestation.placement import choose_dtype, choose_placement, describe_placement, reason_for_cpu
+from basestation.target.placement import choose_dtype, choose_placement, describe_placement, reason_for_cpu
 from protocol.errors import SettingsError
 from tests.sample import PROJECT
 
@@ -38,7 +38,7 @@ def test_the_reason_names_what_is_missing(
     is_built: bool, version: str, reason: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: is_built)
-    monkeypatch.setattr("basestation.placement._DRIVER_VERSION", tmp_path / "version")
+    monkeypatch.setattr("basestation.target.placement._DRIVER_VERSION", tmp_path / "version")
     if version:
         (tmp_path / "version").write_text(f"{version}\n")
     assert reason in reason_for_cpu()

@@ -7,9 +7,9 @@ from typing import cast
 import numpy as np
 import pytest
 
-from basestation.committed_tokens import CommittedTokens
-from basestation.kv_pool import PAGE_SIZE
-from basestation.session import Session
+from basestation.kv_cache.kv_pool import PAGE_SIZE
+from basestation.sessions.committed_tokens import CommittedTokens
+from basestation.sessions.session import Session
 from protocol.messages import Close, Extend, Fault, Opened
 from tests.fakes import FakeSequenceKVCache
 from tests.link_pair import Station

@@ -7,11 +7,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from basestation.memory import check_fits
-from basestation.quantized_weights import KERNELS, quantization_method, without_later_expansion
-from basestation.segment import Segment
-from basestation.supported_models import refuse_unsupported
-from basestation.target_model import TargetModel, read_config
+from basestation.kv_cache.memory import check_fits
+from basestation.target.quantized_weights import KERNELS, quantization_method, without_later_expansion
+from basestation.target.segment import Segment
+from basestation.target.supported_models import refuse_unsupported
+from basestation.target.target_model import TargetModel, read_config
 from protocol.errors import ModelError
 from tests.test_basestation_target_model import ids, tiny_config
 from tests.test_export_convert import save_tokenizer

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from basestation.held_bytes import held_bytes
+from basestation.sessions.held_bytes import held_bytes
 from protocol.limits import Limits
 from protocol.messages import Close, Decode, Extend, Message, Mode, Open, Opened, Resume, Resumed, Sampling, Verdict
 from tests.fakes import FakeTarget, random_table, target_alone

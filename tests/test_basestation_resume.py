@@ -2,9 +2,9 @@
 
 import pytest
 
-from basestation.engine import Engine
-from basestation.peer import Peer
-from basestation.scheduler import PassBudget
+from basestation.devices.peer import Peer
+from basestation.engine.engine import Engine
+from basestation.engine.scheduler import PassBudget
 from device.settings import DraftSettings
 from protocol.limits import Limits
 from protocol.messages import Draft, Fault, Message, Mode, Open, Opened, Resume, Resumed, Sampling, Verdict

@@ -2,13 +2,13 @@
 
 from collections import Counter
 
-from basestation.inner_messages import Report, decode_peer, encode_peer
-from basestation.load import Load, SessionKey
-from basestation.pace import Pace
-from basestation.peer import Peer
-from basestation.routing import Routing
-from basestation.served_target import ServedTarget
-from basestation.vocabulary import Vocabulary
+from basestation.devices.peer import Peer
+from basestation.engine.load import Load, SessionKey
+from basestation.engine.pace import Pace
+from basestation.replicas.inner_messages import Report, decode_peer, encode_peer
+from basestation.replicas.routing import Routing
+from basestation.target.served_target import ServedTarget
+from basestation.target.vocabulary import Vocabulary
 
 OWNERS = [f"owner{number}" for number in range(300)]
 

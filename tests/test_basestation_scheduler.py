@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from basestation.kv_pool import PAGE_SIZE
-from basestation.scheduler import PassBudget
-from basestation.verify import RoundToVerify, VerificationResult, verify_rounds
+from basestation.engine.scheduler import PassBudget
+from basestation.kv_cache.kv_pool import PAGE_SIZE
+from basestation.verification.verify import RoundToVerify, VerificationResult, verify_rounds
 from protocol.errors import SettingsError
 from protocol.messages import (
     OLDEST_VERSION,
@@ -262,7 +262,7 @@ def test_running_out_of_memory_in_verification_loses_no_token(monkeypatch: pytes
             raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate")
         return verify_rounds(logits, rounds)
 
-    monkeypatch.setattr("basestation.engine.verify_rounds", verify_one)
+    monkeypatch.setattr("basestation.engine.engine.verify_rounds", verify_one)
     station = new_station()
     devices = [ScriptedDevice(station, name, prompt_of(5, name)) for name in range(4)]
     for device in devices:

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from scipy.stats import chisquare
 
-from basestation import engine
-from basestation.verify import RoundToVerify, verify_rounds
-from device.draft_model import DraftModel
+from basestation.engine import engine
+from basestation.verification.verify import RoundToVerify, verify_rounds
+from device.drafting.draft_model import DraftModel
 from device.settings import DraftSettings
 from protocol.messages import PROTOCOL_VERSION, Draft, Mode, Sampling
 from tests.fakes import FakeDraftModel, FakeTarget, Table, blend, manifest, next_logits, random_table, target_alone

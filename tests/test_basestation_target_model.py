@@ -11,15 +11,16 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from basestation import memory, target_model
-from basestation.attention import ATTENTION_NAME
-from basestation.kv_pool import SequenceKVCache
-from basestation.memory import check_fits, kv_budget
-from basestation.segment import Segment
+from basestation.kv_cache import memory
+from basestation.kv_cache.kv_pool import SequenceKVCache
+from basestation.kv_cache.memory import check_fits, kv_budget
 from basestation.sizes import parse_size
-from basestation.supported_models import ROPE_TYPES, SUPPORTED, refuse_gguf_rope, refuse_unsupported
-from basestation.target_model import TargetModel, register_attention
-from basestation.vocabulary import Vocabulary
+from basestation.target import target_model
+from basestation.target.attention import ATTENTION_NAME
+from basestation.target.segment import Segment
+from basestation.target.supported_models import ROPE_TYPES, SUPPORTED, refuse_gguf_rope, refuse_unsupported
+from basestation.target.target_model import TargetModel, register_attention
+from basestation.target.vocabulary import Vocabulary
 from protocol.errors import ModelError, SettingsError
 from tests.fakes import token_names
 

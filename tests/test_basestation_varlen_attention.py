@@ -10,13 +10,13 @@ from torch import Tensor
 from torch.nn.attention import varlen
 from torch.overrides import TorchFunctionMode
 
-from basestation import varlen_attention
-from basestation.attention import SequentialBatch
-from basestation.forward_pass import ForwardPass
-from basestation.host_transfer import to_device
-from basestation.kv_pages import KVPages, KVShape
-from basestation.segment import Segment
-from basestation.varlen_attention import VarlenBatch, batch_type, failure_of_trial, missing_for_varlen
+from basestation.kv_cache.kv_pages import KVPages, KVShape
+from basestation.target import varlen_attention
+from basestation.target.attention import SequentialBatch
+from basestation.target.forward_pass import ForwardPass
+from basestation.target.host_transfer import to_device
+from basestation.target.segment import Segment
+from basestation.target.varlen_attention import VarlenBatch, batch_type, failure_of_trial, missing_for_varlen
 from tests.test_basestation_target_model import WINDOW, ids, tiny_pair
 
 Kernel: TypeAlias = Callable[..., Tensor]

@@ -16,7 +16,7 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from basestation.verify import (
+from basestation.verification.verify import (
     RoundToVerify,
     SamplingRow,
     VerificationResult,
@@ -25,7 +25,7 @@ from basestation.verify import (
     verify_rounds,
     warp_scores,
 )
-from device.sampling import full_distribution, sparse_distribution
+from device.drafting.sampling import full_distribution, sparse_distribution
 from device.settings import UplinkSettings
 from protocol.frames import FrameCodec
 from protocol.messages import Draft, DraftDistribution, Sampling
@@ -316,7 +316,7 @@ def test_top_p_in_parts_keeps_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -
     whole = warp_scores(scores, 0, 0.7)
     assert 0 < int(whole.isinf().sum()) < whole.numel()
     for rows in (1, 7, 50):
-        monkeypatch.setattr("basestation.verify._TOP_P_NUMBERS", rows * 700 + 1)
+        monkeypatch.setattr("basestation.verification.verify._TOP_P_NUMBERS", rows * 700 + 1)
         assert torch.equal(warp_scores(scores, 0, 0.7), whole)
 
 

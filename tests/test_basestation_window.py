@@ -6,8 +6,8 @@ from typing import cast
 
 import pytest
 
-from basestation.target_model import TargetModel
-from device.sampling import sparse_distribution
+from basestation.target.target_model import TargetModel
+from device.drafting.sampling import sparse_distribution
 from device.settings import UplinkSettings
 from protocol.limits import Limits
 from protocol.messages import Draft, Fault, Message, Mode, Open, Opened, Sampling, Verdict

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from basestation.metrics import Metrics
-from basestation.monitor import Monitor
+from basestation.monitoring.metrics import Metrics
+from basestation.monitoring.monitor import Monitor
 from basestation.server import Server
 from bench.report.report import write_report
 from bench.setup.results import Results, Row, format_value, number

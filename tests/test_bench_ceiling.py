@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from basestation.memory import parameter_count
+from basestation.kv_cache.memory import parameter_count
 from bench.report.report import write_report
 from bench.setup.results import Results, Row
 from bench.station import ceiling, passes

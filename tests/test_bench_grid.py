@@ -17,10 +17,10 @@ from bench.grid.recording_planner import RecordingPlanners
 from bench.grid.run import GridRun, GridSettings
 from bench.grid.throughput import Throughput, measure_throughput
 from bench.setup.bench_setup import BenchSetup
-from device.client import Client
-from device.link import Link
+from device.link.link import Link
+from device.session.client import Client
 from device.settings import DraftSettings
-from device.tokenizer import Tokenizer
+from device.text.tokenizer import Tokenizer
 from protocol.errors import SettingsError
 from protocol.frames import FrameCodec
 from protocol.messages import Mode, Sampling

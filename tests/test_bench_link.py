@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from bench.link.relay import LinkDirection, Outage, Relay, Schedule, parse_outages, relay_command
 from bench.setup.server_process import serving
-from device.probe import endpoint
+from device.link.probe import endpoint
 from protocol.errors import SettingsError
 
 SIZES = st.lists(st.integers(1, 1448), min_size=1, max_size=50)

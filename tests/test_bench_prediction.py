@@ -13,7 +13,7 @@ from bench.grid.rows import accepted_at_least, add_predictions
 from bench.grid.summary import accuracy_text, compare_auto, outliers, predicted_rows, share_within_tolerance
 from bench.setup.results import number
 from common.round_model import Direction, expected_tokens
-from device.planner import Planner
+from device.planning.planner import Planner
 from protocol.messages import Mode
 from tests.grid_rows import CELL, LOOPBACK, QUALITY, TARGET_SECONDS, rows_of
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from basestation.attention import ATTENTION_NAME
-from basestation.kv_pool import PAGE_SIZE
-from basestation.target_model import TargetModel, register_attention
-from basestation.vocabulary import Vocabulary
+from basestation.kv_cache.kv_pool import PAGE_SIZE
+from basestation.target.attention import ATTENTION_NAME
+from basestation.target.target_model import TargetModel, register_attention
+from basestation.target.vocabulary import Vocabulary
 from bench.station.prefixes import measure_prefixes
 from protocol.errors import SettingsError
 from tests.fakes import token_names

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 
-@pytest.mark.parametrize("module", ["basestation.target_model", "export.quality"])
+@pytest.mark.parametrize("module", ["basestation.target.target_model", "export.quality"])
 @pytest.mark.parametrize(("chosen", "spins"), [({}, 10000), ({"GOMP_SPINCOUNT": "5"}, 5)], ids=["default", "chosen"])
 def test_idle_threads_spin_briefly_unless_the_user_chooses_otherwise(
     module: str, chosen: dict[str, str], spins: int

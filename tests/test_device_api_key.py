@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from device.api_key import VARIABLE, read_api_key
-from device.http_server import check_bind
+from device.http.api_key import VARIABLE, read_api_key
+from device.http.http_server import check_bind
 from protocol.errors import KeyFileError, SettingsError
 from tests.number_service import FIELDS, http_client, new_station
 

@@ -10,16 +10,16 @@ from typing import cast
 
 import pytest
 
-from basestation.kv_pool import PAGE_SIZE
+from basestation.kv_cache.kv_pool import PAGE_SIZE
 from basestation.server import Server
 from bench.setup.bench_setup import bench_setup
 from bench.setup.prompts import OWN_PROMPTS
 from bench.setup.station_process import running_station
-from device.client import Client
-from device.link import Link
-from device.planner import TRIAL
-from device.planners import Planners
-from device.session import DeviceSession
+from device.link.link import Link
+from device.planning.planner import TRIAL
+from device.planning.planners import Planners
+from device.session.client import Client
+from device.session.session import DeviceSession
 from device.settings import DraftSettings, Timeouts
 from protocol.errors import ClosingError, FaultError, FullError
 from protocol.frames import FrameCodec

@@ -4,7 +4,7 @@ from itertools import count
 
 import pytest
 
-from device.session import DeviceSession
+from device.session.session import DeviceSession
 from device.settings import DraftSettings
 from protocol.errors import ContextLengthError, FaultError, LimitError
 from protocol.frames import FrameCodec

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from common.checks import Status
-from device.board_checks import board, governor, processor, threads, throttling
-from device.bundle_checks import memory, quality
+from device.checks.board_checks import board, governor, processor, threads, throttling
+from device.checks.bundle_checks import memory, quality
 from protocol.bundle import MODEL_NAME, FileRecord
 from protocol.errors import BundleError
 from tests.fakes import manifest

@@ -9,13 +9,13 @@ from typing import Any, cast
 
 import pytest
 
-from device.client import Client
-from device.draft_model import DraftModel
-from device.http import Access, application
-from device.job import AnswerRequest, Event, Finish, Job
+from device.answers.job import AnswerRequest, Event, Finish, Job
+from device.answers.worker import Worker
+from device.drafting.draft_model import DraftModel
+from device.http.service import Access, application
+from device.session.client import Client
 from device.settings import DraftSettings
-from device.tokenizer import ChatMessage, Tokenizer
-from device.worker import Worker
+from device.text.tokenizer import ChatMessage, Tokenizer
 from protocol.errors import CancelledError, ClosingError
 from protocol.messages import Close, Draft, Message, Mode, Opened, Sampling, Verdict
 from tests.fakes import FakeDraftModel, target_alone

@@ -12,12 +12,12 @@ from typing import Any, cast
 import pytest
 
 import device.chat
-from device.answer import Conversation, TextChunk
+from device.answers.answer import Conversation, TextChunk
 from device.chat import Chat
-from device.planners import Planners
-from device.session import Origin
+from device.planning.planners import Planners
+from device.session.session import Origin
 from device.terminal import ORIGIN_STYLES
-from device.tokenizer import ChatMessage, Tokenizer
+from device.text.tokenizer import ChatMessage, Tokenizer
 from protocol.messages import Sampling
 from tests.fakes import FakeDraftModel, target_alone
 from tests.link_pair import join

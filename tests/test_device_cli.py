@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from basestation.server import Server
-from device.draft_model import DraftModel
+from device.drafting.draft_model import DraftModel
 from device.options import AnswerOptions
 from protocol.errors import SettingsError
 from tests.command_settings import settings_of
@@ -260,7 +260,7 @@ import os, sys
 from pathlib import Path
 cores = sorted(os.sched_getaffinity(0))[: int(sys.argv[2])]
 os.sched_setaffinity(0, cores)
-from device.draft_model import DraftModel
+from device.drafting.draft_model import DraftModel
 def threads_of(count):
     before = len(os.listdir("/proc/self/task"))
     model = DraftModel(Path(sys.argv[1]), count)

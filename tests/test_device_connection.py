@@ -6,8 +6,8 @@ from typing import cast
 
 import pytest
 
-from device.client import Client
-from device.connection import GREETING_INTERVAL, RETRY_INTERVAL, Connection
+from device.link.connection import GREETING_INTERVAL, RETRY_INTERVAL, Connection
+from device.session.client import Client
 from protocol.errors import AdmissionError, LinkError
 
 
@@ -56,7 +56,7 @@ class FakeNetwork:
 
 @pytest.fixture
 def network(caplog: pytest.LogCaptureFixture) -> FakeNetwork:
-    caplog.set_level(logging.INFO, logger="device.connection")
+    caplog.set_level(logging.INFO, logger="device.link.connection")
     return FakeNetwork()
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import onnxruntime
 import pytest
 
-from device import cuda_provider
-from device.cuda_provider import check_cuda, gpu_code
-from device.draft_model import DraftModel
+from device.drafting import cuda_provider
+from device.drafting.cuda_provider import check_cuda, gpu_code
+from device.drafting.draft_model import DraftModel
 from protocol.errors import SettingsError
 from tests.tiny_bundle import one_word, write_bundle
 

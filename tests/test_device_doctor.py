@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from basestation.key_folder import KeyFolder
+from basestation.devices.key_folder import KeyFolder
 from basestation.server import Server
 from common.checks import Status
 from device.cli import app
-from device.curve_keys import new_key
-from device.speed_prediction import SpeedPrediction
+from device.link.curve_keys import new_key
+from device.planning.speed_prediction import SpeedPrediction
 from protocol.bundle import MODEL_NAME, Manifest
 from tests.doctor_command import DoctorCommand, Report
 from tests.fakes import FakeTarget, random_table
@@ -122,7 +122,7 @@ def silent_host() -> Iterator[str]:
 def test_an_address_where_nobody_is_is_named(
     doctor: DoctorCommand, bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("device.probe._TIMEOUT", 0.3)
+    monkeypatch.setattr("device.link.probe._TIMEOUT", 0.3)
     with silent_host() as address:
         text = examined(doctor, bundle, address).failure("port")
     assert "no connection is established (timed out)" in text
@@ -146,7 +146,7 @@ def web_server() -> Iterator[str]:
 
 
 def test_an_http_port_is_named(doctor: DoctorCommand, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("device.probe._TIMEOUT", 0.3)
+    monkeypatch.setattr("device.link.probe._TIMEOUT", 0.3)
     with web_server() as address:
         text = examined(doctor, bundle, address).failure("port")
     assert "an HTTP server listens there" in text

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from device.draft_model import DraftModel
-from device.drafter import Drafter, DraftResult
-from device.sampling import full_distribution, sparse_distribution
+from device.drafting.draft_model import DraftModel
+from device.drafting.drafter import Drafter, DraftResult
+from device.drafting.sampling import full_distribution, sparse_distribution
 from device.settings import UplinkSettings
 from protocol.coupling import MAX_MARGIN
 from protocol.errors import CancelledError, NonFiniteError

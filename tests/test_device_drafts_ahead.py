@@ -10,8 +10,8 @@ import pytest
 
 from common.round_model import RoundTimes, run_tokens
 from device.options import AnswerOptions
-from device.planner import MIN_BACKLOG
-from device.session import DeviceSession
+from device.planning.planner import MIN_BACKLOG
+from device.session.session import DeviceSession
 from device.settings import DraftSettings
 from protocol.errors import FaultError, SettingsError
 from protocol.limits import Limits
@@ -277,7 +277,7 @@ def test_drafting_ahead_begins_before_the_first_token_of_the_target_has_arrived(
 def test_a_draft_without_tokens_while_the_prompt_runs_changes_no_answer(
     settings: DraftSettings, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("device.planner.Planner.decode_len", lambda _, backlog=0: int(backlog >= MIN_BACKLOG))
+    monkeypatch.setattr("device.planning.planner.Planner.decode_len", lambda _, backlog=0: int(backlog >= MIN_BACKLOG))
     prompt = np.random.default_rng(seed).integers(0, len(TARGET), 120).tolist()
     losses = lossy(seed), lossy(seed + 100)
     station = new_station()

@@ -7,8 +7,8 @@ import numpy.typing as npt
 import pytest
 
 from common.grammar import Grammar, lark_grammar
-from device.draft_model import SequenceModel
-from device.drafter import Drafter, DraftResult
+from device.drafting.draft_model import SequenceModel
+from device.drafting.drafter import Drafter, DraftResult
 from device.settings import UplinkSettings
 from protocol.messages import Mode, Sampling
 from tests.fakes import FakeDraftModel, next_logits, random_table

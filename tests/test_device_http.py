@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from device.chat_request import ChatRequest
-from device.connection import Connection
-from device.http import Access, application
-from device.job import AnswerRequest, Event, Finish, Job
-from device.tokenizer import ChatMessage
-from device.worker import Worker
+from device.answers.job import AnswerRequest, Event, Finish, Job
+from device.answers.worker import Worker
+from device.http.chat_request import ChatRequest
+from device.http.service import Access, application
+from device.link.connection import Connection
+from device.text.tokenizer import ChatMessage
 from protocol.errors import BusyError, LinkError, SettingsError
 from protocol.messages import Message, Sampling
 from tests import json_tokens

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from device.http import Access, application
-from device.worker import Worker
+from device.answers.worker import Worker
+from device.http.service import Access, application
 from tests.number_service import DEFAULTS, complete, http_client, new_station, new_worker
 
 INVALID = "invalid_request_error"

@@ -6,9 +6,9 @@ from typing import Any, cast
 
 import pytest
 
-from device.answer_events import AnswerEvent, AnswerEvents
-from device.completion import ChatForm, Completion
-from device.job import AnswerRequest, Finish
+from device.answers.job import AnswerRequest, Finish
+from device.http.answer_events import AnswerEvent, AnswerEvents
+from device.http.completion import ChatForm, Completion
 from protocol.messages import Sampling
 from tests.number_service import complete, http_client, new_station, settings
 

@@ -10,10 +10,10 @@ from contextlib import ExitStack, contextmanager
 import httpx2
 import pytest
 
-from device.http import Access, application
-from device.http_connection import HttpConnection
-from device.http_server import HttpServer
-from device.worker import Worker
+from device.answers.worker import Worker
+from device.http.http_connection import HttpConnection
+from device.http.http_server import HttpServer
+from device.http.service import Access, application
 from tests.fakes import FakeDraftModel
 from tests.number_service import DEFAULTS, FIELDS, PROMPT, NumberTokenizer, new_station, new_worker
 

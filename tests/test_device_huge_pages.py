@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from device import huge_pages as module
-from device.huge_pages import huge_pages
+from device.drafting import huge_pages as module
+from device.drafting.huge_pages import huge_pages
 
 SIZE = 2**25
 FLAGS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from device.prompt_logprobs import prompt_logprobs
+from device.answers.prompt_logprobs import prompt_logprobs
 from device.settings import DraftSettings
 from protocol.errors import StateError
 from protocol.logprobs import TokenLogprobs

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from starlette.testclient import TestClient
 
-from device.draft_model import DraftModel
-from device.http import Access, application
+from device.answers.worker import Worker
+from device.drafting.draft_model import DraftModel
+from device.http.service import Access, application
 from device.settings import DraftSettings
-from device.tokenizer import Tokenizer
-from device.worker import Worker
+from device.text.tokenizer import Tokenizer
 from protocol.errors import NonFiniteError
 from protocol.messages import Close, Mode, Open, Sampling
 from tests.fakes import FakeDraftModel, FakeTarget, random_table, target_alone

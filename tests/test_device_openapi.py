@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 from jsonschema import Draft202012Validator
 
-from device.chat_request import ChatRequest
-from device.http_fields import CHAT_FIELDS, IGNORED, ONLY_VALUES, SHARED_FIELDS, TEXT_FIELDS, Schema
-from device.openapi import openapi
-from device.text_request import TextRequest
-from device.tool_calls import ToolFormat
+from device.http.chat_request import ChatRequest
+from device.http.http_fields import CHAT_FIELDS, IGNORED, ONLY_VALUES, SHARED_FIELDS, TEXT_FIELDS, Schema
+from device.http.openapi import openapi
+from device.http.text_request import TextRequest
+from device.text.tool_calls import ToolFormat
 from protocol.errors import SettingsError
 from tests.http_page import page
 from tests.number_service import DEFAULTS, FIELDS, PROMPT, NumberTokenizer, http_client, new_station

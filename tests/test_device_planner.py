@@ -10,8 +10,8 @@ from typing import cast
 import pytest
 
 from common.round_model import expected_tokens
-from device.planner import FIRST_DRAFT_LEN, MAX_DRAFT_LEN, MIN_WAIT, TRIAL, TRIAL_SHARE, Planner
-from device.planners import Planners
+from device.planning.planner import FIRST_DRAFT_LEN, MAX_DRAFT_LEN, MIN_WAIT, TRIAL, TRIAL_SHARE, Planner
+from device.planning.planners import Planners
 from device.settings import DraftSettings
 from protocol.bundle import QualityFigures
 from protocol.messages import Decode, Draft, Mode, Sampling

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from device.planner import ASSUMED_COST, PREFILL_COST, TRIAL, Planner
-from device.planner_figures import PlannerFigures
-from device.planner_store import MAX_FILES, PlannerStore
-from device.planners import Planners
+from device.planning.planner import ASSUMED_COST, PREFILL_COST, TRIAL, Planner
+from device.planning.planner_figures import PlannerFigures
+from device.planning.planner_store import MAX_FILES, PlannerStore
+from device.planning.planners import Planners
 from device.settings import DraftSettings
 from device.state_folder import state_folder
 from protocol.messages import Decode, Draft, Mode, Sampling, Welcome
@@ -79,7 +79,7 @@ DAMAGED = [
 def test_a_damaged_file_is_ignored_and_replaced(content: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = written(tmp_path)
     path.write_bytes(content.encode("latin-1"))
-    with caplog.at_level("DEBUG", "device.planner_store"):
+    with caplog.at_level("DEBUG", "device.planning.planner_store"):
         assert store_in(tmp_path).read(SETTINGS, WELCOME) is None
     assert [record.levelname for record in caplog.records] == ["DEBUG"]
     store_in(tmp_path).write(SETTINGS, WELCOME, FIGURES)
@@ -100,7 +100,7 @@ def test_a_folder_that_cannot_be_made_is_no_error(
     (tmp_path / blocked).parent.mkdir(exist_ok=True)
     (tmp_path / blocked).write_text("a file in place of the folder")
     store = store_in(tmp_path / "state" / "planner")
-    with caplog.at_level("DEBUG", "device.planner_store"):
+    with caplog.at_level("DEBUG", "device.planning.planner_store"):
         assert store.read(SETTINGS, WELCOME) is None
         store.write(SETTINGS, WELCOME, FIGURES)
     assert {record.levelname for record in caplog.records} == {"DEBUG"}

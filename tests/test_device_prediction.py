@@ -9,10 +9,10 @@ from typing import Any, cast
 import pytest
 from starlette.testclient import TestClient
 
-from device.http import Access, application
-from device.no_draft_model import NoDraftModel
-from device.tokenizer import Tokenizer
-from device.worker import Worker
+from device.answers.worker import Worker
+from device.drafting.no_draft_model import NoDraftModel
+from device.http.service import Access, application
+from device.text.tokenizer import Tokenizer
 from protocol.messages import Sampling
 from tests.fakes import manifest, target_alone
 from tests.link_pair import Station, join

@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 import zmq
 
-from basestation.authentication import check_bind
-from basestation.key_folder import KeyFolder
+from basestation.devices.authentication import check_bind
+from basestation.devices.key_folder import KeyFolder
 from basestation.server import Server
 from common.loopback import is_loopback
-from device.client import Client
-from device.connection import Connection
-from device.curve_keys import CurveKeys, new_key
-from device.link import Link
-from device.probe import endpoint, needs_ipv6, unreachable_reason
+from device.link.connection import Connection
+from device.link.curve_keys import CurveKeys, new_key
+from device.link.link import Link
+from device.link.probe import endpoint, needs_ipv6, unreachable_reason
+from device.session.client import Client
 from device.settings import DraftSettings, Timeouts
 from protocol.errors import AdmissionError, LinkError, SettingsError
 from protocol.frames import FrameCodec
@@ -257,7 +257,7 @@ def answer_http(connection: socket.socket) -> None:
 def test_another_server_is_recognised(
     greet: Callable[[socket.socket], object], expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("device.probe._TIMEOUT", 0.1)
+    monkeypatch.setattr("device.link.probe._TIMEOUT", 0.1)
     with answering(greet) as address:
         assert unreachable_reason(address).startswith(expected)
 

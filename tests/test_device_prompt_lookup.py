@@ -5,10 +5,10 @@ from collections.abc import Sequence
 
 import pytest
 
-from device.no_draft_model import NoDraftModel
-from device.planner import MAX_DRAFT_LEN, Planner
-from device.prompt_lookup import MAX_MATCH, Match, PromptLookup, Proposal
-from device.session import Origin
+from device.drafting.no_draft_model import NoDraftModel
+from device.drafting.prompt_lookup import MAX_MATCH, Match, PromptLookup, Proposal
+from device.planning.planner import MAX_DRAFT_LEN, Planner
+from device.session.session import Origin
 from device.settings import DraftSettings
 from protocol.messages import Decode, Draft, Mode, Sampling
 from tests.fakes import manifest

@@ -10,8 +10,8 @@ import pytest
 
 from basestation.server import Server
 from bench.setup.bench_setup import BenchSetup, bench_setup
-from device.client import Client
-from device.link import Link
+from device.link.link import Link
+from device.session.client import Client
 from device.settings import DraftSettings, Timeouts
 from protocol.frames import FrameCodec
 from protocol.messages import Mode, Sampling

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from device.chat_request import ChatRequest
+from device.http.chat_request import ChatRequest
 from device.options import AnswerOptions
-from device.round_records import RoundRecord
+from device.session.round_records import RoundRecord
 from device.settings import DraftSettings
 from protocol.errors import SettingsError
 from protocol.messages import Mode, Sampling
@@ -123,7 +123,7 @@ def test_text_that_was_missing_at_the_end_follows_without_a_token(monkeypatch: p
 
 
 def test_a_request_without_rounds_collects_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("device.worker.RoundEvents", None)
+    monkeypatch.setattr("device.answers.worker.RoundEvents", None)
     with http_client(new_station()) as client:
         chunks = streamed(client)
         after = streamed(client, edgedraft={"rounds": False})

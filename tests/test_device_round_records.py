@@ -10,17 +10,17 @@ from typing import Any
 
 import pytest
 
-from basestation.key_folder import KeyFolder
-from basestation.pass_records import PassRecordFile
+from basestation.devices.key_folder import KeyFolder
+from basestation.engine.pass_records import PassRecordFile
 from basestation.server import Server
 from bench.setup.prompts import OWN_PROMPTS
 from bench.setup.station_process import running_station
 from common.json_lines import JsonLinesFile
-from device.client import Client
-from device.curve_keys import CurveKeys, new_key
-from device.link import Link
-from device.round_records import RoundRecordFile
-from device.session import DeviceSession
+from device.link.curve_keys import CurveKeys, new_key
+from device.link.link import Link
+from device.session.client import Client
+from device.session.round_records import RoundRecordFile
+from device.session.session import DeviceSession
 from device.settings import DraftSettings, Timeouts
 from protocol.frames import FrameCodec
 from protocol.messages import Mode, Sampling

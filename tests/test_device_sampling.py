@@ -4,7 +4,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from device.sampling import full_distribution, sparse_distribution
+from device.drafting.sampling import full_distribution, sparse_distribution
 from device.settings import UplinkSettings, choose_mode
 from protocol.bundle import QualityFigures
 from protocol.errors import SettingsError

@@ -6,14 +6,14 @@ from typing import Any, cast
 
 import pytest
 
-from device.client import Client
-from device.draft_model import DraftModel
-from device.link import Link
-from device.planner import Planner
-from device.session import DeviceSession
+from device.drafting.draft_model import DraftModel
+from device.link.link import Link
+from device.planning.planner import Planner
+from device.planning.speed_prediction import ShortSession, SpeedPrediction
+from device.session.client import Client
+from device.session.session import DeviceSession
 from device.settings import DraftSettings, Timeouts
-from device.speed_prediction import ShortSession, SpeedPrediction
-from device.tokenizer import ChatMessage, Tokenizer
+from device.text.tokenizer import ChatMessage, Tokenizer
 from protocol.errors import SettingsError
 from protocol.frames import FrameCodec
 from protocol.messages import Message, Mode, Sampling, Verdict

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from device.stop_strings import StopStrings
+from device.text.stop_strings import StopStrings
 
 
 def feed_all(pieces: list[str], stops: list[str]) -> tuple[str, bool]:

@@ -1,6 +1,6 @@
 """Figures of an answer over HTTP: tokens drafted and cached, times, bytes."""
 
-from device.timings import Timings
+from device.answers.timings import Timings
 from tests.fakes import target_alone
 from tests.number_service import PROMPT, TARGET, complete, http_client, new_station, next_turn, streamed, text_of
 

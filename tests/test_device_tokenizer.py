@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as FastTokenizer
 
-from device.tokenizer import ChatMessage, Tokenizer
+from device.text.tokenizer import ChatMessage, Tokenizer
 from protocol.bundle import CHAT_TEMPLATE_NAME, TOKENIZER_NAME, Manifest
 from protocol.errors import BundleError, SettingsError
 from tests.sample import BUNDLE

@@ -9,8 +9,8 @@ from llguidance import LLTokenizer, TokenizerWrapper
 
 from common.chat_template import ChatTemplate
 from common.grammar import GrammarCompiler
-from device.chat_request import ChatRequest
-from device.tool_calls import ToolCall, ToolFormat
+from device.http.chat_request import ChatRequest
+from device.text.tool_calls import ToolCall, ToolFormat
 from protocol.errors import SettingsError
 from tests.number_service import DEFAULTS, FIELDS, NumberTokenizer, complete, http_client, new_station, streamed
 

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from common.token_bytes import TokenBytes
-from device.drafter import Drafter
-from device.prompt import Prompt
+from device.drafting.drafter import Drafter
+from device.drafting.vocabulary_bridge import VocabularyBridge
 from device.settings import UplinkSettings
-from device.vocabulary_bridge import VocabularyBridge
+from device.text.prompt import Prompt
 from protocol.messages import Mode, Sampling
 from tests.vocabulary_pairs import END, SHEEP, TARGET, TARGET_SIZE, TARGET_TEXTS, bridged
 

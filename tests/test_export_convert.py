@@ -26,7 +26,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from device.draft_model import DraftModel
+from device.drafting.draft_model import DraftModel
 from export import candidates, graph, quality
 from export import convert as convert_module
 from export.convert import ConvertSettings, convert

@@ -12,9 +12,9 @@ import torch
 from transformers import LlamaForCausalLM
 from typer.testing import CliRunner
 
-from device import draft_model
-from device.cuda_provider import check_bundle, check_nodes
-from device.draft_model import DraftModel
+from device.drafting import draft_model
+from device.drafting.cuda_provider import check_bundle, check_nodes
+from device.drafting.draft_model import DraftModel
 from export import graph
 from export.cli import app
 from export.convert import ConvertSettings, convert

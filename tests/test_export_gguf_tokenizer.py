@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from common.gguf_metadata import GgufVocabulary, TokenType
 from common.stop_ids import all_stop_ids, gguf_stop_sources
-from device.tokenizer import Tokenizer
+from device.text.tokenizer import Tokenizer
 from export.gguf_tokenizer import gguf_tokenizer
 from export.tokenizer_check import check_tokenizer
 from protocol.bundle import CHAT_TEMPLATE_NAME, TOKENIZER_NAME, FileRecord

@@ -12,9 +12,9 @@ from rich.console import Console
 from common import vocabulary_map
 from common.token_bytes import TokenBytes
 from common.vocabulary_map import VocabularyMap
-from device.load_model import load_model
-from device.prompt import Prompt
-from device.tokenizer import ChatMessage, Tokenizer
+from device.drafting.load_model import load_model
+from device.text.prompt import Prompt
+from device.text.tokenizer import ChatMessage, Tokenizer
 from export.convert import convert
 from export.graph import Cache
 from export.inspection import description, verify

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from basestation.key_folder import KeyFolder
+from basestation.devices.key_folder import KeyFolder
 from bench.setup.station_process import running_station
-from device.curve_keys import new_key
+from device.link.curve_keys import new_key
 from tests.sample import BUNDLE, PROJECT, SAMPLE
 
 pytestmark = pytest.mark.images

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from llguidance import LLTokenizer
 
-from basestation import logits_processing
+from basestation.verification import logits_processing
 from common.grammar import GrammarCompiler, lark_grammar, regex_grammar, schema_grammar
-from device.session import DeviceSession
+from device.session.session import DeviceSession
 from device.settings import DraftSettings
 from protocol.errors import GrammarError, SettingsError
 from protocol.frames import FrameCodec

@@ -5,7 +5,7 @@ from typing import cast
 
 import pytest
 
-from basestation.target_model import TargetModel
+from basestation.target.target_model import TargetModel
 from device.settings import DraftSettings, Timeouts
 from protocol.limits import Limits
 from protocol.messages import Decode, Draft, Open, Opened, Verdict

@@ -5,7 +5,7 @@ Greedy decoding is tested here; tests/test_basestation_verify.py tests sampled v
 
 import pytest
 
-from device.session import Origin
+from device.session.session import Origin
 from device.settings import DraftSettings
 from protocol.errors import SettingsError
 from protocol.messages import Mode, Sampling

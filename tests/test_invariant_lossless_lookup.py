@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from device.draft_model import SequenceModel
-from device.no_draft_model import NoDraftModel
-from device.session import DeviceSession, Origin
+from device.drafting.draft_model import SequenceModel
+from device.drafting.no_draft_model import NoDraftModel
+from device.session.session import DeviceSession, Origin
 from device.settings import DraftSettings, UplinkSettings
 from protocol.full_distribution import FullDistribution
 from protocol.messages import DraftDistribution, Mode, Sampling
@@ -157,5 +157,5 @@ def test_a_distribution_that_the_token_was_not_chosen_from_is_detected(
             return FullDistribution.quantize(probs)
         return SparseDistribution.quantize(vocab_size, np.arange(vocab_size), probs, uplink.steps)
 
-    monkeypatch.setattr("device.lookup_drafter.certain_distribution", any_token)
+    monkeypatch.setattr("device.drafting.lookup_drafter.certain_distribution", any_token)
     assert p_value(mode, SAMPLES // 4) < FALSE_ALARM

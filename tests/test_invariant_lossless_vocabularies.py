@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from scipy.stats import chisquare
 
-from device.prompt import Prompt
+from device.drafting.vocabulary_bridge import VocabularyBridge
 from device.settings import DraftSettings
-from device.vocabulary_bridge import VocabularyBridge
+from device.text.prompt import Prompt
 from protocol.limits import Limits
 from protocol.messages import Mode, Sampling
 from tests.fakes import FakeTarget, next_logits, random_table, target_alone

@@ -7,11 +7,11 @@ from typing import cast
 import numpy as np
 import pytest
 
-from basestation.peer import Peer
-from basestation.target_model import TargetModel
-from basestation.vocabulary import Vocabulary
-from device.client import Client
-from device.link import Link
+from basestation.devices.peer import Peer
+from basestation.target.target_model import TargetModel
+from basestation.target.vocabulary import Vocabulary
+from device.link.link import Link
+from device.session.client import Client
 from protocol.errors import FaultError
 from protocol.frames import FrameCodec
 from protocol.messages import (

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from device.session import DeviceSession, Origin
+from device.session.session import DeviceSession, Origin
 from device.settings import DraftSettings
 from protocol.errors import SettingsError, StateError
 from protocol.messages import Decode, Draft, Extend, Hello, Message, Mode, Open, Opened, Sampling, Verdict

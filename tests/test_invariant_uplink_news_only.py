@@ -2,7 +2,7 @@
 
 from typing import cast
 
-from device.draft_model import DraftModel
+from device.drafting.draft_model import DraftModel
 from device.settings import DraftSettings
 from protocol.messages import Close, Decode, Draft, Extend, Hello, Mode, Open
 from tests.fakes import FakeDraftModel

@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM
 
 from bench.setup.bench_setup import BenchSetup
 from common.grammar import schema_grammar
-from device.answer import Answer
-from device.prompt_logprobs import prompt_logprobs
+from device.answers.answer import Answer
+from device.answers.prompt_logprobs import prompt_logprobs
 from device.settings import DraftSettings
 from protocol.messages import Mode, Sampling
 from tests.sample import SAMPLE

@@ -6,10 +6,10 @@ from itertools import islice
 
 import pytest
 
-from basestation.engine import Engine
-from basestation.peer import Peer
-from basestation.scheduler import PassBudget
-from basestation.target_model import TargetModel
+from basestation.devices.peer import Peer
+from basestation.engine.engine import Engine
+from basestation.engine.scheduler import PassBudget
+from basestation.target.target_model import TargetModel
 from protocol.limits import Limits
 from protocol.messages import PROTOCOL_VERSION, Close, Draft, Hello, Message, Mode, Open, Sampling, Verdict
 from tests.sample import SAMPLE

@@ -11,10 +11,10 @@ import pytest
 
 from bench.setup.bench_setup import BenchSetup, connected
 from bench.setup.prompts import OWN_PROMPTS
-from device.draft_model import DraftModel
-from device.planners import Planners
+from device.drafting.draft_model import DraftModel
+from device.planning.planners import Planners
 from device.settings import DraftSettings
-from device.tokenizer import Tokenizer
+from device.text.tokenizer import Tokenizer
 from protocol.messages import Mode, Sampling
 from tests.relay import CountingRelay
 from tests.sample import BUNDLE

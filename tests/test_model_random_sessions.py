@@ -16,7 +16,7 @@ import pytest
 
 from bench.setup.bench_setup import BenchSetup, bench_setup
 from bench.setup.prompts import OWN_PROMPTS
-from device.session import DeviceSession
+from device.session.session import DeviceSession
 from device.settings import DraftSettings
 from protocol.messages import Mode, Sampling
 from tests.relay import CountingRelay

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from basestation.key_folder import KeyFolder
-from device.curve_keys import new_key
+from basestation.devices.key_folder import KeyFolder
+from device.link.curve_keys import new_key
 from tests.command_settings import settings_of
 from tests.stub_board import StubBoard
 

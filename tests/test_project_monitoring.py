@@ -8,8 +8,8 @@ import pytest
 import yaml
 from prometheus_client import CollectorRegistry
 
-from basestation.metrics import Metrics as StationMetrics
-from device.metrics import Metrics as DeviceMetrics
+from basestation.monitoring.metrics import Metrics as StationMetrics
+from device.http.metrics import Metrics as DeviceMetrics
 from tests.monitoring import DOCKER, alerts, dashboard_queries, rules
 from tests.sample import PROJECT
 

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from device.draft_model import DraftModel
-from device.tokenizer import Tokenizer
+from device.drafting.draft_model import DraftModel
+from device.text.tokenizer import Tokenizer
 from protocol.bundle import (
     CHAT_TEMPLATE_NAME,
     MANIFEST_NAME,

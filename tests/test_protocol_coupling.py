@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chisquare, kstest
 
-from basestation.coupled_sampling import coupled_choice
+from basestation.verification.coupled_sampling import coupled_choice
 from protocol.coupling import BLOCK, MAX_MARGIN, PositionNoise, hash32
 
 KNOWN_HASHES = [3405767568, 3507691905, 3568491650, 1864612511]

@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
-from device.draft_model import DraftModel
-from device.drafter import Drafter
+from device.drafting.draft_model import DraftModel
+from device.drafting.drafter import Drafter
 from device.settings import UplinkSettings
 from protocol.bundle import Manifest
 from protocol.draft_codec import decode_drafted, encode_drafted

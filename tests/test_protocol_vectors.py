@@ -6,9 +6,9 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 
-from device.client import Client
-from device.draft_model import DraftModel
-from device.link import Link
+from device.drafting.draft_model import DraftModel
+from device.link.link import Link
+from device.session.client import Client
 from device.settings import DraftSettings
 from protocol.coupling import PositionNoise
 from protocol.errors import FaultError, MismatchError

@@ -11,16 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from basestation.front import FrontOptions
-from basestation.front_process import FrontProcess, FrontSettings
-from basestation.inner_link import InnerKey
-from basestation.key_folder import KeyFolder
+from basestation.devices.key_folder import KeyFolder
 from basestation.logs import LogFormat
-from basestation.replica_settings import ReplicaOptions
-from basestation.segment import Segment
-from device.client import Client
-from device.curve_keys import CurveKeys, new_key
-from device.link import Link
+from basestation.replicas.front import FrontOptions
+from basestation.replicas.front_process import FrontProcess, FrontSettings
+from basestation.replicas.inner_link import InnerKey
+from basestation.replicas.replica_settings import ReplicaOptions
+from basestation.target.segment import Segment
+from device.link.curve_keys import CurveKeys, new_key
+from device.link.link import Link
+from device.session.client import Client
 from device.settings import DraftSettings, Timeouts
 from protocol.frames import FrameCodec
 from protocol.limits import Limits

@@ -11,19 +11,19 @@ from pathlib import Path
 import pytest
 import zmq
 
-from basestation.key_folder import KeyFolder
+from basestation.devices.key_folder import KeyFolder
 from basestation.server import Server
 from bench.setup.bench_setup import BenchSetup
 from bench.setup.prompts import OWN_PROMPTS
 from common.key_files import write_pair
-from device.answer import Conversation
-from device.client import Client
-from device.curve_keys import CurveKeys
-from device.draft_model import DraftModel
-from device.link import Link
-from device.planners import Planners
+from device.answers.answer import Conversation
+from device.drafting.draft_model import DraftModel
+from device.link.curve_keys import CurveKeys
+from device.link.link import Link
+from device.planning.planners import Planners
+from device.session.client import Client
 from device.settings import DraftSettings, Timeouts
-from device.tokenizer import Tokenizer
+from device.text.tokenizer import Tokenizer
 from protocol.frames import FrameCodec
 from protocol.messages import PROTOCOL_VERSION, Hello, Mode, Sampling
 from tests.fakes import FakeDraftModel, FakeTarget, blend, random_table, target_alone

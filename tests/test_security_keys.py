@@ -9,11 +9,11 @@ import pytest
 import typer
 
 from basestation.cli import app as station_app
-from basestation.key_folder import KeyFolder
+from basestation.devices.key_folder import KeyFolder
 from common.command_line import run
 from common.key_files import read_public, read_secret, write_pair
 from device.cli import app as device_app
-from device.curve_keys import CurveKeys, new_key
+from device.link.curve_keys import CurveKeys, new_key
 from protocol.errors import KeyFileError, SettingsError
 
 

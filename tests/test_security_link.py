@@ -14,14 +14,14 @@ from pathlib import Path
 import pytest
 import zmq
 
-from basestation.authentication import check_bind
-from basestation.key_folder import KeyFolder
+from basestation.devices.authentication import check_bind
+from basestation.devices.key_folder import KeyFolder
 from basestation.server import Server
-from device.client import Client
-from device.curve_keys import CurveKeys, new_key
-from device.draft_model import DraftModel
-from device.link import Link
-from device.session import DeviceSession
+from device.drafting.draft_model import DraftModel
+from device.link.curve_keys import CurveKeys, new_key
+from device.link.link import Link
+from device.session.client import Client
+from device.session.session import DeviceSession
 from device.settings import DraftSettings, Timeouts
 from protocol.errors import AdmissionError, FaultError, SettingsError
 from protocol.frames import FrameCodec

@@ -15,12 +15,12 @@ import psutil
 import pytest
 import zmq
 
-from basestation.key_folder import KeyFolder
+from basestation.devices.key_folder import KeyFolder
 from bench.setup.bench_setup import BenchSetup
 from bench.setup.prompts import OWN_PROMPTS
 from bench.setup.station_process import station_process
 from common.key_files import write_pair
-from device.curve_keys import CurveKeys
+from device.link.curve_keys import CurveKeys
 from protocol.messages import PROTOCOL_VERSION, Close, Draft, Hello, Message, Mode, Open, Sampling
 from tests.attack_process import attacking
 from tests.honest_device import HonestDevice

@@ -2,7 +2,7 @@
 
 import pytest
 
-from basestation.quarantine import HandshakeLog, Quarantine
+from basestation.devices.quarantine import HandshakeLog, Quarantine
 
 
 class Clock:

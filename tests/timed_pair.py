@@ -14,14 +14,14 @@ from typing import cast
 
 import torch
 
-from basestation.segment import Segment
-from basestation.target_model import TargetModel
-from device.client import Client
-from device.draft_model import DraftModel, Logits, SequenceModel
-from device.link import Link
-from device.planner_store import PlannerStore
-from device.planners import Planners
-from device.session import DeviceSession
+from basestation.target.segment import Segment
+from basestation.target.target_model import TargetModel
+from device.drafting.draft_model import DraftModel, Logits, SequenceModel
+from device.link.link import Link
+from device.planning.planner_store import PlannerStore
+from device.planning.planners import Planners
+from device.session.client import Client
+from device.session.session import DeviceSession
 from device.settings import DraftSettings, Timeouts
 from protocol.frames import FrameCodec
 from protocol.messages import Message

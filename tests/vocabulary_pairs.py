@@ -9,8 +9,8 @@ from typing import cast
 
 from common.token_bytes import TokenBytes
 from common.vocabulary_map import VocabularyMap
-from device.draft_model import SequenceModel
-from device.vocabulary_bridge import VocabularyBridge
+from device.drafting.draft_model import SequenceModel
+from device.drafting.vocabulary_bridge import VocabularyBridge
 from protocol.bundle import DraftVocabulary, Manifest, QualityFigures
 from tests.fakes import FakeDraftModel, Table, manifest, random_table
 

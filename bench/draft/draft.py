@@ -13,7 +13,7 @@ from bench.draft.models import Models, linked_models
 from bench.setup.options import BundleOption, CountOption, JsonOption, PromptsOption, console, progress_bar
 from bench.setup.prompts import read_prompts
 from bench.setup.results import Results, Row
-from device.tokenizer import Tokenizer
+from device.text.tokenizer import Tokenizer
 from protocol.bundle import MODEL_NAME, Manifest
 
 OWN = "edgedraft"

@@ -17,8 +17,8 @@ import numpy as np
 import onnxruntime
 
 from bench.draft.models import Models
-from device.drafter import Drafter
-from device.load_model import load_model
+from device.drafting.drafter import Drafter
+from device.drafting.load_model import load_model
 from device.settings import UplinkSettings
 from protocol.frames import FrameCodec
 from protocol.messages import Draft, Mode, Sampling

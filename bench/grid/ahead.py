@@ -31,12 +31,12 @@ from bench.setup.results import Results, Row
 from bench.setup.server_process import serving
 from bench.setup.station_process import station_command
 from common.round_model import run_tokens
-from device.answer import Answer
-from device.draft_model import SequenceModel
-from device.load_model import load_model
-from device.planners import Planners
+from device.answers.answer import Answer
+from device.drafting.draft_model import SequenceModel
+from device.drafting.load_model import load_model
+from device.planning.planners import Planners
 from device.settings import DraftSettings
-from device.tokenizer import Tokenizer
+from device.text.tokenizer import Tokenizer
 from protocol.errors import SettingsError
 from protocol.messages import Mode, Sampling
 

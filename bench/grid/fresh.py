@@ -30,7 +30,7 @@ from bench.setup.prompts import read_prompts
 from bench.setup.results import Results, Row
 from bench.setup.server_process import serving
 from bench.setup.station_process import station_command
-from device.tokenizer import Tokenizer
+from device.text.tokenizer import Tokenizer
 from protocol.bundle import Manifest
 from protocol.errors import EdgedraftError
 

@@ -16,10 +16,10 @@ from bench.setup.cores import Cores, running_on
 from bench.setup.results import Row
 from bench.setup.server_process import Served, serving
 from bench.setup.station_process import station_command
-from device.load_model import load_model
-from device.no_draft_model import NoDraftModel
+from device.drafting.load_model import load_model
+from device.drafting.no_draft_model import NoDraftModel
 from device.settings import DEFAULT_UPLINK_K, DraftSettings, Timeouts
-from device.tokenizer import Tokenizer
+from device.text.tokenizer import Tokenizer
 from protocol.errors import EdgedraftError
 from protocol.messages import Sampling
 

@@ -13,7 +13,7 @@ from itertools import accumulate
 from statistics import fmean
 
 from common.round_model import RoundTimes
-from device.planner import Planner
+from device.planning.planner import Planner
 from protocol.bundle import QualityFigures
 
 _WARM_UP = 24

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from device.planner import Planner
-from device.planners import Planners
+from device.planning.planner import Planner
+from device.planning.planners import Planners
 from protocol.bundle import QualityFigures
 
 

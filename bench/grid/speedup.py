@@ -22,7 +22,7 @@ from bench.setup.options import (
 from bench.setup.prompts import read_prompts
 from bench.setup.results import Results, Row, number
 from bench.setup.station_process import running_station
-from device.answer import Answer
+from device.answers.answer import Answer
 from device.settings import DraftSettings
 from protocol.messages import Mode, Sampling
 

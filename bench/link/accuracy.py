@@ -12,7 +12,7 @@ from bench.link.relay import PIECE, LinkDirection, relay_command
 from bench.setup.options import JsonOption, console, progress_bar
 from bench.setup.results import Results, Row
 from bench.setup.server_process import serving
-from device.probe import endpoint
+from device.link.probe import endpoint
 
 RATES = (1e6, 5e6, 50e6)
 DELAYS = (0.0, 0.005, 0.010, 0.025, 0.050)

@@ -18,7 +18,7 @@ from typing import Annotated, TypeAlias
 
 import typer
 
-from device.probe import endpoint
+from device.link.probe import endpoint
 from protocol.errors import SettingsError
 
 PIECE = 1448

@@ -11,17 +11,17 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from basestation.segment import Segment
-from basestation.target_model import TargetModel
-from basestation.verify import SamplingRow, sample_target_tokens
+from basestation.target.segment import Segment
+from basestation.target.target_model import TargetModel
+from basestation.verification.verify import SamplingRow, sample_target_tokens
 from bench.setup.options import BundleOption, DtypeOption, JsonOption, TargetOption, console, progress_bar
 from bench.setup.prompts import prompts_by_category
 from bench.setup.results import Results, Row
-from device.draft_model import SequenceModel
-from device.drafter import Drafter
-from device.load_model import load_model
+from device.drafting.draft_model import SequenceModel
+from device.drafting.drafter import Drafter
+from device.drafting.load_model import load_model
 from device.settings import UplinkSettings
-from device.tokenizer import Tokenizer
+from device.text.tokenizer import Tokenizer
 from protocol.messages import Mode, Sampling
 
 

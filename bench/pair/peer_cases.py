@@ -14,10 +14,10 @@ from bench.pair.peer_process import PeerProcess, peer_process
 from bench.setup.bench_setup import BenchSetup, connected
 from bench.setup.server_process import serving
 from bench.setup.station_process import running_station
-from device.load_model import load_model
-from device.planners import Planners
+from device.drafting.load_model import load_model
+from device.planning.planners import Planners
 from device.settings import DraftSettings
-from device.tokenizer import Tokenizer
+from device.text.tokenizer import Tokenizer
 from protocol.errors import LinkError
 from protocol.messages import Mode, Sampling
 

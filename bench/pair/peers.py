@@ -26,7 +26,7 @@ from bench.setup.options import (
 )
 from bench.setup.prompts import read_prompts
 from bench.setup.results import Results, Row
-from device.tokenizer import Tokenizer
+from device.text.tokenizer import Tokenizer
 from protocol.bundle import Manifest
 from protocol.errors import EdgedraftError
 

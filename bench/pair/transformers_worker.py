@@ -11,7 +11,7 @@ from typing import Any, Protocol, TextIO
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from basestation.placement import DTYPES
+from basestation.target.placement import DTYPES
 from export.quiet import quiet_tools
 
 

@@ -5,15 +5,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from device.answer import Answer, Conversation
-from device.client import Client
-from device.draft_model import SequenceModel
-from device.link import Link
-from device.load_model import load_model
-from device.planners import Planners
-from device.session import DeviceSession
+from device.answers.answer import Answer, Conversation
+from device.drafting.draft_model import SequenceModel
+from device.drafting.load_model import load_model
+from device.link.link import Link
+from device.planning.planners import Planners
+from device.session.client import Client
+from device.session.session import DeviceSession
 from device.settings import DraftSettings, Timeouts
-from device.tokenizer import Tokenizer
+from device.text.tokenizer import Tokenizer
 from protocol.frames import FrameCodec
 
 

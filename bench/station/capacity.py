@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from basestation.target_model import TargetModel
+from basestation.target.target_model import TargetModel
 from bench.setup.options import (
     BundleOption,
     DraftLenOption,
@@ -34,9 +34,9 @@ from bench.station.recorder import record
 from bench.station.recording import Recording, read_recordings, write_recordings
 from bench.station.replay import PREFILL_CASE, RUNNING_SESSIONS, CapacitySettings, measure_replay
 from bench.station.replay_client import ReplayTiming
-from device.draft_model import SequenceModel
-from device.load_model import load_model
-from device.tokenizer import Tokenizer
+from device.drafting.draft_model import SequenceModel
+from device.drafting.load_model import load_model
+from device.text.tokenizer import Tokenizer
 from protocol.bundle import Manifest
 
 _KV_MEMORY = "1GiB"

@@ -13,14 +13,14 @@ import torch
 import typer
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from basestation.attention import ATTENTION_NAME
-from basestation.kv_pages import KVShape
-from basestation.memory import OutOfMemory, catch_out_of_memory, free_memory, parameter_count
-from basestation.placement import choose_dtype, choose_placement
+from basestation.kv_cache.kv_pages import KVShape
+from basestation.kv_cache.memory import OutOfMemory, catch_out_of_memory, free_memory, parameter_count
 from basestation.sizes import readable_size
-from basestation.target_model import TargetModel, register_attention
-from basestation.verify import RoundToVerify, verify_rounds
-from basestation.vocabulary import Vocabulary
+from basestation.target.attention import ATTENTION_NAME
+from basestation.target.placement import choose_dtype, choose_placement
+from basestation.target.target_model import TargetModel, register_attention
+from basestation.target.vocabulary import Vocabulary
+from basestation.verification.verify import RoundToVerify, verify_rounds
 from bench.setup.options import DraftLenOption, DtypeOption, JsonOption, TorchDeviceOption, console, progress_bar
 from bench.setup.results import Results, Row
 from bench.station.passes import (

@@ -11,7 +11,7 @@ from typing import Annotated
 import psutil
 import typer
 
-from basestation.top import read_snapshot
+from basestation.monitoring.top import read_snapshot
 from bench.setup.options import BundleOption, DtypeOption, JsonOption, TargetOption, console, progress_bar
 from bench.setup.results import Results, Row
 from bench.setup.station_process import StationProcess, station_process

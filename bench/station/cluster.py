@@ -11,19 +11,19 @@ import psutil
 import typer
 import zmq
 
-from basestation.front import FrontOptions
-from basestation.front_process import FrontProcess, FrontSettings
-from basestation.inner_link import InnerKey, connect_to_front
-from basestation.inner_messages import Command, Report, decode_peer
-from basestation.key_folder import KeyFolder
-from basestation.load import Load
+from basestation.devices.key_folder import KeyFolder
+from basestation.engine.load import Load
 from basestation.logs import LogFormat
-from basestation.served_target import ServedTarget
-from basestation.vocabulary import Vocabulary
+from basestation.replicas.front import FrontOptions
+from basestation.replicas.front_process import FrontProcess, FrontSettings
+from basestation.replicas.inner_link import InnerKey, connect_to_front
+from basestation.replicas.inner_messages import Command, Report, decode_peer
+from basestation.target.served_target import ServedTarget
+from basestation.target.vocabulary import Vocabulary
 from bench.setup.cores import Cores, running_on
 from bench.setup.options import JsonOption, console
 from bench.setup.results import Results, Row
-from device.curve_keys import CurveKeys, new_key
+from device.link.curve_keys import CurveKeys, new_key
 from protocol.frames import FrameCodec
 from protocol.limits import Limits
 from protocol.messages import Draft, Mode, Open, Sampling

@@ -4,9 +4,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from basestation.segment import Segment
-from basestation.target_model import TargetModel
-from basestation.verify import RoundToVerify, verify_rounds
+from basestation.target.segment import Segment
+from basestation.target.target_model import TargetModel
+from basestation.verification.verify import RoundToVerify, verify_rounds
 from bench.station.recording import Recording
 from bench.station.replay_client import Score
 from protocol.messages import Sampling

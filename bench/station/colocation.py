@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from statistics import median
 
-from basestation.target_model import TargetModel
+from basestation.target.target_model import TargetModel
 from bench.setup.results import Row, number
 from bench.setup.station_process import StationProcess
 from bench.station.colocated_sessions import ColocatedScore, ColocatedSessions

@@ -14,10 +14,10 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, StaticCache
 from transformers.generation.continuous_batching import RequestStatus
 
-from basestation.kv_pool import SequenceKVCache
-from basestation.placement import DTYPES
-from basestation.segment import Segment
-from basestation.target_model import TargetModel
+from basestation.kv_cache.kv_pool import SequenceKVCache
+from basestation.target.placement import DTYPES
+from basestation.target.segment import Segment
+from basestation.target.target_model import TargetModel
 
 _REPEATS = 15
 _WARM_UP = 2

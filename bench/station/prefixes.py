@@ -7,8 +7,8 @@ from typing import Annotated
 import torch
 import typer
 
-from basestation.segment import Segment
-from basestation.target_model import TargetModel
+from basestation.target.segment import Segment
+from basestation.target.target_model import TargetModel
 from bench.setup.options import (
     BatchSessionsOption,
     DraftLenOption,

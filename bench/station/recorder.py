@@ -8,12 +8,12 @@ import time
 from collections.abc import Callable, Sequence
 from itertools import takewhile
 
-from basestation.segment import Segment
-from basestation.target_model import TargetModel
-from basestation.verify import RoundToVerify, verify_rounds
+from basestation.target.segment import Segment
+from basestation.target.target_model import TargetModel
+from basestation.verification.verify import RoundToVerify, verify_rounds
 from bench.station.recording import Recording
-from device.draft_model import SequenceModel
-from device.drafter import Drafter
+from device.drafting.draft_model import SequenceModel
+from device.drafting.drafter import Drafter
 from device.settings import UplinkSettings
 from protocol.messages import Mode, Sampling
 

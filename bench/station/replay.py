@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from statistics import median, quantiles
 from typing import TypeAlias
 
-from basestation.snapshot import Snapshot
-from basestation.top import read_snapshot
+from basestation.monitoring.snapshot import Snapshot
+from basestation.monitoring.top import read_snapshot
 from bench.setup.results import Row
 from bench.setup.station_process import StationProcess
 from bench.station.load_generator import LoadGenerator

@@ -9,7 +9,7 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from basestation.target_model import TargetModel
+from basestation.target.target_model import TargetModel
 from bench.setup.options import (
     BundleOption,
     CountOption,

@@ -14,7 +14,7 @@ from statistics import median
 
 import numpy as np
 
-from basestation.target_model import TargetModel
+from basestation.target.target_model import TargetModel
 from bench.setup.options import (
     BundleOption,
     CountOption,
@@ -29,7 +29,7 @@ from bench.setup.options import (
 )
 from bench.setup.results import Results, Row
 from bench.uplink.positions import DRAFT_LEN, Corpus, Probs, by_round, collect, finest, load_draft_model, send
-from device.sampling import sparse_distribution
+from device.drafting.sampling import sparse_distribution
 from device.settings import DEFAULT_UPLINK_K, UplinkSettings
 from protocol.bits import set_bits
 from protocol.draft_codec import encode_drafted

@@ -12,7 +12,7 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from basestation.target_model import TargetModel
+from basestation.target.target_model import TargetModel
 from bench.setup.options import (
     BundleOption,
     CountOption,
@@ -26,7 +26,7 @@ from bench.setup.options import (
 )
 from bench.setup.results import Results, Row
 from bench.uplink.positions import DRAFT_LEN, Corpus, by_round, collect, load_draft_model, send
-from device.sampling import coupled_token, full_distribution, sparse_distribution
+from device.drafting.sampling import coupled_token, full_distribution, sparse_distribution
 from device.settings import DEFAULT_UPLINK_K, UplinkSettings
 from protocol.coupling import PositionNoise
 from protocol.errors import SettingsError

@@ -9,9 +9,9 @@ from typing import Annotated
 
 import typer
 
-from basestation.segment import Segment
-from basestation.target_model import TargetModel
-from basestation.verify import SamplingRow, sample_target_tokens
+from basestation.target.segment import Segment
+from basestation.target.target_model import TargetModel
+from basestation.verification.verify import SamplingRow, sample_target_tokens
 from bench.setup.options import (
     BatchSessionsOption,
     BundleOption,
@@ -24,9 +24,9 @@ from bench.setup.options import (
 )
 from bench.setup.results import Results, Row
 from bench.uplink.positions import load_draft_model
-from device.draft_model import SequenceModel
-from device.drafter import Drafter
-from device.sampling import coupled_token
+from device.drafting.draft_model import SequenceModel
+from device.drafting.drafter import Drafter
+from device.drafting.sampling import coupled_token
 from device.settings import UplinkSettings
 from protocol.frames import FrameCodec
 from protocol.messages import Draft, Mode, Sampling

@@ -14,15 +14,15 @@ import numpy.typing as npt
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from basestation.segment import Segment
-from basestation.target_model import TargetModel
-from basestation.verify import target_weights
+from basestation.target.segment import Segment
+from basestation.target.target_model import TargetModel
+from basestation.verification.verify import target_weights
 from bench.setup.prompts import read_prompts
-from device.draft_model import Logits, SequenceModel
-from device.load_model import load_model
-from device.sampling import sparse_distribution
+from device.drafting.draft_model import Logits, SequenceModel
+from device.drafting.load_model import load_model
+from device.drafting.sampling import sparse_distribution
 from device.settings import UplinkSettings
-from device.tokenizer import Tokenizer
+from device.text.tokenizer import Tokenizer
 from protocol.frames import FrameCodec
 from protocol.messages import Draft, DraftDistribution, Sampling
 from protocol.randomness import Stream, random_bits

@@ -1,0 +1,1 @@
+"""Connections of devices: ROUTER socket, keys, limits."""

@@ -1,0 +1,1 @@
+"""Batches the rounds of all sessions into passes of the target."""

@@ -1,0 +1,1 @@
+"""Memory for keys and values, and for the whole process."""

@@ -1,0 +1,1 @@
+"""Metrics, the fleet page and what `top` shows."""

@@ -1,0 +1,256 @@
+"""Replicas on one or several machines: Ray places them, and starts them again when they or their machine are lost.
+
+The only module that imports Ray. Requests do not pass through it: they travel between
+front and replicas over ZeroMQ.
+"""
+
+import logging
+import os
+import secrets
+import signal
+from collections.abc import Callable
+from contextlib import ExitStack, closing
+from dataclasses import replace
+from pathlib import Path
+from socket import create_connection
+from types import TracebackType
+from typing import Any, Self
+
+import psutil
+import ray
+from ray.exceptions import RayError
+
+from basestation.launch_options import ClusterOptions, OperationOptions, SocketOptions, TargetOptions
+from basestation.replicas.control import Control, control_file
+from basestation.replicas.front import FrontOptions
+from basestation.replicas.front_process import FrontProcess, FrontSettings
+from basestation.replicas.inner_link import InnerKey
+from basestation.replicas.replica_settings import ReplicaOptions, ReplicaSettings
+from basestation.sizes import parse_size
+from protocol.errors import EdgedraftError, LinkError, ModelError, SettingsError
+from protocol.limits import Limits
+
+logger = logging.getLogger(__name__)
+
+_WAIT_SECONDS = 0.5
+_STOP_SECONDS = 5.0
+_REACH_SECONDS = 5.0
+_OBJECT_STORE_BYTES = 100 * 2**20
+"""Nothing is stored there; about the least that Ray accepts."""
+_LOCAL_KV_SHARE = 4
+"""All replicas of one machine may fill this fraction of its free memory with KV caches, where no size is given."""
+
+
+class ReplicaActor:
+    """What Ray runs in the process of a replica."""
+
+    def serve(self, settings: ReplicaSettings) -> None:
+        """Serve until drained. Ray calls it again in the process that replaces a lost one.
+
+        Raises:
+            ModelError: the target cannot be served; another process could not either.
+        """
+        from basestation.launcher import run_replica
+
+        try:
+            run_replica(settings)
+        except EdgedraftError as error:
+            raise ModelError(f"{settings.replica.name}: {error}") from None
+        except Exception:
+            logger.exception("%s ends, for another process to replace it", settings.replica.name)
+            os._exit(1)
+
+
+class Cluster:
+    """The replicas of a base station.
+
+    Args:
+        options: how many, and where.
+
+    Attributes:
+        local: whether all are on this machine.
+        leaving: names of the replicas that drain.
+
+    Raises:
+        LinkError: there is no Ray cluster at the address.
+    """
+
+    def __init__(self, options: ClusterOptions) -> None:
+        self.local = options.ray_address is None
+        cores = os.cpu_count() or 1
+        self._cpus = options.replica_cpus or max(1, cores // options.replicas)
+        self.leaving: set[str] = set()
+        self._actors: dict[str, Any] = {}
+        self._serving: dict[Any, str] = {}
+        try:
+            self._connect(options, max(cores, self._cpus * options.replicas))
+        except (ConnectionError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise LinkError(f"no Ray cluster at {options.ray_address or 'this machine'}: {reason}") from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        for actor in self._actors.values():
+            ray.kill(actor)
+        ray.shutdown()
+
+    @property
+    def host(self) -> str:
+        """The address of this machine for replicas."""
+        return "127.0.0.1" if self.local else str(ray.util.get_node_ip_address())
+
+    def start(self, settings: ReplicaSettings) -> None:
+        """Start a replica, and start it again whenever it is lost."""
+        name = settings.replica.name
+        actor = ray.remote(ReplicaActor).options(
+            max_restarts=-1,
+            max_task_retries=-1,
+            scheduling_strategy="SPREAD",
+            num_cpus=self._cpus,
+            num_gpus=int(self.uses_gpu(settings.target.torch_device)),
+        )
+        self._actors[name] = actor.remote()
+        self._serving[self._actors[name].serve.remote(settings)] = name
+
+    def wait(self, seconds: float) -> bool:
+        """Wait; whether any replica serves.
+
+        Raises:
+            ModelError: a replica cannot load its target.
+        """
+        finished, _ = ray.wait(list(self._serving), timeout=seconds)
+        for reference in finished:
+            name = self._serving.pop(reference)
+            try:
+                ray.get(reference)
+            except RayError as error:
+                raise ModelError(str(getattr(error, "cause", None) or error)) from error
+            ray.kill(self._actors.pop(name))  # so that another one can have its cores
+            self.leaving.discard(name)
+        return bool(self._serving)
+
+    @property
+    def names(self) -> set[str]:
+        """Of the replicas that serve or are about to."""
+        return set(self._actors)
+
+    def uses_gpu(self, torch_device: str) -> bool:
+        """Whether a replica runs on a GPU: ``auto`` does where Ray knows of one."""
+        if torch_device == "auto":
+            return bool(ray.cluster_resources().get("GPU", 0))
+        return torch_device != "cpu"
+
+    def _connect(self, options: ClusterOptions, cpus: int) -> None:
+        shared = {"log_to_driver": True, "configure_logging": False, "namespace": "edgedraft"}
+        if options.ray_address is not None:
+            _check_reachable(options.ray_address)
+            ray.init(options.ray_address, **shared)
+            return
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # Ray writes one to the home folder otherwise
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        ray.init("local", num_cpus=cpus, include_dashboard=False, object_store_memory=_OBJECT_STORE_BYTES, **shared)
+
+
+def _check_reachable(address: str) -> None:
+    """Check that something listens there: Ray itself tries for a minute and then ends the process.
+
+    Raises:
+        SettingsError: ``address`` is not HOST:PORT.
+        LinkError: nothing listens there.
+    """
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        raise SettingsError("ray_address", address, "HOST:PORT")
+    try:
+        create_connection((host, int(port)), _REACH_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise LinkError(f"no Ray cluster at {address}: {error}; start one with: ray start --head") from error
+
+
+def serve_replicas(
+    target: TargetOptions, socket: SocketOptions, operation: OperationOptions, options: ClusterOptions
+) -> None:
+    """Serve with replicas behind a front until SIGINT or SIGTERM; the second lets open sessions finish."""
+    key = InnerKey.new()
+    with ExitStack() as stack:
+        cluster = stack.enter_context(Cluster(options))
+        listening = FrontOptions(socket.bind, f"tcp://{cluster.host}:0", key, options.replicas, socket.limits)
+        front = stack.enter_context(closing(FrontProcess(_front_settings(listening, target, socket, operation))))
+        inner_address = front.start()
+        _stop_on_signals(front, operation.drain_seconds)
+        target = replace(target, kv_memory=_kv_memory(target, cluster, options.replicas))
+
+        def start(name: str) -> None:
+            replica = ReplicaOptions(name, inner_address, key, socket.keys is not None)
+            cluster.start(_replica_settings(target, socket.limits, operation, replica))
+
+        _scale(cluster, front, options.replicas, start, operation.drain_seconds)
+        control, is_reachable = None, True
+        while front.running and cluster.wait(_WAIT_SECONDS):
+            if control is None and is_reachable and front.serving:
+                control = _control(stack, front.bind)
+                is_reachable = control is not None
+            if control and (wanted := control.request()) and not front.draining:
+                _scale(cluster, front, wanted, start, operation.drain_seconds)
+        if front.failure:
+            raise LinkError(front.failure)
+    logger.info("stopped")
+
+
+def _control(stack: ExitStack, bind: str) -> Control | None:
+    """How ``scale`` reaches this base station; None where its file cannot be made."""
+    try:
+        return stack.enter_context(closing(Control(control_file(bind))))
+    except LinkError as error:
+        logger.warning("the number of replicas stays: %s", error)
+        return None
+
+
+def _scale(
+    cluster: Cluster, front: FrontProcess, wanted: int, start: Callable[[str], None], drain_seconds: float
+) -> None:
+    """Start the replicas that are missing, and drain those that are too many."""
+    names = [f"replica-{number}" for number in range(wanted)]
+    front.expect(wanted)
+    for name in names:
+        if name not in cluster.names:
+            start(name)
+    for name in cluster.names - set(names) - cluster.leaving:
+        logger.info("draining %s", name)
+        cluster.leaving.add(name)
+        front.drain(drain_seconds, name)
+
+
+def _front_settings(
+    listening: FrontOptions, target: TargetOptions, socket: SocketOptions, operation: OperationOptions
+) -> FrontSettings:
+    peer_bytes = parse_size("peer-memory", target.peer_memory)
+    watched = operation.metrics_bind, operation.log_format
+    return FrontSettings(listening, target.model, socket.keys, socket.insecure, peer_bytes, *watched)
+
+
+def _replica_settings(
+    target: TargetOptions, limits: Limits, operation: OperationOptions, replica: ReplicaOptions
+) -> ReplicaSettings:
+    """The settings of one replica; it has files of its own."""
+    record, profile = (_own_file(path, replica.name) for path in (operation.record, operation.profile))
+    return ReplicaSettings(target, limits, replica, record, profile, operation.log_format)
+
+
+def _own_file(path: Path | None, name: str) -> Path | None:
+    return path.resolve().with_name(f"{path.stem}.{name}{path.suffix}") if path else None
+
+
+def _kv_memory(target: TargetOptions, cluster: Cluster, replicas: int) -> str:
+    """The option, or the share of a replica where all are on the CPU of this machine."""
+    if target.kv_memory != "auto" or not cluster.local or cluster.uses_gpu(target.torch_device):
+        return target.kv_memory
+    return str(psutil.virtual_memory().available // (_LOCAL_KV_SHARE * replicas))
+
+
+def _stop_on_signals(front: FrontProcess, drain_seconds: float) -> None:
+    """SIGINT stops at once; SIGTERM drains, and stops at once when it comes again."""
+    signal.signal(signal.SIGINT, lambda *_: front.drain(0))
+    signal.signal(signal.SIGTERM, lambda *_: front.drain(0 if front.draining else drain_seconds))

@@ -1,0 +1,56 @@
+"""The metrics of a front: its own and those that the replicas report, each with the label ``replica``."""
+
+from collections.abc import Iterable, Iterator
+
+from prometheus_client import CollectorRegistry, Metric, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.registry import Collector
+
+from basestation.monitoring.metrics import Metrics
+from basestation.replicas.inner_messages import Report
+
+FRONT = "front"
+"""The label of the front's own metrics."""
+_OWN = ("edgedraft_uplink", "edgedraft_downlink", "edgedraft_faults", "edgedraft_unreadable", "edgedraft_fleet")
+"""What the names of the front's own metrics start with; it runs no passes."""
+
+
+class FrontMetrics(Metrics):
+    """Counters of the front, whose registry has the replicas' metrics too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._merged = _MergedMetrics(self.registry)
+        self.registry = CollectorRegistry()
+        self.registry.register(self._merged)
+
+    def take(self, report: Report) -> None:
+        """Take what a replica reported."""
+        self._merged.texts[report.name] = report.metrics
+        self.fleet.faults.take(report.name, report.faults)
+
+    def drop(self, name: str) -> None:
+        """Forget the metrics of a lost replica, and keep its faults."""
+        self._merged.texts.pop(name, None)
+
+
+class _MergedMetrics(Collector):
+    """Families of all processes by name."""
+
+    def __init__(self, own: CollectorRegistry) -> None:
+        self._own = own
+        self.texts: dict[str, str] = {}
+
+    def collect(self) -> Iterable[Metric]:
+        families: dict[str, Metric] = {}
+        for name, family in self._families():
+            merged = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+            merged.samples += [sample._replace(labels={**sample.labels, "replica": name}) for sample in family.samples]
+        return families.values()
+
+    def _families(self) -> Iterator[tuple[str, Metric]]:
+        for family in text_string_to_metric_families(generate_latest(self._own).decode()):
+            if family.name.startswith(_OWN):
+                yield FRONT, family
+        for name, text in self.texts.copy().items():
+            yield from ((name, family) for family in text_string_to_metric_families(text))

@@ -1,0 +1,1 @@
+"""What the base station keeps of each session."""

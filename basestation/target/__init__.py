@@ -1,0 +1,1 @@
+"""The target model: loading, attention and the packed forward pass."""

@@ -1,0 +1,375 @@
+"""The target model: a transformers causal language model that runs packed batches.
+
+Works with transformers 4.57 and 5.x. Knows tokens and logits; not drafts.
+"""
+
+import contextlib
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.utils import logging as transformers_logging
+
+from basestation.kv_cache.kv_pages import KVPages, KVShape
+from basestation.kv_cache.kv_pool import KVPool, SequenceKVCache
+from basestation.kv_cache.memory import (
+    OutOfMemory,
+    catch_out_of_memory,
+    check_fits,
+    check_host,
+    kv_budget,
+    parameter_count,
+)
+from basestation.sizes import readable_size
+from basestation.target.attention import ATTENTION_NAME, packed_attention
+from basestation.target.forward_pass import ForwardPass
+from basestation.target.gguf_cache import cache_entry, fill
+from basestation.target.model_runner import ModelRunner
+from basestation.target.packed_linear import pack_linears
+from basestation.target.placement import choose_dtype, choose_placement, describe_placement
+from basestation.target.quantized_weights import quantization_method, without_later_expansion
+from basestation.target.segment import Segment
+from basestation.target.supported_models import refuse_gguf_rope, refuse_unsupported
+from basestation.target.vocabulary import Vocabulary
+from common.chat_template import default_template
+from common.gguf_metadata import GgufVocabulary
+from common.grammar import GrammarCompiler
+from common.grammar_matcher import is_available
+from common.hub import hub_folder, model_name
+from common.stop_ids import StopSources, all_stop_ids, gguf_stop_sources, stop_sources
+from protocol.errors import ModelError, SettingsError
+
+logger = logging.getLogger(__name__)
+
+_HUB_FILES = ("*.json", "*.jinja", "*.txt", "tokenizer.model", "*.safetensors")
+_MIN_CONTEXT = 128
+
+
+class TargetModel:
+    """A loaded target model.
+
+    Attributes:
+        name: the last part of its path or hub name.
+        vocabulary: see ``Vocabulary``.
+        context_length: the model's, or the KV pool's capacity if that is less.
+        kv_pool: for the KV caches of its sessions.
+        kv_bytes: memory of the pool.
+        placement: where it runs and in which data type, by name.
+        grammar_compiler: for its vocabulary; None without llguidance or the tokenizer's file.
+
+    Args:
+        model: a transformers model, on its PyTorch device.
+        vocabulary: see ``Vocabulary``.
+        name: see above.
+        kv_memory: bytes for the KV pool.
+        tokenizer_json: the tokenizer as a ``tokenizer.json``; "" if there is none.
+
+    Raises:
+        SettingsError: ``kv_memory`` is not enough for one session, or more than there is.
+    """
+
+    def __init__(self, model: Any, vocabulary: Vocabulary, name: str, kv_memory: int, tokenizer_json: str = "") -> None:
+        self.name = name
+        self.vocabulary = vocabulary
+        self.torch_device = next(model.parameters()).device
+        self.placement = describe_placement(self.torch_device, model.dtype)
+        shape = kv_shape(model.config, model.dtype, self.torch_device)
+        kv_pages = _allocated(shape, kv_memory)
+        self.kv_bytes = kv_pages.bytes
+        self.kv_pool = KVPool(kv_pages.count, shape.page_size, kv_pages.discard)
+        self.context_length = context_length(model.config, self.kv_pool.capacity)
+        self._runner = ModelRunner(model, vocabulary.size, kv_pages)
+        self.grammar_compiler = (
+            GrammarCompiler.of_tokenizer(tokenizer_json, vocabulary.size, vocabulary.stop_ids)
+            if tokenizer_json and is_available()
+            else None
+        )
+
+    @classmethod
+    def load(
+        cls,
+        model: str,
+        dtype: str = "auto",
+        torch_device: str = "auto",
+        kv_memory: str = "auto",
+        use_cache: bool = True,
+    ) -> "TargetModel":
+        """Load a model folder, hub name or ``.gguf`` file.
+
+        Args:
+            model: the path or name.
+            dtype: of ``DTYPES``, or ``auto``; see ``choose_dtype``.
+            torch_device: a PyTorch device, or ``auto``: CUDA if available.
+            kv_memory: for the KV pool, like ``4GiB``, or ``auto``: of the memory that is free
+                after loading, nine tenths on CUDA and half elsewhere.
+            use_cache: whether a ``.gguf`` file is converted once and kept; see ``basestation/target/gguf_cache.py``.
+
+        Raises:
+            SettingsError: the dtype or the device does not exist, or the KV pool is too small.
+            ModelError: it cannot be found or read, does not fit, or has an unsupported architecture.
+        """
+        placement = choose_placement(torch_device)
+        precision = choose_dtype(dtype, placement)
+        kv_budget(kv_memory, placement)  # refuse an invalid size before the slow part
+        register_attention()
+        is_gguf = Path(model).suffix == ".gguf"
+        weights = _converted(model, precision, placement) if is_gguf and use_cache else model
+        _check_memory(weights, precision, placement)
+        with _quiet_tools(), _named_failures(model):
+            loaded = _load(weights, precision, placement)
+            tokenizer = None if is_gguf else AutoTokenizer.from_pretrained(_source(model)[0])
+            vocabulary = _vocabulary(tokenizer, loaded) if tokenizer else _gguf_vocabulary(Path(model), loaded)
+        loaded.eval()
+        if quantization_method(loaded.config) is None:
+            loaded.to(placement)
+            if placement.type == "cpu":
+                pack_linears(loaded)
+        return cls(loaded, vocabulary, model_name(model), kv_budget(kv_memory, placement), _tokenizer_json(tokenizer))
+
+    def new_kv_cache(self) -> SequenceKVCache:
+        """An empty KV cache for one session."""
+        return SequenceKVCache(self.kv_pool)
+
+    @property
+    def gathered(self) -> int:
+        """Sequences so far whose pages a pass had to copy into one run."""
+        return self._runner.gathered
+
+    def forward(self, segments: Sequence[Segment]) -> Tensor:
+        """Run all segments in one forward pass and append their tokens to their KV caches.
+
+        Returns:
+            The logits [rows, V], float32, of the last ``num_logits`` tokens of each segment, in order.
+
+        Raises:
+            OutOfMemory: the KV pool has too few free pages.
+        """
+        for segment in segments:
+            segment.kv_cache.reserve(segment.kv_cache.length + len(segment.token_ids))
+        logits = self._runner.run(ForwardPass.of(segments))
+        for segment in segments:
+            start = segment.kv_cache.length
+            segment.kv_cache.length += len(segment.token_ids)
+            if self._runner.window is not None:  # a rollback of this pass goes back to its start at most
+                segment.kv_cache.give_back_unseen(start, self._runner.window)
+        return logits
+
+
+def read_config(model: str) -> Any:
+    """The transformers configuration of a model folder, hub name or ``.gguf`` file, without its weights.
+
+    Raises:
+        ModelError: it cannot be found or read, or has an unsupported architecture.
+    """
+    with _quiet_tools(), _named_failures(model):
+        source, options = _source(model)
+        if "gguf_file" in options:
+            refuse_gguf_rope(Path(model))
+        config = AutoConfig.from_pretrained(source, **options)
+        refuse_unsupported(config)
+    return config
+
+
+def model_folder(model: str) -> Path:
+    """The folder with the files of a model folder, hub name or ``.gguf`` file.
+
+    Raises:
+        ModelError: it cannot be found.
+    """
+    return Path(_source(model)[0])
+
+
+def kv_shape(config: Any, dtype: torch.dtype, torch_device: torch.device) -> KVShape:
+    """The shape of a model's keys and values."""
+    config = config.get_text_config()
+    heads = config.num_attention_heads
+    return KVShape(
+        layers=config.num_hidden_layers,
+        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_size=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        dtype=dtype,
+        torch_device=torch_device,
+    )
+
+
+def page_count(shape: KVShape, kv_memory: int) -> int:
+    """Pages of the KV pool that fit into ``kv_memory`` bytes.
+
+    Raises:
+        SettingsError: that is not enough for one session.
+    """
+    least = -(-_MIN_CONTEXT // shape.page_size)
+    if kv_memory < least * shape.page_bytes:
+        needed = f"{readable_size(least * shape.page_bytes)} or more, for {least * shape.page_size} tokens"
+        raise SettingsError("kv-memory", readable_size(kv_memory), needed)
+    return kv_memory // shape.page_bytes
+
+
+def context_length(config: Any, capacity: int) -> int:
+    """The model's context length, or the KV pool's capacity if that is less."""
+    return min(int(config.get_text_config().max_position_embeddings), capacity)
+
+
+def _allocated(shape: KVShape, kv_memory: int) -> KVPages:
+    """The pages of the KV pool.
+
+    Raises:
+        SettingsError: ``kv_memory`` is not enough for one session, or more than there is.
+    """
+    count = page_count(shape, kv_memory)
+    try:
+        with catch_out_of_memory():
+            return KVPages(shape, count)
+    except OutOfMemory as error:
+        reason = str(error).splitlines()[0]
+        allowed = f"what is free on {shape.torch_device} ({reason})"
+        raise SettingsError("kv-memory", readable_size(kv_memory), allowed) from error
+
+
+def _load(model: str, dtype: torch.dtype, placement: torch.device) -> Any:
+    """A model folder, hub name or ``.gguf`` file, as transformers loads it: on CUDA without a copy on the host."""
+    source, gguf_file = _source(model)
+    options: dict[str, Any] = {**gguf_file, "dtype": dtype, "attn_implementation": ATTENTION_NAME}
+    config = None if gguf_file else read_config(model)
+    if quantization_method(config) is not None:
+        options["config"] = without_later_expansion(config)
+    if placement.type == "cuda" or "config" in options:  # quantised weights cannot be moved later
+        options["device_map"] = {"": str(placement)}
+    return AutoModelForCausalLM.from_pretrained(source, **options)
+
+
+def _check_memory(model: str, dtype: torch.dtype, placement: torch.device) -> None:
+    """Refuse a model that does not fit where it runs, or whose tensors do not fit on the host on their way there.
+
+    Raises:
+        ModelError: with both sizes.
+    """
+    folder = model_folder(model)
+    needed = check_fits(read_config(model), dtype, placement, folder)
+    if placement.type == "cuda":
+        check_host(_largest_tensor(folder) or needed)
+
+
+def _largest_tensor(folder: Path) -> int:
+    """Bytes of the largest tensor in ``.safetensors`` files, from which they are read one at a time; 0 without any."""
+    largest = 0
+    for path in folder.glob("*.safetensors"):
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        ends = (entry["data_offsets"] for name, entry in header.items() if name != "__metadata__")
+        largest = max(largest, *(end - start for start, end in ends))
+    return largest
+
+
+def _converted(model: str, dtype: torch.dtype, placement: torch.device) -> str:
+    """The folder of a converted ``.gguf`` file, converted now if it is not there; the file itself if it cannot be kept.
+
+    Raises:
+        ModelError: the file cannot be read, does not fit, or has an unsupported architecture.
+    """
+    with _named_failures(model):
+        _source(model)
+        entry = cache_entry(Path(model), dtype)
+    if entry is None:
+        return model
+    if not entry.is_dir():
+        config = read_config(model)
+        check_fits(config, dtype, placement)
+        logger.info("converting %s once, into %s; with --no-cache it is converted at every start", model, entry)
+        with _quiet_tools(), _named_failures(model):
+            if not fill(
+                entry, parameter_count(config) * dtype.itemsize, lambda: _load(model, dtype, torch.device("cpu"))
+            ):
+                return model
+    logger.info("%s is loaded as converted in %s", model, entry)
+    return str(entry)
+
+
+def _source(model: str) -> tuple[str, dict[str, str]]:
+    """The path or hub name for transformers' ``from_pretrained``, and its options."""
+    path = Path(model)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ModelError(f"{model!r} does not exist; give a model folder, a hub name or a .gguf file")
+        return str(path.parent), {"gguf_file": path.name}
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ModelError(f"{model!r} is not a model folder: it contains no config.json")
+    return (model if path.is_dir() else str(hub_folder(model, _HUB_FILES))), {}
+
+
+@contextlib.contextmanager
+def _named_failures(model: str) -> Iterator[None]:
+    try:
+        yield
+    except ModelError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ModelError(
+            f"target model {model!r} cannot be loaded: {reason[0]}; give a model folder, a hub name or a .gguf file"
+        ) from error
+
+
+@contextlib.contextmanager
+def _quiet_tools() -> Iterator[None]:
+    """Silence the warnings of transformers and the hub client."""
+    hub = logging.getLogger("huggingface_hub")
+    level, verbosity = hub.level, transformers_logging.get_verbosity()
+    hub.setLevel(logging.CRITICAL)
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        hub.setLevel(level)
+        transformers_logging.set_verbosity(verbosity)
+
+
+def register_attention() -> None:
+    """Register packed attention with transformers, without cuDNN, which compiles a kernel for every new length."""
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    transformers.AttentionInterface.register(ATTENTION_NAME, packed_attention)
+    AttentionMaskInterface.register(ATTENTION_NAME, lambda *_, **__: None)
+
+
+def _vocabulary(tokenizer: Any, model: Any) -> Vocabulary:
+    ids: dict[str, int] = tokenizer.get_vocab()
+    added = tokenizer.added_tokens_decoder
+    sources = stop_sources(
+        {
+            "config.json": model.config.get_text_config().eos_token_id,
+            "generation_config.json": model.generation_config.eos_token_id,
+            "tokenizer": tokenizer.eos_token_id,
+        },
+        {entry.content: token_id for token_id, entry in added.items()},
+        default_template(tokenizer.chat_template),
+        {name: value for name, value in tokenizer.special_tokens_map.items() if isinstance(value, str)},
+    )
+    return Vocabulary(ids, model.get_output_embeddings().weight.shape[0], _logged(sources))
+
+
+def _tokenizer_json(tokenizer: Any) -> str:
+    """The fast tokenizer as a ``tokenizer.json``; "" where there is none."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return str(backend.to_str()) if backend is not None else ""
+
+
+def _gguf_vocabulary(path: Path, model: Any) -> Vocabulary:
+    found = GgufVocabulary.read(path)
+    tokens = {token: token_id for token_id, token in enumerate(found.tokens)}
+    return Vocabulary(tokens, model.get_output_embeddings().weight.shape[0], _logged(gguf_stop_sources(found)))
+
+
+def _logged(sources: StopSources) -> frozenset[int]:
+    """The stop ids of all sources; a log line says which names which where they disagree."""
+    ids = all_stop_ids(sources)
+    if any(named != ids for named in sources.values()):
+        told = "; ".join(f"{source}: {sorted(named)}" for source, named in sources.items())
+        logger.info("stop ids %s, from %s", sorted(ids), told)
+    return ids

@@ -1,0 +1,1 @@
+"""Answers of the command line and of the HTTP service."""

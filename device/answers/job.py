@@ -1,0 +1,74 @@
+"""A request to the worker, and what the worker delivers for it."""
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from device.answers.round_events import AnswerRound
+from device.answers.timings import Timings
+from device.http.tool_fields import Tools
+from device.settings import DraftSettings
+from device.text.tokenizer import ChatMessage
+from device.text.tool_calls import ToolCall
+
+
+@dataclass(frozen=True)
+class AnswerRequest:
+    """A conversation, a text or tokens to continue; any of the ``stops`` in the text ends the answer.
+
+    With ``rounds`` the answer is delivered round by round, with the origins of its tokens; with ``echo`` the prompt
+    comes first, and with log-probabilities if the sampling settings ask for them. With ``continue_final`` the answer
+    continues the last message. ``prediction`` is what the answer perhaps is.
+    """
+
+    prompt: tuple[ChatMessage, ...] | tuple[int, ...] | str
+    settings: DraftSettings
+    max_new_tokens: int
+    stops: tuple[str, ...] = ()
+    rounds: bool = False
+    echo: bool = False
+    tools: Tools = field(default_factory=Tools)
+    continue_final: bool = False
+    prediction: str = ""
+
+
+@dataclass(frozen=True)
+class Finish:
+    """The end of an answer; ``reason`` is ``stop``, ``length`` or ``tool_calls``, counts are tokens.
+
+    ``prediction_tokens`` are how many of the prediction were accepted, and how many were drafted and rejected; None
+    without a prediction.
+    """
+
+    reason: str
+    prompt_tokens: int
+    new_tokens: int
+    prediction_tokens: tuple[int, int] | None = None
+    timings: Timings = field(default_factory=Timings, compare=False)
+
+
+@dataclass(frozen=True)
+class AnswerPiece:
+    """The text that a token adds, and log-probabilities: the token's, and pairs of the likeliest tokens and theirs.
+
+    The first token of a prompt has none.
+    """
+
+    text: str
+    token: str
+    logprob: float | None
+    top: tuple[tuple[str, float], ...]
+
+
+Event: TypeAlias = str | AnswerRound | AnswerPiece | ToolCall | Finish | Exception
+"""What a job delivers: text, rounds, pieces and calls any number of times, then one of the others once."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A request to the worker; set ``cancelled`` when nobody waits for the answer any more."""
+
+    request: AnswerRequest
+    deliver: Callable[[Event], None]
+    cancelled: threading.Event = field(default_factory=threading.Event)

@@ -1,0 +1,64 @@
+"""The requests that wait for the worker, in order of arrival; an abandoned one gives up its place at once."""
+
+import threading
+from collections import deque
+
+from device.answers.job import Job
+from protocol.errors import BusyError, ClosingError
+
+_MAX_WAITING = 16
+
+
+class JobQueue:
+    """Jobs from any thread for one worker."""
+
+    def __init__(self) -> None:
+        self._jobs: deque[Job] = deque()
+        self._changed = threading.Condition()
+        self._taken: Job | None = None
+        self._closed: str | None = None
+
+    def put(self, job: Job) -> None:
+        """Append a job.
+
+        Raises:
+            BusyError: ``_MAX_WAITING`` jobs are waiting.
+            ClosingError: the queue is closed.
+        """
+        with self._changed:
+            if self._closed is not None:
+                raise ClosingError(self._closed)
+            self._drop_cancelled()
+            if len(self._jobs) >= _MAX_WAITING:
+                raise BusyError(f"{_MAX_WAITING} requests are waiting already; retry later")
+            self._jobs.append(job)
+            self._changed.notify()
+
+    def get(self, seconds: float) -> Job | None:
+        """Remove and return the oldest job; None if none arrives within ``seconds``, or the queue is closed."""
+        with self._changed:
+            self._taken = None
+            self._drop_cancelled()
+            if not self._jobs and self._closed is None:
+                self._changed.wait(seconds)
+            self._drop_cancelled()
+            self._taken = self._jobs.popleft() if self._jobs else None
+            return self._taken
+
+    def __len__(self) -> int:
+        """Requests that wait. Any thread may call it."""
+        return len(self._jobs)
+
+    def close(self, reason: str) -> None:
+        """Refuse the waiting jobs, the one that was taken last, and all later ones."""
+        with self._changed:
+            self._closed = reason
+            jobs, self._jobs = [*self._jobs], deque()
+            if self._taken is not None:  # its answer may take a while to end
+                jobs.append(self._taken)
+            self._changed.notify()
+        for job in jobs:
+            job.deliver(ClosingError(reason))
+
+    def _drop_cancelled(self) -> None:
+        self._jobs = deque(job for job in self._jobs if not job.cancelled.is_set())

@@ -1,0 +1,49 @@
+"""The target's log-probabilities of a prompt, in a session of their own.
+
+The prompt's tokens are sent as given Drafts, as many at a time as a Draft may have.
+The token that the target puts after them is removed by an Extend, which repeats the
+last of them.
+"""
+
+from collections.abc import Sequence
+
+from device.session.client import Client
+from device.session.session_requests import SessionRequests
+from protocol.logprobs import TokenLogprobs
+from protocol.messages import Mode, Sampling
+
+
+def prompt_logprobs(client: Client, prompt_ids: Sequence[int], most: int) -> list[TokenLogprobs]:
+    """The log-probabilities of all tokens of a prompt but the first.
+
+    Args:
+        client: the greeted base station.
+        prompt_ids: one token or more.
+        most: how many of the likeliest tokens are told with each.
+
+    Raises:
+        SettingsError: the base station tells no log-probabilities.
+    """
+    sampling = Sampling(logprobs=most)
+    client.check_sampling(sampling)
+    tokens: list[int] = []
+    requests = SessionRequests(client, Mode.TARGET, sampling, tokens)
+    told: list[TokenLogprobs] = []
+    requests.open(prompt_ids[:1])
+    tokens[:] = prompt_ids[:1]
+    while len(tokens) < len(prompt_ids):
+        if told:
+            requests.extend(len(tokens) - 1, tokens[-1:], sampling)
+        given = prompt_ids[len(tokens) : len(tokens) + client.welcome.max_draft_len]
+        told += _given(requests, given)
+        tokens += given
+    requests.close()
+    return told
+
+
+def _given(requests: SessionRequests, token_ids: Sequence[int]) -> Sequence[TokenLogprobs]:
+    """The log-probabilities of the next tokens, across restarts of the base station."""
+    while True:
+        requests.send_given(token_ids)
+        if verdict := requests.verdict():
+            return verdict.logprobs[: len(token_ids)]

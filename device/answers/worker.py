@@ -1,0 +1,269 @@
+"""One thread that owns the draft model and the link, and answers one request after the other.
+
+A ZeroMQ socket and the draft model's KV cache belong to one thread. Callers
+submit a job, and the worker's thread delivers the text. Knows conversations, not HTTP.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+from device.answers.answer import AnswerStream
+from device.answers.conversations import Conversations
+from device.answers.job import AnswerPiece, AnswerRequest, Finish, Job
+from device.answers.job_queue import JobQueue
+from device.answers.prompt_logprobs import prompt_logprobs
+from device.answers.round_events import RoundEvents
+from device.drafting.draft_model import SequenceModel
+from device.http.metrics import Metrics
+from device.link.connection import Connection
+from device.planning.planners import Planners
+from device.session.client import Client
+from device.session.round_records import RoundRecord
+from device.session.session import AnswerToken, Origin
+from device.settings import DraftSettings
+from device.text.answer_text import AnswerText
+from device.text.tokenizer import Tokenizer
+from protocol.errors import (
+    AdmissionError,
+    BusyError,
+    CancelledError,
+    ClosingError,
+    EdgedraftError,
+    LinkError,
+    ProtocolError,
+    SettingsError,
+)
+from protocol.logprobs import TokenLogprobs
+
+logger = logging.getLogger(__name__)
+
+_FAILED = "the service is ending after an error; its log has the details"
+_STOPPING = "the device's service is shutting down"
+
+
+class Worker:
+    """Answers requests in the order they came, and keeps the connection alive in between.
+
+    Args:
+        model: the draft model.
+        tokenizer: of the same bundle.
+        connect: opens a link and greets the base station over it.
+        cache_tokens: tokens that the conversations kept may have.
+        clock: seconds, monotonic.
+        metrics: counters.
+        planners: decide how much to draft; None for new ones.
+
+    Attributes:
+        metrics: what the service counts.
+        failure: what ended the thread before ``stop``; None while it runs.
+        vocab_size: tokens of the draft model.
+        tokenizer: of the same bundle.
+    """
+
+    def __init__(
+        self,
+        model: SequenceModel,
+        tokenizer: Tokenizer,
+        connect: Callable[[], Client],
+        cache_tokens: int,
+        clock: Callable[[], float] = time.monotonic,
+        metrics: Metrics | None = None,
+        planners: Planners | None = None,
+    ) -> None:
+        self.vocab_size = model.manifest.vocab_size
+        self.metrics = metrics or Metrics()
+        self._clock = clock
+        self.tokenizer = tokenizer
+        self._connection = Connection(connect, clock)
+        planners = planners or Planners(model.manifest.target_quality)
+        self._conversations = Conversations(model, tokenizer, cache_tokens, planners)
+        self._jobs = JobQueue()
+        self.metrics.watch(self._jobs.__len__, lambda: self.ready)
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="worker", daemon=True)
+        self._on_failure: Callable[[], None] = lambda: None
+        self.failure: Exception | None = None
+
+    @property
+    def ready(self) -> bool:
+        """Whether the base station answered recently."""
+        return self._connection.alive
+
+    def start(self, on_failure: Callable[[], None] = lambda: None) -> None:
+        """Start the thread; it calls ``on_failure`` if it ends before ``stop``."""
+        self._on_failure = on_failure
+        self._thread.start()
+
+    def submit(self, job: Job) -> None:
+        """Put a job into the queue.
+
+        Raises:
+            BusyError: the queue is full.
+            ClosingError: the service is ending.
+        """
+        try:
+            self._jobs.put(job)
+        except (BusyError, ClosingError) as error:
+            self.metrics.count_error(error)
+            raise
+
+    def close(self) -> None:
+        """Refuse all further requests and those that wait, and end the answer in progress."""
+        self._stopping.set()
+        self._jobs.close(_STOPPING)
+
+    def stop(self, seconds: float) -> None:
+        """Close, and wait up to ``seconds`` for the thread."""
+        self.close()
+        self._thread.join(seconds)
+
+    def _run(self) -> None:
+        try:
+            self._answer_jobs()
+        except Exception as error:
+            logger.exception("the worker failed")
+            self.failure = error
+            self._jobs.close(_FAILED)
+            self._on_failure()
+
+    def _answer_jobs(self) -> None:
+        wait = 0.0
+        while not self._stopping.is_set():
+            job = self._jobs.get(wait)
+            if job is None:
+                wait = self._keep_alive()
+            else:
+                began = self._clock()
+                outcome = self._outcome(job)
+                self.metrics.count_outcome(outcome, self._clock() - began)
+                job.deliver(outcome)
+        self._conversations.end_all()
+        self._connection.close()
+
+    def _keep_alive(self) -> float:
+        wait = self._connection.keep_alive()
+        if not self._connection.alive:
+            self._conversations.forget()
+        return wait
+
+    def _outcome(self, job: Job) -> Finish | Exception:
+        """Answer the request; an error is delivered to its caller and ends this answer alone."""
+        try:
+            return self._answer(job)
+        except CancelledError as error:
+            return ClosingError(_STOPPING) if self._stopping.is_set() else error
+        except (LinkError, AdmissionError, ProtocolError) as error:
+            self._conversations.forget()  # their sessions cannot be closed over a broken link
+            self._connection.lose(error)
+            return error
+        except EdgedraftError as error:
+            return error
+        except Exception as error:
+            logger.exception("an answer failed; the next one begins over a new connection")
+            self._conversations.forget()
+            self._connection.close()
+            return error
+
+    def _answer(self, job: Job) -> Finish:
+        ids, settings = self._prompt_ids(job.request), self._settings(job.request)
+        client = self._connection.client()
+        if job.request.echo:
+            with client.cancelled_by(lambda: job.cancelled.is_set() or self._stopping.is_set()):
+                self._echo(job, client, ids)
+        if not job.request.max_new_tokens:
+            return Finish("length", len(ids), 0)
+        rounds = RoundEvents(job.deliver) if job.request.rounds else None
+        with (
+            self._conversations.for_prompt(client, ids, settings) as conversation,
+            client.cancelled_by(lambda: job.cancelled.is_set() or self._stopping.is_set()),
+            client.reporting_rounds_to(partial(self._note_round, rounds)),
+        ):
+            predicted = job.request.prediction
+            prediction = self.tokenizer.encode_guess(predicted) if predicted else ()
+            return self._deliver(conversation.ask(ids, job.request.max_new_tokens, prediction), job, rounds)
+
+    def _settings(self, request: AnswerRequest) -> DraftSettings:
+        """The settings of a request; if it must call a tool, with the grammar of a call.
+
+        Raises:
+            SettingsError: the model calls no tools.
+        """
+        if not request.tools.known:
+            return request.settings
+        tool_format = self.tokenizer.tool_format
+        if tool_format is None:
+            raise SettingsError("tools", "given", "left out: this model's chat template declares no tools")
+        if not request.tools.forced:
+            return request.settings
+        sampling = replace(request.settings.sampling, grammar=tool_format.grammar(request.tools.forced))
+        return replace(request.settings, sampling=sampling)
+
+    def _prompt_ids(self, request: AnswerRequest) -> list[int]:
+        prompt = request.prompt
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt)
+        token_ids = [entry for entry in prompt if isinstance(entry, int)]
+        if not token_ids:
+            messages = [entry for entry in prompt if not isinstance(entry, int)]
+            return self.tokenizer.encode_chat(messages, request.tools.known, request.continue_final)
+        if not 0 <= min(token_ids) <= max(token_ids) < self.vocab_size:
+            raise SettingsError("prompt", "these tokens", f"token ids from 0 to {self.vocab_size - 1}")
+        return token_ids
+
+    def _echo(self, job: Job, client: Client, ids: list[int]) -> None:
+        """Deliver the prompt."""
+        most = job.request.settings.sampling.logprobs
+        if most is None:
+            job.deliver(self.tokenizer.decode(ids))
+            return
+        logprobs = prompt_logprobs(client, ids, most)
+        text = self.tokenizer.token_text(ids[0])
+        job.deliver(AnswerPiece(text, text, None, ()))
+        for token_id, told in zip(ids[1:], logprobs, strict=True):
+            job.deliver(self._piece(self.tokenizer.token_text(token_id), AnswerToken(token_id, Origin.TARGET), told))
+
+    def _piece(self, text: str, token: AnswerToken, logprobs: TokenLogprobs) -> AnswerPiece:
+        text_of = self.tokenizer.token_text
+        top = tuple((text_of(token_id), logprob) for token_id, logprob in logprobs.top)
+        return AnswerPiece(text, text_of(token.token_id), logprobs.logprob, top)
+
+    def _note_round(self, rounds: RoundEvents | None, record: RoundRecord) -> None:
+        self.metrics.count_round(record)
+        if rounds:
+            rounds.begin(record)
+
+    def _deliver(self, stream: AnswerStream, job: Job, rounds: RoundEvents | None) -> Finish:
+        """Deliver the text of an answer up to a stop string, in ``rounds`` if they are asked for."""
+        tools = job.request.tools
+        tool_format = self.tokenizer.tool_format if tools.known else None
+        answer_text = AnswerText(job.request.stops, tool_format, job.deliver, tools.parallel)
+        for chunk in stream:
+            self._connection.mark_received()
+            text = answer_text.feed(chunk.text)
+            if rounds:
+                rounds.add(text, chunk.token)
+            elif chunk.token and chunk.token.logprobs:
+                job.deliver(self._piece(text, chunk.token, chunk.token.logprobs))
+            elif text:
+                job.deliver(text)
+            if answer_text.stopped:
+                break
+        if rounds:
+            rounds.flush()
+        if text := answer_text.flush():
+            job.deliver(text)
+        if stream.ended:
+            logger.info(
+                "%d prompt tokens, %d new tokens, %.1f tokens/s",
+                stream.prompt_tokens,
+                stream.new_tokens,
+                stream.answer.tokens_per_second,
+            )
+        reason = "stop" if answer_text.stopped else stream.answer.finish_reason
+        reason = "tool_calls" if answer_text.called and reason == "stop" else reason
+        predicted = stream.prediction_tokens if job.request.prediction else None
+        return Finish(reason, stream.prompt_tokens, stream.new_tokens, predicted, stream.timings)

@@ -1,0 +1,1 @@
+"""Tokens are drafted: by the draft model or by prompt lookup."""

@@ -1,0 +1,1 @@
+"""The HTTP service: OpenAI's API and the chat page."""

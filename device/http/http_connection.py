@@ -1,0 +1,69 @@
+"""A connection to the HTTP service: one of a limited number, which must send its requests in time."""
+
+import asyncio
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from device.http.http_errors import HttpError
+
+
+class HttpConnection(H11Protocol):
+    """uvicorn's connection, with limits that uvicorn does not have.
+
+    Attributes:
+        max_connections: that are served at once, far fewer than a process may have descriptors.
+        request_seconds: from the first byte of a request, or from the connection, to the last byte of the request.
+    """
+
+    max_connections = 128
+    request_seconds = 30.0
+    _deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Serve a new connection, or refuse it."""
+        super().connection_made(transport)
+        if len(self.connections) > self.max_connections:
+            self._refuse(HttpError.overloaded(f"{self.max_connections} connections are open already; retry later"))
+        else:
+            self._set_deadline()
+
+    def data_received(self, data: bytes) -> None:
+        """Process what the client sent."""
+        super().data_received(data)
+        if self.conn.their_state not in (h11.IDLE, h11.SEND_BODY):  # the request is complete
+            self._clear_deadline()
+        elif self._deadline is None:
+            self._set_deadline()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Clean up."""
+        self._clear_deadline()
+        super().connection_lost(exc)
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse what is not HTTP."""
+        self._refuse(HttpError(400, msg))
+
+    def _set_deadline(self) -> None:
+        self._deadline = self.loop.call_later(self.request_seconds, self._expire)
+
+    def _clear_deadline(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+    def _expire(self) -> None:
+        self._refuse(HttpError(408, f"the request did not arrive within {self.request_seconds:g} s"))
+
+    def _refuse(self, error: HttpError) -> None:
+        """Close the connection; with an answer, unless one has begun."""
+        if self.transport.is_closing():
+            return
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            response = error.response()
+            headers = [*response.raw_headers, (b"connection", b"close")]
+            head = h11.Response(status_code=error.status, headers=headers)
+            for event in (head, h11.Data(data=bytes(response.body)), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()

@@ -1,0 +1,1 @@
+"""The DEALER socket: keys, byte counts, probes."""

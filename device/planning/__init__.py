@@ -1,0 +1,1 @@
+"""How many tokens a round drafts, from what, and how many Drafts are in flight."""

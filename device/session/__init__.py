@@ -1,0 +1,1 @@
+"""Rounds of one session: Drafts sent, Verdicts committed, losses mended."""

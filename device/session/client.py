@@ -1,0 +1,340 @@
+"""The greeted base station: messages to it and from it, whatever happens to the link.
+
+A request is sent again when no reply comes or the connection is a new one
+(*resend*, behind a Resume). Where the base station is full or shutting down, the
+device waits and retries (*back off*).
+
+Knows messages and times; not how tokens are drafted.
+"""
+
+import logging
+import math
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+from device.link.link import Link
+from device.link.probe import unreachable_reason
+from device.session.round_records import Moment, Moments, RoundRecord, RoundRecordFile
+from device.settings import DraftSettings, Timeouts
+from protocol.bundle import Manifest
+from protocol.errors import (
+    CancelledError,
+    FaultError,
+    LinkError,
+    MismatchError,
+    SettingsError,
+)
+from protocol.limits import option_name
+from protocol.messages import (
+    OLDEST_VERSION,
+    PROTOCOL_VERSION,
+    SAMPLING_VERSION,
+    Close,
+    Encoding,
+    Fault,
+    Hello,
+    Message,
+    Mode,
+    Request,
+    Resume,
+    Sampling,
+    Verdict,
+    Welcome,
+)
+
+logger = logging.getLogger(__name__)
+
+_FIRST_PAUSE = 1.0
+_CHECK_INTERVAL = 0.125
+_JITTER = 0.25
+"""Pauses are up to this share longer, at random, so that refused devices do not all retry at once."""
+
+
+class Client:
+    """A greeted base station.
+
+    Args:
+        link: to the base station.
+        manifest: of the draft model; the base station refuses one that does not match its target.
+        timeouts: how long to wait.
+        clock: seconds, monotonic.
+        records: receives a line for each round.
+        first_session: id of the first session; clients that share a key must not share ids.
+
+    Attributes:
+        welcome: the base station's Welcome: limits, modes and context length.
+
+    Raises:
+        LinkError: no base station answers within ``timeouts.connect``.
+        FaultError: the base station refuses the draft model.
+    """
+
+    def __init__(
+        self,
+        link: Link,
+        manifest: Manifest,
+        timeouts: Timeouts | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        records: RoundRecordFile | None = None,
+        first_session: int = 0,
+    ) -> None:
+        self.link = link
+        self._records = records
+        self._timeouts = timeouts or Timeouts()
+        self._clock = clock
+        self._next_session = first_session
+        self._paused_seconds = 0.0
+        self._sent_at, self._sent_connections = clock(), 1
+        self._is_cancelled: Callable[[], bool] = lambda: False
+        self._on_round: Callable[[RoundRecord], None] | None = None
+        self._manifest = manifest
+        self._hello = Hello(
+            PROTOCOL_VERSION, manifest.vocab_size, bytes.fromhex(manifest.vocabulary_hash), manifest.stop_ids
+        )
+        self.greet(self._timeouts.connect)
+
+    def greet(self, timeout: float | None = None) -> None:
+        """Send a Hello; fall back to the oldest version where the base station refuses the newest.
+
+        Args:
+            timeout: seconds to wait for the Welcome; None waits as long as for any reply.
+        """
+        try:
+            self.welcome = self._greet_in(PROTOCOL_VERSION, timeout)
+        except FaultError as fault:
+            if fault.fault_code != MismatchError.code:
+                raise
+            self.welcome = self._greet_in(OLDEST_VERSION, timeout)
+        except LinkError as error:
+            reason = unreachable_reason(self.link.address)
+            raise LinkError(f"{error}: {reason}") from error
+        self.link.use_vocabulary(self.vocab_size)
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that both ends encode ids for: the target's, or the draft model's before version 3."""
+        return self.welcome.vocab_size or self._manifest.vocab_size
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """The ids that end an answer on both ends: the target's, or the draft model's before version 3."""
+        return frozenset(self.welcome.stop_ids if self.welcome.vocab_size else self._manifest.stop_ids)
+
+    def check_served(self, settings: DraftSettings) -> None:
+        """Check settings against the base station's Welcome.
+
+        Raises:
+            SettingsError: the base station does not serve the mode, the draft length, the Drafts ahead or the number
+                of entries.
+        """
+        welcome, encoding = self.welcome, settings.mode.encoding
+        if settings.mode not in welcome.modes or (encoding and encoding not in welcome.encodings):
+            raise SettingsError("mode", str(settings.mode), ", ".join(welcome.modes))
+        if settings.draft_len is not None and settings.draft_len > welcome.max_draft_len:
+            raise SettingsError("draft-len", settings.draft_len, f"1 to {welcome.max_draft_len}")
+        if settings.drafts_ahead is not None and settings.drafts_ahead >= welcome.window:
+            raise SettingsError("drafts-ahead", settings.drafts_ahead, f"0 to {welcome.window - 1}")
+        if encoding is Encoding.SPARSE and settings.uplink_k > welcome.max_uplink_k:
+            raise SettingsError("uplink-k", settings.uplink_k, f"1 to {welcome.max_uplink_k}")
+
+    def check_sampling(self, sampling: Sampling) -> None:
+        """Check sampling settings against the base station's version and vocabulary.
+
+        Raises:
+            SettingsError: the base station does not know a setting, or its target does not have a token.
+        """
+        version = self.welcome.version
+        if version < SAMPLING_VERSION:
+            for name in sampling.later_settings:
+                allowed = f"left out: the base station speaks protocol version {version}, this needs {SAMPLING_VERSION}"
+                raise SettingsError(name, getattr(sampling, name), allowed)
+        length, most = len(sampling.grammar.encode()), self.welcome.max_grammar_len
+        if length > most:
+            allowed = f"at most {most} bytes (the base station's {option_name('max_grammar_len')})"
+            reason = allowed if most else "left out: this base station has no grammars"
+            raise SettingsError("grammar", f"{length} bytes", reason)
+        biased = [token_id for token_id, _ in sampling.logit_bias]
+        for name, token_ids in (("logit_bias", biased), ("stop_token_ids", sampling.stop_token_ids)):
+            if not all(0 <= token_id < self.vocab_size for token_id in token_ids):
+                raise SettingsError(name, max(token_ids), f"token ids from 0 to {self.vocab_size - 1}")
+
+    def new_session_id(self) -> int:
+        """An id that no session of this client has had."""
+        self._next_session += 1
+        return self._next_session - 1
+
+    def exchange(
+        self,
+        request: Hello | Request,
+        timeout: float | None = None,
+        resume: Callable[[], Resume] | None = None,
+        while_waiting: Callable[[], bool] = lambda: False,
+    ) -> Iterator[Message]:
+        """Send a request, and yield what the base station sends from then on; see ``messages``."""
+        self.send(request)
+        return self.messages((request,), timeout, resume, while_waiting)
+
+    def messages(
+        self,
+        unanswered: Sequence[Hello | Request],
+        timeout: float | None = None,
+        resume: Callable[[], Resume] | None = None,
+        while_waiting: Callable[[], bool] = lambda: False,
+    ) -> Iterator[Message]:
+        """What the base station sends in answer to requests.
+
+        They are sent again after ``timeouts.resend`` seconds without a message and over a new connection;
+        behind a Resume where ``resume`` makes one and the base station knows the message.
+
+        Args:
+            unanswered: sent before, oldest first.
+            timeout: seconds without a message after which the device gives up; None for ``timeouts.retry``.
+            resume: makes the Resume of the session.
+            while_waiting: does a piece of work while no message has arrived; says whether it did.
+
+        Raises:
+            LinkError: the base station sends nothing for ``timeout`` seconds.
+            FaultError: the base station answers with a Fault.
+        """
+        limit = self._timeouts.retry if timeout is None else timeout
+        received_at = self._clock()
+        while True:
+            message = self._receive(0)
+            if message is None and not while_waiting():
+                message = self._receive(min(self._timeouts.resend, limit))
+            now = self._clock()
+            if message is not None:
+                received_at = now
+                _raise_fault(message, getattr(unanswered[0], "session_id", None))
+                yield message
+            elif (waited := now - received_at) >= limit:
+                raise LinkError(f"no base station answers at {self.link.address} (waited {waited:.0f} s)")
+            elif now - max(self._sent_at, received_at) >= self._timeouts.resend or self._reconnected:
+                self._resend(unanswered, resume)
+
+    def arrived(self, session_id: int) -> Message | None:
+        """The next message of the base station, if one has arrived.
+
+        Raises:
+            FaultError: it is a Fault of this session or of none.
+        """
+        message = self._receive(0)
+        if message is not None:
+            _raise_fault(message, session_id)
+        return message
+
+    def back_off(self, refusal: FaultError, since: float | None) -> float:
+        """Wait where the base station is full or shutting down; a new connection ends the wait.
+
+        Waits as long as the Fault says, else as long again as since the first refusal.
+
+        Args:
+            refusal: the Fault.
+            since: time of the first refusal, by the client's clock; None for now.
+
+        Returns:
+            ``since``, or now.
+
+        Raises:
+            FaultError: the next attempt would be more than ``timeouts.retry`` seconds after the first refusal.
+            CancelledError: nobody waits for the answer any more.
+        """
+        began = self._clock()
+        waited = 0.0 if since is None else began - since
+        seconds = refusal.retry_seconds or min(max(_FIRST_PAUSE, waited), self._timeouts.resend)
+        pause = seconds * random.uniform(1, 1 + _JITTER)  # noqa: S311 - not a secret
+        if waited + pause > self._timeouts.retry:
+            text = f"{refusal.text} (waited {waited:.0f} s)"
+            raise FaultError(refusal.fault_code, text, math.ceil(seconds)) from refusal
+        if since is None:
+            logger.warning("waiting for up to %.0f s: %s", self._timeouts.retry, refusal.text)
+        connections = self.link.connections
+        while (left := began + pause - self._clock()) > 0 and self.link.connections == connections:
+            self._receive(left)  # messages of sessions that have ended
+        return began if since is None else since
+
+    def send(self, message: Hello | Request | Close) -> None:
+        """Send a message; ``messages`` yields the replies."""
+        self.link.send(message)
+        self._sent_at, self._sent_connections = self._clock(), max(1, self.link.connections)
+
+    def now(self) -> Moment:
+        """The clock, which ``paused_clock`` stops, and the bytes counted so far."""
+        return Moment(self._clock() - self._paused_seconds, self.link.uplink_bytes, self.link.downlink_bytes)
+
+    @contextmanager
+    def cancelled_by(self, is_cancelled: Callable[[], bool]) -> Iterator[None]:
+        """Ask ``is_cancelled`` while waiting and before each step of an answer; end the answer where it says so."""
+        self._is_cancelled = is_cancelled
+        try:
+            yield
+        finally:
+            self._is_cancelled = lambda: False
+
+    @contextmanager
+    def reporting_rounds_to(self, on_round: Callable[[RoundRecord], None]) -> Iterator[None]:
+        """Call ``on_round`` with the record of each round, before its tokens are committed."""
+        self._on_round = on_round
+        try:
+            yield
+        finally:
+            self._on_round = None
+
+    def check_cancelled(self) -> None:
+        """End the answer if nobody waits for it any more.
+
+        Raises:
+            CancelledError: nobody does.
+        """
+        if self._is_cancelled():
+            raise CancelledError("nobody waits for the answer any more")
+
+    @contextmanager
+    def paused_clock(self) -> Iterator[None]:
+        """Stop the clock of ``now``: time lost to refusals and restarts is not a delay of the link."""
+        before, began = self._paused_seconds, self._clock()
+        yield
+        self._paused_seconds = before + self._clock() - began
+
+    def record(self, mode: Mode, verdict: Verdict, draft_len: int, drafted: int, moments: Moments) -> None:
+        """Write a round to the record file and report it, where either is asked for; see ``RoundRecord.of``."""
+        if not self._records and not self._on_round:
+            return
+        record = RoundRecord.of(self.link.device, mode, verdict, draft_len, drafted, moments)
+        if self._records:
+            self._records.write(record)
+        if self._on_round:
+            self._on_round(record)
+
+    def close(self) -> None:
+        """Close the link."""
+        self.link.close()
+
+    def _receive(self, seconds: float) -> Message | None:
+        """The next message, or None after at most ``seconds``."""
+        self.check_cancelled()
+        return self.link.receive(min(seconds, _CHECK_INTERVAL))
+
+    @property
+    def _reconnected(self) -> bool:
+        """Whether there is a new connection since the last message was sent."""
+        return self.link.connections > self._sent_connections
+
+    def _resend(self, requests: Sequence[Hello | Request], resume: Callable[[], Resume] | None) -> None:
+        if resume and self.welcome.version > OLDEST_VERSION:
+            self.link.send(resume())
+        for request in requests:
+            self.send(request)
+
+    def _greet_in(self, version: int, timeout: float | None) -> Welcome:
+        hello = replace(self._hello, version=version)
+        return next(message for message in self.exchange(hello, timeout) if isinstance(message, Welcome))
+
+
+def _raise_fault(message: Message, session_id: int | None) -> None:
+    """Raise a Fault of this session or of none; a Fault of another session ends that one alone."""
+    if isinstance(message, Fault) and message.session_id in (None, session_id):
+        raise FaultError(message.code, message.text, message.retry_seconds)

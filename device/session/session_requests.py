@@ -1,0 +1,258 @@
+"""The requests of one session, answered whatever happens to the link or to the base station.
+
+``client.py`` resends a request and backs off. Where the base station no longer has
+the session, a new one is opened on all committed tokens (*reopen*) and the request is
+sent in it. Randomness is a function of the position, so the answer stays the same.
+
+Knows messages; not how tokens are drafted.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+
+from device.drafting.drafter import DraftResult
+from device.session.client import Client
+from protocol.errors import (
+    ClosingError,
+    ContextLengthError,
+    FaultError,
+    FullError,
+    LimitError,
+    UnknownSessionError,
+)
+from protocol.messages import (
+    VOCABULARY_VERSION,
+    Close,
+    Decode,
+    Draft,
+    Extend,
+    Message,
+    Mode,
+    Open,
+    Opened,
+    Reply,
+    Request,
+    Resume,
+    Sampling,
+    Verdict,
+    Welcome,
+)
+from protocol.rounds import SessionRounds, State
+
+_RETRYABLE = (FullError.code, ClosingError.code, UnknownSessionError.code, LimitError.code)
+"""``limit`` only where the base station turns out to have new limits."""
+
+
+class SessionRequests:
+    """The requests of one session, each answered whatever happens.
+
+    Args:
+        client: the greeted base station.
+        mode: of the session.
+        sampling: how the target is sampled.
+        tokens: the committed tokens; the session that owns the list appends to it.
+    """
+
+    def __init__(self, client: Client, mode: Mode, sampling: Sampling, tokens: Sequence[int]) -> None:
+        self._client = client
+        self._mode = mode
+        self._sampling = sampling
+        self._tokens = tokens
+        self._answer_start = 0
+        self._prefills = False
+        self._refused_at: float | None = None  # the first refusal since the last reply, by the client's clock
+        self._unknown = False
+        self._session_id = client.new_session_id()
+        self._rounds = SessionRounds(client.stop_ids, client.welcome.window)
+
+    @property
+    def ready(self) -> bool:
+        """Whether no reply is outstanding."""
+        return self._rounds.state is State.READY
+
+    def open(self, prompt_ids: Sequence[int]) -> None:
+        """Open the session on a prompt.
+
+        Raises:
+            SettingsError: the base station does not know these sampling settings.
+        """
+        self._prefills, self._answer_start = True, len(prompt_ids)
+        next(self._replies(lambda: self._open(prompt_ids)))
+
+    def extend(self, start: int, token_ids: Sequence[int], sampling: Sampling) -> None:
+        """Keep the first ``start`` committed tokens, append ``token_ids``, and sample with these settings."""
+        self._prefills, self._answer_start = True, start + len(token_ids)
+        before, self._sampling = self._sampling, sampling
+        changed = None if sampling == before else sampling
+        next(self._replies(lambda: Extend(self._session_id, self._rounds.round_id, start, tuple(token_ids), changed)))
+
+    def can_extend(self, sampling: Sampling) -> bool:
+        """Whether no reply is outstanding, and the base station can continue with these settings."""
+        return self.ready and (sampling == self._sampling or self._client.welcome.version >= VOCABULARY_VERSION)
+
+    def reopen(self, prompt_ids: Sequence[int], sampling: Sampling) -> None:
+        """Close the session and open a new one on a prompt."""
+        self.close()
+        self._sampling = sampling
+        self._start_session()
+        self.open(prompt_ids)
+
+    @property
+    def drafts_in_flight(self) -> int:
+        """The number of Drafts without a Verdict."""
+        return len(self._rounds.in_flight)
+
+    def send_given(self, token_ids: Sequence[int]) -> None:
+        """Send tokens of the prompt whose log-probabilities are asked for; ``verdict`` has them."""
+        draft = Draft(self._session_id, self._rounds.next_round, tuple(token_ids), given=True)
+        self._rounds.advance(draft)
+        self._client.send(draft)
+
+    def send_draft(self, drafted: DraftResult, assumed_bonus: int | None = None) -> None:
+        """Send a Draft; while another is in flight, on the bonus token that is assumed to follow that one."""
+        round_id = self._rounds.next_round
+        draft = Draft(self._session_id, round_id, drafted.token_ids, drafted.distributions, assumed_bonus)
+        self._rounds.advance(draft)
+        self._client.send(draft)
+
+    def verdict(self, wait: bool = True) -> Verdict | None:
+        """The Verdict of the oldest Draft in flight.
+
+        Returns:
+            None where none has arrived and ``wait`` is false, and where the session had to be opened again: then no
+            Draft is in flight.
+        """
+        try:
+            while message := self._next_message() if wait else self._client.arrived(self._session_id):
+                if isinstance(message, Verdict) and not self._is_stale(message):
+                    self._rounds.advance(message)
+                    self._refused_at, self._unknown = None, False
+                    return message
+        except FaultError as fault:
+            self._recover(fault)
+            self._open_again()
+        return None
+
+    def decode(self, count: int, while_waiting: Callable[[], bool] = lambda: False) -> Iterator[Verdict]:
+        """Let the target decode ``count`` tokens alone, at most to the end of its context; yield the Verdicts.
+
+        ``while_waiting`` does a piece of work while no Verdict has arrived; says whether it did.
+        """
+        received = 0
+
+        def remaining() -> Decode:
+            room = self._client.welcome.context_length - len(self._tokens)
+            return Decode(self._session_id, self._rounds.round_id, min(count - received, room))
+
+        for verdict in self._replies(remaining, while_waiting):
+            assert isinstance(verdict, Verdict)
+            received += 1
+            yield verdict
+
+    def close(self) -> None:
+        """Tell the base station that the session has ended, once."""
+        if self._rounds.state is State.CLOSED:
+            return
+        close = Close(self._session_id)
+        self._rounds.advance(close)
+        self._client.send(close)
+
+    def take_prefilled(self) -> bool:
+        """Whether the base station may have prefilled since the last call, so that its reply took longer."""
+        prefilled, self._prefills = self._prefills, False
+        return prefilled
+
+    def _replies(
+        self, request: Callable[[], Request], while_waiting: Callable[[], bool] = lambda: False
+    ) -> Iterator[Reply]:
+        """The replies to one request, across refusals and restarts of the base station.
+
+        Args:
+            request: makes the request, or what is left of it, for the session as it is now.
+            while_waiting: does a piece of work while no reply has arrived; says whether it did.
+        """
+        while True:
+            sent = request()
+            try:
+                for reply in self._attempt(sent, while_waiting):
+                    self._refused_at, self._unknown = None, False
+                    yield reply
+            except FaultError as fault:
+                self._recover(fault)
+                if not isinstance(sent, Open):
+                    self._open_again()
+            else:
+                return
+
+    def _attempt(self, request: Request, while_waiting: Callable[[], bool]) -> Iterator[Reply]:
+        """The replies to one request, until the state machine has no more to await."""
+        self._rounds.advance(request)
+        resume = None if isinstance(request, Open | Extend) else self._resume
+        for message in self._client.exchange(request, resume=resume, while_waiting=while_waiting):
+            if not isinstance(message, Opened | Verdict) or self._is_stale(message):
+                continue
+            self._rounds.advance(message)
+            yield message
+            if self.ready:
+                return
+
+    def _next_message(self) -> Message:
+        """The next message while Drafts are in flight."""
+        return next(self._client.messages(self._rounds.in_flight, resume=self._resume))
+
+    def _recover(self, fault: FaultError) -> None:
+        """Start a new session after a Fault that ended the old one; wait first where the base station refused it.
+
+        A session that is unknown again before any reply came counts as refused.
+
+        Raises:
+            FaultError: the Fault, if another attempt would not help.
+        """
+        if fault.fault_code not in _RETRYABLE:
+            raise fault
+        with self._client.paused_clock():
+            if fault.fault_code in (FullError.code, ClosingError.code) or self._unknown:
+                self._refused_at = self._client.back_off(fault, self._refused_at)
+            self._unknown, before = True, self._client.welcome
+            self._start_session()
+            if fault.fault_code == LimitError.code and _at_pace_of(before, self._client.welcome) == before:
+                raise fault
+
+    def _open_again(self) -> None:
+        """Open the new session on all committed tokens; that alone does not prove that requests are answered again."""
+        with self._client.paused_clock():
+            refused_at = self._refused_at
+            next(self._replies(partial(self._open, self._tokens)))
+            self._refused_at, self._unknown = refused_at, True
+
+    def _start_session(self) -> None:
+        """Greet, and take a new session id; the base station may have other limits and stop ids now."""
+        self._client.greet()
+        self._prefills = True
+        self._session_id = self._client.new_session_id()
+        self._rounds = SessionRounds(self._client.stop_ids, self._client.welcome.window)
+
+    def _open(self, prompt_ids: Sequence[int]) -> Open:
+        context_length = self._client.welcome.context_length
+        if len(prompt_ids) >= context_length:
+            raise ContextLengthError(
+                "conversation",
+                f"{len(prompt_ids)} tokens",
+                f"at most {context_length - 1} (the target's context at the base station)",
+            )
+        self._client.check_sampling(self._sampling)
+        answer_len = max(0, len(prompt_ids) - self._answer_start) if self._sampling.needs_answer_len else 0
+        return Open(self._session_id, 0, self._mode, self._sampling, tuple(prompt_ids), answer_len)
+
+    def _resume(self) -> Resume:
+        return Resume.of(self._session_id, self._rounds.round_id, self._tokens)
+
+    def _is_stale(self, reply: Reply) -> bool:
+        """Whether a reply belongs to another session, to a past round, or follows one that was lost."""
+        return reply.session_id != self._session_id or reply.round_id != self._rounds.round_id
+
+
+def _at_pace_of(other: Welcome, welcome: Welcome) -> Welcome:
+    """A Welcome with another one's pace, which changes all the time, for comparison."""
+    return replace(welcome, pass_seconds=other.pass_seconds, row_seconds=other.row_seconds)

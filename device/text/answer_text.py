@@ -1,0 +1,60 @@
+"""The text of an answer on its way to its client: up to a stop string, and without the calls of tools in it."""
+
+from collections.abc import Callable, Sequence
+
+from device.text.stop_strings import StopStrings
+from device.text.tool_calls import ToolCall, ToolFormat
+
+
+class AnswerText:
+    """Passes the text of one answer on.
+
+    Args:
+        stops: texts that end the answer.
+        tool_format: of the calls in it; None where it may have none.
+        deliver: receives calls.
+        parallel: whether several calls may come; if not, the first one ends the answer.
+
+    Attributes:
+        called: whether a call was delivered.
+    """
+
+    def __init__(
+        self,
+        stops: Sequence[str],
+        tool_format: ToolFormat | None,
+        deliver: Callable[[ToolCall], None],
+        parallel: bool = True,
+    ) -> None:
+        self._stops = StopStrings(stops)
+        self._parser = tool_format.parser() if tool_format else None
+        self._deliver = deliver
+        self._parallel = parallel
+        self.called = False
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string has appeared, or the only call; no text follows."""
+        return self._stops.reached or (self.called and not self._parallel)
+
+    def feed(self, text: str) -> str:
+        """Add ``text``; return what may be shown now."""
+        text = self._stops.feed(text)
+        return self._without_calls(self._parser.feed(text)) if self._parser else text
+
+    def flush(self) -> str:
+        """What was held back, once no more follows."""
+        text = self._stops.flush()
+        return self._without_calls([*self._parser.feed(text), *self._parser.flush()]) if self._parser else text
+
+    def _without_calls(self, parts: Sequence[str | ToolCall]) -> str:
+        text = ""
+        for part in parts:
+            if self.called and not self._parallel:
+                break
+            if isinstance(part, ToolCall):
+                self.called = True
+                self._deliver(part)
+            else:
+                text += part
+        return text

@@ -1,0 +1,145 @@
+"""Calls of tools in an answer's text: how a family of models writes them, and how they are read.
+
+Hermes and Qwen write ``<tool_call>`` and ``</tool_call>`` around the JSON of each
+call. Llama 3 answers with the JSON of one call alone.
+"""
+
+import json
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, TypeAlias
+
+from common.grammar import JSON_OPTIONS, lark_grammar
+from device.http.request_fields import Fields
+
+_OPEN, _CLOSE = "<tool_call>", "</tool_call>"
+_PYTHON = "<|python_tag|>"
+ToolCallPart: TypeAlias = "str | ToolCall"
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """A call: the tool's name, its arguments as JSON text, and an id that its result refers to."""
+
+    name: str
+    arguments: str
+    call_id: str = field(default_factory=lambda: f"call_{secrets.token_hex(12)}", compare=False)
+
+
+class ToolFormat(StrEnum):
+    """How a model writes calls; the value is the name of the arguments in their JSON."""
+
+    HERMES = "arguments"
+    LLAMA3 = "parameters"
+
+    @classmethod
+    def of_template(cls, source: str) -> "ToolFormat | None":
+        """The format that a chat template declares; None for one that is not known."""
+        if _OPEN in source:
+            return cls.HERMES
+        return cls.LLAMA3 if '"parameters"' in source and "ipython" in source else None
+
+    def grammar(self, tools: Sequence[Fields]) -> str:
+        """The grammar of exactly one call of one of the ``tools``."""
+        calls = [
+            {
+                "type": "object",
+                "properties": {
+                    "name": {"const": tool["function"]["name"]},
+                    self.value: tool["function"].get("parameters") or {"type": "object", "properties": {}},
+                },
+                "required": ["name", self.value],
+                "additionalProperties": False,
+            }
+            for tool in tools
+        ]
+        schema = json.dumps({"anyOf": calls, "x-guidance": JSON_OPTIONS})
+        before, after = (f'"{_OPEN}\\n" ', f' "\\n{_CLOSE}"') if self is ToolFormat.HERMES else ("", "")
+        return lark_grammar(f"start: {before}call{after}\ncall: %json {schema}")
+
+    def parser(self) -> "HermesParser | Llama3Parser":
+        """A parser of one answer."""
+        return HermesParser() if self is ToolFormat.HERMES else Llama3Parser()
+
+
+class HermesParser:
+    """Reads an answer part by part; the text of a call is held back until it ends."""
+
+    def __init__(self) -> None:
+        self._inside = False
+        self._called = False
+        self._held = ""
+
+    def feed(self, text: str) -> list[ToolCallPart]:
+        """Add ``text``; return the text and the calls that are complete."""
+        self._held += text
+        parts: list[ToolCallPart] = []
+        while (mark := _CLOSE if self._inside else _OPEN) in self._held:
+            before, self._held = self._held.split(mark, 1)
+            if self._inside:
+                parts.append(_read(before, ToolFormat.HERMES) or f"{_OPEN}{before}{_CLOSE}")
+                self._called = True
+            else:
+                parts += self._shown(before)
+            self._inside = not self._inside
+        if not self._inside:
+            end = len(self._held) - _partial(self._held, _OPEN)
+            if shown := self._shown(self._held[:end]):
+                parts += shown
+                self._held = self._held[end:]
+        return parts
+
+    def flush(self) -> list[ToolCallPart]:
+        """What is held back, once no more follows: a call whose end is missing, or text."""
+        if self._inside:
+            return [_read(self._held, ToolFormat.HERMES) or _OPEN + self._held]
+        return self._shown(self._held)
+
+    def _shown(self, text: str) -> list[ToolCallPart]:
+        """Text outside of calls; white space after a call belongs to its format."""
+        return [text] if text and not (self._called and text.isspace()) else []
+
+
+class Llama3Parser:
+    """Reads an answer that is a call as a whole, or else text."""
+
+    def __init__(self) -> None:
+        self._held = ""
+        self._is_text = False
+
+    def feed(self, text: str) -> list[ToolCallPart]:
+        """Add ``text``; return it unless it may be a call."""
+        self._held += text
+        start = self._held.lstrip()
+        if not self._is_text and (not start or start[0] == "{" or _PYTHON.startswith(start[: len(_PYTHON)])):
+            return []
+        self._is_text = True
+        text, self._held = self._held, ""
+        return [text]
+
+    def flush(self) -> list[ToolCallPart]:
+        """The call, or the text that looked like one."""
+        if not self._held:
+            return []
+        return [_read(self._held.strip().removeprefix(_PYTHON), ToolFormat.LLAMA3) or self._held]
+
+
+def _partial(text: str, mark: str) -> int:
+    """How many characters at the end of a text may be the start of a mark."""
+    return next((size for size in range(min(len(text), len(mark) - 1), 0, -1) if mark.startswith(text[-size:])), 0)
+
+
+def _read(text: str, tool_format: ToolFormat) -> ToolCall | None:
+    """The call in a JSON text, if it is one."""
+    try:
+        value: Any = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
+        return None
+    arguments = value.get(tool_format.value, {})
+    if not isinstance(arguments, dict):
+        return None
+    return ToolCall(value["name"], json.dumps(arguments, ensure_ascii=False))
