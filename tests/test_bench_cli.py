@@ -5,8 +5,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from bench.cli import MODULES, app, summary
@@ -112,3 +115,14 @@ def test_a_setting_out_of_range_or_a_wrong_file_is_named_in_one_line(arguments: 
     assert ended.stderr.startswith("error: ")
     assert named in ended.stderr
     assert ended.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_number_out_of_range_names_its_option(name: str) -> None:
+    group: Any = get_command(app)
+    command = group.get_command(None, name)
+    for option in command.params:
+        if option.type.name.startswith(("integer", "float")):
+            assert getattr(option.type, "min", None) is not None, f"{option.opts[0]} has no bound"
+            with pytest.raises(typer.BadParameter, match=f"'{option.opts[0]}'"):
+                command.main([option.opts[0], str(option.type.min - 1)], standalone_mode=False)
