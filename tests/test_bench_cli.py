@@ -2,10 +2,13 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Annotated, get_args, get_origin, get_type_hints
 
 import pytest
 import typer
@@ -117,12 +120,20 @@ def test_a_setting_out_of_range_or_a_wrong_file_is_named_in_one_line(arguments: 
     assert ended.stderr.count("\n") == 1
 
 
+def numeric_options(name: str) -> Iterator[tuple[str, float | None]]:
+    """Each option of a command that takes a number, and its lower bound."""
+    function = getattr(import_module(MODULES[name]), name)
+    for parameter, hint in get_type_hints(function, include_extras=True).items():
+        kind, *metadata = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+        if metadata and re.search(r"\b(int|float)\b", str(kind)):
+            option = metadata[0]
+            yield (*(option.param_decls or ()), f"--{parameter.replace('_', '-')}")[0], option.min
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_a_number_out_of_range_names_its_option(name: str) -> None:
-    group: Any = get_command(app)
-    command = group.get_command(None, name)
-    for option in command.params:
-        if option.type.name.startswith(("integer", "float")):
-            assert getattr(option.type, "min", None) is not None, f"{option.opts[0]} has no bound"
-            with pytest.raises(typer.BadParameter, match=f"'{option.opts[0]}'"):
-                command.main([option.opts[0], str(option.type.min - 1)], standalone_mode=False)
+    for option, least in numeric_options(name):
+        assert least is not None, f"{option} has no bound"
+        with pytest.raises(typer.BadParameter) as refused:
+            get_command(app)([name, option, str(least - 1)], standalone_mode=False)
+        assert f"'{option}'" in refused.value.format_message()
