@@ -126,8 +126,9 @@ def numeric_options(name: str) -> Iterator[tuple[str, float | None]]:
     for parameter, hint in get_type_hints(function, include_extras=True).items():
         kind, *metadata = get_args(hint) if get_origin(hint) is Annotated else (hint,)
         if metadata and re.search(r"\b(int|float)\b", str(kind)):
-            option = metadata[0]
-            yield (*(option.param_decls or ()), f"--{parameter.replace('_', '-')}")[0], option.min
+            option, named = metadata[0], f"--{parameter.replace('_', '-')}"
+            # Beside a type, the first positional argument of ``typer.Option`` is a name.
+            yield (option.default if isinstance(option.default, str) else named), option.min
 
 
 @pytest.mark.parametrize("name", MODULES)
