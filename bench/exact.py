@@ -20,6 +20,7 @@ from bench.setup.options import (
     MaxNewTokensOption,
     PromptsOption,
     TargetOption,
+    TemperatureOption,
     console,
     progress_bar,
 )
@@ -43,9 +44,10 @@ def exact(
     count: CountOption = 20,
     max_new_tokens: MaxNewTokensOption = 64,
     draft_lens: Annotated[
-        list[int] | None, typer.Option("--draft-len", help="Tokens drafted per round; repeatable. Default: 1, 4, 8.")
+        list[int] | None,
+        typer.Option("--draft-len", help="Tokens drafted per round; repeatable. Default: 1, 4, 8.", min=1),
     ] = None,
-    temperature: Annotated[float, typer.Option(help="0 checks mode ids, above 0 mode coupled.")] = 0.0,
+    temperature: TemperatureOption = 0.0,
     json_file: JsonOption = None,
 ) -> None:
     """Compare answers token for token with transformers, or with the target alone, in float32."""

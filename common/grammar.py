@@ -9,6 +9,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 Mask: TypeAlias = npt.NDArray[np.bool_]
 
 _FOLLOW_SECONDS = 1.0
+_LEXER_ERROR = "lexer error"
+"""How llguidance's message begins where a lexer has reached a limit, after which it cannot be used any more."""
 
 JSON_OPTIONS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """JSON with one space after each comma and colon: most of these tokens are forced, and no answer is white space."""
@@ -47,6 +50,13 @@ def regex_grammar(regex: str) -> str:
     return LLMatcher.grammar_from_regex(regex)
 
 
+@dataclass
+class _Lexer:
+    """The lexer that all copies of a grammar share; its states are made when they are first needed, up to a limit."""
+
+    exhausted: bool = False
+
+
 class Grammar:
     """What a grammar allows after some tokens of an answer; advances and rolls back with them.
 
@@ -55,18 +65,31 @@ class Grammar:
         error: why nothing can be said any more: a limit was exceeded; "" otherwise.
     """
 
-    def __init__(self, matcher: "LLMatcher", vocab_size: int, stop_ids: frozenset[int], nbytes: int = 0) -> None:
+    def __init__(
+        self,
+        matcher: "LLMatcher",
+        vocab_size: int,
+        stop_ids: frozenset[int],
+        nbytes: int = 0,
+        lexer: _Lexer | None = None,
+    ) -> None:
         self._matcher = matcher
         self._vocab_size = vocab_size
         self._stop_ids = stop_ids
+        self._lexer = lexer or _Lexer()
         self.nbytes = nbytes
         self._tokens: list[int] = []
         self._seconds = self._deadline = math.inf
         self.error = ""
 
+    @property
+    def exhausted(self) -> bool:
+        """Whether neither it nor any copy can be used any more, so that it must be compiled again."""
+        return self._lexer.exhausted
+
     def copy(self) -> "Grammar":
         """Another grammar in the same state."""
-        copied = Grammar(self._matcher.deep_copy(), self._vocab_size, self._stop_ids, self.nbytes)
+        copied = Grammar(self._matcher.deep_copy(), self._vocab_size, self._stop_ids, self.nbytes, self._lexer)
         copied._tokens, copied.error = self._tokens[:], self.error
         return copied
 
@@ -115,6 +138,7 @@ class Grammar:
     def _note_error(self) -> None:
         if self._matcher.is_error():
             self.error = _first_line(self._matcher.get_error())
+            self._lexer.exhausted |= self.error.startswith(_LEXER_ERROR)
         elif time.thread_time() > self._deadline:
             self.error = f"it takes more than {self._seconds:.2g} s"
 

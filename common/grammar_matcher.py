@@ -8,6 +8,18 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
+_CHARACTER = r'[^"\\\x00-\x1F\x7F]'
+"""Of a JSON string, without escapes."""
+SLICES = (
+    r"[\x20\x0A\x0D\x09]+",
+    *(f"{_CHARACTER}{{1,{most}}}" for most in (2, 3, 4, 5, 6, 8, 10, 30)),
+    f"{_CHARACTER}+",
+)
+"""Tokens that are allowed without a look at each, where the grammar allows all texts of their form.
+
+llguidance's own have up to 10 or 30 characters; near the end of a bounded string it would look at nearly every token.
+"""
+
 
 def is_available() -> bool:
     """Whether llguidance is installed."""
@@ -22,7 +34,7 @@ def new_tokenizer(tokenizer_json: str, vocab_size: int, stop_ids: list[int]) -> 
     """The tokenizer of a ``tokenizer.json``; all of ``stop_ids`` end a text."""
     from llguidance import LLTokenizer
 
-    return LLTokenizer(tokenizer_json, n_vocab=vocab_size, eos_token=stop_ids)
+    return LLTokenizer(tokenizer_json, n_vocab=vocab_size, eos_token=stop_ids, slices=list(SLICES))
 
 
 def new_matcher(tokenizer: "LLTokenizer", text: str) -> "LLMatcher":

@@ -247,10 +247,10 @@ def _conversation(answer_options: AnswerOptions) -> Iterator[Conversation]:
 
 def _load(answer_options: AnswerOptions) -> tuple[SequenceModel, Tokenizer]:
     model: SequenceModel
-    if answer_options.draft == "none":
-        model = NoDraftModel(Manifest.read(answer_options.bundle))
-    else:
+    if answer_options.has_draft_model:
         model = load_model(answer_options.bundle, answer_options.threads, (answer_options.provider,))
+    else:
+        model = NoDraftModel(Manifest.read(answer_options.bundle))
     return model, Tokenizer(answer_options.bundle, model.manifest)
 
 

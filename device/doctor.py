@@ -11,12 +11,14 @@ from common.checks import Checks, Finding, Outcome, Status
 from device.checks import board_checks, bundle_checks, link_checks
 from device.drafting.draft_model import SequenceModel
 from device.drafting.load_model import load_model
+from device.drafting.no_draft_model import NoDraftModel
 from device.options import AnswerOptions
 from device.planning.speed_prediction import TYPICAL_ANSWER, ShortSession, SpeedPrediction
 from device.session.client import Client
 from device.terminal import console
 from device.text.tokenizer import Tokenizer
 from protocol.bundle import Manifest
+from protocol.messages import Mode
 
 
 class Doctor:
@@ -31,6 +33,7 @@ class Doctor:
     def __init__(self, options: AnswerOptions, connect: Callable[[Manifest], Client], as_json: bool) -> None:
         self._options = options
         self._connect = connect
+        self._has_draft_model = options.has_draft_model
         self._as_json = as_json
         self._checks = Checks(None if as_json else console)
 
@@ -52,20 +55,28 @@ class Doctor:
         return not self._checks.failed
 
     def _check_bundle(self) -> Outcome[Manifest]:
-        manifest = self._checks.run("bundle", partial(bundle_checks.files, self._options.bundle))
-        self._checks.run("quality", bundle_checks.quality, manifest)
+        examine = partial(bundle_checks.files, self._options.bundle, self._has_draft_model)
+        manifest = self._checks.run("bundle", examine)
+        self._check_draft_model("quality", bundle_checks.quality, manifest)
         return manifest
 
     def _check_board(self, manifest: Outcome[Manifest]) -> Outcome[SequenceModel]:
         options = self._options
-        memory = self._checks.run("memory", bundle_checks.memory, manifest)
+        memory = self._check_draft_model("memory", bundle_checks.memory, manifest)
         self._checks.run("board", board_checks.board)
         self._checks.run("processor", board_checks.processor)
         self._checks.run("threads", partial(board_checks.threads, options.threads))
         self._checks.run("governor", board_checks.governor)
         self._checks.run("throttling", board_checks.throttling)
+        if not self._has_draft_model:
+            return self._checks.run("draft model", _no_draft_model, manifest)
         load = partial(load_model, options.bundle, options.threads, (options.provider,))
         return self._checks.run("draft model", lambda _: board_checks.draft_model(load), memory)
+
+    def _check_draft_model(
+        self, name: str, examine: Callable[[Manifest], Finding[None]], manifest: Outcome[Manifest]
+    ) -> Outcome[None]:
+        return self._checks.run(name, examine if self._has_draft_model else bundle_checks.unused, manifest)
 
     def _check_link(self, manifest: Outcome[Manifest]) -> Outcome[Client]:
         server, timeout = self._options.server, self._options.connect_timeout
@@ -84,9 +95,14 @@ class Doctor:
     def _speed(self, model: SequenceModel, client: Client) -> Finding[SpeedPrediction]:
         options = self._options
         tokenizer = Tokenizer(options.bundle, model.manifest)
-        session = ShortSession(client, model, tokenizer, options.draft_settings(options.sampling))
+        mode = None if self._has_draft_model else Mode.TARGET.value
+        session = ShortSession(client, model, tokenizer, options.draft_settings(options.sampling, mode))
         prediction = session.predict(min(options.max_new_tokens, TYPICAL_ANSWER))
         if prediction.pays:
             return Finding(prediction.text, prediction)
         remedy = "drafting does not pay, so the device lets the target decode alone; a smaller draft model may pay"
         return Finding(prediction.text, prediction, Status.WARNING, remedy)
+
+
+def _no_draft_model(manifest: Manifest) -> Finding[SequenceModel]:
+    return Finding("none; prompt lookup alone drafts", NoDraftModel(manifest))

@@ -163,6 +163,17 @@ class AnswerOptions:
         seed = secrets.randbits(63) if self.seed is None else self.seed
         return Sampling(self.temperature, self.top_k, self.top_p, seed)
 
+    @property
+    def has_draft_model(self) -> bool:
+        """Whether the bundle's draft model drafts; otherwise prompt lookup alone.
+
+        Raises:
+            SettingsError: ``draft`` is not allowed.
+        """
+        if self.draft not in DRAFTS:
+            raise SettingsError("draft", self.draft, " or ".join(DRAFTS))
+        return self.draft == "model"
+
     def check(self) -> None:
         """Check everything but the model, before it is loaded.
 
@@ -171,8 +182,7 @@ class AnswerOptions:
             KeyFileError: a key file cannot be used.
             BundleError: the bundle's manifest cannot be read.
         """
-        if self.draft not in DRAFTS:
-            raise SettingsError("draft", self.draft, " or ".join(DRAFTS))
+        _ = self.has_draft_model
         self.draft_settings(self.sampling)
         self.curve_keys()
         endpoint(self.server)

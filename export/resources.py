@@ -7,6 +7,7 @@ from pathlib import Path
 
 import psutil
 
+from common.container_memory import within_limits
 from protocol.errors import ModelError
 
 
@@ -38,7 +39,7 @@ def check_memory(size: int) -> None:
     Raises:
         ModelError: there are fewer.
     """
-    free = psutil.virtual_memory().available
+    free = within_limits(psutil.virtual_memory().available)
     if size > free:
         raise ModelError(
             f"{gigabytes(size)} of memory are needed and {gigabytes(free)} are free; "

@@ -8,7 +8,7 @@ graph or from a configuration file of another project.
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
 from math import inf
@@ -24,6 +24,8 @@ CHAT_TEMPLATE_NAME = "chat_template.jinja"
 DRAFT_TOKENIZER_NAME = "draft_tokenizer.json"
 DRAFT_CHAT_TEMPLATE_NAME = "draft_chat_template.jinja"
 VOCABULARY_MAP_NAME = "vocabulary_map.npy"
+TEXT_NAMES = (TOKENIZER_NAME, CHAT_TEMPLATE_NAME)
+"""The files that are enough without the draft model."""
 FORMAT_VERSION = 6
 _OLDEST_VERSION = 3
 _ADDED_SINCE: Mapping[int, Mapping[str, Any]] = {
@@ -232,16 +234,21 @@ class Manifest:
             }
         )
 
-    def check_files(self, folder: Path) -> None:
-        """Check the size and the hash of every listed file.
+    def check_files(self, folder: Path, names: Collection[str] | None = None) -> None:
+        """Check the size and the hash of the listed files.
+
+        Args:
+            folder: of the bundle.
+            names: of those that are checked; None checks all.
 
         Raises:
             BundleError: a file is missing or differs from its record, or a part of the model is not listed.
         """
         unlisted = sorted(path.name for path in folder.glob(f"{MODEL_NAME}*") if path.name not in self.files)
-        if unlisted:
+        if unlisted and names is None:
             raise BundleError(f"{str(folder / unlisted[0])!r} is not listed in the manifest; export the bundle again")
-        for name, record in self.files.items():
+        checked = {name: record for name, record in self.files.items() if names is None or name in names}
+        for name, record in checked.items():
             path = folder / name
             if not path.is_file():
                 raise BundleError(f"{str(path)!r} is missing; export the bundle again")

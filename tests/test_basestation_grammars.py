@@ -1,7 +1,13 @@
 """Compiled grammars are kept within a number and a size, and count as memory of their sessions."""
 
+import random
+
+import pytest
+from llguidance import LLParserLimits
+
 from basestation.sessions.grammars import Grammars
-from common.grammar import GrammarCompiler, regex_grammar
+from common import grammar_matcher
+from common.grammar import Grammar, GrammarCompiler, regex_grammar
 from protocol.errors import LimitError
 from protocol.frames import FrameCodec
 from protocol.messages import Fault, Message, Mode, Open, Opened, Sampling, Welcome
@@ -44,6 +50,29 @@ def test_grammars_are_kept_within_a_number_and_a_size() -> None:
     assert compiled_twice(nbytes=1 * MIB, others=32)
     assert not compiled_twice(nbytes=30 * MIB, others=1)
     assert compiled_twice(nbytes=30 * MIB, others=2)
+
+
+def exhaust(grammar: Grammar) -> None:
+    """Follow a random answer until the lexer has reached its limit."""
+    rng = random.Random(0)  # noqa: S311 - not a secret
+    answer: list[int] = []
+    while grammar.follow(answer) and grammar.allowed().any() and len(answer) < 200:
+        answer.append(PIECES.index(rng.choice("abc")))
+    assert "too many states" in grammar.error
+
+
+def test_a_grammar_that_a_session_has_exhausted_is_compiled_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammar_matcher, "_limits", lambda: LLParserLimits(max_lexer_states=50))
+    check = CountingCheck(MIB)
+    grammars = Grammars(GrammarCompiler(json_tokenizer, len(PIECES), check), 64 * MIB)
+    request = Open(0, 0, Mode.IDS, Sampling(grammar=regex_grammar("[abc]*a[abc]{9}")), (1, 2))
+    for count in (1, 2):
+        assert not grammars.ready("device", request, lambda: None)
+        assert grammars.ready("device", request, lambda: None)
+        assert check.compiled == count
+        grammar = grammars.get(request)
+        assert grammar is not None
+        exhaust(grammar)
 
 
 def test_the_grammars_of_a_devices_sessions_count_as_memory_that_it_holds() -> None:

@@ -2,11 +2,17 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
+from typing import Annotated, get_args, get_origin, get_type_hints
 
 import pytest
+import typer
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from bench.cli import MODULES, app, summary
@@ -112,3 +118,23 @@ def test_a_setting_out_of_range_or_a_wrong_file_is_named_in_one_line(arguments: 
     assert ended.stderr.startswith("error: ")
     assert named in ended.stderr
     assert ended.stderr.count("\n") == 1
+
+
+def numeric_options(name: str) -> Iterator[tuple[str, float | None]]:
+    """Each option of a command that takes a number, and its lower bound."""
+    function = getattr(import_module(MODULES[name]), name)
+    for parameter, hint in get_type_hints(function, include_extras=True).items():
+        kind, *metadata = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+        if metadata and re.search(r"\b(int|float)\b", str(kind)):
+            option, named = metadata[0], f"--{parameter.replace('_', '-')}"
+            # Beside a type, the first positional argument of ``typer.Option`` is a name.
+            yield (option.default if isinstance(option.default, str) else named), option.min
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_number_out_of_range_names_its_option(name: str) -> None:
+    for option, least in numeric_options(name):
+        assert least is not None, f"{option} has no bound"
+        with pytest.raises(typer.BadParameter) as refused:
+            get_command(app)([name, option, str(least - 1)], standalone_mode=False)
+        assert f"'{option}'" in refused.value.format_message()

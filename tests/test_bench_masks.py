@@ -11,5 +11,6 @@ def test_each_grammar_has_a_row_with_times() -> None:
     for row in rows:
         times = [number(row, f"mask_{name}_microseconds") for name in ("p50", "p99", "longest")]
         assert 0 < times[0] <= times[1] <= times[2]
+        assert number(row, "again_p99_microseconds") > 0
         assert number(row, "compile_milliseconds") > 0
         assert number(row, "mebibytes_at_most") >= 1

@@ -2,12 +2,15 @@
 
 import json
 import random
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
+from llguidance import LLTokenizer, TokenizerWrapper
 
-from common.grammar import lark_grammar, regex_grammar, schema_grammar
+from common.grammar import GrammarCompiler, lark_grammar, regex_grammar, schema_grammar
+from common.grammar_matcher import SLICES
 from protocol.errors import GrammarError
 from tests.json_tokens import COMPILER, PIECES, STOP, text_of
 
@@ -52,6 +55,43 @@ def test_at_its_end_only_stop_ids_are_allowed(text: str) -> None:
         assert not grammar.follow([*answer, STOP])
         if text.startswith('{"grammars":[{"json_schema"'):
             json.loads(text_of(answer))
+
+
+class Words:
+    """Every byte, and words of up to 40 characters."""
+
+    eos_token_id = STOP_WORD = 256
+    bos_token_id = None
+    special_token_ids = (STOP_WORD,)
+    tokens = (
+        *(bytes([byte]) for byte in range(256)),
+        b"<stop>",
+        *(
+            f"{start}{end * length}".encode()
+            for start in ("", " ", '"', "é")
+            for end in "aé"
+            for length in range(1, 41)
+        ),
+    )
+
+    def __call__(self, text: bytes) -> list[int]:
+        return [*text]
+
+
+@pytest.mark.parametrize("schema", [{"maxLength": 12}, {"maxLength": 40}, {"pattern": "^[a-z ]{2,9}$"}, {}])
+def test_slices_change_no_mask(schema: dict[str, Any]) -> None:
+    rng, text = random.Random(3), schema_grammar({"type": "string", **schema})  # noqa: S311 - not a secret
+    sliced, plain = (
+        GrammarCompiler(partial(LLTokenizer, TokenizerWrapper(Words()), slices=slices), len(Words.tokens)).compile(text)
+        for slices in (list(SLICES), [])
+    )
+    for _ in range(10):
+        answer = list[int]()
+        while Words.STOP_WORD not in answer and len(answer) < 20:
+            assert sliced.follow(answer)
+            assert plain.follow(answer)
+            np.testing.assert_array_equal(sliced.allowed(), plain.allowed())
+            answer.append(rng.choice(np.flatnonzero(plain.allowed()).tolist()))
 
 
 def test_a_token_that_is_not_allowed_leaves_the_state_as_it_was() -> None:

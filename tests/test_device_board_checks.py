@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from common.checks import Status
+from device.checks import bundle_checks
 from device.checks.board_checks import board, governor, processor, threads, throttling
 from device.checks.bundle_checks import memory, quality
 from protocol.bundle import MODEL_NAME, FileRecord
@@ -102,7 +103,9 @@ def test_more_threads_than_cores_are_a_warning(monkeypatch: pytest.MonkeyPatch) 
     assert threads(0).text == "2 threads on 2 of 4 cores"
 
 
-def test_memory_is_enough_for_a_part_of_the_context_or_not_at_all(tmp_path: Path) -> None:
+def test_memory_is_enough_for_a_part_of_the_context_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A model of 100 MB and 1 MB for each position of its context of 4096."""
     model = replace(
         manifest(8), layers=25, kv_heads=10, head_size=500, files={MODEL_NAME: FileRecord(100_000_000, "0" * 64)}
@@ -118,6 +121,10 @@ def test_memory_is_enough_for_a_part_of_the_context_or_not_at_all(tmp_path: Path
     assert "keep conversations below 3999 tokens" in memory(model, info).remedy
     with pytest.raises(BundleError, match="the draft model needs 612 MB, and 600 MB are available; end other"):
         status(600)
+    with monkeypatch.context() as patched:
+        patched.setattr(bundle_checks, "within_limits", lambda available: min(available, 600 * 10**6))
+        with pytest.raises(BundleError, match="600 MB are available"):
+            status(4300)
     info.write_text("MemTotal: 99999999 kB\n")
     assert memory(model, info).status is Status.NOT_CHECKED
 

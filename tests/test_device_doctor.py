@@ -19,7 +19,7 @@ from common.checks import Status
 from device.cli import app
 from device.link.curve_keys import new_key
 from device.planning.speed_prediction import SpeedPrediction
-from protocol.bundle import MODEL_NAME, Manifest
+from protocol.bundle import MODEL_NAME, TOKENIZER_NAME, Manifest
 from tests.doctor_command import DoctorCommand, Report
 from tests.fakes import FakeTarget, random_table
 from tests.serving import serving
@@ -278,6 +278,19 @@ def test_another_vocabulary_is_named(doctor: DoctorCommand, bundle: Path) -> Non
 @pytest.fixture
 def copied(bundle: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(bundle, tmp_path / "bundle"))
+
+
+def test_without_a_draft_model_its_files_are_not_needed(doctor: DoctorCommand, copied: Path, station: str) -> None:
+    for path in copied.glob(f"{MODEL_NAME}*"):
+        path.unlink()
+    assert "model.onnx' is missing" in examined(doctor, copied, station).failure("bundle")
+    report = examined(doctor, copied, station, "--draft", "none")
+    assert (report.exit_code, report.failures(), list(report.checks)) == (0, [], CHECKS)
+    assert {report.status(name) for name in ("quality", "memory")} == {Status.NOT_CHECKED}
+    assert report.prediction is not None
+    assert report.prediction["drafting_tokens_per_second"] is None
+    (copied / TOKENIZER_NAME).unlink()
+    assert "tokenizer.json' is missing" in examined(doctor, copied, station, "--draft", "none").failure("bundle")
 
 
 def test_a_damaged_bundle_is_named_and_the_link_is_checked_all_the_same(

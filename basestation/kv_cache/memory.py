@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from basestation.sizes import A_SIZE, parse_size, readable_size
 from basestation.target.packed_linear import packed_bytes
 from basestation.target.quantized_weights import quantization_method, quantized_bytes
+from common.container_memory import within_limits
 from protocol.errors import ModelError
 
 _KV_SHARE = {"cuda": 0.9, "cpu": 0.5}
@@ -61,10 +62,10 @@ def map_memory(size: int) -> mmap.mmap:
 
 
 def free_memory(placement: torch.device) -> int:
-    """Free bytes on a PyTorch device."""
+    """Free bytes on a PyTorch device; a container's limit counts."""
     if placement.type == "cuda":
         return int(torch.cuda.mem_get_info(placement)[0])
-    return int(psutil.virtual_memory().available)
+    return within_limits(psutil.virtual_memory().available)
 
 
 def kv_budget(kv_memory: str, placement: torch.device, weights: int = 0) -> int:

@@ -14,6 +14,7 @@ import psutil
 
 from basestation.kv_cache.heap import return_free_memory
 from basestation.sizes import readable_size
+from common.container_memory import within_limits
 from protocol.errors import OverloadError
 
 logger = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ class MemoryGuard:
     @classmethod
     def of_process(cls, kv_bytes: int, for_peers: int) -> "MemoryGuard":
         """A guard for this process, with the model loaded and up to ``kv_bytes`` of KV caches to come."""
-        free = int(psutil.virtual_memory().available * _FREE_SHARE)
+        free = int(within_limits(psutil.virtual_memory().available) * _FREE_SHARE)
         return cls(_resident_bytes() + min(kv_bytes, max(0, free - for_peers)), for_peers)
 
     def check(self) -> None:

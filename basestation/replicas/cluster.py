@@ -27,6 +27,7 @@ from basestation.replicas.front_process import FrontProcess, FrontSettings
 from basestation.replicas.inner_link import InnerKey
 from basestation.replicas.replica_settings import ReplicaOptions, ReplicaSettings
 from basestation.sizes import parse_size
+from common.container_memory import within_limits
 from protocol.errors import EdgedraftError, LinkError, ModelError, SettingsError
 from protocol.limits import Limits
 
@@ -247,7 +248,7 @@ def _kv_memory(target: TargetOptions, cluster: Cluster, replicas: int) -> str:
     """The option, or the share of a replica where all are on the CPU of this machine."""
     if target.kv_memory != "auto" or not cluster.local or cluster.uses_gpu(target.torch_device):
         return target.kv_memory
-    return str(psutil.virtual_memory().available // (_LOCAL_KV_SHARE * replicas))
+    return str(within_limits(psutil.virtual_memory().available) // (_LOCAL_KV_SHARE * replicas))
 
 
 def _stop_on_signals(front: FrontProcess, drain_seconds: float) -> None:

@@ -123,7 +123,7 @@ class Grammars:
         outcome = self._kept.get(wanted)
         if isinstance(outcome, GrammarError):
             raise GrammarError(str(outcome))
-        return outcome
+        return None if outcome is None or outcome.exhausted else outcome
 
     def _fits(self, job: _Job, session_id: int, size: int) -> bool:
         others = [held for other, (held, _) in job.waiting.items() if other != session_id]

@@ -16,6 +16,7 @@ from bench.link.relay import relay_command
 from bench.setup.bench_setup import BenchSetup, connected
 from bench.setup.cores import Cores, running_on
 from bench.setup.options import (
+    MIN_MBIT,
     BundleOption,
     CountOption,
     DtypeOption,
@@ -23,6 +24,7 @@ from bench.setup.options import (
     MaxNewTokensOption,
     PromptsOption,
     TargetOption,
+    TemperaturesOption,
     console,
     progress_bar,
 )
@@ -54,15 +56,17 @@ def ahead(
     repeats: Annotated[int, typer.Option(help="Answers to each prompt in each case.", min=1)] = 3,
     round_trips: Annotated[
         list[float] | None,
-        typer.Option("--round-trip-ms", help="Of the emulated link, 0 for loopback; repeatable. Default: 0 and 100."),
+        typer.Option(
+            "--round-trip-ms", help="Of the emulated link, 0 for loopback; repeatable. Default: 0 and 100.", min=0
+        ),
     ] = None,
     uplinks: Annotated[
         list[float] | None,
-        typer.Option("--uplink-mbit", help="Of the emulated link; repeatable. Default: 50, on loopback no limit."),
+        typer.Option(
+            "--uplink-mbit", help="Of the emulated link; repeatable. Default: 50, on loopback no limit.", min=MIN_MBIT
+        ),
     ] = None,
-    temperatures: Annotated[
-        list[float] | None, typer.Option("--temperature", help="Repeatable. Default: 0 and 1.")
-    ] = None,
+    temperatures: TemperaturesOption = None,
     mode: Annotated[
         Mode | None, typer.Option(help="Of all Drafts. Default: ids at temperature 0, coupled above it.")
     ] = None,

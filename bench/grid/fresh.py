@@ -23,6 +23,7 @@ from bench.setup.options import (
     MaxNewTokensOption,
     PromptsOption,
     TargetOption,
+    TemperatureOption,
     console,
     progress_bar,
 )
@@ -48,7 +49,7 @@ def fresh(
     prompt_tokens: Annotated[
         int | None, typer.Option(help="Lengthen each prompt to about so many tokens by repeating it.", min=1)
     ] = None,
-    temperature: Annotated[float, typer.Option(help="0 measures mode ids, above 0 coupled.", min=0)] = 0.0,
+    temperature: TemperatureOption = 0.0,
     json_file: JsonOption = None,
 ) -> None:
     """Compare with the target alone where each answer is a process of its own; one core for each end.

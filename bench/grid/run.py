@@ -30,11 +30,13 @@ from bench.grid.rows import add_predictions, case_row
 from bench.grid.summary import accuracy_text, display_rows, predicted_rows
 from bench.grid.throughput import combined
 from bench.setup.options import (
+    MIN_MBIT,
     BundleOption,
     DtypeOption,
     JsonOption,
     PromptsOption,
     TargetOption,
+    TemperaturesOption,
     console,
     progress_bar,
 )
@@ -49,23 +51,23 @@ def grid(
     dtype: DtypeOption = "bfloat16",
     prompts: PromptsOption = None,
     count: Annotated[
-        int | None, typer.Option(help="Number of prompts. Default: 3 at temperature 0, 20 above it.")
+        int | None, typer.Option(help="Number of prompts. Default: 3 at temperature 0, 20 above it.", min=1)
     ] = None,
     max_new_tokens: Annotated[
-        int | None, typer.Option(help="Tokens per answer. Default: 64 at temperature 0, 32 above it.")
+        int | None, typer.Option(help="Tokens per answer. Default: 64 at temperature 0, 32 above it.", min=1)
     ] = None,
     answer_seconds: Annotated[
         float | None,
-        typer.Option(help="Longest time per answer, but at least two rounds. Default: 3 at temperature 0, 2 above it."),
+        typer.Option(
+            help="Longest time per answer, but at least two rounds. Default: 3 at temperature 0, 2 above it.", min=0
+        ),
     ] = None,
-    temperatures: Annotated[
-        list[float] | None, typer.Option("--temperature", help="Repeatable. Default: 0 and 1.")
-    ] = None,
+    temperatures: TemperaturesOption = None,
     round_trips: Annotated[
-        list[float] | None, typer.Option("--round-trip-ms", help="Repeatable. Default: 0, 10, 20, 50 and 100.")
+        list[float] | None, typer.Option("--round-trip-ms", help="Repeatable. Default: 0, 10, 20, 50 and 100.", min=0)
     ] = None,
     uplinks: Annotated[
-        list[float] | None, typer.Option("--uplink-mbit", help="Repeatable. Default: 1, 5 and 50.")
+        list[float] | None, typer.Option("--uplink-mbit", help="Repeatable. Default: 1, 5 and 50.", min=MIN_MBIT)
     ] = None,
     repeat_busy: Annotated[
         bool, typer.Option("--repeat-busy", help="Measure cells again whose load average was above 2.")

@@ -24,7 +24,7 @@ from bench.setup.results import Results, Row, number
 from bench.setup.station_process import running_station
 from device.answers.answer import Answer
 from device.settings import DraftSettings
-from protocol.messages import Mode, Sampling
+from protocol.messages import MAX_TEMPERATURE, Mode, Sampling
 
 WARM_UP_TOKENS = 16
 
@@ -37,10 +37,11 @@ def speedup(
     count: CountOption = 8,
     max_new_tokens: MaxNewTokensOption = 128,
     draft_len: Annotated[
-        int | None, typer.Option(help="Tokens drafted per round. Default: chosen by the planner.")
+        int | None, typer.Option(help="Tokens drafted per round. Default: chosen by the planner.", min=1)
     ] = None,
     temperature: Annotated[
-        float, typer.Option(help="0 measures mode ids, above 0 modes coupled, topk and full.")
+        float,
+        typer.Option(help="0 measures mode ids, above 0 modes coupled, topk and full.", min=0, max=MAX_TEMPERATURE),
     ] = 0.0,
     uplink_k: UplinkKOption = 32,
     json_file: JsonOption = None,

@@ -18,6 +18,7 @@ from typing import Annotated, TypeAlias
 
 import typer
 
+from bench.setup.options import MIN_MBIT
 from device.link.probe import endpoint
 from protocol.errors import SettingsError
 
@@ -26,9 +27,9 @@ PIECE = 1448
 _QUEUED_PIECES = 8192
 Due: TypeAlias = tuple[float, bytes]
 
-_RateOption = Annotated[float, typer.Option(help="Rate in Mbit/s.")]
-_DelayOption = Annotated[float, typer.Option(help="One-way delay in milliseconds.")]
-_JitterOption = Annotated[float, typer.Option(help="Additional random delay, at most this many milliseconds.")]
+_RateOption = Annotated[float, typer.Option(help="Rate in Mbit/s.", min=MIN_MBIT)]
+_DelayOption = Annotated[float, typer.Option(help="One-way delay in milliseconds.", min=0)]
+_JitterOption = Annotated[float, typer.Option(help="Additional random delay, at most this many milliseconds.", min=0)]
 _OUTAGE = "START:SECONDS, relative to the start of the relay; repeatable."
 
 

@@ -14,7 +14,15 @@ import typer
 from basestation.target.segment import Segment
 from basestation.target.target_model import TargetModel
 from basestation.verification.verify import SamplingRow, sample_target_tokens
-from bench.setup.options import BundleOption, DtypeOption, JsonOption, TargetOption, console, progress_bar
+from bench.setup.options import (
+    BundleOption,
+    DtypeOption,
+    JsonOption,
+    TargetOption,
+    TemperaturesOption,
+    console,
+    progress_bar,
+)
 from bench.setup.prompts import prompts_by_category
 from bench.setup.results import Results, Row
 from device.drafting.draft_model import SequenceModel
@@ -32,9 +40,7 @@ def agreement(
     dtype: DtypeOption = "bfloat16",
     per_category: Annotated[int, typer.Option(min=1, help="Prompts of a category, or all where it has fewer.")] = 2,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the target for each prompt.")] = 56,
-    temperatures: Annotated[
-        list[float] | None, typer.Option("--temperature", help="0 or above; repeatable. Default: 0 and 1.")
-    ] = None,
+    temperatures: TemperaturesOption = None,
     json_file: JsonOption = None,
 ) -> None:
     """Measure how often the draft model proposes the target's token, on the target's own text."""

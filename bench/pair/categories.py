@@ -20,6 +20,7 @@ from bench.setup.options import (
     JsonOption,
     MaxNewTokensOption,
     TargetOption,
+    TemperaturesOption,
     console,
     progress_bar,
 )
@@ -35,9 +36,7 @@ def categories(
     dtype: DtypeOption = "bfloat16",
     category: Annotated[list[str] | None, typer.Option(help="To measure; repeatable. Default: all.")] = None,
     per_category: Annotated[int, typer.Option(min=1, help="Prompts of a category, or all where it has fewer.")] = 6,
-    temperatures: Annotated[
-        list[float] | None, typer.Option("--temperature", help="Repeatable. Default: 0 and 1.")
-    ] = None,
+    temperatures: TemperaturesOption = None,
     max_new_tokens: MaxNewTokensOption = 128,
     repeats: Annotated[int, typer.Option(help="Answers to each prompt in each case.", min=1)] = 3,
     json_file: JsonOption = None,

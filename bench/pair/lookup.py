@@ -18,6 +18,7 @@ from bench.setup.options import (
     JsonOption,
     MaxNewTokensOption,
     TargetOption,
+    TemperatureOption,
     console,
     progress_bar,
 )
@@ -38,7 +39,7 @@ def lookup(
     ] = None,
     category: Annotated[str, typer.Option(help="Category of prompts in that file.")] = CODE_EDIT,
     count: Annotated[int, typer.Option(help="Prompts, or all where there are fewer.", min=1)] = 10,
-    temperature: Annotated[float, typer.Option(help="0 measures mode ids, above 0 mode coupled.")] = 0.0,
+    temperature: TemperatureOption = 0.0,
     max_new_tokens: MaxNewTokensOption = 256,
     repeats: Annotated[int, typer.Option(help="Answers to each prompt in each case.", min=1)] = 3,
     json_file: JsonOption = None,

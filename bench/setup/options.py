@@ -7,7 +7,12 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from protocol.messages import MAX_TEMPERATURE
+
 console = Console(highlight=False)
+
+MIN_MBIT = 1e-3
+"""The slowest rate that a link can be given."""
 
 BundleOption = Annotated[Path, typer.Option(help="Bundle of the draft model.")]
 TargetOption = Annotated[str, typer.Option(help="Target model: a folder, a hub name or a .gguf file.")]
@@ -21,6 +26,13 @@ MaxNewTokensOption = Annotated[int, typer.Option(help="Tokens per answer.", min=
 RoundsOption = Annotated[int, typer.Option(help="Rounds of 8 tokens per prompt.", min=1)]
 DraftLenOption = Annotated[int, typer.Option(help="Tokens drafted per round.", min=1)]
 UplinkKOption = Annotated[int, typer.Option(help="Entries kept of each distribution in mode topk.", min=1)]
+TemperatureOption = Annotated[
+    float, typer.Option(help="0 measures mode ids, above 0 mode coupled.", min=0, max=MAX_TEMPERATURE)
+]
+TemperaturesOption = Annotated[
+    list[float] | None,
+    typer.Option("--temperature", help="0 is greedy; repeatable. Default: 0 and 1.", min=0, max=MAX_TEMPERATURE),
+]
 BatchSessionsOption = Annotated[int, typer.Option("--sessions", help="Sessions in one forward pass.", min=1)]
 JsonOption = Annotated[Path | None, typer.Option("--json", help="Write the results to this file.")]
 

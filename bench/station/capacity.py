@@ -56,15 +56,17 @@ def capacity(
         str | None,
         typer.Option(help="Model that the bundle was converted from: also measure it beside the target."),
     ] = None,
-    sessions: Annotated[int, typer.Option(help="Concurrent devices.")] = 16,
-    shortest: Annotated[int, typer.Option(help="Tokens of the shortest prompt.")] = 100,
-    longest: Annotated[int, typer.Option(help="Tokens of the longest prompt.")] = 600,
+    sessions: Annotated[int, typer.Option(help="Concurrent devices.", min=1)] = 16,
+    shortest: Annotated[int, typer.Option(help="Tokens of the shortest prompt.", min=1)] = 100,
+    longest: Annotated[int, typer.Option(help="Tokens of the longest prompt.", min=1)] = 600,
     draft_len: DraftLenOption = 8,
-    answer_len: Annotated[int, typer.Option(help="Tokens per answer.")] = 48,
-    token_ms: Annotated[float | None, typer.Option(help="Milliseconds to draft a token. Default: as recorded.")] = None,
-    delay_ms: Annotated[float, typer.Option(help="One-way delay of the link in milliseconds.")] = 0.0,
-    seconds: Annotated[float, typer.Option(help="Duration of each turn of a case.")] = 5.0,
-    turns: Annotated[int, typer.Option(help="Turns of each case.")] = 3,
+    answer_len: Annotated[int, typer.Option(help="Tokens per answer.", min=1)] = 48,
+    token_ms: Annotated[
+        float | None, typer.Option(help="Milliseconds to draft a token. Default: as recorded.", min=0)
+    ] = None,
+    delay_ms: Annotated[float, typer.Option(help="One-way delay of the link in milliseconds.", min=0)] = 0.0,
+    seconds: Annotated[float, typer.Option(help="Duration of each turn of a case.", min=0.1)] = 5.0,
+    turns: Annotated[int, typer.Option(help="Turns of each case.", min=1)] = 3,
     recording: Annotated[
         Path | None, typer.Option(help="File of recorded rounds: read if it exists, otherwise written.")
     ] = None,

@@ -67,10 +67,10 @@ def ceiling(
     torch_device: TorchDeviceOption = "auto",
     sessions: Annotated[
         list[int] | None,
-        typer.Option(help="Sessions in one forward pass; repeatable. Default: 1, 4, 16, 64 and 256."),
+        typer.Option(help="Sessions in one forward pass; repeatable. Default: 1, 4, 16, 64 and 256.", min=1),
     ] = None,
     contexts: Annotated[
-        list[int] | None, typer.Option("--context", help="Context length; repeatable. Default: 512 and 2048.")
+        list[int] | None, typer.Option("--context", help="Context length; repeatable. Default: 512 and 2048.", min=1)
     ] = None,
     draft_len: DraftLenOption = 5,
     json_file: JsonOption = None,

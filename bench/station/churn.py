@@ -30,11 +30,11 @@ def churn(
     target: TargetOption,
     recording: Annotated[Path, typer.Option(help="Recorded rounds, written by edgedraft-bench capacity --recording.")],
     dtype: DtypeOption = "bfloat16",
-    sessions: Annotated[int, typer.Option(help="Sessions in total.")] = 1000,
-    seconds: Annotated[float, typer.Option(help="Duration of the run.")] = 600.0,
-    concurrent: Annotated[int, typer.Option(help="Sessions at a time.")] = 32,
+    sessions: Annotated[int, typer.Option(help="Sessions in total.", min=1)] = 1000,
+    seconds: Annotated[float, typer.Option(help="Duration of the run.", min=0.1)] = 600.0,
+    concurrent: Annotated[int, typer.Option(help="Sessions at a time.", min=1)] = 32,
     idle_timeout: Annotated[
-        int, typer.Option(help="Seconds after which the base station closes an idle session.")
+        int, typer.Option(help="Seconds after which the base station closes an idle session.", min=1)
     ] = 30,
     kv_memory: Annotated[str, typer.Option(help="KV-cache memory of the base station.")] = "512MiB",
     json_file: JsonOption = None,

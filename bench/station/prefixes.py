@@ -32,8 +32,8 @@ def prefixes(
     dtype: DtypeOption = "bfloat16",
     torch_device: TorchDeviceOption = "auto",
     sessions: BatchSessionsOption = 16,
-    context: Annotated[int, typer.Option(help="Context length of each session.")] = 350,
-    shared: Annotated[int, typer.Option(help="Tokens of the shared prefix.")] = 256,
+    context: Annotated[int, typer.Option(help="Context length of each session.", min=2)] = 350,
+    shared: Annotated[int, typer.Option(help="Tokens of the shared prefix.", min=1)] = 256,
     draft_len: DraftLenOption = 4,
     json_file: JsonOption = None,
 ) -> None:

@@ -4,10 +4,7 @@ This bounds how often a Draft prepared for a rejection could be used. Both model
 draft model's own text: up to a rejection it is the target's too.
 """
 
-from typing import Annotated
-
 import numpy as np
-import typer
 
 from basestation.target.target_model import TargetModel
 from bench.setup.options import (
@@ -18,6 +15,7 @@ from bench.setup.options import (
     PromptsOption,
     RoundsOption,
     TargetOption,
+    TemperaturesOption,
     console,
     progress_bar,
 )
@@ -36,10 +34,7 @@ def choices(
     prompts: PromptsOption = None,
     count: CountOption = 20,
     rounds: RoundsOption = 8,
-    temperatures: Annotated[
-        list[float] | None,
-        typer.Option("--temperature", help="0 measures mode ids, above 0 coupled; repeatable. Default: 0 and 1."),
-    ] = None,
+    temperatures: TemperaturesOption = None,
     json_file: JsonOption = None,
 ) -> None:
     """Measure how often the draft model's second choice is right where its first is rejected."""

@@ -32,7 +32,7 @@ from protocol.coupling import PositionNoise
 from protocol.errors import SettingsError
 from protocol.frames import FrameCodec
 from protocol.limits import Limits
-from protocol.messages import Draft, DraftDistribution, Mode, Sampling
+from protocol.messages import MAX_TEMPERATURE, Draft, DraftDistribution, Mode, Sampling
 from protocol.zmtp import socket_bytes
 
 UPLINK_K = (1, 3, 8, 32, 128, 320, 3200)
@@ -51,10 +51,13 @@ def uplink(
     rounds: RoundsOption = 2,
     uplink_ks: Annotated[
         list[int] | None,
-        typer.Option("--uplink-k", help="Repeatable. Default: 1, 3, 8, 32, 128, 320, 3200 and the vocabulary size."),
+        typer.Option(
+            "--uplink-k", help="Repeatable. Default: 1, 3, 8, 32, 128, 320, 3200 and the vocabulary size.", min=1
+        ),
     ] = None,
     temperatures: Annotated[
-        list[float] | None, typer.Option("--temperature", help="Repeatable. Default: 0, 0.7 and 1.")
+        list[float] | None,
+        typer.Option("--temperature", help="Repeatable. Default: 0, 0.7 and 1.", min=0, max=MAX_TEMPERATURE),
     ] = None,
     json_file: JsonOption = None,
 ) -> None:

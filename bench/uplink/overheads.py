@@ -43,7 +43,7 @@ def overheads(
     dtype: DtypeOption = "bfloat16",
     prompts: PromptsOption = None,
     sessions: BatchSessionsOption = 16,
-    tokens: Annotated[int, typer.Option(help="Tokens drafted per prompt.")] = 40,
+    tokens: Annotated[int, typer.Option(help="Tokens drafted per prompt.", min=1)] = 40,
     json_file: JsonOption = None,
 ) -> None:
     """Measure the cost of mode coupled's noise and of encoding Drafts, relative to the models."""

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from common.checks import Finding, Status
-from protocol.bundle import MODEL_NAME, Manifest
+from common.container_memory import within_limits
+from protocol.bundle import MODEL_NAME, TEXT_NAMES, Manifest
 from protocol.errors import BundleError
 
 _LOW_ACCEPTANCE = 0.55
@@ -20,19 +21,27 @@ _MEMORY_INFO = Path("/proc/meminfo")
 _AVAILABLE = re.compile(r"^MemAvailable: *(\d+) kB$", re.MULTILINE)
 
 
-def files(folder: Path) -> Finding[Manifest]:
-    """Check the manifest of a bundle, and size and hash of each file.
+def files(folder: Path, has_draft_model: bool) -> Finding[Manifest]:
+    """Check the manifest of a bundle, and size and hash of each file; of those of the model only if it is used.
 
     Raises:
         BundleError: the bundle is missing or damaged.
     """
     manifest = Manifest.read(folder)
+    if not has_draft_model:
+        manifest.check_files(folder, TEXT_NAMES)
+        return Finding(f"{manifest.name}: tokenizer and chat template as the manifest lists them", manifest)
     manifest.check_files(folder)
     size = _megabytes(sum(record.size for record in manifest.files.values()))
     count = len(manifest.files)
     return Finding(
         f"{manifest.name}, {manifest.precision}: {count} files, {size}, as the manifest lists them", manifest
     )
+
+
+def unused(_: Manifest) -> Finding[None]:
+    """Take the place of a check of the draft model that is not used."""
+    return Finding("--draft none uses no draft model", None, Status.NOT_CHECKED)
 
 
 def quality(manifest: Manifest) -> Finding[None]:
@@ -58,7 +67,7 @@ def memory(manifest: Manifest, memory_info: Path = _MEMORY_INFO) -> Finding[None
     found = _AVAILABLE.search(memory_info.read_text(encoding="ascii", errors="replace"))
     if found is None:
         return Finding(f"{memory_info} does not tell the available memory", None, Status.NOT_CHECKED)
-    available = int(found[1]) * 1024
+    available = within_limits(int(found[1]) * 1024)
     weights = sum(record.size for name, record in manifest.files.items() if name.startswith(MODEL_NAME))
     number = np.dtype(manifest.cache_dtype).itemsize
     position = 2 * manifest.layers * manifest.kv_heads * manifest.head_size * number

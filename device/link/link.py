@@ -187,13 +187,16 @@ class SocketTransport:
         )
 
     def _handle_broken_handshake(self) -> None:
-        """A station with another key closes the connection, as may one without keys or one that is shutting down."""
+        """A station with another key closes the connection.
+
+        libzmq shows no difference where it has no keys, cannot look into its key folder, or is shutting down.
+        """
         self._broken_handshakes += 1
         if self._keys and not self.connections and self._broken_handshakes >= _MAX_BROKEN_HANDSHAKES:
             raise AdmissionError(
-                f"the base station at {self._address} does not have the key that --station-key names, or uses no keys: "
-                f"it closed {self._broken_handshakes} handshakes; compare the key with the output of: "
-                "edgedraft-basestation keys list DIR"
+                f"the base station at {self._address} does not have the key that --station-key names, uses no keys, or "
+                f"cannot look into its key folder: it closed {self._broken_handshakes} handshakes; compare the key "
+                "with the output of: edgedraft-basestation keys list DIR"
             )
 
 
