@@ -111,8 +111,8 @@ def quantize_rows(rows: Tensor, rule: InputRule) -> QuantizedRows:
         rows = rows * rule.smoothing
     if rule.wide is None:
         scales = (_largest(rows) / _LEVELS).to(rows.dtype)
-        return QuantizedRows(_unsigned(rows.float().mul_(scales.float().reciprocal())), None, scales)
-    values = rows.float()
+        return QuantizedRows(_unsigned(rows.to(torch.float32, copy=True).mul_(scales.float().reciprocal())), None, scales)
+    values = rows.to(torch.float32, copy=True)
     outliers = values[..., rule.wide]
     values.index_fill_(-1, rule.wide, 0)
     largest = torch.maximum(_largest(values) / _LEVELS, _largest(outliers) / (_LEVELS * _DIGIT))
