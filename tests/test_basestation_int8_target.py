@@ -1,8 +1,6 @@
 """A target with int8 weights: a row's logits depend on its own sequence alone, and it says how far it agrees."""
 
 import logging
-from collections.abc import Mapping
-from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +11,9 @@ from torch import Tensor
 from basestation.kv_cache.kv_pool import PAGE_SIZE
 from basestation.target import int8_cache
 from basestation.target.agreement import PROMPTS, Agreement, Texts, answer_prompts, measure_agreement
-from basestation.target.int8_cache import figures_entry
-from basestation.target.int8_calibration import Mixture, observe_inputs, rule_for
+from basestation.target.int8_cache import agreement_entry
 from basestation.target.int8_conversion import convert, give_int8_weights
-from basestation.target.int8_linear import InputRule, Int8Linear, int8_obstacle
+from basestation.target.int8_linear import Int8Linear, int8_obstacle
 from basestation.target.segment import Segment
 from basestation.target.supported_models import SUPPORTED
 from basestation.target.target_model import TargetModel
@@ -32,10 +29,10 @@ def model_of(target: TargetModel) -> Any:
     return vars(target)["_runner"]._model
 
 
-def int8_target(architecture: str, rules: Mapping[str, InputRule] | None = None, **changes: object) -> TargetModel:
+def int8_target(architecture: str, **changes: object) -> TargetModel:
     _, target = tiny_pair(architecture, **changes)
     model = model_of(target).bfloat16()
-    convert(model, rules or {})
+    convert(model)
     return TargetModel(model, target.vocabulary, architecture, 2**26, independent_rows=True)
 
 
@@ -88,10 +85,8 @@ def test_logits_are_equal_alone_in_chunks_among_neighbours_and_after_rollbacks(a
     assert torch.equal(logits_after_rollbacks(target, PROMPT), alone)
 
 
-def test_logits_are_equal_with_rules_for_outliers_and_a_shared_prefix() -> None:
-    rule = InputRule(torch.exp2(torch.arange(32) % 3).bfloat16(), torch.tensor([1, 5]))
-    names = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"]
-    target = int8_target("qwen2", {f"model.layers.1.{name}": rule for name in names})
+def test_logits_are_equal_after_a_shared_prefix() -> None:
+    target = int8_target("qwen2")
     alone = logits_alone(target, PROMPT)
     source, cache = target.new_kv_cache(), target.new_kv_cache()
     target.forward([Segment(source, PROMPT, 1)])
@@ -134,36 +129,10 @@ def test_a_model_agrees_with_itself_and_less_with_its_int8_weights() -> None:
     assert itself.argmax == 1
     assert itself.overlap == pytest.approx(1, abs=0.01)
     assert itself.perplexity == pytest.approx(1, abs=0.01)
-    convert(model_of(target), {})
+    convert(model_of(target))
     other = measure_agreement(target, texts)
     assert 0.5 < other.overlap < itself.overlap
     assert other.perplexity != itself.perplexity
-
-
-def test_layers_with_one_input_share_its_statistics_and_a_column_of_outliers_stands_out() -> None:
-    _, target = tiny_pair("qwen2")
-    model = model_of(target)
-    model.model.layers[1].post_attention_layernorm.weight.data[3] = 40
-    found = {tuple(one.layers): one.magnitudes for one in observe_inputs(model, target, texts_of(target))}
-    inputs = [f"model.layers.1.{name}" for name in ("mlp.gate_proj", "mlp.up_proj")]
-    assert found[tuple(inputs)].argmax() == 3
-    assert found[tuple(inputs)][3] > 3 * found[tuple(inputs)].median()
-    assert ("model.layers.1.mlp.down_proj",) in found
-
-
-def test_smoothing_moves_outliers_into_the_weights_and_the_rest_gets_16_bits() -> None:
-    magnitudes = torch.ones(64)
-    magnitudes[5], magnitudes[9] = 100.0, 8.0
-    weight = torch.ones(4, 64)
-    smoothed = rule_for(magnitudes, [weight], Mixture(0.5, inf, 0.0))
-    assert smoothed.wide is None
-    assert smoothed.smoothing is not None
-    assert smoothed.smoothing[5] < smoothed.smoothing[9] < smoothed.smoothing[0]
-    wide = rule_for(magnitudes, [weight], Mixture(0.0, 0.5, 1 / 32))
-    assert wide.smoothing is None
-    assert wide.wide is not None
-    assert wide.wide.tolist() == [5, 9]
-    assert rule_for(magnitudes, [weight], Mixture(0.0, 2.0, 1 / 32)).wide.tolist() == [5]  # type: ignore[union-attr]
 
 
 @pytest.fixture
@@ -196,10 +165,10 @@ def test_a_second_start_reads_what_the_first_one_measured(cache: Path, monkeypat
 
 def test_an_entry_belongs_to_the_weights_and_the_prompts(cache: Path) -> None:
     _, target = tiny_pair("qwen2")
-    entry = figures_entry(model_of(target), [[1]])
-    assert entry != figures_entry(model_of(target), [[2]])
+    entry = agreement_entry(model_of(target), [[1]])
+    assert entry != agreement_entry(model_of(target), [[2]])
     model_of(target).model.layers[2].mlp.up_proj.weight.data[0, 0] += 1
-    assert entry != figures_entry(model_of(target), [[1]])
+    assert entry != agreement_entry(model_of(target), [[1]])
 
 
 def test_a_damaged_entry_is_named_and_measured_again(cache: Path, caplog: pytest.LogCaptureFixture) -> None:

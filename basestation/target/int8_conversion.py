@@ -1,12 +1,8 @@
-"""Gives a loaded target int8 weights, and says how far it then agrees with the original.
-
-Both use the original's own greedy answers to a few prompts: some decide how inputs become integers, the others measure
-the agreement.
-"""
+"""Gives a loaded target int8 weights, and says how far it then agrees with the original."""
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from time import perf_counter
 from typing import Any
 
@@ -15,16 +11,12 @@ from torch import nn
 
 from basestation.kv_cache.heap import return_free_memory
 from basestation.target.agreement import Agreement, RunsSegments, answer_prompts, measure_agreement
-from basestation.target.int8_cache import Int8Figures, figures_entry, read_figures, write_figures
-from basestation.target.int8_calibration import LinearInput, Mixture, observe_inputs, rule_for
-from basestation.target.int8_linear import InputRule, Int8Linear, RowQuantizer
+from basestation.target.int8_cache import agreement_entry, read_agreement, write_agreement
+from basestation.target.int8_linear import Int8Linear, RowQuantizer
 from basestation.target.packed_linear import PackedLinear, packed_dtype, replace_linears
 
 logger = logging.getLogger(__name__)
 
-MIXTURE = Mixture(smoothing=0.5, wide_from=16.0, most_wide=1 / 32)
-CALIBRATION_TEXTS = 4
-"""How many of the texts decide about inputs."""
 _TIMED_ROWS = (1, 9)
 _TIMED_RUNS = 7
 
@@ -37,44 +29,34 @@ def give_int8_weights(
     Args:
         model: a transformers model.
         runner: runs its passes; told whether rows must be independent of each other.
-        prompts: token ids.
-        use_cache: whether what was measured is read from, and written to, the user's cache.
+        prompts: token ids; the original's greedy answers to them are compared.
+        use_cache: whether the agreement is read from, and written to, the user's cache.
 
     Returns:
         How far the model agrees with the original.
     """
-    entry = figures_entry(model, prompts) if use_cache else None
-    if known := read_figures(entry):
-        convert(model, known.rules)
-        return known.agreement
+    entry = agreement_entry(model, prompts) if use_cache else None
+    if known := read_agreement(entry):
+        convert(model)
+        return known
     texts = answer_prompts(runner(False), prompts)
-    rules = rules_for(model, observe_inputs(model, runner(False), texts.part(slice(CALIBRATION_TEXTS))), MIXTURE)
-    wide = sum(rule.wide is not None for rule in rules.values())
-    logger.info("int8 weights: %d of %d linear layers have input columns of 16 bits", wide, len(rules))
-    convert(model, rules)
-    agreement = measure_agreement(runner(True), texts.part(slice(CALIBRATION_TEXTS, None)))
-    write_figures(entry, Int8Figures(rules, agreement))
+    convert(model)
+    agreement = measure_agreement(runner(True), texts)
+    write_agreement(entry, agreement)
     return agreement
 
 
-def rules_for(model: nn.Module, inputs: Sequence[LinearInput], mixture: Mixture) -> dict[str, InputRule]:
-    """The rules for the inputs of a model's linear layers, by layer."""
-    rules = {}
-    for found in inputs:
-        layers = [layer for layer in map(model.get_submodule, found.layers) if isinstance(layer, nn.Linear)]
-        rule = rule_for(found.magnitudes, [layer.weight.detach() for layer in layers], mixture)
-        rules |= dict.fromkeys(found.layers, rule)
-    return rules
+def convert(model: Any, rotate: Callable[[str], bool] = lambda _: True) -> None:
+    """Replace a CPU model's linear layers by int8 ones.
 
-
-def convert(model: Any, rules: Mapping[str, InputRule]) -> None:
-    """Replace a CPU model's linear layers by int8 ones; layers without a rule have no outliers to care for."""
-    quantizer, no_rule = RowQuantizer(), InputRule()
-    head = model.get_output_embeddings()
+    Args:
+        model: a transformers model.
+        rotate: whether a layer's rows are rotated, by its name.
+    """
+    quantizer, head = RowQuantizer(), model.get_output_embeddings()
 
     def replacement(name: str, layer: nn.Linear) -> Int8Linear:
-        dtype = torch.float32 if layer is head else None
-        return Int8Linear(layer, rules.get(name, no_rule), quantizer, dtype)
+        return Int8Linear(layer, rotate(name), quantizer, torch.float32 if layer is head else None)
 
     replace_linears(model, replacement)
     model.to(packed_dtype(model.dtype))
@@ -88,7 +70,7 @@ def is_faster(model: nn.Module) -> bool:
     seconds = {"dtype": 0.0, "int8": 0.0}
     for layer in shapes.values():
         dtype = packed_dtype(layer.weight.dtype)
-        packed, int8 = PackedLinear(layer, dtype), Int8Linear(layer, InputRule(), RowQuantizer())
+        packed, int8 = PackedLinear(layer, dtype), Int8Linear(layer, True, RowQuantizer())
         for count in _TIMED_ROWS:
             best = dict.fromkeys(seconds, math.inf)
             for _ in range(_TIMED_RUNS):

@@ -3,18 +3,18 @@
 y = x·Wᵀ becomes (s · t) · Σ q·w: a scale s for each row of x, a scale t for each output channel, and a sum of
 integers that is exact. So a row's result does not depend on the rows beside it.
 
-Input columns whose values are far above the others leave these few of 8 bits. There are two remedies, chosen by
-``int8_calibration.py``. Each column is divided by a power of two, and its weights are multiplied by it (SmoothQuant,
-arXiv:2211.10438). And a few columns have 16 bits: x = s · (254·q₁ + q₂), where q₂ takes part in the product like all
-other columns, and q₁ in one of its own with the weights of these columns. Then s is that of the other columns.
+A few values of a row are often far above the others, which leaves these few of 8 bits; which ones differs from token to
+token. Therefore rows are rotated first: each block of columns is multiplied by a Hadamard matrix, which spreads a large
+value over the block, and so are the weights, which undoes it (QuaRot, arXiv:2404.00456).
 """
 
 import logging
-from dataclasses import dataclass
+from functools import cache
 from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from protocol.errors import SettingsError
 
@@ -22,8 +22,9 @@ logger = logging.getLogger(__name__)
 
 WEIGHTS = ("dtype", "int8", "auto")
 _LEVELS = 127
-_DIGIT = 2 * _LEVELS  # what a first digit counts, so that the second one has at most 7 bits and a sign
 _ZERO_POINT = 128  # oneDNN multiplies unsigned rows with signed weights
+_MOST_COLUMNS = 64
+"""Of a block that is rotated."""
 _TINY = torch.finfo(torch.float32).tiny * 2**16  # rows and channels of zeros get this maximum
 
 Quantized: TypeAlias = tuple[Tensor, Tensor]
@@ -65,87 +66,54 @@ def may_be_int8(weights: str, placement: torch.device, quantized_by: str | None 
     return obstacle is None
 
 
-def quantize_weight(weight: Tensor, smoothing: Tensor | None = None) -> Quantized:
-    """Integers [out_features, in_features], int8, and scales [out_features], float32, of a weight.
-
-    Args:
-        weight: of a linear layer.
-        smoothing: [in_features], what its input is multiplied by.
-    """
-    values = weight.float() if smoothing is None else weight.float() / smoothing
+def quantize_weight(weight: Tensor, rotate: bool) -> Quantized:
+    """Integers [out_features, in_features], int8, and scales [out_features], float32, of a weight."""
+    values = weight.float()
+    if rotate:
+        values = rotated(values).div_(block_size(values.shape[-1]))
     scales = values.abs().amax(-1).clamp_min_(_TINY) / _LEVELS
     return (values / scales[:, None]).round_().to(torch.int8), scales
 
 
-@dataclass(frozen=True, eq=False)
-class InputRule:
-    """How the inputs of some linear layers become integers.
-
-    Attributes:
-        smoothing: [in_features], bfloat16, powers of two that columns are multiplied by; None for none.
-        wide: the columns that have 16 bits, int64; None for none.
-    """
-
-    smoothing: Tensor | None = None
-    wide: Tensor | None = None
+def quantize_rows(rows: Tensor, rotate: bool) -> Quantized:
+    """Integers [..., n, in_features], uint8 with zero point 128, and scales [..., n, 1], of the rows' dtype."""
+    values = rotated(rows) if rotate else rows
+    largest = torch.linalg.vector_norm(values, torch.inf, -1, keepdim=True, dtype=torch.float32)
+    scales = (largest.clamp_min_(_TINY) / _LEVELS).to(rows.dtype)
+    steps = values.to(torch.float32, copy=True).mul_(scales.float().reciprocal())
+    return steps.add_(_ZERO_POINT + 0.5).to(torch.uint8), scales
 
 
-@dataclass(frozen=True)
-class QuantizedRows:
-    """Rows as integers, uint8 with zero point 128.
-
-    Attributes:
-        integers: [..., n, in_features].
-        first: [..., n, columns]: the first digits of columns with 16 bits; None if there are none.
-        scales: [..., n, 1], of the rows' dtype.
-    """
-
-    integers: Tensor
-    first: Tensor | None
-    scales: Tensor
+def rotated(values: Tensor) -> Tensor:
+    """Multiply each block of the last dimension by a Hadamard matrix."""
+    matrix = _hadamard_matrix(block_size(values.shape[-1]), values.dtype)
+    return linear(values.unflatten(-1, (-1, len(matrix))), matrix).flatten(-2)
 
 
-def quantize_rows(rows: Tensor, rule: InputRule) -> QuantizedRows:
-    """Quantize rows [..., n, in_features]."""
-    if rule.smoothing is not None:
-        rows = rows * rule.smoothing
-    if rule.wide is None:
-        scales = (_largest(rows) / _LEVELS).to(rows.dtype)
-        return QuantizedRows(_unsigned(rows.to(torch.float32, copy=True).mul_(scales.float().reciprocal())), None, scales)
-    values = rows.to(torch.float32, copy=True)
-    outliers = values[..., rule.wide]
-    values.index_fill_(-1, rule.wide, 0)
-    largest = torch.maximum(_largest(values) / _LEVELS, _largest(outliers) / (_LEVELS * _DIGIT))
-    scales = largest.to(rows.dtype)
-    steps = scales.float().reciprocal()
-    outliers *= steps
-    first = (outliers / _DIGIT).round_()
-    values *= steps
-    values.index_copy_(-1, rule.wide, outliers - first * _DIGIT)
-    return QuantizedRows(_unsigned(values), _unsigned(first), scales)
+def block_size(columns: int) -> int:
+    """How many columns are rotated together: the largest power of two that divides their number, at most 64."""
+    return min(_MOST_COLUMNS, columns & -columns)
 
 
-def _largest(values: Tensor) -> Tensor:
-    """The largest magnitude of each row, [..., n, 1], float32; rows of zeros get a tiny one."""
-    largest: Tensor = torch.linalg.vector_norm(values, torch.inf, -1, keepdim=True)
-    return largest.float().clamp_min_(_TINY)
-
-
-def _unsigned(values: Tensor) -> Tensor:
-    """Round to integers, in place, and add the zero point."""
-    return values.add_(_ZERO_POINT + 0.5).to(torch.uint8)
+@cache
+def _hadamard_matrix(size: int, dtype: torch.dtype) -> Tensor:
+    """Sylvester's symmetric matrix of 1 and -1; its square is ``size`` times the identity."""
+    matrix = torch.ones(1, 1, dtype=dtype)
+    while len(matrix) < size:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    return matrix
 
 
 class RowQuantizer:
     """Quantizes the inputs of a model's layers; keeps the last result, because several layers have the same input."""
 
     def __init__(self) -> None:
-        self._last: tuple[Tensor, InputRule, QuantizedRows] | None = None
+        self._last: tuple[Tensor, bool, Quantized] | None = None
 
-    def quantize(self, rows: Tensor, rule: InputRule) -> QuantizedRows:
+    def quantize(self, rows: Tensor, rotate: bool) -> Quantized:
         """See ``quantize_rows``; the caller must not have changed ``rows`` in place since the last call."""
-        if self._last is None or self._last[0] is not rows or self._last[1] is not rule:
-            self._last = rows, rule, quantize_rows(rows, rule)
+        if self._last is None or self._last[0] is not rows or self._last[1] is not rotate:
+            self._last = rows, rotate, quantize_rows(rows, rotate)
         return self._last[2]
 
 
@@ -154,41 +122,29 @@ class Int8Linear(nn.Module):
 
     Args:
         original: whose weight is quantized.
-        rule: for its input.
+        rotate: whether rows are rotated.
         quantizer: shared by the layers of a model.
         dtype: of the output; None for the input's.
     """
 
     def __init__(
-        self, original: nn.Linear, rule: InputRule, quantizer: RowQuantizer, dtype: torch.dtype | None = None
+        self, original: nn.Linear, rotate: bool, quantizer: RowQuantizer, dtype: torch.dtype | None = None
     ) -> None:
         super().__init__()
-        integers, self._scales = quantize_weight(original.weight.detach(), rule.smoothing)
+        integers, self._scales = quantize_weight(original.weight.detach(), rotate)
         self._packed = torch.ops.onednn.qlinear_prepack(integers.contiguous(), None)
         self._zero_points = torch.zeros(len(self._scales), dtype=torch.int64)
-        self._first = None
-        if rule.wide is not None:
-            self._first = torch.ops.onednn.qlinear_prepack(integers[:, rule.wide].contiguous(), None)
         self._bias = None if original.bias is None else original.bias.detach().float()
-        self._rule, self._quantizer, self._dtype = rule, quantizer, dtype
+        self._rotate, self._quantizer, self._dtype = rotate, quantizer, dtype
 
     def forward(self, rows: Tensor) -> Tensor:
         """Apply the layer: [..., in_features] to [..., out_features]."""
-        dtype = self._dtype or rows.dtype
-        quantized = self._quantizer.quantize(rows, self._rule)
-        if self._first is not None and quantized.first is not None:
-            product = self._product(quantized.integers, self._packed, self._scales, torch.float32)
-            product += self._product(quantized.first, self._first, self._scales * _DIGIT, torch.float32)
-        else:
-            product = self._product(quantized.integers, self._packed, self._scales, dtype)
-        product *= quantized.scales  # not fused with a sum, whose rounding could depend on the row's place
-        return (product if self._bias is None else product.add_(self._bias)).to(dtype)
-
-    def _product(self, integers: Tensor, packed: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-        """Σ q·w times the scale of each output channel: [..., n, in_features], uint8, to [..., n, out_features]."""
+        integers, scales = self._quantizer.quantize(rows, self._rotate)
+        # Σ q·w times the scale of each output channel
         product: Tensor = torch.ops.onednn.qlinear_pointwise(
             integers, 1.0, _ZERO_POINT,
-            packed, scales, self._zero_points,
-            None, 1.0, 0, dtype, "none", [], "",
+            self._packed, self._scales, self._zero_points,
+            None, 1.0, 0, self._dtype or rows.dtype, "none", [], "",
         )  # fmt: skip
-        return product
+        product *= scales  # not fused with a sum, whose rounding could depend on the row's place
+        return product if self._bias is None else product.add_(self._bias)

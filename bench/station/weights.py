@@ -1,7 +1,6 @@
-"""Int8 weights of a target, by what is done for outliers: the time of passes, and the agreement with the original."""
+"""Int8 weights of a target, by which rows are rotated: the time of passes, and the agreement with the original."""
 
-from collections.abc import Mapping, Sequence
-from math import inf
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -10,10 +9,9 @@ import torch
 import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from basestation.target.agreement import PROMPTS, answer_prompts, measure_agreement, prompt_ids
+from basestation.target.agreement import answer_prompts, measure_agreement, prompt_ids
 from basestation.target.attention import ATTENTION_NAME
-from basestation.target.int8_calibration import Mixture, observe_inputs
-from basestation.target.int8_conversion import CALIBRATION_TEXTS, MIXTURE, convert, rules_for
+from basestation.target.int8_conversion import convert
 from basestation.target.int8_linear import int8_obstacle
 from basestation.target.target_model import TargetModel
 from bench.grid.ratio import Ratio
@@ -23,12 +21,13 @@ from bench.setup.results import Results, Row
 from bench.station.passes import PackedPassRunner, seconds_of
 from protocol.errors import SettingsError
 
-MIXTURES: Mapping[str, Mixture] = {
-    "int8": Mixture(0.0, inf, 0.0),
-    "int8, smoothed": Mixture(MIXTURE.smoothing, inf, 0.0),
-    "int8, wide columns": Mixture(0.0, MIXTURE.wide_from, MIXTURE.most_wide),
-    "int8, smoothed, wide columns": MIXTURE,
+MIXTURES: Mapping[str, Callable[[str], bool]] = {
+    "int8": lambda _: False,
+    "int8, down_proj rotated": lambda name: name.endswith("down_proj"),
+    "int8, down_proj and lm_head rotated": lambda name: name.endswith(("down_proj", "lm_head")),
+    "int8, all rotated": lambda _: True,
 }
+"""Whether the rows of a linear layer are rotated, by its name."""
 _PASSES = ((1, 1), (1, 9), (16, 5))
 """Sequences, and tokens of each."""
 _CONTEXT = 256
@@ -56,8 +55,8 @@ def weights(
         task = progress.add_task("int8 weights", total=len(MIXTURES))
         measurement = _Measurement(target, prompts_by_category(prompts, per_category), max_new_tokens)
         rows = []
-        for name, mixture in MIXTURES.items():
-            rows.append(measurement.row(name, mixture))
+        for name, rotate in MIXTURES.items():
+            rows.append(measurement.row(name, rotate))
             progress.advance(task)
     tokens = measurement.texts.answers.numel()
     results = Results({"target": Path(target).name, "context": _CONTEXT, "teacher_forced_tokens": tokens}, rows)
@@ -66,7 +65,7 @@ def weights(
 
 
 class _Measurement:
-    """The original, its answers, and what its linear layers are given."""
+    """The original and its answers."""
 
     def __init__(self, target: str, by_category: Mapping[str, Sequence[str]], max_new_tokens: int) -> None:
         self._source = target
@@ -74,14 +73,11 @@ class _Measurement:
         tokenizer = AutoTokenizer.from_pretrained(target)
         prompts = [prompt for of_category in by_category.values() for prompt in of_category]
         self.texts = answer_prompts(self._original, prompt_ids(tokenizer, prompts), max_new_tokens)
-        calibration = answer_prompts(self._original, prompt_ids(tokenizer, PROMPTS[:CALIBRATION_TEXTS]))
-        model = self._loaded()
-        self._inputs = observe_inputs(model, self._runner(model), calibration)
 
-    def row(self, name: str, mixture: Mixture) -> Row:
+    def row(self, name: str, rotate: Callable[[str], bool]) -> Row:
         """The row of one mixture."""
         model = self._loaded()
-        convert(model, rules_for(model, self._inputs, mixture))
+        convert(model, rotate)
         changed = self._runner(model)
         agreement = measure_agreement(changed, self.texts)
         row: Row = {"case": name, "argmax": agreement.argmax, "overlap": agreement.overlap}
