@@ -77,11 +77,26 @@ def quantize_weight(weight: Tensor, rotate: bool) -> Quantized:
 
 def quantize_rows(rows: Tensor, rotate: bool) -> Quantized:
     """Integers [..., n, in_features], uint8 with zero point 128, and scales [..., n, 1], of the rows' dtype."""
-    values = rotated(rows) if rotate else rows
-    largest = torch.linalg.vector_norm(values, torch.inf, -1, keepdim=True, dtype=torch.float32)
-    scales = (largest.clamp_min_(_TINY) / _LEVELS).to(rows.dtype)
+    values = rotated(_rounded(rows)) if rotate else rows
+    scales = (_largest(values) / _LEVELS).to(rows.dtype)
     steps = values.to(torch.float32, copy=True).mul_(scales.float().reciprocal())
     return steps.add_(_ZERO_POINT + 0.5).to(torch.uint8), scales
+
+
+def _largest(rows: Tensor) -> Tensor:
+    """The largest magnitude of each row, [..., n, 1], float32; rows of zeros get a tiny one."""
+    largest: Tensor = torch.linalg.vector_norm(rows, torch.inf, -1, keepdim=True, dtype=torch.float32)
+    return largest.clamp_min_(_TINY)
+
+
+def _rounded(rows: Tensor) -> Tensor:
+    """Round to multiples of 2⁻¹⁷ of a power of two that is above the row's largest value.
+
+    So a sum of 64 of them is exact in float32, and does not depend on the order in which a kernel adds them.
+    """
+    bound = torch.frexp(_largest(rows)).exponent
+    coarse = torch.ldexp(torch.tensor(1.5), bound + 6)  # 24 bits from here on end at 2⁻¹⁷
+    return (rows + coarse).sub_(coarse).to(rows.dtype)
 
 
 def rotated(values: Tensor) -> Tensor:
