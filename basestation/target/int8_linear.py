@@ -94,8 +94,8 @@ def _rounded(rows: Tensor) -> Tensor:
 
     So a sum of 64 of them is exact in float32, and does not depend on the order in which a kernel adds them.
     """
-    bound = torch.frexp(_largest(rows)).exponent
-    coarse = torch.ldexp(torch.tensor(1.5), bound + 6)  # 24 bits from here on end at 2⁻¹⁷
+    largest = _largest(rows)
+    coarse = largest / torch.frexp(largest).mantissa * (1.5 * _MOST_COLUMNS)  # its 24 bits end at 2⁻¹⁷
     return (rows + coarse).sub_(coarse).to(rows.dtype)
 
 
