@@ -102,7 +102,7 @@ def _rounded(rows: Tensor) -> Tensor:
 def rotated(values: Tensor) -> Tensor:
     """Multiply each block of the last dimension by a Hadamard matrix."""
     matrix = _hadamard_matrix(block_size(values.shape[-1]), values.dtype)
-    return linear(values.unflatten(-1, (-1, len(matrix))), matrix).flatten(-2)
+    return linear(values.reshape(*values.shape[:-1], -1, len(matrix)), matrix).flatten(-2)
 
 
 def block_size(columns: int) -> int:
