@@ -120,8 +120,7 @@ class TargetModel:
             model: the path or name.
             dtype: of ``DTYPES``, or ``auto``: bfloat16 for int8 weights, else see ``choose_dtype``.
             torch_device: a PyTorch device, or ``auto``: CUDA if available.
-            kv_memory: for the KV pool, like ``4GiB``, or ``auto``: of the memory that is free
-                after loading, nine tenths on CUDA and half elsewhere.
+            kv_memory: for the KV pool, like ``4GiB``, or ``auto``: of what is then free half, on CUDA nine tenths.
             use_cache: whether a converted ``.gguf`` file and what int8 weights need are kept.
             weights: of the linear layers: ``dtype``, ``int8``, or ``auto``: the faster one.
 
@@ -136,11 +135,7 @@ class TargetModel:
         register_attention()
         files = _converted(model, precision, placement) if _is_gguf(model) and use_cache else model
         _check_memory(files, precision, placement)
-        with _quiet_tools(), _named_failures(model):
-            loaded = _load(files, precision, placement)
-            tokenizer = _tokenizer(model) if int8 or not _is_gguf(model) else None
-            vocabulary = _gguf_vocabulary(Path(model), loaded) if _is_gguf(model) else _vocabulary(tokenizer, loaded)
-        loaded.eval()
+        loaded, tokenizer, vocabulary = _read(model, files, precision, placement, int8)
         name = model_name(model)
         if int8 := int8 and (weights == "int8" or is_faster(loaded)):
             name = _with_int8_weights(loaded, vocabulary, name, tokenizer, use_cache)
@@ -279,6 +274,26 @@ def _load(model: str, dtype: torch.dtype, placement: torch.device) -> Any:
     if placement.type == "cuda" or "config" in options:  # quantised weights cannot be moved later
         options["device_map"] = {"": str(placement)}
     return AutoModelForCausalLM.from_pretrained(source, **options)
+
+
+def _read(
+    model: str, files: str, dtype: torch.dtype, placement: torch.device, int8: bool
+) -> tuple[Any, Any, Vocabulary]:
+    """The loaded model, its tokenizer and its vocabulary; of a ``.gguf`` file the tokenizer only for int8 weights.
+
+    Args:
+        model: a model folder, hub name or ``.gguf`` file.
+        files: with its weights, which differ from it for a converted ``.gguf`` file.
+        dtype: of the weights.
+        placement: where they go.
+        int8: whether linear layers may get int8 weights.
+    """
+    with _quiet_tools(), _named_failures(model):
+        loaded = _load(files, dtype, placement)
+        if not _is_gguf(model):
+            tokenizer = _tokenizer(model)
+            return loaded.eval(), tokenizer, _vocabulary(tokenizer, loaded)
+        return loaded.eval(), _tokenizer(model) if int8 else None, _gguf_vocabulary(Path(model), loaded)
 
 
 def _check_memory(model: str, dtype: torch.dtype, placement: torch.device) -> None:
