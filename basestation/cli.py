@@ -138,6 +138,7 @@ def serve(
     target = TargetOptions(
         options.target,
         options.dtype,
+        options.weights,
         options.torch_device,
         options.kv_memory,
         not no_cache,

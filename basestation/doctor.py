@@ -21,6 +21,7 @@ from basestation.monitoring.metrics import Metrics
 from basestation.monitoring.monitor import Monitor
 from basestation.options import StationOptions
 from basestation.sizes import readable_size
+from basestation.target.int8_linear import may_be_int8
 from basestation.target.packed_linear import packed_dtype
 from basestation.target.placement import choose_dtype, choose_placement, dtype_name
 from basestation.target.target_model import context_length, kv_shape, model_folder, page_count, read_config
@@ -58,7 +59,7 @@ def examine(options: StationOptions, as_json: bool) -> bool:
 
 def _check_target(checks: Checks, options: StationOptions) -> None:
     config: Outcome[Any] = checks.run("target", partial(_target, options.target))
-    placement = checks.run("processor", partial(_processor, options.torch_device, options.dtype))
+    placement = checks.run("processor", partial(_processor, options))
     weights = checks.run("memory", partial(_memory, options.target), config, placement)
     checks.run("context", partial(_context, options.kv_memory), config, placement, weights)
 
@@ -69,15 +70,16 @@ def _target(model: str) -> Finding[Any]:
     return Finding(f"{model}: {text.model_type}, {text.num_hidden_layers} layers, vocabulary {text.vocab_size}", config)
 
 
-def _processor(torch_device: str, dtype: str) -> Finding[_Placement]:
+def _processor(options: StationOptions) -> Finding[_Placement]:
     """Where the target runs; a warning where the machine could run it faster."""
-    device = choose_placement(torch_device)
-    placement = _Placement(device, choose_dtype(dtype, device))
+    device = choose_placement(options.torch_device)
+    int8 = may_be_int8(options.weights, device)
+    placement = _Placement(device, choose_dtype(options.dtype, device, int8))
     precision = dtype_name(placement.dtype)
     if device.type == "cuda":
         return Finding(f"CUDA: {torch.cuda.get_device_name(device)}, {precision}", placement)
     text = f"{len(os.sched_getaffinity(0))} cores, {precision}; no CUDA device is used"
-    if torch_device == "auto" and _NVIDIA_DRIVER.exists():
+    if options.torch_device == "auto" and _NVIDIA_DRIVER.exists():
         remedy = "install a PyTorch build for this driver's CUDA version"
         return Finding(f"{text}, although there is an NVIDIA driver", placement, Status.WARNING, remedy)
     if placement.dtype is not packed_dtype(placement.dtype):

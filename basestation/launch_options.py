@@ -18,6 +18,7 @@ class TargetOptions:
 
     model: str
     dtype: str
+    weights: str
     torch_device: str
     kv_memory: str
     use_cache: bool

@@ -25,8 +25,15 @@ class StationOptions:
     target: Annotated[str, typer.Option(help="Model folder, hub name or .gguf file.")]
     bind: BindOption = "tcp://127.0.0.1:5755"
     dtype: Annotated[
-        str, typer.Option(help="auto, float32, bfloat16 or, on CUDA, float16; auto is float32, on CUDA bfloat16.")
+        str,
+        typer.Option(
+            help="auto, float32, bfloat16 or, on CUDA, float16; auto is float32, on CUDA or with int8 weights bfloat16."
+        ),
     ] = "auto"
+    weights: Annotated[
+        str,
+        typer.Option(help="Of linear layers: dtype, int8 (a CPU with VNNI or AMX), or auto, the faster one."),
+    ] = "dtype"
     torch_device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")] = "auto"
     keys: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Key folder; only the devices enrolled in it are admitted.")

@@ -36,6 +36,7 @@ MODULES = {
     "prefixes": "bench.station.prefixes",
     "ceiling": "bench.station.ceiling",
     "masks": "bench.station.masks",
+    "weights": "bench.station.weights",
     "report": "bench.report.report",
 }
 """Each command and the module with the function of that name."""

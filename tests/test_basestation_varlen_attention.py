@@ -110,9 +110,9 @@ def test_a_line_says_what_one_call_per_layer_lacks(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     monkeypatch.setattr(varlen_attention, "failure_of_trial", lambda _: None)
     if reason is None:
-        assert batch_type(shape) is VarlenBatch
+        assert batch_type(shape, independent_rows=False) is VarlenBatch
         return
-    assert batch_type(shape) is SequentialBatch
+    assert batch_type(shape, independent_rows=False) is SequentialBatch
     assert "attention: one call per sequence and layer, because" in caplog.text
     assert reason in caplog.text
 

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
+from basestation.target.int8_linear import int8_obstacle
 from bench.cli import app
-from bench.pair.peer_cases import OWN, PairFiles, PeerAnswer, PeerCase, llama_cpp_obstacle, peer_cases
+from bench.pair.peer_cases import OWN, OWN_INT8, PairFiles, PeerAnswer, PeerCase, llama_cpp_obstacle, peer_cases
 from bench.pair.peer_process import peer_process
 from bench.pair.peers import peer_rows
 from bench.pair.transformers_worker import answer_requests
@@ -66,6 +68,7 @@ def test_every_case_has_its_row_and_the_failed_ones_their_reason() -> None:
         case("failing", None),
         PeerCase("absent", "alone", None, "needs --draft"),
         case(OWN, [1, 2, 3], link_bytes=30),
+        case(OWN_INT8, [1, 2, 3], link_bytes=30),
     ]
     advanced: list[None] = []
     rows = {row["case"]: row for row in peer_rows(cases, [[7], [8]], 3, lambda: advanced.append(None))}
@@ -82,6 +85,7 @@ def test_every_case_has_its_row_and_the_failed_ones_their_reason() -> None:
     assert rows[OWN]["link_bytes_per_token"] == 10.0
     assert rows["same"]["link_bytes_per_token"] is None
     assert str(rows[OWN]["edgedraft_over_it"]).startswith("1.00 ")
+    assert str(rows[OWN_INT8]["edgedraft_int8_over_it"]).startswith("1.00 ")
 
 
 def files(tmp_path: Path, **changed: Any) -> PairFiles:
@@ -103,6 +107,7 @@ def test_what_llama_cpp_needs_is_named(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_a_program_that_does_not_start_keeps_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bench.pair.peer_cases._own_cases", lambda *_: [])
+    monkeypatch.setattr("bench.pair.peer_cases.int8_obstacle", lambda _: "no int8 dot product")
     monkeypatch.setattr("bench.pair.peer_cases.sys.executable", "false")
     with ExitStack() as stack:
         found = {one.name: one.missing for one in peer_cases(files(tmp_path), stack)}
@@ -110,6 +115,7 @@ def test_a_program_that_does_not_start_keeps_its_rows(tmp_path: Path, monkeypatc
     assert found["transformers, assisted"] == "needs --draft"
     assert found["llama.cpp, with draft"] == "needs --target-gguf"
     assert "CUDA" in str(found["autodraft-sd, 50 ms link"])
+    assert found[OWN_INT8] == "no int8 dot product"
 
 
 def test_an_error_of_the_library_is_an_answer() -> None:
@@ -137,7 +143,7 @@ def test_the_command_writes_a_row_per_program(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["peers", *options])
     assert result.exit_code == 0, result.output
     rows = {row["case"]: row for row in json.loads(file.read_text(encoding="utf-8"))["rows"]}
-    assert len(rows) == 10
+    assert len(rows) == 12
     measured = {name for name, row in rows.items() if row["missing"] is None}
     assert measured == {
         "transformers, target alone",
@@ -145,6 +151,7 @@ def test_the_command_writes_a_row_per_program(tmp_path: Path) -> None:
         "edgedraft, target alone",
         OWN,
         "edgedraft, 50 ms link",
+        *([] if int8_obstacle(torch.device("cpu")) else ["edgedraft int8, target alone", OWN_INT8]),
     }
     assert {rows[name]["same_answers"] for name in measured} == {"1 of 1"}
     assert rows[OWN]["link_bytes_per_token"] > 2

@@ -88,6 +88,11 @@ class KVPages:
         self.keys[layer].index_copy_(1, slots, keys)
         self.values[layer].index_copy_(1, slots, values)
 
+    def clear(self, positions: range) -> None:
+        """Zero the keys and values of positions of the pool, in all layers."""
+        for cached in (*self.keys, *self.values):
+            cached[:, positions.start : positions.stop] = 0
+
     def discard(self, pages: range) -> None:
         """Return the memory of pages that became free to the system, where it is mapped; their content is lost."""
         if self._memory is None:

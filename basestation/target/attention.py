@@ -86,7 +86,7 @@ class SequentialBatch:
         self._page_size = kv_pages.shape.page_size
         self._visible: dict[tuple[int, int | None], _Visible] = {}
         (self._slots,) = placed
-        self._workspace = _Workspace(kv_pages)
+        self._workspace = Workspace(kv_pages)
         self.windows: set[int | None] = set()
 
     @staticmethod
@@ -140,7 +140,7 @@ class SequentialBatch:
         return self._visible[key]
 
 
-class _Workspace:
+class Workspace:
     """A buffer in which the pages of a sequence lie in one run, one sequence and layer at a time.
 
     Pages that the previous sequence had too are not copied again.

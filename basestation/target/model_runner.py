@@ -25,20 +25,21 @@ class ModelRunner:
         model: a transformers model with packed attention, on its PyTorch device.
         vocab_size: logits of a row.
         kv_pages: that passes read and write.
+        independent_rows: see ``batch_type``.
 
     Attributes:
         gathered: sequences so far whose pages a pass had to copy into one run.
-        window: how many positions a token sees, itself included; None before the first pass, or for all positions.
+        window: how many positions a pass reads for a token, itself included; None before the first pass, or for all.
     """
 
-    def __init__(self, model: Any, vocab_size: int, kv_pages: KVPages) -> None:
+    def __init__(self, model: Any, vocab_size: int, kv_pages: KVPages, independent_rows: bool = False) -> None:
         self.gathered = 0
         self.window: int | None = None
         self._model = model
         self._vocab_size = vocab_size
         self._kv_pages = kv_pages
         self._torch_device = kv_pages.shape.torch_device
-        self._batch_type = batch_type(kv_pages.shape)
+        self._batch_type = batch_type(kv_pages.shape, independent_rows)
 
     @torch.inference_mode()
     def run(self, forward_pass: ForwardPass) -> Tensor:

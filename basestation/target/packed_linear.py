@@ -28,6 +28,8 @@ bfloat16                  22      30      77     147
 =====================  =====  ======  ======  ======
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
@@ -62,18 +64,25 @@ def packed_bytes(held: torch.dtype) -> int:
 
 
 def pack_linears(model: nn.Module) -> None:
-    """Replace a CPU model's linear layers by packed ones, if oneDNN is available.
-
-    Each layer is freed before the next one is packed.
-    """
+    """Replace a CPU model's linear layers by packed ones, if oneDNN is available."""
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return
     dtype = packed_dtype(next(model.parameters()).dtype)
-    parents = [module for module in model.modules() if type(module) is not nn.Linear]
-    for module in parents:
-        for name in [name for name, child in module.named_children() if type(child) is nn.Linear]:
-            setattr(module, name, PackedLinear(getattr(module, name), dtype))
+    replace_linears(model, lambda _, layer: PackedLinear(layer, dtype))
     model.to(dtype)
+
+
+def replace_linears(model: nn.Module, replacement: Callable[[str, nn.Linear], nn.Module]) -> None:
+    """Replace each linear layer by the one that ``replacement`` makes of its name and itself.
+
+    Each layer is freed before the next one is replaced.
+    """
+    for prefix, module in [
+        (prefix, module) for prefix, module in model.named_modules() if type(module) is not nn.Linear
+    ]:
+        for name in [name for name, child in module.named_children() if type(child) is nn.Linear]:
+            full_name = f"{prefix}.{name}" if prefix else name
+            setattr(module, name, replacement(full_name, getattr(module, name)))
 
 
 def packed_dtype(held: torch.dtype) -> torch.dtype:

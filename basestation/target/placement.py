@@ -52,8 +52,13 @@ def driver_version() -> str | None:
     return _DRIVER_VERSION.read_text(encoding="utf-8").strip() if _DRIVER_VERSION.exists() else None
 
 
-def choose_dtype(dtype: str, placement: torch.device) -> torch.dtype:
+def choose_dtype(dtype: str, placement: torch.device, int8: bool = False) -> torch.dtype:
     """The data type with that name; ``auto`` is float32 on a CPU, and on CUDA bfloat16, or float16 where that is slow.
+
+    Args:
+        dtype: the option.
+        placement: where the target runs.
+        int8: whether its linear layers have int8 weights; ``auto`` is then bfloat16.
 
     Raises:
         SettingsError: targets do not run in this type there.
@@ -61,7 +66,7 @@ def choose_dtype(dtype: str, placement: torch.device) -> torch.dtype:
     on_cuda = placement.type == "cuda"
     if dtype == "auto":
         if not on_cuda:
-            return torch.float32
+            return torch.bfloat16 if int8 else torch.float32
         native = torch.cuda.get_device_capability(placement) >= (8, 0)
         return torch.bfloat16 if native else torch.float16
     if dtype not in DTYPES or (dtype == "float16" and not on_cuda):

@@ -28,11 +28,14 @@ from basestation.kv_cache.memory import (
     parameter_count,
 )
 from basestation.sizes import readable_size
+from basestation.target.agreement import ANSWER_TOKENS, prompt_ids
 from basestation.target.attention import ATTENTION_NAME, packed_attention
 from basestation.target.forward_pass import ForwardPass
 from basestation.target.gguf_cache import cache_entry, fill
+from basestation.target.int8_conversion import give_int8_weights, is_faster
+from basestation.target.int8_linear import may_be_int8
 from basestation.target.model_runner import ModelRunner
-from basestation.target.packed_linear import pack_linears
+from basestation.target.packed_linear import pack_linears, packed_dtype
 from basestation.target.placement import choose_dtype, choose_placement, describe_placement
 from basestation.target.quantized_weights import quantization_method, without_later_expansion
 from basestation.target.segment import Segment
@@ -70,12 +73,21 @@ class TargetModel:
         name: see above.
         kv_memory: bytes for the KV pool.
         tokenizer_json: the tokenizer as a ``tokenizer.json``; "" if there is none.
+        independent_rows: see ``batch_type``.
 
     Raises:
         SettingsError: ``kv_memory`` is not enough for one session, or more than there is.
     """
 
-    def __init__(self, model: Any, vocabulary: Vocabulary, name: str, kv_memory: int, tokenizer_json: str = "") -> None:
+    def __init__(
+        self,
+        model: Any,
+        vocabulary: Vocabulary,
+        name: str,
+        kv_memory: int,
+        tokenizer_json: str = "",
+        independent_rows: bool = False,
+    ) -> None:
         self.name = name
         self.vocabulary = vocabulary
         self.torch_device = next(model.parameters()).device
@@ -85,7 +97,7 @@ class TargetModel:
         self.kv_bytes = kv_pages.bytes
         self.kv_pool = KVPool(kv_pages.count, shape.page_size, kv_pages.discard)
         self.context_length = context_length(model.config, self.kv_pool.capacity)
-        self._runner = ModelRunner(model, vocabulary.size, kv_pages)
+        self._runner = ModelRunner(model, vocabulary.size, kv_pages, independent_rows)
         self.grammar_compiler = (
             GrammarCompiler.of_tokenizer(tokenizer_json, vocabulary.size, vocabulary.stop_ids)
             if tokenizer_json and is_available()
@@ -100,38 +112,39 @@ class TargetModel:
         torch_device: str = "auto",
         kv_memory: str = "auto",
         use_cache: bool = True,
+        weights: str = "dtype",
     ) -> "TargetModel":
         """Load a model folder, hub name or ``.gguf`` file.
 
         Args:
             model: the path or name.
-            dtype: of ``DTYPES``, or ``auto``; see ``choose_dtype``.
+            dtype: of ``DTYPES``, or ``auto``: bfloat16 for int8 weights, else see ``choose_dtype``.
             torch_device: a PyTorch device, or ``auto``: CUDA if available.
-            kv_memory: for the KV pool, like ``4GiB``, or ``auto``: of the memory that is free
-                after loading, nine tenths on CUDA and half elsewhere.
-            use_cache: whether a ``.gguf`` file is converted once and kept; see ``basestation/target/gguf_cache.py``.
+            kv_memory: for the KV pool, like ``4GiB``, or ``auto``: of what is then free half, on CUDA nine tenths.
+            use_cache: whether a converted ``.gguf`` file and what int8 weights need are kept.
+            weights: of the linear layers: ``dtype``, ``int8``, or ``auto``: the faster one.
 
         Raises:
-            SettingsError: the dtype or the device does not exist, or the KV pool is too small.
+            SettingsError: dtype, device or weights do not exist here, or the KV pool is too small.
             ModelError: it cannot be found or read, does not fit, or has an unsupported architecture.
         """
         placement = choose_placement(torch_device)
-        precision = choose_dtype(dtype, placement)
         kv_budget(kv_memory, placement)  # refuse an invalid size before the slow part
+        int8 = may_be_int8(weights, placement, quantization_method(read_config(model)))
+        precision = choose_dtype(dtype, placement, int8)
         register_attention()
-        is_gguf = Path(model).suffix == ".gguf"
-        weights = _converted(model, precision, placement) if is_gguf and use_cache else model
-        _check_memory(weights, precision, placement)
-        with _quiet_tools(), _named_failures(model):
-            loaded = _load(weights, precision, placement)
-            tokenizer = None if is_gguf else AutoTokenizer.from_pretrained(_source(model)[0])
-            vocabulary = _vocabulary(tokenizer, loaded) if tokenizer else _gguf_vocabulary(Path(model), loaded)
-        loaded.eval()
-        if quantization_method(loaded.config) is None:
+        files = _converted(model, precision, placement) if _is_gguf(model) and use_cache else model
+        _check_memory(files, precision, placement)
+        loaded, tokenizer, vocabulary = _read(model, files, precision, placement, int8)
+        name = model_name(model)
+        if int8 := int8 and (weights == "int8" or is_faster(loaded)):
+            name = _with_int8_weights(loaded, vocabulary, name, tokenizer, use_cache)
+        elif quantization_method(loaded.config) is None:
             loaded.to(placement)
             if placement.type == "cpu":
                 pack_linears(loaded)
-        return cls(loaded, vocabulary, model_name(model), kv_budget(kv_memory, placement), _tokenizer_json(tokenizer))
+        tokenizer_json = "" if _is_gguf(model) else _tokenizer_json(tokenizer)
+        return cls(loaded, vocabulary, name, kv_budget(kv_memory, placement), tokenizer_json, independent_rows=int8)
 
     def new_kv_cache(self) -> SequenceKVCache:
         """An empty KV cache for one session."""
@@ -175,6 +188,24 @@ def read_config(model: str) -> Any:
         config = AutoConfig.from_pretrained(source, **options)
         refuse_unsupported(config)
     return config
+
+
+def _with_int8_weights(model: Any, vocabulary: Vocabulary, name: str, tokenizer: Any, use_cache: bool) -> str:
+    """Give a loaded model int8 weights, and log how far it then agrees with the original.
+
+    Returns:
+        The new name.
+    """
+    prompts = prompt_ids(tokenizer)
+    shape = kv_shape(model.config, packed_dtype(model.dtype), torch.device("cpu"))
+    pages = sum(-(-(len(prompt) + ANSWER_TOKENS) // shape.page_size) for prompt in prompts)
+
+    def runner(independent_rows: bool) -> TargetModel:
+        return TargetModel(model, vocabulary, name, pages * shape.page_bytes, independent_rows=independent_rows)
+
+    agreement = give_int8_weights(model, runner, prompts, use_cache)
+    logger.info("%s-int8 against its original: %s", name, agreement)
+    return f"{name}-int8"
 
 
 def model_folder(model: str) -> Path:
@@ -245,6 +276,26 @@ def _load(model: str, dtype: torch.dtype, placement: torch.device) -> Any:
     return AutoModelForCausalLM.from_pretrained(source, **options)
 
 
+def _read(
+    model: str, files: str, dtype: torch.dtype, placement: torch.device, int8: bool
+) -> tuple[Any, Any, Vocabulary]:
+    """The loaded model, its tokenizer and its vocabulary; of a ``.gguf`` file the tokenizer only for int8 weights.
+
+    Args:
+        model: a model folder, hub name or ``.gguf`` file.
+        files: with its weights, which differ from it for a converted ``.gguf`` file.
+        dtype: of the weights.
+        placement: where they go.
+        int8: whether linear layers may get int8 weights.
+    """
+    with _quiet_tools(), _named_failures(model):
+        loaded = _load(files, dtype, placement)
+        if not _is_gguf(model):
+            tokenizer = _tokenizer(model)
+            return loaded.eval(), tokenizer, _vocabulary(tokenizer, loaded)
+        return loaded.eval(), _tokenizer(model) if int8 else None, _gguf_vocabulary(Path(model), loaded)
+
+
 def _check_memory(model: str, dtype: torch.dtype, placement: torch.device) -> None:
     """Refuse a model that does not fit where it runs, or whose tensors do not fit on the host on their way there.
 
@@ -292,10 +343,14 @@ def _converted(model: str, dtype: torch.dtype, placement: torch.device) -> str:
     return str(entry)
 
 
+def _is_gguf(model: str) -> bool:
+    return Path(model).suffix == ".gguf"
+
+
 def _source(model: str) -> tuple[str, dict[str, str]]:
     """The path or hub name for transformers' ``from_pretrained``, and its options."""
     path = Path(model)
-    if path.suffix == ".gguf":
+    if _is_gguf(model):
         if not path.is_file():
             raise ModelError(f"{model!r} does not exist; give a model folder, a hub name or a .gguf file")
         return str(path.parent), {"gguf_file": path.name}
@@ -336,6 +391,11 @@ def register_attention() -> None:
     torch.backends.cuda.enable_cudnn_sdp(False)
     transformers.AttentionInterface.register(ATTENTION_NAME, packed_attention)
     AttentionMaskInterface.register(ATTENTION_NAME, lambda *_, **__: None)
+
+
+def _tokenizer(model: str) -> Any:
+    source, options = _source(model)
+    return AutoTokenizer.from_pretrained(source, **options)
 
 
 def _vocabulary(tokenizer: Any, model: Any) -> Vocabulary:

@@ -15,6 +15,7 @@ from torch.nn.attention import varlen
 
 from basestation.kv_cache.kv_pages import KVPages, KVShape
 from basestation.target.attention import SequentialBatch, slots_of
+from basestation.target.block_attention import BlockBatch
 from basestation.target.forward_pass import ForwardPass
 from basestation.target.host_transfer import to_device
 
@@ -89,10 +90,15 @@ class VarlenBatch:
         return output.transpose(0, 1)
 
 
-def batch_type(shape: KVShape) -> type[SequentialBatch] | type[VarlenBatch]:
-    """The attention for keys and values of this shape; on CUDA, a log line says why it is one call per sequence."""
+def batch_type(shape: KVShape, independent_rows: bool) -> type[SequentialBatch | BlockBatch | VarlenBatch]:
+    """The attention for keys and values of this shape; on CUDA, a log line says why it is one call per sequence.
+
+    Args:
+        shape: see above.
+        independent_rows: on a CPU, whether a row's result must not depend on the rows beside it in any bit.
+    """
     if shape.torch_device.type != "cuda":
-        return SequentialBatch
+        return BlockBatch if independent_rows else SequentialBatch
     if missing := missing_for_varlen(shape):
         logger.warning("attention: one call per sequence and layer, because %s", missing)
         return SequentialBatch

@@ -44,17 +44,19 @@ class PairRun:
         bundle: of the draft model.
         target: of the base station.
         dtype: of the target.
+        weights: of the target's linear layers.
 
     Raises:
         SettingsError: the machine has only one core.
     """
 
-    def __init__(self, bundle: Path, target: str, dtype: str) -> None:
+    def __init__(self, bundle: Path, target: str, dtype: str, weights: str = "dtype") -> None:
         self.model = load_model(bundle, threads=1)
         self._cores = Cores.choose()
         self._tokenizer = Tokenizer(bundle, self.model.manifest)
         self._target = target
         self._dtype = dtype
+        self._weights = weights
         self._stack = ExitStack()
         self._station: Served | None = None
 
@@ -72,6 +74,7 @@ class PairRun:
         return {
             "target": Path(self._target).name,
             "target_dtype": self._dtype,
+            "target_weights": self._weights,
             "draft": manifest.name,
             "draft_precision": manifest.precision,
             "cores": "one for the device, one for the base station",
@@ -133,7 +136,7 @@ class PairRun:
 
     def _running_station(self) -> Served:
         if self._station is None or not self._station.alive:
-            command = station_command(self._target, self._dtype)
+            command = station_command(self._target, self._dtype, "--weights", self._weights)
             self._station = self._stack.enter_context(serving(command, self._cores.station))
         return self._station
 

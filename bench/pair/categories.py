@@ -21,6 +21,7 @@ from bench.setup.options import (
     MaxNewTokensOption,
     TargetOption,
     TemperaturesOption,
+    WeightsOption,
     console,
     progress_bar,
 )
@@ -34,6 +35,7 @@ def categories(
     target: TargetOption,
     prompts: Annotated[Path, typer.Option(help="Spec-Bench jsonl file: a category and turns in each line.")],
     dtype: DtypeOption = "bfloat16",
+    weights: WeightsOption = "dtype",
     category: Annotated[list[str] | None, typer.Option(help="To measure; repeatable. Default: all.")] = None,
     per_category: Annotated[int, typer.Option(min=1, help="Prompts of a category, or all where it has fewer.")] = 6,
     temperatures: TemperaturesOption = None,
@@ -55,7 +57,7 @@ def categories(
         for temperature in temperatures or (0.0, 1.0)
         for name in category or by_category
     }
-    with progress_bar() as progress, PairRun(bundle, target, dtype) as pair:
+    with progress_bar() as progress, PairRun(bundle, target, dtype, weights) as pair:
         counts: Row = {"per_category": per_category, "repeats": repeats, "max_new_tokens": max_new_tokens}
         described = {**pair.described(), "prompts_hash": prompts_hash(by_category), **counts}
         measured = CellFile(json_file, described)

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
+import torch
+
+from basestation.target.int8_linear import int8_obstacle
 from bench.grid.cells import Cell
 from bench.link.relay import relay_command
 from bench.pair.peer_process import PeerProcess, peer_process
@@ -22,6 +25,7 @@ from protocol.errors import LinkError
 from protocol.messages import Mode, Sampling
 
 OWN = "edgedraft, loopback"
+OWN_INT8 = "edgedraft int8, loopback"
 LINK = Cell(0.0, round_trip_ms=50.0, uplink_mbit=50.0)
 CONTEXT = 4096
 """Tokens for which llama.cpp keeps a KV cache."""
@@ -89,7 +93,8 @@ def peer_cases(files: PairFiles, stack: ExitStack) -> list[PeerCase]:
     autodraft = [
         PeerCase(f"autodraft-sd, {link}", "autodraft-sd", None, AUTODRAFT) for link in ("loopback", "50 ms link")
     ]
-    return [*_transformers_cases(files, stack), *_llama_cpp_cases(files, stack), *autodraft, *_own_cases(files, stack)]
+    own = [*_own_cases(files, stack), *_int8_cases(files, stack)]
+    return [*_transformers_cases(files, stack), *_llama_cpp_cases(files, stack), *autodraft, *own]
 
 
 def _transformers_cases(files: PairFiles, stack: ExitStack) -> list[PeerCase]:
@@ -170,6 +175,22 @@ def _own_cases(files: PairFiles, stack: ExitStack) -> list[PeerCase]:
         setup = stack.enter_context(connected(model, tokenizer, address, Planners(model.manifest.target_quality)))
         found.append(PeerCase(name, "edgedraft, target alone", _own_answer(setup, settings), None))
     return found
+
+
+def _int8_cases(files: PairFiles, stack: ExitStack) -> list[PeerCase]:
+    """This system with int8 weights of the target, whose answers are those of these weights alone."""
+    alone, drafting = DraftSettings(Mode.TARGET, Sampling(), 1, None), DraftSettings(Mode.IDS, Sampling(), 1, None)
+    chosen = {"edgedraft int8, target alone": alone, OWN_INT8: drafting}
+    if obstacle := int8_obstacle(torch.device("cpu")):
+        return [PeerCase(name, "edgedraft int8, target alone", None, obstacle) for name in chosen]
+    model = load_model(files.bundle, threads=files.threads)
+    tokenizer = Tokenizer(files.bundle, model.manifest)
+    station = stack.enter_context(running_station(files.target, files.dtype, "--weights", "int8"))
+    setup = stack.enter_context(connected(model, tokenizer, station, Planners(model.manifest.quality)))
+    return [
+        PeerCase(name, "edgedraft int8, target alone", _own_answer(setup, settings), None)
+        for name, settings in chosen.items()
+    ]
 
 
 def _own_answer(setup: BenchSetup, settings: DraftSettings) -> AnswerPrompt:

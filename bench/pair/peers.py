@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from bench.grid.ratio import Ratio
-from bench.pair.peer_cases import OWN, PairFiles, PeerAnswer, PeerCase, peer_cases
+from bench.pair.peer_cases import OWN, OWN_INT8, PairFiles, PeerAnswer, PeerCase, peer_cases
 from bench.setup.options import (
     BundleOption,
     CountOption,
@@ -119,7 +119,7 @@ def _ask(case: PeerCase, prompt: list[int], count: int, missing: dict[str, str |
 
 
 def _row(case: PeerCase, answers: Mapping[str, Sequence[TimedAnswer]], missing: str | None) -> Row:
-    found, alone, own = answers[case.name], answers.get(case.target_alone, ()), answers[OWN]
+    found, alone = answers[case.name], answers.get(case.target_alone, ())
     tokens = sum(len(one.answer.token_ids) for one in found)
     sent = [one.answer.link_bytes for one in found if one.answer.link_bytes is not None]
     same = [one.answer.token_ids == other.answer.token_ids for one, other in zip(found, alone, strict=False)]
@@ -127,7 +127,8 @@ def _row(case: PeerCase, answers: Mapping[str, Sequence[TimedAnswer]], missing: 
         "case": case.name,
         "tokens_per_second": median(one.tokens_per_second for one in found) if found else None,
         "over_its_target_alone": _ratio(found, alone),
-        "edgedraft_over_it": _ratio(own, found),
+        "edgedraft_over_it": _ratio(answers[OWN], found),
+        "edgedraft_int8_over_it": _ratio(answers.get(OWN_INT8, ()), found),
         "link_bytes_per_token": sum(sent) / tokens if sent else None,
         "same_answers": f"{sum(same)} of {len(same)}" if same else None,
         "missing": missing,

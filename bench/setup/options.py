@@ -17,6 +17,7 @@ MIN_MBIT = 1e-3
 BundleOption = Annotated[Path, typer.Option(help="Bundle of the draft model.")]
 TargetOption = Annotated[str, typer.Option(help="Target model: a folder, a hub name or a .gguf file.")]
 DtypeOption = Annotated[str, typer.Option(help="Data type of the target: auto, float32 or bfloat16.")]
+WeightsOption = Annotated[str, typer.Option(help="Weights of the target's linear layers: dtype, int8 or auto.")]
 TorchDeviceOption = Annotated[str, typer.Option(help="Torch device of the target: auto, cpu, cuda, …")]
 PromptsOption = Annotated[
     Path | None, typer.Option(help="Spec-Bench jsonl file with prompts. Default: the built-in prompts.")

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from bench.setup.server_process import serving
 
 
-def station_command(target: str, dtype: str) -> list[str]:
-    """Arguments of ``python -m`` that start a base station on a free port."""
-    return ["basestation", "serve", "--target", target, "--dtype", dtype, "--bind", "tcp://127.0.0.1:0"]
+def station_command(target: str, dtype: str, *options: str) -> list[str]:
+    """Arguments of ``python -m`` that start a base station on a free port, with further options."""
+    return ["basestation", "serve", "--target", target, "--dtype", dtype, "--bind", "tcp://127.0.0.1:0", *options]
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ def running_station(target: str, dtype: str, *options: str) -> Iterator[str]:
     Raises:
         LinkError: it exited before it served; the message holds its last line.
     """
-    with serving([*station_command(target, dtype), *options]) as served:
+    with serving(station_command(target, dtype, *options)) as served:
         yield served.address
 
 
@@ -41,7 +41,7 @@ def station_process(target: str, dtype: str, options: Sequence[str] = ()) -> Ite
         LinkError: it exited before it served; the message holds its last line.
     """
     metrics_bind = f"127.0.0.1:{_free_port()}"
-    with serving([*station_command(target, dtype), "--metrics-bind", metrics_bind, *options]) as served:
+    with serving(station_command(target, dtype, "--metrics-bind", metrics_bind, *options)) as served:
         yield StationProcess(served.address, f"http://{metrics_bind}", served.process.pid)
 
 

@@ -22,6 +22,7 @@ from bench.setup.options import (
     JsonOption,
     TargetOption,
     TorchDeviceOption,
+    WeightsOption,
     console,
     progress_bar,
 )
@@ -51,6 +52,7 @@ def capacity(
     bundle: BundleOption,
     target: TargetOption,
     dtype: DtypeOption = "bfloat16",
+    weights: WeightsOption = "dtype",
     torch_device: TorchDeviceOption = "auto",
     draft: Annotated[
         str | None,
@@ -79,7 +81,9 @@ def capacity(
     )
     with progress_bar() as progress:
         task = progress.add_task("measurements", total=None)
-        measurement = _Measurement(bundle, target, dtype, torch_device, draft, settings, lambda: progress.advance(task))
+        measurement = _Measurement(
+            bundle, target, dtype, weights, torch_device, draft, settings, lambda: progress.advance(task)
+        )
         rows, described = measurement.run(recording)
     compared = ratios(rows, sessions)
     Results(described, rows).show(console)
@@ -92,6 +96,7 @@ class _Measurement:
     bundle: Path
     target: str
     dtype: str
+    weights: str
     torch_device: str
     draft: str | None
     settings: CapacitySettings
@@ -102,7 +107,8 @@ class _Measurement:
         manifest, settings = Manifest.read(self.bundle), self.settings
         rows, recordings, target_name = self._run_models(recording, manifest)
         torch.cuda.empty_cache()
-        with station_process(self.target, self.dtype, ["--torch-device", self.torch_device]) as station:
+        options = ["--torch-device", self.torch_device, "--weights", self.weights]
+        with station_process(self.target, self.dtype, options) as station:
             rows += measure_replay(station, recordings, manifest, settings, self.advance)
             if self.draft is not None:
                 names = (self.draft, self.target)
@@ -113,6 +119,7 @@ class _Measurement:
         described: Row = {
             "target": target_name,
             "dtype": self.dtype,
+            "weights": self.weights,
             "draft_len": settings.draft_len,
             "contexts": "{} to {}".format(*settings.contexts),
             "token_milliseconds": 1e3 * token_seconds,
@@ -124,7 +131,8 @@ class _Measurement:
 
     def _run_models(self, path: Path | None, manifest: Manifest) -> tuple[list[Row], list[Recording], str]:
         """The rows of forward passes, the recordings and the target's name; frees the models afterwards."""
-        model, target = load_model(self.bundle), TargetModel.load(self.target, self.dtype, self.torch_device)
+        model = load_model(self.bundle)
+        target = TargetModel.load(self.target, self.dtype, self.torch_device, weights=self.weights)
         dense = load_dense(self.target, self.dtype, target.torch_device)
         rows = measure_pass_rows(target, dense, self.settings, self.advance)
         tokenizer = Tokenizer(self.bundle, manifest)

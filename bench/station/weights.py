@@ -1,0 +1,107 @@
+"""Int8 weights of a target, by which rows are rotated: the time of passes, and the agreement with the original."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+import torch
+import typer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from basestation.target.agreement import answer_prompts, measure_agreement, prompt_ids
+from basestation.target.attention import ATTENTION_NAME
+from basestation.target.int8_conversion import convert
+from basestation.target.int8_linear import int8_obstacle
+from basestation.target.target_model import TargetModel
+from bench.grid.ratio import Ratio
+from bench.setup.options import JsonOption, TargetOption, console, progress_bar
+from bench.setup.prompts import prompts_by_category
+from bench.setup.results import Results, Row
+from bench.station.passes import PackedPassRunner, seconds_of
+from protocol.errors import SettingsError
+
+MIXTURES: Mapping[str, Callable[[str], bool]] = {
+    "int8": lambda _: False,
+    "int8, down_proj rotated": lambda name: name.endswith("down_proj"),
+    "int8, down_proj and lm_head rotated": lambda name: name.endswith(("down_proj", "lm_head")),
+    "int8, all rotated": lambda _: True,
+}
+"""Whether the rows of a linear layer are rotated, by its name."""
+_PASSES = ((1, 1), (1, 9), (16, 5))
+"""Sequences, and tokens of each."""
+_CONTEXT = 256
+_KV_MEMORY = "512MiB"
+_REPEATS = 15
+_WARM_UP = 2
+
+
+def weights(
+    target: TargetOption,
+    prompts: Annotated[Path, typer.Option(help="Spec-Bench jsonl file: a category and turns in each line.")],
+    per_category: Annotated[int, typer.Option(min=1, help="Prompts of a category, or all where it has fewer.")] = 1,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the original's answers.")] = 20,
+    json_file: JsonOption = None,
+) -> None:
+    """Compare int8 weights with the packed bfloat16 ones they replace: passes of 1, 9 and 80 rows, and agreement.
+
+    A pass with int8 weights and one without take turns. Ratios are medians with a bootstrap 95 % interval. Agreement is
+    with the original's answers at temperature 0, teacher-forced: the share of the same most likely tokens, and
+    Σ min(p, q) at temperature 1.
+    """
+    if obstacle := int8_obstacle(torch.device("cpu")):
+        raise SettingsError("target", target, f"a machine with int8 weights: {obstacle}")
+    with progress_bar() as progress:
+        task = progress.add_task("int8 weights", total=len(MIXTURES))
+        measurement = _Measurement(target, prompts_by_category(prompts, per_category), max_new_tokens)
+        rows = []
+        for name, rotate in MIXTURES.items():
+            rows.append(measurement.row(name, rotate))
+            progress.advance(task)
+    tokens = measurement.texts.answers.numel()
+    results = Results({"target": Path(target).name, "context": _CONTEXT, "teacher_forced_tokens": tokens}, rows)
+    results.show(console)
+    results.write(json_file)
+
+
+class _Measurement:
+    """The original and its answers."""
+
+    def __init__(self, target: str, by_category: Mapping[str, Sequence[str]], max_new_tokens: int) -> None:
+        self._source = target
+        self._original = TargetModel.load(target, "bfloat16", "cpu", _KV_MEMORY)
+        tokenizer = AutoTokenizer.from_pretrained(target)
+        prompts = [prompt for of_category in by_category.values() for prompt in of_category]
+        self.texts = answer_prompts(self._original, prompt_ids(tokenizer, prompts), max_new_tokens)
+
+    def row(self, name: str, rotate: Callable[[str], bool]) -> Row:
+        """The row of one mixture."""
+        model = self._loaded()
+        convert(model, rotate)
+        changed = self._runner(model)
+        agreement = measure_agreement(changed, self.texts)
+        row: Row = {"case": name, "argmax": agreement.argmax, "overlap": agreement.overlap}
+        for sequences, new in _PASSES:
+            milliseconds, ratio = self._speeds(changed, sequences, new)
+            row |= {f"milliseconds_{sequences * new}_rows": milliseconds, f"over_packed_{sequences * new}_rows": ratio}
+        return row
+
+    def _speeds(self, changed: TargetModel, sequences: int, new: int) -> tuple[float, str]:
+        """The time of a pass, and how many times that it takes without int8 weights."""
+        generator = torch.Generator().manual_seed(0)
+        size = changed.vocabulary.size
+        tokens = [torch.randint(size, (_CONTEXT + new,), generator=generator).tolist() for _ in range(sequences)]
+        runners = [PackedPassRunner(one, tokens, new) for one in (self._original, changed)]
+        pairs = [[seconds_of(runner.run, changed.torch_device) for runner in runners] for _ in range(_REPEATS)]
+        original, int8 = zip(*pairs[_WARM_UP:], strict=True)
+        for runner in runners:
+            runner.release()
+        return 1e3 * median(int8), str(Ratio.of(original, int8))
+
+    def _loaded(self) -> Any:
+        options: dict[str, Any] = {"dtype": torch.bfloat16, "attn_implementation": ATTENTION_NAME}
+        return AutoModelForCausalLM.from_pretrained(self._source, **options).eval()
+
+    def _runner(self, model: Any) -> TargetModel:
+        vocabulary = self._original.vocabulary
+        return TargetModel(model, vocabulary, "int8", self._original.kv_bytes, independent_rows=True)
