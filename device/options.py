@@ -21,6 +21,7 @@ COMMON, SAMPLING, DRAFTING, LINK, OUTPUT = "Common", "Sampling", "Drafting", "Li
 """The panels of the help."""
 DRAFTS = ("model", "none")
 """What may draft besides prompt lookup."""
+VERIFICATIONS = ("token", "block")
 _SYSTEM_BUNDLE = Path("/var/lib/edgedraft/bundle")
 
 
@@ -106,6 +107,14 @@ class AnswerOptions:
             rich_help_panel=DRAFTING,
         ),
     ] = True
+    verification: Annotated[
+        str,
+        typer.Option(
+            help="In modes topk, topp and full: token accepts drafted tokens one by one, block by their joint "
+            "probability.",
+            rich_help_panel=DRAFTING,
+        ),
+    ] = "token"
     drafts_ahead: Annotated[
         str,
         typer.Option(
@@ -171,8 +180,9 @@ class AnswerOptions:
             KeyFileError: a key file cannot be used.
             BundleError: the bundle's manifest cannot be read.
         """
-        if self.draft not in DRAFTS:
-            raise SettingsError("draft", self.draft, " or ".join(DRAFTS))
+        for name, allowed in (("draft", DRAFTS), ("verification", VERIFICATIONS)):
+            if getattr(self, name) not in allowed:
+                raise SettingsError(name, getattr(self, name), " or ".join(allowed))
         self.draft_settings(self.sampling)
         self.curve_keys()
         endpoint(self.server)
@@ -198,6 +208,7 @@ class AnswerOptions:
             uplink_steps=self.uplink_steps,
             drafts_ahead=self._drafts_ahead,
             lookup=self.lookup,
+            block_verification=self.verification == "block",
         )
 
     @property
