@@ -19,6 +19,7 @@ MODULES = {
     "fresh": "bench.grid.fresh",
     "categories": "bench.pair.categories",
     "lookup": "bench.pair.lookup",
+    "verification": "bench.pair.verification",
     "agreement": "bench.pair.agreement",
     "peers": "bench.pair.peers",
     "exact": "bench.exact",

@@ -21,6 +21,7 @@ COMMON, SAMPLING, DRAFTING, LINK, OUTPUT = "Common", "Sampling", "Drafting", "Li
 """The panels of the help."""
 DRAFTS = ("model", "none")
 """What may draft besides prompt lookup."""
+VERIFICATIONS = ("token", "block")
 _SYSTEM_BUNDLE = Path("/var/lib/edgedraft/bundle")
 
 
@@ -106,6 +107,14 @@ class AnswerOptions:
             rich_help_panel=DRAFTING,
         ),
     ] = True
+    verification: Annotated[
+        str,
+        typer.Option(
+            help="In modes topk, topp and full: token accepts drafted tokens one by one, block by their joint "
+            "probability.",
+            rich_help_panel=DRAFTING,
+        ),
+    ] = "token"
     drafts_ahead: Annotated[
         str,
         typer.Option(
@@ -183,6 +192,8 @@ class AnswerOptions:
             BundleError: the bundle's manifest cannot be read.
         """
         _ = self.has_draft_model
+        if self.verification not in VERIFICATIONS:
+            raise SettingsError("verification", self.verification, " or ".join(VERIFICATIONS))
         self.draft_settings(self.sampling)
         self.curve_keys()
         endpoint(self.server)
@@ -208,6 +219,7 @@ class AnswerOptions:
             uplink_steps=self.uplink_steps,
             drafts_ahead=self._drafts_ahead,
             lookup=self.lookup,
+            block_verification=self.verification == "block",
         )
 
     @property

@@ -63,6 +63,7 @@ class DraftSettings:
             planner and the base station's window allow.
         lookup: also draft by prompt lookup, where the planner expects more of it; with a fixed ``draft_len`` only where
             the draft model cannot draft.
+        block_verification: ask for it, in modes that send distributions.
     """
 
     mode: Mode
@@ -74,6 +75,7 @@ class DraftSettings:
     cache_last_token: bool = True
     drafts_ahead: int | None = 0
     lookup: bool = False
+    block_verification: bool = False
 
     def __post_init__(self) -> None:
         _ = self.uplink  # raises if a value is not allowed

@@ -180,8 +180,8 @@ class FrameCodec:
         sampling, welcome = self._sampling(), (counter, _text(200), counter, counter, _array_of(_MODE))
         return [
             _Layout(Hello, 0, (counter, counter, _binary(32), _array_of(counter))),
-            _Layout(Welcome, 1, (*welcome, *limits, *vocabulary, *pace, counter)),
-            _Layout(Open, 2, (counter, counter, _MODE, sampling, prompt, counter)),
+            _Layout(Welcome, 1, (*welcome, *limits, *vocabulary, *pace, counter, _FLAG)),
+            _Layout(Open, 2, (counter, counter, _MODE, sampling, prompt, counter, _FLAG)),
             _Layout(Opened, 3, (counter, counter)),
             _Layout(Extend, 4, (counter, counter, counter, prompt, _optional(sampling))),
             _Layout(Decode, 6, (counter, counter, counter)),

@@ -33,13 +33,15 @@ from protocol.limits import Limits
 from protocol.logprobs import MAX_TOP_LOGPROBS, TokenLogprobs
 from protocol.sparse import SparseDistribution
 
-PROTOCOL_VERSION = 5
+PROTOCOL_VERSION = 6
 VOCABULARY_VERSION = 3
 """The first version with the vocabulary size and the stop ids in Welcome, and sampling settings in Extend."""
 PACE_VERSION = 4
 """The first version with the target's pace in Welcome."""
 SAMPLING_VERSION = 5
 """The first version with sampling settings beyond temperature, top-k, top-p and seed."""
+BLOCK_VERSION = 6
+"""The first version with block verification."""
 OLDEST_VERSION = 1
 """It has no Resume, window or encodings."""
 DraftDistribution: TypeAlias = SparseDistribution | FullDistribution
@@ -221,6 +223,7 @@ class Welcome:
     ``pass_seconds`` is the time of a forward pass that runs one token of another session
     now, and ``row_seconds`` what each further token adds; 0 where it is not measured, and
     from a base station of version 3 or older. ``max_grammar_len`` is 0 where the base station has no grammars.
+    ``block_verification`` is whether a session may ask for it.
     """
 
     version: int
@@ -239,6 +242,7 @@ class Welcome:
     pass_seconds: float = 0.0
     row_seconds: float = 0.0
     max_grammar_len: int = 0
+    block_verification: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,7 +250,8 @@ class Open:
     """Open a session with a prompt, a mode and sampling settings.
 
     The last ``answer_len`` tokens of the prompt belong to the answer: those committed before the session was
-    opened again. It is 0 where the sampling settings do not depend on it.
+    opened again. It is 0 where the sampling settings do not depend on it. With ``block_verification`` Drafts that
+    carry distributions are accepted by the joint probability of their tokens.
     """
 
     session_id: int
@@ -255,6 +260,7 @@ class Open:
     sampling: Sampling
     prompt_ids: tuple[int, ...]
     answer_len: int = 0
+    block_verification: bool = False
 
 
 @dataclass(frozen=True, slots=True)

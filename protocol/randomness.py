@@ -4,6 +4,10 @@ There is no generator state, so a resent round, a resumed session or another bat
 gets the same numbers. ``position`` counts the tokens of the sequence, the prompt
 included. No position is verified twice with different numbers, and the numbers of
 positions after a rejected token were not used.
+
+In block verification they were: there the numbers of the streams ``DRAFT`` and ``ACCEPT``
+depend on the position of the first token of the Draft too (``first_drafted``), so that a
+position that is drafted again gets numbers that are independent of the rejection.
 """
 
 from enum import IntEnum
@@ -31,39 +35,43 @@ class Stream(IntEnum):
     """Both ends generate the shared noise of mode ``coupled``."""
 
 
-def random_bits(seed: int, position: int, stream: Stream) -> int:
+def random_bits(seed: int, position: int, stream: Stream, first_drafted: int | None = None) -> int:
     """53 uniform random bits, as an integer in [0, 2⁵³)."""
-    return random_word(seed, position, stream) >> (WORD_BITS - UNIFORM_BITS)
+    return random_word(seed, position, stream, first_drafted) >> (WORD_BITS - UNIFORM_BITS)
 
 
-def random_word(seed: int, position: int, stream: Stream) -> int:
+def random_word(seed: int, position: int, stream: Stream, first_drafted: int | None = None) -> int:
     """64 uniform random bits, as an integer in [0, 2⁶⁴).
 
     SplitMix64's output function (Steele, Lea, Flood 2014), chained over the
-    three words, so that every bit of each reaches every bit of the result.
+    words, so that every bit of each reaches every bit of the result.
     """
     word = 0
-    for part in (seed, position, stream):
+    for part in (seed, position, stream) if first_drafted is None else (seed, position, stream, first_drafted):
         word = _mix((word ^ (part & _WORD)) + _GOLDEN & _WORD)
     return word
 
 
-def uniform(seed: int, position: int, stream: Stream) -> float:
+def uniform(seed: int, position: int, stream: Stream, first_drafted: int | None = None) -> float:
     """A uniform random number in [0, 1), a multiple of 2⁻⁵³."""
-    return random_bits(seed, position, stream) * 2.0**-UNIFORM_BITS
+    return random_bits(seed, position, stream, first_drafted) * 2.0**-UNIFORM_BITS
 
 
-def random_words(seeds: npt.ArrayLike, positions: npt.ArrayLike, stream: Stream) -> npt.NDArray[np.uint64]:
+def random_words(
+    seeds: npt.ArrayLike, positions: npt.ArrayLike, stream: Stream, first_drafted: npt.ArrayLike | None = None
+) -> npt.NDArray[np.uint64]:
     """``random_word`` of many seeds and positions, one stream: uint64 [n]."""
     words = np.zeros(np.shape(seeds), np.uint64)
-    for part in (seeds, positions, stream):
+    for part in (seeds, positions, stream) if first_drafted is None else (seeds, positions, stream, first_drafted):
         words = _mix((words ^ np.asarray(part, np.uint64)) + np.uint64(_GOLDEN))
     return words
 
 
-def uniforms(seeds: npt.ArrayLike, positions: npt.ArrayLike, stream: Stream) -> npt.NDArray[np.float64]:
+def uniforms(
+    seeds: npt.ArrayLike, positions: npt.ArrayLike, stream: Stream, first_drafted: npt.ArrayLike | None = None
+) -> npt.NDArray[np.float64]:
     """``uniform`` of many seeds and positions, one stream: float64 [n]."""
-    bits = random_words(seeds, positions, stream) >> np.uint64(WORD_BITS - UNIFORM_BITS)
+    bits = random_words(seeds, positions, stream, first_drafted) >> np.uint64(WORD_BITS - UNIFORM_BITS)
     return bits.astype(np.float64) * 2.0**-UNIFORM_BITS
 
 

@@ -29,14 +29,16 @@ SETTINGS = [
     *(DraftSettings(mode, GREEDY, 4, 4) for mode in (Mode.IDS, Mode.TOPK, Mode.TOPP, Mode.FULL, Mode.TARGET)),
     DraftSettings(Mode.TOPK, SAMPLED, 4, 4, uplink_steps=5),
     DraftSettings(Mode.TOPP, SAMPLED, VOCAB_SIZE, 4, uplink_p=0.8),
+    DraftSettings(Mode.TOPK, SAMPLED, 4, 4, block_verification=True),
     *(DraftSettings(mode, SAMPLED, 4, 4) for mode in (Mode.TOPK, Mode.FULL, Mode.TARGET)),
 ]
-SAMPLED_SETTINGS = SETTINGS[-5:-1]
+SAMPLED_SETTINGS = SETTINGS[-6:-1]
 
 
 def settings_name(settings: DraftSettings) -> str:
     coarse = "-coarse" if settings.uplink_steps else ""
-    return f"{settings.mode}-{'greedy' if settings.sampling.greedy else 'sampled'}{coarse}"
+    block = "-block" if settings.block_verification else ""
+    return f"{settings.mode}-{'greedy' if settings.sampling.greedy else 'sampled'}{coarse}{block}"
 
 
 every_setting = pytest.mark.parametrize("settings", SETTINGS, ids=settings_name)

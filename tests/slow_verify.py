@@ -54,6 +54,8 @@ def verify_one(
     """One round, token by token, in the paper's order; logits [draft_len + 1, V]."""
     if not drafted_round.rejection_sampling:
         return _verify_by_match(logits, drafted_round)
+    if drafted_round.block_verification:
+        return verify_block(logits, drafted_round)
     seed = drafted_round.sampling.seed
     for index, (token_id, sent) in enumerate(zip(drafted_round.drafted, drafted_round.distributions, strict=True)):
         target, draft = target_probs(logits[index], drafted_round.sampling), dense(sent)
@@ -65,6 +67,39 @@ def verify_one(
     end = len(drafted_round.drafted)
     bonus = target_probs(logits[end], drafted_round.sampling)
     return VerificationResult(end, sample_one(bonus, uniform(seed, drafted_round.position + end, Stream.RESULT)))
+
+
+def acceptance_thresholds(
+    targets: Sequence[Probs], drafts: Sequence[Probs], drafted: Sequence[int]
+) -> tuple[list[float], list[float]]:
+    """p_i and h_i for 0 ≤ i ≤ γ, as in algorithm 2 of arXiv:2403.10444; h_0 is 1, as no fewer can be accepted.
+
+    ``targets`` are γ + 1 distributions, ``drafts`` γ.
+    """
+    joint, thresholds = [1.0], [1.0]
+    for index, token_id in enumerate(drafted):
+        joint.append(min(1.0, joint[-1] * targets[index][token_id] / drafts[index][token_id]))
+        threshold = joint[-1]
+        if index + 1 < len(drafted):
+            mass = float(np.maximum(0, joint[-1] * targets[index + 1] - drafts[index + 1]).sum())
+            threshold = mass / (mass + 1 - joint[-1]) if mass else 0.0
+        thresholds.append(threshold)
+    return joint, thresholds
+
+
+def verify_block(logits: npt.NDArray[np.float32], drafted_round: RoundToVerify) -> VerificationResult:
+    """One round by the joint probability of its tokens, in the order of algorithm 2 of arXiv:2403.10444."""
+    one, seed = drafted_round, drafted_round.sampling.seed
+    targets, drafts = [target_probs(row, one.sampling) for row in logits], [*map(dense, one.distributions)]
+    joint, thresholds = acceptance_thresholds(targets, drafts, one.drafted)
+    accepted = 0
+    for index in range(1, len(thresholds)):
+        if uniform(seed, one.position + index - 1, Stream.ACCEPT, one.position) < thresholds[index]:
+            accepted = index
+    weights = targets[accepted]
+    if accepted < len(one.drafted):
+        weights = np.maximum(0, joint[accepted] * weights - drafts[accepted])
+    return VerificationResult(accepted, sample_one(weights, uniform(seed, one.position + accepted, Stream.RESULT)))
 
 
 def _verify_by_match(logits: npt.NDArray[np.float32], drafted_round: RoundToVerify) -> VerificationResult:

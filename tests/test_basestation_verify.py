@@ -6,7 +6,7 @@ the test can fail, and ``verify_one`` is the slow and obvious twin.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import product
 
@@ -16,6 +16,7 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
+from basestation.verification import verify
 from basestation.verification.verify import (
     RoundToVerify,
     SamplingRow,
@@ -29,10 +30,10 @@ from device.drafting.sampling import full_distribution, sparse_distribution
 from device.settings import UplinkSettings
 from protocol.frames import FrameCodec
 from protocol.messages import Draft, DraftDistribution, Sampling
-from protocol.randomness import UNIFORM_BITS, WORD_BITS, Stream, random_words, uniform
+from protocol.randomness import UNIFORM_BITS, WORD_BITS, Stream, random_words, uniform, uniforms
 from protocol.sparse import MAX_STEPS, SparseDistribution
 from tests.fakes import blend, random_table
-from tests.slow_verify import sample_one, target_probs, verify_one
+from tests.slow_verify import acceptance_thresholds, dense, sample_one, target_probs, verify_one
 
 VOCAB = 6
 SAMPLES = 200_000
@@ -61,6 +62,7 @@ class Case:
     draft_len: int = 2
     steps: int = MAX_STEPS
     uplink_p: float = 1.0
+    block_verification: bool = False
 
     @property
     def sampling(self) -> Sampling:
@@ -79,6 +81,14 @@ CASES = [
     Case(VOCAB, steps=2),
     Case(VOCAB, uplink_p=0.7, steps=40),
     Case(4, 0.6, top_p=0.9, uplink_p=0.95, steps=5),
+]
+BLOCK = Case(VOCAB, draft_len=3, block_verification=True)
+CASES += [
+    BLOCK,
+    replace(BLOCK, temperature=0.6, uplink_k=1),
+    replace(BLOCK, temperature=1.3, top_p=0.8),
+    replace(BLOCK, steps=0),
+    replace(BLOCK, uplink_k=4, steps=8),
 ]
 
 
@@ -114,7 +124,7 @@ class Sampler:
         """Draft and verify after the first ``length`` tokens; returns the tokens and their new lengths."""
         draft_len = self.case.draft_len
         for position in range(length, length + draft_len):
-            tokens[:, 1 + position] = self.sample(tokens[:, position - 1 : position + 1], seeds, position)
+            tokens[:, 1 + position] = self.sample(tokens[:, position - 1 : position + 1], seeds, position, length)
         states = np.stack([tokens[:, length + index - 1 : length + index + 1] for index in range(draft_len + 1)], 1)
         logits = TARGET[states[..., 0], states[..., 1]].reshape(-1, VOCAB)
         sent = np.empty((VOCAB, VOCAB), object)
@@ -123,7 +133,14 @@ class Sampler:
         distributions = sent[states[:, :-1, 0], states[:, :-1, 1]]
         drafted = tokens[:, 1 + length : 1 + length + draft_len]
         rounds = [
-            RoundToVerify(Sampling(self.case.temperature, top_p=self.case.top_p, seed=seed), length, ids, row, True)
+            RoundToVerify(
+                Sampling(self.case.temperature, top_p=self.case.top_p, seed=seed),
+                length,
+                ids,
+                row,
+                rejection_sampling=True,
+                block_verification=self.case.block_verification,
+            )
             for seed, ids, row in zip(seeds.tolist(), drafted.tolist(), distributions.tolist(), strict=True)
         ]
         results = self.verify(logits, rounds)
@@ -131,15 +148,21 @@ class Sampler:
         tokens[np.arange(len(tokens)), 1 + length + accepted] = [one.token_id for one in results]
         return tokens, length + accepted + 1
 
-    def sample(self, states: Ids, seeds: Ids, position: int) -> Ids:
+    def sample(self, states: Ids, seeds: Ids, position: int, first: int) -> Ids:
         """``SparseDistribution.sample`` for many seeds."""
-        bits = random_words(seeds, np.full(len(seeds), position), Stream.DRAFT) >> np.uint64(WORD_BITS - UNIFORM_BITS)
+        positions = np.full(len(seeds), position)
+        words = random_words(seeds, positions, Stream.DRAFT, self.first_drafted(first))
+        bits = words >> np.uint64(WORD_BITS - UNIFORM_BITS)
         sampled = np.empty(len(seeds), np.int64)
         for state in np.unique(states, axis=0):
             rows = (states == state).all(axis=1)
             ids, starts = thresholds_of(self.sampling_distribution((int(state[0]), int(state[1]))))
             sampled[rows] = ids[starts.searchsorted(bits[rows].astype(np.int64), side="right") - 1]
         return sampled
+
+    def first_drafted(self, position: int) -> int | None:
+        """What the numbers of drafted tokens depend on besides seed and position."""
+        return position if self.case.block_verification else None
 
     def p_value(self, samples: int) -> float:
         """Of a chi-squared test on ``samples`` sequences; rare ones are pooled into one cell."""
@@ -203,7 +226,8 @@ def thresholds_of(distribution: DraftDistribution) -> tuple[Ids, Ids]:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_sampled_answers_are_distributed_as_the_targets_own(case: Case) -> None:
-    assert Sampler(case).p_value(SAMPLES) > FALSE_ALARM
+    samples = SAMPLES // 4 if case.block_verification else SAMPLES
+    assert Sampler(case).p_value(samples) > FALSE_ALARM
 
 
 class TruncatesAfterSampling(Sampler):
@@ -242,9 +266,44 @@ class AcceptsByInverse(Sampler):
         return [inverse(part, one) for part, one in zip(parts, rounds, strict=True)]
 
 
+class NumbersByPosition(Sampler):
+    """In block verification, drafts and accepts with numbers of (seed, position) alone."""
+
+    def first_drafted(self, position: int) -> None:
+        return None
+
+    def verify(self, logits: Logits, rounds: Sequence[RoundToVerify]) -> list[VerificationResult]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(verify, "uniforms", lambda seeds, positions, stream, _: uniforms(seeds, positions, stream))
+            return super().verify(logits, rounds)
+
+
+class RecoversWrongly(Sampler):
+    """Samples the recovered token from the residual of the other kind of verification."""
+
+    def verify(self, logits: Logits, rounds: Sequence[RoundToVerify]) -> list[VerificationResult]:
+        results, start = [], 0
+        for result, one in zip(super().verify(logits, rounds), rounds, strict=True):
+            accepted = result.accepted
+            if accepted < len(one.drafted):
+                targets = [target_probs(row, one.sampling) for row in logits[start : start + one.num_logits]]
+                drafts = [*map(dense, one.distributions)]
+                joint = (
+                    1.0 if one.block_verification else acceptance_thresholds(targets, drafts, one.drafted)[0][accepted]
+                )
+                weights = np.maximum(0, joint * targets[accepted] - drafts[accepted])
+                number = uniform(one.sampling.seed, one.position + accepted, Stream.RESULT)
+                result = VerificationResult(accepted, sample_one(weights, number)) if weights.any() else result
+            results.append(result)
+            start += one.num_logits
+        return results
+
+
 @pytest.mark.parametrize(
     ("defect", "case"),
     [
+        (NumbersByPosition, BLOCK),
+        (RecoversWrongly, replace(BLOCK, block_verification=False)),
         (TruncatesAfterSampling, Case(4)),
         (RecoversFromTarget, Case(4)),
         (AcceptsByInverse, Case(4)),
@@ -278,7 +337,10 @@ def random_round(rng: np.random.Generator, logits: Logits) -> RoundToVerify:
     distributions = [distribution_of(one) for one in draft_logits]
     drafted = [one.sample(int(rng.integers(2**UNIFORM_BITS))) for one in distributions]
     assert len(drafted) == draft_len
-    return RoundToVerify(sampling, position, drafted, distributions, rejection_sampling=True)
+    block_verification = bool(rng.integers(2))
+    return RoundToVerify(
+        sampling, position, drafted, distributions, rejection_sampling=True, block_verification=block_verification
+    )
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -289,6 +351,72 @@ def test_a_batch_is_verified_as_each_round_alone_and_as_the_slow_twin_does(seed:
     results = verify_rounds(torch.tensor(np.concatenate(parts)), rounds)
     alone = [verify_rounds(torch.tensor(part), [one])[0] for part, one in zip(parts, rounds, strict=True)]
     assert results == alone == [verify_one(part, one) for part, one in zip(parts, rounds, strict=True)]
+
+
+def test_block_verification_accepts_more_tokens() -> None:
+    """At least as many by the theorem of arXiv:2403.10444, clearly more here."""
+    accepted = []
+    for block_verification in (False, True):
+        counter = AcceptedCounter(replace(BLOCK, draft_len=6, block_verification=block_verification))
+        counter.sequences(np.arange(4000))
+        accepted.append(counter.accepted / counter.rounds)
+    assert accepted[1] > 1.02 * accepted[0]
+
+
+class AcceptedCounter(Sampler):
+    """Counts rounds and accepted tokens."""
+
+    rounds = accepted = 0
+
+    def verify(self, logits: Logits, rounds: Sequence[RoundToVerify]) -> list[VerificationResult]:
+        results = super().verify(logits, rounds)
+        self.rounds += len(results)
+        self.accepted += sum(one.accepted for one in results)
+        return results
+
+
+def test_the_exact_distribution_after_block_verification_is_the_targets_own() -> None:
+    """All drafts and acceptance decisions of the slow twin are enumerated, weighted by their probabilities."""
+    draft_len, sampling = 3, Sampling(0.9)
+    output = np.zeros((VOCAB,) * (draft_len + 1))
+    for drafted in product(range(VOCAB), repeat=draft_len):
+        tokens = (0, 1, *drafted)
+        states = [tokens[index : index + 2] for index in range(draft_len + 1)]
+        targets = [target_probs(TARGET[state], sampling) for state in states]
+        drafts = [target_probs(DRAFT[state], sampling) for state in states[:-1]]
+        joint, thresholds = acceptance_thresholds(targets, drafts, drafted)
+        probability = np.prod([one[token_id] for one, token_id in zip(drafts, drafted, strict=True)])
+        for accepted in range(draft_len, -1, -1):
+            weights = joint[accepted] * targets[accepted] - (drafts[accepted] if accepted < draft_len else 0)
+            residual = np.maximum(0, weights)
+            recovered = residual / (residual.sum() or 1.0)
+            for token_id in np.flatnonzero(recovered):
+                committed = (*drafted[:accepted], int(token_id))
+                output[committed] += (
+                    probability * thresholds[accepted] * recovered[token_id] * after(committed, draft_len + 1, sampling)
+                )
+            probability *= 1 - thresholds[accepted]
+    np.testing.assert_allclose(output, after((), draft_len + 1, sampling), rtol=1e-9)
+
+
+def after(tokens: tuple[int, ...], length: int, sampling: Sampling) -> npt.NDArray[np.float64]:
+    """The target's distribution of the tokens from ``tokens`` up to ``length``: [VOCAB] for each."""
+    if len(tokens) == length:
+        return np.ones(())
+    probs = target_probs(TARGET[(0, 1, *tokens)[-2:]], sampling)
+    return np.stack([probs[token_id] * after((*tokens, token_id), length, sampling) for token_id in range(VOCAB)])
+
+
+def test_rows_after_an_impossible_token_do_not_count_in_block_verification() -> None:
+    sent = SparseDistribution(3, np.array([0, 1]), np.array([2, 2]), 4)
+    possible, excluded = [0.0, 1.0, 2.0], [-torch.inf, 0.0, 0.0]
+    one = RoundToVerify(Sampling(1.0, seed=3), 5, [1, 0, 1], [sent] * 3, True, block_verification=True)
+    expected = verify_rounds(torch.tensor([possible, excluded, possible, possible]), [one])
+    assert expected[0].finite
+    assert expected[0].accepted <= 1
+    for bad in (-torch.inf, torch.nan, torch.inf):
+        assert verify_rounds(torch.tensor([possible, excluded, [bad] * 3, possible]), [one]) == expected
+        assert not verify_rounds(torch.tensor([possible, [bad] * 3, possible, possible]), [one])[0].finite
 
 
 def test_no_rounds_give_no_results() -> None:

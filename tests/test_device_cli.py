@@ -124,6 +124,13 @@ def test_lookup_is_on_unless_it_is_turned_off(bundle: Path) -> None:
         assert settings_of("device", "--bundle", str(bundle), *flags)["lookup"]["value"] is expected
 
 
+def test_drafts_are_verified_token_by_token_unless_block_verification_is_asked_for(bundle: Path) -> None:
+    for verification, expected in (("token", False), ("block", True)):
+        options = AnswerOptions(bundle, NOBODY, verification=verification)
+        assert options.draft_settings(options.sampling).block_verification is expected
+    assert AnswerOptions(bundle, NOBODY).verification == "token"
+
+
 def test_an_answer_needs_no_flag_that_the_file_or_the_environment_has(
     bundle: Path, station: str, tmp_path: Path
 ) -> None:
@@ -306,6 +313,7 @@ def test_threads_0_uses_the_cores_that_the_process_may_run_on(cores: int, bundle
         ("draft_len", "9" * 5000),
         ("mode", "\udcff"),
         ("draft", "all"),
+        ("verification", "all"),
     ],
 )
 def test_a_number_that_is_not_allowed_is_refused_by_name(name: str, value: object, bundle: Path) -> None:

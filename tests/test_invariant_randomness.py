@@ -41,7 +41,7 @@ def test_an_answer_does_not_depend_on_other_sessions(settings: DraftSettings) ->
     assert answers[2] == answer(others[1], prompt=[2, 2])
 
 
-@pytest.mark.parametrize("settings", SETTINGS[-5:], ids=settings_name)
+@pytest.mark.parametrize("settings", SETTINGS[-6:], ids=settings_name)
 def test_a_sampled_answer_is_a_function_of_its_seed(settings: DraftSettings) -> None:
     other = replace(settings, sampling=replace(SAMPLED, seed=8))
     assert answer(settings) == answer(settings)

@@ -127,6 +127,7 @@ def field_strategies(vocab_size: int) -> dict[str, st.SearchStrategy[Any]]:
         "distributions": st.just(()),
         "accepted": st.integers(0, 64),
         "given": st.just(False),
+        "block_verification": st.booleans(),
         "logprobs": st.lists(token_logprobs(vocab_size), max_size=65).map(tuple),
         "token_id": st.integers(0, vocab_size - 1),
         "code": st.text(printable, max_size=40),
@@ -588,6 +589,21 @@ def test_the_pace_follows_the_fields_of_a_welcome_that_an_older_device_knows() -
     for wrong in (-1e-9, float("nan"), float("inf"), 4294967296.0):
         refused(frame_of(*values[:14], wrong), "a time is .*; allowed: 0 to 4294967295 seconds")
     refused(frame_of(*values[:14], 1), "of type int; allowed: float")
+
+
+@pytest.mark.parametrize(
+    "older",
+    [
+        Welcome(5, "table", 4096, 64, (Mode.TOPK,), vocab_size=300, max_grammar_len=9),
+        Open(1, 0, Mode.TOPK, SAMPLING, (1, 2), 1),
+    ],
+)
+def test_block_verification_follows_the_fields_that_an_older_peer_knows(older: Welcome | Open) -> None:
+    newer = replace(older, block_verification=True)
+    values = msgpack.unpackb(CODEC.encode(newer))
+    assert values == [*msgpack.unpackb(CODEC.encode(older)), True]
+    assert CODEC.decode(frame_of(*values)) == newer
+    refused(frame_of(*values[:-1], 1), "of type int; allowed: bool")
 
 
 def test_rounds_take_few_bytes_at_the_socket() -> None:

@@ -42,6 +42,17 @@ def test_vectorized_numbers_equal_scalar_ones(stream: Stream) -> None:
     assert uniforms(seeds, positions, stream).tolist() == [uniform(*pair, stream) for pair in pairs]
 
 
+@pytest.mark.parametrize("stream", [Stream.DRAFT, Stream.ACCEPT])
+def test_numbers_of_block_verification_depend_on_the_first_drafted_position_too(stream: Stream) -> None:
+    asked = [(seed, position, first) for seed in (0, 1) for position in range(20) for first in range(position + 1)]
+    found = [random_word(seed, position, stream, first) for seed, position, first in asked]
+    assert len({*found, *(random_word(seed, position, stream) for seed, position, _ in asked)}) == len(found) + 40
+    seeds, positions, first_positions = (list(values) for values in zip(*asked, strict=True))
+    assert random_words(seeds, positions, stream, first_positions).tolist() == found
+    firsts = [uniform(7, 50_000, stream, first) for first in range(50_000)]
+    assert kstest(firsts, "uniform").pvalue > FALSE_ALARM
+
+
 def test_invariant_2_a_number_depends_only_on_seed_position_and_stream() -> None:
     asked = list(product((0, 1, 2**63 - 1), range(40), Stream))
     first = {key: random_bits(*key) for key in asked}

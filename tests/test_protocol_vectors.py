@@ -45,6 +45,9 @@ def test_recorded_random_numbers_are_reproduced(version: int) -> None:
     vectors = recorded_vectors(version)
     for one in vectors["random_words"]:
         assert f"{random_word(one['seed'], one['position'], Stream(one['stream'])):016x}" == one["word"]
+    for one in vectors.get("block_random_words", ()):
+        word = random_word(one["seed"], one["position"], Stream(one["stream"]), one["first_drafted"])
+        assert f"{word:016x}" == one["word"]
     for one in vectors["drawn_tokens"]:
         recorded = one["distribution"]
         support, weights = np.array(recorded["support"]), np.array(recorded["weights"])

@@ -50,6 +50,15 @@ SIZES = (300, LARGE_VOCAB)
 SEEDS = (0, 7, 2**63 - 1)
 VOCAB = 12
 CODEC = FrameCodec(VOCAB)
+
+
+def block_draft(round_id: int, first_drafted: int) -> Draft:
+    """A Draft of session 9, which has block verification and the seed 5."""
+    sent = SparseDistribution.quantize(VOCAB, np.array([0, 3, 4, 7]), np.array([0.4, 0.3, 0.2, 0.1]), 96)
+    bits = [random_bits(5, first_drafted + index, Stream.DRAFT, first_drafted) for index in range(3)]
+    return Draft(9, round_id, tuple(map(sent.sample, bits)), (sent,) * 3)
+
+
 REQUESTS: list[Message] = [
     Open(5, 0, Mode.IDS, Sampling(), (2, 7)),
     Draft(5, 1, (0, 1, 6)),
@@ -82,6 +91,9 @@ REQUESTS: list[Message] = [
     Extend(8, 2, 3, (3,)),
     Draft(8, 3, (9,), given=True),
     Close(8),
+    Open(9, 0, Mode.TOPK, Sampling(1.0, seed=5), (2, 7), block_verification=True),
+    *(block_draft(round_id, first) for round_id, first in enumerate((2, 3, 7, 8, 9, 10, 11, 12, 14), start=1)),
+    Close(9),
 ]
 
 
@@ -102,6 +114,7 @@ def messages(vocab_size: int) -> list[Message]:
         Welcome(PROTOCOL_VERSION, "target", 8192, 64, modes, window=4, vocab_size=vocab_size, stop_ids=(2, last)),
         Welcome(PROTOCOL_VERSION, "target", 8192, 64, modes, vocab_size=9, pass_seconds=0.021, row_seconds=0.00075),
         Welcome(PROTOCOL_VERSION, "target", 8192, 64, modes, vocab_size=9, max_grammar_len=65_536),
+        Welcome(PROTOCOL_VERSION, "target", 8192, 64, modes, vocab_size=9, block_verification=True),
         *(Open(1, 0, mode, Sampling(0.7, 40, 0.9, SEEDS[-1]), (1, last, 0)) for mode in modes[1:]),
         Open(0, 0, Mode.IDS, Sampling(), (1, 2, 3, 4, 5)),
         Opened(1, 0),
@@ -126,7 +139,7 @@ def messages(vocab_size: int) -> list[Message]:
 
 
 def later_messages(last: int) -> list[Message]:
-    """Messages that are new in version 5."""
+    """Messages that are new in versions 5 and 6."""
     return [
         Open(0, 0, Mode.IDS, Sampling(0.5, repetition_penalty=1.5), (1, 2)),
         Open(0, 0, Mode.IDS, Sampling(logit_bias=((3, -100.0), (last, 0.5)), ignore_eos=True), (1, 2, 3), 2),
@@ -134,6 +147,7 @@ def later_messages(last: int) -> list[Message]:
         Extend(1, 12, 0, (4,), Sampling(min_p=0.25, frequency_penalty=-0.5, min_tokens=300, stop_token_ids=(7, last))),
         Draft(1, 5, (5, 0, last), given=True),
         Verdict(1, 2, 0, last, (TokenLogprobs(-0.5, ((last, -0.5), (3, -2.25))),)),
+        Open(0, 0, Mode.TOPK, Sampling(0.5), (1, 2), block_verification=True),
     ]
 
 
@@ -178,6 +192,22 @@ def word_vectors() -> list[Vector]:
         for seed in SEEDS
         for position in (0, 1, 100_000)
         for stream in Stream
+    ]
+
+
+def block_word_vectors() -> list[Vector]:
+    """The 64-bit words of block verification, in hexadecimal."""
+    return [
+        {
+            "seed": seed,
+            "position": position,
+            "stream": stream,
+            "first_drafted": first_drafted,
+            "word": f"{random_word(seed, position, stream, first_drafted):016x}",
+        }
+        for seed in SEEDS
+        for position, first_drafted in ((0, 0), (100_000, 100_000), (100_000, 99_997))
+        for stream in (Stream.DRAFT, Stream.ACCEPT)
     ]
 
 
@@ -239,6 +269,7 @@ def all_vectors() -> Vector:
         "version": PROTOCOL_VERSION,
         "frames": frame_vectors(),
         "random_words": word_vectors(),
+        "block_random_words": block_word_vectors(),
         "drawn_tokens": drawn_vectors(),
         "noise": noise_vectors(),
         "conversation": conversation(),

@@ -7,6 +7,7 @@ from basestation.target.served_target import ServedTarget
 from protocol.errors import MismatchError
 from protocol.limits import Limits
 from protocol.messages import (
+    BLOCK_VERSION,
     OLDEST_VERSION,
     PACE_VERSION,
     PROTOCOL_VERSION,
@@ -88,9 +89,9 @@ class Handshake:
         if version < PACE_VERSION:
             return welcome
         welcome = replace(welcome, pass_seconds=pace.pass_seconds, row_seconds=pace.row_seconds)
-        if version < SAMPLING_VERSION or not target.has_grammars:
-            return welcome
-        return replace(welcome, max_grammar_len=limits.max_grammar_len)
+        if version >= SAMPLING_VERSION and target.has_grammars:
+            welcome = replace(welcome, max_grammar_len=limits.max_grammar_len)
+        return replace(welcome, block_verification=version >= BLOCK_VERSION)
 
     def _check(self, hello: Hello) -> None:
         vocabulary = self._target.vocabulary

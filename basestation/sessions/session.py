@@ -61,6 +61,7 @@ class Session:
         self.last_active = now
         self.ready_since = now
         self._mode = opening.mode
+        self._block_verification = opening.block_verification
         self._sampling = opening.sampling
         self._stop_ids = stop_ids
         self._answer_start = 0
@@ -183,8 +184,16 @@ class Session:
         answer = self._answer_so_far
         if draft is None:
             return RoundToVerify(sampling, position, rejection_sampling=by_rejection, answer=answer)
-        distributions = draft.distributions if by_rejection else ()
-        return RoundToVerify(sampling, position, draft.token_ids, distributions, by_rejection, answer, draft.given)
+        return RoundToVerify(
+            sampling,
+            position,
+            draft.token_ids,
+            draft.distributions if by_rejection else (),
+            by_rejection,
+            answer,
+            draft.given,
+            self._block_verification,
+        )
 
     def evict(self) -> None:
         """Free the KV cache; it is recomputed from the tokens when they are needed again."""

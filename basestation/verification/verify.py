@@ -12,12 +12,13 @@ that Q is exactly what the device sampled from (invariants 1 and 3).
 
 All rounds of a batch are verified at once, as tensors on the model's device: each
 row of logits is accepted or rejected, and a round ends at its first rejected row.
-The row after the last drafted token is always rejected.
+The row after the last drafted token is always rejected. Rounds of sessions with block
+verification are accepted by the joint probability of their tokens instead (``block_verification.py``).
 
 Knows tensors and the seed; not where the logits came from.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
@@ -27,6 +28,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from basestation.verification.block_verification import joint_probabilities, last_accepted
 from basestation.verification.coupled_sampling import coupled_choice
 from basestation.verification.logits_processing import AnswerSoFar, MaskTime, process_logits
 from basestation.verification.logprobs import token_logprobs
@@ -53,6 +55,7 @@ class RoundToVerify:
         rejection_sampling: accept by P/Q; otherwise accept what equals the target's own tokens.
         answer: so far, for sampling settings that change the logits.
         given: accept all drafted tokens.
+        block_verification: with rejection sampling, accept by the joint probability of the drafted tokens.
     """
 
     sampling: Sampling
@@ -62,6 +65,7 @@ class RoundToVerify:
     rejection_sampling: bool = False
     answer: AnswerSoFar | None = None
     given: bool = False
+    block_verification: bool = False
 
     @property
     def num_logits(self) -> int:
@@ -103,19 +107,24 @@ def verify_rounds(logits: Tensor, rounds: Sequence[RoundToVerify]) -> list[Verif
     unprocessed = _rows_for_logprobs(logits, rounds)
     _process_logits(logits, rounds)
     results = torch.empty((len(rounds), 3), dtype=torch.int64, device=logits.device)
-    kinds = np.array([one.rejection_sampling for one in rounds], bool)
-    row_kinds = kinds.repeat([one.num_logits for one in rounds])
-    for kind, verify in ((False, _verify_by_match), (True, _verify_by_rejection_sampling)):
-        indices = np.flatnonzero(kinds == kind).tolist()
-        if indices:
-            rows = logits if len(indices) == len(rounds) else logits[np.flatnonzero(row_kinds == kind)]
-            results[indices] = verify(rows, [rounds[index] for index in indices])
+    methods = [_method_of(one) for one in rounds]
+    for method in dict.fromkeys(methods):
+        is_method = np.array([one is method for one in methods])
+        row_indices = np.flatnonzero(is_method.repeat([one.num_logits for one in rounds]))
+        rows = logits if is_method.all() else logits[row_indices]
+        results[is_method] = method(rows, [one for one, of_method in zip(rounds, is_method, strict=True) if of_method])
     verified = [VerificationResult(accepted, token_id, bool(finite)) for accepted, token_id, finite in results.tolist()]
     for index, rows in unprocessed.items():
         one, most = verified[index], rounds[index].sampling.logprobs or 0
         token_ids = [*rounds[index].drafted[: one.accepted], one.token_id]
         verified[index] = replace(one, logprobs=token_logprobs(rows, token_ids, most))
     return verified
+
+
+def _method_of(one: RoundToVerify) -> Callable[[Tensor, Sequence[RoundToVerify]], Tensor]:
+    if not one.rejection_sampling:
+        return _verify_by_match
+    return _verify_blocks if one.block_verification else _verify_by_rejection_sampling
 
 
 def _rows_for_logprobs(logits: Tensor, rounds: Sequence[RoundToVerify]) -> dict[int, Tensor]:
@@ -246,6 +255,25 @@ def _verify_by_rejection_sampling(logits: Tensor, rounds: Sequence[RoundToVerify
     return torch.stack([ends - rows.starts, token_ids, rows.finite_up_to(ends, logits)], dim=1)
 
 
+def _verify_blocks(logits: Tensor, rounds: Sequence[RoundToVerify]) -> Tensor:
+    """Accept by the joint probability of the drafted tokens: int64 [rounds, 3], as in ``VerificationResult``."""
+    rows, sent = _VerifyRows(rounds, logits.device), _SentDistributions(rounds, logits.shape[1])
+    starts = rows.starts.cpu().numpy()
+    weights, totals = target_weights(logits, [one.sampling for one in rounds], [one.num_logits for one in rounds])
+    largest = logits.amax(dim=-1, keepdim=True)
+    drafted_weights = weights.gather(1, rows.drafted.clamp(min=0)[:, None])
+    drafted, sums, finite = torch.cat([drafted_weights, totals, largest.isfinite()], dim=1).cpu().numpy().T
+    joint = joint_probabilities(drafted / sums, sent.drafted_probs, starts)
+    scales = joint / sums
+    numbers = rows.random_numbers(Stream.ACCEPT, in_block=True)
+    ends = last_accepted(joint, joint - sent.overlap(weights, scales), numbers, starts)
+    residual = weights[ends].double().mul_(rows.to_device(scales[ends])[:, None])
+    sent.subtract_from(residual, rows.to_device(ends))
+    token_ids = _sample(residual, rows.to_device(rows.random_numbers(Stream.RESULT)[ends]))
+    is_finite = np.logical_and.reduceat((finite > 0) | (joint == 0), starts)  # nothing follows an impossible token
+    return torch.stack([rows.to_device(ends - starts), token_ids, rows.to_device(is_finite)], dim=1)
+
+
 def _sample(weights: Tensor, numbers: Tensor) -> Tensor:
     """Inverse-transform sampling: a token for each row of unnormalised ``weights`` [n, V], numbers in [0, 1)."""
     cumulative = weights.cumsum(dim=-1)
@@ -268,15 +296,20 @@ class _VerifyRows:
         starts = counts.cumsum() - counts
         self._torch_device = torch_device
         self._seeds = np.repeat(np.array([one.sampling.seed for one in rounds], np.uint64), counts)
-        self._positions = np.arange(len(drafted)) + np.repeat([one.position for one in rounds] - starts, counts)
-        self._round_indices = self._to_device(np.repeat(np.arange(len(rounds)), counts))
-        self.starts = self._to_device(starts)
-        self.drafted = self._to_device(drafted)
-        self.given = self._to_device(np.repeat([one.given for one in rounds], counts) & (drafted != _NO_TOKEN))
+        self._first_drafted = np.repeat([one.position for one in rounds], counts)
+        self._positions = np.arange(len(drafted)) - np.repeat(starts, counts) + self._first_drafted
+        self._round_indices = self.to_device(np.repeat(np.arange(len(rounds)), counts))
+        self.starts = self.to_device(starts)
+        self.drafted = self.to_device(drafted)
+        self.given = self.to_device(np.repeat([one.given for one in rounds], counts) & (drafted != _NO_TOKEN))
+
+    def random_numbers(self, stream: Stream, in_block: bool = False) -> npt.NDArray[np.float64]:
+        """Of all rows, float64 [n] in [0, 1), on the host; ``in_block`` those of the position within its Draft."""
+        return uniforms(self._seeds, self._positions, stream, self._first_drafted if in_block else None)
 
     def uniforms(self, stream: Stream) -> Tensor:
         """Random numbers of all rows, float64 [n] in [0, 1)."""
-        return self._to_device(uniforms(self._seeds, self._positions, stream))
+        return self.to_device(self.random_numbers(stream))
 
     def first_rejected(self, accepted: Tensor) -> Tensor:
         """The first row of each round that is not ``accepted`` [n]: int64 [rounds]."""
@@ -291,7 +324,8 @@ class _VerifyRows:
         """
         return self.first_rejected(logits.amax(dim=-1).isfinite()) > ends  # the largest logit is NaN if any is
 
-    def _to_device(self, numbers: npt.NDArray[Any]) -> Tensor:
+    def to_device(self, numbers: npt.NDArray[Any]) -> Tensor:
+        """A host array on the model's device."""
         return torch.from_numpy(numbers).to(self._torch_device)
 
 
@@ -321,6 +355,19 @@ class _SentDistributions:
         self.drafted_probs[rows[is_full]] = [
             one.probability(token_id) for one, token_id in zip(full, drafted[is_full].tolist(), strict=True)
         ]
+
+    def overlap(self, weights: Tensor, scales: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """Σ_x min(scale · weight(x), Q(x)) of each row of weights [n, V], float64 [n] on the host; 0 without a Q."""
+        rows, support = (torch.from_numpy(one).to(weights.device) for one in (self._rows, self._support))
+        common = np.minimum(weights[rows, support].cpu().numpy() * scales[self._rows], self._probs)
+        overlaps = np.zeros(len(scales))
+        np.add.at(overlaps, self._rows, common)
+        for row, fp16 in zip(self._full_rows.tolist(), self._fp16, strict=True):
+            draft_probs = torch.from_numpy(fp16.astype(np.float32)).to(weights.device)
+            draft_probs /= draft_probs.sum(dtype=torch.float64)
+            common_probs = torch.minimum(weights[row] * float(scales[row]), draft_probs)
+            overlaps[row] = common_probs.sum(dtype=torch.float64).item()
+        return overlaps
 
     def subtract_from(self, target_probs: Tensor, ends: Tensor) -> None:
         """Turn target_probs [rounds, V], P of the rows ``ends``, into max(0, P − Q), in place."""

@@ -87,6 +87,7 @@ class Workload:
 
     prompts: Sequence[str]
     limits: AnswerLimits
+    seed: int = 1
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class Case:
     """A way to generate an answer; without a draft length, the planner chooses it.
 
     Where ``colocated``, the draft model runs on the base station's core. ``drafts_ahead`` and ``lookup`` are as in
-    ``DraftSettings``; without a draft model, lookup drafts alone.
+    ``DraftSettings``; without a draft model, lookup drafts alone. ``block_verification`` asks for block verification.
     """
 
     name: str
@@ -104,6 +105,7 @@ class Case:
     drafts_ahead: int | None = 0
     lookup: bool = False
     has_draft_model: bool = True
+    block_verification: bool = False
 
 
 TARGET = Case("target alone", Mode.TARGET)

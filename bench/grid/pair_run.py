@@ -95,12 +95,12 @@ class PairRun:
             try:
                 station = self._running_station()
                 setups = self._setups(stack, cell, cases, station.address)
-                self._warm_up(setups, cell, cases, workload.prompts[0])
+                self._warm_up(setups, cell, cases, replace(workload, limits=WARM_UP))
                 for index, prompt in enumerate(workload.prompts):
                     for case in cases[:: -1 if index % 2 else 1]:
                         if case.name not in failures and station.alive:
                             try:
-                                answers[case.name].append(self._answer(setups, cell, case, prompt, workload.limits))
+                                answers[case.name].append(self._answer(setups, cell, case, prompt, workload))
                             except EdgedraftError as error:
                                 failures[case.name] = str(error)
                         advance()
@@ -123,16 +123,17 @@ class PairRun:
             setups[False, False] = replace(device, model=NoDraftModel(manifest), planners=planners)
         return setups
 
-    def _warm_up(self, setups: Setups, cell: Cell, cases: Sequence[Case], prompt: str) -> None:
+    def _warm_up(self, setups: Setups, cell: Cell, cases: Sequence[Case], workload: Workload) -> None:
         """Run the first forward passes, which are slow, and let each planner measure its link."""
         for case in cases:
             if case is TARGET or case.draft_len is None:
-                self._answer(setups, cell, case, prompt, WARM_UP)
+                self._answer(setups, cell, case, workload.prompts[0], workload)
 
-    def _answer(self, setups: Setups, cell: Cell, case: Case, prompt: str, limits: AnswerLimits) -> Throughput:
+    def _answer(self, setups: Setups, cell: Cell, case: Case, prompt: str, workload: Workload) -> Throughput:
         setup = setups[case.colocated, case.has_draft_model]
         with running_on(self._cores.station if case.colocated else self._cores.device):
-            return measure_throughput(setup, setup.prompt_ids(prompt), _draft_settings(case, cell), limits)
+            settings = _draft_settings(case, Sampling(cell.temperature, seed=workload.seed))
+            return measure_throughput(setup, setup.prompt_ids(prompt), settings, workload.limits)
 
     def _running_station(self) -> Served:
         if self._station is None or not self._station.alive:
@@ -156,13 +157,14 @@ class PairRun:
             yield setup
 
 
-def _draft_settings(case: Case, cell: Cell) -> DraftSettings:
+def _draft_settings(case: Case, sampling: Sampling) -> DraftSettings:
     return DraftSettings(
         case.mode,
-        Sampling(cell.temperature, seed=1),
+        sampling,
         DEFAULT_UPLINK_K.get(case.mode, 1),
         case.draft_len,
         cache_last_token=not case.colocated,
         drafts_ahead=case.drafts_ahead,
         lookup=case.lookup,
+        block_verification=case.block_verification,
     )

@@ -148,8 +148,8 @@ class Drafter:
         """Draft what follows ``tokens`` from now on."""
         self._pending = self._rollback(tokens)
 
-    def draft_token(self) -> DraftedToken:
-        """Draft the token that follows all so far."""
+    def draft_token(self, index: int | None = None) -> DraftedToken:
+        """Draft the token that follows all so far; in block verification ``index`` is that in its Draft."""
         position = self._model.length + len(self._pending)
         logits = self._next_logits()
         if self._ids_alone:
@@ -157,7 +157,8 @@ class Drafter:
         else:
             margin = coupled_token(logits, self.sampling, position)[1] if self.sampling.greedy else None
             distribution = self._distribution(logits)
-            token_id = distribution.sample(random_bits(self.sampling.seed, position, Stream.DRAFT))
+            first_drafted = None if index is None else position - index
+            token_id = distribution.sample(random_bits(self.sampling.seed, position, Stream.DRAFT, first_drafted))
             drafted = DraftedToken(token_id, margin, distribution)
         return self._take(drafted)
 

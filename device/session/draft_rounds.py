@@ -231,13 +231,14 @@ class DraftRounds:
         if self._next is None and not (self._in_flight and self._model_follows):
             self._follow([*self._tokens, *self._pending_ids])
         began = self._client.now()
-        if self._next is not None:
-            self._next.tokens.append(self._drafter.draft_token())
-        elif self._in_flight:
+        if self._next is None and self._in_flight:
             self._next = PendingDraft(began, assumed_bonus=self._drafter.guess_token())
         else:
-            self._concluded = began
-            self._next = PendingDraft(began, tokens=[self._drafter.draft_token()])
+            index = len(self._next.tokens) if self._next is not None else 0
+            token = self._drafter.draft_token(index if self._requests.block_verification else None)
+            if self._next is None:
+                self._concluded, self._next = began, PendingDraft(began)
+            self._next.tokens.append(token)
         self._next.draft_seconds += self._client.now().seconds - began.seconds
 
     def _follow(self, tokens: Sequence[int]) -> None:

@@ -97,7 +97,8 @@ class DeviceSession:
             client.stop_ids,
             client.check_cancelled,
         )
-        self._requests = SessionRequests(client, settings.mode, settings.sampling, self.tokens)
+        asks = settings.block_verification and settings.mode.encoding is not None
+        self._requests = SessionRequests(client, settings.mode, settings.sampling, self.tokens, asks)
         looks_up = settings.lookup and not self._target_alone
         self._lookup = LookupDrafter(settings.mode, settings.uplink, client.vocab_size) if looks_up else None
         self._rounds = DraftRounds(client, self._requests, self._drafter, planner, settings, self.tokens, self._lookup)

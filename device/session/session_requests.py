@@ -52,13 +52,26 @@ class SessionRequests:
         mode: of the session.
         sampling: how the target is sampled.
         tokens: the committed tokens; the session that owns the list appends to it.
+        asks_block_verification: open the session with block verification where the base station knows it.
+
+    Attributes:
+        block_verification: whether the session was opened with it.
     """
 
-    def __init__(self, client: Client, mode: Mode, sampling: Sampling, tokens: Sequence[int]) -> None:
+    def __init__(
+        self,
+        client: Client,
+        mode: Mode,
+        sampling: Sampling,
+        tokens: Sequence[int],
+        asks_block_verification: bool = False,
+    ) -> None:
+        self.block_verification = False
         self._client = client
         self._mode = mode
         self._sampling = sampling
         self._tokens = tokens
+        self._asks_block_verification = asks_block_verification
         self._answer_start = 0
         self._prefills = False
         self._refused_at: float | None = None  # the first refusal since the last reply, by the client's clock
@@ -243,7 +256,9 @@ class SessionRequests:
             )
         self._client.check_sampling(self._sampling)
         answer_len = max(0, len(prompt_ids) - self._answer_start) if self._sampling.needs_answer_len else 0
-        return Open(self._session_id, 0, self._mode, self._sampling, tuple(prompt_ids), answer_len)
+        prompt = tuple(prompt_ids)
+        self.block_verification = self._asks_block_verification and self._client.welcome.block_verification
+        return Open(self._session_id, 0, self._mode, self._sampling, prompt, answer_len, self.block_verification)
 
     def _resume(self) -> Resume:
         return Resume.of(self._session_id, self._rounds.round_id, self._tokens)
