@@ -47,7 +47,7 @@ class Terminal:
         self.tokenizer = PromptRecorder()
         self.stop_after: dict[int, int] = {}
         self._monkeypatch = monkeypatch
-        monkeypatch.setattr(device.chat, "show", self._show)
+        monkeypatch.setattr(device.chat.AnswerDisplay, "show", lambda _, chunk: self._show(chunk))
 
     def chat(self, lines: Sequence[str], system: str | None = None) -> list[list[int]]:
         typed = iter(lines)
@@ -68,7 +68,7 @@ class Terminal:
         Chat(conversation, TOKENS, False, system).run()
         return self.shown[:-1]
 
-    def _show(self, chunk: TextChunk, origins: bool) -> None:
+    def _show(self, chunk: TextChunk) -> None:
         self.shown[-1].append(int(chunk.text))
         if len(self.shown[-1]) == self.stop_after.get(len(self.shown)):
             signal.raise_signal(signal.SIGINT)
