@@ -386,7 +386,7 @@ class Client:
                 self.link.send(replace(self._hello, version=self._welcome.version))
             return False
         if not self._is_out and not self.is_offline:
-            logger.warning("nothing from the base station for %.0f s: the draft model goes on alone", silent)
+            logger.info("nothing from the base station for %.0f s: the draft model goes on alone", silent)
         self._is_out = True
         with self.paused_clock():
             return self._draft_token()

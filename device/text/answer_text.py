@@ -45,6 +45,8 @@ class AnswerText:
 
     def preview(self, text: str) -> tuple[str, bool]:
         """What would be shown if ``text`` came next, without its calls, and whether the answer would end in it."""
+        if self.stopped:
+            return "", True
         ahead = copy(self)
         ahead._stops, ahead._parser = copy(self._stops), deepcopy(self._parser)
         ahead._deliver = lambda _: None
