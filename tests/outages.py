@@ -8,6 +8,7 @@ from device.session.session import Origin
 from device.settings import DraftSettings, Timeouts
 from device.text.tentative_text import Revision, TentativeText
 from device.text.tokenizer import Tokenizer
+from protocol.messages import Message
 from tests.fakes import Table
 from tests.link_pair import MemoryTransport, Station
 from tests.number_service import NumberTokenizer
@@ -21,6 +22,7 @@ class OutagePair(TimedPair):
 
     Attributes:
         outages: begin and end of each that has not ended, in seconds.
+        lost: the messages that the device sent in them.
     """
 
     def __init__(
@@ -32,10 +34,13 @@ class OutagePair(TimedPair):
         outages: Sequence[tuple[float, float]] = (),
     ) -> None:
         self.outages = [*outages]
+        self.lost: list[Message] = []
         super().__init__(target_table, draft_table, times, timeouts)
 
     def send(self, frame: bytes) -> None:
-        if not self._is_out(self.now):
+        if self._is_out(self.now):
+            self.lost.append(self.decode(frame))
+        else:
             super().send(frame)
 
     def receive(self, timeout: float) -> bytes | None:

@@ -15,7 +15,7 @@ from device.session.session import Origin
 from device.session.unverified_tail import UnverifiedTail
 from device.settings import DraftSettings, Timeouts
 from protocol.full_distribution import FullDistribution
-from protocol.messages import Mode, Sampling
+from protocol.messages import Hello, Mode, Sampling
 from protocol.sparse import SparseDistribution
 from tests.fakes import blend, random_table, target_alone
 from tests.outages import NEVER, OutagePair, Reader, verified_ids
@@ -167,3 +167,27 @@ def test_an_answer_that_ends_in_an_outage_is_the_draft_models_own_after_the_veri
     assert 0 < len(verified) < COUNT
     assert answer.unverified == COUNT - len(verified)
     assert answer.token_ids == [*verified, *target_alone(DRAFT, [3, 1, *verified], answer.unverified)]
+
+
+def test_a_long_outage_costs_few_bytes_but_hellos() -> None:
+    pair = OutagePair(TARGET, DRAFT, PairTimes(0.5, 0.1), DRAFT_ALONE, [(2, 40)])
+    settings = DraftSettings(Mode.IDS, GREEDY, 1, 4)
+    reader = Reader()
+    answer = reader.read(pair.conversation(settings).ask([3, 1], COUNT, show_unverified=reader.show_unverified))
+    assert answer.token_ids == expected(GREEDY, [3, 1])
+    greetings = sum(isinstance(message, Hello) for message in pair.lost)
+    assert len(pair.lost) - greetings <= 2
+    assert 30 < greetings < 45
+
+
+def test_a_busy_base_station_is_no_outage() -> None:
+    """Its engine takes long, but a Hello is answered in between."""
+    pair = OutagePair(TARGET, DRAFT, PairTimes(0.1, 0.4, 0.01), DRAFT_ALONE)
+    reader = Reader()
+    stream = pair.conversation(DraftSettings(Mode.IDS, GREEDY, 1, 4)).ask(
+        [3, 1, 4] * 500, 12, show_unverified=reader.show_unverified
+    )
+    answer = reader.read(stream)
+    assert answer.ttft_seconds >= 0
+    assert pair.now > 2
+    assert reader.seen == 0

@@ -133,9 +133,12 @@ class TimedPair:
         return self._model.passes
 
     def send(self, frame: bytes) -> None:
-        self.sent.append(self._station.codec.decode(frame))
+        self.sent.append(self.decode(frame))
         self._line_free_at = max(self.now, self._line_free_at) + len(frame) / self.times.bytes_per_second
         self._schedule(self._line_free_at, frame, at_station=True)
+
+    def decode(self, frame: bytes) -> Message:
+        return self._station.codec.decode(frame)
 
     def receive(self, timeout: float) -> bytes | None:
         end = self.now + timeout

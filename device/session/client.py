@@ -368,7 +368,10 @@ class Client:
         self.check_cancelled()
         message = self.link.receive(min(seconds, _CHECK_INTERVAL))
         if message is not None and self._is_out:
-            self._is_out = False
+            self._is_out, self._sent_connections = (
+                False,
+                0,
+            )  # what is unanswered is sent again, as over a new connection
             logger.info("the base station answers again")
         return message
 
@@ -381,9 +384,9 @@ class Client:
             return False
         silent, outage = self._clock() - silent_since, min(self._timeouts.outage, limit)
         if silent < outage:
-            if self._welcome and silent >= outage / 2 and self._probed_at <= silent_since:
+            if self.is_greeted and silent >= outage / 2 and self._probed_at <= silent_since:
                 self._probed_at = self._clock()
-                self.link.send(replace(self._hello, version=self._welcome.version))
+                self.link.send(self._probe)
             return False
         if not self._is_out and not self.is_offline:
             logger.info("nothing from the base station for %.0f s: the draft model goes on alone", silent)
@@ -396,7 +399,15 @@ class Client:
         """Whether there is a new connection since the last message was sent."""
         return self.link.connections > self._sent_connections
 
+    @property
+    def _probe(self) -> Hello:
+        """Finds out whether a greeted base station is there."""
+        return replace(self._hello, version=self.welcome.version)
+
     def _resend(self, requests: Sequence[Hello | Request], resume: Callable[[], Resume] | None) -> None:
+        if self._is_out and self.is_greeted and not self._reconnected:  # requests would pile up in the socket
+            self.send(self._probe)
+            return
         if resume and self.welcome.version > OLDEST_VERSION:
             self.link.send(resume())
         for request in requests:

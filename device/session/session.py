@@ -92,14 +92,9 @@ class DeviceSession:
         self._client = client
         self._settings = settings
         self._target_alone = settings.mode is Mode.TARGET
+        told = client.vocab_size, client.stop_ids
         self._drafter = Drafter(
-            model,
-            settings.mode,
-            settings.sampling,
-            settings.uplink,
-            client.vocab_size,
-            client.stop_ids,
-            client.check_cancelled,
+            model, settings.mode, settings.sampling, settings.uplink, *told, before_pass=client.check_cancelled
         )
         self._requests = SessionRequests(client, settings.mode, settings.sampling, self.tokens)
         looks_up = settings.lookup and not self._target_alone
