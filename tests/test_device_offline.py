@@ -1,7 +1,8 @@
 """Without a base station the draft model answers alone, every token unverified; what needs one is refused by name."""
 
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,16 +11,24 @@ import pytest
 from starlette.testclient import TestClient
 from typer.testing import CliRunner
 
+from common.grammar import regex_grammar
+from device.answers.answer import Answer, Conversation
 from device.answers.worker import Worker
 from device.cli import app
+from device.drafting.draft_model import DraftModel
 from device.http.service import Access, application
 from device.link.no_link import NoLink
+from device.planning.planners import Planners
 from device.session.client import Client
-from device.settings import Timeouts
+from device.settings import DraftSettings, Timeouts
 from device.text.tokenizer import Tokenizer
 from protocol.errors import ContextLengthError, SettingsError
+from protocol.messages import Mode, Sampling
 from tests.fakes import FakeDraftModel, target_alone
+from tests.json_tokens import STOP
+from tests.json_tokens import text_of as json_text_of
 from tests.number_service import DEFAULTS, DRAFT, PROMPT, NumberTokenizer, complete, text_of
+from tests.outages import Reader
 from tests.tiny_bundle import VOCAB, WORDS, write_bundle
 
 LOGITS = np.random.default_rng(3).normal(0, 2, (VOCAB, VOCAB)).astype(np.float32)
@@ -114,3 +123,28 @@ def test_a_token_that_the_draft_model_does_not_have_is_refused(service: TestClie
     error = complete(service, logit_bias={"999": 1})
     assert error.status_code == 400
     assert "logit_bias" in error.json()["error"]["message"]
+
+
+def offline_answer(model: DraftModel, prompt: Sequence[int], settings: DraftSettings, count: int) -> Answer:
+    client = Client(NoLink("--offline"), model.manifest, Timeouts(outage=0.0))
+    tokenizer = cast(Tokenizer, NumberTokenizer())
+    conversation = Conversation(client, Planners(model.manifest.quality), model, tokenizer, settings)
+    reader = Reader()
+    return reader.read(conversation.ask([*prompt], count, show_unverified=reader.show_unverified))
+
+
+@pytest.mark.parametrize("mode", [Mode.COUPLED, Mode.TOPK, Mode.FULL, Mode.TARGET])
+def test_a_grammar_holds_without_a_base_station(mode: Mode) -> None:
+    regex = regex_grammar("[0-3]{4}")
+    settings = DraftSettings(mode, Sampling(1.0, seed=3, grammar=regex), 4, None)
+    answer = offline_answer(FakeDraftModel.make(DRAFT, (STOP,)), PROMPT, settings, 20)
+    assert re.fullmatch("[0-3]{4}", json_text_of(answer.token_ids))
+    assert answer.finish_reason == "stop"
+    assert answer.unverified == len(answer.token_ids)
+
+
+def test_an_answer_ends_at_the_end_of_the_draft_models_context() -> None:
+    model = FakeDraftModel.make(DRAFT, context_length=16)
+    answer = offline_answer(model, PROMPT, DraftSettings(Mode.IDS, Sampling(), 1, None), 50)
+    assert answer.token_ids == target_alone(DRAFT, PROMPT, 16 - len(PROMPT))
+    assert answer.finish_reason == "length"
