@@ -36,6 +36,7 @@ class TextChunk:
 
 
 ShowUnverified: TypeAlias = Callable[[TextChunk], bool]
+"""Takes the chunk of an unverified token; says whether the answer shall end with it."""
 
 
 @dataclass(frozen=True)
@@ -236,11 +237,12 @@ class AnswerStream:
     def __iter__(self) -> Iterator[TextChunk]:
         """The chunks of text, each as soon as its token is committed."""
         self._began = self._conversation.snapshot()
+        self._conversation.begin_tail(self._prompt_ids, self._max_new_tokens)
         try:
             if self._tail is None:
                 yield from self._committed()
             else:
-                yield from self._bridged()
+                yield from self._bridged(self._tail)
             self._ended = self._conversation.snapshot()
         finally:
             self._conversation.keep_figures()
@@ -252,17 +254,14 @@ class AnswerStream:
             yield TextChunk(text, token.origin, token if len(self._tokens) > count else None, self._unverified_text())
             count = len(self._tokens)
 
-    def _bridged(self) -> Iterator[TextChunk]:
+    def _bridged(self, tail: UnverifiedTail) -> Iterator[TextChunk]:
         """The chunks of an answer that outages do not stop; the last one may be unverified."""
-        assert self._tail is not None
-        self._conversation.begin_tail(self._prompt_ids, self._max_new_tokens)
         try:
             with self._conversation.bridged_by(self._draft_alone):
                 yield from self._committed()
         except AnswerEndedError as ended:
             self._finish_reason = ended.reason
-            drafted = self._tail.drafted
-            self._tokens += [AnswerToken(token.token_id, Origin.UNVERIFIED, token.margin) for token in drafted]
+            self._tokens += [AnswerToken(token.token_id, Origin.UNVERIFIED, token.margin) for token in tail.drafted]
             whole = self._conversation.tokenizer.decode([token.token_id for token in self._tokens])
             yield TextChunk(whole.removeprefix(self._text), Origin.UNVERIFIED, None)
 
