@@ -280,7 +280,7 @@ class AnswerStream:
         """The text that the unverified tokens add, up to an incomplete character."""
         if self._tail is None or not self._tail.drafted:
             return ""
-        ids = [token.token_id for token in (*self._tokens, *self._tail.drafted)]
+        ids = [*(token.token_id for token in self._tokens), *(token.token_id for token in self._tail.drafted)]
         whole = self._conversation.tokenizer.decode(ids).rstrip("\ufffd")
         return whole[len(self._text) :] if whole.startswith(self._text) else ""
 
