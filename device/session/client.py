@@ -239,14 +239,17 @@ class Client:
             FaultError: the base station answers with a Fault.
         """
         limit = self._timeouts.retry if timeout is None else timeout
-        received_at = self._clock()
+        received_at = heard_at = self._clock()
         while True:
             message = self._receive(0)
-            is_bridged = message is None and self._bridge_outage(received_at, limit)
+            is_bridged = message is None and self._bridge_outage(heard_at, limit)
             if message is None and not is_bridged and not while_waiting():
                 message = self._receive(min(self._timeouts.resend, limit))
             now = self._clock()
             if message is not None:
+                heard_at = now
+                if isinstance(message, Welcome) and not isinstance(unanswered[0], Hello):
+                    continue  # the reply to a probe, which is none to the requests
                 received_at = now
                 _raise_fault(message, getattr(unanswered[0], "session_id", None))
                 yield message
