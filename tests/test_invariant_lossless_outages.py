@@ -22,7 +22,7 @@ from tests.outages import NEVER, OutagePair, Reader, verified_ids
 from tests.slow_verify import target_probs
 from tests.timed_pair import PairTimes, TimedPair
 
-VOCAB, COUNT = 12, 100
+VOCAB, COUNT, ANSWERS = 12, 80, 6
 TARGET = random_table(VOCAB, seed=1)
 DRAFT = blend(TARGET, random_table(VOCAB, seed=2), 0.8)
 GREEDY, SAMPLED = Sampling(), Sampling(0.8, seed=7)
@@ -49,8 +49,8 @@ def random_prompt(chance: random.Random) -> list[int]:
 )
 def test_an_outage_changes_no_verified_token(mode: Mode, sampling: Sampling, timeouts: Timeouts, seconds: int) -> None:
     chance, ended, replaced, unverified = random.Random(f"{mode} {seconds}"), 0, 0, 0  # noqa: S311
-    for _ in range(8):
-        times = PairTimes(chance.choice([0.05, 0.3]), chance.choice([0.1, 0.4]), 0.01, chance.choice([0.01, 0.2]))
+    for _ in range(ANSWERS):
+        times = PairTimes(chance.choice([0.1, 1.5]), chance.choice([0.1, 0.4]), 0.01, chance.choice([0.01, 0.2]))
         settings = DraftSettings(
             mode,
             sampling,
@@ -79,7 +79,7 @@ def test_an_outage_changes_no_verified_token(mode: Mode, sampling: Sampling, tim
     assert (unverified > 0) is (timeouts is DRAFT_ALONE)
     assert (replaced > 0) is (timeouts is DRAFT_ALONE)
     if timeouts is WAIT:
-        assert ended == 8
+        assert ended == ANSWERS
 
 
 @pytest.mark.parametrize(("mode", "sampling"), [(Mode.IDS, GREEDY), (Mode.COUPLED, SAMPLED)])
@@ -103,7 +103,7 @@ def test_fifty_answers_begun_offline_and_ended_online_are_the_targets_own(mode: 
 
 SMALL = random_table(3, seed=4, sharpness=0.8)
 SMALL_DRAFT = blend(SMALL, random_table(3, seed=5, sharpness=0.8), 0.7)
-PROMPT, LENGTH, SAMPLES = [0, 1, 2], 4, 1000
+PROMPT, LENGTH, SAMPLES = [0, 1, 2], 3, 600
 FALSE_ALARM = 1e-4
 
 
