@@ -15,7 +15,7 @@ from device.session.session import Origin
 from device.session.unverified_tail import UnverifiedTail
 from device.settings import DraftSettings, Timeouts
 from protocol.full_distribution import FullDistribution
-from protocol.messages import Hello, Mode, Sampling
+from protocol.messages import DraftDistribution, Hello, Mode, Sampling
 from protocol.sparse import SparseDistribution
 from tests.fakes import blend, random_table, target_alone
 from tests.outages import NEVER, OutagePair, Reader, verified_ids
@@ -89,7 +89,7 @@ def test_fifty_answers_begun_offline_and_ended_online_are_the_targets_own(mode: 
         times = PairTimes(0.1, chance.choice([0.02, 0.1]), 0.01, chance.choice([0.01, 0.2]))
         ahead = chance.choice([0, None])
         settings = DraftSettings(mode, sampling, 1, chance.choice([4, None]), drafts_ahead=ahead, lookup=True)
-        pair = OutagePair(TARGET, DRAFT, times, DRAFT_ALONE, [(0, chance.uniform(1, 9))])
+        pair = OutagePair(TARGET, DRAFT, times, DRAFT_ALONE, [(0, chance.uniform(1, 7))])
         reader, prompt = Reader(), random_prompt(chance)
         stream = pair.conversation(settings).ask(prompt, COUNT, show_unverified=reader.show_unverified)
         answer = reader.read(stream)
@@ -102,7 +102,7 @@ def test_fifty_answers_begun_offline_and_ended_online_are_the_targets_own(mode: 
 
 
 SMALL = random_table(3, seed=4, sharpness=0.8)
-SMALL_DRAFT = blend(SMALL, random_table(3, seed=5, sharpness=0.8), 0.7)
+SMALL_DRAFT = blend(SMALL, random_table(3, seed=5, sharpness=0.8), 0.4)
 PROMPT, LENGTH, SAMPLES = [0, 1, 2], 3, 600
 FALSE_ALARM = 1e-4
 
@@ -144,15 +144,15 @@ def test_a_tail_with_other_distributions_than_it_was_sampled_from_is_detected(
     mode: Mode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     following = UnverifiedTail.following
-    probs = np.ones(3) / 3
-    uniform = (
-        FullDistribution.quantize(probs)
-        if mode is Mode.FULL
-        else SparseDistribution.quantize(3, np.arange(3), probs, 30)
-    )
 
     def wrong(tail: UnverifiedTail, pending_ids: Sequence[int]) -> list[DraftedToken]:
-        return [replace(token, distribution=uniform) for token in following(tail, pending_ids)]
+        return [replace(token, distribution=improbable(token.token_id)) for token in following(tail, pending_ids)]
+
+    def improbable(token_id: int) -> DraftDistribution:
+        probs = np.where(np.arange(3) == token_id, 0.1, 0.45)
+        if mode is Mode.FULL:
+            return FullDistribution.quantize(probs)
+        return SparseDistribution.quantize(3, np.arange(3), probs, 60)
 
     monkeypatch.setattr(UnverifiedTail, "following", wrong)
     assert p_value(mode, SAMPLES) < FALSE_ALARM
