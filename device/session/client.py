@@ -225,13 +225,12 @@ class Client:
     ) -> Iterator[Message]:
         """What the base station sends in answer to requests.
 
-        They are sent again after ``timeouts.resend`` seconds without a message and over a new connection;
-        behind a Resume where ``resume`` makes one and the base station knows the message.
+        They are sent again after ``timeouts.resend`` seconds without one and over a new connection, behind a Resume.
 
         Args:
             unanswered: sent before, oldest first.
             timeout: seconds without a message after which the device gives up; None for ``timeouts.retry``.
-            resume: makes the Resume of the session.
+            resume: makes the Resume of the session, sent where the base station knows the message.
             while_waiting: does a piece of work while no message has arrived; says whether it did.
 
         Raises:
