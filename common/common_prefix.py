@@ -1,10 +1,10 @@
-"""How far two sequences of tokens agree."""
+"""How far two sequences agree."""
 
 from collections.abc import Sequence
 
 
-def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
-    """The number of tokens with which both start."""
+def common_prefix(one: Sequence[int] | str, other: Sequence[int] | str) -> int:
+    """The number of tokens or characters with which both start."""
     for index, (mine, yours) in enumerate(zip(one, other, strict=False)):
         if mine != yours:
             return index

@@ -12,7 +12,7 @@ from types import FrameType
 
 from device.answers.answer import Conversation
 from device.state_folder import state_folder
-from device.terminal import console, show, show_figures
+from device.terminal import AnswerDisplay, console, show_figures
 from device.text.tokenizer import ChatMessage
 from protocol.errors import CancelledError
 
@@ -56,16 +56,19 @@ class Chat:
 
     def _answer(self, text: str) -> None:
         self._messages.append({"role": "user", "content": text})
-        stream = self._conversation.ask(self._conversation.tokenizer.encode_chat(self._messages), self._max_new_tokens)
+        prompt_ids = self._conversation.tokenizer.encode_chat(self._messages)
+        display = AnswerDisplay(self._origins)
+        stream = self._conversation.ask(prompt_ids, self._max_new_tokens, show_unverified=display.show_unverified)
         shown = ""
         with _interrupted() as interrupted, self._conversation.cancelled_by(interrupted.is_set):
             try:
                 for chunk in stream:
-                    show(chunk, self._origins)
+                    display.show(chunk)
                     shown += chunk.text
             except CancelledError:
-                if not self._conversation.ready:
-                    self._conversation.close()
+                shown += display.unverified
+        if not self._conversation.ready:
+            self._conversation.close()
         console.print()
         if not interrupted.is_set():
             show_figures(stream.answer)

@@ -8,7 +8,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -25,18 +25,19 @@ from device.doctor import Doctor
 from device.drafting.draft_model import SequenceModel
 from device.drafting.load_model import load_model
 from device.drafting.no_draft_model import NoDraftModel
-from device.link.curve_keys import new_key, public_key
+from device.link.curve_keys import CurveKeys, new_key, public_key
 from device.link.link import Link
+from device.link.no_link import NoLink
 from device.options import COMMON, OUTPUT, AnswerOptions
 from device.planning.planner_store import PlannerStore
 from device.planning.planners import Planners
 from device.session.client import Client
 from device.session.round_records import RoundRecordFile
 from device.state_folder import state_folder
-from device.terminal import console, show, show_figures
+from device.terminal import AnswerDisplay, console, show_figures
 from device.text.tokenizer import ChatMessage, Tokenizer, check_unicode
 from protocol.bundle import Manifest
-from protocol.errors import SettingsError
+from protocol.errors import LinkError, SettingsError
 from protocol.frames import FrameCodec
 
 app = application(
@@ -52,7 +53,8 @@ SystemPrompt = Annotated[
 ShowOrigins = Annotated[
     bool,
     typer.Option(
-        help="Color tokens: accepted green, recovered red, bonus blue, target alone magenta, prompt lookup cyan.",
+        help="Color tokens: accepted green, recovered red, bonus blue, target alone magenta, prompt lookup cyan; "
+        "unverified ones are always yellow.",
         rich_help_panel=OUTPUT,
     ),
 ]
@@ -92,10 +94,10 @@ def generate(
     with _conversation(answer_options) as conversation:
         tokenizer = conversation.tokenizer
         ids = tokenizer.encode(asked) if raw else tokenizer.encode_chat(messages)
-        stream = conversation.ask(ids, answer_options.max_new_tokens)
+        display = AnswerDisplay(origins, quiet=as_json)
+        stream = conversation.ask(ids, answer_options.max_new_tokens, show_unverified=display.show_unverified)
         for chunk in stream:
-            if not as_json:
-                show(chunk, origins)
+            display.show(chunk)
     if as_json:
         sys.stdout.write(json.dumps(asdict(stream.answer)) + "\n")
     else:
@@ -178,7 +180,8 @@ def serve(
         metrics = Metrics()
         connect = partial(_connect, answer_options, model.manifest, records, metrics.watch_link)
         planners = _planners(answer_options, model.manifest)
-        worker = Worker(model, tokenizer, connect, cache_tokens, metrics=metrics, planners=planners)
+        offline = answer_options.offline
+        worker = Worker(model, tokenizer, connect, cache_tokens, metrics=metrics, planners=planners, offline=offline)
         defaults = Defaults(
             answer_options.temperature,
             answer_options.top_k,
@@ -205,7 +208,8 @@ def doctor(
     A failed check names the fault and what to do; checks that depend on it are not made.
     """
     with _record_file(answer_options) as records:
-        healthy = Doctor(answer_options, partial(_connect, answer_options, records=records), as_json).run()
+        greeting = replace(answer_options, on_outage="wait", offline=False)
+        healthy = Doctor(answer_options, partial(_connect, greeting, records=records), as_json).run()
     if not healthy:
         raise typer.Exit(1)
 
@@ -272,9 +276,9 @@ def _connect(
     records: RoundRecordFile | None,
     on_link: Callable[[Link], None] = lambda _: None,
 ) -> Client:
-    """Open a link, report it to ``on_link``, and greet the base station over it."""
+    """Open a link, report it to ``on_link``, and greet the base station over it unless outages are bridged."""
     keys = answer_options.curve_keys()
-    link = Link.connect(answer_options.server, FrameCodec(manifest.vocab_size), keys)
+    link = _link(answer_options, manifest, keys)
     on_link(link)
     first_session = secrets.randbits(31) if keys else 0  # processes of one device may share its key
     try:
@@ -282,6 +286,18 @@ def _connect(
     except BaseException:
         link.close()
         raise
+
+
+def _link(answer_options: AnswerOptions, manifest: Manifest, keys: CurveKeys | None) -> Link:
+    """A link to the base station; none if none is used, or if its name does not resolve in an outage."""
+    if answer_options.offline:
+        return NoLink("--offline")
+    try:
+        return Link.connect(answer_options.server, FrameCodec(manifest.vocab_size), keys)
+    except LinkError as error:
+        if answer_options.timeouts.outage is None:
+            raise
+        return NoLink(str(error))
 
 
 def _prompt(text: str | None, option: str | None) -> str:

@@ -12,13 +12,15 @@ import typer
 from common.loopback import is_loopback
 from device.link.curve_keys import CurveKeys
 from device.link.probe import endpoint
-from device.settings import DEFAULT_UPLINK_K, DraftSettings, Timeouts, choose_mode
+from device.settings import DEFAULT_UPLINK_K, OUTAGE_SECONDS, DraftSettings, Timeouts, choose_mode
 from protocol.bundle import Manifest
 from protocol.errors import SettingsError
 from protocol.messages import Mode, Sampling
 
 COMMON, SAMPLING, DRAFTING, LINK, OUTPUT = "Common", "Sampling", "Drafting", "Link", "Output"
 """The panels of the help."""
+OUTAGES = ("wait", "draft")
+"""What an answer does in an outage."""
 DRAFTS = ("model", "none")
 """What may draft besides prompt lookup."""
 VERIFICATIONS = ("token", "block")
@@ -147,6 +149,20 @@ class AnswerOptions:
             rich_help_panel=LINK,
         ),
     ] = 60.0
+    on_outage: Annotated[
+        str,
+        typer.Option(
+            help=f"wait, or draft: after {OUTAGE_SECONDS:g} s without the base station the draft model goes on alone; "
+            "once it answers again it verifies these tokens and replaces those from the first wrong one on.",
+            rich_help_panel=LINK,
+        ),
+    ] = "wait"
+    offline: Annotated[
+        bool,
+        typer.Option(
+            "--offline", help="Use no base station: the draft model answers alone, unverified.", rich_help_panel=LINK
+        ),
+    ] = False
     key: Annotated[
         Path | None,
         typer.Option(
@@ -192,8 +208,15 @@ class AnswerOptions:
             BundleError: the bundle's manifest cannot be read.
         """
         _ = self.has_draft_model
-        if self.verification not in VERIFICATIONS:
-            raise SettingsError("verification", self.verification, " or ".join(VERIFICATIONS))
+        for name, value, allowed in (
+            ("verification", self.verification, VERIFICATIONS),
+            ("on-outage", self.on_outage, OUTAGES),
+        ):
+            if value not in allowed:
+                raise SettingsError(name, value, " or ".join(allowed))
+        if self.draft == "none" and (self.offline or self.on_outage == "draft"):
+            option = "--offline" if self.offline else "--on-outage draft"
+            raise SettingsError("draft", self.draft, f"model with {option}, which answers with the draft model alone")
         self.draft_settings(self.sampling)
         self.curve_keys()
         endpoint(self.server)
@@ -232,7 +255,8 @@ class AnswerOptions:
     @property
     def timeouts(self) -> Timeouts:
         """How long to wait for the base station."""
-        return Timeouts(self.connect_timeout, retry=self.retry_timeout)
+        outage = OUTAGE_SECONDS if self.on_outage == "draft" else None
+        return Timeouts(self.connect_timeout, retry=self.retry_timeout, outage=0.0 if self.offline else outage)
 
     def curve_keys(self) -> CurveKeys | None:
         """The keys of the link, both or none: without the station's key anybody could pose as the base station.

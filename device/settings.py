@@ -3,7 +3,7 @@
 Settings are validated when they are made.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Self
 
 from protocol.bundle import QualityFigures
@@ -15,6 +15,8 @@ DEFAULT_UPLINK_K = {Mode.TOPK: 32, Mode.TOPP: 256}
 """Most entries sent of each distribution, unless the user asks for another number."""
 STEPS_PER_ENTRY = {Mode.TOPK: 24, Mode.TOPP: 16}
 """Chosen with ``edgedraft-bench encodings``; a top-p support is mostly far smaller than its limit."""
+OUTAGE_SECONDS = 5.0
+"""Without a message of the base station for so long, ``--on-outage draft`` goes on with the draft model alone."""
 _TOPK_GAIN = 0.05
 """Acceptance that ``topk`` must add to be worth thirty times the bytes: about a tenth more tokens per second."""
 
@@ -98,6 +100,7 @@ class Timeouts:
         connect: until the base station must have answered the first Hello.
         resend: until an unanswered request is sent again.
         retry: until the device gives up on a base station that is unreachable, full or shutting down.
+        outage: until the draft model goes on alone where no message arrives; None for never.
 
     Raises:
         SettingsError: a time is not allowed.
@@ -106,12 +109,13 @@ class Timeouts:
     connect: float = 5.0
     resend: float = 5.0
     retry: float = 60.0
+    outage: float | None = None
 
     def __post_init__(self) -> None:
-        for entry in fields(self):
-            seconds = getattr(self, entry.name)
+        for name in ("connect", "resend", "retry"):
+            seconds = getattr(self, name)
             if not seconds > 0:
-                raise SettingsError(f"{entry.name}-timeout", seconds, "more than 0 seconds")
+                raise SettingsError(f"{name}-timeout", seconds, "more than 0 seconds")
 
 
 def choose_mode(quality: QualityFigures, sampling: Sampling) -> Mode:

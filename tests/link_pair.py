@@ -158,8 +158,13 @@ def open_session(
     return DeviceSession(client, planner, settings, model, prompt, grammar, prediction)
 
 
-def join(station: Station, model: SequenceModel, transport: MemoryTransport | None = None) -> tuple[Client, Link]:
+def join(
+    station: Station,
+    model: SequenceModel,
+    transport: MemoryTransport | None = None,
+    timeouts: Timeouts | None = None,
+) -> tuple[Client, Link]:
     """Connect a client to ``station``."""
     transport = transport or MemoryTransport(station)
     link = Link(transport, FrameCodec(model.manifest.vocab_size), "memory")
-    return Client(link, model.manifest, Timeouts(), clock=lambda: transport.now), link
+    return Client(link, model.manifest, timeouts or Timeouts(), clock=lambda: transport.now), link

@@ -13,7 +13,7 @@ from device.answers.worker import Worker
 from device.http.answer_fields import Defaults
 from device.http.service import Access, application
 from device.session.client import Client
-from device.settings import DraftSettings
+from device.settings import DraftSettings, Timeouts
 from device.text.tokenizer import ChatMessage, Tokenizer
 from device.text.tool_calls import ToolFormat
 from protocol.messages import Message, Mode, Open, Sampling
@@ -74,11 +74,12 @@ def new_worker(
     clock: Any = lambda: 0.0,
     transport: MemoryTransport | None = None,
     cache_tokens: int = 4096,
+    timeouts: Timeouts | None = None,
 ) -> Worker:
     model, peers = FakeDraftModel.make(DRAFT), count()
 
     def connect() -> Client:
-        return join(station, model, transport or MemoryTransport(station, bytes([next(peers)]), up))[0]
+        return join(station, model, transport or MemoryTransport(station, bytes([next(peers)]), up), timeouts)[0]
 
     return Worker(model, cast(Tokenizer, NumberTokenizer()), connect, cache_tokens, clock)
 
@@ -91,8 +92,9 @@ def http_client(
     origins: Sequence[str] = (),
     api_key: str | None = None,
     cache_tokens: int = 4096,
+    timeouts: Timeouts | None = None,
 ) -> Iterator[TestClient]:
-    worker = new_worker(station, up, transport=transport, cache_tokens=cache_tokens)
+    worker = new_worker(station, up, transport=transport, cache_tokens=cache_tokens, timeouts=timeouts)
     worker.start()
     try:
         yield TestClient(application(worker, "numbers", DEFAULTS, Access(api_key, ["testserver"], origins)))

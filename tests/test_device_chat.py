@@ -11,12 +11,11 @@ from typing import Any, cast
 
 import pytest
 
-import device.chat
 from device.answers.answer import Conversation, TextChunk
 from device.chat import Chat
 from device.planning.planners import Planners
 from device.session.session import Origin
-from device.terminal import ORIGIN_STYLES
+from device.terminal import ORIGIN_STYLES, AnswerDisplay
 from device.text.tokenizer import ChatMessage, Tokenizer
 from protocol.messages import Sampling
 from tests.fakes import FakeDraftModel, target_alone
@@ -47,7 +46,7 @@ class Terminal:
         self.tokenizer = PromptRecorder()
         self.stop_after: dict[int, int] = {}
         self._monkeypatch = monkeypatch
-        monkeypatch.setattr(device.chat, "show", self._show)
+        monkeypatch.setattr(AnswerDisplay, "show", lambda _, chunk: self._show(chunk))
 
     def chat(self, lines: Sequence[str], system: str | None = None) -> list[list[int]]:
         typed = iter(lines)
@@ -68,7 +67,7 @@ class Terminal:
         Chat(conversation, TOKENS, False, system).run()
         return self.shown[:-1]
 
-    def _show(self, chunk: TextChunk, origins: bool) -> None:
+    def _show(self, chunk: TextChunk) -> None:
         self.shown[-1].append(int(chunk.text))
         if len(self.shown[-1]) == self.stop_after.get(len(self.shown)):
             signal.raise_signal(signal.SIGINT)

@@ -18,6 +18,8 @@ class FakeClient:
     network: "FakeNetwork"
     greetings: int = 0
     closed: bool = False
+    is_greeted: bool = True
+    bridges_outages: bool = False
 
     def greet(self, timeout: float) -> None:
         assert 0 < timeout <= GREETING_INTERVAL

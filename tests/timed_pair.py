@@ -84,8 +84,11 @@ class TimedPair:
         sent: the messages of the device.
     """
 
-    def __init__(self, target_table: Table, draft_table: Table, times: PairTimes) -> None:
+    def __init__(
+        self, target_table: Table, draft_table: Table, times: PairTimes, timeouts: Timeouts | None = None
+    ) -> None:
         self.now = 0.0
+        self._timeouts = timeouts or Timeouts()
         self.connections = 1
         self.device = "a"
         self.times = times
@@ -106,7 +109,7 @@ class TimedPair:
         self._model = TimedDraftModel(self._draft_table, own, run_for=self._run_for, draft_seconds=seconds)
         self._inbox.clear()
         link = Link(self, FrameCodec(len(self._draft_table)), "memory")
-        self.client = Client(link, own, Timeouts(), clock=lambda: self.now)
+        self.client = Client(link, own, self._timeouts, clock=lambda: self.now)
         self.planners = Planners(own.quality, store=store)
 
     def session(
@@ -118,8 +121,11 @@ class TimedPair:
     ) -> DeviceSession:
         """A session with the pair's draft model, or with another ``model``."""
         planner = self.planners.for_settings(settings, self.client.welcome)
-        drafting = model or cast(DraftModel, self._model)
-        return DeviceSession(self.client, planner, settings, drafting, list(prompt), prediction=prediction)
+        return DeviceSession(self.client, planner, settings, model or self.model, list(prompt), prediction=prediction)
+
+    @property
+    def model(self) -> SequenceModel:
+        return cast(DraftModel, self._model)
 
     @property
     def draft_passes(self) -> list[int]:
@@ -127,9 +133,12 @@ class TimedPair:
         return self._model.passes
 
     def send(self, frame: bytes) -> None:
-        self.sent.append(self._station.codec.decode(frame))
+        self.sent.append(self.decode(frame))
         self._line_free_at = max(self.now, self._line_free_at) + len(frame) / self.times.bytes_per_second
         self._schedule(self._line_free_at, frame, at_station=True)
+
+    def decode(self, frame: bytes) -> Message:
+        return self._station.codec.decode(frame)
 
     def receive(self, timeout: float) -> bytes | None:
         end = self.now + timeout

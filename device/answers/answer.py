@@ -4,8 +4,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 from common.common_prefix import common_prefix
+from common.grammar import Grammar
 from device.answers.timings import Timings
 from device.drafting.draft_model import SequenceModel
 from device.planning.planners import Planners
@@ -13,6 +15,7 @@ from device.process_memory import peak_memory_bytes
 from device.session.client import Client
 from device.session.draft_rounds import Counters
 from device.session.session import AnswerToken, DeviceSession, Origin
+from device.session.unverified_tail import AnswerEndedError, UnverifiedTail
 from device.settings import DraftSettings
 from device.text.tokenizer import Tokenizer
 
@@ -21,12 +24,19 @@ from device.text.tokenizer import Tokenizer
 class TextChunk:
     """The text that one committed token adds; may be empty.
 
-    ``token`` is None where an answer ended within a character, for the text that was still missing.
+    ``token`` is None where an answer ended within a character, for the text that was still missing, and for the text of
+    all unverified tokens at the end of an answer, with the origin ``unverified``. ``unverified`` is the text of the
+    unverified tokens that follow now; the next chunk may have another.
     """
 
     text: str
     origin: Origin
     token: AnswerToken | None
+    unverified: str = ""
+
+
+ShowUnverified: TypeAlias = Callable[[TextChunk], bool]
+"""Takes the chunk of an unverified token; says whether the answer shall end with it."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +45,7 @@ class Answer:
 
     ``finish_reason`` is ``stop`` or ``length``. Bytes are counted in the TCP stream,
     ``seconds`` from the prompt to the last token, ``ttft_seconds`` to the first.
+    ``unverified`` are the tokens at the end that no base station has verified, which ``tokens_per_round`` leaves out.
     ``draft_len`` is the fixed draft length, or else the rounded mean over the rounds.
     ``draft_bytes`` are those of all Drafts, ``invalidated_bytes`` of those on a wrong
     assumed bonus token. ``peak_memory_bytes`` is the largest resident memory of the process so far.
@@ -60,6 +71,7 @@ class Answer:
     draft_bytes: int
     invalidated_bytes: int
     peak_memory_bytes: int
+    unverified: int
 
 
 @dataclass(frozen=True)
@@ -76,7 +88,7 @@ class Conversation:
     """Prompts in, answers out; each prompt continues the previous one as far as they agree.
 
     Args:
-        client: the greeted base station.
+        client: the base station.
         planners: decide how much to draft.
         model: the draft model.
         tokenizer: of the same bundle.
@@ -85,6 +97,7 @@ class Conversation:
     Attributes:
         settings: of the next answer; ``sampling`` alone may change within a conversation.
         model: the draft model.
+        tail: of an answer that does not wait in an outage; None where the client bridges none.
     """
 
     def __init__(
@@ -95,30 +108,59 @@ class Conversation:
         self._client = client
         self._planners = planners
         self.model = model
+        self.tail = UnverifiedTail(client, model, settings) if client.bridges_outages else None
         self._prompt_len = 0
         self._session: DeviceSession | None = None
 
-    def ask(self, prompt_ids: list[int], max_new_tokens: int, prediction: Sequence[int] = ()) -> "AnswerStream":
+    def ask(
+        self,
+        prompt_ids: list[int],
+        max_new_tokens: int,
+        prediction: Sequence[int] = (),
+        show_unverified: ShowUnverified | None = None,
+    ) -> "AnswerStream":
         """The answer to a prompt, at most ``max_new_tokens`` long; nothing happens until it is iterated.
 
-        ``prediction`` is what the answer perhaps is, for prompt lookup.
+        Args:
+            prompt_ids: the whole conversation.
+            max_new_tokens: most tokens of the answer.
+            prediction: what the answer perhaps is, for prompt lookup.
+            show_unverified: as of ``AnswerStream``.
         """
-        return AnswerStream(self, prompt_ids, max_new_tokens, prediction)
+        return AnswerStream(self, prompt_ids, max_new_tokens, prediction, show_unverified)
 
     def begin(self, prompt_ids: list[int], prediction: Sequence[int] = ()) -> DeviceSession:
         """The session, opened on the prompt or extended with it."""
+        self._client.greet_once()
         planner = self._planners.for_settings(self.settings, self._client.welcome)
         self._prompt_len = len(prompt_ids)
         sampling = self.settings.sampling
         self._client.check_sampling(sampling)
-        grammar = self.tokenizer.grammar(sampling.grammar, self._client.stop_ids) if sampling.grammar else None
         if self._session is None:
             self._session = DeviceSession(
-                self._client, planner, self.settings, self.model, prompt_ids, grammar, prediction
+                self._client, planner, self.settings, self.model, prompt_ids, self._grammar, prediction, self.tail
             )
         else:
-            self._session.extend(prompt_ids, sampling, planner, grammar, prediction)
+            self._session.extend(prompt_ids, sampling, planner, self._grammar, prediction)
         return self._session
+
+    def begin_tail(self, prompt_ids: Sequence[int], max_new_tokens: int) -> None:
+        """Prepare for an outage in the answer to a prompt.
+
+        Raises:
+            SettingsError: a token id in the sampling settings is none of the model's.
+            GrammarError: their grammar cannot be compiled.
+        """
+        if self.tail is not None:
+            sampling = self.settings.sampling
+            self._client.check_token_ids(sampling)
+            self.tail.begin(prompt_ids, max_new_tokens, sampling, self._grammar)
+
+    @property
+    def _grammar(self) -> Grammar | None:
+        """The grammar of the next answer."""
+        text = self.settings.sampling.grammar
+        return self.tokenizer.grammar(text, self._client.stop_ids) if text else None
 
     @property
     def ready(self) -> bool:
@@ -142,6 +184,10 @@ class Conversation:
         """End answers with ``CancelledError`` where ``is_cancelled`` says so, as ``Client.cancelled_by``."""
         return self._client.cancelled_by(is_cancelled)
 
+    def bridged_by(self, draft_token: Callable[[], bool]) -> AbstractContextManager[None]:
+        """Call ``draft_token`` in an outage, as ``Client.bridged_by``."""
+        return self._client.bridged_by(draft_token)
+
     def snapshot(self) -> _Snapshot:
         """Clock and counters now."""
         counters = replace(self._session.counters) if self._session else Counters()
@@ -150,7 +196,8 @@ class Conversation:
 
     def keep_figures(self) -> None:
         """Store what the planner has learnt."""
-        self._planners.keep(self.settings, self._client.welcome)
+        if self._client.is_greeted:
+            self._planners.keep(self.settings, self._client.welcome)
 
     def close(self) -> None:
         """End the session, if there is one."""
@@ -160,32 +207,82 @@ class Conversation:
 
 
 class AnswerStream:
-    """One answer: iterate over its text chunks, then read ``answer``."""
+    """One answer: iterate over its text chunks, then read ``answer``.
+
+    In an outage the iterator waits. ``show_unverified`` then gets a chunk without a token for each unverified one, and
+    says whether the answer shall end there; without it, or where the client bridges no outage, the answer waits too.
+    """
 
     def __init__(
-        self, conversation: Conversation, prompt_ids: list[int], max_new_tokens: int, prediction: Sequence[int] = ()
+        self,
+        conversation: Conversation,
+        prompt_ids: list[int],
+        max_new_tokens: int,
+        prediction: Sequence[int] = (),
+        show_unverified: ShowUnverified | None = None,
     ) -> None:
         self._conversation = conversation
+        self._tail = conversation.tail if show_unverified else None
+        self._show_unverified = show_unverified
         self._prompt_ids = prompt_ids
         self._max_new_tokens = max_new_tokens
         self._prediction = prediction
         self._tokens: list[AnswerToken] = []
+        self._text = ""
         self._cached_tokens = 0
         self._finish_reason = "length"
+        self._first = 0.0
         self._ended: _Snapshot | None = None
 
     def __iter__(self) -> Iterator[TextChunk]:
         """The chunks of text, each as soon as its token is committed."""
         self._began = self._conversation.snapshot()
-        count = 0
+        self._conversation.begin_tail(self._prompt_ids, self._max_new_tokens)
         try:
-            for text in self._conversation.tokenizer.decode_stream(self._token_ids()):
-                token = self._tokens[-1]
-                yield TextChunk(text, token.origin, token if len(self._tokens) > count else None)
-                count = len(self._tokens)
+            if self._tail is None:
+                yield from self._committed()
+            else:
+                yield from self._bridged(self._tail)
             self._ended = self._conversation.snapshot()
         finally:
             self._conversation.keep_figures()
+
+    def _committed(self) -> Iterator[TextChunk]:
+        count = 0
+        for text in self._conversation.tokenizer.decode_stream(self._token_ids()):
+            token, self._text = self._tokens[-1], self._text + text
+            yield TextChunk(text, token.origin, token if len(self._tokens) > count else None, self._unverified_text())
+            count = len(self._tokens)
+
+    def _bridged(self, tail: UnverifiedTail) -> Iterator[TextChunk]:
+        """The chunks of an answer that outages do not stop; the last one may be unverified."""
+        try:
+            with self._conversation.bridged_by(self._draft_alone):
+                yield from self._committed()
+        except AnswerEndedError as ended:
+            self._finish_reason = ended.reason
+            self._tokens += [AnswerToken(token.token_id, Origin.UNVERIFIED, token.margin) for token in tail.drafted]
+            whole = self._conversation.tokenizer.decode([token.token_id for token in self._tokens])
+            yield TextChunk(whole.removeprefix(self._text), Origin.UNVERIFIED, None)
+
+    def _draft_alone(self) -> bool:
+        """Have the draft model add a token in an outage, and show the text; whether it could."""
+        assert self._tail is not None
+        assert self._show_unverified is not None
+        if not self._tail.draft_token():
+            return False
+        self._first = self._first or time.monotonic()
+        if self._show_unverified(TextChunk("", Origin.UNVERIFIED, None, self._unverified_text())):
+            raise AnswerEndedError("stop")
+        return True
+
+    def _unverified_text(self) -> str:
+        """The text that the unverified tokens add, up to an incomplete character."""
+        if self._tail is None or not self._tail.drafted:
+            return ""
+        ids = [*(token.token_id for token in self._tokens), *(token.token_id for token in self._tail.drafted)]
+        whole = self._conversation.tokenizer.decode(ids).rstrip("\ufffd")
+        return whole[len(self._text) :] if whole.startswith(self._text) else ""
 
     @property
     def prompt_tokens(self) -> int:
@@ -194,8 +291,12 @@ class AnswerStream:
 
     @property
     def new_tokens(self) -> int:
-        """Tokens committed so far."""
+        """Tokens committed so far; at the end, those that are unverified too."""
         return len(self._tokens)
+
+    @property
+    def _unverified(self) -> int:
+        return sum(token.origin is Origin.UNVERIFIED for token in self._tokens)
 
     @property
     def prediction_tokens(self) -> tuple[int, int]:
@@ -223,6 +324,7 @@ class AnswerStream:
             draft_n_accepted=now.counters.accepted - began.counters.accepted,
             uplink_bytes=now.uplink_bytes - began.uplink_bytes,
             downlink_bytes=now.downlink_bytes - began.downlink_bytes,
+            unverified_n=self._unverified,
         )
 
     @property
@@ -245,25 +347,25 @@ class AnswerStream:
             drafted=drafted,
             accepted=accepted,
             acceptance_rate=accepted / drafted if drafted else None,
-            tokens_per_round=len(token_ids) / rounds,
+            tokens_per_round=(len(token_ids) - self._unverified) / max(1, rounds),
             uplink_bytes=ended.uplink_bytes - began.uplink_bytes,
             downlink_bytes=ended.downlink_bytes - began.downlink_bytes,
             seconds=seconds,
             ttft_seconds=self._first - began.seconds,
             tokens_per_second=len(token_ids) / seconds,
             mode=settings.mode,
-            draft_len=(settings.draft_len if drafted else 0) or round(drafted / rounds),
+            draft_len=(settings.draft_len if drafted else 0) or round(drafted / max(1, rounds)),
             draft_bytes=ended.counters.draft_bytes - began.counters.draft_bytes,
             invalidated_bytes=ended.counters.invalidated_bytes - began.counters.invalidated_bytes,
             peak_memory_bytes=peak_memory_bytes(),
+            unverified=self._unverified,
         )
 
     def _token_ids(self) -> Iterator[int]:
         session = self._conversation.begin(self._prompt_ids, self._prediction)
         self._cached_tokens = session.cached_tokens
         for token in session.answer(self._max_new_tokens):
-            if not self._tokens:
-                self._first = time.monotonic()
+            self._first = self._first or time.monotonic()
             self._tokens.append(token)
             yield token.token_id
         if self._tokens[-1].token_id in session.stop_ids:

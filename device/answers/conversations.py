@@ -47,7 +47,7 @@ class Conversations:
             self._kept.remove(conversation)
         conversation.settings = settings
         self._kept.append(conversation)
-        self._max_sessions = client.welcome.max_sessions
+        self._max_sessions = client.welcome.max_sessions if client.is_greeted else 1
         self._drop_oldest(len(prompt_ids))
         try:
             yield conversation

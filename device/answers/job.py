@@ -9,6 +9,7 @@ from device.answers.round_events import AnswerRound
 from device.answers.timings import Timings
 from device.http.tool_fields import Tools
 from device.settings import DraftSettings
+from device.text.tentative_text import Revision
 from device.text.tokenizer import ChatMessage
 from device.text.tool_calls import ToolCall
 
@@ -19,7 +20,8 @@ class AnswerRequest:
 
     With ``rounds`` the answer is delivered round by round, with the origins of its tokens; with ``echo`` the prompt
     comes first, and with log-probabilities if the sampling settings ask for them. With ``continue_final`` the answer
-    continues the last message. ``prediction`` is what the answer perhaps is.
+    continues the last message. ``prediction`` is what the answer perhaps is. With ``unverified`` the answer comes in
+    revisions, before it is verified.
     """
 
     prompt: tuple[ChatMessage, ...] | tuple[int, ...] | str
@@ -31,6 +33,12 @@ class AnswerRequest:
     tools: Tools = field(default_factory=Tools)
     continue_final: bool = False
     prediction: str = ""
+    unverified: bool = False
+
+    @property
+    def needs_base_station(self) -> bool:
+        """Whether the draft model alone cannot answer it: it asks for the target's log-probabilities, or an echo."""
+        return self.echo or self.settings.sampling.logprobs is not None
 
 
 @dataclass(frozen=True)
@@ -61,8 +69,8 @@ class AnswerPiece:
     top: tuple[tuple[str, float], ...]
 
 
-Event: TypeAlias = str | AnswerRound | AnswerPiece | ToolCall | Finish | Exception
-"""What a job delivers: text, rounds, pieces and calls any number of times, then one of the others once."""
+Event: TypeAlias = str | AnswerRound | AnswerPiece | Revision | ToolCall | Finish | Exception
+"""What a job delivers: text, rounds, pieces, revisions and calls any number of times, then one of the others once."""
 
 
 @dataclass(frozen=True)

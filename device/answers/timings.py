@@ -18,6 +18,7 @@ class Timings:
         draft_n_accepted: those of them that were accepted.
         uplink_bytes: sent in the TCP stream.
         downlink_bytes: received in it.
+        unverified_n: tokens at the end of the answer that no base station has verified.
     """
 
     cache_n: int = 0
@@ -29,6 +30,7 @@ class Timings:
     draft_n_accepted: int = 0
     uplink_bytes: int = 0
     downlink_bytes: int = 0
+    unverified_n: int = 0
 
     def __add__(self, other: "Timings") -> "Timings":
         pairs = zip(asdict(self).values(), asdict(other).values(), strict=True)

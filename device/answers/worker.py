@@ -12,6 +12,7 @@ from dataclasses import replace
 from functools import partial
 
 from device.answers.answer import AnswerStream
+from device.answers.answer_delivery import AnswerDelivery
 from device.answers.conversations import Conversations
 from device.answers.job import AnswerPiece, AnswerRequest, Finish, Job
 from device.answers.job_queue import JobQueue
@@ -25,7 +26,6 @@ from device.session.client import Client
 from device.session.round_records import RoundRecord
 from device.session.session import AnswerToken, Origin
 from device.settings import DraftSettings
-from device.text.answer_text import AnswerText
 from device.text.tokenizer import Tokenizer
 from protocol.errors import (
     AdmissionError,
@@ -37,7 +37,6 @@ from protocol.errors import (
     ProtocolError,
     SettingsError,
 )
-from protocol.logprobs import TokenLogprobs
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +55,7 @@ class Worker:
         clock: seconds, monotonic.
         metrics: counters.
         planners: decide how much to draft; None for new ones.
+        offline: whether no base station is used.
 
     Attributes:
         metrics: what the service counts.
@@ -73,12 +73,14 @@ class Worker:
         clock: Callable[[], float] = time.monotonic,
         metrics: Metrics | None = None,
         planners: Planners | None = None,
+        offline: bool = False,
     ) -> None:
         self.vocab_size = model.manifest.vocab_size
         self.metrics = metrics or Metrics()
         self._clock = clock
         self.tokenizer = tokenizer
-        self._connection = Connection(connect, clock)
+        self._offline = offline
+        self._connection = Connection(connect, clock, offline)
         planners = planners or Planners(model.manifest.target_quality)
         self._conversations = Conversations(model, tokenizer, cache_tokens, planners)
         self._jobs = JobQueue()
@@ -169,14 +171,19 @@ class Worker:
             return error
 
     def _answer(self, job: Job) -> Finish:
+        needs_base_station = job.request.needs_base_station
+        if self._offline and needs_base_station:
+            raise SettingsError("logprobs or echo", "given", "left out: this device uses no base station")
         ids, settings = self._prompt_ids(job.request), self._settings(job.request)
-        client = self._connection.client()
+        client = self._connection.client(may_be_out=not needs_base_station)
         if job.request.echo:
             with client.cancelled_by(lambda: job.cancelled.is_set() or self._stopping.is_set()):
                 self._echo(job, client, ids)
         if not job.request.max_new_tokens:
             return Finish("length", len(ids), 0)
         rounds = RoundEvents(job.deliver) if job.request.rounds else None
+        delivery = AnswerDelivery(job, self.tokenizer, rounds)
+        show_unverified = None if needs_base_station else delivery.add_unverified
         with (
             self._conversations.for_prompt(client, ids, settings) as conversation,
             client.cancelled_by(lambda: job.cancelled.is_set() or self._stopping.is_set()),
@@ -184,7 +191,8 @@ class Worker:
         ):
             predicted = job.request.prediction
             prediction = self.tokenizer.encode_guess(predicted) if predicted else ()
-            return self._deliver(conversation.ask(ids, job.request.max_new_tokens, prediction), job, rounds)
+            stream = conversation.ask(ids, job.request.max_new_tokens, prediction, show_unverified)
+            return self._deliver(stream, job, delivery)
 
     def _settings(self, request: AnswerRequest) -> DraftSettings:
         """The settings of a request; if it must call a tool, with the grammar of a call.
@@ -220,42 +228,27 @@ class Worker:
         if most is None:
             job.deliver(self.tokenizer.decode(ids))
             return
-        logprobs = prompt_logprobs(client, ids, most)
+        logprobs, delivery = prompt_logprobs(client, ids, most), AnswerDelivery(job, self.tokenizer)
         text = self.tokenizer.token_text(ids[0])
         job.deliver(AnswerPiece(text, text, None, ()))
         for token_id, told in zip(ids[1:], logprobs, strict=True):
-            job.deliver(self._piece(self.tokenizer.token_text(token_id), AnswerToken(token_id, Origin.TARGET), told))
-
-    def _piece(self, text: str, token: AnswerToken, logprobs: TokenLogprobs) -> AnswerPiece:
-        text_of = self.tokenizer.token_text
-        top = tuple((text_of(token_id), logprob) for token_id, logprob in logprobs.top)
-        return AnswerPiece(text, text_of(token.token_id), logprobs.logprob, top)
+            token = AnswerToken(token_id, Origin.TARGET)
+            job.deliver(delivery.piece(self.tokenizer.token_text(token_id), token, told))
 
     def _note_round(self, rounds: RoundEvents | None, record: RoundRecord) -> None:
         self.metrics.count_round(record)
         if rounds:
             rounds.begin(record)
 
-    def _deliver(self, stream: AnswerStream, job: Job, rounds: RoundEvents | None) -> Finish:
-        """Deliver the text of an answer up to a stop string, in ``rounds`` if they are asked for."""
-        tools = job.request.tools
-        tool_format = self.tokenizer.tool_format if tools.known else None
-        answer_text = AnswerText(job.request.stops, tool_format, job.deliver, tools.parallel)
+    def _deliver(self, stream: AnswerStream, job: Job, delivery: AnswerDelivery) -> Finish:
+        """Deliver the text of an answer up to a stop string."""
         for chunk in stream:
-            self._connection.mark_received()
-            text = answer_text.feed(chunk.text)
-            if rounds:
-                rounds.add(text, chunk.token)
-            elif chunk.token and chunk.token.logprobs:
-                job.deliver(self._piece(text, chunk.token, chunk.token.logprobs))
-            elif text:
-                job.deliver(text)
-            if answer_text.stopped:
+            if chunk.token:
+                self._connection.mark_received()
+            delivery.add(chunk)
+            if delivery.stopped:
                 break
-        if rounds:
-            rounds.flush()
-        if text := answer_text.flush():
-            job.deliver(text)
+        delivery.flush()
         if stream.ended:
             logger.info(
                 "%d prompt tokens, %d new tokens, %.1f tokens/s",
@@ -263,7 +256,7 @@ class Worker:
                 stream.new_tokens,
                 stream.answer.tokens_per_second,
             )
-        reason = "stop" if answer_text.stopped else stream.answer.finish_reason
-        reason = "tool_calls" if answer_text.called and reason == "stop" else reason
+        reason = "stop" if delivery.stopped else stream.answer.finish_reason
+        reason = "tool_calls" if delivery.called and reason == "stop" else reason
         predicted = stream.prediction_tokens if job.request.prediction else None
         return Finish(reason, stream.prompt_tokens, stream.new_tokens, predicted, stream.timings)

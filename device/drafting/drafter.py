@@ -101,7 +101,7 @@ class Drafter:
         self.grammar: Grammar | None = None
         self._missing = (vocab_size or model.manifest.vocab_size) - model.manifest.vocab_size
         self._uplink = None if mode is Mode.FULL else uplink
-        self._ids_alone = mode.sends_ids_alone
+        self._ids_alone = mode.sends_ids_alone or mode is Mode.TARGET
         self._model_stop_ids = frozenset(model.manifest.stop_ids) if stop_ids is None else stop_ids
         self._before_pass = before_pass
         model.rollback(model.forked_length)
@@ -116,6 +116,11 @@ class Drafter:
     def room(self, tokens: Sequence[int]) -> int:
         """How many tokens fit the draft model's context after ``tokens``."""
         return self._model.room(tokens)
+
+    @property
+    def context_length(self) -> int:
+        """Of the draft model."""
+        return self._model.manifest.context_length
 
     def backlog(self, tokens: Sequence[int]) -> int:
         """How many of ``tokens`` without the last are not in the KV cache."""

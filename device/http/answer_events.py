@@ -10,9 +10,10 @@ from device.answers.job import AnswerPiece, AnswerRequest, Event, Finish, Job
 from device.answers.round_events import AnswerRound
 from device.answers.worker import Worker
 from device.http.http_errors import HttpError
+from device.text.tentative_text import Revision
 from device.text.tool_calls import ToolCall
 
-AnswerEvent: TypeAlias = str | AnswerRound | AnswerPiece | ToolCall | Finish
+AnswerEvent: TypeAlias = str | AnswerRound | AnswerPiece | Revision | ToolCall | Finish
 
 
 class AnswerEvents:

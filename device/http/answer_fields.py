@@ -84,9 +84,13 @@ def read_answer(
     """
     extension = _extension(fields)
     rounds = _rounds(extension, logprobs is None)
+    unverified = field(extension, "edgedraft.unverified", bool, False, "true or false")
     settings = _settings(fields, extension, defaults, logprobs)
     echo = field(fields, "echo", bool, False, "true or false")
-    return AnswerRequest(prompt, settings, _max_new_tokens(fields, defaults, echo), _stops(fields), rounds, echo)
+    if unverified and (rounds or echo or logprobs is not None):
+        raise SettingsError("edgedraft.unverified", True, "false with logprobs, echo or edgedraft.rounds")
+    max_new_tokens = _max_new_tokens(fields, defaults, echo)
+    return AnswerRequest(prompt, settings, max_new_tokens, _stops(fields), rounds, echo, unverified=unverified)
 
 
 def choices_of(fields: Fields, request: AnswerRequest) -> tuple[AnswerRequest, ...]:

@@ -59,8 +59,9 @@ def _check_tools(request: AnswerRequest) -> None:
     Raises:
         SettingsError: it does.
     """
-    if request.tools.known and (request.rounds or request.settings.sampling.logprobs is not None):
-        raise SettingsError("tools", "given", "left out with logprobs or edgedraft.rounds")
+    excludes = request.rounds or request.unverified or request.settings.sampling.logprobs is not None
+    if request.tools.known and excludes:
+        raise SettingsError("tools", "given", "left out with logprobs, edgedraft.rounds or edgedraft.unverified")
     if request.tools.forced and request.settings.sampling.grammar:
         raise SettingsError("tool_choice", "of a tool", "auto or none with response_format, grammar or regex")
 

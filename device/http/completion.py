@@ -14,6 +14,7 @@ from device.answers.timings import Timings
 from device.http.answer_events import AnswerEvent, AnswerEvents
 from device.http.http_errors import HttpError
 from device.http.request_fields import Fields
+from device.text.tentative_text import Revision
 from device.text.tool_calls import ToolCall
 
 _LEAST_LOGPROB = -9999.0
@@ -150,6 +151,8 @@ class Completion:
             if isinstance(event, ToolCall):
                 calls.append(event)
                 continue
+            if isinstance(event, Revision):
+                text = text[: len(text) - len(event.replaced)]
             text += event if isinstance(event, str) else event.text
             pieces += [event] if isinstance(event, AnswerPiece) else []
             rounds += [event.fields] if isinstance(event, AnswerRound) else []
@@ -194,6 +197,9 @@ class Completion:
                 yield self._chunk(index, self._form.part(event, ()))
             elif isinstance(event, AnswerPiece):
                 yield self._chunk(index, self._form.part(event.text, (event,)))
+            elif isinstance(event, Revision):
+                counts = {"replaced": len(event.replaced), "unverified": event.unverified}
+                yield self._chunk(index, self._form.part(event.text, ()), edgedraft=counts)
             else:
                 yield self._chunk(index, self._form.part(event.text, ()), edgedraft=event.fields)
             while (following := await self._events.next_within(_KEEP_ALIVE_SECONDS)) is None:

@@ -30,6 +30,7 @@ def answer_schemas() -> Fields:
         "Usage": _usage(),
         "Timings": _timings(),
         "Round": _round(),
+        "Revision": _revision(),
         "Models": _object(
             {"object": schema("string", "list"), "data": schema("array", "one model", items=ref("Model"))}
         ),
@@ -84,7 +85,11 @@ def _answer(head: Mapping[str, Any], choice: Fields) -> Fields:
 
 def _chunk(head: Mapping[str, Any], choice: Fields) -> Fields:
     """A chunk; the last of a choice has its timings, and one after all choices the usage if asked for."""
-    further = {"usage": ref("Usage"), "timings": ref("Timings"), "edgedraft": ref("Round")}
+    own = {
+        "anyOf": [ref("Round"), ref("Revision")],
+        "description": "[Round](#round) or [Revision](#revision), as asked",
+    }
+    further = {"usage": ref("Usage"), "timings": ref("Timings"), "edgedraft": own}
     return _object(
         {**head, "choices": schema("array", "one, or none beside `usage`", items=choice), **further}, optional=further
     )
@@ -123,6 +128,7 @@ def _timings() -> Fields:
             "draft_n_accepted": schema("integer", "those of them that were accepted"),
             "uplink_bytes": schema("integer", "sent to the base station, in the TCP stream"),
             "downlink_bytes": schema("integer", "received from it"),
+            "unverified_n": schema("integer", "tokens at the end of the answer that no base station has verified"),
             "prompt_per_token_ms": schema("number", "`prompt_ms` for each of `prompt_n`"),
             "prompt_per_second": schema("number", "`prompt_n` in each second of `prompt_ms`"),
             "predicted_per_token_ms": schema("number", "`predicted_ms` for each of `predicted_n`"),
@@ -131,12 +137,24 @@ def _timings() -> Fields:
     )
 
 
+def _revision() -> Fields:
+    """Of a chunk with text that may be unverified; characters are Unicode code points."""
+    replaced = "characters at the end of the text so far that the chunk's text replaces; 0 to append it"
+    return _object(
+        {
+            "replaced": schema("integer", replaced),
+            "unverified": schema("integer", "characters at the end of the text now that are not verified"),
+        }
+    )
+
+
 def _round() -> Fields:
+    verified = [origin for origin in Origin if origin is not Origin.UNVERIFIED]
     token = _object(
         {
             "text": schema("string", "that the token adds; empty while a character is incomplete"),
             "token_id": schema("integer", "its id"),
-            "origin": schema("string", "how the token was produced", enum=[*Origin]),
+            "origin": schema("string", "how the token was produced", enum=verified),
             "margin": schema(["number", "null"], "of the draft model, in nats, for an accepted token"),
         }
     )

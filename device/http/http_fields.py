@@ -79,6 +79,11 @@ EXTENSION_FIELDS: Mapping[str, Schema] = {
     "mode": schema("string", "as `--mode`; `target` turns speculation off", enum=["auto", *Mode]),
     "draft_len": schema(["integer", "string"], 'as `--draft-len`: a number of tokens, or `"auto"`'),
     "rounds": schema("boolean", "report each round with the origins of its tokens; not with tools or `logprobs`"),
+    "unverified": schema(
+        "boolean",
+        "in an outage (`--on-outage draft`, `--offline`) stream text before it is verified; a chunk says how many "
+        "characters before it it replaces. Not with tools, `logprobs`, `echo` or `edgedraft.rounds`",
+    ),
 }
 """The fields of the field ``edgedraft``."""
 

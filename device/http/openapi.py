@@ -31,7 +31,11 @@ def _operations() -> list[tuple[str, str, Fields]]:
         ("/detokenize", "post", _operation("The text of token ids", _json("Content"), "Tokens")),
         ("/health", "get", _operation("As `/readyz`", text)),
         ("/healthz", "get", _operation("200 while the service can answer", text)),
-        ("/readyz", "get", _operation("200 if the base station answered within the last 15 s, else 503", text)),
+        (
+            "/readyz",
+            "get",
+            _operation("200 if the base station answered within the last 15 s or none is used, else 503", text),
+        ),
         ("/metrics", "get", _operation("Figures in Prometheus' format", text)),
         ("/openapi.json", "get", _operation("This description", {"application/json": {}})),
     ]

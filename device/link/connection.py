@@ -22,22 +22,30 @@ class Connection:
     Args:
         connect: opens a link and greets the base station over it.
         clock: seconds, monotonic.
+        offline: whether no base station is used, so that none is greeted.
     """
 
-    def __init__(self, connect: Callable[[], Client], clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, connect: Callable[[], Client], clock: Callable[[], float] = time.monotonic, offline: bool = False
+    ) -> None:
         self._connect = connect
         self._clock = clock
+        self._offline = offline
         self._client: Client | None = None
         self._received_at = -_RECENT_SECONDS
         self._lost = False
 
     @property
     def alive(self) -> bool:
-        """Whether the base station answered recently."""
+        """Whether the base station answered recently, or none is used."""
+        if self._offline:
+            return True
         return self._client is not None and self._clock() - self._received_at < _RECENT_SECONDS
 
-    def client(self) -> Client:
+    def client(self, may_be_out: bool = False) -> Client:
         """The client; the base station has answered within the last ``_FRESH_SECONDS``.
+
+        With ``may_be_out`` a client that bridges outages is not greeted.
 
         Raises:
             LinkError: the base station does not answer.
@@ -45,12 +53,13 @@ class Connection:
             FaultError: the base station refuses the draft model.
         """
         try:
-            if self._client is None:
-                self._client = self._connect()
-            elif self._clock() - self._received_at >= _FRESH_SECONDS:
-                self._client.greet(_GREETING_TIMEOUT)
-            else:
-                return self._client
+            is_new = self._client is None
+            client = self._client = self._client or self._connect()
+            is_fresh = self._clock() - self._received_at < _FRESH_SECONDS and not is_new
+            if self._offline or is_fresh or (may_be_out and client.bridges_outages):
+                return client
+            if not is_new or not client.is_greeted:
+                client.greet(_GREETING_TIMEOUT)
         except EdgedraftError as error:
             self.lose(error)
             raise
@@ -58,7 +67,7 @@ class Connection:
         if self._lost:
             logger.info("the base station answers again")
         self._lost = False
-        return self._client
+        return client
 
     def keep_alive(self) -> float:
         """Greet the base station where it has been idle; return the seconds until the next call is due."""

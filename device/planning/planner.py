@@ -374,7 +374,7 @@ class Planner:
         self._lookup.observe(proposal, committed)
 
     def observe_lookup_reply(self, drafted: int, reply_seconds: float | None) -> None:
-        """Record the reply to a Draft of prompt lookup; see ``observe``."""
+        """Record the reply to a Draft that took no forward pass; see ``observe``."""
         if reply_seconds is not None and self._target_seconds is not None:
             self._longest_link = None
             self._overlapped_lens.clear()

@@ -3,6 +3,7 @@
 A request is sent again when no reply comes or the connection is a new one
 (*resend*, behind a Resume). Where the base station is full or shutting down, the
 device waits and retries (*back off*).
+Where nothing arrives for long (*outage*), the draft model may go on alone.
 
 Knows messages and times; not how tokens are drafted.
 """
@@ -16,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from device.link.link import Link
+from device.link.no_link import NoLink
 from device.link.probe import unreachable_reason
 from device.session.round_records import Moment, Moments, RoundRecord, RoundRecordFile
 from device.settings import DraftSettings, Timeouts
@@ -54,7 +56,7 @@ _JITTER = 0.25
 
 
 class Client:
-    """A greeted base station.
+    """A base station, which is greeted first; with ``timeouts.outage`` only once it is needed.
 
     Args:
         link: to the base station.
@@ -63,9 +65,6 @@ class Client:
         clock: seconds, monotonic.
         records: receives a line for each round.
         first_session: id of the first session; clients that share a key must not share ids.
-
-    Attributes:
-        welcome: the base station's Welcome: limits, modes and context length.
 
     Raises:
         LinkError: no base station answers within ``timeouts.connect``.
@@ -90,11 +89,41 @@ class Client:
         self._sent_at, self._sent_connections = clock(), 1
         self._is_cancelled: Callable[[], bool] = lambda: False
         self._on_round: Callable[[RoundRecord], None] | None = None
+        self._draft_token: Callable[[], bool] | None = None
+        self._probed_at, self._is_out = clock(), False
         self._manifest = manifest
+        self._welcome: Welcome | None = None
         self._hello = Hello(
             PROTOCOL_VERSION, manifest.vocab_size, bytes.fromhex(manifest.vocabulary_hash), manifest.stop_ids
         )
-        self.greet(self._timeouts.connect)
+        if not self.bridges_outages:
+            self.greet_once()
+
+    @property
+    def welcome(self) -> Welcome:
+        """The base station's Welcome: limits, modes and context length."""
+        assert self._welcome is not None, "the base station was not greeted"
+        return self._welcome
+
+    @property
+    def is_greeted(self) -> bool:
+        """Whether the base station has answered a Hello."""
+        return self._welcome is not None
+
+    @property
+    def is_offline(self) -> bool:
+        """Whether there is no link, so that nothing ever arrives."""
+        return isinstance(self.link, NoLink)
+
+    @property
+    def bridges_outages(self) -> bool:
+        """Whether the draft model may go on alone in an outage."""
+        return self._timeouts.outage is not None
+
+    def greet_once(self) -> None:
+        """Greet a base station that was not greeted; see ``greet``."""
+        if not self.is_greeted:
+            self.greet(self._timeouts.connect)
 
     def greet(self, timeout: float | None = None) -> None:
         """Send a Hello; fall back to the oldest version where the base station refuses the newest.
@@ -103,11 +132,11 @@ class Client:
             timeout: seconds to wait for the Welcome; None waits as long as for any reply.
         """
         try:
-            self.welcome = self._greet_in(PROTOCOL_VERSION, timeout)
+            self._welcome = self._greet_in(PROTOCOL_VERSION, timeout)
         except FaultError as fault:
             if fault.fault_code != MismatchError.code:
                 raise
-            self.welcome = self._greet_in(OLDEST_VERSION, timeout)
+            self._welcome = self._greet_in(OLDEST_VERSION, timeout)
         except LinkError as error:
             reason = unreachable_reason(self.link.address)
             raise LinkError(f"{error}: {reason}") from error
@@ -116,12 +145,14 @@ class Client:
     @property
     def vocab_size(self) -> int:
         """Tokens that both ends encode ids for: the target's, or the draft model's before version 3."""
-        return self.welcome.vocab_size or self._manifest.vocab_size
+        told = self._welcome.vocab_size if self._welcome else 0
+        return told or self._manifest.vocab_size
 
     @property
     def stop_ids(self) -> frozenset[int]:
         """The ids that end an answer on both ends: the target's, or the draft model's before version 3."""
-        return frozenset(self.welcome.stop_ids if self.welcome.vocab_size else self._manifest.stop_ids)
+        is_told = self._welcome is not None and self._welcome.vocab_size
+        return frozenset(self.welcome.stop_ids if is_told else self._manifest.stop_ids)
 
     def check_served(self, settings: DraftSettings) -> None:
         """Check settings against the base station's Welcome.
@@ -156,6 +187,14 @@ class Client:
             allowed = f"at most {most} bytes (the base station's {option_name('max_grammar_len')})"
             reason = allowed if most else "left out: this base station has no grammars"
             raise SettingsError("grammar", f"{length} bytes", reason)
+        self.check_token_ids(sampling)
+
+    def check_token_ids(self, sampling: Sampling) -> None:
+        """Check the token ids in sampling settings.
+
+        Raises:
+            SettingsError: the target does not have one; before the first Welcome, the draft model.
+        """
         biased = [token_id for token_id, _ in sampling.logit_bias]
         for name, token_ids in (("logit_bias", biased), ("stop_token_ids", sampling.stop_token_ids)):
             if not all(0 <= token_id < self.vocab_size for token_id in token_ids):
@@ -186,31 +225,34 @@ class Client:
     ) -> Iterator[Message]:
         """What the base station sends in answer to requests.
 
-        They are sent again after ``timeouts.resend`` seconds without a message and over a new connection;
-        behind a Resume where ``resume`` makes one and the base station knows the message.
+        They are sent again after ``timeouts.resend`` seconds without one and over a new connection, behind a Resume.
 
         Args:
             unanswered: sent before, oldest first.
             timeout: seconds without a message after which the device gives up; None for ``timeouts.retry``.
-            resume: makes the Resume of the session.
+            resume: makes the Resume of the session, sent where the base station knows the message.
             while_waiting: does a piece of work while no message has arrived; says whether it did.
 
         Raises:
-            LinkError: the base station sends nothing for ``timeout`` seconds.
+            LinkError: the base station sends nothing for ``timeout`` seconds, and nothing bridges the outage.
             FaultError: the base station answers with a Fault.
         """
         limit = self._timeouts.retry if timeout is None else timeout
-        received_at = self._clock()
+        received_at = heard_at = self._clock()
         while True:
             message = self._receive(0)
-            if message is None and not while_waiting():
+            is_bridged = message is None and self._bridge_outage(heard_at, limit)
+            if message is None and not is_bridged and not while_waiting():
                 message = self._receive(min(self._timeouts.resend, limit))
             now = self._clock()
             if message is not None:
+                heard_at = now
+                if isinstance(message, Welcome) and not isinstance(unanswered[0], Hello):
+                    continue  # the reply to a probe, which is none to the requests
                 received_at = now
                 _raise_fault(message, getattr(unanswered[0], "session_id", None))
                 yield message
-            elif (waited := now - received_at) >= limit:
+            elif (waited := now - received_at) >= limit and not is_bridged:
                 raise LinkError(f"no base station answers at {self.link.address} (waited {waited:.0f} s)")
             elif now - max(self._sent_at, received_at) >= self._timeouts.resend or self._reconnected:
                 self._resend(unanswered, resume)
@@ -246,15 +288,16 @@ class Client:
         waited = 0.0 if since is None else began - since
         seconds = refusal.retry_seconds or min(max(_FIRST_PAUSE, waited), self._timeouts.resend)
         pause = seconds * random.uniform(1, 1 + _JITTER)  # noqa: S311 - not a secret
-        if waited + pause > self._timeouts.retry:
+        refused_at = began if since is None else since
+        if waited + pause > self._timeouts.retry and not self._bridge_outage(refused_at):
             text = f"{refusal.text} (waited {waited:.0f} s)"
             raise FaultError(refusal.fault_code, text, math.ceil(seconds)) from refusal
         if since is None:
             logger.warning("waiting for up to %.0f s: %s", self._timeouts.retry, refusal.text)
         connections = self.link.connections
         while (left := began + pause - self._clock()) > 0 and self.link.connections == connections:
-            self._receive(left)  # messages of sessions that have ended
-        return began if since is None else since
+            self._receive(0 if self._bridge_outage(refused_at) else left)  # messages of sessions that have ended
+        return refused_at
 
     def send(self, message: Hello | Request | Close) -> None:
         """Send a message; ``messages`` yields the replies."""
@@ -273,6 +316,15 @@ class Client:
             yield
         finally:
             self._is_cancelled = lambda: False
+
+    @contextmanager
+    def bridged_by(self, draft_token: Callable[[], bool]) -> Iterator[None]:
+        """Call ``draft_token`` again and again in an outage, if ``bridges_outages``; it says whether it drafted one."""
+        self._draft_token = draft_token
+        try:
+            yield
+        finally:
+            self._draft_token = None
 
     @contextmanager
     def reporting_rounds_to(self, on_round: Callable[[RoundRecord], None]) -> Iterator[None]:
@@ -316,14 +368,48 @@ class Client:
     def _receive(self, seconds: float) -> Message | None:
         """The next message, or None after at most ``seconds``."""
         self.check_cancelled()
-        return self.link.receive(min(seconds, _CHECK_INTERVAL))
+        message = self.link.receive(min(seconds, _CHECK_INTERVAL))
+        if message is not None and self._is_out:
+            self._is_out, self._sent_connections = (
+                False,
+                0,
+            )  # what is unanswered is sent again, as over a new connection
+            logger.info("the base station answers again")
+        return message
+
+    def _bridge_outage(self, silent_since: float, limit: float = math.inf) -> bool:
+        """Have the draft model add a token where the base station is silent for too long; whether it did.
+
+        Half-way a Hello, which is answered at once, finds out whether the base station is there but busy.
+        """
+        if self._draft_token is None or self._timeouts.outage is None:
+            return False
+        silent, outage = self._clock() - silent_since, min(self._timeouts.outage, limit)
+        if silent < outage:
+            if self.is_greeted and silent >= outage / 2 and self._probed_at <= silent_since:
+                self._probed_at = self._clock()
+                self.link.send(self._probe)
+            return False
+        if not self._is_out and not self.is_offline:
+            logger.info("nothing from the base station for %.0f s: the draft model goes on alone", silent)
+        self._is_out = True
+        with self.paused_clock():
+            return self._draft_token()
 
     @property
     def _reconnected(self) -> bool:
         """Whether there is a new connection since the last message was sent."""
         return self.link.connections > self._sent_connections
 
+    @property
+    def _probe(self) -> Hello:
+        """Finds out whether a greeted base station is there."""
+        return replace(self._hello, version=self.welcome.version)
+
     def _resend(self, requests: Sequence[Hello | Request], resume: Callable[[], Resume] | None) -> None:
+        if self._is_out and self.is_greeted and not self._reconnected:  # requests would pile up in the socket
+            self.send(self._probe)
+            return
         if resume and self.welcome.version > OLDEST_VERSION:
             self.link.send(resume())
         for request in requests:

@@ -6,6 +6,7 @@ sent. A Verdict that contradicts an assumption invalidates all that builds on it
 
 A Draft comes from the draft model or from prompt lookup. After the latter the draft model
 catches up in chunks while a Verdict is awaited, and with the rest once it drafts again.
+After an outage, Drafts are the tokens that the draft model added alone.
 
 Knows tokens and the planner; not what an answer is.
 """
@@ -23,6 +24,7 @@ from device.session.client import Client
 from device.session.pending_draft import PendingDraft, evidence_of
 from device.session.round_records import Moment
 from device.session.session_requests import SessionRequests
+from device.session.unverified_tail import UnverifiedTail
 from device.settings import DraftSettings
 from protocol.messages import Mode, Verdict
 
@@ -70,6 +72,7 @@ class DraftRounds:
         settings: how to draft.
         tokens: the committed tokens; the session that owns the list appends the tokens of each round to it.
         lookup: of the session; None where it drafts with the draft model alone.
+        tail: of the answer; None where it waits in an outage.
 
     Attributes:
         counters: over all rounds.
@@ -84,6 +87,7 @@ class DraftRounds:
         settings: DraftSettings,
         tokens: Sequence[int],
         lookup: LookupDrafter | None = None,
+        tail: UnverifiedTail | None = None,
     ) -> None:
         self.counters = Counters()
         self._client = client
@@ -92,6 +96,7 @@ class DraftRounds:
         self._settings = settings
         self._tokens = tokens
         self._lookup = lookup
+        self._tail = tail
         self._model_follows = True  # the draft model has drafted the last of the pending tokens
         self._in_flight: deque[PendingDraft] = deque()
         self._next: PendingDraft | None = None
@@ -117,11 +122,11 @@ class DraftRounds:
         """Draft and send up to position ``end`` until the oldest Draft in flight has its Verdict."""
         draft_room = self._drafter.room(self._tokens)
         while True:
-            self.look_up(end)
+            self.begin_ready(end)
             may_draft = self._may_draft(end, draft_room)
             if self._in_flight and (may_draft or not self._may_send()):
                 is_busy = may_draft or self._use_wait()
-                if verdict := self._requests.verdict(wait=not is_busy):
+                if verdict := self._verdict(wait=not is_busy):
                     return self._conclude(verdict)
                 if not self._requests.drafts_in_flight:  # the session had to be opened again
                     self._discard()
@@ -131,28 +136,61 @@ class DraftRounds:
             elif self._may_send() or not self._in_flight:
                 self._send()
 
-    def look_up(self, end: int) -> bool:
-        """Begin the next Draft, up to position ``end``, by prompt lookup where that is worth it; whether it was."""
-        if self._lookup is None:
-            return False
-        stop_ids, is_ahead = self._drafter.stop_ids, bool(self._in_flight)
-        self._lookup.follow(self._tokens, stop_ids, self._planner)
+    def begin_ready(self, end: int) -> bool:
+        """Begin the next Draft, up to position ``end``, with tokens that take no forward pass; whether there are any.
+
+        They are what the draft model added in an outage, or come from prompt lookup where that is worth it.
+        """
+        self._retake_model()
+        if self._lookup is not None:
+            self._lookup.follow(self._tokens, self._drafter.stop_ids, self._planner)
         if self._next is not None:
-            return self._next.is_looked_up
+            return self._next.is_ready
+        is_ahead = bool(self._in_flight)
         if self._at_end or (is_ahead and not self.drafts_ahead):
             return False
+        return self._begin_tail(end, is_ahead) or self._look_up(end, is_ahead)
+
+    def _begin_tail(self, end: int, is_ahead: bool) -> bool:
+        """Begin the next Draft with unverified tokens of the answer, as many as the base station allows."""
+        most = min(self._room(end), self._client.welcome.max_draft_len + is_ahead)
+        tokens = self._tail.following(self._pending_ids)[: max(0, most)] if self._tail else []
+        if len(tokens) <= is_ahead:  # an assumed bonus token alone is no Draft
+            return False
+        self._begin_with(tokens, is_ahead, self._client.now())
+        return True
+
+    def _look_up(self, end: int, is_ahead: bool) -> bool:
+        """Begin the next Draft by prompt lookup."""
+        if self._lookup is None:
+            return False
         most = min(self._room(end), self._longest + is_ahead)
-        proposal = self._lookup.propose([*self._tokens, *self._pending_ids], most, stop_ids)
+        proposal = self._lookup.propose([*self._tokens, *self._pending_ids], most, self._drafter.stop_ids)
         count = self._lookup_len(proposal) if proposal else 0
         if proposal is None or count <= is_ahead:  # an assumed bonus token alone is no Draft
             return False
-        began, tokens = self._client.now(), self._lookup.drafted(proposal, count)
+        began = self._client.now()
+        self._begin_with(self._lookup.drafted(proposal, count), is_ahead, began)
+        return True
+
+    def _begin_with(self, tokens: list[DraftedToken], is_ahead: bool, began: Moment) -> None:
+        """Begin the next Draft with tokens; the first is its assumed bonus token where another is in flight."""
         assumed = tokens.pop(0) if is_ahead else None
-        self._next = PendingDraft(began, assumed_bonus=assumed, tokens=tokens, is_looked_up=True)
+        self._next = PendingDraft(began, assumed_bonus=assumed, tokens=tokens, is_ready=True)
         self._model_follows = False
         if not is_ahead:
             self._concluded = began
-        return True
+
+    def _verdict(self, wait: bool = True) -> Verdict | None:
+        """The Verdict of the oldest Draft in flight, as ``SessionRequests.verdict``."""
+        verdict = self._requests.verdict(wait)
+        self._retake_model()
+        return verdict
+
+    def _retake_model(self) -> None:
+        """Draft anew after the committed and pending tokens where the draft model was used in an outage."""
+        if self._tail and self._tail.take_model():
+            self._next, self._model_follows = None, False
 
     def catch_up(self) -> bool:
         """Run a chunk of the committed tokens through the draft model; whether there was one."""
@@ -187,7 +225,7 @@ class DraftRounds:
         room = self._room(end) - new_assumption
         if room <= 0 or len(drafting.tokens) >= self._longest or self._pending_len >= draft_room or self._at_end:
             return False
-        if drafting.is_looked_up or (self._in_flight and not self.drafts_ahead):
+        if drafting.is_ready or (self._in_flight and not self.drafts_ahead):
             return False
         if self._settings.draft_len is not None:
             return True
@@ -302,13 +340,13 @@ class DraftRounds:
         prefilled = self._requests.take_prefilled()
         reply_seconds = None if prefilled or draft.overlaps else received.seconds - sent.seconds
         round_seconds = None if prefilled else received.seconds - self._concluded.seconds
-        if draft.is_looked_up:
+        if draft.is_ready:
             self._planner.observe_lookup_reply(len(draft.tokens), reply_seconds)
         else:
             self._planner.observe(draft.margins, verdict.accepted, drafting, reply_seconds, round_seconds)
         if logger.isEnabledFor(logging.DEBUG):
             counts = verdict.round_id, verdict.accepted, len(draft.tokens)
-            source = "prompt lookup" if draft.is_looked_up else "the draft model"
+            source = "prompt lookup" if any(token.match for token in draft.tokens) else "the draft model"
             logger.debug("round %d, %d of %d accepted from %s; next: %s", *counts, source, self._planner.explanation)
         counted = replace(self._concluded, seconds=draft.began.seconds)
         longest = self._settings.draft_len or self._client.welcome.max_draft_len
@@ -329,7 +367,7 @@ class DraftRounds:
         """
         self._next = None
         while self._in_flight:
-            if verdict := self._requests.verdict():
+            if verdict := self._verdict():
                 return self._conclude(verdict)
             self._discard()
         return None

@@ -20,7 +20,7 @@ class PendingDraft:
         draft_seconds: the time to draft ``tokens`` and ``assumed_bonus``.
         sent: when it was sent.
         uplink_bytes: of it on the link.
-        is_looked_up: whether its tokens are those of prompt lookup, so that none is added.
+        is_ready: whether its tokens were there before, from prompt lookup or an outage, so that none is added.
     """
 
     began: Moment
@@ -30,7 +30,7 @@ class PendingDraft:
     draft_seconds: float = 0.0
     sent: Moment | None = None
     uplink_bytes: int = 0
-    is_looked_up: bool = False
+    is_ready: bool = False
 
     def __len__(self) -> int:
         return len(self.tokens) + (self.assumed_bonus is not None)

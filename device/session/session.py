@@ -17,6 +17,7 @@ from device.planning.planner import MIN_BACKLOG, TRIAL, Planner
 from device.session.client import Client
 from device.session.draft_rounds import Counters, DraftRounds
 from device.session.session_requests import SessionRequests
+from device.session.unverified_tail import AnswerEndedError, UnverifiedTail
 from device.settings import DraftSettings
 from protocol.errors import CancelledError, ContextLengthError, NonFiniteError
 from protocol.limits import option_name
@@ -34,11 +35,12 @@ class Origin(StrEnum):
     BONUS = "bonus"
     TARGET = "target"
     LOOKUP = "lookup"
+    UNVERIFIED = "unverified"
 
 
 @dataclass(frozen=True)
 class AnswerToken:
-    """One committed token of an answer.
+    """One token of an answer, committed unless its origin is ``unverified``.
 
     ``origin`` is ``target`` where nothing was drafted, ``lookup`` for an accepted token of prompt lookup. ``margin`` is
     the draft model's, in nats, of an accepted token; None where it was sampled from its distribution, and for tokens of
@@ -62,6 +64,7 @@ class DeviceSession:
         prompt_ids: the first prompt.
         grammar: compiled, that of ``settings``.
         prediction: what the answer perhaps is, for prompt lookup.
+        tail: has begun with the prompt; None where answers wait in an outage.
 
     Attributes:
         tokens: committed so far, the prompt included.
@@ -81,6 +84,7 @@ class DeviceSession:
         prompt_ids: list[int],
         grammar: Grammar | None = None,
         prediction: Sequence[int] = (),
+        tail: UnverifiedTail | None = None,
     ) -> None:
         client.check_served(settings)
         self.tokens: list[int] = []
@@ -88,20 +92,20 @@ class DeviceSession:
         self._client = client
         self._settings = settings
         self._target_alone = settings.mode is Mode.TARGET
+        told = client.vocab_size, client.stop_ids
         self._drafter = Drafter(
-            model,
-            settings.mode,
-            settings.sampling,
-            settings.uplink,
-            client.vocab_size,
-            client.stop_ids,
-            client.check_cancelled,
+            model, settings.mode, settings.sampling, settings.uplink, *told, before_pass=client.check_cancelled
         )
         asks = settings.block_verification and settings.mode.encoding is not None
         self._requests = SessionRequests(client, settings.mode, settings.sampling, self.tokens, asks)
         looks_up = settings.lookup and not self._target_alone
         self._lookup = LookupDrafter(settings.mode, settings.uplink, client.vocab_size) if looks_up else None
-        self._rounds = DraftRounds(client, self._requests, self._drafter, planner, settings, self.tokens, self._lookup)
+        self._tail = tail
+        if tail is not None:
+            tail.draft_with(self._drafter)
+        self._rounds = DraftRounds(
+            client, self._requests, self._drafter, planner, settings, self.tokens, self._lookup, tail
+        )
         self._drafter.answer_start, self._drafter.grammar = len(prompt_ids), grammar
         self._check_prompt(prompt_ids)
         began = client.now()
@@ -109,7 +113,7 @@ class DeviceSession:
             self._requests.open(prompt_ids)
             self._rounds.planner.observe_opened(client.now().seconds - began.seconds)
             self._begin(prompt_ids, prediction)
-        except (NonFiniteError, CancelledError):  # nobody else could close the session
+        except (NonFiniteError, CancelledError, AnswerEndedError):  # nobody else could close the session
             self.close()
             raise
 
@@ -176,6 +180,8 @@ class DeviceSession:
             try:
                 for token in self._next_tokens(room):
                     self._client.check_cancelled()
+                    if self._tail is not None:
+                        self._tail.commit(token.token_id)
                     yield token
                     if token.token_id in self.stop_ids:
                         return
@@ -210,7 +216,7 @@ class DeviceSession:
         if self._target_alone:
             return room
         planner = self._rounds.planner
-        if self._rounds.look_up(len(self.tokens) + room):
+        if self._rounds.begin_ready(len(self.tokens) + room):
             return 0
         if self._draft_room and self._settings.draft_len:
             return 0

@@ -1,6 +1,7 @@
 """The text of an answer on its way to its client: up to a stop string, and without the calls of tools in it."""
 
 from collections.abc import Callable, Sequence
+from copy import copy, deepcopy
 
 from device.text.stop_strings import StopStrings
 from device.text.tool_calls import ToolCall, ToolFormat
@@ -41,6 +42,15 @@ class AnswerText:
         """Add ``text``; return what may be shown now."""
         text = self._stops.feed(text)
         return self._without_calls(self._parser.feed(text)) if self._parser else text
+
+    def preview(self, text: str) -> tuple[str, bool]:
+        """What would be shown if ``text`` came next, without its calls, and whether the answer would end in it."""
+        if self.stopped:
+            return "", True
+        ahead = copy(self)
+        ahead._stops, ahead._parser = copy(self._stops), deepcopy(self._parser)
+        ahead._deliver = lambda _: None
+        return ahead.feed(text), ahead.stopped
 
     def flush(self) -> str:
         """What was held back, once no more follows."""
