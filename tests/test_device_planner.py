@@ -374,8 +374,8 @@ def test_a_draft_with_an_uncertain_token_is_sent_at_once() -> None:
     planner = measured_planner()
     planner.drafts_ahead = 3
     for _ in range(30):
-        planner.observe([0.1, 2.0, 2.0], 0, 0.012, 0.13, 0.142)
-        planner.observe([0.1, 2.0, 2.0], 3, 0.012, 0.13, 0.142)
+        for accepted in (3, 0, 0):
+            planner.observe([0.1, 2.0, 2.0], accepted, 0.012, 0.13, 0.142)
         planner.observe([2.0] * 3, 3, 0.012, 0.13, 0.142)
     assert planner.should_draft_ahead([], [2.0], may_send=True)
     assert planner.should_draft_ahead([], [0.1], may_send=False)

@@ -109,9 +109,15 @@ class Planner:
 
     @property
     def speedup(self) -> float:
-        """Estimated tokens per second in rounds over those of the target alone; 1 before both are known."""
+        """Estimated tokens per second in rounds over those of the target alone; 1 before both are known.
+
+        Without guesses the target decodes ``MIN_WAIT`` tokens at a time, each time for another round trip.
+        """
         target_seconds = self._estimates.target_seconds
-        return 1.0 if target_seconds is None else self.tokens_per_second * target_seconds
+        if target_seconds is None:
+            return 1.0
+        pause = 0.0 if self.guesses else self.times.round_trip_seconds / MIN_WAIT
+        return self.tokens_per_second * (target_seconds + pause)
 
     @property
     def tokens_per_second(self) -> float:
@@ -399,7 +405,8 @@ class Planner:
         self._trials.since += tokens
         if self._pays() is self._trials.alone:
             self._trials.switch()
-            self._plan_trial(*self._expected_trial())
+            if self.guesses:
+                self._plan_trial(*self._expected_trial())
         elif alone is not self._trials.alone:
             self._plan_trial(tokens, seconds)
 

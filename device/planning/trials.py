@@ -20,7 +20,7 @@ class Trials:
         self.start(alone=False, since=0, wait=MIN_WAIT)
 
     def start(self, alone: bool, since: int, wait: int) -> None:
-        """Go on where an earlier process stopped."""
+        """Go on in this way, as an earlier process did."""
         self.alone, self.since, self.wait = alone, since, wait
 
     @property
@@ -34,8 +34,8 @@ class Trials:
         return self.wait - self.since
 
     def switch(self) -> None:
-        """Go on in the other way."""
-        self.alone = not self.alone
+        """Go on in the other way, and try this one again soon."""
+        self.start(not self.alone, since=0, wait=MIN_WAIT)
 
     def plan(self, lost: float, share: float) -> None:
         """Plan the next trial from now on.
