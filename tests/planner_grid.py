@@ -1,6 +1,6 @@
 """Planned drafting against fixed settings on many links, in simulated time: ``python -m tests.planner_grid``.
 
-The draft model's acceptance comes in stretches, as in real answers: tokens that are easy
+The draft model's acceptance varies along an answer, as in real ones: tokens that are easy
 follow each other, and so do hard ones. Its margins predict most of the rejections.
 """
 
