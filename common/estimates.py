@@ -22,6 +22,9 @@ class Share:
         self._prior = prior
         self._hits, self._trials = trials * prior, trials
 
+    def __bool__(self) -> bool:
+        return self._trials > 0
+
     def fade(self) -> None:
         """Reduce the weight of all trials so far."""
         self._hits *= DECAY

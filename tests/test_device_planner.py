@@ -10,8 +10,9 @@ from typing import cast
 import pytest
 
 from common.round_model import expected_tokens
-from device.planning.planner import FIRST_DRAFT_LEN, MAX_DRAFT_LEN, MIN_WAIT, TRIAL, TRIAL_SHARE, Planner
+from device.planning.planner import FIRST_DRAFT_LEN, MAX_DRAFT_LEN, TRIAL, TRIAL_SHARE, Planner
 from device.planning.planners import Planners
+from device.planning.trials import MIN_WAIT
 from device.settings import DraftSettings
 from protocol.bundle import QualityFigures
 from protocol.messages import Decode, Draft, Mode, Sampling
@@ -365,5 +366,17 @@ def test_drafting_ahead_ends_where_all_of_it_is_hardly_accepted() -> None:
     for _ in range(30):
         planner.observe([0.1, 2.0, 2.0], 0, 0.012, 0.13, 0.142)
         planner.observe([2.0] * 3, 3, 0.012, 0.13, 0.142)
-    assert planner.should_draft_ahead([2.0] * 8, [])
-    assert not planner.should_draft_ahead([0.1, 2.0], [])
+    assert planner.should_draft_ahead([2.0] * 8, [], may_send=False)
+    assert not planner.should_draft_ahead([0.1, 2.0], [], may_send=False)
+
+
+def test_a_draft_with_an_uncertain_token_is_sent_at_once() -> None:
+    planner = measured_planner()
+    planner.drafts_ahead = 3
+    for _ in range(30):
+        for accepted in (3, 0, 0):
+            planner.observe([0.1, 2.0, 2.0], accepted, 0.012, 0.13, 0.142)
+        planner.observe([2.0] * 3, 3, 0.012, 0.13, 0.142)
+    assert planner.should_draft_ahead([], [2.0], may_send=True)
+    assert planner.should_draft_ahead([], [0.1], may_send=False)
+    assert not planner.should_draft_ahead([], [0.1], may_send=True)

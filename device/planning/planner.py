@@ -3,42 +3,42 @@
 Knows numbers, not models or links; the formulas are in ``common/round_model.py``.
 """
 
-from bisect import bisect
 from collections.abc import Sequence
 from dataclasses import replace
-from math import ceil, inf, prod, sqrt
-from typing import TypeAlias
+from math import ceil, sqrt
 
-from common.estimates import DECAY, Line, Ratio, Share
+from common.estimates import DECAY, Ratio
 from common.round_model import RoundTimes, expected_tokens, run_tokens
-from device.drafting.prompt_lookup import Match, Proposal
+from device.drafting.prompt_lookup import Proposal
+from device.planning.acceptance import Acceptance, Evidence
 from device.planning.planner_figures import MAX_ROUNDS, PlannerFigures
-from device.planning.planner_lookup import LookupAcceptance
+from device.planning.time_estimates import TimeEstimates
+from device.planning.trials import MIN_WAIT, Trials
 from protocol.bundle import QualityFigures
 
-Evidence: TypeAlias = float | Match | None
-"""What tells the acceptance of a drafted token: its margin or the match that it followed; None where it was sampled."""
 MAX_DRAFT_LEN = 32
 """Longest planned draft: the formulas assume the same acceptance at every position, which fails further out."""
-ASSUMED_COST = 1 / 4
-"""Time to draft a token over the time of a forward pass of the target, before either is measured."""
-PREFILL_COST = 1 / 5
-"""Time to run a token of a prompt through the draft model over that to draft one, before it is measured."""
 FIRST_DRAFT_LEN = 4
 """The first round is short: the link's rate is not known yet."""
 TRIAL = 3
 """Tokens that the target decodes alone to measure its speed: two intervals."""
 MIN_BACKLOG = 32
 """Tokens that the draft model must run before it can draft, from which on the target decodes alone meanwhile."""
-MIN_WAIT = 64
-"""Tokens at least until the slower alternative is tried again."""
 TRIAL_SHARE = 1 / 50
 """Largest share of all time that trials of drafting may cost."""
+_GUESSED_TRIAL_SHARE = 1 / 100
+"""The same where guesses tell the acceptance, so that a trial tells the times alone; less the slower drafting is."""
 _TARGET_TRIAL_SHARE = 1 / 100
 """The same for trials of the target alone, which run where drafting is faster, usually by far."""
 _LOOKUP_SHARE = 1 / 40
 """Largest share of the time that the target alone may lose because it decodes piece by piece, for prompt lookup."""
 _LEAST_PIECE = 2
+_FIRST_SHARE = 1 / 20
+"""Largest share of the first tokens' time, decoded alone, that the first switch to drafting may cost."""
+_ASSUMED_TARGET_SECONDS = 0.02
+"""Of a forward pass of the target, before it is known."""
+_LEAST_SPEEDUP = 0.95
+"""Where guesses tell the acceptance, drafting goes on down to this: margins make rounds better than predicted."""
 _PRIOR_ROUNDS = 6.0
 _CERTAIN_ROUNDS = 32
 """Before this many rounds, drafting is given up only where it is clearly slower: n rounds have an error of 1/√n."""
@@ -46,18 +46,15 @@ ALONE_DECAY = 0.5
 """Weight that earlier rounds keep after the target has decoded ``MIN_WAIT`` tokens alone."""
 MIN_SURVIVAL = 0.15
 """Least probability of its assumption at which a Draft is sent ahead."""
-_KNOWN_TRIALS = 8.0
 _KNOWN_ROUNDS = 4.0
-"""What an earlier process learnt counts as so many drafted tokens and rounds, so that a change is noticed soon."""
+"""What an earlier process learnt counts as so many rounds, so that a change is noticed soon."""
+_LEAST_CERTAINTY = 0.5
+"""Least probability that a whole Draft is accepted at which it grows: its Verdict would come later by each token."""
 _HEADROOM = 1.25
 """Drafts are as long as if the target took longer by this: times vary, and it should not fall behind."""
 _KNOWN_CERTAINTY = 8
 """Rounds that what an earlier process learnt counts as where drafting might be given up: links change."""
 _INSTANT = 1e-9
-_MARGIN_BOUNDS = (0.15, 0.3, 0.5)
-"""Bounds of the margin classes, in nats; the acceptance rate is estimated for each class."""
-_PRIOR_ACCEPTANCE = (0.6, 0.9)
-"""Upper bounds of the initial acceptance rate in the classes of the smallest margins."""
 
 
 class Planner:
@@ -72,15 +69,10 @@ class Planner:
     again from time to time.
 
     All figures are running estimates; Drafts that follow each other without a pause
-    count as one observation. The time of a reply is a line over the number
-    of drafted tokens: its intercept is the round trip plus one forward pass, its
-    slope the time to send and verify a token. Initial estimates come from
-    ``common/round_model.py``.
+    count as one observation. Initial estimates come from ``common/round_model.py``.
 
-    The acceptance rate is estimated by *margin*, the gap between the two highest
-    scores, where the argmax is drafted: in modes ``ids`` and ``coupled``, and at
-    temperature 0 in all modes. Sampled tokens share one estimate. That of tokens from
-    prompt lookup is estimated by the length of their match.
+    Where the draft model *guesses* the tokens that the target decodes alone, they teach
+    the acceptance at no cost, so that drafting is given up, and taken up again, at once.
 
     Prompt lookup drafts where its round is expected to give more tokens than the
     faster of the draft model and the target alone would give in the same time.
@@ -91,49 +83,41 @@ class Planner:
 
     Attributes:
         drafts_ahead: how many Drafts may be sent on an assumed bonus token.
+        guesses: whether the draft model guesses the tokens that the target decodes alone.
     """
 
     def __init__(self, quality: QualityFigures, greedy: bool) -> None:
         self.drafts_ahead = 0
-        self._acceptance = Share(quality.argmax_agreement if greedy else quality.overlap)
-        self._by_margin: dict[int, Share] = {}
-        self._target_seconds: float | None = None
-        self._link_seconds = 0.0
-        self._replies = Line()
-        self._drafting = Ratio()  # seconds over drafted tokens
-        self._prefills = Ratio()  # seconds over tokens of a prompt
+        self.guesses = False
+        self._acceptance = Acceptance(quality.argmax_agreement if greedy else quality.overlap)
+        self._estimates = TimeEstimates()
         self._rounds = Ratio()  # tokens over seconds
         self._rounds_seen = 0
-        self._lookup = LookupAcceptance()
+        self._trials = Trials()
         self._predicted = 0.0, 0.0
         self._overlapped_lens: dict[int, int] = {}  # by drafts ahead, until the estimates change
-        self._alone = False
-        self._since, self._wait = 0, MIN_WAIT
-        self._longest_link: float | None = None  # while nothing of this process is observed
 
     @property
     def alpha(self) -> float:
         """The estimated probability that a drafted token is accepted."""
-        return self._acceptance.mean()
+        return self._acceptance.mean
 
     @property
     def times(self) -> RoundTimes:
         """The estimated times of a round; what a token adds to a reply counts as verification."""
-        target_seconds, slope = self._target_seconds or 0.0, self._replies.slope
-        draft_seconds = self._drafting.value if self._drafting else ASSUMED_COST * target_seconds
-        link_seconds = max(0.0, self._replies.intercept - target_seconds)
-        return RoundTimes(draft_seconds, lambda draft_len: target_seconds + draft_len * slope, link_seconds)
+        return self._estimates.round_times
 
     @property
     def speedup(self) -> float:
-        """Estimated tokens per second in rounds over those of ``MIN_WAIT`` tokens of the target alone.
+        """Estimated tokens per second in rounds over those of the target alone; 1 before both are known.
 
-        1 before both are known.
+        Without guesses the target decodes ``MIN_WAIT`` tokens at a time, each time for another round trip.
         """
-        if self._target_seconds is None:
+        target_seconds = self._estimates.target_seconds
+        if target_seconds is None:
             return 1.0
-        alone_seconds = self._target_seconds + self.times.round_trip_seconds / MIN_WAIT
-        return self.tokens_per_second * alone_seconds
+        pause = 0.0 if self.guesses else self.times.round_trip_seconds / MIN_WAIT
+        return self.tokens_per_second * (target_seconds + pause)
 
     @property
     def tokens_per_second(self) -> float:
@@ -145,18 +129,31 @@ class Planner:
     @property
     def explanation(self) -> str:
         """The decision for the next round and the estimates behind it, in one line."""
-        times, milliseconds = self.times, 1e3
-        if self._target_seconds is None:
-            return f"the target decodes {TRIAL} tokens alone, to measure its speed"
-        decision = "the target alone"
-        if not self._alone:
-            decision = f"Drafts of up to {self.planned_len} tokens, {self.drafts_ahead} ahead"
+        times, milliseconds, target_seconds = self.times, 1e3, self._estimates.target_seconds
+        if target_seconds is None:
+            return f"the target decodes {self.decode_len()} tokens alone, to measure its speed"
+        token_milliseconds = self._estimates.token_seconds * milliseconds
         return (
-            f"{decision}: α {self.alpha:.2f}, draft {times.draft_seconds * milliseconds:.1f} ms, "
-            f"verify {self._target_seconds * milliseconds:.1f} ms + {self._replies.slope * milliseconds:.2f} a token, "
+            f"{self._decision}: α {self.alpha:.2f}, draft {times.draft_seconds * milliseconds:.1f} ms, "
+            f"verify {target_seconds * milliseconds:.1f} ms + {token_milliseconds:.2f} a token, "
             f"round trip {times.round_trip_seconds * milliseconds:.1f} ms; "
-            f"{self.tokens_per_second:.1f} tokens/s, target alone {1 / max(self._target_seconds, _INSTANT):.1f}"
+            f"{self.tokens_per_second:.1f} tokens/s, target alone {1 / max(target_seconds, _INSTANT):.1f}"
         )
+
+    @property
+    def _decision(self) -> str:
+        """How the next tokens are generated."""
+        if self._guesses_first:
+            return "the target alone, until guesses tell the acceptance"
+        trial = ", as a trial" if self._trials.due else ""
+        if self._trials.alone is not self._trials.due:
+            return f"the target alone{trial}"
+        return f"Drafts of up to {self.planned_len} tokens, {self.drafts_ahead} ahead{trial}"
+
+    @property
+    def _guesses_first(self) -> bool:
+        """Whether guesses tell the acceptance before the first Draft; where the link is fast, a Draft costs little."""
+        return self.guesses and not self._acceptance.is_observed and self._first_len > TRIAL
 
     @property
     def planned_len(self) -> int:
@@ -167,22 +164,22 @@ class Planner:
 
     @property
     def figures(self) -> PlannerFigures | None:
-        """What a later process can start from; None before the first round."""
-        if self._target_seconds is None or not self._rounds_seen or not self._rounds:
+        """What a later process can start from; None before the first round or guess."""
+        if self._estimates.target_seconds is None or not self._acceptance.is_observed:
             return None
         return PlannerFigures(
-            target_seconds=self._target_seconds,
+            target_seconds=self._estimates.target_seconds,
             link_seconds=self.times.round_trip_seconds,
-            token_seconds=self._replies.slope,
-            draft_seconds=self._drafting.value,
-            prefill_seconds=self._prefill_token_seconds,
-            tokens_per_second=self._rounds.value,
+            token_seconds=self._estimates.token_seconds,
+            draft_seconds=self.times.draft_seconds,
+            prefill_seconds=self._estimates.prefill_token_seconds,
+            tokens_per_second=self.tokens_per_second,
             acceptance=self.alpha,
-            acceptance_by_margin={index: self._acceptance_in(index) for index in self._by_margin},
+            acceptance_by_margin=self._acceptance.by_margin,
             rounds=min(self._rounds_seen, MAX_ROUNDS),
-            alone=self._alone,
-            since=self._since,
-            wait=self._wait,
+            alone=self._trials.alone,
+            since=self._trials.since,
+            wait=self._trials.wait,
         )
 
     def start(self, pass_seconds: float, row_seconds: float, known: PlannerFigures | None = None) -> None:
@@ -195,22 +192,15 @@ class Planner:
         """
         if not pass_seconds and known is None:
             return
-        self._longest_link = known.link_seconds if known else inf
-        self._target_seconds = max(pass_seconds or (known.target_seconds if known else 0.0), _INSTANT)
+        self._estimates.start(pass_seconds, row_seconds, known)
         if known is None:
-            self._replies = Line.through(self._target_seconds, row_seconds)
             return
-        self._link_seconds = known.link_seconds
-        self._replies = Line.through(self._target_seconds + known.link_seconds, known.token_seconds)
-        self._drafting.observe(_KNOWN_TRIALS * known.draft_seconds, _KNOWN_TRIALS)
-        self._prefills.observe(_KNOWN_TRIALS * known.prefill_seconds, _KNOWN_TRIALS)
-        self._acceptance = Share(known.acceptance, _KNOWN_TRIALS)
-        self._by_margin = {index: Share(mean, _KNOWN_TRIALS) for index, mean in known.acceptance_by_margin.items()}
+        self._acceptance.start(known.acceptance, known.acceptance_by_margin)
         self._predicted = self._predict()
         seconds = _KNOWN_ROUNDS * self._predicted[1]
         self._rounds.observe(known.tokens_per_second * seconds, seconds)
         self._rounds_seen = min(known.rounds, _KNOWN_CERTAINTY)
-        self._alone, self._since, self._wait = known.alone, known.since, known.wait
+        self._trials.start(known.alone, known.since, known.wait)
 
     def decode_len(self, backlog: int = 0) -> int:
         """How many tokens the target should decode alone now; 0 to draft.
@@ -218,18 +208,28 @@ class Planner:
         Args:
             backlog: tokens that the draft model must run before it can draft.
         """
-        if self._target_seconds is None:
+        prefill = self._prefill_len(backlog)
+        if self._guesses_first:
+            return max(prefill, self._first_len)
+        if self._estimates.target_seconds is None:
             return TRIAL
-        prefill = self._prefill_len(backlog) if backlog >= MIN_BACKLOG else 0
-        trial_due = self._since >= self._wait
-        if self._alone:
-            return 0 if trial_due else max(prefill, self._wait - self._since)
-        return prefill or (TRIAL if trial_due else 0)
+        if self._trials.alone:
+            return 0 if self._trials.due else max(prefill, self._trials.left)
+        return prefill or (TRIAL if self._trials.due else 0)
+
+    @property
+    def _first_len(self) -> int:
+        """Tokens of the target before the first Draft, for which switching to drafting costs one round trip."""
+        target_seconds = self._estimates.target_seconds or _ASSUMED_TARGET_SECONDS
+        return round(self._estimates.opened_seconds / (_FIRST_SHARE * target_seconds))
 
     def _prefill_len(self, backlog: int) -> int:
         """Tokens of the target while the draft model runs a prompt: the first takes a reply, others a forward pass."""
-        after_first = backlog * self._prefill_token_seconds - self._replies.intercept
-        return 1 + max(0, round(after_first / max(self._target_seconds or 0.0, _INSTANT)))
+        target_seconds = self._estimates.target_seconds
+        if backlog < MIN_BACKLOG or target_seconds is None:
+            return 0
+        after_first = backlog * self._estimates.prefill_token_seconds - self._estimates.reply_seconds
+        return 1 + max(0, round(after_first / max(target_seconds, _INSTANT)))
 
     def should_continue(self, margins: Sequence[float | None]) -> bool:
         """Whether to draft another token after those with these ``margins``; None where the token was sampled."""
@@ -237,7 +237,7 @@ class Planner:
             return True
         if len(margins) >= (MAX_DRAFT_LEN if self._rounds_seen else FIRST_DRAFT_LEN):
             return False
-        accepted = self.alpha * prod(map(self._acceptance_at, margins))
+        accepted = self.alpha * self._acceptance.of_all(margins)
         times = self.times
         seconds = times.seconds(1) - times.seconds(0)
         return accepted >= seconds * self.tokens_per_second
@@ -247,9 +247,9 @@ class Planner:
 
         Each piece costs a round trip, which may take up to ``_LOOKUP_SHARE`` of the time.
         """
-        if self._target_seconds is None:
+        if self._estimates.target_seconds is None:
             return min(most, TRIAL)
-        piece = self.times.round_trip_seconds / (_LOOKUP_SHARE * self._target_seconds)
+        piece = self.times.round_trip_seconds / (_LOOKUP_SHARE * self._estimates.target_seconds)
         return min(most, max(_LEAST_PIECE, ceil(piece)))
 
     def lookup_len(self, proposal: Proposal, can_draft: bool, before: Sequence[Evidence] = ()) -> int:
@@ -263,13 +263,15 @@ class Planner:
             can_draft: whether the draft model can draft instead; it must run the accepted tokens later.
             before: of the tokens in flight; empty where none are.
         """
-        if self._target_seconds is None:
+        target_seconds = self._estimates.target_seconds
+        if target_seconds is None:
             return 0
-        alpha, slope = self._lookup.of(proposal.match), self._replies.slope
-        seconds = self._target_seconds if before else self._replies.intercept
-        rate = self.tokens_per_second if can_draft and not self._alone else 1 / self._target_seconds
-        catch_up = self._prefill_token_seconds if can_draft and not self._alone else 0.0
-        survival = prod(map(self._acceptance_at, before))
+        alpha, slope = self._acceptance.of(proposal.match), self._estimates.token_seconds
+        seconds = target_seconds if before else self._estimates.reply_seconds
+        drafts = can_draft and not self._trials.alone
+        rate = self.tokens_per_second if drafts else 1 / target_seconds
+        catch_up = self._estimates.prefill_token_seconds if drafts else 0.0
+        survival = self._acceptance.of_all(before)
         best, most, tokens = 0, 0.0, 1.0
         for count in range(1, len(proposal.token_ids) + 1):
             survival *= alpha
@@ -281,7 +283,7 @@ class Planner:
                 best, most = count, gain
         return best
 
-    def should_draft_ahead(self, before: Sequence[Evidence], margins: Sequence[float | None]) -> bool:
+    def should_draft_ahead(self, before: Sequence[Evidence], margins: Sequence[float | None], may_send: bool) -> bool:
         """Whether to draft another token of a Draft, where up to ``drafts_ahead`` others are sent before its Verdict.
 
         Drafting goes on while nothing else could be done, up to the probability of
@@ -290,11 +292,14 @@ class Planner:
         Args:
             before: of the tokens in flight, and of the assumed bonus token.
             margins: of the Draft so far.
+            may_send: whether the Draft can be sent now.
         """
         if len(margins) >= self._overlapped_len():
             return False
+        if may_send and self._acceptance.of_all(margins) < _LEAST_CERTAINTY:
+            return False
         uncertain = (*before, *margins)
-        return not uncertain or prod(map(self._acceptance_at, uncertain)) >= MIN_SURVIVAL
+        return not uncertain or self._acceptance.of_all(uncertain) >= MIN_SURVIVAL
 
     def _overlapped_len(self) -> int:
         """Tokens of a Draft with which runs take the shortest time."""
@@ -307,18 +312,27 @@ class Planner:
 
     def observe_prefill(self, tokens: int, seconds: float) -> None:
         """Record the time that the draft model took to run ``tokens`` tokens at once."""
-        self._prefills.observe(seconds, tokens)
+        self._estimates.observe_prefill(tokens, seconds)
 
     def observe_opened(self, seconds: float) -> None:
         """Record the time from an Open to its Opened, which waits for no forward pass: about a round trip.
 
         It is longer with a long prompt, so that a shorter one known before is believed more.
         """
-        self._link_seconds = seconds
-        if self._longest_link is not None:
-            self._link_seconds = min(seconds, self._longest_link)
-            self._replies.shift(self._link_seconds + (self._target_seconds or 0.0) - self._replies.intercept)
-            self._review(self._alone, 0, 0.0)
+        self._estimates.observe_opened(seconds)
+        self._review(self._trials.alone, 0, 0.0)
+
+    def observe_guess(self, margin: float | None, is_right: bool, seconds: float | None) -> None:
+        """Record whether a guess was the target's token.
+
+        Args:
+            margin: of the guess.
+            is_right: whether it is the target's.
+            seconds: to draft it; None where the draft model had more than one token to run.
+        """
+        self._acceptance.observe_guess(margin, is_right)
+        if seconds is not None:
+            self._estimates.observe_drafting(1, seconds)
 
     def observe_decoded(self, tokens: int, first_seconds: float | None, seconds: float) -> None:
         """Record the times of tokens that the target decoded alone.
@@ -328,16 +342,9 @@ class Planner:
             first_seconds: until the first; None where the base station may still have been prefilling.
             seconds: from the first to the last.
         """
-        if tokens > 1:
-            now, before = max(seconds / (tokens - 1), _INSTANT), self._target_seconds
-            self._target_seconds = now if before is None else (now + before) / 2
-        if first_seconds is None:
-            first_seconds = self._link_seconds + (self._target_seconds or 0.0)
         self._rounds.fade(ALONE_DECAY ** (tokens / MIN_WAIT))
-        if self._alone:
-            self._replies.shift(first_seconds - self._replies.intercept)
-        self._replies.observe(0, first_seconds)
-        self._review(True, tokens, first_seconds + seconds)
+        whole = self._estimates.observe_decoded(tokens, first_seconds, seconds, self._trials.alone)
+        self._review(True, tokens, whole)
 
     def observe(
         self,
@@ -360,10 +367,10 @@ class Planner:
         if not margins:
             return
         overlapped = reply_seconds is None
-        self._observe_tokens(margins, accepted, fade=not overlapped)
-        self._drafting.observe(draft_seconds, len(margins))
+        self._acceptance.observe_draft(margins, accepted, overlapped)
+        self._estimates.observe_drafting(len(margins), draft_seconds)
         if reply_seconds is not None:
-            self._replies.observe(len(margins), reply_seconds)
+            self._estimates.observe_reply(len(margins), reply_seconds)
         if round_seconds is not None:
             self._rounds.observe(accepted + 1, round_seconds, decay=1.0 if overlapped else DECAY)
             self._rounds_seen += not overlapped
@@ -371,14 +378,13 @@ class Planner:
 
     def observe_proposal(self, proposal: Proposal, committed: Sequence[int]) -> None:
         """Record what was committed where a proposal of prompt lookup would have begun, whether it was sent or not."""
-        self._lookup.observe(proposal, committed)
+        self._acceptance.observe_proposal(proposal, committed)
 
     def observe_lookup_reply(self, drafted: int, reply_seconds: float | None) -> None:
         """Record the reply to a Draft that took no forward pass; see ``observe``."""
-        if reply_seconds is not None and self._target_seconds is not None:
-            self._longest_link = None
+        if reply_seconds is not None and self._estimates.target_seconds is not None:
             self._overlapped_lens.clear()
-            self._replies.observe(drafted, reply_seconds)
+            self._estimates.observe_reply(drafted, reply_seconds)
 
     def observe_assumed(self, margin: float | None, is_right: bool, is_argmax: bool) -> None:
         """Record whether an assumed bonus token was right.
@@ -388,42 +394,50 @@ class Planner:
             is_right: whether it is the target's.
             is_argmax: whether drafted tokens are chosen as it is, so that their acceptance is the same.
         """
-        if is_argmax:
-            self._acceptance.observe(is_right)
-        if margin is not None:
-            self._observe_margin(margin, is_right)
-
-    def _observe_tokens(self, margins: Sequence[float | None], accepted: int, fade: bool) -> None:
-        if fade:
-            self._acceptance.fade()
-        for index, margin in enumerate(margins[: accepted + 1]):
-            self._acceptance.observe(index < accepted)
-            if margin is not None:
-                self._observe_margin(margin, index < accepted)
-
-    def _observe_margin(self, margin: float, accepted: bool) -> None:
-        share = self._by_margin.setdefault(bisect(_MARGIN_BOUNDS, margin), Share())
-        share.fade()
-        share.observe(accepted)
+        self._acceptance.observe_assumed(margin, is_right, is_argmax)
 
     def _review(self, alone: bool, tokens: int, seconds: float) -> None:
         """Choose how to go on, after ``tokens`` in ``seconds`` by drafting, or by the target ``alone``."""
-        if self._target_seconds is None:
+        if self._estimates.target_seconds is None:
             return
-        self._longest_link = None
         self._overlapped_lens.clear()
         self._predicted = self._predict()
-        self._since += tokens
-        can_pay = not self._drafting or self._drafting.value < self._target_seconds
-        needed = 1.0 if self._alone else min(1.0, sqrt(self._rounds_seen / _CERTAIN_ROUNDS))
-        pays = can_pay and self.speedup >= needed
-        if pays is self._alone:
-            self._alone, self._since, self._wait = not pays, 0, MIN_WAIT
-        elif alone is not self._alone:
-            tokens_per_second = 1 / self._target_seconds if self._alone else self.tokens_per_second
-            lost = seconds * tokens_per_second - tokens
-            share = _TARGET_TRIAL_SHARE if alone else TRIAL_SHARE
-            self._since, self._wait = 0, max(MIN_WAIT, round(lost / share))
+        self._trials.since += tokens
+        if self._pays() is self._trials.alone:
+            self._trials.switch()
+            if self.guesses:
+                self._plan_trial(*self._expected_trial())
+        elif alone is not self._trials.alone:
+            self._plan_trial(tokens, seconds)
+
+    def _pays(self) -> bool:
+        """Whether drafting is to go on, or to be taken up again."""
+        if self._estimates.drafting_is_slower:
+            return False
+        if self.guesses:
+            needed = _LEAST_SPEEDUP
+        elif self._trials.alone:
+            needed = 1.0
+        else:
+            needed = min(1.0, sqrt(self._rounds_seen / _CERTAIN_ROUNDS))
+        return self.speedup >= needed
+
+    def _plan_trial(self, tokens: float, seconds: float) -> None:
+        """Plan the next trial of the slower way: the last one gave ``tokens`` in ``seconds``, or the next one will."""
+        target_seconds = max(self._estimates.target_seconds or 0.0, _INSTANT)
+        if not self._trials.alone:
+            rate, share = self.tokens_per_second, _TARGET_TRIAL_SHARE
+        elif self.guesses:
+            rate, share = 1 / target_seconds, _GUESSED_TRIAL_SHARE * min(1.0, self.speedup)
+        else:
+            rate, share = 1 / target_seconds, TRIAL_SHARE
+        self._trials.plan(seconds * rate - tokens, max(share, _INSTANT))
+
+    def _expected_trial(self) -> tuple[float, float]:
+        """Tokens and seconds of a trial of the slower way."""
+        if self._trials.alone:
+            return self._predicted
+        return TRIAL, self._estimates.reply_seconds + (TRIAL - 1) * (self._estimates.target_seconds or 0.0)
 
     def _predict(self) -> tuple[float, float]:
         """Tokens and seconds of a round, from the estimates."""
@@ -433,18 +447,3 @@ class Planner:
         if not self.drafts_ahead:
             return tokens, times.seconds(length)
         return tokens, tokens * times.run_seconds(alpha, length, self.drafts_ahead) / run_tokens(alpha)
-
-    @property
-    def _prefill_token_seconds(self) -> float:
-        """Seconds to run a token of a long prompt through the draft model."""
-        return self._prefills.value if self._prefills else PREFILL_COST * self.times.draft_seconds
-
-    def _acceptance_at(self, evidence: Evidence) -> float:
-        if isinstance(evidence, Match):
-            return self._lookup.of(evidence)
-        return self.alpha if evidence is None else self._acceptance_in(bisect(_MARGIN_BOUNDS, evidence))
-
-    def _acceptance_in(self, margin_class: int) -> float:
-        prior = min([self.alpha, *_PRIOR_ACCEPTANCE[margin_class : margin_class + 1]])
-        share = self._by_margin.get(margin_class)
-        return share.mean(prior) if share else prior

@@ -21,6 +21,7 @@ from device.drafting.lookup_drafter import LookupDrafter
 from device.drafting.prompt_lookup import Proposal
 from device.planning.planner import Planner
 from device.session.client import Client
+from device.session.guesses import Guesses
 from device.session.pending_draft import PendingDraft, evidence_of
 from device.session.round_records import Moment
 from device.session.session_requests import SessionRequests
@@ -101,6 +102,7 @@ class DraftRounds:
         self._in_flight: deque[PendingDraft] = deque()
         self._next: PendingDraft | None = None
         self._concluded = client.now()
+        self._guesses = Guesses(drafter, lambda: client.now().seconds)
         self.planner = planner
 
     @property
@@ -112,6 +114,7 @@ class DraftRounds:
     def planner(self, planner: Planner) -> None:
         self._planner = planner
         planner.drafts_ahead = self.drafts_ahead
+        planner.guesses = self._may_guess
 
     @property
     def in_flight(self) -> bool:
@@ -202,6 +205,14 @@ class DraftRounds:
         self._prefill(self._tokens, backlog)
         return True
 
+    def follow_target(self) -> bool:
+        """While the target decodes alone, run its tokens and guess the next one; whether there was something to do."""
+        return self.catch_up() or (self._planner.guesses and self._guesses.next(self._tokens, self._planner))
+
+    def end_decode(self) -> None:
+        """Compare the last guess with the token that the target decoded."""
+        self._guesses.check(self._tokens, self._planner)
+
     def begin(self) -> VerifiedRound | None:
         """Ask for the next token with a Draft without tokens, while the draft model runs the tokens before it.
 
@@ -231,12 +242,24 @@ class DraftRounds:
             return True
         if self.drafts_ahead:
             assumed = [drafting.assumed_bonus.evidence] if drafting.assumed_bonus else []
-            return self._planner.should_draft_ahead([*evidence_of(self._in_flight), *assumed], drafting.margins)
+            before = [*evidence_of(self._in_flight), *assumed]
+            return self._planner.should_draft_ahead(before, drafting.margins, self._may_send())
         return self._planner.should_continue(drafting.margins)
 
     def _room(self, end: int) -> int:
         """Tokens that may be drafted beside the pending ones, up to position ``end``."""
         return min(end, self._client.welcome.context_length) - len(self._tokens) - self._pending_len - 1
+
+    @property
+    def _may_guess(self) -> bool:
+        """Whether guesses teach a planner, and the draft model has a core of its own while the target decodes."""
+        is_planned = self._settings.draft_len is None and self._settings.mode is not Mode.TARGET
+        return is_planned and self._drafts_argmax and self.drafts_ahead > 0
+
+    @property
+    def _drafts_argmax(self) -> bool:
+        """Whether drafted tokens are chosen as an assumed bonus token or a guess is."""
+        return self._settings.mode.sends_ids_alone or self._drafter.sampling.greedy
 
     @property
     def _longest(self) -> int:
@@ -320,8 +343,7 @@ class DraftRounds:
             assert following.assumed_bonus is not None
             is_right = following.assumed_bonus.token_id == verdict.token_id
             if following.assumed_bonus.match is None:
-                is_argmax = self._settings.mode.sends_ids_alone or self._drafter.sampling.greedy
-                self._planner.observe_assumed(following.assumed_bonus.margin, is_right, is_argmax)
+                self._planner.observe_assumed(following.assumed_bonus.margin, is_right, self._drafts_argmax)
             following.assumed_bonus = None
         else:
             is_right = False

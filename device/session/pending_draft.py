@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from device.drafting.drafter import DraftedToken
-from device.planning.planner import Evidence
+from device.planning.acceptance import Evidence
 from device.session.round_records import Moment
 
 

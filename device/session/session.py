@@ -157,12 +157,12 @@ class DeviceSession:
             self._commit(left.drafted, left.verdict)
         sampling = sampling or self._drafter.sampling
         self._client.check_sampling(sampling)
-        self._rounds.planner = planner or self._rounds.planner
         start = common_prefix(self.tokens, prompt_ids[:-1])
         can_extend = self._requests.can_extend(sampling)
         self.cached_tokens = start if can_extend else 0
         self._check_prompt(prompt_ids, self.cached_tokens)
         self._drafter.sampling, self._drafter.answer_start, self._drafter.grammar = sampling, len(prompt_ids), grammar
+        self._rounds.planner = planner or self._rounds.planner
         if can_extend:
             self._requests.extend(start, prompt_ids[start:], sampling)
         else:  # the target still decodes an abandoned answer, or the base station is of an older version
@@ -233,10 +233,11 @@ class DeviceSession:
     def _decode(self, count: int) -> Iterator[AnswerToken]:
         """Let the target decode alone and commit its tokens; meanwhile the draft model runs its backlog."""
         moments = [self._client.now()]
-        for verdict in self._requests.decode(count, self._rounds.catch_up):
+        for verdict in self._requests.decode(count, self._rounds.follow_target):
             moments.append(self._client.now())
             self._client.record(self._settings.mode, verdict, 0, 0, (moments[-2], moments[-2], moments[-1]))
             yield from self._commit((), verdict)
+        self._rounds.end_decode()
         seconds = [moment.seconds for moment in moments]
         first_seconds = None if self._requests.take_prefilled() else seconds[1] - seconds[0]
         self._rounds.planner.observe_decoded(len(seconds) - 1, first_seconds, seconds[-1] - seconds[1])
