@@ -188,6 +188,14 @@ def test_an_answer_survives_the_restart_of_the_front_without_opening_a_session(
     assert opened == ["5 tokens"] * 2  # one at the replica, one undisturbed
 
 
+def test_the_front_tells_which_replicas_there_are(site: FrontSite) -> None:
+    assert site.told == {"replica-0", "replica-1"}
+    site.start_replica("replica-2", target())
+    wait_for(lambda: site.told == {"replica-0", "replica-1", "replica-2"})
+    site.replicas["replica-0"].kill()
+    wait_for(lambda: site.told == {"replica-1", "replica-2"})
+
+
 def test_a_session_that_no_replica_has_is_unknown(site: FrontSite, cleanup: ExitStack) -> None:
     peer = RawPeer(site.address, cleanup)
     assert isinstance(peer.request(hello(VOCAB)), Welcome)
