@@ -12,13 +12,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.request import urlopen
 
 import psutil
-from prometheus_client.parser import text_string_to_metric_families
 
 from bench.setup.bench_setup import BenchSetup
-from bench.setup.station_process import StationProcess, station_process
+from bench.setup.station_process import StationProcess, replica_names, station_process
 from device.settings import DraftSettings
 from tests.sample import SAMPLE
 from tests.wait import wait_for
@@ -45,12 +43,7 @@ class ClusterStation:
     @property
     def serving(self) -> set[str]:
         """The replicas whose metrics the front has; none while it is started again."""
-        try:
-            with urlopen(f"{self.station.metrics_url}/metrics", timeout=5) as answer:  # noqa: S310 - our own
-                families = list(text_string_to_metric_families(answer.read().decode()))
-        except OSError:
-            return set()
-        return {sample.labels["replica"] for family in families for sample in family.samples} - {"front"}
+        return replica_names(self.station.metrics_url)
 
     @property
     def processes(self) -> dict[str, psutil.Process]:
