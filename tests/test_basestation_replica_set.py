@@ -93,25 +93,25 @@ def test_a_replica_that_has_not_served_yet_is_killed() -> None:
 def test_a_restart_replaces_one_replica_after_another_and_each_drains_once_its_successor_serves() -> None:
     world = world_of(3)
     world.replicas.restart()
-    for number in range(3):
+    for name, successor in (("replica-0", "replica-3"), ("replica-1", "replica-0"), ("replica-2", "replica-1")):
         world.step()
-        assert world.waiting == [f"replica-{3 + number}"]
+        assert world.waiting == [successor]
         assert world.draining == set()
         world.place()
         world.step()
-        assert world.draining == {f"replica-{number}"}
+        assert world.draining == {name}
         world.step()
         assert world.waiting == []
         world.finish()
     world.settle()
-    assert world.serving == world.replicas.running == {"replica-3", "replica-4", "replica-5"}
+    assert world.serving == world.replicas.running == {"replica-0", "replica-1", "replica-3"}
 
 
 def test_a_replica_drains_first_where_there_is_no_room_for_its_successor() -> None:
     world = world_of(2, room=2)
     world.replicas.restart()
     world.settle()
-    assert world.serving == world.replicas.running == {"replica-2", "replica-3"}
+    assert world.serving == world.replicas.running == {"replica-0", "replica-2"}
 
 
 def test_all_replicas_of_a_machine_that_is_about_to_go_are_replaced_at_once() -> None:
@@ -157,4 +157,4 @@ def test_a_replica_that_cannot_serve_is_left_out_while_others_do() -> None:
     world.waiting.remove("replica-2")
     world.replicas.remove("replica-2", "replica-2: no such folder")
     world.replicas.scale(3)
-    assert world.waiting == ["replica-3"]
+    assert world.waiting == ["replica-2"]

@@ -109,10 +109,11 @@ def test_answers_survive_the_loss_of_each_replica_and_of_the_front(
 def test_scale_and_restart_move_no_session(
     station: ClusterStation, devices: list[AnsweringDevice], undisturbed: list[list[int]]
 ) -> None:
-    began, before = time.time(), station.serving
+    began = time.time()
     with answering(devices):
         command(station, "scale", "1")
         station.wait_for(lambda names: len(names) == 1)
+        before = station.serving
         command(station, "restart")
         station.wait_for(lambda names: len(names) == 1 and not names & before)
         command(station, "scale", "2")

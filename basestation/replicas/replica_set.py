@@ -27,7 +27,6 @@ class ReplicaSet:
 
     def __init__(self, start: Callable[[str], None], drain: Callable[[str], None], kill: Callable[[str], None]) -> None:
         self._start, self._drain, self._kill = start, drain, kill
-        self._numbers = count()
         self._wanted: list[str] = []
         self._running: set[str] = set()
         self._served: set[str] = set()
@@ -109,7 +108,8 @@ class ReplicaSet:
             self._wanted[place : place + 1] = stays
 
     def _start_another(self) -> str:
-        name = f"replica-{next(self._numbers)}"
+        names = (f"replica-{number}" for number in count())
+        name = next(name for name in names if name not in self._running)
         self._running.add(name)
         self._start(name)
         return name
