@@ -99,7 +99,7 @@ def kill(process: psutil.Process) -> float:
     """Kill a process; returns when."""
     when = time.time()
     os.kill(process.pid, signal.SIGKILL)
-    wait_for(lambda: not process.is_running() or process.status() == psutil.STATUS_ZOMBIE)
+    wait_for(lambda: not _command(process))
     return when
 
 

@@ -4,7 +4,7 @@ What they cost is what the inner link and the devices' socket cost.
 """
 
 import multiprocessing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -16,7 +16,7 @@ import zmq
 from basestation.devices.device_socket import Admission, DeviceSocket
 from basestation.devices.key_folder import EnrolledDevice, KeyFolder
 from basestation.devices.peer import Peer
-from basestation.engine.load import Load
+from basestation.engine.load import Load, SessionKey
 from basestation.monitoring.metrics import Metrics
 from basestation.replicas.front_link import FrontLink
 from basestation.replicas.replica_settings import ReplicaOptions
@@ -38,11 +38,12 @@ _START_SECONDS = 60
 RunEcho: TypeAlias = Callable[[Connection], None]
 
 
-class _NoSessions:
-    """The load of a replica that has no engine."""
+@dataclass
+class _OpenSessions:
+    """What a replica without an engine reports."""
 
-    load = Load()
-    draining = False
+    load: Load
+    draining: bool = False
 
     def stop(self, drain_seconds: float = 0.0) -> None:
         """Nothing runs."""
@@ -77,9 +78,10 @@ class _Echo:
 
 @dataclass(frozen=True)
 class EchoReplica:
-    """The far end of a front's inner link."""
+    """The far end of a front's inner link; it says that these sessions are open."""
 
     options: ReplicaOptions
+    sessions: Sequence[SessionKey]
 
     def __call__(self, connection: Connection) -> None:
         """Run in the child process."""
@@ -87,7 +89,7 @@ class EchoReplica:
         target = ServedTarget("echo", 4096, Vocabulary(tokens, VOCAB, frozenset()), has_grammars=False)
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         link = FrontLink(context, self.options, target, Metrics())
-        link.engine = _NoSessions()
+        link.engine = _OpenSessions(Load(self.sessions))
         connection.send(self.options.front)
         _Echo(link).serve(connection)
         context.destroy(linger=0)

@@ -10,6 +10,7 @@ import psutil
 import zmq
 
 from basestation.devices.key_folder import KeyFolder
+from basestation.engine.load import SessionKey
 from basestation.logs import LogFormat
 from basestation.replicas.front import FrontOptions
 from basestation.replicas.front_process import FrontProcess, FrontSettings
@@ -33,18 +34,20 @@ def measure_frames(seconds: float, devices: int, frame_bytes: int) -> list[Row]:
     """Rows of the front, the inner link and the single process, and what the first two cost beyond the last."""
     with tempfile.TemporaryDirectory() as folder:
         keys = KeyFolder.create(Path(folder) / "keys")
-        keys.enroll("bench", new_key(Path(folder) / "bench"))
+        owner = new_key(Path(folder) / "bench")
+        keys.enroll("bench", owner)
+        sessions = [(owner, session_id) for session_id in range(devices)]
         load = _Load(CurveKeys.read(Path(folder) / "bench", keys.public_key), devices, frame_bytes, seconds)
-        rows = [*_measure_front(keys, load), _measure_single(keys, load)]
+        rows = [*_measure_front(keys, sessions, load), _measure_single(keys, load)]
     front, inner, single = (number(row, "cpu_microseconds_per_frame") for row in rows)
     return [*rows, {**dict.fromkeys(rows[0]), "case": BEYOND, "cpu_microseconds_per_frame": front + inner - single}]
 
 
-def _measure_front(keys: KeyFolder, load: "_Load") -> list[Row]:
+def _measure_front(keys: KeyFolder, sessions: Sequence[SessionKey], load: "_Load") -> list[Row]:
     cores, key = Cores.choose(), InnerKey.new()
     with _running_front(keys, key, cores.station) as front:
         link = ReplicaOptions("echo", front.inner_address, key, keyed=True)
-        with echo_process(EchoReplica(link), cores.device) as replica, running_on(cores.device):
+        with echo_process(EchoReplica(link, sessions), cores.device) as replica, running_on(cores.device):
             assert front.pid
             measured = {FRONT: psutil.Process(front.pid), INNER_LINK: replica.process}
             return load.run(front.address(_START_SECONDS), measured)
