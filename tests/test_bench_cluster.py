@@ -28,7 +28,7 @@ def test_the_times_of_passes_are_a_line_over_their_tokens() -> None:
         for index, tokens in enumerate((5, 5, 20, 40))
     ]
     passes = PassTimes.of([*rounds, rounds[-1]])
-    assert (passes.seconds, passes.token_seconds) == (pytest.approx(0.02), pytest.approx(0.001))
+    assert (passes.seconds, passes.token_seconds) == pytest.approx((0.02, 0.001))
     with pytest.raises(SettingsError, match="all passes had one size"):
         PassTimes.of(rounds[:2])
 

@@ -44,7 +44,7 @@ def serve_options() -> dict[str, Any]:
     found = re.search(r"edgedraft-basestation serve (.*)", script.replace("\\\n", " "))
     assert found
     group = typer.main.get_command(app)
-    serve = group.get_command(None, "serve")  # type: ignore[attr-defined, arg-type]
+    serve = group.get_command(None, "serve")  # type: ignore[attr-defined]
     options: dict[str, Any] = serve.make_context("serve", shlex.split(found[1]), resilient_parsing=True).params
     return options
 

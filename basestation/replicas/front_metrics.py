@@ -1,7 +1,7 @@
 """The metrics of a front: its own and those that the replicas report, each with the label ``replica``."""
 
 import json
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 
 from prometheus_client import CollectorRegistry, Metric, generate_latest
@@ -46,7 +46,7 @@ class _MergedMetrics(Collector):
 
     def __init__(self, own: CollectorRegistry) -> None:
         self._own = own
-        self._ended: dict[str, Counter[str]] = defaultdict(Counter)
+        self._ended: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
         self.texts: dict[str, str] = {}
 
     def collect(self) -> Iterable[Metric]:

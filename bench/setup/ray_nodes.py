@@ -52,8 +52,8 @@ def ray_nodes(count: int) -> Iterator[str]:
 def _node(*arguments: str) -> Iterator[None]:
     options = [f"--{name}={value}" for name, value in _OPTIONS.items()]
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *arguments, *options]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen(command, env=flags_alone(), **quiet) as process:  # noqa: S603 - our own arguments
+    silent = subprocess.DEVNULL
+    with subprocess.Popen(command, env=flags_alone(), stdout=silent, stderr=silent) as process:  # noqa: S603 - our own
         try:
             yield
         finally:

@@ -38,7 +38,7 @@ def cluster(
     several, _ = measure_replicas(replicas, setup, recordings, manifest)
     device = DeviceTimes.of(recordings, number(single, "tokens_per_round"), rtt_ms / 1e3)
     simulated = simulated_rows(device, devices, rounds, frames)
-    settings = {"target": target, "dtype": dtype, "seconds": seconds, "frame_bytes": frame_bytes, "rtt_ms": rtt_ms}
+    settings: Row = {"target": target, "dtype": dtype, "seconds": seconds, "frame_bytes": frame_bytes, "rtt_ms": rtt_ms}
     measured = Results(settings, [*frames, single, several, *simulated])
     measured.show(console)
     measured.write(json_file)
