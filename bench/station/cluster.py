@@ -6,7 +6,6 @@ from typing import Annotated
 
 import typer
 
-from basestation.engine.scheduler import PassBudget
 from bench.setup.options import BundleOption, DtypeOption, JsonOption, TargetOption, console
 from bench.setup.results import Results, Row, number
 from bench.station.front_cost import FRONT, measure_frames
@@ -49,6 +48,8 @@ def simulated_rows(device: DeviceTimes, devices: int, rounds: Sequence[Round], f
 
     Its first row is the one process that was measured with so many devices, to compare.
     """
+    from basestation.engine.scheduler import PassBudget  # imports PyTorch
+
     passes, pass_tokens = PassTimes.of(rounds), PassBudget().tokens
     simulated = device.committed * rounds_per_second(devices, device, passes, pass_tokens)
     frame_seconds = next(number(row, "cpu_microseconds_per_frame") for row in frames if row["case"] == FRONT) / 1e6
