@@ -21,7 +21,7 @@ def cluster(
     target: TargetOption,
     recording: Annotated[Path, typer.Option(help="Recorded rounds, written by edgedraft-bench capacity --recording.")],
     dtype: DtypeOption = "bfloat16",
-    replicas: Annotated[int, typer.Option(help="Replicas, on as many logical nodes.", min=1)] = 2,
+    replicas: Annotated[int, typer.Option(help="Replicas on this machine.", min=1)] = 2,
     devices: Annotated[int, typer.Option(help="Devices that generate at once.", min=1)] = 16,
     frame_bytes: Annotated[int, typer.Option(help="Bytes of a frame where its cost is measured.", min=32)] = 64,
     rtt_ms: Annotated[float, typer.Option(help="Round trip of the devices' links.", min=0)] = 20.0,

@@ -1,4 +1,4 @@
-"""Replayed devices on one process, and on replicas behind a front, each on a logical node of its own."""
+"""Replayed devices on one process, and on replicas behind a front on the same machine."""
 
 import json
 import tempfile
@@ -11,7 +11,6 @@ from typing import Any, TypeAlias
 
 import psutil
 
-from bench.setup.ray_nodes import ray_nodes
 from bench.setup.results import Row
 from bench.setup.station_process import StationProcess, replica_names, station_process
 from bench.station.load_generator import LoadGenerator
@@ -68,8 +67,8 @@ def measure_replicas(
     Raises:
         LinkError: not all replicas serve within two minutes.
     """
-    with tempfile.TemporaryDirectory() as folder, ray_nodes(replicas) as address:
-        placed = ["--replicas", str(replicas), "--ray-address", address, "--replica-cpus", "1"]
+    with tempfile.TemporaryDirectory() as folder:
+        placed = ["--replicas", str(replicas), "--replica-cpus", "1"]
         options = ["--kv-memory", setup.kv_memory, "--record", f"{folder}/{_RECORD}"]
         with station_process(setup.target, setup.dtype, [*placed, *options]) as station:
             _wait_for(station, replicas)
