@@ -20,7 +20,6 @@ from protocol.bundle import Manifest
 from protocol.errors import LinkError
 from protocol.messages import Mode
 
-_WARM_UP_SECONDS = 2.0
 _START_SECONDS = 120.0
 _RECORD = "rounds.jsonl"
 
@@ -73,12 +72,12 @@ def measure_replicas(
         with station_process(setup.target, setup.dtype, [*placed, *options]) as station:
             _wait_for(station, replicas)
             front = _front(station)
-            before = front.cpu_times()
+            before, start = front.cpu_times(), time.monotonic()
             score, began, elapsed = _replay(station, setup, recordings, manifest)
-            now = front.cpu_times()
+            now, end = front.cpu_times(), time.monotonic()
         rounds = _rounds(Path(folder), began)
     used = now.user + now.system - before.user - before.system
-    return _row(f"{replicas} replicas", setup, score, elapsed, rounds, used / (elapsed + _WARM_UP_SECONDS)), rounds
+    return _row(f"{replicas} replicas", setup, score, elapsed, rounds, used / (end - start)), rounds
 
 
 def _replay(
@@ -90,7 +89,7 @@ def _replay(
         for index in range(setup.devices)
     ]
     with closing(LoadGenerator(station.address, manifest.vocab_size, clients)) as load:
-        load.run(_WARM_UP_SECONDS)
+        load.warm_up(clients)  # until all prompts are computed
         began, start = time.time(), time.monotonic()
         load.run(setup.seconds)
         elapsed = time.monotonic() - start
