@@ -214,10 +214,22 @@ def scale(
     bind: BindOption = StationOptions.bind,
 ) -> None:
     """Change the number of replicas of a base station that serves on this machine."""
-    from basestation.replicas.control import ask_for_replicas, control_file
+    from basestation.replicas.control import Scale, control_file, send_request
 
-    ask_for_replicas(control_file(bind), replicas)
+    send_request(control_file(bind), Scale(replicas))
     typer.echo(f"{replicas} replicas; those that are too many finish their sessions first")
+
+
+@app.command()
+def restart(bind: BindOption = StationOptions.bind) -> None:
+    """Replace all replicas of a base station that serves on this machine, one after another.
+
+    Each drains once its successor serves; the log of ``serve`` tells.
+    """
+    from basestation.replicas.control import Restart, control_file, send_request
+
+    send_request(control_file(bind), Restart())
+    typer.echo("replacing all replicas, one after another")
 
 
 @keys_app.command()

@@ -1,7 +1,7 @@
 """A front and its replicas with fake targets, in threads of the test, over real sockets."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from multiprocessing import Pipe
@@ -10,6 +10,7 @@ from basestation.devices.device_socket import Admission
 from basestation.devices.key_folder import KeyFolder
 from basestation.engine.engine_host import PassOptions
 from basestation.replicas.front import Front, FrontOptions
+from basestation.replicas.front_metrics import FrontMetrics
 from basestation.replicas.inner_link import InnerKey
 from basestation.replicas.replica import Replica
 from basestation.replicas.replica_settings import ReplicaOptions
@@ -49,6 +50,9 @@ class FrontSite:
     admission: Admission
     cleanup: ExitStack = field(default_factory=ExitStack)
     replicas: dict[str, RunningReplica] = field(default_factory=dict)
+    told: set[str] = field(default_factory=set)
+    """The names of the replicas that the front told of."""
+    metrics: FrontMetrics = field(default_factory=FrontMetrics)
 
     @property
     def address(self) -> str:
@@ -56,7 +60,7 @@ class FrontSite:
 
     def start_front(self) -> None:
         self._serving = threading.Event()
-        self.front = Front(self.options, self.admission, on_serving=self._note_address)
+        self.front = Front(self.options, self.admission, self.metrics, self._note_address, self._note_replicas)
         self._commands, front_end = Pipe()
         self.front.watch(front_end.fileno(), lambda: self.front.drain(*front_end.recv()))
         self._front_end = front_end  # closed with the front
@@ -94,6 +98,9 @@ class FrontSite:
     def _note_address(self, address: str) -> None:
         self.options = replace(self.options, bind=address)
         self._serving.set()
+
+    def _note_replicas(self, names: Collection[str]) -> None:
+        self.told = set(names)
 
     @staticmethod
     def _stop_replica(replica: RunningReplica) -> None:

@@ -188,6 +188,14 @@ def test_an_answer_survives_the_restart_of_the_front_without_opening_a_session(
     assert opened == ["5 tokens"] * 2  # one at the replica, one undisturbed
 
 
+def test_the_front_tells_which_replicas_there_are(site: FrontSite) -> None:
+    assert site.told == {"replica-0", "replica-1"}
+    site.start_replica("replica-2", target())
+    wait_for(lambda: site.told == {"replica-0", "replica-1", "replica-2"})
+    site.replicas["replica-0"].kill()
+    wait_for(lambda: site.told == {"replica-1", "replica-2"})
+
+
 def test_a_session_that_no_replica_has_is_unknown(site: FrontSite, cleanup: ExitStack) -> None:
     peer = RawPeer(site.address, cleanup)
     assert isinstance(peer.request(hello(VOCAB)), Welcome)
@@ -294,17 +302,19 @@ def test_a_revoked_device_is_told_and_its_sessions_end_at_every_replica(tmp_path
     folder = KeyFolder.create(tmp_path / "keys")
     folder.enroll("phone", new_key(tmp_path / "phone"))
     keys = CurveKeys.read(tmp_path / "phone", folder.public_key)
-    with front_site(keys=folder, expected=1) as site:
-        replica = site.start_replica("replica-0", target())
-        site.wait_for_replicas(1)
+    with front_site(Limits(max_sessions=32), folder) as site:
+        replicas = [site.start_replica(name, target()) for name in ("replica-0", "replica-1")]
+        site.wait_for_replicas(2)
         model = FakeDraftModel.make(DRAFT)
         link = Link.connect(site.address, CODEC, keys)
         cleanup.callback(link.close)
-        session = open_session(Client(link, model.manifest, TIMEOUTS), IDS, model, PROMPT)
-        answer = session.answer(TOKENS)
+        client = Client(link, model.manifest, TIMEOUTS)
+        sessions = [open_session(client, IDS, FakeDraftModel.make(DRAFT), PROMPT) for _ in range(16)]
+        assert min(replica.open_sessions for replica in replicas) > 0  # the proposed one is overloaded
+        answer = sessions[0].answer(TOKENS)
         next(answer)
         folder.revoke("phone")
-        wait_for(lambda: replica.open_sessions == 0)
+        wait_for(lambda: all(replica.open_sessions == 0 for replica in replicas))
         with pytest.raises(FaultError) as caught:
             list(answer)
     assert caught.value.fault_code == "revoked"

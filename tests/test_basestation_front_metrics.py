@@ -1,22 +1,34 @@
 """Metrics of all replicas: one scrape with the label ``replica``, and sums for the tables and the fleet page."""
 
+import io
+import json
+import re
+import time
+import urllib.request
+from contextlib import closing
+
 from prometheus_client import generate_latest
+from rich.console import Console
 
 from basestation.devices.peer import Peer
 from basestation.engine.load import Load
 from basestation.engine.pass_records import PassRecord, VerifiedRound
 from basestation.monitoring.fault_log import LoggedFault
 from basestation.monitoring.metrics import Metrics
-from basestation.monitoring.top import parse_snapshot
+from basestation.monitoring.monitor import Monitor
+from basestation.monitoring.snapshot import Snapshot
+from basestation.monitoring.top import parse_snapshot, read_snapshot, render
 from basestation.replicas.front_metrics import FrontMetrics
 from basestation.replicas.inner_messages import Report
 from protocol.messages import Mode
+from tests.fakes import FakeTarget, random_table
 
 PEER = Peer("key", b"\x01a", "kitchen")
 
 
-def replica_metrics(rounds: int) -> Metrics:
+def replica_metrics(rounds: int, sessions: int = 0) -> Metrics:
     metrics = Metrics()
+    metrics.watch(lambda: {PEER.name: sessions}, FakeTarget.make(random_table(12, seed=1)).kv_pool)
     verified = [VerifiedRound("key", 0, number, Mode.IDS, 4, 2, 1, 0.1) for number in range(rounds)]
     metrics.count_pass(PassRecord(1, 5, 0, 0.5, 0.1, verified))
     metrics.count_uplink(PEER, Mode.IDS, 100)
@@ -68,6 +80,38 @@ def test_a_lost_replica_is_no_longer_scraped() -> None:
     front = front_of(replica_metrics(2), replica_metrics(3))
     front.drop("replica-0")
     assert 'replica="replica-0"' not in scrape(front)
+
+
+def test_the_counts_of_replicas_that_are_gone_stay_in_the_totals_and_their_gauges_do_not() -> None:
+    front = front_of(replica_metrics(2), replica_metrics(3))
+    before = Snapshot.of(front.totals(), 0.0)
+    front.drop("replica-0")
+    front.take(report("replica-0", replica_metrics(1)))
+    front.drop("replica-1")
+    now = Snapshot.of(front.totals(), 1.0)
+    assert (before.total("rounds_total"), now.total("rounds_total")) == (5, 6)
+    assert now.value("fleet_uplink_bytes_total", "kitchen") == 300
+    assert now.total("forward_seconds_count") == 3
+    assert now.total("fleet_last_seen_timestamp_seconds") <= time.time()
+
+
+def test_a_rate_is_not_negative_where_a_replica_is_gone() -> None:
+    front = front_of(replica_metrics(2), replica_metrics(3))
+    before = parse_snapshot(scrape(front), 0.0)
+    front.drop("replica-0")
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(render(before, parse_snapshot(scrape(front), 1.0)))
+    assert not re.search(r"-\d", console.export_text())
+
+
+def test_top_and_the_fleet_page_show_the_sessions_of_all_replicas() -> None:
+    front = front_of(*(replica_metrics(rounds, sessions=1) for rounds in (2, 3)))
+    with closing(Monitor("127.0.0.1:0", front)) as monitor:
+        assert read_snapshot(monitor.url).total("sessions") == 2
+        with urllib.request.urlopen(f"{monitor.url}/fleet.json", timeout=5) as answer:  # noqa: S310 - our own
+            fleet = json.load(answer)
+    assert fleet["last_minute"]["sessions"] == 2
+    assert [(device["name"], device["sessions"]) for device in fleet["devices"]] == [("kitchen", 2)]
 
 
 def test_the_fleet_page_lists_the_faults_of_the_front_and_of_all_replicas() -> None:

@@ -77,6 +77,13 @@ def test_a_draining_replica_gets_no_session_and_keeps_its_own() -> None:
     assert route.replica == b"a"
 
 
+def test_a_report_that_is_older_than_the_command_to_drain_does_not_undo_it() -> None:
+    routing = routing_of("a", "b")
+    routing.replicas[b"a"].draining = True
+    routing.update(b"a", report("a"), 0.5)
+    assert {opened_at(routing, owner) for owner in OWNERS[:4]} == {b"b"}
+
+
 def test_without_replicas_no_session_is_opened() -> None:
     assert Routing().open(("owner", 0), 0.0) is None
 

@@ -1,136 +1,156 @@
-"""Two replicas on two logical nodes of Ray with the sample pair: every loss in turn, and the answers stay the same."""
+"""Replicas on logical nodes of Ray with the sample pair: losses, scaling, restarts; the answers stay the same."""
 
-import os
-import signal
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 
-import psutil
 import pytest
+from typer.testing import CliRunner
 
-from bench.setup.bench_setup import BenchSetup, bench_setup
+from basestation.cli import app
+from bench.setup.bench_setup import connected
 from bench.setup.prompts import OWN_PROMPTS
-from bench.setup.server_process import serving
-from bench.setup.station_process import station_command
+from device.drafting.draft_model import DraftModel
+from device.planning.planners import Planners
 from device.settings import DraftSettings
+from device.text.tokenizer import Tokenizer
 from protocol.messages import Mode, Sampling
-from tests.sample import BUNDLE, SAMPLE
-from tests.wait import wait_for
+from tests.cluster_station import (
+    AnsweringDevice,
+    ClusterStation,
+    answering,
+    cluster_station,
+    kill,
+    print_outages,
+    wait_for_tokens,
+)
+from tests.sample import BUNDLE
 
 pytestmark = pytest.mark.model
 
-TOKENS = 120
-SETTINGS = {
-    Mode.IDS: DraftSettings(Mode.IDS, Sampling(), 1, 4),
-    Mode.COUPLED: DraftSettings(Mode.COUPLED, Sampling(1.0, seed=3), 1, 4),
-    Mode.TOPK: DraftSettings(Mode.TOPK, Sampling(1.0, seed=3), 32, 4),
-    Mode.TARGET: DraftSettings(Mode.TARGET, Sampling(1.0, seed=3), 1, 4),
-}
+TOKENS = 60
+SETTINGS = [
+    DraftSettings(Mode.IDS, Sampling(), 1, 4),
+    DraftSettings(Mode.COUPLED, Sampling(1.0, seed=3), 1, 4),
+    DraftSettings(Mode.TOPK, Sampling(1.0, seed=3), 32, 4),
+    DraftSettings(Mode.TARGET, Sampling(1.0, seed=3), 1, 4),
+]
 FOLLOWED_BY_SEED = (Mode.IDS, Mode.COUPLED, Mode.TARGET)
 """In the other modes an answer depends on where its rounds begin."""
-STORE_BYTES = 100_000_000
-
-
-@dataclass
-class Station:
-    """A base station with two replicas, each on a node of its own."""
-
-    address: str
-    process: psutil.Process
-    nodes: Any
-
-    @property
-    def replicas(self) -> set[int]:
-        """The process ids of the replicas."""
-        return {one.pid for one in psutil.Process().children(recursive=True) if _name(one).startswith("ray::Replica")}
-
-    @property
-    def front(self) -> int:
-        return next(one.pid for one in self.process.children() if "spawn_main" in _name(one))
-
-    def kill(self, pid: int) -> None:
-        os.kill(pid, signal.SIGKILL)
-        wait_for(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
-
-
-def _name(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.cmdline())
-    except (psutil.NoSuchProcess, psutil.ZombieProcess):
-        return ""
-
-
-@contextmanager
-def two_nodes() -> Iterator[Any]:
-    from ray.cluster_utils import Cluster
-
-    head = {"num_cpus": 1, "include_dashboard": False, "object_store_memory": STORE_BYTES}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
-    try:
-        cluster.add_node(num_cpus=1, object_store_memory=STORE_BYTES)
-        yield cluster
-    finally:
-        cluster.shutdown()
+FEW = 2
+"""Devices where nothing is lost: replicas start sooner beside fewer."""
 
 
 @pytest.fixture(scope="module")
-def station() -> Iterator[Station]:
-    with two_nodes() as nodes:
-        options = ["--replicas", "2", "--ray-address", nodes.address, "--replica-cpus", "1"]
-        command = [*station_command(str(SAMPLE), "float32"), "--kv-memory", "256MiB", *options]
-        with serving(command) as served:
-            station = Station(served.address, psutil.Process(served.process.pid), nodes)
-            wait_for(lambda: len(station.replicas) == 2, 60)
+def station(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClusterStation]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))  # where its control file is
+        with cluster_station(tmp_path_factory.mktemp("records")) as station:
             yield station
 
 
 @pytest.fixture(scope="module")
-def setup(station: Station) -> Iterator[BenchSetup]:
-    with bench_setup(BUNDLE, station.address) as ready:
-        yield ready
+def devices(station: ClusterStation) -> Iterator[list[AnsweringDevice]]:
+    with ExitStack() as stack:
+        made = []
+        for settings in SETTINGS:
+            model = DraftModel(BUNDLE, threads=1)
+            planners, tokenizer = Planners(model.manifest.quality), Tokenizer(BUNDLE, model.manifest)
+            setup = stack.enter_context(connected(model, tokenizer, station.station.address, planners))
+            made.append(AnsweringDevice(setup, settings, OWN_PROMPTS[0], TOKENS))
+        yield made
 
 
-def disturbed(setup: BenchSetup, settings: DraftSettings, losses: dict[int, Callable[[], None]]) -> list[int]:
-    """An answer, with each loss while the round after a number of tokens is under way."""
-    session, tokens = setup.session(settings, setup.prompt_ids(OWN_PROMPTS[0])), list[int]()
-    running = list[threading.Thread]()
-    for token in session.answer(TOKENS):
-        tokens.append(token.token_id)
-        if loss := losses.get(len(tokens)):
-            running.append(threading.Thread(target=loss))
-            running[-1].start()
-    for thread in running:
-        thread.join()
-    session.close()
-    return tokens
+@pytest.fixture(scope="module")
+def undisturbed(devices: list[AnsweringDevice]) -> list[list[int]]:
+    return [device.answer() for device in devices]
 
 
-@pytest.mark.parametrize("mode", list(SETTINGS), ids=str)
-def test_an_answer_survives_the_loss_of_each_replica_and_of_the_front(
-    station: Station, setup: BenchSetup, mode: Mode
+def check(devices: Sequence[AnsweringDevice], undisturbed: Sequence[list[int]]) -> None:
+    """Each answer is the undisturbed one, or in the other modes at least as long."""
+    for device, expected in zip(devices, undisturbed, strict=False):
+        for answer in device.answers:
+            assert len(answer) == len(expected)
+            assert answer == expected or device.settings.mode not in FOLLOWED_BY_SEED, device.settings.mode
+
+
+def moved(station: ClusterStation, since: float) -> list[list[str]]:
+    """The replicas of each session that has been at several since then."""
+    return [stays for stays in station.replicas_by_session(since).values() if len(stays) > 1]
+
+
+def command(station: ClusterStation, *arguments: str) -> None:
+    done = CliRunner().invoke(app, [*arguments, "--bind", station.station.address])
+    assert done.exit_code == 0, done.output
+
+
+def test_answers_survive_the_loss_of_each_replica_and_of_the_front(
+    station: ClusterStation, devices: list[AnsweringDevice], undisturbed: list[list[int]]
 ) -> None:
-    settings = SETTINGS[mode]
-    undisturbed = disturbed(setup, settings, {})
-    wait_for(lambda: len(station.replicas) == 2, 60)
-    first, second = station.replicas
+    losses = {}
+    with answering(devices):
+        for name in sorted(station.serving):
+            began = time.time()
+            wait_for_tokens(devices, began)
+            losses[name] = kill(station.processes[name])
+            station.wait_for(lambda names, name=name: name not in names)  # type: ignore[misc]
+            wait_for_tokens(devices, time.time())
+            station.wait_for(lambda names: len(names) == 2)
+            assert {stays[0] for stays in moved(station, began)} <= {name}
+        began = time.time()
+        wait_for_tokens(devices, began)
+        losses["the front"] = kill(station.front)
+        wait_for_tokens(devices, time.time())
+    check(devices, undisturbed)
+    print_outages(devices, losses)
+    assert moved(station, began) == []
 
-    def lose_second() -> None:
-        wait_for(lambda: len(station.replicas - {second}) == 1, 60)
-        station.kill(second)
 
-    losses = {10: lambda: station.kill(first), 40: lose_second, 70: lambda: station.kill(station.front)}
-    answer = disturbed(setup, settings, losses)
-    assert len(answer) == len(undisturbed)
-    assert answer == undisturbed or mode not in FOLLOWED_BY_SEED
+def test_scale_and_restart_move_no_session(
+    station: ClusterStation, devices: list[AnsweringDevice], undisturbed: list[list[int]]
+) -> None:
+    began = time.time()
+    with answering(devices[:FEW]):
+        command(station, "scale", "1")
+        station.wait_for(lambda names: len(names) == 1)
+        before = station.serving
+        command(station, "restart")
+        station.wait_for(lambda names: len(names) == 1 and not names & before)
+        command(station, "scale", "2")
+        station.wait_for(lambda names: len(names) == 2)
+    check(devices[:FEW], undisturbed)
+    assert station.replicas_by_session(began)
+    assert moved(station, began) == []
 
 
-def test_an_answer_survives_the_removal_of_a_node(station: Station, setup: BenchSetup) -> None:
-    settings = SETTINGS[Mode.COUPLED]
-    undisturbed = disturbed(setup, settings, {})
-    wait_for(lambda: len(station.replicas) == 2, 60)
-    worker = next(iter(station.nodes.worker_nodes))
-    losses = {10: lambda: station.nodes.remove_node(worker, allow_graceful=False)}
-    assert disturbed(setup, settings, losses) == undisturbed
+def test_replicas_leave_a_node_that_is_drained(
+    station: ClusterStation, devices: list[AnsweringDevice], undisturbed: list[list[int]]
+) -> None:
+    began, before = time.time(), station.serving
+    leaving = next(name for name in before if station.node_of(name))
+    node = station.node_of(leaving)
+    announce = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
+    which = ["--reason-message", "maintenance", "--address", station.nodes.address, "--node-id", node.node_id]
+    with answering(devices[:FEW]):
+        subprocess.run([*announce, *which], check=True, timeout=60)
+        station.wait_for(lambda names: len(names) == 2 and leaving not in names)
+        station.nodes.remove_node(node)
+        wait_for_tokens(devices[:FEW], time.time())
+    check(devices[:FEW], undisturbed)
+    assert before - {leaving} < station.serving
+    assert moved(station, began) == []
+
+
+def test_answers_survive_the_loss_of_a_node(
+    station: ClusterStation, devices: list[AnsweringDevice], undisturbed: list[list[int]]
+) -> None:
+    lost = next(name for name in station.serving if station.node_of(name))
+    with answering(devices):
+        when = time.time()
+        station.nodes.remove_node(station.node_of(lost), allow_graceful=False)
+        station.wait_for(lambda names: lost not in names)
+        wait_for_tokens(devices, time.time())
+    check(devices, undisturbed)
+    print_outages(devices, {"a node": when})

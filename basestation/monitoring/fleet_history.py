@@ -116,7 +116,7 @@ class FleetHistory:
 
     def sample(self) -> None:
         """Take a sample, and look which devices are enrolled."""
-        snapshot = Snapshot.of(self._metrics.registry.collect(), self._clock())
+        snapshot = Snapshot.of(self._metrics.totals(), self._clock())
         before = self._samples[-1].devices if self._samples else {}
         self.last_seen = snapshot.samples.get("fleet_last_seen_timestamp_seconds", {})
         devices = {name: Traffic.of_device(snapshot, name) for name in self.last_seen}

@@ -1,10 +1,10 @@
 """Prometheus metrics of the base station. docs/operations.md explains each."""
 
 import collections
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, Metric
 
 from basestation.devices.peer import Peer
 from basestation.engine.pass_records import PassRecord
@@ -67,6 +67,10 @@ class Metrics:
         )
         self._unreadable_keys = self._counter("unreadable_keys", "Key files that could not be looked at.")
         self._out_of_memory = self._counter("out_of_memory", "Forward passes that ran out of memory.")
+
+    def totals(self) -> Iterable[Metric]:
+        """All samples, for figures over time."""
+        return self.registry.collect()
 
     def watch(self, sessions: Callable[[], Mapping[str, int]], kv_pool: "KVPool") -> None:
         """Read the gauges from these whenever the metrics are scraped; ``sessions`` counts them by device."""

@@ -92,14 +92,15 @@ def _positions(now: Snapshot) -> Table:
 
 
 def _rate(before: Snapshot, now: Snapshot, name: str, label: str = "") -> float:
+    """The rate of a counter; 0 where it fell, because a replica that is gone took its counts with it."""
     seconds = now.time - before.time
-    return (now.value(name, label) - before.value(name, label)) / seconds if seconds > 0 else 0.0
+    return max(0.0, now.value(name, label) - before.value(name, label)) / seconds if seconds > 0 else 0.0
 
 
 def _mean(before: Snapshot, now: Snapshot, name: str, scale: float, unit: str) -> str:
     count = now.total(f"{name}_count") - before.total(f"{name}_count")
     total = now.total(f"{name}_sum") - before.total(f"{name}_sum")
-    return f"{scale * total / count:.1f}{unit}" if count else "–"
+    return f"{scale * total / count:.1f}{unit}" if count > 0 else "–"
 
 
 def _share(part: float, whole: float) -> str:

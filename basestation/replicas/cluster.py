@@ -8,7 +8,8 @@ import logging
 import os
 import secrets
 import signal
-from collections.abc import Callable
+import time
+from collections.abc import Collection
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
@@ -18,13 +19,15 @@ from typing import Any, Self
 
 import psutil
 import ray
+from ray._private.state import state as ray_state
 from ray.exceptions import RayError
 
 from basestation.launch_options import ClusterOptions, OperationOptions, SocketOptions, TargetOptions
-from basestation.replicas.control import Control, control_file
+from basestation.replicas.control import Control, Scale, control_file
 from basestation.replicas.front import FrontOptions
 from basestation.replicas.front_process import FrontProcess, FrontSettings
 from basestation.replicas.inner_link import InnerKey
+from basestation.replicas.replica_set import ReplicaSet
 from basestation.replicas.replica_settings import ReplicaOptions, ReplicaSettings
 from basestation.sizes import parse_size
 from common.container_memory import within_limits
@@ -36,6 +39,10 @@ logger = logging.getLogger(__name__)
 _WAIT_SECONDS = 0.5
 _STOP_SECONDS = 5.0
 _REACH_SECONDS = 5.0
+_PLACE_SECONDS = 30.0
+"""After which a replica that Ray has no room for is reported."""
+_LOCAL_CPUS = 10_000
+"""On one machine the operator's number of replicas is the bound, not Ray's count of cores."""
 _OBJECT_STORE_BYTES = 100 * 2**20
 """Nothing is stored there; about the least that Ray accepts."""
 _LOCAL_KV_SHARE = 4
@@ -70,7 +77,6 @@ class Cluster:
 
     Attributes:
         local: whether all are on this machine.
-        leaving: names of the replicas that drain.
 
     Raises:
         LinkError: there is no Ray cluster at the address.
@@ -80,11 +86,11 @@ class Cluster:
         self.local = options.ray_address is None
         cores = os.cpu_count() or 1
         self._cpus = options.replica_cpus or max(1, cores // options.replicas)
-        self.leaving: set[str] = set()
         self._actors: dict[str, Any] = {}
+        self._started: dict[str, float] = {}
         self._serving: dict[Any, str] = {}
         try:
-            self._connect(options, max(cores, self._cpus * options.replicas))
+            self._connect(options)
         except (ConnectionError, RuntimeError) as error:
             reason = str(error).splitlines()[0]
             raise LinkError(f"no Ray cluster at {options.ray_address or 'this machine'}: {reason}") from error
@@ -113,29 +119,41 @@ class Cluster:
             num_gpus=int(self.uses_gpu(settings.target.torch_device)),
         )
         self._actors[name] = actor.remote()
+        self._started[name] = time.monotonic()
         self._serving[self._actors[name].serve.remote(settings)] = name
 
-    def wait(self, seconds: float) -> bool:
-        """Wait; whether any replica serves.
+    def kill(self, name: str) -> None:
+        """End a replica at once, and for good."""
+        self._serving = {reference: of for reference, of in self._serving.items() if of != name}
+        ray.kill(self._actors.pop(name))
 
-        Raises:
-            ModelError: a replica cannot load its target.
-        """
+    def wait(self, seconds: float) -> dict[str, str]:
+        """Wait; returns the replicas that have ended, each with the reason why it cannot serve, "" if it drained."""
         finished, _ = ray.wait(list(self._serving), timeout=seconds)
+        ended = {}
         for reference in finished:
-            name = self._serving.pop(reference)
+            name = self._serving[reference]
             try:
                 ray.get(reference)
+                ended[name] = ""
             except RayError as error:
-                raise ModelError(str(getattr(error, "cause", None) or error)) from error
-            ray.kill(self._actors.pop(name))  # so that another one can have its cores
-            self.leaving.discard(name)
-        return bool(self._serving)
+                ended[name] = str(getattr(error, "cause", None) or error)
+            self.kill(name)  # so that another one can have its cores
+        return ended
 
     @property
-    def names(self) -> set[str]:
-        """Of the replicas that serve or are about to."""
-        return set(self._actors)
+    def unplaced(self) -> Collection[str]:
+        """The replicas that Ray has had no room for so far."""
+        latest = time.monotonic() - _PLACE_SECONDS
+        late = [name for name in self._actors if self._started[name] < latest]
+        return [name for name in late if _state(self._actors[name]).get("State") == "PENDING_CREATION"]
+
+    @property
+    def on_draining_nodes(self) -> Collection[str]:
+        """The replicas on nodes that are about to be removed: ``ray drain-node`` and autoscalers announce it."""
+        draining = ray_state.get_draining_nodes()
+        placed = self._actors.items() if draining else ()
+        return [name for name, actor in placed if _state(actor).get("Address", {}).get("NodeID") in draining]
 
     def uses_gpu(self, torch_device: str) -> bool:
         """Whether a replica runs on a GPU: ``auto`` does where Ray knows of one."""
@@ -143,7 +161,7 @@ class Cluster:
             return bool(ray.cluster_resources().get("GPU", 0))
         return torch_device != "cpu"
 
-    def _connect(self, options: ClusterOptions, cpus: int) -> None:
+    def _connect(self, options: ClusterOptions) -> None:
         shared = {"log_to_driver": True, "configure_logging": False, "namespace": "edgedraft"}
         if options.ray_address is not None:
             _check_reachable(options.ray_address)
@@ -151,7 +169,13 @@ class Cluster:
             return
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # Ray writes one to the home folder otherwise
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        ray.init("local", num_cpus=cpus, include_dashboard=False, object_store_memory=_OBJECT_STORE_BYTES, **shared)
+        local = {"num_cpus": _LOCAL_CPUS, "include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
+        ray.init("local", **local, **shared)
+
+
+def _state(actor: Any) -> dict[str, Any]:
+    """What Ray knows of an actor."""
+    return dict(ray_state.actor_table(actor._actor_id.hex()))
 
 
 def _check_reachable(address: str) -> None:
@@ -187,41 +211,46 @@ def serve_replicas(
             replica = ReplicaOptions(name, inner_address, key, socket.keys is not None)
             cluster.start(_replica_settings(target, socket.limits, operation, replica))
 
-        _scale(cluster, front, options.replicas, start, operation.drain_seconds)
-        control, is_reachable = None, True
-        while front.running and cluster.wait(_WAIT_SECONDS):
-            if control is None and is_reachable and front.serving:
-                control = _control(stack, front.bind)
-                is_reachable = control is not None
-            if control and (wanted := control.request()) and not front.draining:
-                _scale(cluster, front, wanted, start, operation.drain_seconds)
+        def drain(name: str) -> None:
+            front.drain(operation.drain_seconds, name)
+
+        replicas = ReplicaSet(start, drain, cluster.kill)
+        replicas.scale(options.replicas)
+        _operate(cluster, front, replicas, stack)
         if front.failure:
             raise LinkError(front.failure)
     logger.info("stopped")
 
 
+def _operate(cluster: Cluster, front: FrontProcess, replicas: ReplicaSet, stack: ExitStack) -> None:
+    """Do what operators and lost machines ask for, until the front or all replicas have ended.
+
+    Raises:
+        ModelError: no replica can serve.
+    """
+    control, is_reachable = None, True
+    while front.running and replicas.running:
+        for name, failure in cluster.wait(_WAIT_SECONDS).items():
+            replicas.remove(name, failure)
+        front.expect(len(replicas.running))
+        if front.draining or not front.serving:
+            continue
+        if control is None and is_reachable:
+            control = _control(stack, front.bind)
+            is_reachable = control is not None
+        for request in control.requests() if control else ():
+            replicas.scale(request.replicas) if isinstance(request, Scale) else replicas.restart()
+        replicas.replace(cluster.on_draining_nodes)
+        replicas.step(front.replicas, cluster.unplaced)
+
+
 def _control(stack: ExitStack, bind: str) -> Control | None:
-    """How ``scale`` reaches this base station; None where its file cannot be made."""
+    """How ``scale`` and ``restart`` reach this base station; None where its file cannot be made."""
     try:
         return stack.enter_context(closing(Control(control_file(bind))))
     except LinkError as error:
-        logger.warning("the number of replicas stays: %s", error)
+        logger.warning("scale and restart cannot reach this base station: %s", error)
         return None
-
-
-def _scale(
-    cluster: Cluster, front: FrontProcess, wanted: int, start: Callable[[str], None], drain_seconds: float
-) -> None:
-    """Start the replicas that are missing, and drain those that are too many."""
-    names = [f"replica-{number}" for number in range(wanted)]
-    front.expect(wanted)
-    for name in names:
-        if name not in cluster.names:
-            start(name)
-    for name in cluster.names - set(names) - cluster.leaving:
-        logger.info("draining %s", name)
-        cluster.leaving.add(name)
-        front.drain(drain_seconds, name)
 
 
 def _front_settings(

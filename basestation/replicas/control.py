@@ -1,10 +1,13 @@
-"""How ``scale`` reaches the base station that serves on this machine: a socket file that only its user can open."""
+"""How ``scale`` and ``restart`` reach the base station that serves on this machine: a socket file of its user."""
 
 import queue
 import threading
+from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
+from typing import TypeAlias
 
 import platformdirs
 
@@ -13,13 +16,28 @@ from protocol.errors import LinkError
 _ANSWER_SECONDS = 10.0
 
 
+@dataclass(frozen=True)
+class Scale:
+    """Have this many replicas."""
+
+    replicas: int
+
+
+@dataclass(frozen=True)
+class Restart:
+    """Replace all replicas, one after another."""
+
+
+Request: TypeAlias = Scale | Restart
+
+
 def control_file(bind: str) -> Path:
     """The socket file of the base station with that ``--bind``."""
     return platformdirs.user_state_path("edgedraft") / "stations" / f"{bind.rpartition(':')[2]}.sock"
 
 
 class Control:
-    """Takes requests for a number of replicas, and keeps them until they are asked for.
+    """Takes requests, and keeps them until they are asked for.
 
     Args:
         path: of the socket file; one that a killed process left is replaced.
@@ -30,7 +48,7 @@ class Control:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._requests: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._requests: queue.SimpleQueue[Request] = queue.SimpleQueue()
         try:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             path.unlink(missing_ok=True)
@@ -39,13 +57,11 @@ class Control:
             raise LinkError(f"{str(path)!r} cannot be made: {error}") from error
         threading.Thread(target=self._listen, name="control", daemon=True).start()
 
-    def request(self) -> int | None:
-        """The number of replicas that was asked for last, once."""
-        wanted = None
+    def requests(self) -> Iterator[Request]:
+        """What has arrived since the last call, in order."""
         with suppress(queue.Empty):
             while True:
-                wanted = self._requests.get_nowait()
-        return wanted
+                yield self._requests.get_nowait()
 
     def close(self) -> None:
         """Remove the file."""
@@ -60,20 +76,19 @@ class Control:
     def _answer(self, connection: Connection) -> None:
         with connection, suppress(EOFError, OSError):
             if connection.poll(_ANSWER_SECONDS):
-                wanted = connection.recv()
-                self._requests.put(int(wanted))
+                self._requests.put(connection.recv())
                 connection.send(True)
 
 
-def ask_for_replicas(path: Path, replicas: int) -> None:
-    """Ask the base station with that socket file for a number of replicas.
+def send_request(path: Path, request: Request) -> None:
+    """Send a request to the base station with that socket file.
 
     Raises:
         LinkError: none answers.
     """
     try:
         with Client(str(path), "AF_UNIX") as connection:
-            connection.send(replicas)
+            connection.send(request)
             if connection.poll(_ANSWER_SECONDS) and connection.recv():
                 return
     except (OSError, EOFError) as error:

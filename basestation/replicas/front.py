@@ -9,7 +9,7 @@ sessions to the next one, and devices resume.
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import zmq
@@ -78,6 +78,7 @@ class Front:
         admission: which devices are let in.
         metrics: counters.
         on_serving: called with the address for devices once it is bound, which is when a target is known.
+        on_replicas: called with the names of the replicas whenever they change.
 
     Raises:
         LinkError: the address for replicas cannot be bound.
@@ -89,11 +90,13 @@ class Front:
         admission: Admission,
         metrics: FrontMetrics | None = None,
         on_serving: Callable[[str], None] = lambda _: None,
+        on_replicas: Callable[[Collection[str]], None] = lambda _: None,
     ) -> None:
         self._options = options
         self._admission = admission
         self._metrics = metrics or FrontMetrics()
         self._on_serving = on_serving
+        self._on_replicas = on_replicas
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._replicas = ReplicaSocket(options.inner_bind, options.inner_key)
         self._poller = zmq.Poller()
@@ -220,10 +223,12 @@ class Front:
         for other in list(self.routing.replicas.values()):
             if other.name == report.name and other.identity != identity:
                 self._lose(other.identity)  # it was started again
-        if identity not in self.routing.replicas:
-            logger.info("replica %s reports %d sessions", report.name, len(report.load.sessions))
+        is_new = identity not in self.routing.replicas
         self.routing.update(identity, report, time.monotonic())
         self._metrics.take(report)
+        if is_new:
+            logger.info("replica %s reports %d sessions", report.name, len(report.load.sessions))
+            self._on_replicas(self.routing.names)
 
     def _open(self, target: ServedTarget, digest: str) -> None:
         """Begin to serve devices, now that the target is known."""
@@ -310,6 +315,7 @@ class Front:
         lost = self.routing.drop(identity)
         self._metrics.drop(replica.name)
         logger.warning("replica %s is gone, with %d sessions", replica.name, len(lost))
+        self._on_replicas(self.routing.names)
         for (_, session_id), route in lost:
             if route.peer:
                 self._send_fault(route.peer, session_id, UnknownSessionError(f"session {session_id} is lost"))

@@ -1,5 +1,7 @@
 """The metrics of a front: its own and those that the replicas report, each with the label ``replica``."""
 
+import json
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 
 from prometheus_client import CollectorRegistry, Metric, generate_latest
@@ -13,6 +15,7 @@ FRONT = "front"
 """The label of the front's own metrics."""
 _OWN = ("edgedraft_uplink", "edgedraft_downlink", "edgedraft_faults", "edgedraft_unreadable", "edgedraft_fleet")
 """What the names of the front's own metrics start with; it runs no passes."""
+_COUNTS = ("counter", "histogram")
 
 
 class FrontMetrics(Metrics):
@@ -30,8 +33,12 @@ class FrontMetrics(Metrics):
         self.fleet.faults.take(report.name, report.faults)
 
     def drop(self, name: str) -> None:
-        """Forget the metrics of a lost replica, and keep its faults."""
-        self._merged.texts.pop(name, None)
+        """Scrape a replica that is gone no longer; keep its counts in the totals, and its faults."""
+        self._merged.end(name)
+
+    def totals(self) -> Iterable[Metric]:
+        """All samples, and the counts of replicas that are gone, so that no total falls."""
+        return [*self.registry.collect(), *self._merged.ended()]
 
 
 class _MergedMetrics(Collector):
@@ -39,6 +46,7 @@ class _MergedMetrics(Collector):
 
     def __init__(self, own: CollectorRegistry) -> None:
         self._own = own
+        self._ended: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
         self.texts: dict[str, str] = {}
 
     def collect(self) -> Iterable[Metric]:
@@ -47,6 +55,21 @@ class _MergedMetrics(Collector):
             merged = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
             merged.samples += [sample._replace(labels={**sample.labels, "replica": name}) for sample in family.samples]
         return families.values()
+
+    def end(self, name: str) -> None:
+        """Add a replica's counts to those of the replicas that are gone."""
+        for family in text_string_to_metric_families(self.texts.pop(name, "")):
+            for sample in family.samples if family.type in _COUNTS else ():
+                if "le" not in sample.labels:
+                    self._ended[sample.name][json.dumps(sample.labels)] += sample.value
+
+    def ended(self) -> Iterable[Metric]:
+        """The counts of the replicas that are gone."""
+        for name, values in self._ended.copy().items():
+            family = Metric(name, "", "untyped")
+            for labels, value in values.copy().items():
+                family.add_sample(name, json.loads(labels), value)
+            yield family
 
     def _families(self) -> Iterator[tuple[str, Metric]]:
         for family in text_string_to_metric_families(generate_latest(self._own).decode()):

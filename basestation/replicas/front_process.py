@@ -9,7 +9,7 @@ import multiprocessing
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
@@ -80,6 +80,7 @@ class FrontProcess:
         self._listening, self._serving = threading.Event(), threading.Event()
         self._failure = ""
         self._stopping = False
+        self._replicas: Collection[str] = ()
         self._connection: Connection | None = None
         self._thread = threading.Thread(target=self._supervise, name="front", daemon=True)
         self.pid: int | None = None
@@ -117,6 +118,11 @@ class FrontProcess:
     def bind(self) -> str:
         """The endpoint for devices; its port is known once it has served."""
         return self._settings.front.bind
+
+    @property
+    def replicas(self) -> Collection[str]:
+        """The names of the replicas that the front sends sessions to."""
+        return self._replicas
 
     @property
     def running(self) -> bool:
@@ -186,13 +192,16 @@ class FrontProcess:
             while True:
                 self._hear(*self._connection.recv())
         process.join()
+        self._replicas = ()
         return process.exitcode
 
-    def _hear(self, what: str, value: str) -> None:
+    def _hear(self, what: str, value: Any) -> None:
         front = self._settings.front
         match what:
             case "handshake":
                 self._quarantine.note_handshake(value)
+            case "replicas":
+                self._replicas = value
             case "listening":
                 self._settings = replace(self._settings, front=replace(front, inner_bind=value))
                 self._listening.set()
@@ -212,7 +221,7 @@ class FrontProcess:
 
 
 def run_front(settings: FrontSettings, connection: Connection) -> None:
-    """What the child process does: run a front, and tell the parent of addresses, handshakes and failures."""
+    """What the child process does: run a front, and tell the parent of addresses, replicas, handshakes and failures."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # the parent says when to end
     start_logging(settings.log_format)
@@ -241,7 +250,10 @@ def _serve(settings: FrontSettings, connection: Connection, stack: ExitStack) ->
         logger.info("serving %s at %s", settings.model, address)
         connection.send(("serving", address))
 
-    front = Front(settings.front, admission, metrics, tell_address)
+    def tell_replicas(names: Collection[str]) -> None:
+        connection.send(("replicas", names))
+
+    front = Front(settings.front, admission, metrics, tell_address, tell_replicas)
     if monitor:
         monitor.ready = lambda: front.ready
     front.watch(connection.fileno(), lambda: _obey(front, connection))

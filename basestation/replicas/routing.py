@@ -67,10 +67,16 @@ class Routing:
         self.replicas: dict[bytes, KnownReplica] = {}
         self._routes: dict[SessionKey, Route] = {}
 
+    @property
+    def names(self) -> Collection[str]:
+        """The names of the live replicas."""
+        return [one.name for one in self.replicas.values()]
+
     def update(self, identity: bytes, report: Report, now: float) -> None:
         """Take a report: the replica's sessions are routed to it, unless they were opened elsewhere since."""
         known = self.replicas.setdefault(identity, KnownReplica(identity, report.name, now))
-        known.heard_at, known.load, known.opened, known.draining = now, report.load, 0, report.draining
+        known.heard_at, known.load, known.opened = now, report.load, 0
+        known.draining |= report.draining  # the report may be older than the front's command
         reported = set(report.load.sessions)
         for key in reported:
             self._routes.setdefault(key, Route(identity, now))

@@ -1,6 +1,8 @@
 """Start a base station in a process of its own, on a free port of loopback."""
 
+import re
 import socket
+import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -43,6 +45,16 @@ def station_process(target: str, dtype: str, options: Sequence[str] = ()) -> Ite
     metrics_bind = f"127.0.0.1:{_free_port()}"
     with serving(station_command(target, dtype, "--metrics-bind", metrics_bind, *options)) as served:
         yield StationProcess(served.address, f"http://{metrics_bind}", served.process.pid)
+
+
+def replica_names(metrics_url: str) -> set[str]:
+    """The replicas whose metrics a front has; none where nothing answers."""
+    try:
+        with urllib.request.urlopen(f"{metrics_url}/metrics", timeout=5) as answer:  # noqa: S310 - our own
+            text = answer.read().decode()
+    except OSError:
+        return set()
+    return set(re.findall(r'replica="(replica-\d+)"', text))
 
 
 def _free_port() -> int:
