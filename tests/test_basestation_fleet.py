@@ -24,7 +24,7 @@ from tests.fakes import target_alone
 from tests.fleet import PROMPT, TARGET, Fleet, fleet, get
 from tests.sample import PROJECT
 
-PAGE = PROJECT / "basestation" / "page"
+PAGE = PROJECT / "basestation" / "monitoring" / "page"
 KITCHEN = Peer("key", b"address", "kitchen")
 
 
