@@ -83,6 +83,11 @@ class DraftSettings:
         _ = self.uplink  # raises if a value is not allowed
 
     @property
+    def asks_block_verification(self) -> bool:
+        """Whether to open sessions with it: only modes that send distributions have it."""
+        return self.block_verification and self.mode.encoding is not None
+
+    @property
     def uplink(self) -> UplinkSettings:
         """How much of each distribution is sent.
 

@@ -7,7 +7,7 @@ import pytest
 from tests.number_service import complete, http_client, new_station
 from tests.sample import PROJECT
 
-FOLDER = PROJECT / "device" / "page"
+FOLDER = PROJECT / "device" / "http" / "page"
 FILES = sorted(path.name for path in FOLDER.iterdir())
 POLICY = {
     "default-src 'none'",

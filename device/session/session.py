@@ -92,12 +92,10 @@ class DeviceSession:
         self._client = client
         self._settings = settings
         self._target_alone = settings.mode is Mode.TARGET
-        told = client.vocab_size, client.stop_ids
-        self._drafter = Drafter(
-            model, settings.mode, settings.sampling, settings.uplink, *told, before_pass=client.check_cancelled
-        )
-        asks = settings.block_verification and settings.mode.encoding is not None
-        self._requests = SessionRequests(client, settings.mode, settings.sampling, self.tokens, asks)
+        drafting = settings.mode, settings.sampling, settings.uplink, client.vocab_size, client.stop_ids
+        self._drafter = Drafter(model, *drafting, before_pass=client.check_cancelled)
+        opening = settings.mode, settings.sampling, self.tokens, settings.asks_block_verification
+        self._requests = SessionRequests(client, *opening)
         looks_up = settings.lookup and not self._target_alone
         self._lookup = LookupDrafter(settings.mode, settings.uplink, client.vocab_size) if looks_up else None
         self._tail = tail
