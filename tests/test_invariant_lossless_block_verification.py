@@ -1,21 +1,20 @@
 """Invariant 3 in block verification: whole answers are distributed as the target's own."""
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import replace
-from itertools import product
 
-import numpy as np
 import pytest
-from scipy import stats
 
-from device.settings import DraftSettings
+from device.link.no_link import NoLink
+from device.session.client import Client
+from device.session.unverified_tail import UnverifiedTail
+from device.settings import DraftSettings, Timeouts
 from protocol.messages import Draft, Message, Mode, Open, Sampling, Verdict, Welcome
 from protocol.randomness import Stream, random_bits
 from tests.fakes import FakeDraftModel, FakeTarget, blend, random_table
 from tests.invariants import RecordingTransport, lossy
 from tests.link_pair import MemoryTransport, Station, deliver_once, join, open_session
-from tests.slow_verify import target_probs
+from tests.whole_answers import answers_p_value
 
 VOCAB = 3
 TARGET = random_table(VOCAB, seed=4, sharpness=0.8)
@@ -39,17 +38,7 @@ def p_value(settings: DraftSettings, samples: int, loss: float = 0.0) -> float:
     for seed in range(samples):
         session.extend(PROMPT, replace(SAMPLING, seed=seed))
         counted[tuple(token.token_id for token in session.answer(LENGTH))] += 1
-    answers = list(product(range(VOCAB), repeat=LENGTH))
-    probs = np.array(list(map(probability, answers)))
-    return float(stats.chisquare([counted[one] for one in answers], samples * probs / probs.sum()).pvalue)
-
-
-def probability(answer: Sequence[int]) -> float:
-    tokens, product_of_all = [*PROMPT], 1.0
-    for token_id in answer:
-        product_of_all *= float(target_probs(TARGET[tokens[-2], tokens[-1]], SAMPLING)[token_id])
-        tokens.append(token_id)
-    return product_of_all
+    return answers_p_value(counted, TARGET, PROMPT, SAMPLING)
 
 
 @pytest.mark.parametrize(
@@ -78,6 +67,28 @@ def test_drafted_tokens_are_sampled_with_numbers_of_their_draft(ahead: int) -> N
             assert token_id == one.sample(random_bits(3, position + index, Stream.DRAFT, position))
             differing += token_id != one.sample(random_bits(3, position + index, Stream.DRAFT))
         position += verdict.accepted + 1
+    assert differing
+
+
+def test_an_unverified_tail_is_sampled_with_numbers_of_where_it_began() -> None:
+    """So none of them took part in the rejection of a tail before it."""
+    model = FakeDraftModel.make(DRAFT)
+    settings = replace(settings_of(Mode.FULL), sampling=replace(SAMPLING, seed=3))
+    tail = UnverifiedTail(Client(NoLink("--offline"), model.manifest, Timeouts(outage=0.0)), model, settings)
+    tail.begin(PROMPT, 100, settings.sampling, None)
+    position = start = len(PROMPT)
+    differing = 0
+    for is_right in (True, False, True):
+        while len(tail.drafted) < 20:
+            assert tail.draft_token()
+        for index, token in enumerate(tail.drafted):
+            assert token.distribution is not None
+            number = random_bits(3, position + index, Stream.DRAFT, start)
+            assert token.token_id == token.distribution.sample(number)
+            differing += token.token_id != token.distribution.sample(random_bits(3, position + index, Stream.DRAFT))
+        tail.commit((tail.drafted[0].token_id + (not is_right)) % VOCAB)
+        position += 1
+        start = start if is_right else position
     assert differing
 
 

@@ -4,11 +4,9 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import product
 
 import numpy as np
 import pytest
-from scipy import stats
 
 from device.drafting.draft_model import SequenceModel
 from device.drafting.no_draft_model import NoDraftModel
@@ -20,8 +18,8 @@ from protocol.sparse import SparseDistribution
 from tests.fakes import FakeDraftModel, FakeTarget, blend, manifest, random_table, target_alone
 from tests.invariants import lossy
 from tests.link_pair import MemoryTransport, Station, join, open_session
-from tests.slow_verify import target_probs
 from tests.timed_pair import PairTimes, TimedPair
+from tests.whole_answers import answers_p_value
 
 VOCAB = 6
 TARGET = random_table(VOCAB, seed=1)
@@ -129,17 +127,7 @@ def p_value(mode: Mode, samples: int) -> float:
         session.extend(PROMPT, replace(sampling, seed=seed))
         counted[tuple(ids_of(session, LENGTH))] += 1
     assert 0 < session.counters.accepted < session.counters.drafted
-    answers = list(product(range(3), repeat=LENGTH))
-    probs = np.array([answer_probability(answer, sampling) for answer in answers])
-    return float(stats.chisquare([counted[answer] for answer in answers], samples * probs / probs.sum()).pvalue)
-
-
-def answer_probability(answer: Sequence[int], sampling: Sampling) -> float:
-    tokens, probability = [*PROMPT], 1.0
-    for token in answer:
-        probability *= target_probs(SMALL[tokens[-2], tokens[-1]], sampling)[token]
-        tokens.append(token)
-    return float(probability)
+    return answers_p_value(counted, SMALL, PROMPT, sampling)
 
 
 @pytest.mark.parametrize("mode", [Mode.TOPK, Mode.TOPP, Mode.FULL])

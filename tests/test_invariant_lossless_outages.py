@@ -4,11 +4,9 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import product
 
 import numpy as np
 import pytest
-from scipy import stats
 
 from device.drafting.drafter import DraftedToken
 from device.session.session import Origin
@@ -19,8 +17,8 @@ from protocol.messages import DraftDistribution, Hello, Mode, Sampling
 from protocol.sparse import SparseDistribution
 from tests.fakes import blend, random_table, target_alone
 from tests.outages import NEVER, OutagePair, Reader, verified_ids
-from tests.slow_verify import target_probs
 from tests.timed_pair import PairTimes, TimedPair
+from tests.whole_answers import answers_p_value
 
 VOCAB, COUNT, ANSWERS = 12, 80, 6
 TARGET = random_table(VOCAB, seed=1)
@@ -107,10 +105,10 @@ PROMPT, LENGTH, SAMPLES = [0, 1, 2], 3, 600
 FALSE_ALARM = 1e-4
 
 
-def p_value(mode: Mode, samples: int) -> float:
+def p_value(mode: Mode, samples: int, block_verification: bool = False) -> float:
     """Of the hypothesis that answers begun in an outage are distributed as the target's own."""
     sampling = Sampling(0.9)
-    settings = DraftSettings(mode, sampling, 3, 3, uplink_p=1.0)
+    settings = DraftSettings(mode, sampling, 3, 3, uplink_p=1.0, block_verification=block_verification)
     pair = OutagePair(SMALL, SMALL_DRAFT, PairTimes(0.1, 0.01), Timeouts(outage=0.5, resend=1))
     conversation, counted = pair.conversation(settings), Counter[tuple[int, ...]]()
     for seed in range(samples):
@@ -121,22 +119,16 @@ def p_value(mode: Mode, samples: int) -> float:
         assert reader.seen > 0
         assert answer.unverified == 0
         counted[tuple(answer.token_ids[:LENGTH])] += 1
-    answers = list(product(range(3), repeat=LENGTH))
-    probs = np.array([answer_probability(answer, sampling) for answer in answers])
-    return float(stats.chisquare([counted[answer] for answer in answers], samples * probs / probs.sum()).pvalue)
+    return answers_p_value(counted, SMALL, PROMPT, sampling)
 
 
-def answer_probability(answer: Sequence[int], sampling: Sampling) -> float:
-    tokens, probability = [*PROMPT], 1.0
-    for token in answer:
-        probability *= target_probs(SMALL[tokens[-2], tokens[-1]], sampling)[token]
-        tokens.append(token)
-    return float(probability)
-
-
-@pytest.mark.parametrize("mode", [Mode.TOPK, Mode.TOPP, Mode.FULL])
-def test_answers_that_begin_in_an_outage_are_distributed_as_the_targets_own(mode: Mode) -> None:
-    assert p_value(mode, SAMPLES) > FALSE_ALARM
+@pytest.mark.parametrize(
+    ("mode", "block_verification"), [(Mode.TOPK, False), (Mode.TOPP, False), (Mode.FULL, False), (Mode.TOPK, True)]
+)
+def test_answers_that_begin_in_an_outage_are_distributed_as_the_targets_own(
+    mode: Mode, block_verification: bool
+) -> None:
+    assert p_value(mode, SAMPLES, block_verification) > FALSE_ALARM
 
 
 @pytest.mark.parametrize("mode", [Mode.TOPK, Mode.FULL])

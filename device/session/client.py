@@ -370,10 +370,8 @@ class Client:
         self.check_cancelled()
         message = self.link.receive(min(seconds, _CHECK_INTERVAL))
         if message is not None and self._is_out:
-            self._is_out, self._sent_connections = (
-                False,
-                0,
-            )  # what is unanswered is sent again, as over a new connection
+            self._is_out = False
+            self._sent_connections = 0  # what is unanswered is sent again, as over a new connection
             logger.info("the base station answers again")
         return message
 
