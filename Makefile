@@ -24,7 +24,7 @@ needs-test-clients := node=nodejs npm=npm
 needs-peers := npm=npm
 NEEDS := needs-test needs-test-images needs-screenshots needs-test-pages needs-test-clients needs-peers
 
-.PHONY: $(NEEDS) locks help demo demo-pair test test-next test-cuda test-gguf test-pair test-clients test-schemas test-pages screenshots endurance images test-images lint types bench peers models pair clean
+.PHONY: $(NEEDS) locks help demo demo-pair test test-next test-cuda test-gguf test-pair test-clients test-schemas test-pages screenshots endurance images test-images lint types bench peers models pair bridge clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 13
@@ -60,7 +60,7 @@ test-gguf: $(VENV)/ready  ## download two real GGUF files (700 MB) and test thei
 	$(BIN)/python -m tests.gguf_models
 	$(BIN)/pytest -q -m gguf
 
-test-pair: pair  ## exact answers of the pair in float32; needs 16 GB of memory and about an hour
+test-pair: pair bridge  ## exact answers of the pair in float32, and with a draft model of another vocabulary; needs 16 GB of memory and hours
 	$(BIN)/pytest -q -rP -m pair
 
 test-clients: needs-test-clients models $(CLIENTS_VENV)/ready $(CLIENTS_NODE)/ready  ## run clients of the API, in Python and Node, against a pair; needs node
@@ -98,6 +98,8 @@ peers: needs-peers $(PEERS_NODE)/ready  ## install llama.cpp for Node, which `ed
 models: $(BUNDLE)/manifest.json  ## download the sample model and export its bundle into build/
 
 pair: $(PAIR)/bundle/manifest.json  ## download a real pair (1.6 GB) and export its bundle into build/pair; needs 12 GB of memory
+
+bridge: $(PAIR)/bridge/manifest.json  ## export the sample model as a draft model for the pair's target, whose vocabulary is another
 
 clean:  ## delete the environments and build/
 	rm -rf $(VENV) $(DEVICE_VENV) $(NEXT_VENV) $(CLIENTS_VENV) build
@@ -154,3 +156,6 @@ $(PAIR)/target/config.json: | $(VENV)/ready
 
 $(PAIR)/bundle/manifest.json: $(PAIR)/draft/config.json $(PAIR)/target/config.json
 	$(BIN)/edgedraft-export convert $(PAIR)/draft $(PAIR)/bundle --target $(PAIR)/target
+
+$(PAIR)/bridge/manifest.json: $(SAMPLE)/config.json $(PAIR)/target/config.json
+	$(BIN)/edgedraft-export convert $(SAMPLE) $(@D) --target $(PAIR)/target --precision int8

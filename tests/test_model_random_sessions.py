@@ -1,133 +1,16 @@
-"""Random sessions with the sample pair, over a link that breaks: every answer is the target's own.
-
-Settings, turns and breaks are drawn from a seed. At temperature 0 and in mode
-``coupled`` the reference is the target alone, in a new session for each turn. In the
-other modes, whose answers are the target's in distribution and depend on the drafts,
-it is the same conversation with one Draft at a time over a link that does not break.
-"""
-
-import random
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+"""300 random sessions with the sample pair, in float32; see tests/random_sessions.py."""
 
 import pytest
 
-from bench.setup.bench_setup import BenchSetup, bench_setup
-from bench.setup.prompts import OWN_PROMPTS
-from device.session.session import DeviceSession
-from device.settings import DraftSettings
-from protocol.messages import Mode, Sampling
-from tests.relay import CountingRelay
+from protocol.messages import Mode
+from tests.random_sessions import check_random_sessions
 from tests.sample import BUNDLE
-
-SESSIONS = 300
-BREAK_CHANCE = 0.2
-"""Of an answer: the link breaks at one of its tokens."""
-DRAWN_FROM_TARGET = (Mode.TARGET, Mode.COUPLED)
-"""Modes whose sampled answer is, token for token, what the target alone samples with the same seed."""
 
 pytestmark = [pytest.mark.model, pytest.mark.endurance]
 
 
-def random_sampling(draw: random.Random, mode: Mode) -> Sampling:
-    if mode is Mode.IDS or draw.random() < 0.2:
-        return Sampling()
-    return Sampling(
-        temperature=draw.choice([0.3, 0.7, 1.0, 1.3]),
-        top_k=draw.choice([0, 0, 1, 20, 5000]),
-        top_p=draw.choice([1.0, 1.0, 0.95, 0.5]),
-        seed=draw.getrandbits(32),
-    )
-
-
-def random_settings(draw: random.Random) -> DraftSettings:
-    mode = draw.choice(list(Mode))
-    sampling = random_sampling(draw, mode)
-    fixed = [1, 2, 3, 4, 6, 8]
-    planned = [None] if sampling.greedy or mode in DRAWN_FROM_TARGET else []  # the planner depends on the time
-    uplink_k, draft_len = draw.choice([1, 4, 32, 256]), draw.choice([*fixed, *planned])
-    ahead, lookup = draw.choice([0, 1, None]), draw.choice([True, False])
-    return DraftSettings(mode, sampling, uplink_k, draft_len, drafts_ahead=ahead, lookup=lookup)
-
-
-class Reference:
-    """What a conversation must answer.
-
-    Args:
-        alone: the device on which the target alone answers. Another one than that of the unbroken conversation: two
-            conversations would share a draft model, whose logits depend, in their last digits, on what it ran together.
-        unbroken: the device of that conversation.
-        settings: of the conversation.
-    """
-
-    def __init__(self, alone: BenchSetup, unbroken: BenchSetup, settings: DraftSettings) -> None:
-        self._alone = alone
-        self._unbroken = unbroken.conversation(replace(settings, drafts_ahead=0))
-
-    def answers(self, prompt: list[int], count: int, settings: DraftSettings) -> Iterator[list[int]]:
-        if settings.sampling.greedy or settings.mode in DRAWN_FROM_TARGET:
-            yield self._alone.answer(prompt, count, replace(settings, mode=Mode.TARGET)).token_ids
-        if settings.mode.encoding:
-            self._unbroken.settings = replace(settings, drafts_ahead=0)
-            yield [token.token_id for token in self._unbroken.begin(prompt).answer(count)]
-
-    def close(self) -> None:
-        self._unbroken.close()
-
-
-def turns(draw: random.Random, setup: BenchSetup) -> list[list[int]]:
-    """The tokens that each turn adds: mostly one or two, sometimes a long one."""
-    first = setup.prompt_ids(draw.choice(OWN_PROMPTS), draw.choice([1, 7, 30, 200]))
-    more = [
-        setup.tokenizer.encode(f" {draw.choice(OWN_PROMPTS)}")[: draw.choice([1, 12])] for _ in range(draw.randrange(3))
-    ]
-    return [first, *more]
-
-
-def tokens_of(session: DeviceSession, count: int, relay: CountingRelay, break_at: int | None) -> list[int]:
-    tokens: list[int] = []
-    for token in session.answer(count):
-        if len(tokens) == break_at:
-            relay.drop_connections()
-        tokens.append(token.token_id)
-    return tokens
-
-
-@contextmanager
-def relayed(address: str) -> Iterator[tuple[BenchSetup, CountingRelay]]:
-    with (
-        CountingRelay(int(address.rpartition(":")[2])) as relay,
-        bench_setup(BUNDLE, f"tcp://127.0.0.1:{relay.port}") as setup,
-    ):
-        yield setup, relay
-
-
 @pytest.mark.timeout(3600)
-def test_random_sessions_give_the_targets_answers(station_address: str, sample_setup: BenchSetup) -> None:
-    draw = random.Random(20250914)  # noqa: S311 - not a secret
-    seen: Counter[str] = Counter()
-    with relayed(station_address) as (setup, relay), bench_setup(BUNDLE, station_address) as unbroken:
-        for number in range(SESSIONS):
-            settings = random_settings(draw)
-            conversation, reference = setup.conversation(settings), Reference(sample_setup, unbroken, settings)
-            tokens: list[int] = []
-            for added in turns(draw, setup):
-                tokens += added
-                count = draw.randrange(1, 32)
-                break_at = draw.randrange(count) if draw.random() < BREAK_CHANCE else None
-                answer = tokens_of(conversation.begin(tokens), count, relay, break_at)
-                for expected in reference.answers(tokens, count, conversation.settings):
-                    assert answer == expected, f"session {number}, {conversation.settings}, break at {break_at}"
-                seen.update(answers=1, breaks=break_at is not None)
-                seen[settings.mode] += 1
-                tokens = [*tokens, *answer]
-                if draw.random() < 0.3:
-                    sampling = random_sampling(draw, settings.mode)
-                    if settings.draft_len or settings.mode in DRAWN_FROM_TARGET or sampling.greedy:
-                        conversation.settings = replace(settings, sampling=sampling)
-            conversation.close()
-            reference.close()
+def test_random_sessions_give_the_targets_answers(station_address: str) -> None:
+    seen = check_random_sessions(BUNDLE, station_address, sessions=300)
     assert all(seen[mode] for mode in Mode)
     assert seen["breaks"] > 60
