@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.pair, pytest.mark.timeout(7200)]
 
 PAIR = PROJECT / "build" / "pair"
 BRIDGE = PAIR / "bridge"
-NEW_TOKENS = 64
+NEW_TOKENS = 32
 DRAFT_LENS = (1, 4, 8)
 
 
