@@ -17,7 +17,8 @@ class FakeEvent:
     def __init__(self, enable_timing: bool) -> None:
         assert enable_timing
 
-    def record(self) -> None:
+    def record(self, stream: str) -> None:
+        assert stream == "stream of cuda:1"
         self.time = next(FakeEvent.times)
 
     def synchronize(self) -> None:
@@ -28,10 +29,11 @@ class FakeEvent:
         return end.time - self.time
 
 
-def test_on_cuda_the_parts_are_timed_by_events(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_cuda_the_parts_are_timed_by_events_on_its_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "current_stream", "stream of {}".format)
     FakeEvent.times = iter((10.0, 40.0, 45.0))
-    clock = PassClock(torch.device("cuda"), lambda: 0.0)
+    clock = PassClock(torch.device("cuda:1"), lambda: 0.0)
     for _ in range(3):
         clock.mark()
     assert clock.seconds() == pytest.approx([0.030, 0.005])

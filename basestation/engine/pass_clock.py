@@ -18,7 +18,7 @@ class PassClock:
     """
 
     def __init__(self, torch_device: torch.device, clock: Callable[[], float]) -> None:
-        self._on_cuda = torch_device.type == "cuda"
+        self._torch_device, self._on_cuda = torch_device, torch_device.type == "cuda"
         self._clock = clock
         self._times: list[float] = []
         self._events: list[torch.cuda.Event] = []
@@ -28,7 +28,7 @@ class PassClock:
         self._times.append(self._clock())
         if self._on_cuda:
             event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-            event.record()
+            event.record(torch.cuda.current_stream(self._torch_device))
             self._events.append(event)
 
     def seconds(self) -> list[float]:
