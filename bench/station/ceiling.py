@@ -176,7 +176,8 @@ class Ceiling:
         self._model.set_attn_implementation(ATTENTION_NAME)
         vocabulary = _vocabulary(self._config.vocab_size)
         pages = combination.sessions * -(-(combination.context + new) // self._kv.page_size)
-        target = TargetModel(self._model, vocabulary, "random", pages * self._kv.page_bytes)
+        memory = (pages + 1) * self._kv.page_bytes  # one page for CUDA graphs
+        target = TargetModel(self._model, vocabulary, "random", memory, cuda_graphs=True)
         packed = PackedPassRunner(target, sequences, new)
         rounds = [RoundToVerify(Sampling(), combination.context + 1, tuple(tokens[-new:][1:])) for tokens in sequences]
         try:
