@@ -39,8 +39,7 @@ class HostTransfer:
         """The array with this index on the device."""
         if self.copies == 0:
             on_host = self._torch_device.type == "cpu"
-            placed = map(torch.from_numpy, self._arrays) if on_host else in_one_copy(self._arrays, self._torch_device)
-            self._placed = list(placed)
+            self._placed = shared(self._arrays) if on_host else in_one_copy(self._arrays, self._torch_device)
             self.copies = 1
         return self._placed[index]
 
@@ -55,6 +54,11 @@ class Placed:
     def tensor(self) -> Tensor:
         """The array on the device."""
         return self._transfer.placed(self._index)
+
+
+def shared(arrays: Sequence[npt.NDArray[Any]]) -> list[Tensor]:
+    """Arrays as tensors on the CPU, in the same memory."""
+    return list(map(torch.from_numpy, arrays))
 
 
 def in_one_copy(arrays: Sequence[npt.NDArray[Any]], torch_device: torch.device) -> list[Tensor]:

@@ -148,7 +148,8 @@ class Ceiling:
         rows = combination.sessions * combination.new
         logits = rows * self._config.vocab_size * (self._dtype.itemsize + torch.float32.itemsize)
         hidden = 3 * max(rows, PREFILL_TOKENS, combination.context) * self._config.intermediate_size
-        cached = self._weights + combination.sessions * positions * self._kv.position_bytes
+        spare = 0 if case in RIVALS else self._kv.page_bytes
+        cached = self._weights + combination.sessions * positions * self._kv.position_bytes + spare
         return int(cached + copied + logits + hidden * self._dtype.itemsize)
 
     def _measure(self, case: str, combination: Combination) -> tuple[float | None, str | None]:
