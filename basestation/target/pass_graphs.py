@@ -21,7 +21,7 @@ from basestation.engine.pass_clock import PassClock
 from basestation.kv_cache.kv_pages import KVPages
 from basestation.target.forward_pass import ForwardPass
 from basestation.target.padded_pass import PaddedPass
-from basestation.target.varlen_attention import VarlenBatch
+from basestation.target.varlen_attention import VarlenBatch, lengths_of
 
 RunModel: TypeAlias = Callable[[Tensor, Tensor, Tensor, VarlenBatch], Tensor]
 """Token ids, positions and rows wanted, each [rows], and the layout → their logits [rows, V]."""
@@ -55,10 +55,12 @@ class PassGraphs:
         self._graphs: dict[int, _Graph] = {}
 
     def run(self, forward_pass: ForwardPass) -> Tensor | None:
-        """The logits [rows, V] of a pass, valid until the next; None if there is no graph for its number of rows."""
+        """The logits [rows, V] of a pass, valid until the next; None if there is no graph for it."""
         bucket = bisect_left(BUCKETS, len(forward_pass.token_ids))
         graph = self._graphs.get(BUCKETS[bucket]) if bucket < len(BUCKETS) else None
-        return graph.run(forward_pass) if graph is not None else None
+        if graph is None or max(lengths_of(forward_pass)) > self._columns * self._kv_pages.shape.page_size:
+            return None
+        return graph.run(forward_pass)
 
     def try_all(self, eager: Callable[[ForwardPass], Tensor]) -> bool:
         """Keep the graphs that are faster than ``eager`` passes with the same logits; a log line says which.
@@ -92,7 +94,7 @@ class PassGraphs:
         """
         before, forward_pass = trial_passes(rows, self._kv_pages)
         eager(before)
-        expected = eager(forward_pass).clone()
+        expected = eager(forward_pass)
         graph = self._graphs[rows] = _Graph(
             PaddedPass(rows, self._columns, self._kv_pages.shape, self._kv_pages.count - 1),
             lambda padded: self._run_model(
