@@ -146,12 +146,9 @@ class TargetModel:
         if int8 := int8 and (weights == "int8" or is_faster(loaded)):
             name = _with_int8_weights(loaded, vocabulary, name, tokenizer, use_cache)
         elif quantization_method(loaded.config) is None:
-            loaded.to(placement)
-            if placement.type == "cpu":
-                pack_linears(loaded)
+            _place(loaded, placement)
         tokenizer_json = "" if _is_gguf(model) else _tokenizer_json(tokenizer)
-        budget = kv_budget(kv_memory, placement)
-        return cls(loaded, vocabulary, name, budget, tokenizer_json, int8, cuda_graphs)
+        return cls(loaded, vocabulary, name, kv_budget(kv_memory, placement), tokenizer_json, int8, cuda_graphs)
 
     def new_kv_cache(self) -> SequenceKVCache:
         """An empty KV cache for one session."""
@@ -301,6 +298,12 @@ def _read(
             tokenizer = _tokenizer(model)
             return loaded.eval(), tokenizer, _vocabulary(tokenizer, loaded)
         return loaded.eval(), _tokenizer(model) if int8 else None, _gguf_vocabulary(Path(model), loaded)
+
+
+def _place(model: Any, placement: torch.device) -> None:
+    model.to(placement)
+    if placement.type == "cpu":
+        pack_linears(model)
 
 
 def _check_memory(model: str, dtype: torch.dtype, placement: torch.device) -> None:
