@@ -84,6 +84,9 @@ def serve(
             rich_help_panel=PASSES,
         ),
     ] = None,
+    cuda_graphs: Annotated[
+        bool, typer.Option(help="On CUDA, capture forward passes as graphs where faster.", rich_help_panel=PASSES)
+    ] = True,
     record: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Append a JSON line for every round.", rich_help_panel=OPERATION),
@@ -145,6 +148,7 @@ def serve(
         peer_memory,
         pass_tokens,
         prompt_tokens,
+        cuda_graphs,
     )
     socket = SocketOptions(options.bind, folder, options.insecure, limits)
     operation = OperationOptions(options.metrics_bind, record, profile, drain_seconds, log_format)

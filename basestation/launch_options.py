@@ -25,6 +25,7 @@ class TargetOptions:
     peer_memory: str
     pass_tokens: int | None
     prompt_tokens: int | None
+    cuda_graphs: bool
 
 
 @dataclass(frozen=True)

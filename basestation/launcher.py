@@ -82,7 +82,13 @@ def _load(options: TargetOptions, metrics: Metrics) -> TargetModel:
     """Load the target, and say where it runs."""
     logger.info("loading %s", options.model)
     model = TargetModel.load(
-        options.model, options.dtype, options.torch_device, options.kv_memory, options.use_cache, options.weights
+        options.model,
+        options.dtype,
+        options.torch_device,
+        options.kv_memory,
+        options.use_cache,
+        options.weights,
+        options.cuda_graphs,
     )
     told = ", ".join(f"{name} {value}" for name, value in model.placement.items())
     logger.info("target: %s; free memory: %s", told, readable_size(free_memory(model.torch_device)))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from basestation.verification import coupled_sampling
+from basestation.verification import coupled_sampling, verify
 from basestation.verification.verify import (
     RoundToVerify,
     SamplingRow,
@@ -17,7 +17,7 @@ from basestation.verification.verify import (
     verify_rounds,
 )
 from device.settings import DraftSettings
-from protocol.coupling import Integers64, noise_keys
+from protocol.coupling import noise_keys
 from protocol.messages import Mode, Sampling
 from tests.fakes import FakeDraftModel, FakeTarget, Table, blend, next_logits, random_table
 from tests.link_pair import MemoryTransport, Station, join, open_session
@@ -105,7 +105,7 @@ def test_coupled_sequences_are_distributed_as_the_targets_own(sampling: Sampling
 
 def repeat_noise_across_positions(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(
-        coupled_sampling,
+        verify,
         "noise_keys",
         lambda seeds, positions: noise_keys(seeds, [position % (SAMPLES // 10) for position in positions]),
     )
@@ -114,8 +114,8 @@ def repeat_noise_across_positions(patch: pytest.MonkeyPatch) -> None:
 def block_maxima_of_single_tokens(patch: pytest.MonkeyPatch) -> None:
     make = coupled_sampling._Noise.__init__
 
-    def init(noise: coupled_sampling._Noise, keys: Integers64, vocab_size: int, torch_device: torch.device) -> None:
-        make(noise, keys, vocab_size, torch_device)
+    def init(noise: coupled_sampling._Noise, keys: torch.Tensor, vocab_size: int) -> None:
+        make(noise, keys, vocab_size)
         noise.maxima -= np.log(vocab_size)  # the whole vocabulary is one block
 
     patch.setattr(coupled_sampling._Noise, "__init__", init)

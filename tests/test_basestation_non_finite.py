@@ -1,5 +1,6 @@
 """A target whose logits are NaN or infinite ends the session that meets them, and no other."""
 
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -152,8 +153,9 @@ def test_single_tokens_may_have_a_logit_of_minus_infinity() -> None:
 
 def test_verification_reaches_the_host_in_one_transfer(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the results; the numbers that the check of the logits needs stay where the model is."""
-    rounds = random_rounds(np.random.default_rng(0), 6)
-    logits = torch.zeros(18, VOCAB)
+    rounds = random_rounds(np.random.default_rng(0), 12)
+    rounds += [replace(one, block_verification=True) for one in rounds if one.rejection_sampling]
+    logits = torch.zeros(3 * len(rounds), VOCAB)
     transfers: list[str] = []
     for name in ("tolist", "item", "cpu", "numpy", "__bool__", "__int__", "__float__"):
         method = getattr(torch.Tensor, name)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare, kstest
 
 from basestation.verification.coupled_sampling import coupled_choice
-from protocol.coupling import BLOCK, MAX_MARGIN, PositionNoise, hash32
+from protocol.coupling import BLOCK, MAX_MARGIN, PositionNoise, hash32, noise_keys
 
 KNOWN_HASHES = [3405767568, 3507691905, 3568491650, 1864612511]
 SIZES = (2, 5, BLOCK - 1, BLOCK, BLOCK + 1, 700, 5000)
@@ -23,7 +23,8 @@ def scores_of(vocab_size: int, seed: int, rows: int = 4) -> np.ndarray[tuple[int
 def tensor_choice(scores: torch.Tensor, seed: int, positions: Sequence[int]) -> list[int]:
     """The base station's choices at temperature 1."""
     temperatures = torch.ones(len(scores)).double()
-    choices: list[int] = coupled_choice(scores, temperatures, [seed] * len(scores), positions).tolist()
+    keys = torch.as_tensor(noise_keys([seed] * len(scores), positions), device=scores.device)
+    choices: list[int] = coupled_choice(scores, temperatures, keys).tolist()
     return choices
 
 
@@ -91,7 +92,8 @@ def test_the_hash_has_known_values() -> None:
 def test_both_ends_choose_the_same_token_at_any_temperature(temperature: float) -> None:
     logits = scores_of(700, seed=2, rows=30)
     seeds, positions = range(30), range(10, 40)
-    choices = coupled_choice(torch.tensor(logits), torch.full((30,), temperature).double(), seeds, positions).tolist()
+    keys = torch.tensor(noise_keys(seeds, positions))
+    choices = coupled_choice(torch.tensor(logits), torch.full((30,), temperature).double(), keys).tolist()
     for row, seed, position, choice in zip(logits, seeds, positions, choices, strict=True):
         assert PositionNoise(seed, position, 700).choose(row, temperature)[0] == choice
         assert full_choice(row / np.float32(temperature), seed, position)[0] == choice

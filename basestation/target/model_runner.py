@@ -4,15 +4,20 @@ Another engine, or a group of processes, can stand in its place: a pass is plain
 numbers, and nothing here remembers a sequence.
 """
 
+import logging
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from basestation.kv_cache.kv_pages import KVPages
+from basestation.target.attention import PackedBatch
 from basestation.target.forward_pass import ForwardPass
 from basestation.target.host_transfer import to_device
-from basestation.target.varlen_attention import batch_type
+from basestation.target.pass_graphs import Capture, CudaCapture, PassGraphs
+from basestation.target.varlen_attention import VarlenBatch, batch_type
+
+logger = logging.getLogger(__name__)
 
 _MAX_UNPADDED_ROWS = 32
 """Row counts above it are padded on a CPU: by up to 7 rows, above 256 by up to a sixteenth."""
@@ -40,6 +45,27 @@ class ModelRunner:
         self._kv_pages = kv_pages
         self._torch_device = kv_pages.shape.torch_device
         self._batch_type = batch_type(kv_pages.shape, independent_rows)
+        self._graphs: PassGraphs | None = None
+
+    def use_graphs(self, context_length: int, capture: Capture | None = None) -> bool:
+        """Capture passes as CUDA graphs where that is faster.
+
+        Args:
+            context_length: of a sequence, at most.
+            capture: how; by default on the device of the pages.
+
+        Returns:
+            Whether there are graphs; then the last page is theirs.
+        """
+        if self._batch_type is not VarlenBatch or self._kv_pages.count < 2:
+            if self._torch_device.type == "cuda":
+                logger.info("no CUDA graphs: they need one attention call per layer, and a page more than a session")
+            return False
+        capture = capture or CudaCapture(self._torch_device)
+        with torch.inference_mode():
+            graphs = PassGraphs(self._logits, self._kv_pages, context_length, capture)
+            self._graphs = graphs if graphs.try_all(self._run_eager) else None
+        return self._graphs is not None
 
     @torch.inference_mode()
     def run(self, forward_pass: ForwardPass) -> Tensor:
@@ -48,12 +74,25 @@ class ModelRunner:
         Returns:
             The logits [rows, V], float32, of ``forward_pass.logit_rows``.
         """
+        captured = self._graphs.run(forward_pass) if self._graphs is not None else None
+        logits = self._run_eager(forward_pass) if captured is None else captured
+        return logits[:, : self._vocab_size].float()
+
+    def _run_eager(self, forward_pass: ForwardPass) -> Tensor:
+        """As ``run``, with all that the model returns of a row."""
         rows = [forward_pass.token_ids, forward_pass.positions, forward_pass.logit_rows or [0]]
         if self._torch_device.type == "cpu":
             rows = [_padded(row) for row in rows]
         layout = self._batch_type.layout(forward_pass, self._kv_pages.shape.page_size)
         ids, positions, kept, *placed = to_device([*rows, *layout], self._torch_device)
         packed_batch = self._batch_type(forward_pass, self._kv_pages, placed)
+        logits = self._logits(ids, positions, kept, packed_batch)
+        self.gathered += packed_batch.gathered
+        windows = [window for window in packed_batch.windows if window is not None]
+        self.window = max(windows) if len(windows) == len(packed_batch.windows) else None
+        return logits[: len(forward_pass.logit_rows)]
+
+    def _logits(self, ids: Tensor, positions: Tensor, kept: Tensor, packed_batch: PackedBatch) -> Tensor:
         output = self._model(
             input_ids=ids[None],
             position_ids=positions[None],
@@ -61,10 +100,7 @@ class ModelRunner:
             logits_to_keep=kept,
             packed_batch=packed_batch,
         )
-        self.gathered += packed_batch.gathered
-        windows = [window for window in packed_batch.windows if window is not None]
-        self.window = max(windows) if len(windows) == len(packed_batch.windows) else None
-        logits: Tensor = output.logits[0, : len(forward_pass.logit_rows), : self._vocab_size].float()
+        logits: Tensor = output.logits[0]
         return logits
 
 

@@ -74,6 +74,7 @@ class TargetModel:
         kv_memory: bytes for the KV pool.
         tokenizer_json: the tokenizer as a ``tokenizer.json``; "" if there is none.
         independent_rows: see ``batch_type``.
+        cuda_graphs: capture forward passes where that is faster; takes one page of the pool.
 
     Raises:
         SettingsError: ``kv_memory`` is not enough for one session, or more than there is.
@@ -87,6 +88,7 @@ class TargetModel:
         kv_memory: int,
         tokenizer_json: str = "",
         independent_rows: bool = False,
+        cuda_graphs: bool = False,
     ) -> None:
         self.name = name
         self.vocabulary = vocabulary
@@ -95,9 +97,11 @@ class TargetModel:
         shape = kv_shape(model.config, model.dtype, self.torch_device)
         kv_pages = _allocated(shape, kv_memory)
         self.kv_bytes = kv_pages.bytes
-        self.kv_pool = KVPool(kv_pages.count, shape.page_size, kv_pages.discard)
-        self.context_length = context_length(model.config, self.kv_pool.capacity)
         self._runner = ModelRunner(model, vocabulary.size, kv_pages, independent_rows)
+        longest = context_length(model.config, (kv_pages.count - 1) * shape.page_size)
+        spare_pages = int(cuda_graphs and self._runner.use_graphs(longest))
+        self.kv_pool = KVPool(kv_pages.count - spare_pages, shape.page_size, kv_pages.discard)
+        self.context_length = context_length(model.config, self.kv_pool.capacity)
         self.grammar_compiler = (
             GrammarCompiler.of_tokenizer(tokenizer_json, vocabulary.size, vocabulary.stop_ids)
             if tokenizer_json and is_available()
@@ -113,6 +117,7 @@ class TargetModel:
         kv_memory: str = "auto",
         use_cache: bool = True,
         weights: str = "dtype",
+        cuda_graphs: bool = True,
     ) -> "TargetModel":
         """Load a model folder, hub name or ``.gguf`` file.
 
@@ -123,6 +128,7 @@ class TargetModel:
             kv_memory: for the KV pool, like ``4GiB``, or ``auto``: of what is then free half, on CUDA nine tenths.
             use_cache: whether a converted ``.gguf`` file and what int8 weights need are kept.
             weights: of the linear layers: ``dtype``, ``int8``, or ``auto``: the faster one.
+            cuda_graphs: on CUDA, capture forward passes where that is faster.
 
         Raises:
             SettingsError: dtype, device or weights do not exist here, or the KV pool is too small.
@@ -140,11 +146,9 @@ class TargetModel:
         if int8 := int8 and (weights == "int8" or is_faster(loaded)):
             name = _with_int8_weights(loaded, vocabulary, name, tokenizer, use_cache)
         elif quantization_method(loaded.config) is None:
-            loaded.to(placement)
-            if placement.type == "cpu":
-                pack_linears(loaded)
+            _place(loaded, placement)
         tokenizer_json = "" if _is_gguf(model) else _tokenizer_json(tokenizer)
-        return cls(loaded, vocabulary, name, kv_budget(kv_memory, placement), tokenizer_json, independent_rows=int8)
+        return cls(loaded, vocabulary, name, kv_budget(kv_memory, placement), tokenizer_json, int8, cuda_graphs)
 
     def new_kv_cache(self) -> SequenceKVCache:
         """An empty KV cache for one session."""
@@ -294,6 +298,12 @@ def _read(
             tokenizer = _tokenizer(model)
             return loaded.eval(), tokenizer, _vocabulary(tokenizer, loaded)
         return loaded.eval(), _tokenizer(model) if int8 else None, _gguf_vocabulary(Path(model), loaded)
+
+
+def _place(model: Any, placement: torch.device) -> None:
+    model.to(placement)
+    if placement.type == "cpu":
+        pack_linears(model)
 
 
 def _check_memory(model: str, dtype: torch.dtype, placement: torch.device) -> None:

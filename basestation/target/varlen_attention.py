@@ -44,7 +44,7 @@ class VarlenBatch:
     def __init__(self, forward_pass: ForwardPass, kv_pages: KVPages, placed: Sequence[Tensor]) -> None:
         self.windows: set[int | None] = set()
         self._kv_pages = kv_pages
-        self._longest, self._most_new = max(_lengths(forward_pass)), max(forward_pass.counts)
+        self._longest, self._most_new = max(lengths_of(forward_pass)), max(forward_pass.counts)
         self._slots, numbers = placed
         sequences = len(forward_pass.counts)
         bounds = [sequences + 1, sequences + 1, sequences]
@@ -55,7 +55,7 @@ class VarlenBatch:
     @staticmethod
     def layout(forward_pass: ForwardPass, page_size: int) -> list[list[int]]:
         """The slots of the new tokens; and the bounds of all sequences, their lengths and their page table."""
-        lengths = _lengths(forward_pass)
+        lengths = lengths_of(forward_pass)
         columns = -(-max(lengths) // page_size)
         table = [[*pages[:columns], *[0] * (columns - len(pages))] for pages in forward_pass.page_tables]
         bounds = [0, *accumulate(forward_pass.counts), 0, *accumulate(lengths)]
@@ -150,6 +150,6 @@ def failure_of_trial(shape: KVShape) -> str | None:
     return None
 
 
-def _lengths(forward_pass: ForwardPass) -> list[int]:
+def lengths_of(forward_pass: ForwardPass) -> list[int]:
     """The positions of each sequence after the pass."""
     return [start + count for start, count in zip(forward_pass.starts, forward_pass.counts, strict=True)]

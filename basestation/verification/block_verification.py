@@ -11,39 +11,38 @@ It accepts at least as many tokens on average as token-wise verification. Whethe
 accepted depends on all tokens and numbers u of its Draft, so that a position which is drafted
 again needs new ones (``protocol/randomness.py``).
 
-Knows arrays with a row for each number of tokens, from none to all γ, of each round; row i has
+Knows tensors with a row for each number of tokens, from none to all γ, of each round; row i has
 what concerns x_{i+1}, the last one nothing.
 """
 
-from itertools import pairwise
-
-import numpy as np
-import numpy.typing as npt
-
-Floats = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
+import torch
+from torch import Tensor
 
 
-def joint_probabilities(target_probs: Floats, draft_probs: Floats, starts: Ints) -> Floats:
+def joint_probabilities(
+    target_probs: Tensor, draft_probs: Tensor, starts: Tensor, round_indices: Tensor, longest: int
+) -> Tensor:
     """p_i of each row, float64 [n]; 0 from an impossible token on.
 
     Args:
         target_probs: P of the drafted token of each row, float64 [n].
         draft_probs: Q of it, float64 [n].
         starts: the first row of each round, int64 [rounds].
+        round_indices: the round of each row, int64 [n].
+        longest: the most rows of a round.
     """
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ratios = (target_probs / draft_probs).tolist()
-    joint: list[float] = []
-    for start, end in pairwise([*starts.tolist(), len(ratios)]):
-        probability = 1.0
-        for ratio in ratios[start:end]:
-            joint.append(probability)
-            probability = min(probability * ratio, 1.0) if probability else 0.0
-    return np.array(joint)
+    ratios = (target_probs / draft_probs).nan_to_num_(nan=0.0)
+    columns = torch.arange(len(ratios), device=ratios.device) - starts[round_indices]
+    factors, joint = (ratios.new_ones(longest, len(starts)) for _ in range(2))
+    factors[columns, round_indices] = ratios
+    for column in range(1, longest):
+        torch.mul(joint[column - 1], factors[column - 1], out=joint[column]).clamp_(max=1)
+    return joint[columns, round_indices]
 
 
-def last_accepted(joint: Floats, residual_mass: Floats, numbers: Floats, starts: Ints) -> Ints:
+def last_accepted(
+    joint: Tensor, residual_mass: Tensor, numbers: Tensor, starts: Tensor, round_indices: Tensor
+) -> Tensor:
     """The row of each round whose tokens are accepted, the first one for none: int64 [rounds].
 
     Args:
@@ -51,8 +50,9 @@ def last_accepted(joint: Floats, residual_mass: Floats, numbers: Floats, starts:
         residual_mass: S_i, float64 [n]; in the last row of a round, which has no Q, it is p_i.
         numbers: u of the drafted token of each row, float64 [n] in [0, 1).
         starts: the first row of each round, int64 [rounds].
+        round_indices: the round of each row, int64 [n].
     """
-    before = np.roll(numbers, 1)  # u_i of the last of the i tokens, which belongs to the row before
+    before = numbers.roll(1)  # u_i of the last of the i tokens, which belongs to the row before
     accepted = before * (residual_mass + 1 - joint) < residual_mass
-    accepted[starts] = True
-    return np.maximum.reduceat(np.where(accepted, np.arange(len(accepted)), 0), starts)
+    rows = torch.where(accepted, torch.arange(len(joint), device=joint.device), 0)
+    return starts.scatter_reduce(0, round_indices, rows, "amax")

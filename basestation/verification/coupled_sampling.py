@@ -3,15 +3,13 @@
 Computes the same integers, noise and choice as ``PositionNoise``.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from protocol.coupling import BLOCK, SLACK, Integers64, hash32, noise_keys
+from protocol.coupling import BLOCK, SLACK, hash32
 
 
-def coupled_choice(logits: Tensor, temperatures: Tensor, seeds: Sequence[int], positions: Sequence[int]) -> Tensor:
+def coupled_choice(logits: Tensor, temperatures: Tensor, keys: Tensor) -> Tensor:
     """The token with the largest score plus noise, for each row: int64 [n].
 
     Examines the same blocks and tokens as ``PositionNoise.choose``, for all rows at once.
@@ -19,12 +17,11 @@ def coupled_choice(logits: Tensor, temperatures: Tensor, seeds: Sequence[int], p
     Args:
         logits: [n, V], -inf for tokens that must not be sampled.
         temperatures: [n], float64; scores are logits divided by it.
-        seeds: of each row's session.
-        positions: of each row's token in the whole sequence.
+        keys: of each row's noise, ``noise_keys`` of its seed and of its token's position: int64 [2, n].
     """
     rows, vocab_size = logits.shape
     width = min(BLOCK, vocab_size)
-    noise = _Noise(noise_keys(seeds, positions), vocab_size, logits.device)
+    noise = _Noise(keys, vocab_size)
     padding = -vocab_size % width
     padded = torch.nn.functional.pad(logits, (0, padding), value=-torch.inf) if padding else logits
     grid = padded.view(rows, -1, width)
@@ -41,18 +38,19 @@ def coupled_choice(logits: Tensor, temperatures: Tensor, seeds: Sequence[int], p
     sums = near[near_index, offset] / temperatures[rival_row] + noise.of(rival_row, rival)
     winning = torch.full((rows,), -torch.inf, dtype=sums.dtype, device=logits.device)
     wins = sums == winning.scatter_reduce(0, rival_row, sums, "amax")[rival_row]
-    return torch.zeros_like(row).scatter_(0, rival_row[wins], rival[wins])  # no token wins in a row with NaN
+    winners = torch.where(wins, rival, 0)  # no token wins in a row with NaN
+    return torch.zeros_like(row).scatter_reduce_(0, rival_row, winners, "amax")
 
 
 class _Noise:
     """Noise of n positions; ``PositionNoise`` documents the hashed indices."""
 
-    def __init__(self, keys: Integers64, vocab_size: int, torch_device: torch.device) -> None:
-        self._low, self._high = torch.from_numpy(keys).to(torch_device)
-        block = torch.arange(-(-vocab_size // BLOCK), device=torch_device)
+    def __init__(self, keys: Tensor, vocab_size: int) -> None:
+        self._low, self._high = keys
+        block = torch.arange(-(-vocab_size // BLOCK), device=keys.device)
         sizes = (vocab_size - block * BLOCK).clamp(max=BLOCK)
         self._blocks = len(block)
-        row = torch.arange(len(self._low), device=torch_device)[:, None]
+        row = torch.arange(len(self._low), device=keys.device)[:, None]
         self.maxima = sizes.double().log() - (-self._uniform(row, block).log()).log()  # [n, blocks]
         peaks = hash32(block + self._blocks, self._low[row], self._high[row]) * sizes >> 32
         self._peaks = block * BLOCK + peaks

@@ -18,25 +18,26 @@ verification are accepted by the joint probability of their tokens instead (``bl
 Knows tensors and the seed; not where the logits came from.
 """
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from basestation.target.host_transfer import HostTransfer
 from basestation.verification.block_verification import joint_probabilities, last_accepted
 from basestation.verification.coupled_sampling import coupled_choice
 from basestation.verification.logits_processing import AnswerSoFar, MaskTime, process_logits
 from basestation.verification.logprobs import token_logprobs
-from protocol.full_distribution import FullDistribution
+from basestation.verification.sent_distributions import SentDistributions
+from protocol.coupling import noise_keys
 from protocol.logprobs import TokenLogprobs
 from protocol.messages import DraftDistribution, Sampling
 from protocol.randomness import Stream, uniforms
-from protocol.sparse import SparseDistribution
 
 _NO_TOKEN = -1
 _TOP_P_NUMBERS = 2**22
@@ -96,7 +97,10 @@ class SamplingRow:
 
 
 def verify_rounds(logits: Tensor, rounds: Sequence[RoundToVerify]) -> list[VerificationResult]:
-    """Verify the rounds of any number of sessions; the results reach the host in one transfer.
+    """Verify the rounds of any number of sessions.
+
+    What was drafted reaches the device in one copy, the results the host in another. Sampling settings
+    that change logits, and log-probabilities, take further ones.
 
     Args:
         logits: [rows, V], float32: the rows of the first round, then those of the next; they may be changed.
@@ -106,14 +110,10 @@ def verify_rounds(logits: Tensor, rounds: Sequence[RoundToVerify]) -> list[Verif
         return []
     unprocessed = _rows_for_logprobs(logits, rounds)
     _process_logits(logits, rounds)
-    results = torch.empty((len(rounds), 3), dtype=torch.int64, device=logits.device)
-    methods = [_method_of(one) for one in rounds]
-    for method in dict.fromkeys(methods):
-        is_method = np.array([one is method for one in methods])
-        row_indices = np.flatnonzero(is_method.repeat([one.num_logits for one in rounds]))
-        rows = logits if is_method.all() else logits[row_indices]
-        results[is_method] = method(rows, [one for one, of_method in zip(rounds, is_method, strict=True) if of_method])
-    verified = [VerificationResult(accepted, token_id, bool(finite)) for accepted, token_id, finite in results.tolist()]
+    results = torch.cat([one.verify(logits) for one in _verifications(rounds, logits)]).tolist()
+    verified = [VerificationResult(0, 0)] * len(rounds)
+    for index, accepted, token_id, finite in results:
+        verified[index] = VerificationResult(accepted, token_id, bool(finite))
     for index, rows in unprocessed.items():
         one, most = verified[index], rounds[index].sampling.logprobs or 0
         token_ids = [*rounds[index].drafted[: one.accepted], one.token_id]
@@ -121,10 +121,35 @@ def verify_rounds(logits: Tensor, rounds: Sequence[RoundToVerify]) -> list[Verif
     return verified
 
 
-def _method_of(one: RoundToVerify) -> Callable[[Tensor, Sequence[RoundToVerify]], Tensor]:
+class _Verification(Protocol):
+    """Rounds that are verified in the same way, with all that this takes from the host."""
+
+    def __init__(self, rounds: Sequence[RoundToVerify], part: "_Part", transfer: HostTransfer) -> None: ...
+
+    def verify(self, logits: Tensor) -> Tensor:
+        """The index of each round and its ``VerificationResult``: int64 [rounds, 4].
+
+        Args:
+            logits: [rows, V], of all rounds of the pass.
+        """
+
+
+def _verifications(rounds: Sequence[RoundToVerify], logits: Tensor) -> list[_Verification]:
+    transfer, counts = HostTransfer(logits.device), np.array([one.num_logits for one in rounds])
+    methods = [_method_of(one) for one in rounds]
+    verifications = []
+    for method in dict.fromkeys(methods):
+        is_method = np.array([one is method for one in methods])
+        part = _Part(is_method, counts, logits.shape[1], transfer)
+        chosen = [one for one, of_method in zip(rounds, is_method, strict=True) if of_method]
+        verifications.append(method(chosen, part, transfer))
+    return verifications
+
+
+def _method_of(one: RoundToVerify) -> type[_Verification]:
     if not one.rejection_sampling:
-        return _verify_by_match
-    return _verify_blocks if one.block_verification else _verify_by_rejection_sampling
+        return _Matching
+    return _BlockVerification if one.block_verification else _RejectionSampling
 
 
 def _rows_for_logprobs(logits: Tensor, rounds: Sequence[RoundToVerify]) -> dict[int, Tensor]:
@@ -157,14 +182,27 @@ def sample_target_tokens(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
         logits: [n, V].
         rows: how to sample each row.
     """
-    token_ids = logits.new_empty(len(rows), dtype=torch.int64)
-    groups: dict[Hashable, list[int]] = {}
-    for index, row in enumerate(rows):
-        groups.setdefault(_group_key(row.sampling), []).append(index)
-    for indices in groups.values():
-        part = logits if len(indices) == len(rows) else logits[indices]
-        token_ids[indices] = _sample_group(part, [rows[index] for index in indices])
-    return token_ids
+    return _TargetSampling(rows, HostTransfer(logits.device)).sample(logits)
+
+
+class _TargetSampling:
+    """How to sample the target's tokens of some rows, in groups with the same settings."""
+
+    def __init__(self, rows: Sequence[SamplingRow], transfer: HostTransfer) -> None:
+        groups: dict[Hashable, list[int]] = {}
+        for index, row in enumerate(rows):
+            groups.setdefault(_group_key(row.sampling), []).append(index)
+        self._groups = [_SamplingGroup([rows[index] for index in indices], transfer) for indices in groups.values()]
+        self._indices = [transfer.add(np.array(indices)) for indices in groups.values()] if len(groups) > 1 else []
+
+    def sample(self, logits: Tensor) -> Tensor:
+        """The tokens of the rows of logits [n, V], int64 [n]."""
+        if not self._indices:
+            return self._groups[0].sample(logits)
+        token_ids = logits.new_empty(len(logits), dtype=torch.int64)
+        for group, indices in zip(self._groups, self._indices, strict=True):
+            token_ids[indices.tensor] = group.sample(logits[indices.tensor])
+        return token_ids
 
 
 def _group_key(sampling: Sampling) -> Hashable:
@@ -174,15 +212,26 @@ def _group_key(sampling: Sampling) -> Hashable:
     return sampling.temperature, sampling.top_k, sampling.top_p
 
 
-def _sample_group(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
-    first = rows[0].sampling
-    if first.greedy:
-        return logits.argmax(dim=-1)
-    temperatures = [row.sampling.temperature for row in rows]
-    if first.top_k or first.top_p < 1:
-        logits, temperatures = warp_scores(logits / first.temperature, first.top_k, first.top_p), [1.0] * len(rows)
-    scales = torch.tensor(temperatures, dtype=torch.float64, device=logits.device)
-    return coupled_choice(logits, scales, [row.sampling.seed for row in rows], [row.position for row in rows])
+class _SamplingGroup:
+    """Rows with the same ``_group_key``."""
+
+    def __init__(self, rows: Sequence[SamplingRow], transfer: HostTransfer) -> None:
+        self._first = first = rows[0].sampling
+        self._warps = bool(first.top_k) or first.top_p < 1
+        if first.greedy:
+            return
+        temperatures = np.array([1.0 if self._warps else row.sampling.temperature for row in rows])
+        self._temperatures = transfer.add(temperatures)
+        self._keys = transfer.add(noise_keys([row.sampling.seed for row in rows], [row.position for row in rows]))
+
+    def sample(self, logits: Tensor) -> Tensor:
+        """The tokens of the rows of logits [n, V], int64 [n]."""
+        first = self._first
+        if first.greedy:
+            return logits.argmax(dim=-1)
+        if self._warps:
+            logits = warp_scores(logits / first.temperature, first.top_k, first.top_p)
+        return coupled_choice(logits, self._temperatures.tensor, self._keys.tensor)
 
 
 def target_weights(logits: Tensor, samplings: Sequence[Sampling], counts: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -198,15 +247,30 @@ def target_weights(logits: Tensor, samplings: Sequence[Sampling], counts: Sequen
     Returns:
         The weights, float32 [n, V], and the totals, float64 [n, 1].
     """
-    temperatures = np.repeat(np.array([one.temperature for one in samplings], np.float32), counts)
-    scores = logits - logits.amax(dim=-1, keepdim=True)
-    scores /= torch.from_numpy(temperatures).to(logits.device)[:, None]
-    limits = [(one.top_k, one.top_p) for one in samplings]
-    for limit in set(limits) - {(0, 1.0)}:
-        rows = np.flatnonzero(np.repeat([one == limit for one in limits], counts))
-        scores[rows] = warp_scores(scores[rows], *limit)
-    weights = scores.exp_()
-    return weights, weights.sum(dim=-1, keepdim=True, dtype=torch.float64)
+    return _TargetWeights(samplings, counts, HostTransfer(logits.device)).of(logits)
+
+
+class _TargetWeights:
+    """The settings of ``target_weights``."""
+
+    def __init__(self, samplings: Sequence[Sampling], counts: Sequence[int], transfer: HostTransfer) -> None:
+        self._temperatures = transfer.add(
+            np.repeat(np.array([one.temperature for one in samplings], np.float32), counts)
+        )
+        limits = [(one.top_k, one.top_p) for one in samplings]
+        self._limited = {
+            limit: transfer.add(np.flatnonzero(np.repeat([one == limit for one in limits], counts)))
+            for limit in set(limits) - {(0, 1.0)}
+        }
+
+    def of(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """See ``target_weights``."""
+        scores = logits - logits.amax(dim=-1, keepdim=True)
+        scores /= self._temperatures.tensor[:, None]
+        for limit, rows in self._limited.items():
+            scores[rows.tensor] = warp_scores(scores[rows.tensor], *limit)
+        weights = scores.exp_()
+        return weights, weights.sum(dim=-1, keepdim=True, dtype=torch.float64)
 
 
 def warp_scores(scores: Tensor, top_k: int, top_p: float) -> Tensor:
@@ -230,48 +294,81 @@ def _keep_top_p(scores: Tensor, top_p: float) -> Tensor:
     return scores.masked_fill(torch.zeros_like(outside).scatter_(-1, order, outside), -torch.inf)
 
 
-def _verify_by_match(logits: Tensor, rounds: Sequence[RoundToVerify]) -> Tensor:
-    """Accept what equals the target's own tokens: int64 [rounds, 3], the columns of ``VerificationResult``."""
-    rows = _VerifyRows(rounds, logits.device)
-    sampling_rows = [
-        SamplingRow(one.sampling, one.position + index) for one in rounds for index in range(one.num_logits)
-    ]
-    target_ids = sample_target_tokens(logits, sampling_rows)
-    ends = rows.first_rejected((target_ids == rows.drafted) | rows.given)
-    return torch.stack([ends - rows.starts, target_ids[ends], rows.finite_up_to(ends, logits)], dim=1)
+class _Matching:
+    """Accepts what equals the target's own tokens."""
+
+    def __init__(self, rounds: Sequence[RoundToVerify], part: "_Part", transfer: HostTransfer) -> None:
+        self._part, self._rows = part, _VerifyRows(rounds, transfer)
+        self._sampling = _TargetSampling(
+            [SamplingRow(one.sampling, one.position + index) for one in rounds for index in range(one.num_logits)],
+            transfer,
+        )
+
+    def verify(self, logits: Tensor) -> Tensor:
+        """See ``_Verification.verify``."""
+        logits, rows = self._part.of(logits), self._rows
+        target_ids = self._sampling.sample(logits)
+        ends = rows.first_rejected((target_ids == rows.drafted.tensor) | rows.given.tensor)
+        return self._part.results(ends - rows.starts.tensor, target_ids[ends], rows.finite_up_to(ends, logits))
 
 
-def _verify_by_rejection_sampling(logits: Tensor, rounds: Sequence[RoundToVerify]) -> Tensor:
-    """Accept by P/Q and sample the recovered or bonus token: int64 [rounds, 3], as in ``VerificationResult``."""
-    rows, sent = _VerifyRows(rounds, logits.device), _SentDistributions(rounds, logits.shape[1])
-    accept_uniforms, result_uniforms = rows.uniforms(Stream.ACCEPT), rows.uniforms(Stream.RESULT)
-    draft_probs = torch.from_numpy(sent.drafted_probs).to(logits.device)
-    weights, totals = target_weights(logits, [one.sampling for one in rounds], [one.num_logits for one in rounds])
-    target_probs = weights.gather(1, rows.drafted.clamp(min=0)[:, None]).double().div_(totals)[:, 0]
-    ends = rows.first_rejected((accept_uniforms * draft_probs < target_probs) & (rows.drafted != _NO_TOKEN))
-    residual = weights[ends].double().div_(totals[ends])
-    sent.subtract_from(residual, ends)
-    token_ids = _sample(residual, result_uniforms[ends])
-    return torch.stack([ends - rows.starts, token_ids, rows.finite_up_to(ends, logits)], dim=1)
+class _RejectionSampling:
+    """Accepts by P/Q and samples the recovered or bonus token."""
+
+    def __init__(self, rounds: Sequence[RoundToVerify], part: "_Part", transfer: HostTransfer) -> None:
+        self._part, self._rows = part, _VerifyRows(rounds, transfer)
+        self._sent = SentDistributions(
+            [one.drafted for one in rounds], [one.distributions for one in rounds], part.vocab_size, transfer
+        )
+        counts = [one.num_logits for one in rounds]
+        self._weights = _TargetWeights([one.sampling for one in rounds], counts, transfer)
+        self._accept_uniforms = transfer.add(self._rows.random_numbers(Stream.ACCEPT))
+        self._result_uniforms = transfer.add(self._rows.random_numbers(Stream.RESULT))
+
+    def verify(self, logits: Tensor) -> Tensor:
+        """See ``_Verification.verify``."""
+        logits, rows, sent = self._part.of(logits), self._rows, self._sent
+        drafted = rows.drafted.tensor
+        weights, totals = self._weights.of(logits)
+        target_probs = weights.gather(1, drafted.clamp(min=0)[:, None]).double().div_(totals)[:, 0]
+        accepted = self._accept_uniforms.tensor * sent.drafted_probs.tensor < target_probs
+        ends = rows.first_rejected(accepted & (drafted != _NO_TOKEN))
+        residual = weights[ends].double().div_(totals[ends])
+        sent.subtract_from(residual, ends)
+        token_ids = _sample(residual, self._result_uniforms.tensor[ends])
+        return self._part.results(ends - rows.starts.tensor, token_ids, rows.finite_up_to(ends, logits))
 
 
-def _verify_blocks(logits: Tensor, rounds: Sequence[RoundToVerify]) -> Tensor:
-    """Accept by the joint probability of the drafted tokens: int64 [rounds, 3], as in ``VerificationResult``."""
-    rows, sent = _VerifyRows(rounds, logits.device), _SentDistributions(rounds, logits.shape[1])
-    starts = rows.starts.cpu().numpy()
-    weights, totals = target_weights(logits, [one.sampling for one in rounds], [one.num_logits for one in rounds])
-    largest = logits.amax(dim=-1, keepdim=True)
-    drafted_weights = weights.gather(1, rows.drafted.clamp(min=0)[:, None])
-    drafted, sums, finite = torch.cat([drafted_weights, totals, largest.isfinite()], dim=1).cpu().numpy().T
-    joint = joint_probabilities(drafted / sums, sent.drafted_probs, starts)
-    scales = joint / sums
-    numbers = rows.random_numbers(Stream.ACCEPT, in_block=True)
-    ends = last_accepted(joint, joint - sent.overlap(weights, scales), numbers, starts)
-    residual = weights[ends].double().mul_(rows.to_device(scales[ends])[:, None])
-    sent.subtract_from(residual, rows.to_device(ends))
-    token_ids = _sample(residual, rows.to_device(rows.random_numbers(Stream.RESULT)[ends]))
-    is_finite = np.logical_and.reduceat((finite > 0) | (joint == 0), starts)  # nothing follows an impossible token
-    return torch.stack([rows.to_device(ends - starts), token_ids, rows.to_device(is_finite)], dim=1)
+class _BlockVerification:
+    """Accepts by the joint probability of the drafted tokens."""
+
+    def __init__(self, rounds: Sequence[RoundToVerify], part: "_Part", transfer: HostTransfer) -> None:
+        self._part, self._rows = part, _VerifyRows(rounds, transfer)
+        self._sent = SentDistributions(
+            [one.drafted for one in rounds], [one.distributions for one in rounds], part.vocab_size, transfer
+        )
+        counts = [one.num_logits for one in rounds]
+        self._longest = max(counts)
+        self._weights = _TargetWeights([one.sampling for one in rounds], counts, transfer)
+        self._accept_uniforms = transfer.add(self._rows.random_numbers(Stream.ACCEPT, in_block=True))
+        self._result_uniforms = transfer.add(self._rows.random_numbers(Stream.RESULT))
+
+    def verify(self, logits: Tensor) -> Tensor:
+        """See ``_Verification.verify``."""
+        logits, rows, sent = self._part.of(logits), self._rows, self._sent
+        starts, round_indices = rows.starts.tensor, rows.round_indices.tensor
+        weights, totals = self._weights.of(logits)
+        sums = totals[:, 0]
+        drafted = weights.gather(1, rows.drafted.tensor.clamp(min=0)[:, None])[:, 0]
+        joint = joint_probabilities(drafted / sums, sent.drafted_probs.tensor, starts, round_indices, self._longest)
+        scales = joint / sums
+        residual_mass = joint - sent.overlap(weights, scales)
+        ends = last_accepted(joint, residual_mass, self._accept_uniforms.tensor, starts, round_indices)
+        residual = weights[ends].double().mul_(scales[ends][:, None])
+        sent.subtract_from(residual, ends)
+        token_ids = _sample(residual, self._result_uniforms.tensor[ends])
+        finite = logits.amax(dim=-1).isfinite() | (joint == 0)  # nothing follows an impossible token
+        return self._part.results(ends - starts, token_ids, rows.first_rejected(finite) == len(logits))
 
 
 def _sample(weights: Tensor, numbers: Tensor) -> Tensor:
@@ -281,40 +378,66 @@ def _sample(weights: Tensor, numbers: Tensor) -> Tensor:
     return torch.searchsorted(cumulative, thresholds, right=True)[:, 0].clamp_(max=weights.shape[1] - 1)
 
 
+class _Part:
+    """Some of a pass's rounds.
+
+    Args:
+        is_part: for each round of the pass, whether it is one of them.
+        counts: rows of each round of the pass.
+        vocab_size: V.
+        transfer: of the pass.
+
+    Attributes:
+        vocab_size: see above.
+    """
+
+    def __init__(
+        self, is_part: npt.NDArray[np.bool_], counts: npt.NDArray[np.int64], vocab_size: int, transfer: HostTransfer
+    ) -> None:
+        self.vocab_size = vocab_size
+        self._indices = transfer.add(np.flatnonzero(is_part))
+        self._rows = None if is_part.all() else transfer.add(np.flatnonzero(is_part.repeat(counts)))
+
+    def of(self, logits: Tensor) -> Tensor:
+        """Its rows of the logits [rows, V] of the pass."""
+        return logits if self._rows is None else logits[self._rows.tensor]
+
+    def results(self, accepted: Tensor, token_ids: Tensor, finite: Tensor) -> Tensor:
+        """See ``_Verification.verify``; each [rounds]."""
+        return torch.stack([self._indices.tensor, accepted, token_ids, finite], dim=1)
+
+
 class _VerifyRows:
-    """The rows of logits of some rounds, on the model's device.
+    """The rows of logits of some rounds.
 
     Attributes:
         starts: the first row of each round, int64 [rounds].
+        round_indices: the round of each row, int64 [n].
         drafted: the drafted token of each row, int64 [n]; ``_NO_TOKEN`` in the last row of a round.
         given: whether it is accepted whatever the target's is, bool [n].
     """
 
-    def __init__(self, rounds: Sequence[RoundToVerify], torch_device: torch.device) -> None:
+    def __init__(self, rounds: Sequence[RoundToVerify], transfer: HostTransfer) -> None:
         counts = np.array([one.num_logits for one in rounds])
         drafted = np.fromiter(chain.from_iterable((*one.drafted, _NO_TOKEN) for one in rounds), np.int64)
         starts = counts.cumsum() - counts
-        self._torch_device = torch_device
         self._seeds = np.repeat(np.array([one.sampling.seed for one in rounds], np.uint64), counts)
         self._first_drafted = np.repeat([one.position for one in rounds], counts)
         self._positions = np.arange(len(drafted)) - np.repeat(starts, counts) + self._first_drafted
-        self._round_indices = self.to_device(np.repeat(np.arange(len(rounds)), counts))
-        self.starts = self.to_device(starts)
-        self.drafted = self.to_device(drafted)
-        self.given = self.to_device(np.repeat([one.given for one in rounds], counts) & (drafted != _NO_TOKEN))
+        self.starts = transfer.add(starts)
+        self.round_indices = transfer.add(np.repeat(np.arange(len(rounds)), counts))
+        self.drafted = transfer.add(drafted)
+        self.given = transfer.add(np.repeat([one.given for one in rounds], counts) & (drafted != _NO_TOKEN))
 
     def random_numbers(self, stream: Stream, in_block: bool = False) -> npt.NDArray[np.float64]:
         """Of all rows, float64 [n] in [0, 1), on the host; ``in_block`` those of the position within its Draft."""
         return uniforms(self._seeds, self._positions, stream, self._first_drafted if in_block else None)
 
-    def uniforms(self, stream: Stream) -> Tensor:
-        """Random numbers of all rows, float64 [n] in [0, 1)."""
-        return self.to_device(self.random_numbers(stream))
-
     def first_rejected(self, accepted: Tensor) -> Tensor:
-        """The first row of each round that is not ``accepted`` [n]: int64 [rounds]."""
+        """The first row of each round that is not ``accepted`` [n], n where there is none: int64 [rounds]."""
         rejected = torch.where(accepted, len(accepted), torch.arange(len(accepted), device=accepted.device))
-        return torch.full_like(self.starts, len(accepted)).scatter_reduce_(0, self._round_indices, rejected, "amin")
+        none = torch.full_like(self.starts.tensor, len(accepted))
+        return none.scatter_reduce_(0, self.round_indices.tensor, rejected, "amin")
 
     def finite_up_to(self, ends: Tensor, logits: Tensor) -> Tensor:
         """Whether the logits [n, V] are finite up to the row ``ends`` of each round: bool [rounds].
@@ -323,83 +446,3 @@ class _VerifyRows:
         logits of -inf are tokens that the target excludes.
         """
         return self.first_rejected(logits.amax(dim=-1).isfinite()) > ends  # the largest logit is NaN if any is
-
-    def to_device(self, numbers: npt.NDArray[Any]) -> Tensor:
-        """A host array on the model's device."""
-        return torch.from_numpy(numbers).to(self._torch_device)
-
-
-class _SentDistributions:
-    """What was sent for each row: the entries of sparse distributions, concatenated, and full ones in FP16.
-
-    Attributes:
-        drafted_probs: Q of the drafted token of each row, float64 [n]; 0 in the last row of a round.
-    """
-
-    def __init__(self, rounds: Sequence[RoundToVerify], vocab_size: int) -> None:
-        distributions = list(chain.from_iterable(one.distributions for one in rounds))
-        drafted = np.fromiter(chain.from_iterable(one.drafted for one in rounds), np.int64)
-        counts = np.array([one.num_logits for one in rounds])
-        round_indices = np.repeat(np.arange(len(rounds)), counts - 1)
-        rows = np.arange(len(round_indices)) + round_indices  # each earlier round has one row more than drafted tokens
-        sparse = [one for one in distributions if isinstance(one, SparseDistribution)]
-        full = [one for one in distributions if isinstance(one, FullDistribution)]
-        is_full = np.array([isinstance(one, FullDistribution) for one in distributions], bool)
-        lengths = [len(one) for one in sparse]
-        self._rows, self._round_indices = (np.repeat(one[~is_full], lengths) for one in (rows, round_indices))
-        self._support = _concatenate([one.support for one in sparse], np.int64)
-        self._probs = _concatenate([one.probs for one in sparse], np.float64)
-        self._full_rows, self._fp16 = rows[is_full], [one.fp16 for one in full]
-        self.drafted_probs = np.zeros(counts.sum())
-        self.drafted_probs[rows[~is_full]] = self._probs_of((rows * vocab_size + drafted)[~is_full], vocab_size)
-        self.drafted_probs[rows[is_full]] = [
-            one.probability(token_id) for one, token_id in zip(full, drafted[is_full].tolist(), strict=True)
-        ]
-
-    def overlap(self, weights: Tensor, scales: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        """Σ_x min(scale · weight(x), Q(x)) of each row of weights [n, V], float64 [n] on the host; 0 without a Q."""
-        rows, support = (torch.from_numpy(one).to(weights.device) for one in (self._rows, self._support))
-        common = np.minimum(weights[rows, support].cpu().numpy() * scales[self._rows], self._probs)
-        overlaps = np.zeros(len(scales))
-        np.add.at(overlaps, self._rows, common)
-        for row, fp16 in zip(self._full_rows.tolist(), self._fp16, strict=True):
-            draft_probs = torch.from_numpy(fp16.astype(np.float32)).to(weights.device)
-            draft_probs /= draft_probs.sum(dtype=torch.float64)
-            common_probs = torch.minimum(weights[row] * float(scales[row]), draft_probs)
-            overlaps[row] = common_probs.sum(dtype=torch.float64).item()
-        return overlaps
-
-    def subtract_from(self, target_probs: Tensor, ends: Tensor) -> None:
-        """Turn target_probs [rounds, V], P of the rows ``ends``, into max(0, P − Q), in place."""
-        self._subtract_sparse(target_probs, ends)
-        if self._fp16:
-            self._subtract_full(target_probs, ends)
-        target_probs.clamp_(min=0)
-
-    def _subtract_sparse(self, target_probs: Tensor, ends: Tensor) -> None:
-        rows, round_indices, support = (
-            torch.from_numpy(one).to(ends.device) for one in (self._rows, self._round_indices, self._support)
-        )
-        probs = torch.from_numpy(self._probs).to(ends.device)
-        draft_probs = torch.where(ends[round_indices] == rows, probs, 0.0)
-        flat_indices = round_indices * target_probs.shape[1] + support
-        target_probs.view(-1).index_add_(0, flat_indices, draft_probs, alpha=-1)
-
-    def _subtract_full(self, target_probs: Tensor, ends: Tensor) -> None:
-        """Only the rows ``ends`` are converted to float64: all rows would need four times the memory of the Drafts."""
-        rows = torch.from_numpy(self._full_rows).to(ends.device)
-        fp16 = torch.from_numpy(np.stack(self._fp16)).to(ends.device)
-        indices = torch.searchsorted(rows, ends).clamp_(max=len(rows) - 1)
-        draft_probs = fp16[indices].double()
-        draft_probs /= draft_probs.sum(dim=-1, keepdim=True)
-        target_probs -= draft_probs * (rows[indices] == ends)[:, None]
-
-    def _probs_of(self, keys: npt.NDArray[np.int64], vocab_size: int) -> npt.NDArray[np.float64]:
-        """The probabilities of (row, token) pairs, given as row · V + token; 0 outside the support."""
-        known = self._rows * vocab_size + self._support
-        indices = known.searchsorted(keys).clip(max=max(0, len(known) - 1))
-        return np.where(known[indices] == keys, self._probs[indices], 0.0) if len(known) else np.zeros(len(keys))
-
-
-def _concatenate(arrays: Sequence[npt.NDArray[Any]], dtype: type[Any]) -> npt.NDArray[Any]:
-    return np.concatenate(arrays) if arrays else np.empty(0, dtype)

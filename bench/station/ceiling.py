@@ -148,7 +148,8 @@ class Ceiling:
         rows = combination.sessions * combination.new
         logits = rows * self._config.vocab_size * (self._dtype.itemsize + torch.float32.itemsize)
         hidden = 3 * max(rows, PREFILL_TOKENS, combination.context) * self._config.intermediate_size
-        cached = self._weights + combination.sessions * positions * self._kv.position_bytes
+        spare = 0 if case in RIVALS else self._kv.page_bytes
+        cached = self._weights + combination.sessions * positions * self._kv.position_bytes + spare
         return int(cached + copied + logits + hidden * self._dtype.itemsize)
 
     def _measure(self, case: str, combination: Combination) -> tuple[float | None, str | None]:
@@ -176,7 +177,8 @@ class Ceiling:
         self._model.set_attn_implementation(ATTENTION_NAME)
         vocabulary = _vocabulary(self._config.vocab_size)
         pages = combination.sessions * -(-(combination.context + new) // self._kv.page_size)
-        target = TargetModel(self._model, vocabulary, "random", pages * self._kv.page_bytes)
+        memory = (pages + 1) * self._kv.page_bytes  # one page for CUDA graphs
+        target = TargetModel(self._model, vocabulary, "random", memory, cuda_graphs=True)
         packed = PackedPassRunner(target, sequences, new)
         rounds = [RoundToVerify(Sampling(), combination.context + 1, tuple(tokens[-new:][1:])) for tokens in sequences]
         try:
