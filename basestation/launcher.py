@@ -70,12 +70,12 @@ def run_replica(settings: ReplicaSettings, ranks: FirstRank | None = None) -> No
     metrics = Metrics()
     with ExitStack() as stack:
         records, profiler = _watchers(stack, settings.record, settings.profile)
-        if ranks:
-            stack.enter_context(closing(ranks))
         model = _load(settings.target, metrics, ranks)
         passes = PassOptions(_budget(settings.target, model), metrics, records, profiler)
         logger.info("replica %s serves %s", settings.replica.name, settings.target.model)
         Replica(model, settings.limits, settings.replica, passes).serve()
+        if ranks:
+            ranks.close()
     logger.info("replica %s stopped", settings.replica.name)
 
 
@@ -84,10 +84,10 @@ def run_follower(settings: ReplicaSettings, rank: int, address: RankAddress) -> 
     start_logging(settings.log_format)
     share_one_heap()
     follower = Follower(Share(rank, settings.ranks), address, settings.replica.inner_key)
-    with closing(follower):
-        _load(settings.target, Metrics(), follower)
-        logger.info("rank %d of %s follows", rank, settings.replica.name)
-        follower.follow()
+    _load(settings.target, Metrics(), follower)
+    logger.info("rank %d of %s follows", rank, settings.replica.name)
+    follower.follow()
+    follower.close()
 
 
 def _watchers(

@@ -100,7 +100,7 @@ class InnerSocket:
 def connect_inner(
     context: "zmq.Context[zmq.Socket[bytes]]", address: str, key: InnerKey, identity: bytes
 ) -> "zmq.Socket[bytes]":
-    """The end of a replica or a rank: a DEALER that announces itself on each connection, and queues nothing without one."""
+    """The other end: a DEALER that announces itself on each connection, and queues nothing without one."""
     socket = context.socket(zmq.DEALER)
     for option, value in (
         (zmq.ROUTING_ID, identity),

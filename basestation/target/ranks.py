@@ -99,7 +99,7 @@ class Ranks:
         raise NotImplementedError
 
     def close(self) -> None:
-        """Leave the group."""
+        """Leave the group; after a failure, where others may still wait in a collective, end the process instead."""
         if distributed.is_initialized():
             distributed.destroy_process_group()
 
