@@ -29,6 +29,7 @@ COLLECTIVE_SECONDS = 60.0
 """After which a rank that waits for another one in a pass fails."""
 _CONNECT_SECONDS = 60.0
 _POLL_MS = 200
+_READY = b"ready"
 _END = [b""]
 
 
@@ -197,6 +198,7 @@ class Follower(Ranks):
     def _meet(self) -> distributed.Store:
         identity = _identity(self.share.rank)
         self._link = connect_inner(self._context, self._address.passes, self._key, identity)
+        self._link.send(_READY)
         return distributed.TCPStore(
             self._address.host,
             self._address.store_port,
