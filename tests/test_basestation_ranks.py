@@ -80,7 +80,7 @@ class Conversations:
             for settings, session in zip(SETTINGS, sessions, strict=True):
                 if turn:
                     session.extend([3, 5, 4])
-                self.answers[settings_name(settings), turn] = token_ids_of(session, 12)
+                self.answers[settings_name(settings), turn] = token_ids_of(session, 8)
                 station.now += 2 * BUSY_SECONDS
 
     def _count_evictions(self, station: Station) -> None:
@@ -139,7 +139,7 @@ def test_answers_and_pool_use_are_those_of_one_rank(changes: dict[str, Any], fol
 
 def test_every_rank_has_as_many_pages_as_the_smallest(follower: FollowerProcess) -> None:
     with on_ranks(LLAMA, [follower], follower_kv_memory=KV_MEMORY // 4) as target:
-        assert target.kv_bytes == KV_MEMORY // 4
+        assert KV_MEMORY // 5 < target.kv_bytes <= KV_MEMORY // 4
         target.forward([Segment(target.new_kv_cache(), [5], 1)])
 
 

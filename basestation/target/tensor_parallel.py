@@ -92,21 +92,23 @@ def split(model: Any, share: Share) -> None:
 
     ``refuse_unsplittable`` must have accepted its configuration.
     """
-    base = model.base_model
+    decoder = model.get_decoder()
     for pattern, style in model.config.get_text_config().base_model_tp_plan.items():
         if style in _PARTS:
-            for parent, name in _matching(base, pattern):
+            layers = list(_matching(decoder, pattern))
+            assert layers, pattern
+            for parent, name in layers:
                 setattr(parent, name, _PARTS[style](getattr(parent, name), share))
     if share.rank:
         model.set_output_embeddings(nn.Identity())
 
 
-def _matching(base: nn.Module, pattern: str) -> Iterator[tuple[nn.Module, str]]:
+def _matching(decoder: nn.Module, pattern: str) -> Iterator[tuple[nn.Module, str]]:
     """The parent and the name of each module that a pattern of a plan matches."""
     expression = re.compile(re.escape(pattern).replace(r"\*", r"\d+"))
-    for full_name in [name for name, _ in base.named_modules() if expression.fullmatch(name)]:
+    for full_name in [name for name, _ in decoder.named_modules() if expression.fullmatch(name)]:
         parent, _, name = full_name.rpartition(".")
-        yield base.get_submodule(parent), name
+        yield decoder.get_submodule(parent), name
 
 
 def _output_rows(layer: nn.Linear, share: Share) -> nn.Module:
