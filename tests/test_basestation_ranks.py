@@ -168,7 +168,8 @@ def test_a_followers_death_ends_the_group() -> None:
 class _FailingRunner:
     """Runs out of memory."""
 
-    gathered, window = 0, None
+    gathered = 0
+    window: int | None = None
 
     def run(self, forward_pass: ForwardPass) -> torch.Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory")

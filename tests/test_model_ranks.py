@@ -12,10 +12,11 @@ from bench.setup.prompts import OWN_PROMPTS
 from bench.setup.station_process import running_station
 from device.drafting.draft_model import DraftModel
 from device.planning.planners import Planners
-from device.settings import DraftSettings
+from device.settings import DraftSettings, Timeouts
 from device.text.tokenizer import Tokenizer
 from protocol.messages import Mode, Sampling
 from tests.cluster_station import (
+    START_SECONDS,
     AnsweringDevice,
     answering,
     cluster_station,
@@ -42,10 +43,10 @@ FOLLOWED_BY_SEED = (Mode.IDS, Mode.COUPLED, Mode.TARGET)
 def devices_of(address: str, stack: ExitStack) -> list[AnsweringDevice]:
     model = DraftModel(BUNDLE, threads=1)
     tokenizer = Tokenizer(BUNDLE, model.manifest)
-    made = []
+    made, planners = [], Planners(model.manifest.quality)
     for settings in SETTINGS:
         own = DraftModel(BUNDLE, threads=1)
-        setup = stack.enter_context(connected(own, tokenizer, address, Planners(model.manifest.quality)))
+        setup = stack.enter_context(connected(own, tokenizer, address, planners, Timeouts(retry=START_SECONDS)))
         made.append(AnsweringDevice(setup, settings, OWN_PROMPTS[0], TOKENS))
     return made
 
@@ -62,7 +63,7 @@ def test_answers_on_three_ranks_are_those_of_one_and_survive_a_follower(tmp_path
         assert len(before) == 3
         with answering(devices):
             lost = kill(station.followers[0])
-            wait_for(lambda: not any(one.is_running() for one in before))
+            wait_for(lambda: not any(one.is_running() for one in before), START_SECONDS)
             wait_for_tokens(devices, time.time())
         print_outages(devices, {"a follower": lost})
         assert len(station.followers) == 2

@@ -21,6 +21,10 @@ import torch
 import zmq
 from torch import Tensor, distributed
 
+# PyTorch exports it without saying so to type checkers.
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed.distributed_c10d import Store
+
 from basestation.replicas.inner_link import InnerKey, InnerSocket, connect_inner
 from basestation.target.forward_pass import ForwardPass
 from basestation.target.tensor_parallel import Share
@@ -55,8 +59,13 @@ class RankAddress:
 class PassRunner(Protocol):
     """Runs forward passes; see ``ModelRunner``."""
 
-    gathered: int
-    window: int | None
+    @property
+    def gathered(self) -> int:
+        """Sequences so far whose pages a pass had to copy into one run."""
+
+    @property
+    def window(self) -> int | None:
+        """How many positions a pass reads for a token; None for all."""
 
     def run(self, forward_pass: ForwardPass) -> Tensor:
         """Run a pass; returns the logits [rows, V] of its ``logit_rows``."""
@@ -104,7 +113,7 @@ class Ranks:
         if distributed.is_initialized():
             distributed.destroy_process_group()
 
-    def _meet(self) -> distributed.Store:
+    def _meet(self) -> Store:
         """Wait for the other ranks; returns the store that all share."""
         raise NotImplementedError
 
@@ -131,7 +140,7 @@ class FirstRank(Ranks):
         _use_interface_of(host)
         listener = socket.create_server((host, 0))
         port = listener.getsockname()[1]
-        self._store = distributed.TCPStore(
+        self._store = TCPStore(
             host, port, ranks, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
         )
         self.address = RankAddress(self._socket.address, host, port)
@@ -147,7 +156,7 @@ class FirstRank(Ranks):
         super().close()
         self._socket.close()
 
-    def _meet(self) -> distributed.Store:
+    def _meet(self) -> Store:
         missing = set(self._followers)
         while missing:
             self._socket.socket.poll(_POLL_MS)
@@ -195,11 +204,11 @@ class Follower(Ranks):
         super().close()
         self._context.destroy(linger=0)
 
-    def _meet(self) -> distributed.Store:
+    def _meet(self) -> Store:
         identity = _identity(self.share.rank)
         self._link = connect_inner(self._context, self._address.passes, self._key, identity)
         self._link.send(_READY)
-        return distributed.TCPStore(
+        return TCPStore(
             self._address.host,
             self._address.store_port,
             self.share.ranks,
@@ -264,8 +273,8 @@ def encode_pass(forward_pass: ForwardPass) -> list[bytes]:
 
 def decode_pass(parts: Sequence[bytes]) -> ForwardPass:
     """The pass that ``encode_pass`` wrote."""
-    rows = [array("q", part).tolist() for part in parts]
-    return ForwardPass(*rows[:5], page_tables=rows[5:])
+    token_ids, positions, logit_rows, starts, counts, *page_tables = (array("q", part).tolist() for part in parts)
+    return ForwardPass(token_ids, positions, logit_rows, starts, counts, [*page_tables])
 
 
 def address_towards(endpoint: str) -> str:
