@@ -119,7 +119,9 @@ def serve(
     replica_cpus: Annotated[
         int | None,
         typer.Option(
-            help="Cores of a replica; default: this machine's, divided by the replicas.", min=1, rich_help_panel=CLUSTER
+            help="Cores of a replica, or of each of its ranks; default: this machine's, divided by all of them.",
+            min=1,
+            rich_help_panel=CLUSTER,
         ),
     ] = None,
 ) -> None:
@@ -152,7 +154,7 @@ def serve(
     )
     socket = SocketOptions(options.bind, folder, options.insecure, limits)
     operation = OperationOptions(options.metrics_bind, record, profile, drain_seconds, log_format)
-    cluster = ClusterOptions.of(replicas, ray_address, replica_cpus)
+    cluster = ClusterOptions.of(replicas, ray_address, replica_cpus, options.tensor_parallel)
     if cluster is None:
         from basestation.launcher import run_base_station
 

@@ -25,6 +25,7 @@ from basestation.target.int8_linear import may_be_int8
 from basestation.target.packed_linear import packed_dtype
 from basestation.target.placement import choose_dtype, choose_placement, dtype_name
 from basestation.target.target_model import context_length, kv_shape, model_folder, page_count, read_config
+from basestation.target.tensor_parallel import refuse_unsplittable
 from common.checks import Checks, Finding, Outcome, Status
 from common.key_files import read_public
 from common.loopback import is_loopback
@@ -58,22 +59,25 @@ def examine(options: StationOptions, as_json: bool) -> bool:
 
 
 def _check_target(checks: Checks, options: StationOptions) -> None:
-    config: Outcome[Any] = checks.run("target", partial(_target, options.target))
+    ranks = options.tensor_parallel or 1
+    config: Outcome[Any] = checks.run("target", partial(_target, options.target, ranks))
     placement = checks.run("processor", partial(_processor, options))
-    weights = checks.run("memory", partial(_memory, options.target), config, placement)
-    checks.run("context", partial(_context, options.kv_memory), config, placement, weights)
+    weights = checks.run("memory", partial(_memory, options.target, ranks), config, placement)
+    checks.run("context", partial(_context, options.kv_memory, ranks), config, placement, weights)
 
 
-def _target(model: str) -> Finding[Any]:
+def _target(model: str, ranks: int) -> Finding[Any]:
     config = read_config(model)
+    refuse_unsplittable(config, ranks)
     text = config.get_text_config()
-    return Finding(f"{model}: {text.model_type}, {text.num_hidden_layers} layers, vocabulary {text.vocab_size}", config)
+    told = f"{model}: {text.model_type}, {text.num_hidden_layers} layers, vocabulary {text.vocab_size}"
+    return Finding(told if ranks == 1 else f"{told}, split over {ranks} ranks", config)
 
 
 def _processor(options: StationOptions) -> Finding[_Placement]:
     """Where the target runs; a warning where the machine could run it faster."""
     device = choose_placement(options.torch_device)
-    int8 = may_be_int8(options.weights, device)
+    int8 = may_be_int8(options.weights, device, ranks=options.tensor_parallel or 1)
     placement = _Placement(device, choose_dtype(options.dtype, device, int8))
     precision = dtype_name(placement.dtype)
     if device.type == "cuda":
@@ -88,17 +92,18 @@ def _processor(options: StationOptions) -> Finding[_Placement]:
     return Finding(text, placement)
 
 
-def _memory(model: str, config: Any, placement: _Placement) -> Finding[int]:
-    needed = check_fits(config, placement.dtype, placement.torch_device, model_folder(model))
+def _memory(model: str, ranks: int, config: Any, placement: _Placement) -> Finding[int]:
+    needed = check_fits(config, placement.dtype, placement.torch_device, model_folder(model), ranks)
     free = readable_size(free_memory(placement.torch_device))
-    return Finding(f"the weights take {readable_size(needed)} of {free} free", needed)
+    weights = "the weights take" if ranks == 1 else "a rank's share of the weights takes"
+    return Finding(f"{weights} {readable_size(needed)} of {free} free", needed)
 
 
-def _context(kv_memory: str, config: Any, placement: _Placement, weights: int) -> Finding[None]:
+def _context(kv_memory: str, ranks: int, config: Any, placement: _Placement, weights: int) -> Finding[None]:
     """The context that fits; a warning where it is less than the model's."""
     device = placement.torch_device
     dtype = packed_dtype(placement.dtype) if device.type == "cpu" else placement.dtype
-    shape = kv_shape(config, dtype, device)
+    shape = kv_shape(config, dtype, device, ranks)
     pages = page_count(shape, kv_budget(kv_memory, device, weights))
     capacity = pages * shape.page_size
     fits, trained = context_length(config, capacity), config.get_text_config().max_position_embeddings

@@ -56,23 +56,28 @@ class ClusterOptions:
     Attributes:
         replicas: engines, each with its own target.
         ray_address: of a running Ray cluster; None starts one on this machine.
-        replica_cpus: cores of a replica; None for this machine's, divided by the replicas.
+        replica_cpus: cores of each rank of a replica; None for this machine's, divided by all ranks.
+        ranks: processes over which each replica's target is split.
     """
 
     replicas: int
     ray_address: str | None
     replica_cpus: int | None
+    ranks: int = 1
 
     @classmethod
-    def of(cls, replicas: int | None, ray_address: str | None, replica_cpus: int | None) -> "ClusterOptions | None":
+    def of(
+        cls, replicas: int | None, ray_address: str | None, replica_cpus: int | None, tensor_parallel: int | None
+    ) -> "ClusterOptions | None":
         """The options of a base station with replicas; None of one without.
 
         Raises:
             SettingsError: an option has no effect without replicas.
         """
         if replicas is not None:
-            return cls(replicas, ray_address, replica_cpus)
-        for name, value in (("ray_address", ray_address), ("replica_cpus", replica_cpus)):
+            return cls(replicas, ray_address, replica_cpus, tensor_parallel or 1)
+        given = {"ray_address": ray_address, "replica_cpus": replica_cpus, "tensor_parallel": tensor_parallel}
+        for name, value in given.items():
             if value is not None:
                 raise SettingsError(name, value, "left out without --replicas")
         return None

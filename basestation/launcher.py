@@ -24,7 +24,9 @@ from basestation.replicas.replica import Replica
 from basestation.replicas.replica_settings import ReplicaSettings
 from basestation.server import Server
 from basestation.sizes import parse_size, readable_size
+from basestation.target.ranks import FirstRank, Follower, RankAddress, Ranks
 from basestation.target.target_model import TargetModel
+from basestation.target.tensor_parallel import Share
 
 logger = logging.getLogger(__name__)
 
@@ -55,19 +57,37 @@ def run_base_station(target: TargetOptions, socket: SocketOptions, operation: Op
     logger.info("stopped")
 
 
-def run_replica(settings: ReplicaSettings) -> None:
-    """Serve behind a front until it says otherwise."""
+def run_replica(settings: ReplicaSettings, ranks: FirstRank | None = None) -> None:
+    """Serve behind a front until it says otherwise.
+
+    Args:
+        settings: of the replica.
+        ranks: over which the target is split; this process is rank 0.
+    """
     start_logging(settings.log_format)
     share_one_heap()
     disable_created_metrics()  # type: ignore[no-untyped-call]
     metrics = Metrics()
     with ExitStack() as stack:
         records, profiler = _watchers(stack, settings.record, settings.profile)
-        model = _load(settings.target, metrics)
+        model = _load(settings.target, metrics, ranks)
         passes = PassOptions(_budget(settings.target, model), metrics, records, profiler)
         logger.info("replica %s serves %s", settings.replica.name, settings.target.model)
         Replica(model, settings.limits, settings.replica, passes).serve()
+        if ranks:
+            ranks.close()
     logger.info("replica %s stopped", settings.replica.name)
+
+
+def run_follower(settings: ReplicaSettings, rank: int, address: RankAddress) -> None:
+    """Run a share of the passes of a replica's target, until its rank 0 stops."""
+    start_logging(settings.log_format)
+    share_one_heap()
+    follower = Follower(Share(rank, settings.ranks), address, settings.replica.inner_key)
+    _load(settings.target, Metrics(), follower)
+    logger.info("rank %d of %s follows", rank, settings.replica.name)
+    follower.follow()
+    follower.close()
 
 
 def _watchers(
@@ -78,18 +98,12 @@ def _watchers(
     return records, (stack.enter_context(PassProfiler(profile)) if profile else None)
 
 
-def _load(options: TargetOptions, metrics: Metrics) -> TargetModel:
+def _load(options: TargetOptions, metrics: Metrics, ranks: Ranks | None = None) -> TargetModel:
     """Load the target, and say where it runs."""
     logger.info("loading %s", options.model)
-    model = TargetModel.load(
-        options.model,
-        options.dtype,
-        options.torch_device,
-        options.kv_memory,
-        options.use_cache,
-        options.weights,
-        options.cuda_graphs,
-    )
+    where = options.dtype, options.torch_device, options.kv_memory
+    how = options.use_cache, options.weights, options.cuda_graphs
+    model = TargetModel.load(options.model, *where, *how, ranks)
     told = ", ".join(f"{name} {value}" for name, value in model.placement.items())
     logger.info("target: %s; free memory: %s", told, readable_size(free_memory(model.torch_device)))
     metrics.describe_target(model.placement, partial(free_memory, model.torch_device))

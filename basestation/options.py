@@ -35,6 +35,15 @@ class StationOptions:
         typer.Option(help="Of linear layers: dtype, int8 (a CPU with VNNI or AMX), or auto, the faster one."),
     ] = "dtype"
     torch_device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")] = "auto"
+    tensor_parallel: Annotated[
+        int | None,
+        typer.Option(
+            metavar="M",
+            help="Processes over which each replica's target is split, each with a GPU or cores of its own; "
+            "with --replicas.",
+            min=1,
+        ),
+    ] = None
     keys: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Key folder; only the devices enrolled in it are admitted.")
     ] = None

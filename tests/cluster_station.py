@@ -28,7 +28,7 @@ START_SECONDS = 90
 
 @dataclass
 class ClusterStation:
-    """A base station with replicas, each on a logical node of its own.
+    """A base station with replicas, each, or each rank of them, on a logical node of its own.
 
     Attributes:
         station: the process that ``serve`` runs in.
@@ -50,6 +50,10 @@ class ClusterStation:
         """The process of each replica: the one that writes its records."""
         found = [one for one in psutil.Process().children(recursive=True) if _command(one).startswith("ray::Replica")]
         return {Path(file.path).suffixes[0][1:]: one for one in found for file in _records(one)}
+
+    @property
+    def followers(self) -> list[psutil.Process]:
+        return [one for one in psutil.Process().children(recursive=True) if _command(one).startswith("ray::Follower")]
 
     @property
     def front(self) -> psutil.Process:
@@ -119,15 +123,16 @@ def nodes_of_ray(workers: int) -> Iterator[Any]:
 
 
 @contextmanager
-def cluster_station(folder: Path) -> Iterator[ClusterStation]:
-    """A base station with two replicas of the sample model on three nodes."""
+def cluster_station(folder: Path, replicas: int = 2, ranks: int = 1) -> Iterator[ClusterStation]:
+    """A base station with replicas of the sample model on three nodes."""
     with nodes_of_ray(workers=2) as nodes:
-        replicas = ["--replicas", "2", "--ray-address", nodes.address, "--replica-cpus", "1"]
+        cluster = ["--ray-address", nodes.address, "--replica-cpus", "1"]
+        processes = ["--replicas", str(replicas), "--tensor-parallel", str(ranks)]
         passes = ["--kv-memory", "256MiB", "--drain-seconds", str(DRAIN_SECONDS)]
         records = ["--record", str(folder / "rounds.jsonl")]
-        with station_process(str(SAMPLE), "float32", [*replicas, *passes, *records]) as started:
+        with station_process(str(SAMPLE), "float32", [*cluster, *processes, *passes, *records]) as started:
             station = ClusterStation(started, nodes, folder)
-            station.wait_for(lambda names: len(names) == 2)
+            station.wait_for(lambda names: len(names) == replicas)
             yield station
 
 

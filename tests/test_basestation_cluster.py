@@ -11,9 +11,9 @@ from protocol.errors import LinkError, SettingsError
 
 @pytest.mark.parametrize(("ray_address", "replica_cpus"), [("127.0.0.1:6379", None), (None, 2)])
 def test_options_of_replicas_are_refused_without_replicas(ray_address: str | None, replica_cpus: int | None) -> None:
-    assert ClusterOptions.of(None, None, None) is None
+    assert ClusterOptions.of(None, None, None, None) is None
     with pytest.raises(SettingsError, match="left out without --replicas"):
-        ClusterOptions.of(None, ray_address, replica_cpus)
+        ClusterOptions.of(None, ray_address, replica_cpus, None)
 
 
 @pytest.mark.parametrize("address", ["", "host", "host:", ":6379", "host:port"])

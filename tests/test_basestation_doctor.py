@@ -70,6 +70,17 @@ def test_an_unsupported_architecture_is_named(doctor: DoctorCommand, tmp_path: P
     assert report.not_checked("target") == ["memory", "context"]
 
 
+def test_a_target_over_ranks_takes_a_share_of_the_memory(doctor: DoctorCommand, target: Path) -> None:
+    report = doctor.report("--target", target, "--bind", ANY_PORT, "--tensor-parallel", 2)
+    assert report.checks["target"].finding.endswith("vocabulary 97, split over 2 ranks")
+    assert report.checks["memory"].finding.startswith("a rank's share of the weights takes")
+
+
+def test_heads_that_do_not_divide_by_the_ranks_are_named(doctor: DoctorCommand, target: Path) -> None:
+    report = doctor.report("--target", target, "--bind", ANY_PORT, "--tensor-parallel", 3)
+    assert "allowed: 1, 2, which divide 4 attention heads and 2 key-value heads" in report.failure("target")
+
+
 def test_a_folder_without_a_model_is_named(doctor: DoctorCommand, tmp_path: Path) -> None:
     report = doctor.report("--target", tmp_path, "--bind", ANY_PORT)
     assert report.failures() == ["target"]

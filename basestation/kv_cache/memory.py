@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from basestation.sizes import A_SIZE, parse_size, readable_size
 from basestation.target.packed_linear import packed_bytes
 from basestation.target.quantized_weights import quantization_method, quantized_bytes
+from basestation.target.tensor_parallel import Share, split
 from common.container_memory import within_limits
 from protocol.errors import ModelError
 
@@ -84,10 +85,12 @@ def kv_budget(kv_memory: str, placement: torch.device, weights: int = 0) -> int:
     return int((free_memory(placement) - weights) * _KV_SHARE.get(placement.type, 0.5))
 
 
-def parameter_count(config: Any) -> int:
-    """Parameters of a model, without allocating it."""
+def parameter_count(config: Any, ranks: int = 1) -> int:
+    """Parameters of a model, or of the largest share where it is split over ranks, without allocating it."""
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config)
+    if ranks > 1:
+        split(skeleton, Share(0, ranks))
     return sum(one.numel() for one in skeleton.parameters())
 
 
@@ -105,7 +108,9 @@ def check_host(needed: int) -> None:
         )
 
 
-def check_fits(config: Any, dtype: torch.dtype, placement: torch.device, folder: Path | None = None) -> int:
+def check_fits(
+    config: Any, dtype: torch.dtype, placement: torch.device, folder: Path | None = None, ranks: int = 1
+) -> int:
     """Refuse a model whose weights do not fit, before they are read.
 
     Args:
@@ -113,14 +118,15 @@ def check_fits(config: Any, dtype: torch.dtype, placement: torch.device, folder:
         dtype: of its weights, where they are not quantised.
         placement: where they go.
         folder: with its files, which say how large quantised weights are.
+        ranks: over which it is split.
 
     Returns:
-        The bytes of its weights.
+        The bytes of its weights, or of the largest share.
 
     Raises:
         ModelError: with both sizes; or they are quantised, and their kernels are missing.
     """
-    count, method = parameter_count(config), quantization_method(config)
+    count, method = parameter_count(config, ranks), quantization_method(config)
     each = packed_bytes(dtype) if placement.type == "cpu" else dtype.itemsize
     needed, free = count * each, free_memory(placement)
     if method is not None and folder is not None:

@@ -8,19 +8,23 @@ import logging
 import os
 import secrets
 import signal
+import threading
 import time
-from collections.abc import Collection
-from contextlib import ExitStack, closing
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from socket import create_connection
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import psutil
 import ray
 from ray._private.state import state as ray_state
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
+from ray.util.placement_group import get_current_placement_group, placement_group, remove_placement_group
+from ray.util.placement_group import placement_group_table as group_table
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from basestation.launch_options import ClusterOptions, OperationOptions, SocketOptions, TargetOptions
 from basestation.replicas.control import Control, Scale, control_file
@@ -33,6 +37,9 @@ from basestation.sizes import parse_size
 from common.container_memory import within_limits
 from protocol.errors import EdgedraftError, LinkError, ModelError, SettingsError
 from protocol.limits import Limits
+
+if TYPE_CHECKING:
+    from basestation.target.ranks import FirstRank, RankAddress  # imports PyTorch
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +57,7 @@ _LOCAL_KV_SHARE = 4
 
 
 class ReplicaActor:
-    """What Ray runs in the process of a replica."""
+    """What Ray runs in the process of a replica, or of its rank 0."""
 
     def serve(self, settings: ReplicaSettings) -> None:
         """Serve until drained. Ray calls it again in the process that replaces a lost one.
@@ -60,13 +67,96 @@ class ReplicaActor:
         """
         from basestation.launcher import run_replica
 
-        try:
-            run_replica(settings)
-        except EdgedraftError as error:
-            raise ModelError(f"{settings.replica.name}: {error}") from None
-        except Exception:
-            logger.exception("%s ends, for another process to replace it", settings.replica.name)
-            os._exit(1)
+        with _ending(settings.replica.name):
+            run_replica(settings, _first_rank(settings) if settings.ranks > 1 else None)
+
+
+class FollowerActor:
+    """What Ray runs in the process of another rank of a replica."""
+
+    def follow(self, settings: ReplicaSettings, rank: int, address: "RankAddress") -> None:
+        """Follow rank 0 until it stops.
+
+        Raises:
+            ModelError: the share cannot be loaded; another process could not either.
+        """
+        from basestation.launcher import run_follower
+
+        with _ending(f"rank {rank} of {settings.replica.name}"):
+            run_follower(settings, rank, address)
+
+
+class Followers:
+    """The other ranks of a replica, as its rank 0 starts and watches them.
+
+    Where one is lost, the process of rank 0 ends, and Ray starts that again. Where rank 0 is lost, Ray ends its
+    followers: an actor ends with the process that started it.
+
+    Args:
+        settings: of the replica, whose ranks have a placement group.
+        address: of rank 0.
+    """
+
+    def __init__(self, settings: ReplicaSettings, address: "RankAddress") -> None:
+        self._name = settings.replica.name
+        self._failure: ModelError | None = None
+        group = get_current_placement_group()
+        self._actors = [_follower(group, rank) for rank in range(1, settings.ranks)]  # Ray ends forgotten actors
+        running = [actor.follow.remote(settings, rank, address) for rank, actor in enumerate(self._actors, 1)]
+        threading.Thread(target=self._watch, args=(running,), name="followers", daemon=True).start()
+
+    def check(self) -> None:
+        """Raise what keeps a follower from loading its share."""
+        if self._failure is not None:
+            raise self._failure
+
+    def _watch(self, running: list[Any]) -> None:
+        while running:
+            (ended, *_), running = ray.wait(running)
+            try:
+                ray.get(ended)
+            except RayTaskError as error:
+                self._failure = ModelError(str(error.cause))
+            except RayError as error:
+                reason = str(error).splitlines()[0]
+                logger.critical("%s ends, for another process to replace it: %s", self._name, reason)
+                os._exit(1)
+
+
+@contextmanager
+def _ending(name: str) -> Iterator[None]:
+    """End the process if the code in this context fails.
+
+    Raises:
+        ModelError: it fails in a way that another process would too.
+    """
+    try:
+        yield
+    except EdgedraftError as error:
+        raise ModelError(f"{name}: {error}") from None
+    except Exception:
+        logger.exception("%s ends, for another process to replace it", name)
+        os._exit(1)
+
+
+def _first_rank(settings: ReplicaSettings) -> "FirstRank":
+    """Rank 0 of a replica, whose followers start now."""
+    from basestation.target.ranks import FirstRank, address_towards
+
+    first = FirstRank(settings.ranks, address_towards(settings.replica.front), settings.replica.inner_key)
+    first.check = Followers(settings, first.address).check
+    return first
+
+
+def _follower(group: Any, rank: int) -> Any:
+    """The actor of a follower, with the resources that the placement group has for it."""
+    resources = group.bundle_specs[rank]
+    options = {"num_cpus": resources.get("CPU", 0), "num_gpus": resources.get("GPU", 0)}
+    return ray.remote(FollowerActor).options(scheduling_strategy=_place_of(group, rank), **options).remote()
+
+
+def _place_of(group: Any, rank: int) -> PlacementGroupSchedulingStrategy:
+    return PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank)
 
 
 class Cluster:
@@ -85,7 +175,8 @@ class Cluster:
     def __init__(self, options: ClusterOptions) -> None:
         self.local = options.ray_address is None
         cores = os.cpu_count() or 1
-        self._cpus = options.replica_cpus or max(1, cores // options.replicas)
+        self._cpus = options.replica_cpus or max(1, cores // (options.replicas * options.ranks))
+        self._groups: dict[str, Any] = {}
         self._actors: dict[str, Any] = {}
         self._started: dict[str, float] = {}
         self._serving: dict[Any, str] = {}
@@ -99,8 +190,8 @@ class Cluster:
         return self
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
-        for actor in self._actors.values():
-            ray.kill(actor)
+        for name in list(self._actors):
+            self.kill(name)
         ray.shutdown()
 
     @property
@@ -111,12 +202,17 @@ class Cluster:
     def start(self, settings: ReplicaSettings) -> None:
         """Start a replica, and start it again whenever it is lost."""
         name = settings.replica.name
+        gpus = int(self.uses_gpu(settings.target.torch_device))
+        strategy: Any = "SPREAD"
+        if settings.ranks > 1:
+            self._groups[name] = placement_group([{"CPU": self._cpus, "GPU": gpus}] * settings.ranks, strategy="PACK")
+            strategy = _place_of(self._groups[name], 0)
         actor = ray.remote(ReplicaActor).options(
             max_restarts=-1,
             max_task_retries=-1,
-            scheduling_strategy="SPREAD",
+            scheduling_strategy=strategy,
             num_cpus=self._cpus,
-            num_gpus=int(self.uses_gpu(settings.target.torch_device)),
+            num_gpus=gpus,
         )
         self._actors[name] = actor.remote()
         self._started[name] = time.monotonic()
@@ -126,6 +222,8 @@ class Cluster:
         """End a replica at once, and for good."""
         self._serving = {reference: of for reference, of in self._serving.items() if of != name}
         ray.kill(self._actors.pop(name))
+        if name in self._groups:
+            remove_placement_group(self._groups.pop(name))
 
     def wait(self, seconds: float) -> dict[str, str]:
         """Wait; returns the replicas that have ended, each with the reason why it cannot serve, "" if it drained."""
@@ -152,14 +250,19 @@ class Cluster:
     def on_draining_nodes(self) -> Collection[str]:
         """The replicas on nodes that are about to be removed: ``ray drain-node`` and autoscalers announce it."""
         draining = ray_state.get_draining_nodes()
-        placed = self._actors.items() if draining else ()
-        return [name for name, actor in placed if _state(actor).get("Address", {}).get("NodeID") in draining]
+        return [name for name in self._actors if self._nodes_of(name) & draining.keys()] if draining else []
 
     def uses_gpu(self, torch_device: str) -> bool:
         """Whether a replica runs on a GPU: ``auto`` does where Ray knows of one."""
         if torch_device == "auto":
             return bool(ray.cluster_resources().get("GPU", 0))
         return torch_device != "cpu"
+
+    def _nodes_of(self, name: str) -> set[str]:
+        """The nodes where a replica runs, or is placed."""
+        if name in self._groups:
+            return set(group_table(self._groups[name])["bundles_to_node_id"].values())
+        return {_state(self._actors[name]).get("Address", {}).get("NodeID", "")}
 
     def _connect(self, options: ClusterOptions) -> None:
         shared = {"log_to_driver": True, "configure_logging": False, "namespace": "edgedraft"}
@@ -205,11 +308,11 @@ def serve_replicas(
         front = stack.enter_context(closing(FrontProcess(_front_settings(listening, target, socket, operation))))
         inner_address = front.start()
         _stop_on_signals(front, operation.drain_seconds)
-        target = replace(target, kv_memory=_kv_memory(target, cluster, options.replicas))
+        target = replace(target, kv_memory=_kv_memory(target, cluster, options.replicas * options.ranks))
 
         def start(name: str) -> None:
             replica = ReplicaOptions(name, inner_address, key, socket.keys is not None)
-            cluster.start(_replica_settings(target, socket.limits, operation, replica))
+            cluster.start(_replica_settings(target, socket.limits, operation, replica, options.ranks))
 
         def drain(name: str) -> None:
             front.drain(operation.drain_seconds, name)
@@ -262,22 +365,22 @@ def _front_settings(
 
 
 def _replica_settings(
-    target: TargetOptions, limits: Limits, operation: OperationOptions, replica: ReplicaOptions
+    target: TargetOptions, limits: Limits, operation: OperationOptions, replica: ReplicaOptions, ranks: int
 ) -> ReplicaSettings:
     """The settings of one replica; it has files of its own."""
     record, profile = (_own_file(path, replica.name) for path in (operation.record, operation.profile))
-    return ReplicaSettings(target, limits, replica, record, profile, operation.log_format)
+    return ReplicaSettings(target, limits, replica, record, profile, operation.log_format, ranks)
 
 
 def _own_file(path: Path | None, name: str) -> Path | None:
     return path.resolve().with_name(f"{path.stem}.{name}{path.suffix}") if path else None
 
 
-def _kv_memory(target: TargetOptions, cluster: Cluster, replicas: int) -> str:
-    """The option, or the share of a replica where all are on the CPU of this machine."""
+def _kv_memory(target: TargetOptions, cluster: Cluster, processes: int) -> str:
+    """The option, or the share of each process with a target where all are on the CPU of this machine."""
     if target.kv_memory != "auto" or not cluster.local or cluster.uses_gpu(target.torch_device):
         return target.kv_memory
-    return str(within_limits(psutil.virtual_memory().available) // (_LOCAL_KV_SHARE * replicas))
+    return str(within_limits(psutil.virtual_memory().available) // (_LOCAL_KV_SHARE * processes))
 
 
 def _stop_on_signals(front: FrontProcess, drain_seconds: float) -> None:

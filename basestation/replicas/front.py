@@ -22,7 +22,7 @@ from basestation.devices.peer import Peer
 from basestation.engine.load import SessionKey
 from basestation.engine.pace import Pace
 from basestation.replicas.front_metrics import FrontMetrics
-from basestation.replicas.inner_link import InnerKey, ReplicaSocket
+from basestation.replicas.inner_link import InnerKey, InnerSocket
 from basestation.replicas.inner_messages import Command, Report, encode_peer
 from basestation.replicas.routing import Route, Routing
 from basestation.target.served_target import ServedTarget
@@ -98,7 +98,7 @@ class Front:
         self._on_serving = on_serving
         self._on_replicas = on_replicas
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._replicas = ReplicaSocket(options.inner_bind, options.inner_key)
+        self._replicas = InnerSocket(options.inner_bind, options.inner_key)
         self._poller = zmq.Poller()
         self._poller.register(self._replicas.socket, zmq.POLLIN)
         self._devices: DeviceSocket | None = None

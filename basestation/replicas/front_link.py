@@ -17,7 +17,7 @@ from basestation.devices.key_folder import EnrolledDevice
 from basestation.devices.router import Turn
 from basestation.engine.load import Load
 from basestation.monitoring.metrics import Metrics
-from basestation.replicas.inner_link import connect_to_front
+from basestation.replicas.inner_link import connect_inner
 from basestation.replicas.inner_messages import Command, Report, decode_peer
 from basestation.replicas.replica_settings import ReplicaOptions
 from basestation.target.served_target import ServedTarget
@@ -71,7 +71,7 @@ class FrontLink:
         self._digest = target.digest
         self._metrics = metrics
         identity = f"{options.name}-{os.urandom(_IDENTITY_BYTES).hex()}".encode()
-        self._dealer = connect_to_front(context, options.front, options.inner_key, identity)
+        self._dealer = connect_inner(context, options.front, options.inner_key, identity)
         self._next_report = 0.0
 
     def register(self, poller: zmq.Poller) -> None:

@@ -1,4 +1,4 @@
-"""The sockets between the front and its replicas, encrypted with a key that only they have."""
+"""The sockets between the front and its replicas, and between a replica's ranks: encrypted with a key of theirs."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -19,7 +19,7 @@ _MAX_QUEUED_MESSAGES = 10_000
 
 @dataclass(frozen=True)
 class InnerKey:
-    """The key pair that both ends of the inner link share; whoever has it may be a replica."""
+    """The key pair that both ends of an inner link share; whoever has it may be a replica, or a rank of one."""
 
     public: bytes
     secret: bytes
@@ -34,8 +34,8 @@ class InnerKey:
         return domain == _DOMAIN and key == self.public
 
 
-class ReplicaSocket:
-    """The front's end: a ROUTER that notices where a replica is gone.
+class InnerSocket:
+    """The end of the front, or of rank 0: a ROUTER that notices where a replica, or a rank, is gone.
 
     Args:
         bind: a ZeroMQ endpoint.
@@ -97,10 +97,10 @@ class ReplicaSocket:
         self._context.destroy(linger=_LINGER_MS)
 
 
-def connect_to_front(
+def connect_inner(
     context: "zmq.Context[zmq.Socket[bytes]]", address: str, key: InnerKey, identity: bytes
 ) -> "zmq.Socket[bytes]":
-    """The replica's end: a DEALER that announces itself on each connection, and queues nothing without one."""
+    """The other end: a DEALER that announces itself on each connection, and queues nothing without one."""
     socket = context.socket(zmq.DEALER)
     for option, value in (
         (zmq.ROUTING_ID, identity),

@@ -37,6 +37,7 @@ class ReplicaSettings:
         record: a file for its rounds.
         profile: a file for its trace.
         log_format: of its log.
+        ranks: over which the target is split.
     """
 
     target: TargetOptions
@@ -45,3 +46,4 @@ class ReplicaSettings:
     record: Path | None
     profile: Path | None
     log_format: LogFormat
+    ranks: int

@@ -43,13 +43,14 @@ def int8_obstacle(placement: torch.device) -> str | None:
     return None
 
 
-def may_be_int8(weights: str, placement: torch.device, quantized_by: str | None = None) -> bool:
+def may_be_int8(weights: str, placement: torch.device, quantized_by: str | None = None, ranks: int = 1) -> bool:
     """Whether linear layers get int8 weights: with ``auto``, whether they could, and a log line says why not.
 
     Args:
         weights: of ``WEIGHTS``.
         placement: where the target runs.
         quantized_by: the method by which the checkpoint is quantised, None for none.
+        ranks: over which the target is split.
 
     Raises:
         SettingsError: there is no such kind of weights, or int8 cannot be used.
@@ -59,6 +60,8 @@ def may_be_int8(weights: str, placement: torch.device, quantized_by: str | None 
     if weights == "dtype":
         return False
     obstacle = f"the checkpoint is quantised by {quantized_by!r}" if quantized_by else int8_obstacle(placement)
+    if ranks > 1:
+        obstacle = "they are not split over ranks (--tensor-parallel)"
     if obstacle:
         if weights == "int8":
             raise SettingsError("weights", "int8", f"dtype or auto: {obstacle}")

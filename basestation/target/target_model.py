@@ -38,8 +38,10 @@ from basestation.target.model_runner import ModelRunner
 from basestation.target.packed_linear import pack_linears, packed_dtype
 from basestation.target.placement import choose_dtype, choose_placement, describe_placement
 from basestation.target.quantized_weights import quantization_method, without_later_expansion
+from basestation.target.ranks import PassRunner, Ranks
 from basestation.target.segment import Segment
 from basestation.target.supported_models import refuse_gguf_rope, refuse_unsupported
+from basestation.target.tensor_parallel import Share, refuse_unsplittable, split
 from basestation.target.vocabulary import Vocabulary
 from common.chat_template import default_template
 from common.gguf_metadata import GgufVocabulary
@@ -53,6 +55,7 @@ logger = logging.getLogger(__name__)
 
 _HUB_FILES = ("*.json", "*.jinja", "*.txt", "tokenizer.model", "*.safetensors")
 _MIN_CONTEXT = 128
+_CPU = torch.device("cpu")
 
 
 class TargetModel:
@@ -75,6 +78,7 @@ class TargetModel:
         tokenizer_json: the tokenizer as a ``tokenizer.json``; "" if there is none.
         independent_rows: see ``batch_type``.
         cuda_graphs: capture forward passes where that is faster; takes one page of the pool.
+        ranks: that have joined; the model and the KV pool are the share of one of them.
 
     Raises:
         SettingsError: ``kv_memory`` is not enough for one session, or more than there is.
@@ -89,19 +93,23 @@ class TargetModel:
         tokenizer_json: str = "",
         independent_rows: bool = False,
         cuda_graphs: bool = False,
+        ranks: Ranks | None = None,
     ) -> None:
         self.name = name
         self.vocabulary = vocabulary
         self.torch_device = next(model.parameters()).device
         self.placement = describe_placement(self.torch_device, model.dtype)
-        shape = kv_shape(model.config, model.dtype, self.torch_device)
+        if ranks:
+            self.placement["ranks"] = str(ranks.share.ranks)
+        shape = kv_shape(model.config, model.dtype, self.torch_device, ranks.share.ranks if ranks else 1)
         kv_pages = _allocated(shape, kv_memory)
         self.kv_bytes = kv_pages.bytes
-        self._runner = ModelRunner(model, vocabulary.size, kv_pages, independent_rows)
+        runner = ModelRunner(model, vocabulary.size, kv_pages, independent_rows)
         longest = context_length(model.config, (kv_pages.count - 1) * shape.page_size)
-        spare_pages = int(cuda_graphs and self._runner.use_graphs(longest))
+        spare_pages = int(cuda_graphs and runner.use_graphs(longest))
         self.kv_pool = KVPool(kv_pages.count - spare_pages, shape.page_size, kv_pages.discard)
         self.context_length = context_length(model.config, self.kv_pool.capacity)
+        self._runner: PassRunner = ranks.shared(runner) if ranks else runner
         self.grammar_compiler = (
             GrammarCompiler.of_tokenizer(tokenizer_json, vocabulary.size, vocabulary.stop_ids)
             if tokenizer_json and is_available()
@@ -118,6 +126,7 @@ class TargetModel:
         use_cache: bool = True,
         weights: str = "dtype",
         cuda_graphs: bool = True,
+        ranks: Ranks | None = None,
     ) -> "TargetModel":
         """Load a model folder, hub name or ``.gguf`` file.
 
@@ -129,26 +138,32 @@ class TargetModel:
             use_cache: whether a converted ``.gguf`` file and what int8 weights need are kept.
             weights: of the linear layers: ``dtype``, ``int8``, or ``auto``: the faster one.
             cuda_graphs: on CUDA, capture forward passes where that is faster.
+            ranks: which join once the share of this one is loaded; None for a single process.
 
         Raises:
-            SettingsError: dtype, device or weights do not exist here, or the KV pool is too small.
+            SettingsError: dtype, device or weights do not exist here, the KV pool is too small, or heads do not divide.
             ModelError: it cannot be found or read, does not fit, or has an unsupported architecture.
         """
         placement = choose_placement(torch_device)
         kv_budget(kv_memory, placement)  # refuse an invalid size before the slow part
-        int8 = may_be_int8(weights, placement, quantization_method(read_config(model)))
+        config, share = read_config(model), ranks.share if ranks else Share()
+        refuse_unsplittable(config, share.ranks)
+        int8 = may_be_int8(weights, placement, quantization_method(config), share.ranks)
         precision = choose_dtype(dtype, placement, int8)
         register_attention()
         files = _converted(model, precision, placement) if _is_gguf(model) and use_cache else model
-        _check_memory(files, precision, placement)
-        loaded, tokenizer, vocabulary = _read(model, files, precision, placement, int8)
+        _check_memory(files, precision, placement, share.ranks)
+        loaded, tokenizer, vocabulary = _read(model, files, precision, _CPU if ranks else placement, int8)
         name = model_name(model)
         if int8 := int8 and (weights == "int8" or is_faster(loaded)):
             name = _with_int8_weights(loaded, vocabulary, name, tokenizer, use_cache)
         elif quantization_method(loaded.config) is None:
-            _place(loaded, placement)
+            place_share(loaded, share, placement)
         tokenizer_json = "" if _is_gguf(model) else _tokenizer_json(tokenizer)
-        return cls(loaded, vocabulary, name, kv_budget(kv_memory, placement), tokenizer_json, int8, cuda_graphs)
+        kv_bytes = kv_budget(kv_memory, placement)
+        if ranks:
+            kv_bytes = ranks.join(placement, kv_bytes)
+        return cls(loaded, vocabulary, name, kv_bytes, tokenizer_json, int8, cuda_graphs and not ranks, ranks)
 
     def new_kv_cache(self) -> SequenceKVCache:
         """An empty KV cache for one session."""
@@ -194,6 +209,15 @@ def read_config(model: str) -> Any:
     return config
 
 
+def place_share(model: Any, share: Share, placement: torch.device) -> None:
+    """Keep a rank's share of a loaded model's weights, where it runs."""
+    if share.ranks > 1:
+        split(model, share)
+    model.to(placement)
+    if placement.type == "cpu":
+        pack_linears(model)
+
+
 def _with_int8_weights(model: Any, vocabulary: Vocabulary, name: str, tokenizer: Any, use_cache: bool) -> str:
     """Give a loaded model int8 weights, and log how far it then agrees with the original.
 
@@ -221,13 +245,13 @@ def model_folder(model: str) -> Path:
     return Path(_source(model)[0])
 
 
-def kv_shape(config: Any, dtype: torch.dtype, torch_device: torch.device) -> KVShape:
-    """The shape of a model's keys and values."""
+def kv_shape(config: Any, dtype: torch.dtype, torch_device: torch.device, ranks: int = 1) -> KVShape:
+    """The shape of a model's keys and values, at each of several ranks."""
     config = config.get_text_config()
     heads = config.num_attention_heads
     return KVShape(
         layers=config.num_hidden_layers,
-        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        kv_heads=(getattr(config, "num_key_value_heads", None) or heads) // ranks,
         head_size=getattr(config, "head_dim", None) or config.hidden_size // heads,
         dtype=dtype,
         torch_device=torch_device,
@@ -300,20 +324,14 @@ def _read(
         return loaded.eval(), _tokenizer(model) if int8 else None, _gguf_vocabulary(Path(model), loaded)
 
 
-def _place(model: Any, placement: torch.device) -> None:
-    model.to(placement)
-    if placement.type == "cpu":
-        pack_linears(model)
-
-
-def _check_memory(model: str, dtype: torch.dtype, placement: torch.device) -> None:
+def _check_memory(model: str, dtype: torch.dtype, placement: torch.device, ranks: int) -> None:
     """Refuse a model that does not fit where it runs, or whose tensors do not fit on the host on their way there.
 
     Raises:
         ModelError: with both sizes.
     """
     folder = model_folder(model)
-    needed = check_fits(read_config(model), dtype, placement, folder)
+    needed = check_fits(read_config(model), dtype, placement, folder, ranks)
     if placement.type == "cuda":
         check_host(_largest_tensor(folder) or needed)
 
