@@ -26,6 +26,7 @@ def ray_nodes(count: int) -> Iterator[str]:
     Raises:
         LinkError: the head does not answer within a minute.
     """
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # Ray writes one to the home folder otherwise
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     port = free_port()
@@ -41,7 +42,7 @@ def ray_nodes(count: int) -> Iterator[str]:
 def _node(*options: str) -> Iterator[None]:
     ports = ["--min-worker-port", "0", "--max-worker-port", "0"]  # any free ones: nodes of one machine share them
     sizes = ["--num-cpus", "1", "--object-store-memory", str(_STORE_BYTES)]
-    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--node-ip-address", _HOST]
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block"]
     with subprocess.Popen(  # noqa: S603 - Ray's own command
         [*command, *options, *ports, *sizes], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     ) as process:
