@@ -7,11 +7,14 @@ NEXT_VENV := .venv-next
 CLIENTS_VENV := .venv-clients
 CLIENTS_NODE := build/clients
 PEERS_NODE := build/peers
+# Compiling all modules takes longer than compiling those that are imported.
+PIP_OPTIONS := --quiet --no-compile
 SAMPLE := build/sample
 BUNDLE := build/bundle
 PAIR := build/pair
 PAIR_PROMPT := Write a Python class for a bank account with deposit, withdraw and a transaction history.
 CUDA_TESTS := $(addprefix tests/test_basestation_,target_model.py varlen_attention.py quantized.py verify.py coupled.py non_finite.py prefix_sharing.py memory.py pass_graphs.py)
+NEXT_TESTS := $(addprefix tests/test_,basestation_target_model.py basestation_operation.py model_answers.py model_neighbours.py)
 
 # What targets need besides Python, as NAME=DEBIAN_PACKAGE.
 needs-test := systemd-analyze=systemd
@@ -37,7 +40,7 @@ demo-pair: pair  ## the same with a draft model of 0.5 and a target of 1.5 billi
 
 test: needs-test lint types models $(DEVICE_VENV)/ready  ## lint, type checks and all tests, with the sample model
 	$(BIN)/pytest -q -n 2 --dist worksteal -m "not model and not endurance and not images and not gguf and not pages and not pair"
-	$(BIN)/pytest -q -m "model and not endurance and not clients and not pages"
+	$(BIN)/pytest -q -n 2 --dist loadfile -m "model and not endurance and not clients and not pages"
 
 endurance: models  ## tests that take minutes: broken links, killed base stations, hostile peers
 	$(BIN)/pytest -q -m endurance
@@ -50,8 +53,7 @@ test-images: needs-test-images models  ## build the images without a registry an
 	$(BIN)/pytest -q -rP -m images
 
 test-next: models $(DEVICE_VENV)/ready $(NEXT_VENV)/ready  ## the target model's tests on the newest transformers 5
-	$(NEXT_VENV)/bin/pytest -q -m "not model and not endurance" tests/test_basestation_target_model.py tests/test_basestation_operation.py
-	$(NEXT_VENV)/bin/pytest -q -m "model and not endurance" tests/test_model_answers.py tests/test_model_neighbours.py
+	$(NEXT_VENV)/bin/python -m pytest -q -n 2 --dist worksteal -m "not endurance" $(NEXT_TESTS)
 
 test-cuda: $(VENV)/ready  ## the target's tests on a GPU
 	$(BIN)/pytest -q -p tests.on_cuda -m "not model and not endurance" $(CUDA_TESTS)
@@ -106,21 +108,24 @@ clean:  ## delete the environments and build/
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install $(PIP_OPTIONS) --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
 # The device extra alone; a test runs the device in this environment.
 $(DEVICE_VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(DEVICE_VENV)
-	$(DEVICE_VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[device]'
+	$(DEVICE_VENV)/bin/python -m pip install $(PIP_OPTIONS) --constraint constraints.txt --editable '.[device]'
 	@touch $@
 
-# The export needs transformers 4.57; this environment tests the base station on the newest transformers 5.
-$(NEXT_VENV)/ready: pyproject.toml constraints.txt
+# The export needs transformers 4.57; this environment tests the base station on the newest transformers 5. What
+# transformers 5 does not replace comes from the first environment, which lies behind this one in sys.path.
+$(NEXT_VENV)/ready: $(VENV)/ready
 	$(PYTHON) -m venv $(NEXT_VENV)
 	grep -vE '^(transformers|huggingface_hub|tokenizers|hf-xet)==' constraints.txt > $(NEXT_VENV)/constraints.txt
-	$(NEXT_VENV)/bin/python -m pip install --quiet --constraint $(NEXT_VENV)/constraints.txt --editable '.[device,basestation]' \
-		'transformers>=5,<6' hypothesis pytest pytest-timeout scipy
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> $$($(NEXT_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/first.pth
+	$(NEXT_VENV)/bin/python -m pip install $(PIP_OPTIONS) --constraint $(NEXT_VENV)/constraints.txt \
+		--editable '.[device,basestation]' 'transformers>=5,<6'
 	@touch $@
 
 # The clients have environments of their own, without edgedraft.

@@ -1,12 +1,15 @@
 """What a front costs and how far it goes: measured frames, and the simulation of many replicas."""
 
+import psutil
 import pytest
 
 from bench.setup.results import number
 from bench.station.front_cost import BEYOND, FRONT, INNER_LINK, SINGLE, measure_frames
+from bench.station.ray_nodes import ray_nodes
 from bench.station.recording import Recording
 from bench.station.scale_out import DeviceTimes, PassTimes, devices_of_a_replica, rounds_per_second, simulate
 from protocol.errors import SettingsError
+from tests.wait import wait_for
 
 DEVICE = DeviceTimes(drafted=4, committed=3, think_seconds=0.1)
 PASSES = PassTimes(seconds=0.02, token_seconds=0.001)
@@ -20,6 +23,18 @@ def test_frames_are_counted_in_both_directions_and_so_is_their_cpu_time() -> Non
         assert number(rows[case], "frames_per_second") > 0
         assert 0 < number(rows[case], "core_share") < 1.2
     assert costs[BEYOND] == pytest.approx(costs[FRONT] + costs[INNER_LINK] - costs[SINGLE])
+
+
+def raylets() -> set[int]:
+    children = psutil.Process().children(recursive=True)
+    return {one.pid for one in children if one.status() != psutil.STATUS_ZOMBIE and one.name() == "raylet"}
+
+
+def test_nodes_are_processes_that_end_with_the_measurement() -> None:
+    with ray_nodes(2):
+        wait_for(lambda: len(raylets()) == 2, 60)
+        nodes = raylets()
+    assert not any(psutil.pid_exists(pid) for pid in nodes)
 
 
 def test_the_times_of_passes_are_a_line_over_their_tokens() -> None:

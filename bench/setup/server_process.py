@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import IO
+from typing import IO, Any
 
 from bench.setup.environment import flags_alone
 from protocol.errors import LinkError
@@ -54,15 +54,20 @@ def serving(arguments: Sequence[str], core: int | None = None) -> Iterator[Serve
         reader.start()  # a full pipe would block the process
         yield Served(address, process)
     finally:
-        process.terminate()
-        try:
-            process.wait(_STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        end_process(process)
         if reader.is_alive():
             reader.join()
         process.stderr.close()
+
+
+def end_process(process: subprocess.Popen[Any]) -> None:
+    """Let a process end, and kill it if it does not within ten seconds."""
+    process.terminate()
+    try:
+        process.wait(_STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def _address(lines: IO[str], name: str) -> str:

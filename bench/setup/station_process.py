@@ -42,7 +42,7 @@ def station_process(target: str, dtype: str, options: Sequence[str] = ()) -> Ite
     Raises:
         LinkError: it exited before it served; the message holds its last line.
     """
-    metrics_bind = f"127.0.0.1:{_free_port()}"
+    metrics_bind = f"127.0.0.1:{free_port()}"
     with serving(station_command(target, dtype, "--metrics-bind", metrics_bind, *options)) as served:
         yield StationProcess(served.address, f"http://{metrics_bind}", served.process.pid)
 
@@ -57,7 +57,8 @@ def replica_names(metrics_url: str) -> set[str]:
     return set(re.findall(r'replica="(replica-\d+)"', text))
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of loopback that nothing listens at."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

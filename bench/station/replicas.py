@@ -14,6 +14,7 @@ import psutil
 from bench.setup.results import Row
 from bench.setup.station_process import StationProcess, replica_names, station_process
 from bench.station.load_generator import LoadGenerator
+from bench.station.ray_nodes import ray_nodes
 from bench.station.recording import Recording
 from bench.station.replay_client import ReplayClient, ReplayTiming, Score
 from protocol.bundle import Manifest
@@ -61,13 +62,13 @@ def measure_single(setup: ReplicaSetup, recordings: Sequence[Recording], manifes
 def measure_replicas(
     replicas: int, setup: ReplicaSetup, recordings: Sequence[Recording], manifest: Manifest
 ) -> tuple[Row, list[Round]]:
-    """The row of a number of replicas, and their rounds.
+    """The row of a number of replicas, each on a node of Ray, and their rounds.
 
     Raises:
         LinkError: not all replicas serve within two minutes.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        placed = ["--replicas", str(replicas), "--replica-cpus", "1"]
+    with tempfile.TemporaryDirectory() as folder, ray_nodes(replicas) as address:
+        placed = ["--replicas", str(replicas), "--replica-cpus", "1", "--ray-address", address]
         options = ["--kv-memory", setup.kv_memory, "--record", f"{folder}/{_RECORD}"]
         with station_process(setup.target, setup.dtype, [*placed, *options]) as station:
             _wait_for(station, replicas)
