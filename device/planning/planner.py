@@ -202,13 +202,14 @@ class Planner:
         self._rounds_seen = min(known.rounds, _KNOWN_CERTAINTY)
         self._trials.start(known.alone, known.since, known.wait)
 
-    def decode_len(self, backlog: int = 0) -> int:
+    def decode_len(self, backlog: int = 0, target_backlog: int = 0) -> int:
         """How many tokens the target should decode alone now; 0 to draft.
 
         Args:
             backlog: tokens that the draft model must run before it can draft.
+            target_backlog: tokens of a prompt that the target may have to run before it decodes.
         """
-        prefill = self._prefill_len(backlog)
+        prefill = self._prefill_len(backlog, target_backlog)
         if self._guesses_first:
             return max(prefill, self._first_len)
         if self._estimates.target_seconds is None:
@@ -223,12 +224,16 @@ class Planner:
         target_seconds = self._estimates.target_seconds or _ASSUMED_TARGET_SECONDS
         return round(self._estimates.opened_seconds / (_FIRST_SHARE * target_seconds))
 
-    def _prefill_len(self, backlog: int) -> int:
-        """Tokens of the target while the draft model runs a prompt: the first takes a reply, others a forward pass."""
+    def _prefill_len(self, backlog: int, target_backlog: int) -> int:
+        """Tokens of the target while the draft model runs a prompt.
+
+        The first takes a reply after the target itself has run the prompt, others a forward pass.
+        """
         target_seconds = self._estimates.target_seconds
         if backlog < MIN_BACKLOG or target_seconds is None:
             return 0
-        after_first = backlog * self._estimates.prefill_token_seconds - self._estimates.reply_seconds
+        first_seconds = target_backlog * self._estimates.target_prefill_token_seconds + self._estimates.reply_seconds
+        after_first = backlog * self._estimates.prefill_token_seconds - first_seconds
         return 1 + max(0, round(after_first / max(target_seconds, _INSTANT)))
 
     def should_continue(self, margins: Sequence[float | None]) -> bool:
@@ -313,6 +318,10 @@ class Planner:
     def observe_prefill(self, tokens: int, seconds: float) -> None:
         """Record the time that the draft model took to run ``tokens`` tokens at once."""
         self._estimates.observe_prefill(tokens, seconds)
+
+    def observe_target_prefill(self, tokens: int, reply_seconds: float) -> None:
+        """Record the time of a reply that waited until the target had run ``tokens`` tokens of a prompt."""
+        self._estimates.observe_target_prefill(tokens, reply_seconds)
 
     def observe_opened(self, seconds: float) -> None:
         """Record the time from an Open to its Opened, which waits for no forward pass: about a round trip.

@@ -361,6 +361,8 @@ class DraftRounds:
         drafting = draft.draft_seconds * len(draft.tokens) / max(1, len(draft))
         prefilled = self._requests.take_prefilled()
         reply_seconds = None if prefilled or draft.overlaps else received.seconds - sent.seconds
+        if prefilled:
+            self._planner.observe_target_prefill(prefilled, received.seconds - sent.seconds)
         round_seconds = None if prefilled else received.seconds - self._concluded.seconds
         if draft.is_ready:
             self._planner.observe_lookup_reply(len(draft.tokens), reply_seconds)
