@@ -37,8 +37,11 @@ _FIRST_SHARE = 1 / 20
 """Largest share of the first tokens' time, decoded alone, that the first switch to drafting may cost."""
 _ASSUMED_TARGET_SECONDS = 0.02
 """Of a forward pass of the target, before it is known."""
-_LEAST_SPEEDUP = 0.95
-"""Where guesses tell the acceptance, drafting goes on down to this: margins make rounds better than predicted."""
+_LEAST_SPEEDUP = 0.85
+"""Where guesses tell the acceptance, drafting goes on down to this: a hard passage is short, and to switch costs time.
+
+Margins also make rounds better than predicted.
+"""
 _PRIOR_ROUNDS = 6.0
 _CERTAIN_ROUNDS = 32
 """Before this many rounds, drafting is given up only where it is clearly slower: n rounds have an error of 1/√n."""
@@ -423,10 +426,10 @@ class Planner:
         """Whether drafting is to go on, or to be taken up again."""
         if self._estimates.drafting_is_slower:
             return False
-        if self.guesses:
-            needed = _LEAST_SPEEDUP
-        elif self._trials.alone:
+        if self._trials.alone:
             needed = 1.0
+        elif self.guesses:
+            needed = _LEAST_SPEEDUP
         else:
             needed = min(1.0, sqrt(self._rounds_seen / _CERTAIN_ROUNDS))
         return self.speedup >= needed
