@@ -15,7 +15,7 @@ from device.session.session import DeviceSession
 from device.settings import DraftSettings
 from protocol.errors import FaultError, SettingsError
 from protocol.limits import Limits
-from protocol.messages import Draft, Message, Mode, Sampling, Verdict
+from protocol.messages import Decode, Draft, Message, Mode, Sampling, Verdict
 from tests.fakes import FakeDraftModel, FakeTarget, Table, blend, random_table, target_alone
 from tests.invariants import MAX_NEW_TOKENS, PROMPT, SETTINGS, TARGET, TURNS, draft_model, lossy, settings_name
 from tests.invariants import answer as lockstep_answer
@@ -255,6 +255,32 @@ def test_drafting_begins_once_the_draft_model_has_run_the_prompt() -> None:
     assert session.counters.accepted > 60
 
 
+@pytest.mark.parametrize("ahead", [0, None])
+def test_drafting_begins_at_once_where_the_target_takes_longer_to_run_the_prompt(ahead: int | None) -> None:
+    """Of 1,000 tokens: 1 s for the draft model and 3 s for the target."""
+    prompts = np.random.default_rng(1).integers(0, 64, (3, 1000)).tolist()
+    pair = TimedPair(LARGE_TABLE, GOOD_DRAFT, replace(LOOPBACK, draft=0.008, row=0.003))
+    for prompt in prompts:
+        session = pair.session(DraftSettings(Mode.IDS, GREEDY, 1, None, drafts_ahead=ahead), prompt)
+        assert [token.token_id for token in session.answer(60)] == target_alone(LARGE_TABLE, prompt, 60)
+        assert session.counters.accepted > 30
+        session.close()
+
+
+def test_the_target_decodes_on_where_the_draft_model_takes_longer_to_run_the_prompt() -> None:
+    """Of 300 tokens: 1 s for the draft model and .05 s for the target, as a first answer has shown."""
+    prompts = np.random.default_rng(1).integers(0, 64, (2, 300)).tolist()
+    pair = TimedPair(LARGE_TABLE, GOOD_DRAFT, PairTimes(0.027, 0.035, 0.0001, 0.1))
+    for prompt in prompts:
+        session = pair.session(DraftSettings(Mode.IDS, GREEDY, 1, None, drafts_ahead=None), prompt)
+        opened = len(pair.sent)
+        list(session.answer(60))
+        session.close()
+    first = pair.sent[opened]
+    assert isinstance(first, Decode)
+    assert first.count > 15
+
+
 def test_drafting_ahead_begins_before_the_first_token_of_the_target_has_arrived() -> None:
     """The draft model runs a prompt of 64 tokens in less time than a reply takes."""
     prompts = np.random.default_rng(1).integers(0, 64, (2, 64)).tolist()
@@ -277,7 +303,8 @@ def test_drafting_ahead_begins_before_the_first_token_of_the_target_has_arrived(
 def test_a_draft_without_tokens_while_the_prompt_runs_changes_no_answer(
     settings: DraftSettings, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("device.planning.planner.Planner.decode_len", lambda _, backlog=0: int(backlog >= MIN_BACKLOG))
+    planned = "device.planning.planner.Planner.decode_len"
+    monkeypatch.setattr(planned, lambda _, backlog=0, __=0: int(backlog >= MIN_BACKLOG))
     prompt = np.random.default_rng(seed).integers(0, len(TARGET), 120).tolist()
     losses = lossy(seed), lossy(seed + 100)
     station = new_station()

@@ -45,6 +45,14 @@ def test_guesses_teach_the_acceptance_while_the_target_decodes_alone() -> None:
     assert planner.figures.acceptance == planner.alpha
 
 
+def test_an_assumed_bonus_token_counts_in_no_time_to_draft_a_token() -> None:
+    grid = GridPair(0.95, replace(SAMPLE, round_trip=0.02))
+    for _ in range(3):
+        grid.answer_seconds(PLANNED, 96)
+    planner = grid.pair.planners.for_settings(PLANNED, grid.pair.client.welcome)
+    assert planner.times.draft_seconds == pytest.approx(SAMPLE.draft, rel=0.05)
+
+
 @pytest.mark.parametrize(
     ("settings", "guesses"),
     [

@@ -37,8 +37,11 @@ _FIRST_SHARE = 1 / 20
 """Largest share of the first tokens' time, decoded alone, that the first switch to drafting may cost."""
 _ASSUMED_TARGET_SECONDS = 0.02
 """Of a forward pass of the target, before it is known."""
-_LEAST_SPEEDUP = 0.95
-"""Where guesses tell the acceptance, drafting goes on down to this: margins make rounds better than predicted."""
+_LEAST_SPEEDUP = 0.85
+"""Where guesses tell the acceptance, drafting goes on down to this: a hard passage is short, and to switch costs time.
+
+Margins also make rounds better than predicted.
+"""
 _PRIOR_ROUNDS = 6.0
 _CERTAIN_ROUNDS = 32
 """Before this many rounds, drafting is given up only where it is clearly slower: n rounds have an error of 1/√n."""
@@ -202,13 +205,14 @@ class Planner:
         self._rounds_seen = min(known.rounds, _KNOWN_CERTAINTY)
         self._trials.start(known.alone, known.since, known.wait)
 
-    def decode_len(self, backlog: int = 0) -> int:
+    def decode_len(self, backlog: int = 0, target_backlog: int = 0) -> int:
         """How many tokens the target should decode alone now; 0 to draft.
 
         Args:
             backlog: tokens that the draft model must run before it can draft.
+            target_backlog: tokens of a prompt that the target may have to run before it decodes.
         """
-        prefill = self._prefill_len(backlog)
+        prefill = self._prefill_len(backlog, target_backlog)
         if self._guesses_first:
             return max(prefill, self._first_len)
         if self._estimates.target_seconds is None:
@@ -223,12 +227,16 @@ class Planner:
         target_seconds = self._estimates.target_seconds or _ASSUMED_TARGET_SECONDS
         return round(self._estimates.opened_seconds / (_FIRST_SHARE * target_seconds))
 
-    def _prefill_len(self, backlog: int) -> int:
-        """Tokens of the target while the draft model runs a prompt: the first takes a reply, others a forward pass."""
+    def _prefill_len(self, backlog: int, target_backlog: int) -> int:
+        """Tokens of the target while the draft model runs a prompt.
+
+        The first takes a reply after the target itself has run the prompt, others a forward pass.
+        """
         target_seconds = self._estimates.target_seconds
         if backlog < MIN_BACKLOG or target_seconds is None:
             return 0
-        after_first = backlog * self._estimates.prefill_token_seconds - self._estimates.reply_seconds
+        first_seconds = target_backlog * self._estimates.target_prefill_token_seconds + self._estimates.reply_seconds
+        after_first = backlog * self._estimates.prefill_token_seconds - first_seconds
         return 1 + max(0, round(after_first / max(target_seconds, _INSTANT)))
 
     def should_continue(self, margins: Sequence[float | None]) -> bool:
@@ -313,6 +321,10 @@ class Planner:
     def observe_prefill(self, tokens: int, seconds: float) -> None:
         """Record the time that the draft model took to run ``tokens`` tokens at once."""
         self._estimates.observe_prefill(tokens, seconds)
+
+    def observe_target_prefill(self, tokens: int, reply_seconds: float) -> None:
+        """Record the time of a reply that waited until the target had run ``tokens`` tokens of a prompt."""
+        self._estimates.observe_target_prefill(tokens, reply_seconds)
 
     def observe_opened(self, seconds: float) -> None:
         """Record the time from an Open to its Opened, which waits for no forward pass: about a round trip.
@@ -414,16 +426,19 @@ class Planner:
         """Whether drafting is to go on, or to be taken up again."""
         if self._estimates.drafting_is_slower:
             return False
-        if self.guesses:
-            needed = _LEAST_SPEEDUP
-        elif self._trials.alone:
+        if self._trials.alone:
             needed = 1.0
+        elif self.guesses:
+            needed = _LEAST_SPEEDUP
         else:
             needed = min(1.0, sqrt(self._rounds_seen / _CERTAIN_ROUNDS))
         return self.speedup >= needed
 
     def _plan_trial(self, tokens: float, seconds: float) -> None:
-        """Plan the next trial of the slower way: the last one gave ``tokens`` in ``seconds``, or the next one will."""
+        """Plan the next trial of the slower way: the last one gave ``tokens`` in ``seconds``, or the next one will.
+
+        To go back takes another round trip.
+        """
         target_seconds = max(self._estimates.target_seconds or 0.0, _INSTANT)
         if not self._trials.alone:
             rate, share = self.tokens_per_second, _TARGET_TRIAL_SHARE
@@ -431,6 +446,7 @@ class Planner:
             rate, share = 1 / target_seconds, _GUESSED_TRIAL_SHARE * min(1.0, self.speedup)
         else:
             rate, share = 1 / target_seconds, TRIAL_SHARE
+        seconds += self.times.round_trip_seconds
         self._trials.plan(seconds * rate - tokens, max(share, _INSTANT))
 
     def _expected_trial(self) -> tuple[float, float]:

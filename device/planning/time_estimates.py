@@ -12,7 +12,7 @@ from device.planning.planner_figures import PlannerFigures
 ASSUMED_COST = 1 / 4
 """Time to draft a token over the time of a forward pass of the target, before either is measured."""
 PREFILL_COST = 1 / 5
-"""Time to run a token of a prompt through the draft model over that to draft one, before it is measured."""
+"""Time to run a token of a prompt through either model over that of a pass for one token, before it is measured."""
 _KNOWN_TRIALS = 8.0
 """What an earlier process learnt counts as so many drafted tokens."""
 _SHORTEST = 1e-9
@@ -35,6 +35,7 @@ class TimeEstimates:
         self._replies = Line()
         self._drafting = Ratio()  # seconds over drafted tokens
         self._prefills = Ratio()  # seconds over tokens of a prompt
+        self._target_prefills = Ratio()  # the same of the target
         self._longest_link: float | None = None  # while nothing of this process is observed
 
     def start(self, pass_seconds: float, row_seconds: float, known: PlannerFigures | None) -> None:
@@ -71,6 +72,11 @@ class TimeEstimates:
     def prefill_token_seconds(self) -> float:
         """To run a token of a long prompt through the draft model."""
         return self._prefills.value if self._prefills else PREFILL_COST * self.round_times.draft_seconds
+
+    @property
+    def target_prefill_token_seconds(self) -> float:
+        """What a token of a prompt adds to the first reply, which waits until the target has run the prompt."""
+        return self._target_prefills.value if self._target_prefills else PREFILL_COST * (self.target_seconds or 0.0)
 
     @property
     def drafting_is_slower(self) -> bool:
@@ -119,3 +125,7 @@ class TimeEstimates:
     def observe_prefill(self, tokens: int, seconds: float) -> None:
         """Record the time that the draft model took to run ``tokens`` tokens at once."""
         self._prefills.observe(seconds, tokens)
+
+    def observe_target_prefill(self, tokens: int, reply_seconds: float) -> None:
+        """Record the time of a reply that waited until the target had run ``tokens`` tokens of a prompt."""
+        self._target_prefills.observe(max(0.0, reply_seconds - self.reply_seconds), tokens)

@@ -300,7 +300,7 @@ class DraftRounds:
             if self._next is None:
                 self._concluded, self._next = began, PendingDraft(began)
             self._next.tokens.append(token)
-        self._next.draft_seconds += self._client.now().seconds - began.seconds
+            self._next.draft_seconds += self._client.now().seconds - began.seconds
 
     def _follow(self, tokens: Sequence[int]) -> None:
         """Have the draft model draft what follows ``tokens``; first it runs those that prompt lookup drafted."""
@@ -358,14 +358,15 @@ class DraftRounds:
         """Tell the planner and the record file what a round took."""
         sent = draft.sent
         assert sent is not None
-        drafting = draft.draft_seconds * len(draft.tokens) / max(1, len(draft))
         prefilled = self._requests.take_prefilled()
         reply_seconds = None if prefilled or draft.overlaps else received.seconds - sent.seconds
+        if prefilled:
+            self._planner.observe_target_prefill(prefilled, received.seconds - sent.seconds)
         round_seconds = None if prefilled else received.seconds - self._concluded.seconds
         if draft.is_ready:
             self._planner.observe_lookup_reply(len(draft.tokens), reply_seconds)
         else:
-            self._planner.observe(draft.margins, verdict.accepted, drafting, reply_seconds, round_seconds)
+            self._planner.observe(draft.margins, verdict.accepted, draft.draft_seconds, reply_seconds, round_seconds)
         if logger.isEnabledFor(logging.DEBUG):
             counts = verdict.round_id, verdict.accepted, len(draft.tokens)
             source = "prompt lookup" if any(token.match for token in draft.tokens) else "the draft model"

@@ -17,7 +17,7 @@ class PendingDraft:
         overlaps: whether another Draft was in flight when it was sent.
         assumed_bonus: what it assumes to follow the Draft before it; None where that is known.
         tokens: drafted so far.
-        draft_seconds: the time to draft ``tokens`` and ``assumed_bonus``.
+        draft_seconds: the time to draft ``tokens``.
         sent: when it was sent.
         uplink_bytes: of it on the link.
         is_ready: whether its tokens were there before, from prompt lookup or an outage, so that none is added.

@@ -218,10 +218,14 @@ class DeviceSession:
             return 0
         if self._draft_room and self._settings.draft_len:
             return 0
-        alone = planner.decode_len(self._drafter.backlog(self.tokens)) if self._draft_room else room
+        alone = self._planned_decode_len() if self._draft_room else room
         if self._lookup is not None and alone > TRIAL:  # piece by piece, so that lookup is tried in between
             alone = TRIAL if self._settings.draft_len else planner.decode_piece(alone)
         return min(alone, room)
+
+    def _planned_decode_len(self) -> int:
+        """How many tokens the target decodes alone now, as planned."""
+        return self._rounds.planner.decode_len(self._drafter.backlog(self.tokens), self._requests.prefilling)
 
     @property
     def _draft_room(self) -> int:
@@ -237,8 +241,11 @@ class DeviceSession:
             yield from self._commit((), verdict)
         self._rounds.end_decode()
         seconds = [moment.seconds for moment in moments]
-        first_seconds = None if self._requests.take_prefilled() else seconds[1] - seconds[0]
-        self._rounds.planner.observe_decoded(len(seconds) - 1, first_seconds, seconds[-1] - seconds[1])
+        first_seconds, prefilled = seconds[1] - seconds[0], self._requests.take_prefilled()
+        known_seconds = None if prefilled else first_seconds
+        self._rounds.planner.observe_decoded(len(seconds) - 1, known_seconds, seconds[-1] - seconds[1])
+        if prefilled:
+            self._rounds.planner.observe_target_prefill(prefilled, first_seconds)
         logger.debug("%d tokens of the target alone; next: %s", len(seconds) - 1, self._rounds.planner.explanation)
 
     def _commit(self, drafted: Sequence[DraftedToken], verdict: Verdict) -> list[AnswerToken]:

@@ -56,6 +56,7 @@ class SessionRequests:
 
     Attributes:
         block_verification: whether the session was opened with it.
+        prefilling: tokens of a prompt that the base station may not have run yet.
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class SessionRequests:
         self._tokens = tokens
         self._asks_block_verification = asks_block_verification
         self._answer_start = 0
-        self._prefills = False
+        self.prefilling = 0
         self._refused_at: float | None = None  # the first refusal since the last reply, by the client's clock
         self._unknown = False
         self._session_id = client.new_session_id()
@@ -90,12 +91,12 @@ class SessionRequests:
         Raises:
             SettingsError: the base station does not know these sampling settings.
         """
-        self._prefills, self._answer_start = True, len(prompt_ids)
+        self.prefilling = self._answer_start = len(prompt_ids)
         next(self._replies(lambda: self._open(prompt_ids)))
 
     def extend(self, start: int, token_ids: Sequence[int], sampling: Sampling) -> None:
         """Keep the first ``start`` committed tokens, append ``token_ids``, and sample with these settings."""
-        self._prefills, self._answer_start = True, start + len(token_ids)
+        self.prefilling, self._answer_start = len(token_ids), start + len(token_ids)
         before, self._sampling = self._sampling, sampling
         changed = None if sampling == before else sampling
         next(self._replies(lambda: Extend(self._session_id, self._rounds.round_id, start, tuple(token_ids), changed)))
@@ -171,9 +172,9 @@ class SessionRequests:
         self._rounds.advance(close)
         self._client.send(close)
 
-    def take_prefilled(self) -> bool:
-        """Whether the base station may have prefilled since the last call, so that its reply took longer."""
-        prefilled, self._prefills = self._prefills, False
+    def take_prefilled(self) -> int:
+        """Tokens that the base station may have prefilled since the last call, so that its reply took longer."""
+        prefilled, self.prefilling = self.prefilling, 0
         return prefilled
 
     def _replies(
@@ -242,7 +243,7 @@ class SessionRequests:
     def _start_session(self) -> None:
         """Greet, and take a new session id; the base station may have other limits and stop ids now."""
         self._client.greet()
-        self._prefills = True
+        self.prefilling = len(self._tokens)
         self._session_id = self._client.new_session_id()
         self._rounds = SessionRounds(self._client.stop_ids, self._client.welcome.window)
 
