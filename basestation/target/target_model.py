@@ -144,7 +144,6 @@ class TargetModel:
         refuse_unsplittable(config, share.ranks)
         int8 = may_be_int8(weights, placement, quantization_method(config), share.ranks)
         precision = choose_dtype(dtype, placement, int8)
-        register_attention()
         files = _converted(model, precision, placement) if _is_gguf(model) and use_cache else model
         _check_memory(files, precision, placement, share.ranks)
         loaded, tokenizer, vocabulary = _read(model, files, precision, _CPU if ranks else placement, int8)
@@ -153,11 +152,8 @@ class TargetModel:
             name = _with_int8_weights(loaded, vocabulary, name, tokenizer, use_cache)
         elif quantization_method(loaded.config) is None:
             place_share(loaded, share, placement)
-        tokenizer_json = "" if _is_gguf(model) else _tokenizer_json(tokenizer)
-        kv_bytes = kv_budget(kv_memory, placement)
-        if ranks:
-            kv_bytes = ranks.join(placement, kv_bytes)
-        return cls(loaded, vocabulary, name, kv_bytes, tokenizer_json, int8, ranks)
+        kv_bytes = _kv_bytes(kv_memory, placement, ranks)
+        return cls(loaded, vocabulary, name, kv_bytes, _tokenizer_json(model, tokenizer), int8, ranks)
 
     def new_kv_cache(self) -> SequenceKVCache:
         """An empty KV cache for one session."""
@@ -210,6 +206,12 @@ def place_share(model: Any, share: Share, placement: torch.device) -> None:
     model.to(placement)
     if placement.type == "cpu":
         pack_linears(model)
+
+
+def _kv_bytes(kv_memory: str, placement: torch.device, ranks: Ranks | None) -> int:
+    """Bytes for the KV pool, now that the weights are loaded: with ranks, what each has once all have joined."""
+    kv_bytes = kv_budget(kv_memory, placement)
+    return ranks.join(placement, kv_bytes) if ranks else kv_bytes
 
 
 def _with_int8_weights(model: Any, vocabulary: Vocabulary, name: str, tokenizer: Any, use_cache: bool) -> str:
@@ -288,6 +290,7 @@ def _allocated(shape: KVShape, kv_memory: int) -> KVPages:
 
 def _load(model: str, dtype: torch.dtype, placement: torch.device) -> Any:
     """A model folder, hub name or ``.gguf`` file, as transformers loads it: on CUDA without a copy on the host."""
+    register_attention()
     source, gguf_file = _source(model)
     options: dict[str, Any] = {**gguf_file, "dtype": dtype, "attn_implementation": ATTENTION_NAME}
     config = None if gguf_file else read_config(model)
@@ -436,9 +439,9 @@ def _vocabulary(tokenizer: Any, model: Any) -> Vocabulary:
     return Vocabulary(ids, model.get_output_embeddings().weight.shape[0], _logged(sources))
 
 
-def _tokenizer_json(tokenizer: Any) -> str:
-    """The fast tokenizer as a ``tokenizer.json``; "" where there is none."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
+def _tokenizer_json(model: str, tokenizer: Any) -> str:
+    """The fast tokenizer as a ``tokenizer.json``; "" where there is none, as for a ``.gguf`` file."""
+    backend = None if _is_gguf(model) else getattr(tokenizer, "backend_tokenizer", None)
     return str(backend.to_str()) if backend is not None else ""
 
 
