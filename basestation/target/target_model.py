@@ -140,14 +140,13 @@ class TargetModel:
         """
         placement = choose_placement(torch_device)
         kv_budget(kv_memory, placement)  # refuse an invalid size before the slow part
-        config, share = read_config(model), ranks.share if ranks else Share()
+        name, config, share = model_name(model), read_config(model), ranks.share if ranks else Share()
         refuse_unsplittable(config, share.ranks)
         int8 = may_be_int8(weights, placement, quantization_method(config), share.ranks)
         precision = choose_dtype(dtype, placement, int8)
         files = _converted(model, precision, placement) if _is_gguf(model) and use_cache else model
         _check_memory(files, precision, placement, share.ranks)
         loaded, tokenizer, vocabulary = _read(model, files, precision, _CPU if ranks else placement, int8)
-        name = model_name(model)
         if int8 := int8 and (weights == "int8" or is_faster(loaded)):
             name = _with_int8_weights(loaded, vocabulary, name, tokenizer, use_cache)
         elif quantization_method(loaded.config) is None:
