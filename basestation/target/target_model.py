@@ -146,24 +146,19 @@ class TargetModel:
         """
         placement = choose_placement(torch_device)
         kv_budget(kv_memory, placement)  # refuse an invalid size before the slow part
-        config, share = read_config(model), ranks.share if ranks else Share()
+        name, config, share = model_name(model), read_config(model), ranks.share if ranks else Share()
         refuse_unsplittable(config, share.ranks)
         int8 = may_be_int8(weights, placement, quantization_method(config), share.ranks)
         precision = choose_dtype(dtype, placement, int8)
-        register_attention()
         files = _converted(model, precision, placement) if _is_gguf(model) and use_cache else model
         _check_memory(files, precision, placement, share.ranks)
         loaded, tokenizer, vocabulary = _read(model, files, precision, _CPU if ranks else placement, int8)
-        name = model_name(model)
         if int8 := int8 and (weights == "int8" or is_faster(loaded)):
             name = _with_int8_weights(loaded, vocabulary, name, tokenizer, use_cache)
         elif quantization_method(loaded.config) is None:
             place_share(loaded, share, placement)
-        tokenizer_json = "" if _is_gguf(model) else _tokenizer_json(tokenizer)
-        kv_bytes = kv_budget(kv_memory, placement)
-        if ranks:
-            kv_bytes = ranks.join(placement, kv_bytes)
-        return cls(loaded, vocabulary, name, kv_bytes, tokenizer_json, int8, cuda_graphs and not ranks, ranks)
+        kv_bytes, graphs = _kv_bytes(kv_memory, placement, ranks), cuda_graphs and not ranks
+        return cls(loaded, vocabulary, name, kv_bytes, _tokenizer_json(model, tokenizer), int8, graphs, ranks)
 
     def new_kv_cache(self) -> SequenceKVCache:
         """An empty KV cache for one session."""
@@ -216,6 +211,12 @@ def place_share(model: Any, share: Share, placement: torch.device) -> None:
     model.to(placement)
     if placement.type == "cpu":
         pack_linears(model)
+
+
+def _kv_bytes(kv_memory: str, placement: torch.device, ranks: Ranks | None) -> int:
+    """Bytes for the KV pool, now that the weights are loaded: with ranks, what each has once all have joined."""
+    kv_bytes = kv_budget(kv_memory, placement)
+    return ranks.join(placement, kv_bytes) if ranks else kv_bytes
 
 
 def _with_int8_weights(model: Any, vocabulary: Vocabulary, name: str, tokenizer: Any, use_cache: bool) -> str:
@@ -294,6 +295,7 @@ def _allocated(shape: KVShape, kv_memory: int) -> KVPages:
 
 def _load(model: str, dtype: torch.dtype, placement: torch.device) -> Any:
     """A model folder, hub name or ``.gguf`` file, as transformers loads it: on CUDA without a copy on the host."""
+    register_attention()
     source, gguf_file = _source(model)
     options: dict[str, Any] = {**gguf_file, "dtype": dtype, "attn_implementation": ATTENTION_NAME}
     config = None if gguf_file else read_config(model)
@@ -442,9 +444,9 @@ def _vocabulary(tokenizer: Any, model: Any) -> Vocabulary:
     return Vocabulary(ids, model.get_output_embeddings().weight.shape[0], _logged(sources))
 
 
-def _tokenizer_json(tokenizer: Any) -> str:
-    """The fast tokenizer as a ``tokenizer.json``; "" where there is none."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
+def _tokenizer_json(model: str, tokenizer: Any) -> str:
+    """The fast tokenizer as a ``tokenizer.json``; "" where there is none, as for a ``.gguf`` file."""
+    backend = None if _is_gguf(model) else getattr(tokenizer, "backend_tokenizer", None)
     return str(backend.to_str()) if backend is not None else ""
 
 
