@@ -240,6 +240,35 @@ def test_the_target_goes_on_alone_until_drafting_is_faster() -> None:
     assert planner.decode_len() > 0
 
 
+def guessing_planner(known: PlannerFigures) -> Planner:
+    planner = Planner(manifest(VOCAB).quality, greedy=True)
+    planner.drafts_ahead, planner.guesses = 3, True
+    planner.start(0.0, 0.0, known)
+    planner.observe_opened(0.1)
+    return planner
+
+
+def test_with_guesses_drafting_goes_on_where_it_is_slightly_slower_but_is_not_taken_up_there() -> None:
+    between = 0
+    for acceptance in (percent / 100 for percent in range(50, 96, 2)):
+        known = replace(FIGURES, acceptance=acceptance, tokens_per_second=1 / FIGURES.target_seconds)
+        drafting, alone = (guessing_planner(replace(known, alone=is_alone)) for is_alone in (False, True))
+        assert drafting.speedup == pytest.approx(alone.speedup)
+        assert (drafting.decode_len() == 0) is (drafting.speedup >= 0.85)
+        assert (alone.decode_len() == 0) is (alone.speedup >= 1)
+        between += 0.85 <= alone.speedup < 1
+    assert between
+
+
+def test_with_guesses_the_cost_of_a_trial_of_drafting_includes_the_way_back() -> None:
+    planner = guessing_planner(replace(FIGURES, acceptance=0.5, tokens_per_second=20.0, alone=True, since=64, wait=64))
+    assert planner.decode_len() == 0  # the trial
+    planner.observe([None] * 4, 0, 0.016, 0.134, 0.6)
+    assert planner.figures is not None
+    lost = (0.6 + planner.times.round_trip_seconds) / planner.times.target_seconds() - 1
+    assert planner.figures.wait == pytest.approx(100 * lost / planner.speedup, rel=0.01)
+
+
 def test_a_planner_that_decoded_alone_goes_on_and_keeps_the_schedule_of_trials() -> None:
     known = replace(FIGURES, draft_seconds=0.2, tokens_per_second=5.0, alone=True, since=50, wait=64)
     planner = Planner(manifest(VOCAB).quality, greedy=False)

@@ -435,18 +435,15 @@ class Planner:
         return self.speedup >= needed
 
     def _plan_trial(self, tokens: float, seconds: float) -> None:
-        """Plan the next trial of the slower way: the last one gave ``tokens`` in ``seconds``, or the next one will.
-
-        To go back takes another round trip.
-        """
+        """Plan the next trial of the slower way: the last one gave ``tokens`` in ``seconds``, or the next one will."""
         target_seconds = max(self._estimates.target_seconds or 0.0, _INSTANT)
         if not self._trials.alone:
             rate, share = self.tokens_per_second, _TARGET_TRIAL_SHARE
         elif self.guesses:
             rate, share = 1 / target_seconds, _GUESSED_TRIAL_SHARE * min(1.0, self.speedup)
+            seconds += self.times.round_trip_seconds  # to go back
         else:
             rate, share = 1 / target_seconds, TRIAL_SHARE
-        seconds += self.times.round_trip_seconds
         self._trials.plan(seconds * rate - tokens, max(share, _INSTANT))
 
     def _expected_trial(self) -> tuple[float, float]:
