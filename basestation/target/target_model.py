@@ -128,10 +128,9 @@ class TargetModel:
         cuda_graphs: bool = True,
         ranks: Ranks | None = None,
     ) -> "TargetModel":
-        """Load a model folder, hub name or ``.gguf`` file.
+        """Load ``model``: a folder, a hub name or a ``.gguf`` file.
 
         Args:
-            model: the path or name.
             dtype: of ``DTYPES``, or ``auto``: bfloat16 for int8 weights, else see ``choose_dtype``.
             torch_device: a PyTorch device, or ``auto``: CUDA if available.
             kv_memory: for the KV pool, like ``4GiB``, or ``auto``: of what is then free half, on CUDA nine tenths.
@@ -150,8 +149,7 @@ class TargetModel:
         refuse_unsplittable(config, share.ranks)
         int8 = may_be_int8(weights, placement, quantization_method(config), share.ranks)
         precision = choose_dtype(dtype, placement, int8)
-        files = _converted(model, precision, placement) if _is_gguf(model) and use_cache else model
-        _check_memory(files, precision, placement, share.ranks)
+        files = _files(model, precision, placement, share.ranks, use_cache)
         loaded, tokenizer, vocabulary = _read(model, files, precision, _CPU if ranks else placement, int8)
         if int8 := int8 and (weights == "int8" or is_faster(loaded)):
             name = _with_int8_weights(loaded, vocabulary, name, tokenizer, use_cache)
@@ -324,6 +322,17 @@ def _read(
             tokenizer = _tokenizer(model)
             return loaded.eval(), tokenizer, _vocabulary(tokenizer, loaded)
         return loaded.eval(), _tokenizer(model) if int8 else None, _gguf_vocabulary(Path(model), loaded)
+
+
+def _files(model: str, dtype: torch.dtype, placement: torch.device, ranks: int, use_cache: bool) -> str:
+    """What to read: the model, or its converted ``.gguf`` file; memory is enough for it.
+
+    Raises:
+        ModelError: it does not fit, or the file cannot be converted.
+    """
+    files = _converted(model, dtype, placement) if _is_gguf(model) and use_cache else model
+    _check_memory(files, dtype, placement, ranks)
+    return files
 
 
 def _check_memory(model: str, dtype: torch.dtype, placement: torch.device, ranks: int) -> None:
