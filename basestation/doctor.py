@@ -25,7 +25,6 @@ from basestation.target.int8_linear import may_be_int8
 from basestation.target.packed_linear import packed_dtype
 from basestation.target.placement import choose_dtype, choose_placement, dtype_name
 from basestation.target.target_model import context_length, kv_shape, model_folder, page_count, read_config
-from basestation.target.tensor_parallel import refuse_unsplittable
 from common.checks import Checks, Finding, Outcome, Status
 from common.key_files import read_public
 from common.loopback import is_loopback
@@ -67,8 +66,7 @@ def _check_target(checks: Checks, options: StationOptions) -> None:
 
 
 def _target(model: str, ranks: int) -> Finding[Any]:
-    config = read_config(model)
-    refuse_unsplittable(config, ranks)
+    config = read_config(model, ranks)
     text = config.get_text_config()
     told = f"{model}: {text.model_type}, {text.num_hidden_layers} layers, vocabulary {text.vocab_size}"
     return Finding(told if ranks == 1 else f"{told}, split over {ranks} ranks", config)

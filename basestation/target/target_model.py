@@ -128,9 +128,10 @@ class TargetModel:
         cuda_graphs: bool = True,
         ranks: Ranks | None = None,
     ) -> "TargetModel":
-        """Load ``model``: a folder, a hub name or a ``.gguf`` file.
+        """Load a model folder, hub name or ``.gguf`` file.
 
         Args:
+            model: the path or name.
             dtype: of ``DTYPES``, or ``auto``: bfloat16 for int8 weights, else see ``choose_dtype``.
             torch_device: a PyTorch device, or ``auto``: CUDA if available.
             kv_memory: for the KV pool, like ``4GiB``, or ``auto``: of what is then free half, on CUDA nine tenths.
@@ -143,10 +144,9 @@ class TargetModel:
             SettingsError: dtype, device or weights do not exist here, the KV pool is too small, or heads do not divide.
             ModelError: it cannot be found or read, does not fit, or has an unsupported architecture.
         """
-        placement = choose_placement(torch_device)
+        placement, share = choose_placement(torch_device), ranks.share if ranks else Share()
         kv_budget(kv_memory, placement)  # refuse an invalid size before the slow part
-        name, config, share = model_name(model), read_config(model), ranks.share if ranks else Share()
-        refuse_unsplittable(config, share.ranks)
+        name, config = model_name(model), read_config(model, share.ranks)
         int8 = may_be_int8(weights, placement, quantization_method(config), share.ranks)
         precision = choose_dtype(dtype, placement, int8)
         files = _files(model, precision, placement, share.ranks, use_cache)
@@ -187,11 +187,12 @@ class TargetModel:
         return logits
 
 
-def read_config(model: str) -> Any:
+def read_config(model: str, ranks: int = 1) -> Any:
     """The transformers configuration of a model folder, hub name or ``.gguf`` file, without its weights.
 
     Raises:
         ModelError: it cannot be found or read, or has an unsupported architecture.
+        SettingsError: its heads do not divide among ``ranks``.
     """
     with _quiet_tools(), _named_failures(model):
         source, options = _source(model)
@@ -199,6 +200,7 @@ def read_config(model: str) -> Any:
             refuse_gguf_rope(Path(model))
         config = AutoConfig.from_pretrained(source, **options)
         refuse_unsupported(config)
+    refuse_unsplittable(config, ranks)
     return config
 
 
