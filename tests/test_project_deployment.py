@@ -200,7 +200,7 @@ def test_systemd_accepts_the_unit_of_a_base_station(tmp_path: Path) -> None:
 
 
 def test_an_image_is_built_with_every_file_of_its_packages() -> None:
-    kept = [line.removeprefix("!") for line in (PROJECT / ".dockerignore").read_text().splitlines()]
-    for package in ("protocol", "common", "export", "device", "basestation"):
-        files = [path.relative_to(PROJECT) for path in (PROJECT / package).rglob("*.*") if path.suffix != ".pyc"]
-        assert [path for path in files if not any(path.match(pattern) for pattern in kept[1:])] == []
+    """Whole folders: buildah does not look for ``!package/*/*.py`` within a folder that ``*`` leaves out."""
+    kept = [line.removeprefix("!") for line in (PROJECT / ".dockerignore").read_text().splitlines() if line[0] == "!"]
+    assert {"protocol", "common", "export", "device", "basestation", "docker/locks"} <= set(kept)
+    assert [path for path in kept if not (PROJECT / path).exists()] == []
