@@ -49,9 +49,14 @@ def test_a_measured_pair_has_its_sections(tmp_path: Path) -> None:
     rows = [{**row, "speedup": 1.5, "load_average": 1.0} for row in rows]
     Results({}, rows).write(tmp_path / "categories.json")
     Results({}, [{"case": "llama.cpp, with draft", "missing": "needs node"}]).write(tmp_path / "peers.json")
+    others = "lookup", "lookup_summarization", "lookup_rag", "verification", "weights"
+    for name in others:
+        Results({}, [{"case": f"row of {name}"}]).write(tmp_path / f"{name}.json")
+    Results({}, rows).write(tmp_path / "bridge.json")
     text = write_report(tmp_path, tmp_path).read_text(encoding="utf-8")
+    assert [name for name in others if f"| row of {name} |" not in text] == []
+    assert text.count("### Categories at temperature 0") == 2
     assert "0 of the 16 cells of the grid were measured" in text
-    assert "### Categories at temperature 0" in text
     assert "Failed: coding, ids, auto: refused." in text
     assert "| llama.cpp, with draft | needs node |" in text
     assert (tmp_path / "plots" / "pair_speedup_0.svg").exists()

@@ -154,10 +154,22 @@ def test_other_settings_or_another_bundle_base_station_or_target_have_figures_of
         store_in(tmp_path).read(replace(SETTINGS, mode=Mode.TOPK), WELCOME),
         store_in(tmp_path).read(replace(SETTINGS, drafts_ahead=0), WELCOME),
         store_in(tmp_path).read(sampled, WELCOME),
+        store_in(tmp_path).read(replace(SETTINGS, lookup=not SETTINGS.lookup), WELCOME),
         store_in(tmp_path).read(replace(SETTINGS, sampling=Sampling(0.0)), WELCOME),
     ]
     assert others == [None] * len(others)
     assert store_in(tmp_path).read(replace(SETTINGS, sampling=Sampling(0.9, seed=7)), WELCOME) == FIGURES
+
+
+def test_block_verification_has_figures_of_its_own_where_distributions_are_sent(tmp_path: Path) -> None:
+    block = replace(SETTINGS, block_verification=True)
+    written(tmp_path)
+    assert store_in(tmp_path).read(block, WELCOME) == FIGURES
+    token_wise, block = (replace(settings, mode=Mode.TOPK) for settings in (SETTINGS, block))
+    written(tmp_path, token_wise)
+    assert store_in(tmp_path).read(block, WELCOME) is None
+    planners = Planners(manifest(VOCAB).quality)
+    assert planners.for_settings(token_wise, WELCOME) is not planners.for_settings(block, WELCOME)
 
 
 def test_a_target_that_is_replaced_while_a_process_runs_gets_a_planner_of_its_own(tmp_path: Path) -> None:

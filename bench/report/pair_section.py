@@ -19,6 +19,20 @@ PAIR_COMMANDS = {
         "edgedraft-bench peers --bundle build/pair/bundle --target build/pair/target --draft build/pair/draft "
         "--small-draft build/sample --target-gguf FILE --draft-gguf FILE"
     ),
+    "lookup": "edgedraft-bench lookup --bundle build/pair/bundle --target build/pair/target",
+    "lookup_summarization": (
+        "edgedraft-bench lookup --bundle build/pair/bundle --target build/pair/target --prompts FILE "
+        "--category summarization"
+    ),
+    "lookup_rag": (
+        "edgedraft-bench lookup --bundle build/pair/bundle --target build/pair/target --prompts FILE --category rag"
+    ),
+    "verification": "edgedraft-bench verification --bundle build/pair/bundle --target build/pair/target --prompts FILE",
+    "bridge": (
+        "edgedraft-bench categories --bundle build/pair/bridge --target build/pair/target --prompts FILE "
+        "--category coding --category math"
+    ),
+    "weights": "edgedraft-bench weights --target build/pair/target --prompts FILE",
 }
 PAIR_CELLS = [
     Cell(temperature, round_trip, uplink)
@@ -62,6 +76,31 @@ def peer_parts(results: Results) -> Iterator[str]:
         "target in its own format. `over its target alone` and `edgedraft over it` are medians of paired answers with "
         "a bootstrap 95 % interval, `same answers` counts those equal to the program's own target alone.\n\n"
         + table(results.rows)
+    )
+
+
+def lookup_parts(results: Results) -> Iterator[str]:
+    """What is compared, and the table."""
+    yield (
+        "Medians of paired answers, with a bootstrap 95 % interval: tokens per second over those of the target alone, "
+        "and over those of the draft model without lookup.\n\n" + table(results.rows)
+    )
+
+
+def verification_parts(results: Results) -> Iterator[str]:
+    """What is compared, and the table."""
+    yield (
+        "Block verification over token-wise verification in mode `topk`, with a bootstrap 95 % interval. The "
+        "acceptance length is the mean of all rounds.\n\n" + table(results.rows)
+    )
+
+
+def weights_parts(results: Results) -> Iterator[str]:
+    """What is compared, and the table."""
+    yield (
+        "Int8 weights by which layers' rows are rotated. `argmax` and `overlap`, Σ min(p, q) at temperature 1, compare "
+        "with the original on its own answers; `over packed` is the speedup over packed bfloat16 weights, the median "
+        "of passes that take turns, with a bootstrap 95 % interval.\n\n" + table(results.rows)
     )
 
 

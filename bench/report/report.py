@@ -1,6 +1,7 @@
 """docs/results.md and its plots, written from result files alone; a missing file is reported as not measured."""
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -9,7 +10,15 @@ import typer
 from bench.grid.cells import ROUND_TRIPS_MS, TEMPERATURES, UPLINKS_MBIT, cells
 from bench.report.grid_section import grid_parts
 from bench.report.markdown import by_case, table
-from bench.report.pair_section import PAIR_COMMANDS, category_parts, pair_grid_parts, peer_parts
+from bench.report.pair_section import (
+    PAIR_COMMANDS,
+    category_parts,
+    lookup_parts,
+    pair_grid_parts,
+    peer_parts,
+    verification_parts,
+    weights_parts,
+)
 from bench.report.plots import plot_draft_lens, plot_uplink
 from bench.setup.options import console
 from bench.setup.results import Results, format_value, number
@@ -228,12 +237,17 @@ def _ceiling(results: Results | None) -> Iterator[str]:
 
 def _pair(found: Mapping[str, Results | None], plots: Path) -> Iterator[str]:
     """The sections of a pair that was measured."""
-    if results := found["categories"]:
-        yield from _section("A real pair: categories of prompts", "categories", results)
-        yield from category_parts(results)
-    if results := found["pair_grid"]:
-        yield from _section("A real pair: a grid of links", "pair_grid", results)
-        yield from pair_grid_parts(results, plots)
-    if results := found["peers"]:
-        yield from _section("A real pair: other programs", "peers", results)
-        yield from peer_parts(results)
+    for name, title, parts in (
+        ("categories", "categories of prompts", category_parts),
+        ("pair_grid", "a grid of links", partial(pair_grid_parts, plots=plots)),
+        ("peers", "other programs", peer_parts),
+        ("lookup", "prompt lookup on code edits", lookup_parts),
+        ("lookup_summarization", "prompt lookup on summaries", lookup_parts),
+        ("lookup_rag", "prompt lookup on questions with documents", lookup_parts),
+        ("verification", "block verification", verification_parts),
+        ("bridge", "a draft model of another vocabulary", category_parts),
+        ("weights", "int8 weights of the target", weights_parts),
+    ):
+        if results := found[name]:
+            yield from _section(f"A real pair: {title}", name, results)
+            yield from parts(results)

@@ -1,7 +1,7 @@
 """Files in which a process leaves what its planners learnt for the next one.
 
-One file for each bundle, base station, target, mode, Drafts ahead, prompt lookup or none, and
-class of temperatures. A file that cannot be read or written costs the figures, never an answer.
+One file for each bundle, base station, target, mode, way of verification, Drafts ahead, prompt
+lookup or none, and class of temperatures. A file that cannot be read or written costs the figures, never an answer.
 Files are replaced as a whole, so that processes do not disturb each other.
 
 Knows files; not what the figures are for.
@@ -69,7 +69,7 @@ class PlannerStore:
         target = welcome.model, welcome.vocab_size, welcome.context_length, welcome.stop_ids
         temperature = ceil(settings.sampling.temperature / _TEMPERATURE_STEP)
         drafting = settings.mode, asdict(settings.uplink), settings.drafts_ahead, settings.lookup
-        key = json.dumps([self._bundle, self._address, target, drafting, temperature])
+        key = json.dumps([self._bundle, self._address, target, drafting, settings.asks_block_verification, temperature])
         return self._folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
 
     def _delete_oldest(self) -> None:

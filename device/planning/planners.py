@@ -30,13 +30,13 @@ class Planners:
         self._quality = quality
         self._new_planner = new_planner
         self._store = store
-        self._planners: dict[tuple[Mode, float, int | None, int | None, bool, str], Planner] = {}
+        self._planners: dict[tuple[Mode, float, int | None, int | None, bool, bool, str], Planner] = {}
 
     def for_settings(self, settings: DraftSettings, welcome: Welcome) -> Planner:
-        """The planner for a mode, a temperature, a fixed draft length, Drafts ahead, prompt lookup and a target."""
+        """The planner for a mode, a temperature, ways to draft and to verify, and a target."""
         sampling = settings.sampling
         drafting = settings.draft_len, settings.drafts_ahead, settings.lookup
-        key = (settings.mode, sampling.temperature, *drafting, welcome.model)
+        key = (settings.mode, sampling.temperature, *drafting, settings.asks_block_verification, welcome.model)
         if key not in self._planners:
             planner = self._planners[key] = self._new_planner(self._quality, settings.sampling.greedy)
             known = self._store.read(settings, welcome) if self._store and settings.draft_len is None else None
