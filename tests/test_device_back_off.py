@@ -16,8 +16,8 @@ from bench.setup.bench_setup import bench_setup
 from bench.setup.prompts import OWN_PROMPTS
 from bench.setup.station_process import running_station
 from device.link.link import Link
-from device.planning.planner import TRIAL
 from device.planning.planners import Planners
+from device.planning.trials import TRIAL
 from device.session.client import Client
 from device.session.session import DeviceSession
 from device.settings import DraftSettings, Timeouts

@@ -10,9 +10,9 @@ from typing import cast
 import pytest
 
 from common.round_model import expected_tokens
-from device.planning.planner import FIRST_DRAFT_LEN, MAX_DRAFT_LEN, TRIAL, TRIAL_SHARE, Planner
+from device.planning.planner import FIRST_DRAFT_LEN, MAX_DRAFT_LEN, Planner
 from device.planning.planners import Planners
-from device.planning.trials import MIN_WAIT
+from device.planning.trials import MIN_WAIT, TRIAL, TRIAL_SHARE
 from device.settings import DraftSettings
 from protocol.bundle import QualityFigures
 from protocol.messages import Decode, Draft, Mode, Sampling

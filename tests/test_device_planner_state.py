@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from device.planning.planner import TRIAL, Planner
+from device.planning.planner import Planner
 from device.planning.planner_figures import PlannerFigures
 from device.planning.planner_store import MAX_FILES, PlannerStore
 from device.planning.planners import Planners
 from device.planning.time_estimates import ASSUMED_COST, PREFILL_COST
+from device.planning.trials import TRIAL
 from device.settings import DraftSettings
 from device.state_folder import state_folder
 from protocol.messages import Decode, Draft, Mode, Sampling, Welcome

@@ -5,7 +5,7 @@ Knows numbers, not models or links; the formulas are in ``common/round_model.py`
 
 from collections.abc import Sequence
 from dataclasses import replace
-from math import ceil, sqrt
+from math import ceil
 
 from common.estimates import DECAY, Ratio
 from common.round_model import RoundTimes, expected_tokens, run_tokens
@@ -13,23 +13,15 @@ from device.drafting.prompt_lookup import Proposal
 from device.planning.acceptance import Acceptance, Evidence
 from device.planning.planner_figures import MAX_ROUNDS, PlannerFigures
 from device.planning.time_estimates import TimeEstimates
-from device.planning.trials import MIN_WAIT, Trials
+from device.planning.trials import MIN_WAIT, TRIAL, Speeds, Trials
 from protocol.bundle import QualityFigures
 
 MAX_DRAFT_LEN = 32
 """Longest planned draft: the formulas assume the same acceptance at every position, which fails further out."""
 FIRST_DRAFT_LEN = 4
 """The first round is short: the link's rate is not known yet."""
-TRIAL = 3
-"""Tokens that the target decodes alone to measure its speed: two intervals."""
 MIN_BACKLOG = 32
 """Tokens that the draft model must run before it can draft, from which on the target decodes alone meanwhile."""
-TRIAL_SHARE = 1 / 50
-"""Largest share of all time that trials of drafting may cost."""
-_GUESSED_TRIAL_SHARE = 1 / 100
-"""The same where guesses tell the acceptance, so that a trial tells the times alone; less the slower drafting is."""
-_TARGET_TRIAL_SHARE = 1 / 100
-"""The same for trials of the target alone, which run where drafting is faster, usually by far."""
 _LOOKUP_SHARE = 1 / 40
 """Largest share of the time that the target alone may lose because it decodes piece by piece, for prompt lookup."""
 _LEAST_PIECE = 2
@@ -37,14 +29,7 @@ _FIRST_SHARE = 1 / 20
 """Largest share of the first tokens' time, decoded alone, that the first switch to drafting may cost."""
 _ASSUMED_TARGET_SECONDS = 0.02
 """Of a forward pass of the target, before it is known."""
-_LEAST_SPEEDUP = 0.85
-"""Where guesses tell the acceptance, drafting goes on down to this: a hard passage is short, and to switch costs time.
-
-Margins also make rounds better than predicted.
-"""
 _PRIOR_ROUNDS = 6.0
-_CERTAIN_ROUNDS = 32
-"""Before this many rounds, drafting is given up only where it is clearly slower: n rounds have an error of 1/√n."""
 ALONE_DECAY = 0.5
 """Weight that earlier rounds keep after the target has decoded ``MIN_WAIT`` tokens alone."""
 MIN_SURVIVAL = 0.15
@@ -414,43 +399,21 @@ class Planner:
             return
         self._overlapped_lens.clear()
         self._predicted = self._predict()
-        self._trials.since += tokens
-        if self._pays() is self._trials.alone:
-            self._trials.switch()
-            if self.guesses:
-                self._plan_trial(*self._expected_trial())
-        elif alone is not self._trials.alone:
-            self._plan_trial(tokens, seconds)
+        self._trials.review(self._speeds, alone, tokens, seconds)
 
-    def _pays(self) -> bool:
-        """Whether drafting is to go on, or to be taken up again."""
-        if self._estimates.drafting_is_slower:
-            return False
-        if self._trials.alone:
-            needed = 1.0
-        elif self.guesses:
-            needed = _LEAST_SPEEDUP
-        else:
-            needed = min(1.0, sqrt(self._rounds_seen / _CERTAIN_ROUNDS))
-        return self.speedup >= needed
-
-    def _plan_trial(self, tokens: float, seconds: float) -> None:
-        """Plan the next trial of the slower way: the last one gave ``tokens`` in ``seconds``, or the next one will."""
-        target_seconds = max(self._estimates.target_seconds or 0.0, _INSTANT)
-        if not self._trials.alone:
-            rate, share = self.tokens_per_second, _TARGET_TRIAL_SHARE
-        elif self.guesses:
-            rate, share = 1 / target_seconds, _GUESSED_TRIAL_SHARE * min(1.0, self.speedup)
-            seconds += self.times.round_trip_seconds  # to go back
-        else:
-            rate, share = 1 / target_seconds, TRIAL_SHARE
-        self._trials.plan(seconds * rate - tokens, max(share, _INSTANT))
-
-    def _expected_trial(self) -> tuple[float, float]:
-        """Tokens and seconds of a trial of the slower way."""
-        if self._trials.alone:
-            return self._predicted
-        return TRIAL, self._estimates.reply_seconds + (TRIAL - 1) * (self._estimates.target_seconds or 0.0)
+    @property
+    def _speeds(self) -> Speeds:
+        return Speeds(
+            tokens_per_second=self.tokens_per_second,
+            speedup=max(self.speedup, _INSTANT),
+            drafting_is_slower=self._estimates.drafting_is_slower,
+            rounds_seen=self._rounds_seen,
+            guesses=self.guesses,
+            target_seconds=max(self._estimates.target_seconds or 0.0, _INSTANT),
+            reply_seconds=self._estimates.reply_seconds,
+            round_trip_seconds=self.times.round_trip_seconds,
+            predicted_round=self._predicted,
+        )
 
     def _predict(self) -> tuple[float, float]:
         """Tokens and seconds of a round, from the estimates."""

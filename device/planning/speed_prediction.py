@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 
 from common.round_model import expected_tokens
 from device.drafting.draft_model import SequenceModel
-from device.planning.planner import FIRST_DRAFT_LEN, MAX_DRAFT_LEN, TRIAL, Planner
+from device.planning.planner import FIRST_DRAFT_LEN, MAX_DRAFT_LEN, Planner
+from device.planning.trials import TRIAL
 from device.session.client import Client
 from device.session.session import DeviceSession
 from device.settings import DraftSettings

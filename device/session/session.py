@@ -13,7 +13,8 @@ from common.grammar import Grammar
 from device.drafting.draft_model import SequenceModel
 from device.drafting.drafter import DraftedToken, Drafter
 from device.drafting.lookup_drafter import LookupDrafter
-from device.planning.planner import MIN_BACKLOG, TRIAL, Planner
+from device.planning.planner import MIN_BACKLOG, Planner
+from device.planning.trials import TRIAL
 from device.session.client import Client
 from device.session.draft_rounds import Counters, DraftRounds
 from device.session.session_requests import SessionRequests
