@@ -41,6 +41,7 @@ from tests.link_pair import open_session
 from tests.raw_device import hello
 from tests.relay import CountingRelay
 from tests.serving import serving
+from tests.wait import wait_for
 
 VOCAB = 12
 TARGET = random_table(VOCAB, seed=1)
@@ -310,12 +311,12 @@ def test_a_refused_device_is_refused_all_the_same_where_revoked_keys_cannot_be_l
     assert any("cannot tell whether a key is revoked" in record.message for record in caplog.records)
 
 
-def test_a_device_that_cannot_be_looked_up_is_admitted_later(site: Site) -> None:
+def test_a_device_that_cannot_be_looked_up_is_admitted_later(site: Site, caplog: pytest.LogCaptureFixture) -> None:
     keys, manifest = site.keys("phone"), draft_model().manifest
     with ThreadPoolExecutor() as pool:
         with hidden_devices(site):
             greeting = pool.submit(Client, site.link(keys), manifest, Timeouts(connect=30, resend=0.2))
-            time.sleep(1)
+            wait_for(lambda: "cannot tell whether a key is enrolled" in caplog.text)
             assert not greeting.done()
         session = open_session(greeting.result(), IDS, draft_model(), PROMPT)
         assert answer_of(session, 10) == target_alone(TARGET, PROMPT, 10)
