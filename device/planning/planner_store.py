@@ -1,8 +1,8 @@
 """Files in which a process leaves what its planners learnt for the next one.
 
-One file for each bundle, base station, target, mode, way of verification, Drafts ahead, prompt
-lookup or none, and class of temperatures. A file that cannot be read or written costs the figures, never an answer.
-Files are replaced as a whole, so that processes do not disturb each other.
+One file for each bundle, base station, target, mode, kind of verification, Drafts ahead, prompt
+lookup or none, and class of temperatures. A file that cannot be read or written costs the
+figures, never an answer. Files are replaced as a whole, so that processes do not disturb each other.
 
 Knows files; not what the figures are for.
 """
