@@ -33,7 +33,7 @@ def test_ratios_pair_the_answers_of_a_prompt() -> None:
         },
         {CASES[3].name: "lost"},
     )
-    rows = lookup_rows(CASES, measured)
+    rows = lookup_rows(CASES, {"rag": measured})
     assert [row["over_target"] for row in rows] == [f"{one} ({one} to {one})" for one in ("1.00", "2.00", "4.00")] + [
         None
     ]
@@ -42,20 +42,37 @@ def test_ratios_pair_the_answers_of_a_prompt() -> None:
     assert rows[1]["tokens_per_verdict"] == 4
 
 
-def test_the_prompts_are_ten_code_edits_or_a_category_of_a_file(tmp_path: Path) -> None:
-    assert len(set(lookup_prompts(None, CODE_EDIT, 10))) == len(CODE_EDITS) == 10
+def test_several_categories_have_rows_of_all_their_answers() -> None:
+    faster = {case.name: answers(2.0 if case is TARGET else 1.0) for case in CASES}
+    slower = {case.name: answers(2.0 if case is TARGET else 4.0) for case in CASES}
+    rows = lookup_rows(CASES, {"coding": Measured(faster, {}), "qa": Measured(slower, {})})
+    assert [row["category"] for row in rows] == ["coding"] * 4 + ["qa"] * 4 + ["all"] * 4
+    assert [row["over_target"] for row in rows[1::4]] == [
+        "2.00 (2.00 to 2.00)",
+        "0.50 (0.50 to 0.50)",
+        "1.25 (0.50 to 2.00)",
+    ]
+    assert rows[-1]["answers"] == 2
+
+
+def test_the_prompts_are_ten_code_edits_and_the_categories_of_a_file(tmp_path: Path) -> None:
+    edits = lookup_prompts(None, None, 3)
+    assert len(set(edits[CODE_EDIT])) == 10
     file = tmp_path / "prompts.jsonl"
     file.write_text(json.dumps({"category": "rag", "turns": ["Why?"]}), encoding="utf-8")
-    assert lookup_prompts(file, "rag", 10) == ["Why?"]
-    with pytest.raises(SettingsError, match="rag"):
-        lookup_prompts(file, CODE_EDIT, 10)
+    assert lookup_prompts(file, [], 3) == {CODE_EDIT: list(CODE_EDITS), "rag": ["Why?"]}
+    assert lookup_prompts(file, ["rag"], 3) == {"rag": ["Why?"]}
+    with pytest.raises(SettingsError, match="code edit, rag"):
+        lookup_prompts(file, ["rags"], 10)
 
 
 @pytest.mark.model
 def test_the_command_measures_all_cases(tmp_path: Path) -> None:
-    file = tmp_path / "lookup.json"
-    options = ["--count", "1", "--repeats", "1", "--max-new-tokens", "24", "--json", str(file)]
-    done = CliRunner().invoke(app, ["lookup", "--bundle", str(BUNDLE), "--target", str(SAMPLE), *options])
+    prompts, file = tmp_path / "prompts.jsonl", tmp_path / "lookup.json"
+    prompts.write_text(json.dumps({"category": "rag", "turns": ["Repeat: red, green, blue."]}), encoding="utf-8")
+    options = ["--prompts", str(prompts), "--category", "rag", "--repeats", "1", "--max-new-tokens", "24"]
+    pair = ["--bundle", str(BUNDLE), "--target", str(SAMPLE)]
+    done = CliRunner().invoke(app, ["lookup", *pair, *options, "--json", str(file)])
     assert done.exit_code == 0, done.output
     rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
     assert [row["case"] for row in rows] == [case.name for case in CASES]

@@ -28,6 +28,7 @@ from protocol.errors import SettingsError
 from protocol.messages import Mode
 
 CODE_EDIT = "code edit"
+ALL = "all"
 
 
 def lookup(
@@ -35,42 +36,55 @@ def lookup(
     target: TargetOption,
     dtype: DtypeOption = "bfloat16",
     prompts: Annotated[
-        Path | None, typer.Option(help="Spec-Bench jsonl file for --category. Default: the built-in code edits.")
+        Path | None, typer.Option(help="Spec-Bench jsonl file. Default: the built-in code edits alone.")
     ] = None,
-    category: Annotated[str, typer.Option(help="Category of prompts in that file.")] = CODE_EDIT,
-    count: Annotated[int, typer.Option(help="Prompts, or all where there are fewer.", min=1)] = 10,
+    category: Annotated[
+        list[str] | None, typer.Option(help="Category of prompts to measure; repeatable. Default: all.")
+    ] = None,
+    per_category: Annotated[
+        int, typer.Option(help="Prompts of a category of that file, or all where it has fewer.", min=1)
+    ] = 6,
     temperature: TemperatureOption = 0.0,
     max_new_tokens: MaxNewTokensOption = 256,
     repeats: Annotated[int, typer.Option(help="Answers to each prompt in each case.", min=1)] = 3,
     json_file: JsonOption = None,
 ) -> None:
-    """Compare drafting with and without prompt lookup, and lookup without a draft model.
+    """Compare drafting with and without prompt lookup, and lookup without a draft model, by category of prompt.
 
     The cases take turns on each prompt, in alternating order. Ratios are medians over the answers, with a bootstrap
-    95 % interval.
+    95 % interval. The JSON file is written category by category.
     """
-    texts = lookup_prompts(prompts, category, count)
+    texts = lookup_prompts(prompts, category, per_category)
     cases = lookup_cases(Mode.COUPLED if temperature else Mode.IDS)
-    workload = Workload(texts * repeats, AnswerLimits(max_new_tokens, inf))
+    measured: dict[str, Measured] = {}
     with progress_bar() as progress, PairRun(bundle, target, dtype) as pair:
-        task = progress.add_task("answers", total=len(workload.prompts) * len(cases))
-        measured = pair.measure(Cell(temperature), cases, workload, lambda: progress.advance(task))
-        settings: Row = {"category": category, "temperature": temperature, "max_new_tokens": max_new_tokens}
-        results = Results({**pair.described(), **settings, "repeats": repeats}, lookup_rows(cases, measured))
+        task = progress.add_task("answers", total=sum(map(len, texts.values())) * repeats * len(cases))
+        counts: Row = {"per_category": per_category, "repeats": repeats, "max_new_tokens": max_new_tokens}
+        settings = {**pair.described(), "temperature": temperature, **counts}
+        for name, of_category in texts.items():
+            progress.update(task, description=name)
+            workload = Workload(of_category * repeats, AnswerLimits(max_new_tokens, inf))
+            measured[name] = pair.measure(Cell(temperature), cases, workload, lambda: progress.advance(task))
+            results = Results(settings, lookup_rows(cases, measured))
+            results.write(json_file)
     results.show(console)
-    results.write(json_file)
 
 
-def lookup_prompts(path: Path | None, category: str, count: int) -> list[str]:
-    """The built-in code edits, or those of a category of a Spec-Bench file.
+def lookup_prompts(path: Path | None, categories: Sequence[str] | None, most: int) -> dict[str, list[str]]:
+    """The prompts of each category: the built-in code edits, and at most ``most`` of each in a Spec-Bench file.
+
+    Args:
+        path: of the file, if there is one.
+        categories: to measure; None or empty for all.
+        most: prompts of a category of the file.
 
     Raises:
         SettingsError: there is no such category, or the file has another format.
     """
-    by_category = {CODE_EDIT: list(CODE_EDITS)} if path is None else prompts_by_category(path, count)
-    if category not in by_category:
-        raise SettingsError("category", category, ", ".join(by_category))
-    return by_category[category][:count]
+    known = {CODE_EDIT: list(CODE_EDITS), **(prompts_by_category(path, most) if path else {})}
+    if unknown := [name for name in categories or () if name not in known]:
+        raise SettingsError("category", unknown[0], ", ".join(known))
+    return {name: known[name] for name in categories or known}
 
 
 def lookup_cases(mode: Mode) -> list[Case]:
@@ -83,7 +97,19 @@ def lookup_cases(mode: Mode) -> list[Case]:
     ]
 
 
-def lookup_rows(cases: Sequence[Case], measured: Measured) -> list[Row]:
+def lookup_rows(cases: Sequence[Case], measured: Mapping[str, Measured]) -> list[Row]:
+    """Rows of each category, and those of all where there are several."""
+    rows = [row for name, one in measured.items() for row in _case_rows(name, cases, one)]
+    if len(measured) > 1:
+        answers = {
+            case.name: [answer for one in measured.values() for answer in one.answers[case.name]] for case in cases
+        }
+        failures = {case: reason for one in measured.values() for case, reason in one.failures.items()}
+        rows += _case_rows(ALL, cases, Measured(answers, failures))
+    return rows
+
+
+def _case_rows(category: str, cases: Sequence[Case], measured: Measured) -> list[Row]:
     """A row per case, with its ratios to the target alone and to the draft model."""
     answers = measured.answers
     rows: list[Row] = []
@@ -92,6 +118,7 @@ def lookup_rows(cases: Sequence[Case], measured: Measured) -> list[Row]:
         tokens = sum(one.tokens for one in of_case)
         rows.append(
             {
+                "category": category,
                 "case": case.name,
                 "answers": len(of_case),
                 "tokens_per_second": tokens / sum(one.seconds for one in of_case) if tokens else None,

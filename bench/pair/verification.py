@@ -66,8 +66,9 @@ def verification(
                 )
                 for seed in range(1, repeats + 1)
             ]
-        settings: Row = {"draft_len": draft_len, "temperature": temperature, "max_new_tokens": max_new_tokens}
-        results = Results({**pair.described(), **settings, "repeats": repeats}, verification_rows(measured))
+        counts: Row = {"per_category": per_category, "repeats": repeats, "max_new_tokens": max_new_tokens}
+        settings = {**pair.described(), "draft_len": draft_len, "temperature": temperature, **counts}
+        results = Results(settings, verification_rows(measured))
     results.show(console)
     results.write(json_file)
 

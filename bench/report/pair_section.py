@@ -20,12 +20,9 @@ PAIR_COMMANDS = {
         "--small-draft build/sample --target-gguf FILE --draft-gguf FILE"
     ),
     "lookup": "edgedraft-bench lookup --bundle build/pair/bundle --target build/pair/target",
-    "lookup_summarization": (
+    "lookup_categories": (
         "edgedraft-bench lookup --bundle build/pair/bundle --target build/pair/target --prompts FILE "
-        "--category summarization"
-    ),
-    "lookup_rag": (
-        "edgedraft-bench lookup --bundle build/pair/bundle --target build/pair/target --prompts FILE --category rag"
+        "--category rag --category summarization …"
     ),
     "verification": "edgedraft-bench verification --bundle build/pair/bundle --target build/pair/target --prompts FILE",
     "bridge": (
