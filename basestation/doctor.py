@@ -24,7 +24,8 @@ from basestation.sizes import readable_size
 from basestation.target.int8_linear import may_be_int8
 from basestation.target.packed_linear import packed_dtype
 from basestation.target.placement import choose_dtype, choose_placement, dtype_name
-from basestation.target.target_model import context_length, kv_shape, model_folder, page_count, read_config
+from basestation.target.pretrained import model_folder, read_config
+from basestation.target.target_model import context_length, kv_shape, page_count
 from common.checks import Checks, Finding, Outcome, Status
 from common.key_files import read_public
 from common.loopback import is_loopback

@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM
 
 from basestation.replicas.inner_link import InnerKey
 from basestation.target.attention import ATTENTION_NAME
+from basestation.target.pretrained import register_attention
 from basestation.target.ranks import COLLECTIVE_SECONDS, FirstRank, Follower, RankAddress
-from basestation.target.target_model import TargetModel, place_share, register_attention
+from basestation.target.target_model import TargetModel, place_share
 from basestation.target.tensor_parallel import Share
 from basestation.target.vocabulary import Vocabulary
 from tests.fakes import token_names

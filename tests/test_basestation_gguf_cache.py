@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from basestation.target import gguf_cache, target_model
+from basestation.target import gguf_cache, pretrained
 from basestation.target.gguf_cache import cache_entry
 from basestation.target.segment import Segment
 from basestation.target.target_model import TargetModel
@@ -34,13 +34,13 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The paths that transformers loads weights from."""
-    paths, load = [], target_model._load
+    paths, load = [], pretrained._load
 
     def recorded(model: str, dtype: torch.dtype, placement: torch.device) -> Any:
         paths.append(model)
         return load(model, dtype, placement)
 
-    monkeypatch.setattr(target_model, "_load", recorded)
+    monkeypatch.setattr(pretrained, "_load", recorded)
     return paths
 
 
@@ -57,7 +57,7 @@ def test_the_second_start_reads_the_converted_weights_and_gives_the_same_logits(
     dtype: str, file: Path, loaded: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     entry = str(cache_entry(file, getattr(torch, dtype)))
-    with caplog.at_level(logging.INFO, logger="basestation.target.target_model"):
+    with caplog.at_level(logging.INFO, logger="basestation.target.pretrained"):
         first = load(file, dtype)
     assert f"converting {file} once, into {entry}; with --no-cache" in caplog.text
     second, without = load(file, dtype), load(file, dtype, use_cache=False)

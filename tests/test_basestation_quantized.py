@@ -8,10 +8,11 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from basestation.kv_cache.memory import check_fits
+from basestation.target.pretrained import read_config
 from basestation.target.quantized_weights import KERNELS, quantization_method, without_later_expansion
 from basestation.target.segment import Segment
 from basestation.target.supported_models import refuse_unsupported
-from basestation.target.target_model import TargetModel, read_config
+from basestation.target.target_model import TargetModel
 from protocol.errors import ModelError
 from tests.test_basestation_target_model import ids, tiny_config
 from tests.test_export_convert import save_tokenizer

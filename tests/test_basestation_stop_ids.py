@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 from torch import nn
 
-from basestation.target.target_model import TargetModel, _gguf_vocabulary
+from basestation.target.pretrained import _gguf_vocabulary
+from basestation.target.target_model import TargetModel
 from common.gguf_metadata import GgufVocabulary
 from common.stop_ids import all_stop_ids
 from export.gguf_tokenizer import gguf_tokenizer
@@ -23,7 +24,7 @@ def test_a_chatml_target_whose_configuration_names_another_token_stops_at_the_en
 ) -> None:
     folder = save_model(tmp_path / "model", eos_token_id=0)
     save_tokenizer(folder, ["<s>", "</s>", "<|im_start|>", "<|im_end|>"], eos="<|im_end|>")
-    with caplog.at_level(logging.INFO, logger="basestation.target.target_model"):
+    with caplog.at_level(logging.INFO, logger="basestation.target.pretrained"):
         target = TargetModel.load(str(folder), "float32", "cpu", "16MiB")
     assert target.vocabulary.stop_ids == all_stop_ids(stop_sources_of(folder, load_tokenizer(folder))) == {0, 3}
     assert "stop ids [0, 3], from config.json: [0]; generation_config.json: [0]; tokenizer: [3]" in caplog.text

@@ -15,11 +15,12 @@ from basestation.kv_cache import memory
 from basestation.kv_cache.kv_pool import SequenceKVCache
 from basestation.kv_cache.memory import check_fits, kv_budget
 from basestation.sizes import parse_size
-from basestation.target import target_model
+from basestation.target import pretrained
 from basestation.target.attention import ATTENTION_NAME
+from basestation.target.pretrained import register_attention
 from basestation.target.segment import Segment
 from basestation.target.supported_models import ROPE_TYPES, SUPPORTED, refuse_gguf_rope, refuse_unsupported
-from basestation.target.target_model import TargetModel, register_attention
+from basestation.target.target_model import TargetModel
 from basestation.target.vocabulary import Vocabulary
 from protocol.errors import ModelError, SettingsError
 from tests.fakes import token_names
@@ -353,7 +354,7 @@ def test_weights_go_straight_to_a_gpu(
     tiny_config("llama").save_pretrained(tmp_path)
     given: dict[str, Any] = {}
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda source, **options: given.update(options))
-    target_model._load(str(tmp_path), torch.bfloat16, torch.device(placement))
+    pretrained._load(str(tmp_path), torch.bfloat16, torch.device(placement))
     assert given.get("device_map") == device_map
 
 

@@ -6,7 +6,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from basestation.kv_cache.kv_pool import PAGE_SIZE
 from basestation.target.attention import ATTENTION_NAME
-from basestation.target.target_model import TargetModel, register_attention
+from basestation.target.pretrained import register_attention
+from basestation.target.target_model import TargetModel
 from basestation.target.vocabulary import Vocabulary
 from bench.station.prefixes import measure_prefixes
 from protocol.errors import SettingsError

@@ -1,59 +1,39 @@
 """The target model: a transformers causal language model that runs packed batches.
 
-Works with transformers 4.57 and 5.x. Knows tokens and logits; not drafts.
+Knows tokens and logits; not drafts.
 """
 
-import contextlib
-import json
 import logging
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.masking_utils import AttentionMaskInterface
-from transformers.utils import logging as transformers_logging
 
 from basestation.kv_cache.kv_pages import KVPages, KVShape
 from basestation.kv_cache.kv_pool import KVPool, SequenceKVCache
-from basestation.kv_cache.memory import (
-    OutOfMemory,
-    catch_out_of_memory,
-    check_fits,
-    check_host,
-    kv_budget,
-    parameter_count,
-)
+from basestation.kv_cache.memory import OutOfMemory, catch_out_of_memory, kv_budget
 from basestation.sizes import readable_size
 from basestation.target.agreement import ANSWER_TOKENS, prompt_ids
-from basestation.target.attention import ATTENTION_NAME, packed_attention
 from basestation.target.forward_pass import ForwardPass
-from basestation.target.gguf_cache import cache_entry, fill
 from basestation.target.int8_conversion import give_int8_weights, is_faster
 from basestation.target.int8_linear import may_be_int8
 from basestation.target.model_runner import ModelRunner
 from basestation.target.packed_linear import pack_linears, packed_dtype
 from basestation.target.placement import choose_dtype, choose_placement, describe_placement
-from basestation.target.quantized_weights import quantization_method, without_later_expansion
+from basestation.target.pretrained import read_config, read_model, tokenizer_json, weight_files
+from basestation.target.quantized_weights import quantization_method
 from basestation.target.ranks import PassRunner, Ranks
 from basestation.target.segment import Segment
-from basestation.target.supported_models import refuse_gguf_rope, refuse_unsupported
-from basestation.target.tensor_parallel import Share, refuse_unsplittable, split
+from basestation.target.tensor_parallel import Share, split
 from basestation.target.vocabulary import Vocabulary
-from common.chat_template import default_template
-from common.gguf_metadata import GgufVocabulary
 from common.grammar import GrammarCompiler
 from common.grammar_matcher import is_available
-from common.hub import hub_folder, model_name
-from common.stop_ids import StopSources, all_stop_ids, gguf_stop_sources, stop_sources
-from protocol.errors import ModelError, SettingsError
+from common.hub import model_name
+from protocol.errors import SettingsError
 
 logger = logging.getLogger(__name__)
 
-_HUB_FILES = ("*.json", "*.jinja", "*.txt", "tokenizer.model", "*.safetensors")
 _MIN_CONTEXT = 128
 _CPU = torch.device("cpu")
 
@@ -149,14 +129,14 @@ class TargetModel:
         name, config = model_name(model), read_config(model, share.ranks)
         int8 = may_be_int8(weights, placement, quantization_method(config), share.ranks)
         precision = choose_dtype(dtype, placement, int8)
-        files = _files(model, precision, placement, share.ranks, use_cache)
-        loaded, tokenizer, vocabulary = _read(model, files, precision, _CPU if ranks else placement, int8)
+        files = weight_files(model, precision, placement, share.ranks, use_cache)
+        loaded, tokenizer, vocabulary = read_model(model, files, precision, _CPU if ranks else placement, int8)
         if int8 := int8 and (weights == "int8" or is_faster(loaded)):
             name = _with_int8_weights(loaded, vocabulary, name, tokenizer, use_cache)
         elif quantization_method(loaded.config) is None:
             place_share(loaded, share, placement)
         kv_bytes, graphs = _kv_bytes(kv_memory, placement, ranks), cuda_graphs and not ranks
-        return cls(loaded, vocabulary, name, kv_bytes, _tokenizer_json(model, tokenizer), int8, graphs, ranks)
+        return cls(loaded, vocabulary, name, kv_bytes, tokenizer_json(model, tokenizer), int8, graphs, ranks)
 
     def new_kv_cache(self) -> SequenceKVCache:
         """An empty KV cache for one session."""
@@ -185,23 +165,6 @@ class TargetModel:
             if self._runner.window is not None:  # a rollback of this pass goes back to its start at most
                 segment.kv_cache.give_back_unseen(start, self._runner.window)
         return logits
-
-
-def read_config(model: str, ranks: int = 1) -> Any:
-    """The transformers configuration of a model folder, hub name or ``.gguf`` file, without its weights.
-
-    Raises:
-        ModelError: it cannot be found or read, or has an unsupported architecture.
-        SettingsError: its heads do not divide among ``ranks``.
-    """
-    with _quiet_tools(), _named_failures(model):
-        source, options = _source(model)
-        if "gguf_file" in options:
-            refuse_gguf_rope(Path(model))
-        config = AutoConfig.from_pretrained(source, **options)
-        refuse_unsupported(config)
-    refuse_unsplittable(config, ranks)
-    return config
 
 
 def place_share(model: Any, share: Share, placement: torch.device) -> None:
@@ -235,15 +198,6 @@ def _with_int8_weights(model: Any, vocabulary: Vocabulary, name: str, tokenizer:
     agreement = give_int8_weights(model, runner, prompts, use_cache)
     logger.info("%s-int8 against its original: %s", name, agreement)
     return f"{name}-int8"
-
-
-def model_folder(model: str) -> Path:
-    """The folder with the files of a model folder, hub name or ``.gguf`` file.
-
-    Raises:
-        ModelError: it cannot be found.
-    """
-    return Path(_source(model)[0])
 
 
 def kv_shape(config: Any, dtype: torch.dtype, torch_device: torch.device, ranks: int = 1) -> KVShape:
@@ -291,186 +245,3 @@ def _allocated(shape: KVShape, kv_memory: int) -> KVPages:
         reason = str(error).splitlines()[0]
         allowed = f"what is free on {shape.torch_device} ({reason})"
         raise SettingsError("kv-memory", readable_size(kv_memory), allowed) from error
-
-
-def _load(model: str, dtype: torch.dtype, placement: torch.device) -> Any:
-    """A model folder, hub name or ``.gguf`` file, as transformers loads it: on CUDA without a copy on the host."""
-    register_attention()
-    source, gguf_file = _source(model)
-    options: dict[str, Any] = {**gguf_file, "dtype": dtype, "attn_implementation": ATTENTION_NAME}
-    config = None if gguf_file else read_config(model)
-    if quantization_method(config) is not None:
-        options["config"] = without_later_expansion(config)
-    if placement.type == "cuda" or "config" in options:  # quantised weights cannot be moved later
-        options["device_map"] = {"": str(placement)}
-    return AutoModelForCausalLM.from_pretrained(source, **options)
-
-
-def _read(
-    model: str, files: str, dtype: torch.dtype, placement: torch.device, int8: bool
-) -> tuple[Any, Any, Vocabulary]:
-    """The loaded model, its tokenizer and its vocabulary; of a ``.gguf`` file the tokenizer only for int8 weights.
-
-    Args:
-        model: a model folder, hub name or ``.gguf`` file.
-        files: with its weights, which differ from it for a converted ``.gguf`` file.
-        dtype: of the weights.
-        placement: where they go.
-        int8: whether linear layers may get int8 weights.
-    """
-    with _quiet_tools(), _named_failures(model):
-        loaded = _load(files, dtype, placement)
-        if not _is_gguf(model):
-            tokenizer = _tokenizer(model)
-            return loaded.eval(), tokenizer, _vocabulary(tokenizer, loaded)
-        return loaded.eval(), _tokenizer(model) if int8 else None, _gguf_vocabulary(Path(model), loaded)
-
-
-def _files(model: str, dtype: torch.dtype, placement: torch.device, ranks: int, use_cache: bool) -> str:
-    """What to read: the model, or its converted ``.gguf`` file; memory is enough for it.
-
-    Raises:
-        ModelError: it does not fit, or the file cannot be converted.
-    """
-    files = _converted(model, dtype, placement) if _is_gguf(model) and use_cache else model
-    _check_memory(files, dtype, placement, ranks)
-    return files
-
-
-def _check_memory(model: str, dtype: torch.dtype, placement: torch.device, ranks: int) -> None:
-    """Refuse a model that does not fit where it runs, or whose tensors do not fit on the host on their way there.
-
-    Raises:
-        ModelError: with both sizes.
-    """
-    folder = model_folder(model)
-    needed = check_fits(read_config(model), dtype, placement, folder, ranks)
-    if placement.type == "cuda":
-        check_host(_largest_tensor(folder) or needed)
-
-
-def _largest_tensor(folder: Path) -> int:
-    """Bytes of the largest tensor in ``.safetensors`` files, from which they are read one at a time; 0 without any."""
-    largest = 0
-    for path in folder.glob("*.safetensors"):
-        with path.open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        ends = (entry["data_offsets"] for name, entry in header.items() if name != "__metadata__")
-        largest = max(largest, *(end - start for start, end in ends))
-    return largest
-
-
-def _converted(model: str, dtype: torch.dtype, placement: torch.device) -> str:
-    """The folder of a converted ``.gguf`` file, converted now if it is not there; the file itself if it cannot be kept.
-
-    Raises:
-        ModelError: the file cannot be read, does not fit, or has an unsupported architecture.
-    """
-    with _named_failures(model):
-        _source(model)
-        entry = cache_entry(Path(model), dtype)
-    if entry is None:
-        return model
-    if not entry.is_dir():
-        config = read_config(model)
-        check_fits(config, dtype, placement)
-        logger.info("converting %s once, into %s; with --no-cache it is converted at every start", model, entry)
-        with _quiet_tools(), _named_failures(model):
-            if not fill(
-                entry, parameter_count(config) * dtype.itemsize, lambda: _load(model, dtype, torch.device("cpu"))
-            ):
-                return model
-    logger.info("%s is loaded as converted in %s", model, entry)
-    return str(entry)
-
-
-def _is_gguf(model: str) -> bool:
-    return Path(model).suffix == ".gguf"
-
-
-def _source(model: str) -> tuple[str, dict[str, str]]:
-    """The path or hub name for transformers' ``from_pretrained``, and its options."""
-    path = Path(model)
-    if _is_gguf(model):
-        if not path.is_file():
-            raise ModelError(f"{model!r} does not exist; give a model folder, a hub name or a .gguf file")
-        return str(path.parent), {"gguf_file": path.name}
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise ModelError(f"{model!r} is not a model folder: it contains no config.json")
-    return (model if path.is_dir() else str(hub_folder(model, _HUB_FILES))), {}
-
-
-@contextlib.contextmanager
-def _named_failures(model: str) -> Iterator[None]:
-    try:
-        yield
-    except ModelError:
-        raise
-    except Exception as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ModelError(
-            f"target model {model!r} cannot be loaded: {reason[0]}; give a model folder, a hub name or a .gguf file"
-        ) from error
-
-
-@contextlib.contextmanager
-def _quiet_tools() -> Iterator[None]:
-    """Silence the warnings of transformers and the hub client."""
-    hub = logging.getLogger("huggingface_hub")
-    level, verbosity = hub.level, transformers_logging.get_verbosity()
-    hub.setLevel(logging.CRITICAL)
-    transformers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        hub.setLevel(level)
-        transformers_logging.set_verbosity(verbosity)
-
-
-def register_attention() -> None:
-    """Register packed attention with transformers, without cuDNN, which compiles a kernel for every new length."""
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    transformers.AttentionInterface.register(ATTENTION_NAME, packed_attention)
-    AttentionMaskInterface.register(ATTENTION_NAME, lambda *_, **__: None)
-
-
-def _tokenizer(model: str) -> Any:
-    source, options = _source(model)
-    return AutoTokenizer.from_pretrained(source, **options)
-
-
-def _vocabulary(tokenizer: Any, model: Any) -> Vocabulary:
-    ids: dict[str, int] = tokenizer.get_vocab()
-    added = tokenizer.added_tokens_decoder
-    sources = stop_sources(
-        {
-            "config.json": model.config.get_text_config().eos_token_id,
-            "generation_config.json": model.generation_config.eos_token_id,
-            "tokenizer": tokenizer.eos_token_id,
-        },
-        {entry.content: token_id for token_id, entry in added.items()},
-        default_template(tokenizer.chat_template),
-        {name: value for name, value in tokenizer.special_tokens_map.items() if isinstance(value, str)},
-    )
-    return Vocabulary(ids, model.get_output_embeddings().weight.shape[0], _logged(sources))
-
-
-def _tokenizer_json(model: str, tokenizer: Any) -> str:
-    """The fast tokenizer as a ``tokenizer.json``; "" where there is none, as for a ``.gguf`` file."""
-    backend = None if _is_gguf(model) else getattr(tokenizer, "backend_tokenizer", None)
-    return str(backend.to_str()) if backend is not None else ""
-
-
-def _gguf_vocabulary(path: Path, model: Any) -> Vocabulary:
-    found = GgufVocabulary.read(path)
-    tokens = {token: token_id for token_id, token in enumerate(found.tokens)}
-    return Vocabulary(tokens, model.get_output_embeddings().weight.shape[0], _logged(gguf_stop_sources(found)))
-
-
-def _logged(sources: StopSources) -> frozenset[int]:
-    """The stop ids of all sources; a log line says which names which where they disagree."""
-    ids = all_stop_ids(sources)
-    if any(named != ids for named in sources.values()):
-        told = "; ".join(f"{source}: {sorted(named)}" for source, named in sources.items())
-        logger.info("stop ids %s, from %s", sorted(ids), told)
-    return ids

@@ -18,7 +18,8 @@ from basestation.kv_cache.memory import OutOfMemory, catch_out_of_memory, free_m
 from basestation.sizes import readable_size
 from basestation.target.attention import ATTENTION_NAME
 from basestation.target.placement import choose_dtype, choose_placement
-from basestation.target.target_model import TargetModel, register_attention
+from basestation.target.pretrained import register_attention
+from basestation.target.target_model import TargetModel
 from basestation.target.vocabulary import Vocabulary
 from basestation.verification.verify import RoundToVerify, verify_rounds
 from bench.setup.options import DraftLenOption, DtypeOption, JsonOption, TorchDeviceOption, console, progress_bar
