@@ -8,14 +8,9 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from basestation.verification import coupled_sampling, verify
-from basestation.verification.verify import (
-    RoundToVerify,
-    SamplingRow,
-    VerificationResult,
-    sample_target_tokens,
-    verify_rounds,
-)
+from basestation.verification import coupled_sampling, target_sampling
+from basestation.verification.target_sampling import SamplingRow, sample_target_tokens
+from basestation.verification.verify import RoundToVerify, VerificationResult, verify_rounds
 from device.settings import DraftSettings
 from protocol.coupling import noise_keys
 from protocol.messages import Mode, Sampling
@@ -105,7 +100,7 @@ def test_coupled_sequences_are_distributed_as_the_targets_own(sampling: Sampling
 
 def repeat_noise_across_positions(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(
-        verify,
+        target_sampling,
         "noise_keys",
         lambda seeds, positions: noise_keys(seeds, [position % (SAMPLES // 10) for position in positions]),
     )

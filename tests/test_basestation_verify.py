@@ -17,15 +17,8 @@ import torch
 from scipy.stats import chisquare
 
 from basestation.verification import verify
-from basestation.verification.verify import (
-    RoundToVerify,
-    SamplingRow,
-    VerificationResult,
-    sample_target_tokens,
-    target_weights,
-    verify_rounds,
-    warp_scores,
-)
+from basestation.verification.target_sampling import SamplingRow, sample_target_tokens, target_weights, warp_scores
+from basestation.verification.verify import RoundToVerify, VerificationResult, verify_rounds
 from device.drafting.sampling import full_distribution, sparse_distribution
 from device.settings import UplinkSettings
 from protocol.frames import FrameCodec
@@ -442,7 +435,7 @@ def test_top_p_in_parts_keeps_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -
     whole = warp_scores(scores, 0, 0.7)
     assert 0 < int(whole.isinf().sum()) < whole.numel()
     for rows in (1, 7, 50):
-        monkeypatch.setattr("basestation.verification.verify._TOP_P_NUMBERS", rows * 700 + 1)
+        monkeypatch.setattr("basestation.verification.target_sampling._TOP_P_NUMBERS", rows * 700 + 1)
         assert torch.equal(warp_scores(scores, 0, 0.7), whole)
 
 

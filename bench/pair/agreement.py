@@ -13,7 +13,7 @@ import typer
 
 from basestation.target.segment import Segment
 from basestation.target.target_model import TargetModel
-from basestation.verification.verify import SamplingRow, sample_target_tokens
+from basestation.verification.target_sampling import SamplingRow, sample_target_tokens
 from bench.setup.options import (
     BundleOption,
     DtypeOption,

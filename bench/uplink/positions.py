@@ -16,7 +16,7 @@ from torch.nn.functional import one_hot
 
 from basestation.target.segment import Segment
 from basestation.target.target_model import TargetModel
-from basestation.verification.verify import target_weights
+from basestation.verification.target_sampling import target_weights
 from bench.setup.prompts import read_prompts
 from device.drafting.draft_model import Logits, SequenceModel
 from device.drafting.load_model import load_model
