@@ -14,6 +14,7 @@ from device.planning.planners import Planners
 from device.process_memory import peak_memory_bytes
 from device.session.client import Client
 from device.session.draft_rounds import Counters
+from device.session.served_settings import check_sampling, check_token_ids
 from device.session.session import AnswerToken, DeviceSession, Origin
 from device.session.unverified_tail import AnswerEndedError, UnverifiedTail
 from device.settings import DraftSettings
@@ -135,7 +136,7 @@ class Conversation:
         planner = self._planners.for_settings(self.settings, self._client.welcome)
         self._prompt_len = len(prompt_ids)
         sampling = self.settings.sampling
-        self._client.check_sampling(sampling)
+        check_sampling(sampling, self._client)
         if self._session is None:
             self._session = DeviceSession(
                 self._client, planner, self.settings, self.model, prompt_ids, self._grammar, prediction, self.tail
@@ -153,7 +154,7 @@ class Conversation:
         """
         if self.tail is not None:
             sampling = self.settings.sampling
-            self._client.check_token_ids(sampling)
+            check_token_ids(sampling, self._client.vocab_size)
             self.tail.begin(prompt_ids, max_new_tokens, sampling, self._grammar)
 
     @property

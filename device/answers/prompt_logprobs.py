@@ -8,6 +8,7 @@ last of them.
 from collections.abc import Sequence
 
 from device.session.client import Client
+from device.session.served_settings import check_sampling
 from device.session.session_requests import SessionRequests
 from protocol.logprobs import TokenLogprobs
 from protocol.messages import Mode, Sampling
@@ -25,7 +26,7 @@ def prompt_logprobs(client: Client, prompt_ids: Sequence[int], most: int) -> lis
         SettingsError: the base station tells no log-probabilities.
     """
     sampling = Sampling(logprobs=most)
-    client.check_sampling(sampling)
+    check_sampling(sampling, client)
     tokens: list[int] = []
     requests = SessionRequests(client, Mode.TARGET, sampling, tokens)
     told: list[TokenLogprobs] = []

@@ -20,29 +20,19 @@ from device.link.link import Link
 from device.link.no_link import NoLink
 from device.link.probe import unreachable_reason
 from device.session.round_records import Moment, Moments, RoundRecord, RoundRecordFile
-from device.settings import DraftSettings, Timeouts
+from device.settings import Timeouts
 from protocol.bundle import Manifest
-from protocol.errors import (
-    CancelledError,
-    FaultError,
-    LinkError,
-    MismatchError,
-    SettingsError,
-)
-from protocol.limits import option_name
+from protocol.errors import CancelledError, FaultError, LinkError, MismatchError
 from protocol.messages import (
     OLDEST_VERSION,
     PROTOCOL_VERSION,
-    SAMPLING_VERSION,
     Close,
-    Encoding,
     Fault,
     Hello,
     Message,
     Mode,
     Request,
     Resume,
-    Sampling,
     Verdict,
     Welcome,
 )
@@ -153,52 +143,6 @@ class Client:
         """The ids that end an answer on both ends: the target's, or the draft model's before version 3."""
         is_told = self._welcome is not None and self._welcome.vocab_size
         return frozenset(self.welcome.stop_ids if is_told else self._manifest.stop_ids)
-
-    def check_served(self, settings: DraftSettings) -> None:
-        """Check settings against the base station's Welcome.
-
-        Raises:
-            SettingsError: the base station does not serve the mode, the draft length, the Drafts ahead or the number
-                of entries.
-        """
-        welcome, encoding = self.welcome, settings.mode.encoding
-        if settings.mode not in welcome.modes or (encoding and encoding not in welcome.encodings):
-            raise SettingsError("mode", str(settings.mode), ", ".join(welcome.modes))
-        if settings.draft_len is not None and settings.draft_len > welcome.max_draft_len:
-            raise SettingsError("draft-len", settings.draft_len, f"1 to {welcome.max_draft_len}")
-        if settings.drafts_ahead is not None and settings.drafts_ahead >= welcome.window:
-            raise SettingsError("drafts-ahead", settings.drafts_ahead, f"0 to {welcome.window - 1}")
-        if encoding is Encoding.SPARSE and settings.uplink_k > welcome.max_uplink_k:
-            raise SettingsError("uplink-k", settings.uplink_k, f"1 to {welcome.max_uplink_k}")
-
-    def check_sampling(self, sampling: Sampling) -> None:
-        """Check sampling settings against the base station's version and vocabulary.
-
-        Raises:
-            SettingsError: the base station does not know a setting, or its target does not have a token.
-        """
-        version = self.welcome.version
-        if version < SAMPLING_VERSION:
-            for name in sampling.later_settings:
-                allowed = f"left out: the base station speaks protocol version {version}, this needs {SAMPLING_VERSION}"
-                raise SettingsError(name, getattr(sampling, name), allowed)
-        length, most = len(sampling.grammar.encode()), self.welcome.max_grammar_len
-        if length > most:
-            allowed = f"at most {most} bytes (the base station's {option_name('max_grammar_len')})"
-            reason = allowed if most else "left out: this base station has no grammars"
-            raise SettingsError("grammar", f"{length} bytes", reason)
-        self.check_token_ids(sampling)
-
-    def check_token_ids(self, sampling: Sampling) -> None:
-        """Check the token ids in sampling settings.
-
-        Raises:
-            SettingsError: the target does not have one; before the first Welcome, the draft model.
-        """
-        biased = [token_id for token_id, _ in sampling.logit_bias]
-        for name, token_ids in (("logit_bias", biased), ("stop_token_ids", sampling.stop_token_ids)):
-            if not all(0 <= token_id < self.vocab_size for token_id in token_ids):
-                raise SettingsError(name, max(token_ids), f"token ids from 0 to {self.vocab_size - 1}")
 
     def new_session_id(self) -> int:
         """An id that no session of this client has had."""

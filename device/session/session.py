@@ -17,6 +17,7 @@ from device.planning.planner import MIN_BACKLOG, Planner
 from device.planning.trials import TRIAL
 from device.session.client import Client
 from device.session.draft_rounds import Counters, DraftRounds
+from device.session.served_settings import check_draft_settings, check_sampling
 from device.session.session_requests import SessionRequests
 from device.session.unverified_tail import AnswerEndedError, UnverifiedTail
 from device.settings import DraftSettings
@@ -87,7 +88,7 @@ class DeviceSession:
         prediction: Sequence[int] = (),
         tail: UnverifiedTail | None = None,
     ) -> None:
-        client.check_served(settings)
+        check_draft_settings(settings, client.welcome)
         self.tokens: list[int] = []
         self.cached_tokens = 0
         self._client = client
@@ -155,7 +156,7 @@ class DeviceSession:
         while left := self._rounds.leave():
             self._commit(left.drafted, left.verdict)
         sampling = sampling or self._drafter.sampling
-        self._client.check_sampling(sampling)
+        check_sampling(sampling, self._client)
         start = common_prefix(self.tokens, prompt_ids[:-1])
         can_extend = self._requests.can_extend(sampling)
         self.cached_tokens = start if can_extend else 0

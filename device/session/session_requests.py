@@ -13,6 +13,7 @@ from functools import partial
 
 from device.drafting.drafter import DraftResult
 from device.session.client import Client
+from device.session.served_settings import check_sampling
 from protocol.errors import (
     ClosingError,
     ContextLengthError,
@@ -255,7 +256,7 @@ class SessionRequests:
                 f"{len(prompt_ids)} tokens",
                 f"at most {context_length - 1} (the target's context at the base station)",
             )
-        self._client.check_sampling(self._sampling)
+        check_sampling(self._sampling, self._client)
         answer_len = max(0, len(prompt_ids) - self._answer_start) if self._sampling.needs_answer_len else 0
         prompt = tuple(prompt_ids)
         self.block_verification = self._asks_block_verification and self._client.welcome.block_verification

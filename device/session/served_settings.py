@@ -1,0 +1,55 @@
+"""Settings of an answer that a base station serves, by what its Welcome tells."""
+
+from device.session.client import Client
+from device.settings import DraftSettings
+from protocol.errors import SettingsError
+from protocol.limits import option_name
+from protocol.messages import SAMPLING_VERSION, Encoding, Sampling, Welcome
+
+
+def check_draft_settings(settings: DraftSettings, welcome: Welcome) -> None:
+    """Refuse what the base station does not serve.
+
+    Raises:
+        SettingsError: it is the mode, the draft length, the Drafts ahead or the number of entries.
+    """
+    encoding = settings.mode.encoding
+    if settings.mode not in welcome.modes or (encoding and encoding not in welcome.encodings):
+        raise SettingsError("mode", str(settings.mode), ", ".join(welcome.modes))
+    if settings.draft_len is not None and settings.draft_len > welcome.max_draft_len:
+        raise SettingsError("draft-len", settings.draft_len, f"1 to {welcome.max_draft_len}")
+    if settings.drafts_ahead is not None and settings.drafts_ahead >= welcome.window:
+        raise SettingsError("drafts-ahead", settings.drafts_ahead, f"0 to {welcome.window - 1}")
+    if encoding is Encoding.SPARSE and settings.uplink_k > welcome.max_uplink_k:
+        raise SettingsError("uplink-k", settings.uplink_k, f"1 to {welcome.max_uplink_k}")
+
+
+def check_sampling(sampling: Sampling, client: Client) -> None:
+    """Check sampling settings against the version and the vocabulary of a greeted base station.
+
+    Raises:
+        SettingsError: the base station does not know a setting, or its target does not have a token.
+    """
+    version = client.welcome.version
+    if version < SAMPLING_VERSION:
+        for name in sampling.later_settings:
+            allowed = f"left out: the base station speaks protocol version {version}, this needs {SAMPLING_VERSION}"
+            raise SettingsError(name, getattr(sampling, name), allowed)
+    length, most = len(sampling.grammar.encode()), client.welcome.max_grammar_len
+    if length > most:
+        allowed = f"at most {most} bytes (the base station's {option_name('max_grammar_len')})"
+        reason = allowed if most else "left out: this base station has no grammars"
+        raise SettingsError("grammar", f"{length} bytes", reason)
+    check_token_ids(sampling, client.vocab_size)
+
+
+def check_token_ids(sampling: Sampling, vocab_size: int) -> None:
+    """Check the token ids in sampling settings.
+
+    Raises:
+        SettingsError: one of them is no id of a vocabulary with ``vocab_size`` tokens.
+    """
+    biased = [token_id for token_id, _ in sampling.logit_bias]
+    for name, token_ids in (("logit_bias", biased), ("stop_token_ids", sampling.stop_token_ids)):
+        if not all(0 <= token_id < vocab_size for token_id in token_ids):
+            raise SettingsError(name, max(token_ids), f"token ids from 0 to {vocab_size - 1}")
