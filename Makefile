@@ -62,7 +62,7 @@ test-gguf: $(VENV)/ready  ## download two real GGUF files (700 MB) and test thei
 	$(BIN)/python -m tests.gguf_models
 	$(BIN)/pytest -q -m gguf
 
-test-pair: pair bridge  ## exact answers of the pair in float32, and with a draft model of another vocabulary; needs 16 GB of memory and hours
+test-pair: needs-test-clients pair bridge $(CLIENTS_VENV)/ready $(CLIENTS_NODE)/ready  ## all tests of the pair, with clients of the API too; needs node, 16 GB of memory and hours
 	$(BIN)/pytest -q -rP -m pair
 
 test-clients: needs-test-clients models $(CLIENTS_VENV)/ready $(CLIENTS_NODE)/ready  ## run clients of the API, in Python and Node, against a pair; needs node
