@@ -1,6 +1,7 @@
 """A target with int8 weights: a row's logits depend on its own sequence alone, and it says how far it agrees."""
 
 import logging
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -64,13 +65,15 @@ def logits_among(target: TargetModel, tokens: list[int], neighbours: int) -> Ten
 
 
 def logits_after_rollbacks(target: TargetModel, tokens: list[int]) -> Tensor:
-    """Logits of every token, each after three tokens that are rolled back."""
+    """Logits of every token, one to five at a time, each part after three tokens that are rolled back."""
     cache, found = target.new_kv_cache(), []
-    for token in tokens:
+    sizes = cycle((1, 4, 2, 5))
+    while cache.length < len(tokens):
         length = cache.length
         target.forward([Segment(cache, [5, 6, 7], 1)])
         cache.rollback(length)
-        found.append(target.forward([Segment(cache, [token], 1)]))
+        part = tokens[length : length + next(sizes)]
+        found.append(target.forward([Segment(cache, part, len(part))]))
     return torch.cat(found)
 
 
