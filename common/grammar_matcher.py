@@ -3,6 +3,7 @@
 llguidance is loaded with the first grammar.
 """
 
+import json
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -31,10 +32,22 @@ def is_available() -> bool:
 
 
 def new_tokenizer(tokenizer_json: str, vocab_size: int, stop_ids: list[int]) -> "LLTokenizer":
-    """The tokenizer of a ``tokenizer.json``; all of ``stop_ids`` end a text."""
+    """The tokenizer of a ``tokenizer.json``; all of ``stop_ids`` end a text.
+
+    Its masks have a bit for each token, which may be more than ``vocab_size``: some files name a model's padding too.
+    """
     from llguidance import LLTokenizer
 
-    return LLTokenizer(tokenizer_json, n_vocab=vocab_size, eos_token=stop_ids, slices=list(SLICES))
+    size = max(vocab_size, _token_count(tokenizer_json))
+    return LLTokenizer(tokenizer_json, n_vocab=size, eos_token=stop_ids, slices=list(SLICES))
+
+
+def _token_count(tokenizer_json: str) -> int:
+    """Tokens of a ``tokenizer.json``: a model's, by text or in a list, and those that are added."""
+    content = json.loads(tokenizer_json)
+    vocabulary = content["model"]["vocab"]
+    ids = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
+    return 1 + max([*ids, *(token["id"] for token in content.get("added_tokens", ()))])
 
 
 def new_matcher(tokenizer: "LLTokenizer", text: str) -> "LLMatcher":

@@ -3,14 +3,16 @@
 import gc
 import os
 import signal
+import string
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from common.grammar import GrammarCompiler, schema_grammar
+from common.grammar import GrammarCompiler, lark_grammar, schema_grammar
 from protocol.errors import GrammarError
-from tests.hostile_grammars import HOSTILE, VALID, new_compiler
+from tests.hostile_grammars import HOSTILE, VALID, ids_of, new_compiler, tokenizer_json
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +43,13 @@ def test_a_grammar_and_its_copies_know_their_size(compiler: GrammarCompiler) -> 
     small = compiler.compile(VALID)
     large = compiler.compile(schema_grammar({"enum": [f"{index:x}" * 8 for index in range(4000)]}))
     assert 0 < small.nbytes < large.nbytes == large.copy().nbytes
+
+
+def test_a_tokenizer_may_have_more_tokens_than_the_model() -> None:
+    smaller = GrammarCompiler.of_tokenizer(tokenizer_json(), 100, frozenset({99}))
+    allowed = smaller.compile(lark_grammar("start: /[A-Z]/")).allowed()
+    assert np.flatnonzero(allowed).tolist() == ids_of(string.ascii_uppercase)
+    assert len(allowed) == 100
 
 
 def test_what_is_no_grammar_is_refused_with_the_reason(compiler: GrammarCompiler) -> None:
