@@ -22,7 +22,7 @@ PAIR_COMMANDS = {
     "lookup": "edgedraft-bench lookup --bundle build/pair/bundle --target build/pair/target",
     "lookup_categories": (
         "edgedraft-bench lookup --bundle build/pair/bundle --target build/pair/target --prompts FILE "
-        "--category rag --category summarization …"
+        "--category summarization --category rag"
     ),
     "verification": "edgedraft-bench verification --bundle build/pair/bundle --target build/pair/target --prompts FILE",
     "bridge": (
