@@ -4,14 +4,17 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 from llguidance import LLTokenizer, TokenizerWrapper
+from tokenizers import AddedToken, Tokenizer
 
 from common.chat_template import ChatTemplate
 from common.grammar import GrammarCompiler
 from device.http.chat_request import ChatRequest
 from device.text.tool_calls import ToolCall, ToolFormat
 from protocol.errors import SettingsError
+from tests.hostile_grammars import STOP, VOCAB, tokenizer_json
 from tests.number_service import DEFAULTS, FIELDS, NumberTokenizer, complete, http_client, new_station, streamed
 
 WEATHER = {
@@ -212,3 +215,17 @@ def test_a_model_whose_template_knows_no_tools_is_told_by_name() -> None:
         assert response.status_code == 400
         assert "chat template declares no tools" in response.json()["error"]["message"]
         assert complete(client, tools=[WEATHER], tool_choice="none").status_code == 200
+
+
+@pytest.mark.parametrize("added", [(), ("<tool_call>", "</tool_call>")], ids=["text", "added tokens"])
+def test_the_marks_of_a_forced_call_may_be_tokens_of_their_own(added: tuple[str, ...]) -> None:
+    tokenizer = Tokenizer.from_str(tokenizer_json())
+    tokenizer.add_tokens([AddedToken(text, special=False, normalized=False) for text in added])
+    compiler = GrammarCompiler.of_tokenizer(tokenizer.to_str(), VOCAB + len(added), frozenset({STOP}))
+    tool = {"function": {"name": "weather", "parameters": {"const": {"city": "Oslo"}}}}
+    grammar, answer = compiler.compile(ToolFormat.HERMES.grammar([tool], added)), list[int]()
+    while (token_id := int(np.flatnonzero(grammar.allowed())[-1])) != STOP:
+        assert grammar.advance(token_id)
+        answer.append(token_id)
+    assert tokenizer.decode(answer) == hermes()
+    assert all(tokenizer.token_to_id(text) in answer for text in added)

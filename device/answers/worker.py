@@ -207,7 +207,9 @@ class Worker:
             raise SettingsError("tools", "given", "left out: this model's chat template declares no tools")
         if not request.tools.forced:
             return request.settings
-        sampling = replace(request.settings.sampling, grammar=tool_format.grammar(request.tools.forced))
+        sampling = replace(
+            request.settings.sampling, grammar=tool_format.grammar(request.tools.forced, self.tokenizer.added_tokens)
+        )
         return replace(request.settings, sampling=sampling)
 
     def _prompt_ids(self, request: AnswerRequest) -> list[int]:

@@ -95,6 +95,11 @@ class Tokenizer:
         )
 
     @property
+    def added_tokens(self) -> frozenset[str]:
+        """Texts that are one token each wherever they stand, such as marks of a chat template."""
+        return frozenset(token.content for token in self._tokenizer.get_added_tokens_decoder().values())
+
+    @property
     def tool_format(self) -> ToolFormat | None:
         """How the model writes calls of tools; None where its template knows no tools, or the format is not known."""
         template = self._template

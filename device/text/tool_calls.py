@@ -6,7 +6,7 @@ call. Llama 3 answers with the JSON of one call alone.
 
 import json
 import secrets
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, TypeAlias
@@ -41,8 +41,13 @@ class ToolFormat(StrEnum):
             return cls.HERMES
         return cls.LLAMA3 if '"parameters"' in source and "ipython" in source else None
 
-    def grammar(self, tools: Sequence[Fields]) -> str:
-        """The grammar of exactly one call of one of the ``tools``."""
+    def grammar(self, tools: Sequence[Fields], added_tokens: Collection[str] = ()) -> str:
+        """The grammar of exactly one call of one of the ``tools``.
+
+        Args:
+            tools: of the request.
+            added_tokens: texts that the tokenizer writes as one token each, which a grammar must name as such.
+        """
         calls = [
             {
                 "type": "object",
@@ -56,8 +61,11 @@ class ToolFormat(StrEnum):
             for tool in tools
         ]
         schema = json.dumps({"anyOf": calls, "x-guidance": JSON_OPTIONS})
-        before, after = (f'"{_OPEN}\\n" ', f' "\\n{_CLOSE}"') if self is ToolFormat.HERMES else ("", "")
-        return lark_grammar(f"start: {before}call{after}\ncall: %json {schema}")
+        start = "call"
+        if self is ToolFormat.HERMES:
+            opening, closing = (mark if mark in added_tokens else f'"{mark}"' for mark in (_OPEN, _CLOSE))
+            start = f'{opening} "\\n" call "\\n" {closing}'
+        return lark_grammar(f"start: {start}\ncall: %json {schema}")
 
     def parser(self) -> "HermesParser | Llama3Parser":
         """A parser of one answer."""
