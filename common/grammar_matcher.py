@@ -47,7 +47,8 @@ def _token_count(tokenizer_json: str) -> int:
     content = json.loads(tokenizer_json)
     vocabulary = content["model"]["vocab"]
     ids = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
-    return 1 + max([*ids, *(token["id"] for token in content.get("added_tokens", ()))])
+    last: int = max([*ids, *(token["id"] for token in content.get("added_tokens", ()))])
+    return last + 1
 
 
 def new_matcher(tokenizer: "LLTokenizer", text: str) -> "LLMatcher":
