@@ -68,12 +68,14 @@ class Grammar:
     def __init__(
         self,
         matcher: "LLMatcher",
+        tokenizer: "LLTokenizer",
         vocab_size: int,
         stop_ids: frozenset[int],
         nbytes: int = 0,
         lexer: _Lexer | None = None,
     ) -> None:
         self._matcher = matcher
+        self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._stop_ids = stop_ids
         self._lexer = lexer or _Lexer()
@@ -89,7 +91,8 @@ class Grammar:
 
     def copy(self) -> "Grammar":
         """Another grammar in the same state."""
-        copied = Grammar(self._matcher.deep_copy(), self._vocab_size, self._stop_ids, self.nbytes, self._lexer)
+        matcher, lexer = self._matcher.deep_copy(), self._lexer
+        copied = Grammar(matcher, self._tokenizer, self._vocab_size, self._stop_ids, self.nbytes, lexer)
         copied._tokens, copied.error = self._tokens[:], self.error
         return copied
 
@@ -124,13 +127,28 @@ class Grammar:
         """Which tokens may come next, bool [V]."""
         packed = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         self._note_error()
-        return np.unpackbits(packed, bitorder="little", count=self._vocab_size).view(np.bool_)
+        mask = np.unpackbits(packed, bitorder="little", count=self._vocab_size).view(np.bool_)
+        if np.count_nonzero(mask) == 1:
+            only = int(mask.argmax())
+            mask[only] = False
+            mask[self._spelled(only)] = True
+        return mask
 
     def forced(self) -> int | None:
         """The token that comes next if the grammar determines the text, as the tokenizer would write it."""
         tokens = self._matcher.compute_ff_tokens()
         self._note_error()
-        return tokens[0] if tokens else None
+        return self._spelled(tokens[0]) if tokens else None
+
+    def _spelled(self, forced: int) -> int:
+        """A token that the grammar forces, or the first of those that spell its text where it is not allowed itself.
+
+        llguidance names an added token, such as a mark of a chat template, where its text is forced, and then refuses
+        it: the text in a grammar is never such a token.
+        """
+        if forced in self._stop_ids or self._matcher.validate_tokens([forced]):
+            return forced
+        return self._tokenizer.greedy_tokenize(self._tokenizer.decode_str([forced]))[0]
 
     def _end_with(self, token_id: int) -> bool:
         return bool(self.allowed()[token_id]) if token_id in self._stop_ids else self.advance(token_id)
@@ -184,7 +202,7 @@ class GrammarCompiler:
         matcher = new_matcher(self._tokenizer, text)
         if matcher.is_error():
             raise GrammarError(f"the grammar cannot be compiled: {_first_line(matcher.get_error())}")
-        return Grammar(matcher, self._vocab_size, frozenset(self._tokenizer.eos_tokens), nbytes)
+        return Grammar(matcher, self._tokenizer, self._vocab_size, frozenset(self._tokenizer.eos_tokens), nbytes)
 
 
 def _first_line(error: str) -> str:

@@ -8,10 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 from llguidance import LLTokenizer, TokenizerWrapper
+from tokenizers import AddedToken, Tokenizer
 
 from common.grammar import GrammarCompiler, lark_grammar, regex_grammar, schema_grammar
 from common.grammar_matcher import SLICES
 from protocol.errors import GrammarError
+from tests.hostile_grammars import STOP as END
+from tests.hostile_grammars import VOCAB as BYTES
+from tests.hostile_grammars import tokenizer_json
 from tests.json_tokens import COMPILER, PIECES, STOP, text_of
 
 SCHEMA = {
@@ -163,3 +167,17 @@ def test_what_cannot_be_compiled_is_refused_with_the_reason(text: str) -> None:
         COMPILER.compile(text)
     assert "\n" not in str(error.value)
     assert len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize("constant", ["<tool_call>", "a<tool_call>b", "<tool_call", "<tool_call><tool_call>"])
+def test_the_text_of_an_added_token_is_spelt_by_others(constant: str) -> None:
+    tokenizer = Tokenizer.from_str(tokenizer_json())
+    tokenizer.add_tokens([AddedToken("<tool_call>", special=False, normalized=False)])
+    compiler = GrammarCompiler.of_tokenizer(tokenizer.to_str(), BYTES + 1, frozenset({END}))
+    grammar, answer = compiler.compile(schema_grammar({"const": constant})), list[int]()
+    while (token_id := int(np.flatnonzero(grammar.allowed())[0])) != END:
+        assert grammar.forced() in (None, token_id)
+        assert grammar.advance(token_id)
+        answer.append(token_id)
+    assert tokenizer.decode(answer) == json.dumps(constant)
+    assert tokenizer.token_to_id("<tool_call>") not in answer
