@@ -125,10 +125,10 @@ class Grammar:
 
     def allowed(self) -> Mask:
         """Which tokens may come next, bool [V]."""
-        packed = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        words = np.frombuffer(self._matcher.compute_bitmask(), np.uint32)
         self._note_error()
-        mask = np.unpackbits(packed, bitorder="little", count=self._vocab_size).view(np.bool_)
-        if np.count_nonzero(mask) == 1:
+        mask = np.unpackbits(words.view(np.uint8), bitorder="little", count=self._vocab_size).view(np.bool_)
+        if np.count_nonzero(words) == 1 and np.count_nonzero(mask) == 1:
             only = int(mask.argmax())
             mask[only] = False
             mask[self._spelled(only)] = True

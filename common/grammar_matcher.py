@@ -43,11 +43,11 @@ def new_tokenizer(tokenizer_json: str, vocab_size: int, stop_ids: list[int]) -> 
 
 
 def _token_count(tokenizer_json: str) -> int:
-    """Tokens of a ``tokenizer.json``: a model's, by text or in a list, and those that are added."""
+    """Tokens of a ``tokenizer.json``: a model's, by text or in a list, and those that are added; 0 of another file."""
     content = json.loads(tokenizer_json)
-    vocabulary = content["model"]["vocab"]
+    vocabulary = content.get("model", {}).get("vocab", ())
     ids = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
-    last: int = max([*ids, *(token["id"] for token in content.get("added_tokens", ()))])
+    last: int = max([*ids, *(token["id"] for token in content.get("added_tokens", ()))], default=-1)
     return last + 1
 
 
