@@ -8,7 +8,8 @@ it is the same conversation with one Draft at a time over a link that does not b
 
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,8 @@ from device.settings import DraftSettings
 from protocol.messages import Mode, Sampling
 from tests.relay import CountingRelay
 
+AT_ONCE = 4
+"""Sessions at the same time: each is a neighbor of the others in the base station's passes."""
 BREAK_CHANCE = 0.2
 """Of an answer: the link breaks at one of its tokens."""
 DRAWN_FROM_TARGET = (Mode.TARGET, Mode.COUPLED)
@@ -100,7 +103,7 @@ def _relayed(bundle: Path, address: str) -> Iterator[tuple[BenchSetup, CountingR
 
 
 def check_random_sessions(bundle: Path, address: str, sessions: int) -> Counter[str]:
-    """Compare the answers of random sessions with those of the base station at ``address``.
+    """Compare the answers of random sessions, several at once, with those of the base station at ``address``.
 
     Returns:
         The answers, those with a break of the link, and the conversations of each mode.
@@ -108,14 +111,20 @@ def check_random_sessions(bundle: Path, address: str, sessions: int) -> Counter[
     Raises:
         AssertionError: an answer differs.
     """
-    draw = random.Random(20250914)  # noqa: S311 - not a secret
+    parts = [range(first, sessions, AT_ONCE) for first in range(AT_ONCE)]
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        return sum(pool.map(lambda numbers: _check_sessions(bundle, address, numbers), parts), Counter[str]())
+
+
+def _check_sessions(bundle: Path, address: str, numbers: Iterable[int]) -> Counter[str]:
     seen: Counter[str] = Counter()
     with (
         _relayed(bundle, address) as (setup, relay),
         bench_setup(bundle, address) as alone,
         bench_setup(bundle, address) as unbroken,
     ):
-        for number in range(sessions):
+        for number in numbers:
+            draw = random.Random(number)  # noqa: S311 - not a secret
             settings = _random_settings(draw)
             conversation, reference = setup.conversation(settings), _Reference(alone, unbroken, settings)
             tokens: list[int] = []

@@ -380,3 +380,10 @@ def test_a_draft_with_an_uncertain_token_is_sent_at_once() -> None:
     assert planner.should_draft_ahead([], [2.0], may_send=True)
     assert planner.should_draft_ahead([], [0.1], may_send=False)
     assert not planner.should_draft_ahead([], [0.1], may_send=True)
+
+
+def test_pieces_of_the_target_alone_are_longer_while_the_draft_model_keeps_their_last_token_waiting() -> None:
+    planner = measured_planner(target_seconds=0.3)
+    planner.observe_prefill(16, 0.16)
+    waiting = planner.decode_piece(100, running=16) - planner.decode_piece(100)
+    assert waiting == pytest.approx(8 * 0.01 / (0.3 / 40), abs=1)

@@ -235,14 +235,20 @@ class Planner:
         seconds = times.seconds(1) - times.seconds(0)
         return accepted >= seconds * self.tokens_per_second
 
-    def decode_piece(self, most: int) -> int:
+    def decode_piece(self, most: int, running: int = 0) -> int:
         """How many of ``most`` tokens the target decodes alone before prompt lookup is tried again.
 
-        Each piece costs a round trip, which may take up to ``_LOOKUP_SHARE`` of the time.
+        Each piece costs a round trip, and half a pass of the draft model that is at work when its last token arrives.
+        They may take up to ``_LOOKUP_SHARE`` of the time.
+
+        Args:
+            most: tokens.
+            running: tokens that the draft model runs at once meanwhile.
         """
         if self._estimates.target_seconds is None:
             return min(most, TRIAL)
-        piece = self.times.round_trip_seconds / (_LOOKUP_SHARE * self._estimates.target_seconds)
+        pause = self.times.round_trip_seconds + running / 2 * self._estimates.prefill_token_seconds
+        piece = pause / (_LOOKUP_SHARE * self._estimates.target_seconds)
         return min(most, max(_LEAST_PIECE, ceil(piece)))
 
     def lookup_len(self, proposal: Proposal, can_draft: bool, before: Sequence[Evidence] = ()) -> int:

@@ -197,13 +197,17 @@ class DraftRounds:
 
     def catch_up(self) -> bool:
         """Run a chunk of the committed tokens through the draft model; whether there was one."""
+        if count := self.catch_up_len:
+            self._prefill(self._tokens, count)
+        return count > 0
+
+    @property
+    def catch_up_len(self) -> int:
+        """Tokens of the next chunk; 0 where the draft model has nothing to catch up on."""
         if self._settings.mode is Mode.TARGET or not self._drafter.room(self._tokens):
-            return False
-        backlog = min(self._drafter.backlog(self._tokens), _MAX_PREFILL)
-        if backlog < _MIN_PREFILL:
-            return False
-        self._prefill(self._tokens, backlog)
-        return True
+            return 0
+        backlog = self._drafter.backlog(self._tokens)
+        return min(backlog, _MAX_PREFILL) if backlog >= _MIN_PREFILL else 0
 
     def follow_target(self) -> bool:
         """While the target decodes alone, run its tokens and guess the next one; whether there was something to do."""

@@ -222,7 +222,7 @@ class DeviceSession:
             return 0
         alone = self._planned_decode_len() if self._draft_room else room
         if self._lookup is not None and alone > TRIAL:  # piece by piece, so that lookup is tried in between
-            alone = TRIAL if self._settings.draft_len else planner.decode_piece(alone)
+            alone = TRIAL if self._settings.draft_len else planner.decode_piece(alone, self._rounds.catch_up_len)
         return min(alone, room)
 
     def _planned_decode_len(self) -> int:
