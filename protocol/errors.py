@@ -208,12 +208,16 @@ class UnknownSessionError(StateError):
 
 
 class FaultError(ProtocolError):
-    """The peer reported an error; ``fault_code`` is the ``code`` of one of these classes."""
+    """The peer reported an error; ``fault_code`` is the ``code`` of one of these classes.
+
+    ``session_id`` is the session that it ended; None where it concerns the whole connection.
+    """
 
     code = "fault"
 
-    def __init__(self, fault_code: str, text: str, retry_seconds: int = 0) -> None:
+    def __init__(self, fault_code: str, text: str, retry_seconds: int = 0, session_id: int | None = None) -> None:
         super().__init__(f"the other end answered {fault_code!r}: {text}")
         self.fault_code = fault_code
         self.text = text
         self.retry_seconds = retry_seconds
+        self.session_id = session_id

@@ -99,14 +99,18 @@ def test_logits_are_equal_after_a_shared_prefix() -> None:
     assert torch.equal(logits_among(target, PROMPT, 3), alone)
 
 
-def test_logits_are_equal_on_scattered_pages() -> None:
+@pytest.mark.parametrize("size", [25, 30, 300])
+def test_logits_are_equal_on_scattered_pages(size: int) -> None:
+    """Parts cross the multiples of 64 up to which keys are read, within a page too."""
     target = int8_target("qwen2")
-    alone = logits_alone(target, PROMPT)
+    text = [*PROMPT, *reversed(PROMPT)]
+    alone = logits_in_chunks(target, text, *[5] * 60)
     before = target.gathered
     cache, neighbour = target.new_kv_cache(), target.new_kv_cache()
     cache.reserve(1)
     neighbour.pages = target.kv_pool.take(1, cache.pages[-1])
-    found = [target.forward([Segment(cache, PROMPT[start : start + 25], 25)]) for start in range(0, 150, 25)]
+    parts = [text[start : start + size] for start in range(0, len(text), size)]
+    found = [target.forward([Segment(cache, part, len(part))]) for part in parts]
     assert cache.pages[1] != cache.pages[0] + 1
     assert target.gathered > before
     assert torch.equal(torch.cat(found), alone)

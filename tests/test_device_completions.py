@@ -1,12 +1,16 @@
 """Text completions, choices and log-probabilities over HTTP."""
 
 import json
+import threading
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 from starlette.testclient import TestClient
 
+from device.answers import job_queue
+from device.answers.job import Job
 from tests.fakes import next_logits, target_alone
 from tests.number_service import PROMPT, TARGET, complete, http_client, new_station, streamed, text_of
 
@@ -53,7 +57,28 @@ def test_a_chat_has_n_choices_whole_and_streamed() -> None:
         texts[choice["index"]] += choice["delta"].get("content", "")
     assert texts == [choice["message"]["content"] for choice in whole["choices"]]
     assert chunks[-1]["usage"]["total_tokens"] == whole["usage"]["total_tokens"]
-    assert whole["usage"]["completion_tokens"] == 24
+    assert [whole["usage"][name] for name in ("prompt_tokens", "completion_tokens")] == [5, 24]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_that_is_accepted_gets_all_its_choices(stream: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job_queue, "_MAX_WAITING", 1)
+    first = threading.Event()
+    put = job_queue.JobQueue.put
+
+    def put_behind_others(queue: job_queue.JobQueue, job: Job) -> None:
+        if first.is_set():
+            queue._jobs.append(Job(replace(job.request, max_new_tokens=1), lambda _: None))
+        first.set()
+        put(queue, job)
+
+    monkeypatch.setattr(job_queue.JobQueue, "put", put_behind_others)
+    with http_client(new_station()) as client:
+        if stream:
+            indices = {chunk["choices"][0]["index"] for chunk in streamed(client, n=3)}
+        else:
+            indices = {choice["index"] for choice in complete(client, n=3).json()["choices"]}
+    assert indices == {0, 1, 2}
 
 
 def test_a_streamed_text_is_the_whole_one() -> None:

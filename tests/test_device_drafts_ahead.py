@@ -3,14 +3,14 @@
 import random
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import pytest
 
 from common.round_model import RoundTimes, run_tokens
 from device.options import AnswerOptions
-from device.planning.planner import MIN_BACKLOG
+from device.planning.planner import MIN_BACKLOG, Planner
 from device.session.session import DeviceSession
 from device.settings import DraftSettings
 from protocol.errors import FaultError, SettingsError
@@ -341,3 +341,51 @@ def test_auto_drafts_ahead_unless_both_ends_share_all_cores(
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)))
     options = AnswerOptions(bundle=Path("none"), server=server, mode="ids", drafts_ahead=given)
     assert options.draft_settings(GREEDY).drafts_ahead == found
+
+
+@every_drafting_setting
+def test_a_turn_after_an_abandoned_answer_whose_verdicts_were_discarded_begins_at_once(
+    settings: DraftSettings,
+) -> None:
+    """Between two turns a greeting, or another conversation, receives them."""
+    transport = LateTransport(new_station(), seen=0.0)
+    session = ahead_session(transport, settings)
+    for _, _ in zip(session.answer(MAX_NEW_TOKENS), range(3), strict=False):
+        pass
+    began = transport.now
+    while transport.receive(0.001) is not None:
+        pass
+    prompt = [*session.tokens, *TURNS[0]]
+    session.extend(prompt)
+    assert tokens_of(session, 10) == lockstep_answer(settings, prompt=prompt, count=10)
+    assert transport.now - began < 1
+
+
+def test_the_time_between_two_turns_is_no_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    observed: list[float | None] = []
+    observe = Planner.observe
+
+    def note(planner: Planner, *args: Any) -> None:
+        observed.extend(args[-2:])
+        observe(planner, *args)
+
+    monkeypatch.setattr(Planner, "observe", note)
+    transport = LateTransport(new_station(), seen=0.0)
+    session = ahead_session(transport, DraftSettings(Mode.IDS, GREEDY, 1, None))
+    for _, _ in zip(session.answer(MAX_NEW_TOKENS), range(12), strict=False):
+        pass
+    assert transport.most_in_flight > 1
+    transport.now += 60
+    session.extend([*session.tokens, *TURNS[0]])
+    tokens_of(session, 10)
+    assert max(seconds or 0 for seconds in observed) < 60
+
+
+def test_a_session_that_is_lost_while_its_first_token_is_awaited_is_opened_again() -> None:
+    transport = LateTransport(new_station(), seen=0.1)
+    session = ahead_session(transport, DraftSettings(Mode.IDS, GREEDY, 1, None))
+    for count in (2, 1):
+        prompt = [*session.tokens, *([3, 1] * MIN_BACKLOG), 5]
+        session.extend(prompt)
+        transport.station = new_station()
+        assert tokens_of(session, count) == target_alone(TARGET, prompt, count)

@@ -1,5 +1,6 @@
 """Every error of the HTTP service has OpenAI's shape, and names the field."""
 
+import json
 from typing import Any
 
 import pytest
@@ -7,7 +8,7 @@ from starlette.testclient import TestClient
 
 from device.answers.worker import Worker
 from device.http.service import Access, application
-from tests.number_service import DEFAULTS, complete, http_client, new_station, new_worker
+from tests.number_service import DEFAULTS, FIELDS, OpenCounter, complete, http_client, new_station, new_worker
 
 INVALID = "invalid_request_error"
 LONG = "3 " * 5000
@@ -64,6 +65,43 @@ def test_a_request_that_cannot_be_read_gets_json(method: str, path: str, content
         response = client.request(method, path, content=content)
     assert (response.status_code, error_of(response)["type"]) == (status, INVALID)
     assert status != 405 or response.headers["allow"] == "POST"
+
+
+DEEP = json.loads('{"a": ' * 600 + "1" + "}" * 600)
+DEEP_CALL = {"function": {"name": "f", "arguments": json.dumps(DEEP)}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"tools": [{"type": "function", "function": {"name": "f", "parameters": DEEP}}]}, "the request"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": DEEP}}}, "the request"),
+        ({"invented": DEEP}, "the request"),
+        ({"messages": [{"role": "assistant", "tool_calls": [DEEP_CALL]}]}, "messages[0].tool_calls[0].function.argum"),
+        ({"regex": "3\ud800"}, "regex"),
+        ({"grammar": "start: \ud800"}, "grammar"),
+        ({"\ud800": 1}, "\\ud800"),
+        ({"messages": [{"role": "user", "content": "3", "\ud800": 1}]}, "messages[0].\\ud800"),
+        ({"messages": [{"role": "assistant", "function_call": {"name": "f"}}]}, "messages[0].function_call"),
+        ({"stream_options": {"continuous_usage_stats": True}}, "stream_options.continuous_usage_stats"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_what_cannot_be_used_is_refused_by_name_and_ends_no_connection(fields: dict[str, Any], param: str) -> None:
+    opened = OpenCounter()
+    with http_client(new_station(), opened) as client:
+        before = complete(client).json()
+        body = json.dumps({"messages": [{"role": "user", "content": "3"}]} | fields)
+        response = client.post("/v1/chat/completions", content=body)
+        complete(client, messages=next_turn_of(before))
+    error = error_of(response)
+    assert (response.status_code, error["type"]) == (400, INVALID)
+    assert (error["param"] or "the request").startswith(param)
+    assert opened.opens == 1
+
+
+def next_turn_of(answer: Any) -> list[Any]:
+    return [*FIELDS["messages"], answer["choices"][0]["message"], {"role": "user", "content": "9"}]  # type: ignore[misc]
 
 
 def test_a_foreign_host_gets_json() -> None:

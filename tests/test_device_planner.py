@@ -387,3 +387,20 @@ def test_pieces_of_the_target_alone_are_longer_while_the_draft_model_keeps_their
     planner.observe_prefill(16, 0.16)
     waiting = planner.decode_piece(100, running=16) - planner.decode_piece(100)
     assert waiting == pytest.approx(8 * 0.01 / (0.3 / 40), abs=1)
+
+
+def test_of_many_temperatures_the_last_ones_are_remembered() -> None:
+    station, model = Station(FakeTarget.make(random_table(20, seed=1))), FakeDraftModel.make(random_table(20, seed=2))
+    welcome = join(station, model, MemoryTransport(station))[0]
+    welcome.greet()
+    planners = Planners(model.manifest.quality)
+
+    def planner(temperature: float) -> Planner:
+        settings = DraftSettings(Mode.COUPLED, Sampling(temperature), uplink_k=1, draft_len=None)
+        return planners.for_settings(settings, welcome.welcome)
+
+    first, second = planner(0.5), planner(0.6)
+    for index in range(63):
+        planner(1 + index / 100)
+        assert planner(0.5) is first
+    assert planner(0.6) is not second

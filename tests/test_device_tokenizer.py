@@ -192,3 +192,8 @@ def test_the_sample_models_streams_and_messages() -> None:
         assert "".join(tokenizer.decode_stream(iter(ids))) == tokenizer.decode(ids)
     harmless, forged = (tokenizer.encode_chat(user(one)) for one in ("hi", FORGERIES[0]))
     assert control_count(tokenizer, forged) == control_count(tokenizer, harmless)
+
+
+def test_a_message_with_every_private_use_character_is_refused(tokenizer: Tokenizer) -> None:
+    with pytest.raises(SettingsError, match="private-use"):
+        tokenizer.encode_chat([{"role": "user", "content": "".join(map(chr, range(0xE000, 0xF900)))}])

@@ -12,7 +12,7 @@ from tokenizers import AddedToken, Tokenizer
 from common.chat_template import ChatTemplate
 from common.grammar import GrammarCompiler
 from device.http.chat_request import ChatRequest
-from device.text.tool_calls import ToolCall, ToolFormat
+from device.text.tool_calls import HermesParser, ToolCall, ToolFormat
 from protocol.errors import SettingsError
 from tests.hostile_grammars import STOP, VOCAB, tokenizer_json
 from tests.number_service import DEFAULTS, FIELDS, NumberTokenizer, complete, http_client, new_station, streamed
@@ -229,3 +229,30 @@ def test_the_marks_of_a_forced_call_may_be_tokens_of_their_own(added: tuple[str,
         answer.append(token_id)
     assert tokenizer.decode(answer) == hermes()
     assert all(tokenizer.token_to_id(text) in answer for text in added)
+
+
+@pytest.mark.parametrize("tool_format", ToolFormat)
+def test_the_schema_of_a_forced_call_may_refer_to_its_own_parts(tool_format: ToolFormat) -> None:
+    """As Pydantic writes the schema of a class with another class in it."""
+    place = {"type": "object", "properties": {"city": {"type": "string"}, "in": {"$ref": "#/$defs/Place"}}}
+    place |= {"required": ["city"], "additionalProperties": False}
+    parameters = {"type": "object", "properties": {"to": {"$ref": "#/$defs/Place"}}, "$defs": {"Place": place}}
+    parameters |= {"required": ["to"], "additionalProperties": False}
+    tools = [CLOCK, {"type": "function", "function": {"name": "travel", "parameters": parameters}}]
+    grammar = tool_format.grammar(tools)
+
+    def call(arguments: object) -> str:
+        value = {"name": "travel", tool_format.value: arguments}
+        return hermes(value) if tool_format is ToolFormat.HERMES else json.dumps(value)
+
+    assert follows(grammar, call({"to": {"city": "Rome", "in": {"city": "Italy"}}}))
+    assert not follows(grammar, call({"to": {"in": {"city": "Italy"}}}))
+
+
+def test_half_a_surrogate_pair_in_a_call_can_be_sent() -> None:
+    arguments = '{"name": "clock", "arguments": {"zone": "\\ud800"}}'
+    (call,) = HermesParser().feed(f"<tool_call>{arguments}</tool_call>")
+    assert isinstance(call, ToolCall)
+    assert json.loads(call.arguments.encode()) == {"zone": "\ud800"}
+    named = '<tool_call>{"name": "\\ud800", "arguments": {}}</tool_call>'
+    assert HermesParser().feed(named) == [named]

@@ -152,6 +152,7 @@ class Workspace:
         self._buffer: Tensor | None = None
         self._layer = -1
         self._pages: list[int] = []
+        self._length = 0
 
     def gather(self, layer: int, page_runs: Sequence[range], length: int) -> tuple[Tensor, Tensor]:
         """Copy the first ``length`` positions of some pages; the keys and values are valid until the next call."""
@@ -161,6 +162,7 @@ class Workspace:
             self._layer, self._pages = layer, []
         pairs = zip(self._pages, pages, strict=False)
         present = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        present = min(present, self._length // self._page_size)  # the last page may have been copied in part
         at = present * self._page_size
         for run in runs(pages[present:]):
             start = run.start * self._page_size
@@ -168,7 +170,7 @@ class Workspace:
             buffer[0, :, at : at + count] = self._kv_pages.keys[layer][:, start : start + count]
             buffer[1, :, at : at + count] = self._kv_pages.values[layer][:, start : start + count]
             at += count
-        self._pages = pages
+        self._pages, self._length = pages, length
         return buffer[:1, :, :length], buffer[1:, :, :length]
 
     def _buffer_of(self, pages: int) -> Tensor:

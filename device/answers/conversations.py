@@ -15,7 +15,7 @@ from device.planning.planners import Planners
 from device.session.client import Client
 from device.settings import DraftSettings
 from device.text.tokenizer import Tokenizer
-from protocol.errors import AdmissionError, CancelledError, EdgedraftError, LinkError, ProtocolError
+from protocol.errors import AdmissionError, CancelledError, EdgedraftError, FaultError, LinkError, ProtocolError
 
 
 class Conversations:
@@ -53,6 +53,10 @@ class Conversations:
             yield conversation
         except CancelledError:
             self._settle(conversation)
+            raise
+        except FaultError as fault:
+            if fault.session_id is not None:
+                self._end(conversation)
             raise
         except (LinkError, AdmissionError, ProtocolError):  # no session can be closed over a broken link
             raise

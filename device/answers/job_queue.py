@@ -22,14 +22,14 @@ class JobQueue:
         """Append a job.
 
         Raises:
-            BusyError: ``_MAX_WAITING`` jobs are waiting.
+            BusyError: ``_MAX_WAITING`` jobs are waiting, and it is the first of its request.
             ClosingError: the queue is closed.
         """
         with self._changed:
             if self._closed is not None:
                 raise ClosingError(self._closed)
             self._drop_cancelled()
-            if len(self._jobs) >= _MAX_WAITING:
+            if job.is_first and len(self._jobs) >= _MAX_WAITING:
                 raise BusyError(f"{_MAX_WAITING} requests are waiting already; retry later")
             self._jobs.append(job)
             self._changed.notify()

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from device.session.client import Client
 from device.session.served_settings import check_sampling
 from device.session.session_requests import SessionRequests
+from protocol.errors import ContextLengthError
 from protocol.logprobs import TokenLogprobs
 from protocol.messages import Mode, Sampling
 
@@ -24,21 +25,27 @@ def prompt_logprobs(client: Client, prompt_ids: Sequence[int], most: int) -> lis
 
     Raises:
         SettingsError: the base station tells no log-probabilities.
+        ContextLengthError: the prompt does not fit the target's context.
     """
+    if len(prompt_ids) >= (context_length := client.welcome.context_length):
+        allowed = f"at most {context_length - 1} (the target's context at the base station)"
+        raise ContextLengthError("prompt", f"{len(prompt_ids)} tokens", allowed)
     sampling = Sampling(logprobs=most)
     check_sampling(sampling, client)
     tokens: list[int] = []
     requests = SessionRequests(client, Mode.TARGET, sampling, tokens)
     told: list[TokenLogprobs] = []
-    requests.open(prompt_ids[:1])
-    tokens[:] = prompt_ids[:1]
-    while len(tokens) < len(prompt_ids):
-        if told:
-            requests.extend(len(tokens) - 1, tokens[-1:], sampling)
-        given = prompt_ids[len(tokens) : len(tokens) + client.welcome.max_draft_len]
-        told += _given(requests, given)
-        tokens += given
-    requests.close()
+    try:
+        requests.open(prompt_ids[:1])
+        tokens[:] = prompt_ids[:1]
+        while len(tokens) < len(prompt_ids):
+            if told:
+                requests.extend(len(tokens) - 1, tokens[-1:], sampling)
+            given = prompt_ids[len(tokens) : len(tokens) + client.welcome.max_draft_len]
+            told += _given(requests, given)
+            tokens += given
+    finally:
+        requests.close()
     return told
 
 

@@ -26,6 +26,7 @@ from device.session.client import Client
 from device.session.round_records import RoundRecord
 from device.session.session import AnswerToken, Origin
 from device.settings import DraftSettings
+from device.text.prompt import Prompt
 from device.text.tokenizer import Tokenizer
 from protocol.errors import (
     AdmissionError,
@@ -33,6 +34,7 @@ from protocol.errors import (
     CancelledError,
     ClosingError,
     EdgedraftError,
+    FaultError,
     LinkError,
     ProtocolError,
     SettingsError,
@@ -113,6 +115,26 @@ class Worker:
             self.metrics.count_error(error)
             raise
 
+    def encode(self, request: AnswerRequest) -> list[int]:
+        """The prompt of a request as tokens; any thread may call it.
+
+        Raises:
+            SettingsError: it has none, or some that the draft model does not know.
+            BundleError: the chat template cannot render the conversation.
+        """
+        prompt = request.prompt
+        if isinstance(prompt, Prompt):
+            return prompt
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt)
+        token_ids = [entry for entry in prompt if isinstance(entry, int)]
+        if not token_ids:
+            messages = [entry for entry in prompt if not isinstance(entry, int)]
+            return self.tokenizer.encode_chat(messages, request.tools.known, request.continue_final)
+        if not 0 <= min(token_ids) <= max(token_ids) < self.vocab_size:
+            raise SettingsError("prompt", "these tokens", f"token ids from 0 to {self.vocab_size - 1}")
+        return token_ids
+
     def close(self) -> None:
         """Refuse all further requests and those that wait, and end the answer in progress."""
         self._stopping.set()
@@ -158,9 +180,12 @@ class Worker:
             return self._answer(job)
         except CancelledError as error:
             return ClosingError(_STOPPING) if self._stopping.is_set() else error
+        except FaultError as fault:
+            if fault.session_id is None:
+                self._lose(fault)
+            return fault
         except (LinkError, AdmissionError, ProtocolError) as error:
-            self._conversations.forget()  # their sessions cannot be closed over a broken link
-            self._connection.lose(error)
+            self._lose(error)
             return error
         except EdgedraftError as error:
             return error
@@ -170,11 +195,16 @@ class Worker:
             self._connection.close()
             return error
 
+    def _lose(self, error: EdgedraftError) -> None:
+        """Drop the connection with all conversations: their sessions cannot be closed over a broken link."""
+        self._conversations.forget()
+        self._connection.lose(error)
+
     def _answer(self, job: Job) -> Finish:
         needs_base_station = job.request.needs_base_station
         if self._offline and needs_base_station:
             raise SettingsError("logprobs or echo", "given", "left out: this device uses no base station")
-        ids, settings = self._prompt_ids(job.request), self._settings(job.request)
+        ids, settings = self.encode(job.request), self._settings(job.request)
         client = self._connection.client(may_be_out=not needs_base_station)
         if job.request.echo:
             with client.cancelled_by(lambda: job.cancelled.is_set() or self._stopping.is_set()):
@@ -212,18 +242,6 @@ class Worker:
         )
         return replace(request.settings, sampling=sampling)
 
-    def _prompt_ids(self, request: AnswerRequest) -> list[int]:
-        prompt = request.prompt
-        if isinstance(prompt, str):
-            return self.tokenizer.encode(prompt)
-        token_ids = [entry for entry in prompt if isinstance(entry, int)]
-        if not token_ids:
-            messages = [entry for entry in prompt if not isinstance(entry, int)]
-            return self.tokenizer.encode_chat(messages, request.tools.known, request.continue_final)
-        if not 0 <= min(token_ids) <= max(token_ids) < self.vocab_size:
-            raise SettingsError("prompt", "these tokens", f"token ids from 0 to {self.vocab_size - 1}")
-        return token_ids
-
     def _echo(self, job: Job, client: Client, ids: list[int]) -> None:
         """Deliver the prompt."""
         most = job.request.settings.sampling.logprobs
@@ -231,11 +249,12 @@ class Worker:
             job.deliver(self.tokenizer.decode(ids))
             return
         logprobs, delivery = prompt_logprobs(client, ids, most), AnswerDelivery(job, self.tokenizer)
-        text = self.tokenizer.token_text(ids[0])
-        job.deliver(AnswerPiece(text, text, None, ()))
+        texts = self.tokenizer.decode_stream(iter(ids))
+        job.deliver(AnswerPiece(next(texts), self.tokenizer.token_text(ids[0]), None, ()))
         for token_id, told in zip(ids[1:], logprobs, strict=True):
-            token = AnswerToken(token_id, Origin.TARGET)
-            job.deliver(delivery.piece(self.tokenizer.token_text(token_id), token, told))
+            job.deliver(delivery.piece(next(texts), AnswerToken(token_id, Origin.TARGET), told))
+        for rest in texts:  # of a character that the prompt does not end
+            job.deliver(rest)
 
     def _note_round(self, rounds: RoundEvents | None, record: RoundRecord) -> None:
         self.metrics.count_round(record)

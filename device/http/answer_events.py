@@ -2,16 +2,20 @@
 
 import asyncio
 import contextlib
+from dataclasses import replace
 from typing import TypeAlias
 
+from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect, Request
 
 from device.answers.job import AnswerPiece, AnswerRequest, Event, Finish, Job
 from device.answers.round_events import AnswerRound
 from device.answers.worker import Worker
 from device.http.http_errors import HttpError
+from device.text.prompt import Prompt
 from device.text.tentative_text import Revision
 from device.text.tool_calls import ToolCall
+from protocol.errors import EdgedraftError
 
 AnswerEvent: TypeAlias = str | AnswerRound | AnswerPiece | Revision | ToolCall | Finish
 
@@ -26,15 +30,21 @@ class AnswerEvents:
         self._job: Job | None = None
         self._watch = self._loop.create_task(self._cancel_when_the_client_leaves(request))
 
-    def start(self, answer_request: AnswerRequest) -> None:
-        """Submit the next answer, after the last one has ended.
+    async def start(self, answer_request: AnswerRequest) -> None:
+        """Submit the next answer, after the last one has ended; a full queue refuses the first alone.
+
+        The prompt is encoded first, in a thread of its own, so that a long one keeps no other answer waiting.
 
         Raises:
-            BusyError: the queue is full.
-            ClosingError: the service is ending.
+            HttpError: the prompt is invalid, the queue is full, or the service is ending.
         """
-        self._job = Job(answer_request, self._deliver)
-        self._worker.submit(self._job)
+        is_first = self._job is None
+        try:
+            prompt = Prompt.of(await run_in_threadpool(self._worker.encode, answer_request))
+            self._job = Job(replace(answer_request, prompt=prompt), self._deliver, is_first)
+            self._worker.submit(self._job)
+        except EdgedraftError as error:
+            raise HttpError.of(error) from error
 
     async def next(self) -> AnswerEvent:
         """The next event.

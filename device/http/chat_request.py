@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from device.answers.job import AnswerRequest
-from device.http.answer_fields import Defaults, Streaming, check_names, choices_of, read_answer
-from device.http.http_fields import CHAT_FIELDS
+from device.http.answer_fields import Defaults, Streaming, check_inner_names, check_names, choices_of, read_answer
+from device.http.http_fields import CHAT_FIELDS, MESSAGE_FIELDS
 from device.http.request_fields import Fields, field
 from device.http.tool_fields import read_tool_calls, read_tools
 from device.text.tokenizer import ChatMessage, check_unicode
@@ -98,6 +98,7 @@ def _message(name: str, message: Any) -> ChatMessage:
     role = _ROLE_NAMES.get(role, role) if isinstance(role, str) else None
     if role not in _ROLES:
         raise SettingsError(name, message, f"an object with role {', '.join(_ROLES)} and content")
+    check_inner_names(name, message, MESSAGE_FIELDS)
     content = message.get("content")
     calls = read_tool_calls(name, message) if role == "assistant" else []
     if content is None and role == "assistant":  # of an answer that only called tools

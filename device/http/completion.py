@@ -105,11 +105,10 @@ class TextForm:
         for piece in pieces:
             offsets.append(self._offset)
             self._offset += len(piece.text)
-        tops = [{text: _finite(logprob) for text, logprob in reversed(piece.top)} for piece in pieces]
         return {
             "tokens": [piece.token for piece in pieces],
             "token_logprobs": [_finite(piece.logprob) for piece in pieces],
-            "top_logprobs": [None if piece.logprob is None else top for piece, top in zip(pieces, tops, strict=True)],
+            "top_logprobs": [None if piece.logprob is None else _top(piece) for piece in pieces],
             "text_offset": offsets,
         }
 
@@ -138,9 +137,12 @@ class Completion:
     async def whole(self) -> Fields:
         """All answers as one object."""
         choices = []
-        for index, request in enumerate(self._choices):
-            self._events.start(request)
-            choices.append({"index": index, **await self._whole_choice()})
+        try:
+            for index, request in enumerate(self._choices):
+                await self._events.start(request)
+                choices.append({"index": index, **await self._whole_choice()})
+        finally:
+            self._events.cancel()
         timings = sum((finish.timings for finish in self._finishes), Timings())
         end = {"choices": choices, "usage": self._usage(), "timings": timings.fields}
         return self._head | {"object": self._form.kind} | end
@@ -162,7 +164,7 @@ class Completion:
 
     async def begin(self) -> AnswerEvent:
         """The first event of the first answer: an error before it still has a status code."""
-        self._events.start(self._choices[0])
+        await self._events.start(self._choices[0])
         return await self._events.next()
 
     async def stream(self, first: AnswerEvent) -> AsyncIterator[str]:
@@ -170,7 +172,7 @@ class Completion:
         try:
             for index, request in enumerate(self._choices):
                 if index:
-                    self._events.start(request)
+                    await self._events.start(request)
                     first = await self._events.next()
                 async for chunk in self._stream_choice(index, first):
                     yield chunk
@@ -213,7 +215,12 @@ class Completion:
         return _event(self._head | {"object": self._form.chunk_kind, "choices": [choice]} | extension)
 
     def _usage(self) -> Fields:
-        prompt_tokens = sum(finish.prompt_tokens for finish in self._finishes)
+        prompts = [request.prompt for request in self._choices]
+        prompt_tokens = sum(
+            finish.prompt_tokens
+            for index, finish in enumerate(self._finishes)
+            if not index or prompts[index] is not prompts[index - 1]
+        )
         new_tokens = sum(finish.new_tokens for finish in self._finishes)
         counts: Fields = {"prompt_tokens": prompt_tokens, "completion_tokens": new_tokens}
         counts["prompt_tokens_details"] = {"cached_tokens": sum(finish.timings.cache_n for finish in self._finishes)}
@@ -223,6 +230,12 @@ class Completion:
             details = {"accepted_prediction_tokens": accepted, "rejected_prediction_tokens": rejected}
             counts["completion_tokens_details"] = details
         return counts | {"total_tokens": prompt_tokens + new_tokens}
+
+
+def _top(piece: AnswerPiece) -> Fields:
+    """The likeliest tokens of a text completion, and the token itself where it is none of them."""
+    likeliest = {text: _finite(logprob) for text, logprob in reversed(piece.top)}
+    return {piece.token: _finite(piece.logprob)} | likeliest
 
 
 def _call(call: ToolCall) -> Fields:

@@ -5,6 +5,7 @@ from typing import Any
 
 from common.grammar import lark_grammar, regex_grammar, schema_grammar
 from device.http.request_fields import Fields, field
+from device.text.tokenizer import check_unicode
 from protocol.errors import SettingsError
 
 _FORMATS = "text, json_object, or json_schema with an object json_schema.schema"
@@ -19,6 +20,8 @@ def read_grammar(fields: Fields) -> str:
     schema = _schema(field(fields, "response_format", dict, {"type": "text"}, _FORMATS))
     lark = field(fields, "grammar", str, "", "a Lark grammar")
     regex = field(fields, "regex", str, "", "a regular expression")
+    check_unicode("grammar", lark)
+    check_unicode("regex", regex)
     if (schema is not None) + bool(lark) + bool(regex) > 1:
         raise SettingsError("grammar", lark or regex, "one of response_format, grammar and regex")
     if schema is not None:

@@ -52,7 +52,10 @@ class HttpError(Exception):
     ) -> None:
         super().__init__(message)
         self.status = status
-        self.fields: dict[str, Any] = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+        param = None if param is None else _printable(param)
+        self.fields: dict[str, Any] = {
+            "error": {"message": _printable(message), "type": kind, "param": param, "code": code}
+        }
         self._headers = headers
 
     @classmethod
@@ -84,8 +87,13 @@ class HttpError(Exception):
 
 def shown(value: object) -> str:
     """A value as JSON writes it, shortened."""
-    text = json.dumps(value, ensure_ascii=False, default=str).encode(errors="backslashreplace").decode()
+    text = _printable(json.dumps(value, ensure_ascii=False, default=str))
     return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}…"
+
+
+def _printable(text: str) -> str:
+    """A text as UTF-8 can write it: halves of surrogate pairs are escaped."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def _message(error: EdgedraftError) -> str:

@@ -107,13 +107,18 @@ CHAT_FIELDS: Mapping[str, Schema] = {
     "messages": schema(
         "array",
         "the conversation: `role` is system (or developer), user, assistant or tool; `content` is a text or a list of "
-        "parts of type text; an assistant's may have `tool_calls`, a tool's has `tool_call_id`",
+        "parts of type text; an assistant's may have `tool_calls`, a tool's has `tool_call_id` and `name`",
         items={"type": "object", "required": ["role"]},
         minItems=1,
     ),
     "continue_final_message": schema("boolean", "continue the last message, an assistant's, instead of answering it"),
     "add_generation_prompt": schema("boolean", "false with `continue_final_message` only"),
-    "tools": schema("array", "functions that the answer may call", items={"type": "object"}, maxItems=MAX_TOOLS),
+    "tools": schema(
+        "array",
+        "functions that the answer may call; a call that must be made is valid under its schema",
+        items={"type": "object"},
+        maxItems=MAX_TOOLS,
+    ),
     "tool_choice": schema(["string", "object"], "auto, none, required, or an object that names one of the tools"),
     "parallel_tool_calls": schema("boolean", "false: the first call ends the answer"),
     "prediction": schema(
@@ -161,6 +166,12 @@ ONLY_VALUES: Mapping[str, Sequence[Any]] = {
     "use_beam_search": [False],
 }
 """Fields of other services, or of the other kind of request, that may have a value that does not change the answer."""
+
+MESSAGE_FIELDS: Sequence[str] = ("role", "content", "name", "tool_calls", "tool_call_id")
+"""Fields of a message; the ``name`` is of a tool, that of other roles is ignored."""
+
+STREAM_FIELDS: Sequence[str] = ("include_usage", "include_obfuscation")
+"""Fields of ``stream_options``; the second asks for padding that hides lengths, and changes no answer."""
 
 IGNORED: Sequence[str] = (
     "cache_prompt",

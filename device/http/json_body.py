@@ -6,6 +6,7 @@ from typing import Any
 from starlette.requests import Request
 
 from device.http.http_errors import HttpError
+from device.http.request_fields import check_depth
 
 _MAX_BODY_BYTES = 4 * 1024 * 1024
 
@@ -15,11 +16,14 @@ async def json_body(request: Request) -> Any:
 
     Raises:
         HttpError: it is not JSON, or too long.
+        SettingsError: it is nested too deep.
     """
     try:
-        return json.loads(await _body(request))
+        value = json.loads(await _body(request))
     except (ValueError, RecursionError) as error:
         raise HttpError(400, f"the body is not JSON: {error}") from error
+    check_depth("the request", value)
+    return value
 
 
 async def _body(request: Request) -> bytes:

@@ -1,5 +1,6 @@
 """Fields of a JSON request, each checked for its type."""
 
+from collections.abc import Collection
 from typing import Any, TypeAlias
 
 from protocol.errors import SettingsError
@@ -8,6 +9,30 @@ Fields: TypeAlias = dict[str, Any]
 
 ANY = -1
 """What clients send as ``seed`` for a random one, as ``max_tokens`` for no limit, and as ``top_k`` for all tokens."""
+
+
+MAX_DEPTH = 64
+"""Levels of objects and lists inside each other: more than any client sends, and few enough for every reader."""
+
+
+def check_depth(name: str, value: Any) -> None:
+    """Refuse a value of JSON that is nested too deep.
+
+    Raises:
+        SettingsError: it has more than ``MAX_DEPTH`` levels.
+    """
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        level = [inner for outer in level for inner in _inner(outer)]
+        if not level:
+            return
+    raise SettingsError(name, "nested deeper", f"up to {MAX_DEPTH} levels of objects and lists")
+
+
+def _inner(value: Any) -> Collection[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
 
 
 def field(fields: Fields, name: str, kind: type | tuple[type, ...], default: Any, allowed: str) -> Any:

@@ -1,7 +1,7 @@
 """A request of OpenAI's text completions API, validated and turned into requests to the worker."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from device.answers.job import AnswerRequest
@@ -30,7 +30,8 @@ class TextRequest:
         """
         check_names(fields, TEXT_FIELDS)
         logprobs = field(fields, "logprobs", int, None, "a whole number")
-        requests = [read_answer(fields, prompt, defaults, logprobs) for prompt in _prompts(fields)]
+        answer = read_answer(fields, "", defaults, logprobs)
+        requests = [replace(answer, prompt=prompt) for prompt in _prompts(fields)]
         return cls(tuple(one for request in requests for one in choices_of(fields, request)), Streaming.read(fields))
 
 

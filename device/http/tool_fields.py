@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from device.http.http_fields import MAX_TOOLS
-from device.http.request_fields import Fields, field
+from device.http.request_fields import Fields, check_depth, field
 from protocol.errors import SettingsError
 
 _CHOICES = "auto, none, required, or an object that names one of the tools"
@@ -70,6 +70,7 @@ def _call(name: str, call: Any) -> Fields:
         arguments = None
     if not isinstance(arguments, dict):
         raise SettingsError(f"{name}.function.arguments", function.get("arguments"), "the text of a JSON object")
+    check_depth(f"{name}.function.arguments", arguments)
     call_id = field(call, "id", str, "", "a text")
     return {"id": call_id, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
 

@@ -8,9 +8,14 @@ from device.settings import DraftSettings
 from protocol.bundle import QualityFigures
 from protocol.messages import Mode, Welcome
 
+_MAX_PLANNERS = 64
+"""Kept at most: programs may ask for any number of temperatures."""
+
 
 class Planners:
     """The planners of one base station: settings whose estimates differ have planners of their own.
+
+    Of more than ``_MAX_PLANNERS`` the one that was asked for longest ago is forgotten.
 
     Rounds of a fixed draft length do not update the planner of ``--draft-len auto``: their
     throughput is not what it would reach.
@@ -41,7 +46,10 @@ class Planners:
             planner = self._planners[key] = self._new_planner(self._quality, settings.sampling.greedy)
             known = self._store.read(settings, welcome) if self._store and settings.draft_len is None else None
             planner.start(welcome.pass_seconds, welcome.row_seconds, known)
-        return self._planners[key]
+            if len(self._planners) > _MAX_PLANNERS:
+                del self._planners[next(iter(self._planners))]
+        self._planners[key] = planner = self._planners.pop(key)  # the last is the one that was asked for last
+        return planner
 
     def keep(self, settings: DraftSettings, welcome: Welcome) -> None:
         """Store what the planner for these settings has learnt so far."""

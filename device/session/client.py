@@ -199,7 +199,7 @@ class Client:
             elif (waited := now - received_at) >= limit and not is_bridged:
                 raise LinkError(f"no base station answers at {self.link.address} (waited {waited:.0f} s)")
             elif now - max(self._sent_at, received_at) >= self._timeouts.resend or self._reconnected:
-                self._resend(unanswered, resume)
+                self.send_again(unanswered, resume)
 
     def arrived(self, session_id: int) -> Message | None:
         """The next message of the base station, if one has arrived.
@@ -235,7 +235,7 @@ class Client:
         refused_at = began if since is None else since
         if waited + pause > self._timeouts.retry and not self._bridge_outage(refused_at):
             text = f"{refusal.text} (waited {waited:.0f} s)"
-            raise FaultError(refusal.fault_code, text, math.ceil(seconds)) from refusal
+            raise FaultError(refusal.fault_code, text, math.ceil(seconds), refusal.session_id) from refusal
         if since is None:
             logger.warning("waiting for up to %.0f s: %s", self._timeouts.retry, refusal.text)
         connections = self.link.connections
@@ -247,6 +247,16 @@ class Client:
         """Send a message; ``messages`` yields the replies."""
         self.link.send(message)
         self._sent_at, self._sent_connections = self._clock(), max(1, self.link.connections)
+
+    def send_again(self, requests: Sequence[Hello | Request], resume: Callable[[], Resume] | None) -> None:
+        """Send unanswered requests again, behind a Resume where the base station knows it; see ``messages``."""
+        if self._is_out and self.is_greeted and not self._reconnected:  # requests would pile up in the socket
+            self.send(self._probe)
+            return
+        if resume and self.welcome.version > OLDEST_VERSION:
+            self.link.send(resume())
+        for request in requests:
+            self.send(request)
 
     def now(self) -> Moment:
         """The clock, which ``paused_clock`` stops, and the bytes counted so far."""
@@ -348,15 +358,6 @@ class Client:
         """Finds out whether a greeted base station is there."""
         return replace(self._hello, version=self.welcome.version)
 
-    def _resend(self, requests: Sequence[Hello | Request], resume: Callable[[], Resume] | None) -> None:
-        if self._is_out and self.is_greeted and not self._reconnected:  # requests would pile up in the socket
-            self.send(self._probe)
-            return
-        if resume and self.welcome.version > OLDEST_VERSION:
-            self.link.send(resume())
-        for request in requests:
-            self.send(request)
-
     def _greet_in(self, version: int, timeout: float | None) -> Welcome:
         hello = replace(self._hello, version=version)
         return next(message for message in self.exchange(hello, timeout) if isinstance(message, Welcome))
@@ -365,4 +366,4 @@ class Client:
 def _raise_fault(message: Message, session_id: int | None) -> None:
     """Raise a Fault of this session or of none; a Fault of another session ends that one alone."""
     if isinstance(message, Fault) and message.session_id in (None, session_id):
-        raise FaultError(message.code, message.text, message.retry_seconds)
+        raise FaultError(message.code, message.text, message.retry_seconds, message.session_id)

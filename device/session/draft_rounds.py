@@ -229,6 +229,8 @@ class DraftRounds:
         while self.catch_up():
             if verdict := self._requests.verdict(wait=False):
                 return self._conclude(verdict)
+            if not self._requests.drafts_in_flight:  # the session had to be opened again
+                self._discard()
         self._drafter.follow(self._tokens)
         self._model_follows = True
         return None
@@ -333,10 +335,10 @@ class DraftRounds:
         self.counters.draft_bytes += draft.uplink_bytes
         self._in_flight.append(draft)
 
-    def _conclude(self, verdict: Verdict) -> VerifiedRound:
+    def _conclude(self, verdict: Verdict, timed: bool = True) -> VerifiedRound:
         """Take the Verdict of the oldest Draft in flight; discard those on a wrong assumption."""
         draft, received = self._in_flight.popleft(), self._client.now()
-        self._observe(draft, verdict, received)
+        self._observe(draft, verdict, received, timed)
         self.counters.drafted += len(draft.tokens)
         self.counters.accepted += verdict.accepted
         predicted = [bool(token.match and token.match.is_predicted) for token in draft.tokens]
@@ -358,15 +360,16 @@ class DraftRounds:
             self._drafter.cache_last_token()  # alone, so that the draft does not depend on when the Verdict came
         return VerifiedRound(draft.tokens, verdict)
 
-    def _observe(self, draft: PendingDraft, verdict: Verdict, received: Moment) -> None:
-        """Tell the planner and the record file what a round took."""
+    def _observe(self, draft: PendingDraft, verdict: Verdict, received: Moment, timed: bool) -> None:
+        """Tell the planner and the record file what a round took; the planner only where it was ``timed``."""
         sent = draft.sent
         assert sent is not None
         prefilled = self._requests.take_prefilled()
-        reply_seconds = None if prefilled or draft.overlaps else received.seconds - sent.seconds
-        if prefilled:
+        is_known = timed and not prefilled
+        reply_seconds = received.seconds - sent.seconds if is_known and not draft.overlaps else None
+        if timed and prefilled:
             self._planner.observe_target_prefill(prefilled, received.seconds - sent.seconds)
-        round_seconds = None if prefilled else received.seconds - self._concluded.seconds
+        round_seconds = received.seconds - self._concluded.seconds if is_known else None
         if draft.is_ready:
             self._planner.observe_lookup_reply(len(draft.tokens), reply_seconds)
         else:
@@ -389,13 +392,17 @@ class DraftRounds:
     def leave(self) -> VerifiedRound | None:
         """Stop drafting: the oldest Draft that an abandoned answer left in flight, once it is verified.
 
+        Its Verdict may have come meanwhile and be lost, so the Drafts are sent again; how long it took tells nothing.
+
         Returns:
             None once no Draft is in flight.
         """
         self._next = None
         while self._in_flight:
-            if verdict := self._verdict():
-                return self._conclude(verdict)
+            verdict = self._requests.verdict(wait=False) or self._requests.verdict_again()
+            self._retake_model()
+            if verdict:
+                return self._conclude(verdict, timed=False)
             self._discard()
         return None
 

@@ -149,6 +149,11 @@ class SessionRequests:
             self._open_again()
         return None
 
+    def verdict_again(self) -> Verdict | None:
+        """As ``verdict``, for Drafts whose Verdicts may have been received and discarded: they are sent again."""
+        self._client.send_again(self._rounds.in_flight, self._resume)
+        return self.verdict()
+
     def decode(self, count: int, while_waiting: Callable[[], bool] = lambda: False) -> Iterator[Verdict]:
         """Let the target decode ``count`` tokens alone, at most to the end of its context; yield the Verdicts.
 

@@ -11,7 +11,7 @@ from device.drafting.draft_model import SequenceModel
 from device.drafting.drafter import DraftedToken, Drafter
 from device.session.client import Client
 from device.settings import DraftSettings
-from protocol.errors import ContextLengthError
+from protocol.errors import ContextLengthError, GrammarError
 from protocol.messages import Sampling
 
 
@@ -88,6 +88,7 @@ class UnverifiedTail:
         Raises:
             AnswerEndedError: the answer has ended.
             ContextLengthError: the prompt does not fit the draft model's context, and no base station is used.
+            GrammarError: the grammar exceeds a limit, and no base station is used.
         """
         tokens = [*self._tokens, *(token.token_id for token in self.drafted)]
         drafter = self._begun_drafter()
@@ -99,7 +100,12 @@ class UnverifiedTail:
         if not self.drafted:
             self._start = len(tokens)
         drafter.follow(tokens)
-        self.drafted.append(drafter.draft_token(len(tokens) - self._start))
+        token = drafter.draft_token(len(tokens) - self._start)
+        if drafter.grammar and drafter.grammar.error:  # the token was drafted without it
+            if self._client.is_offline:
+                raise GrammarError(f"the grammar cannot be applied: {drafter.grammar.error}")
+            return False
+        self.drafted.append(token)
         return True
 
     def take_model(self) -> bool:

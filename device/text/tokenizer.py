@@ -119,7 +119,8 @@ class Tokenizer:
             continue_final: whether the answer continues the last message, instead of following it.
 
         Raises:
-            SettingsError: the bundle has no chat template.
+            SettingsError: the bundle has no chat template, or the text is not Unicode or has every private-use
+                character.
             BundleError: the chat template cannot render the conversation.
         """
         if self._template is None:
@@ -159,7 +160,11 @@ class Tokenizer:
         Raises:
             GrammarError: it cannot be compiled.
         """
-        return self._compiled(text, stop_ids).copy()
+        grammar = self._compiled(text, stop_ids)
+        if grammar.exhausted:
+            self._compiled.cache_clear()
+            grammar = self._compiled(text, stop_ids)
+        return grammar.copy()
 
     def _compile(self, text: str, stop_ids: frozenset[int]) -> Grammar:
         return self._compiler(stop_ids).compile(text)
@@ -296,9 +301,16 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _unused_character(messages: Any) -> str:
-    """A private-use character that no message contains."""
+    """A private-use character that no message contains.
+
+    Raises:
+        SettingsError: there is none.
+    """
     used = {character for text in _texts(messages) for character in text}
-    return next(character for code in _PRIVATE_USE if (character := chr(code)) not in used)
+    unused = next((character for code in _PRIVATE_USE if (character := chr(code)) not in used), None)
+    if unused is None:
+        raise SettingsError("prompt", "a text with every private-use character", "any text without one of them")
+    return unused
 
 
 def check_unicode(name: str, text: str) -> None:

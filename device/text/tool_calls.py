@@ -53,12 +53,15 @@ class ToolFormat(StrEnum):
                 "type": "object",
                 "properties": {
                     "name": {"const": tool["function"]["name"]},
-                    self.value: tool["function"].get("parameters") or {"type": "object", "properties": {}},
+                    self.value: _moved(
+                        tool["function"].get("parameters") or {"type": "object", "properties": {}},
+                        f"#/anyOf/{index}/properties/{self.value}",
+                    ),
                 },
                 "required": ["name", self.value],
                 "additionalProperties": False,
             }
-            for tool in tools
+            for index, tool in enumerate(tools)
         ]
         schema = json.dumps({"anyOf": calls, "x-guidance": JSON_OPTIONS})
         start = "call"
@@ -134,6 +137,22 @@ class Llama3Parser:
         return [_read(self._held.strip().removeprefix(_PYTHON), ToolFormat.LLAMA3) or self._held]
 
 
+def _moved(schema: Any, pointer: str) -> Any:
+    """A JSON schema as a part of another one, at ``pointer`` there: references to its own parts lead to the new place.
+
+    The values of ``const`` and ``enum`` are no schemas.
+    """
+    if isinstance(schema, list):
+        return [_moved(entry, pointer) for entry in schema]
+    if not isinstance(schema, dict):
+        return schema
+    moved = {name: part if name in ("const", "enum") else _moved(part, pointer) for name, part in schema.items()}
+    reference = schema.get("$ref")
+    if isinstance(reference, str) and reference.startswith("#"):
+        moved["$ref"] = pointer + reference[1:]
+    return moved
+
+
 def _partial(text: str, mark: str) -> int:
     """How many characters at the end of a text may be the start of a mark."""
     return next((size for size in range(min(len(text), len(mark) - 1), 0, -1) if mark.startswith(text[-size:])), 0)
@@ -145,9 +164,15 @@ def _read(text: str, tool_format: ToolFormat) -> ToolCall | None:
         value: Any = json.loads(text)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
+    if not isinstance(value, dict) or not isinstance(value.get("name"), str) or not _is_unicode(value["name"]):
         return None
     arguments = value.get(tool_format.value, {})
     if not isinstance(arguments, dict):
         return None
-    return ToolCall(value["name"], json.dumps(arguments, ensure_ascii=False))
+    written = json.dumps(arguments, ensure_ascii=False)
+    return ToolCall(value["name"], written if _is_unicode(written) else json.dumps(arguments))
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a text has no half of a surrogate pair, which JSON allows and UTF-8 cannot write."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)

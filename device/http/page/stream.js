@@ -1,4 +1,4 @@
-// Server-sent events of OpenAI's API: one JSON object in each, then [DONE].
+// Server-sent events of OpenAI's API: one JSON object in each, then [DONE]; comments keep the connection open.
 
 /** The objects of a stream of bytes, however it is divided. */
 export async function* events(stream) {
@@ -10,6 +10,7 @@ export async function* events(stream) {
     const parts = (buffer + value).split("\n\n");
     buffer = parts.pop();
     for (const part of parts) {
+      if (part.startsWith(":")) continue;
       const data = part.replace(/^data: /, "");
       if (data === "[DONE]") return;
       yield JSON.parse(data);
