@@ -28,7 +28,7 @@ from protocol.bits import BitReader, number_bits, pack
 from protocol.draft_codec import DraftedTokens, EncodedDraft, decode_drafted, encode_drafted
 from protocol.errors import FrameError, SettingsError
 from protocol.full_distribution import FullDistribution
-from protocol.limits import Limits
+from protocol.limits import MAX_DRAFT_LEN, Limits
 from protocol.logprobs import TokenLogprobs
 from protocol.messages import (
     HASH_BYTES,
@@ -54,7 +54,10 @@ from protocol.messages import (
 from protocol.sparse import SparseDistribution
 
 MAX_FAULT_TEXT = 1000
-_MAX_ARRAY_LEN = 256
+_MAX_ARRAY_LEN = MAX_DRAFT_LEN + 1
+"""A Verdict has the log-probabilities of so many tokens."""
+_MAX_ARRAYS = 64
+"""Of a frame: arrays inside each other are built before any field is checked."""
 _MAX_HEAD_BYTES = 64
 _DRAFT_TAGS = _DRAFT_TAG, _PIPELINED_DRAFT_TAG, _GIVEN_DRAFT_TAG = 5, 10, 13
 _MIN_ID_BITS = 8  # more than the padding of the last byte
@@ -139,7 +142,9 @@ class FrameCodec:
             LimitError: the message exceeds this codec's limits.
         """
         try:
-            values = msgpack.unpackb(frame, max_array_len=_MAX_ARRAY_LEN, max_map_len=0)
+            values = msgpack.unpackb(
+                frame, max_array_len=_MAX_ARRAY_LEN, list_hook=_ArrayCount(), max_map_len=0, object_hook=_refuse_map
+            )
         except (ValueError, msgpack.UnpackException, RecursionError) as error:
             raise FrameError(f"{len(frame)} bytes are not a msgpack array: {error}") from error
         if not isinstance(values, list) or not values or type(values[0]) is not int:
@@ -349,6 +354,23 @@ def _integer(largest: int) -> _Field:
         return number
 
     return _Field(int, unpack)
+
+
+class _ArrayCount:
+    """Counts the arrays of a frame while msgpack builds them, the inner ones first."""
+
+    def __init__(self) -> None:
+        self._count = 0
+
+    def __call__(self, values: list[Any]) -> list[Any]:
+        self._count += 1
+        if self._count > _MAX_ARRAYS:
+            raise ValueError(f"more than {_MAX_ARRAYS} arrays")
+        return values
+
+
+def _refuse_map(_: dict[Any, Any]) -> None:
+    raise ValueError("a map; allowed: arrays")
 
 
 def _unpack_seconds(value: object) -> float:

@@ -4,6 +4,9 @@ from dataclasses import dataclass, fields
 
 from protocol.errors import LimitError, SettingsError
 
+MAX_DRAFT_LEN = 255
+"""The largest ``max_draft_len``: a Verdict may have the log-probabilities of a token more, in one array of a frame."""
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -35,8 +38,9 @@ class Limits:
 
     def __post_init__(self) -> None:
         for entry in fields(self):
-            if not 1 <= getattr(self, entry.name) < 2**31:
-                raise SettingsError(option_name(entry.name), getattr(self, entry.name), "1 or more, up to 2147483647")
+            most = MAX_DRAFT_LEN if entry.name == "max_draft_len" else 2**31 - 1
+            if not 1 <= getattr(self, entry.name) <= most:
+                raise SettingsError(option_name(entry.name), getattr(self, entry.name), f"1 or more, up to {most}")
 
     def check(self, name: str, value: int) -> None:
         """Check a value against the limit ``name``.

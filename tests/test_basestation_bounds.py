@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import cast
 
 import numpy as np
@@ -102,7 +103,7 @@ def test_an_owners_queued_bytes_are_bounded_and_free_again_when_its_tasks_are_ta
     assert [inbox.put(do_nothing, "a", 40) for _ in range(4)] == [True, True, False, False]
     assert inbox.put(do_nothing, "b", 100)
     assert inbox.put(do_nothing, "a")
-    for _ in range(2):
+    for _ in range(3):
         assert inbox.get(0) is not None
     assert [inbox.put(do_nothing, "a", 50) for _ in range(3)] == [True, True, False]
 
@@ -110,10 +111,19 @@ def test_an_owners_queued_bytes_are_bounded_and_free_again_when_its_tasks_are_ta
 def test_waking_makes_a_waiting_get_return() -> None:
     inbox = Inbox(max_bytes=1)
     threading.Timer(0.1, inbox.wake).start()
-    task = inbox.get(60)
-    assert task is not None
-    task()
-    assert inbox.get(0) is None
+    assert inbox.get(1000) is None
+
+
+def test_owners_take_turns_and_the_base_stations_own_tasks_always_have_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("basestation.engine.inbox._MAX_TASKS", 6)
+    monkeypatch.setattr("basestation.engine.inbox._MAX_TASKS_OF_OWNER", 4)
+    inbox, done = Inbox(max_bytes=100), list[str]()
+    assert [inbox.put(partial(done.append, f"flood {number}"), "flood") for number in range(5)] == [True] * 4 + [False]
+    assert [inbox.put(partial(done.append, f"other {number}"), "other") for number in range(3)] == [True, True, False]
+    assert inbox.put(partial(done.append, "own"))
+    while task := inbox.get(0):
+        task()
+    assert done == ["flood 0", "other 0", "own", "flood 1", "other 1", "flood 2", "flood 3"]
 
 
 # -- the server --

@@ -47,7 +47,7 @@ def scrape(metrics: FrontMetrics) -> str:
 def front_of(*replicas: Metrics) -> FrontMetrics:
     front = FrontMetrics()
     for number, metrics in enumerate(replicas):
-        front.take(report(f"replica-{number}", metrics))
+        front.take(bytes([number]), report(f"replica-{number}", metrics))
     return front
 
 
@@ -78,16 +78,16 @@ def test_of_the_times_of_several_replicas_the_latest_is_taken() -> None:
 
 def test_a_lost_replica_is_no_longer_scraped() -> None:
     front = front_of(replica_metrics(2), replica_metrics(3))
-    front.drop("replica-0")
+    front.drop(b"\0", "replica-0")
     assert 'replica="replica-0"' not in scrape(front)
 
 
 def test_the_counts_of_replicas_that_are_gone_stay_in_the_totals_and_their_gauges_do_not() -> None:
     front = front_of(replica_metrics(2), replica_metrics(3))
     before = Snapshot.of(front.totals(), 0.0)
-    front.drop("replica-0")
-    front.take(report("replica-0", replica_metrics(1)))
-    front.drop("replica-1")
+    front.drop(b"\0", "replica-0")
+    front.take(b"\2", report("replica-0", replica_metrics(1)))
+    front.drop(b"\1", "replica-1")
     now = Snapshot.of(front.totals(), 1.0)
     assert (before.total("rounds_total"), now.total("rounds_total")) == (5, 6)
     assert now.value("fleet_uplink_bytes_total", "kitchen") == 300
@@ -95,10 +95,18 @@ def test_the_counts_of_replicas_that_are_gone_stay_in_the_totals_and_their_gauge
     assert now.total("fleet_last_seen_timestamp_seconds") <= time.time()
 
 
+def test_a_replica_that_was_silent_for_a_while_counts_once() -> None:
+    metrics = replica_metrics(2)
+    front = front_of(metrics)
+    front.drop(b"\0", "replica-0")
+    front.take(b"\0", report("replica-0", metrics))
+    assert Snapshot.of(front.totals(), 0.0).total("rounds_total") == 2
+
+
 def test_a_rate_is_not_negative_where_a_replica_is_gone() -> None:
     front = front_of(replica_metrics(2), replica_metrics(3))
     before = parse_snapshot(scrape(front), 0.0)
-    front.drop("replica-0")
+    front.drop(b"\0", "replica-0")
     console = Console(width=200, record=True, file=io.StringIO())
     console.print(render(before, parse_snapshot(scrape(front), 1.0)))
     assert not re.search(r"-\d", console.export_text())

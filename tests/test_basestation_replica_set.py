@@ -158,3 +158,16 @@ def test_a_replica_that_cannot_serve_is_left_out_while_others_do() -> None:
     world.replicas.remove("replica-2", "replica-2: no such folder")
     world.replicas.scale(3)
     assert world.waiting == ["replica-2"]
+
+
+def test_a_name_that_a_predecessor_had_is_not_used_again_while_it_is_remembered() -> None:
+    world = world_of(1, room=1)
+    world.replicas.restart()
+    world.step()  # replica-1 waits for room, so replica-0 drains
+    world.replicas.step(world.serving, world.waiting)
+    world.finish()
+    world.replicas.scale(2)
+    world.room = 2
+    world.settle()
+    assert world.replicas.running == world.serving
+    assert len(world.serving) == 2

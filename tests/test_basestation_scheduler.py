@@ -16,10 +16,14 @@ from protocol.messages import (
     Decode,
     Extend,
     Fault,
+    Mode,
+    Open,
     Opened,
+    Sampling,
     Verdict,
 )
 from tests.fakes import target_alone
+from tests.link_pair import Station
 from tests.scripted_device import BUDGET, CODEC, TARGET, ScriptedDevice, new_station, prompt_of, settle, target_of
 
 
@@ -327,3 +331,55 @@ def test_a_long_prompt_does_not_starve_behind_shorter_ones(shared: bool) -> None
         if any(isinstance(message, Verdict) for message in station.outboxes[waiter.peer]):
             return
     pytest.fail("never verified")
+
+
+def test_sessions_of_a_device_that_grow_beyond_half_of_the_pool_keep_no_other_device_waiting() -> None:
+    station = new_station(capacity=8 * PAGE_SIZE)
+    victim = ScriptedDevice(station, 1, prompt_of(PAGE_SIZE, seed=1))
+    settle(station)
+    greedy = ScriptedDevice(station, 2, prompt_of(10))
+    for number in (1, 2):
+        greedy.send(Open(number, 0, Mode.IDS, Sampling(), tuple(prompt_of(10, number))))
+    for number in range(3):
+        greedy.send(Decode(number, 1, 4 * PAGE_SIZE))
+    pool = target_of(station).kv_pool
+    while pool.free >= PAGE_SIZE or victim_is_cached(station):
+        station.now += 0.1
+        station.engine.step()
+    victim.receive()
+    victim.draft()
+    for _ in range(50):
+        station.engine.step()
+    victim.commit()
+    settle(station)
+    answered = [(one.session_id, one.token_id) for one in greedy.receive() if isinstance(one, Verdict)]
+    for number, seed in enumerate((0, 1, 2)):
+        expected = target_alone(TARGET, prompt_of(10, seed), 4 * PAGE_SIZE)
+        assert [token_id for session_id, token_id in answered if session_id == number] == expected
+
+
+def victim_is_cached(station: Station) -> bool:
+    return any(one.kv_cache.pages for one in vars(station.engine)["_sessions"].all() if one.peer.address == b"\1")
+
+
+def test_a_session_that_begins_anew_gives_back_what_it_had_reserved() -> None:
+    station = new_station(capacity=8 * PAGE_SIZE)
+    device = ScriptedDevice(station, 1, prompt_of(5 * PAGE_SIZE))
+    settle(station)
+    device.send(Extend(0, 1, 0, (1, 2)))
+    settle(station)
+    assert target_of(station).kv_pool.used == PAGE_SIZE
+
+
+def test_the_queueing_delay_of_a_first_round_begins_with_its_draft() -> None:
+    station = new_station()
+    device = ScriptedDevice(station, 1, prompt_of(150))
+    station.engine.step()
+    station.now = 2
+    device.receive()
+    device.draft()
+    station.now = 3
+    settle(station)
+    device.commit()
+    registry = vars(station.engine)["_metrics"].registry
+    assert registry.get_sample_value("edgedraft_queueing_delay_seconds_sum") == 1

@@ -91,6 +91,9 @@ def test_a_prompt_has_the_targets_log_probabilities(length: int) -> None:
     for index, one in enumerate(told, 1):
         assert_told(one, prompt[:index], prompt[index], 2)
     assert transport.station.engine.idle or not transport.station.engine.busy
+    registry = vars(transport.station.engine)["_metrics"].registry  # the tokens were no drafts
+    assert not registry.get_sample_value("edgedraft_drafted_tokens_total", {"mode": Mode.TARGET})
+    assert not registry.get_sample_value("edgedraft_accepted_tokens_total", {"mode": Mode.TARGET})
 
 
 def test_a_prompts_log_probabilities_survive_a_restart_of_the_base_station() -> None:

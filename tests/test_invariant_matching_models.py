@@ -197,7 +197,8 @@ def test_the_hash_of_the_first_tokens_is_that_of_a_vocabulary_of_them() -> None:
 
 
 def test_ids_beyond_the_output_layer_do_not_count() -> None:
-    vocabulary = Vocabulary(TOKENS, 7, frozenset())
+    vocabulary = Vocabulary(TOKENS, 7, frozenset({3, 7, 100}))
+    assert vocabulary.stop_ids == {3}
     assert (vocabulary.used_size, vocabulary.size) == (7, 7)
     assert vocabulary.hash_of_first(7).hex() == vocabulary_hash(first(7))
 

@@ -1,6 +1,7 @@
 """Frames: every message round-trips; any other bytes raise FrameError or LimitError."""
 
 import struct
+import tracemalloc
 from dataclasses import MISSING, astuple, fields, replace
 from typing import Any, get_args
 
@@ -11,10 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from protocol.draft_codec import encode_drafted
-from protocol.errors import FrameError, LimitError, ProtocolError
+from protocol.errors import FrameError, LimitError, ProtocolError, SettingsError
 from protocol.frames import FrameCodec
 from protocol.full_distribution import FullDistribution
-from protocol.limits import Limits
+from protocol.limits import MAX_DRAFT_LEN, Limits
 from protocol.logprobs import TokenLogprobs
 from protocol.messages import (
     MAX_TEMPERATURE,
@@ -614,3 +615,24 @@ def test_rounds_take_few_bytes_at_the_socket() -> None:
             assert socket_bytes(draft) <= 2.2 * count + 12
         assert socket_bytes(codec.encode(Draft(0, round_id, ()))) <= 8
         assert socket_bytes(codec.encode(Verdict(0, round_id, 8, 49_151))) <= 12
+
+
+@pytest.mark.parametrize("inner", [[], {}])
+def test_arrays_inside_each_other_are_refused_before_they_are_built(inner: object) -> None:
+    """Each level may have 256 entries: without a limit a frame of 9 MB takes seconds and 600 MB."""
+    frame = msgpack.packb([5, [[[inner] * 256] * 256] * 8])
+    tracemalloc.start()
+    with pytest.raises(FrameError, match="not a msgpack array"):
+        FrameCodec(12).decode(frame)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2 * len(frame) + 2**20
+
+
+def test_a_verdict_has_the_log_probabilities_of_the_longest_draft() -> None:
+    told = tuple(TokenLogprobs(-1.0) for _ in range(MAX_DRAFT_LEN + 1))
+    verdict = Verdict(0, 1, MAX_DRAFT_LEN, 2, told)
+    codec = FrameCodec(12, Limits(max_draft_len=MAX_DRAFT_LEN))
+    assert codec.decode(codec.encode(verdict)) == verdict
+    with pytest.raises(SettingsError, match="--max-draft-len is 256; allowed: 1 or more, up to 255"):
+        Limits(max_draft_len=MAX_DRAFT_LEN + 1)

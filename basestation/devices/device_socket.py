@@ -88,6 +88,7 @@ class DeviceSocket:
         keys = admission.keys
         check_bind(bind, keys is not None or admission.insecure)
         self._limits = limits
+        self._metrics = metrics
         self._authenticator = Authenticator(keys, context, metrics, admission.handshakes) if keys else None
         self._router = Router(context, bind, max_frame_bytes, self._authenticator)
         self._memory_guard = admission.memory_guard
@@ -136,12 +137,14 @@ class DeviceSocket:
         peer = self._peer(message)
         exceeded = self._exceeded_rate(peer.owner, message.size)
         if exceeded:
+            self._metrics.count_uplink(peer, None, message.size)
             if self._request_limiter.should_notify(peer.owner):
                 receiver.refuse(peer, exceeded)
             return
         try:
             frame = self._admitted_frame(peer, message)
         except (FrameError, RevokedError) as error:
+            self._metrics.count_uplink(peer, None, message.size)
             receiver.refuse(peer, error)
         else:
             receiver.receive(peer, frame, message.size)

@@ -6,9 +6,10 @@ answers it; at an abort, the keys of the last few of them are suspected, and a k
 is suspected twice within a minute is quarantined.
 """
 
+import math
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 _SUSPECT_HANDSHAKES = 3
 _SUSPECT_SECONDS = 1.0
@@ -22,16 +23,23 @@ class HandshakeLog:
 
     Args:
         write: tells the parent of a key that is about to be admitted.
-        quarantined: the keys that are refused.
+        quarantined: until when which keys are refused, by the clock.
+        clock: seconds, monotonic, the same in both processes.
     """
 
-    def __init__(self, write: Callable[[str], None], quarantined: frozenset[str]) -> None:
+    def __init__(
+        self,
+        write: Callable[[str], None],
+        quarantined: Mapping[str, float],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._write = write
         self._quarantined = quarantined
+        self._clock = clock
 
     def admit(self, key: str) -> bool:
         """Whether a key may connect; it is written down first."""
-        if key in self._quarantined:
+        if self._clock() < self._quarantined.get(key, -math.inf):
             return False
         self._write(key)
         return True
@@ -65,7 +73,7 @@ class Quarantine:
         self._handshakes.clear()
         return again
 
-    def keys(self) -> frozenset[str]:
-        """The keys in quarantine now."""
+    def deadlines(self) -> Mapping[str, float]:
+        """The keys in quarantine now, and until when each is."""
         now = self._clock()
-        return frozenset(key for key, until in self._until.items() if until > now)
+        return {key: until for key, until in self._until.items() if until > now}

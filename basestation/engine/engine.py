@@ -25,7 +25,7 @@ from basestation.sessions.session import Session
 from basestation.sessions.session_table import SessionTable
 from basestation.target.served_target import ServedTarget
 from basestation.target.target_model import TargetModel
-from basestation.verification.verify import VerificationResult, verify_rounds
+from basestation.verification.verify import RoundToVerify, VerificationResult, verify_rounds
 from protocol.errors import (
     ClosingError,
     EdgedraftError,
@@ -180,9 +180,10 @@ class Engine:
             return
         end = self._clock()
         rounds = []
-        for session, result in zip((unit.session for unit in units if unit.round), results, strict=True):
+        verified = [(unit.session, unit.round) for unit in units if unit.round]
+        for (session, one), result in zip(verified, results, strict=True):
             if result.finite and not session.grammar_error:
-                rounds.append(self._conclude(session, result, start, end))
+                rounds.append(self._conclude(session, one, result, start, end))
             else:
                 self._fail_round(session)
         tokens = sum(len(unit.segment.token_ids) for unit in units)
@@ -199,19 +200,25 @@ class Engine:
             error = GrammarError(f"the grammar cannot be applied {where}: {session.grammar_error}")
         self.fault(session.peer, session.session_id, error)
 
-    def _conclude(self, session: Session, result: VerificationResult, start: float, end: float) -> VerifiedRound:
-        """Commit a round and deliver its Verdict; ``start`` and ``end`` are the times of the pass."""
-        drafted, queueing_delay = session.round_len - 1, start - session.ready_since
+    def _conclude(
+        self, session: Session, one: RoundToVerify, result: VerificationResult, start: float, end: float
+    ) -> VerifiedRound:
+        """Commit a round and deliver its Verdict; ``start`` and ``end`` are the times of the pass.
+
+        Tokens that were given, not drafted, count as neither drafted nor accepted.
+        """
+        queueing_delay = start - session.round_since
+        drafted, accepted = (0, 0) if one.given else (session.round_len - 1, result.accepted)
         verdict = session.commit(result, end)
         self._deliver(session.peer, verdict, session)
-        self._metrics.fleet.count_round(session.peer.name, drafted, result.accepted, queueing_delay)
+        self._metrics.fleet.count_round(session.peer.name, drafted, accepted, queueing_delay)
         return VerifiedRound(
             session.peer.owner,
             verdict.session_id,
             verdict.round_id,
             session.mode,
             drafted,
-            result.accepted,
+            accepted,
             result.token_id,
             queueing_delay,
         )
@@ -287,7 +294,7 @@ class Engine:
         """Take a new request of an open session, or answer a repetition as far as its device's rate limit allows."""
         owner = session.peer.owner
         if session.is_new(request):
-            self._sessions.check_memory(owner, request)
+            self._sessions.check_memory(owner, request, session.reply_bytes(request))
             replies = session.take(request, self._grammars.get(request))
             if isinstance(request, Extend):
                 self._scheduler.check_share(session, self._sessions.all(), self._clock())

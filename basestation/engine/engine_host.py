@@ -155,13 +155,16 @@ class EngineHost:
         try:
             request = self._codec.decode(frame)
         except ProtocolError as error:
+            self._metrics.count_uplink(peer, None, size)
             self.refuse(peer, error)
-        else:
-            self._inbox.put(partial(self._engine.receive, peer, request, size), peer.owner, held_bytes(request))
+            return
+        task = partial(self._engine.receive, peer, request, size)
+        if not self._inbox.put(task, peer.owner, held_bytes(request)):
+            self._metrics.count_uplink(peer, None, size)
 
     def refuse(self, peer: Peer, error: EdgedraftError) -> None:
         """Answer a peer with a Fault that ends no session."""
-        self._inbox.put(partial(self._engine.fault, peer, None, error))
+        self._inbox.put(partial(self._engine.fault, peer, None, error), peer.owner)
 
     def revoke(self, device: EnrolledDevice) -> None:
         """End the sessions of a device whose key was revoked."""
@@ -198,8 +201,20 @@ class EngineHost:
 
     def _deliver(self, address: bytes, message: Message) -> int:
         frame = self._codec.encode(message)
-        self._replies.send_multipart([address, frame])
+        self._queue_reply([address, frame])
         return socket_bytes(frame, self._socket.envelope_bytes)
+
+    def _queue_reply(self, parts: list[bytes]) -> None:
+        """Hand a reply to the I/O thread, which empties the queue as long as it runs."""
+        while True:
+            try:
+                self._replies.send_multipart(parts, zmq.NOBLOCK)
+            except zmq.Again:
+                if self._failure is not None:
+                    return
+                self._replies.poll(_POLL_MS, zmq.POLLOUT)
+            else:
+                return
 
     def _run_elsewhere(self, work: Callable[[], None], then: Callable[[], None]) -> None:
         """Run ``work`` in the compiler's thread, then ``then`` in the engine's."""

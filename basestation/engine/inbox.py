@@ -1,19 +1,31 @@
-"""The queue from the I/O thread to the engine, bounded in length and in the bytes of each owner."""
+"""The queue from the I/O thread to the engine, bounded in length and in the bytes of each owner; owners take turns."""
 
-import collections
 import queue
 import threading
+from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 Task: TypeAlias = Callable[[], None]
 """A call that the engine makes in its own thread."""
 
 _MAX_TASKS = 20_000
+_MAX_TASKS_OF_OWNER = 2_000
+_OWN = ""
+"""The owner of the base station's own tasks."""
+
+
+@dataclass
+class _Queue:
+    """What an owner has queued."""
+
+    tasks: deque[tuple[Task, int]] = field(default_factory=deque)
+    nbytes: int = 0
 
 
 class Inbox:
-    """Tasks in the order they came.
+    """Tasks, those of an owner in the order they came; the owners take turns, so that none keeps others waiting.
 
     Args:
         max_bytes: of an owner's queued messages.
@@ -21,40 +33,49 @@ class Inbox:
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
-        self._tasks: queue.SimpleQueue[tuple[Task, str, int]] = queue.SimpleQueue()
-        self._queued: collections.Counter[str] = collections.Counter()
+        self._queues: dict[str, _Queue] = {}  # in the order of their turns
+        self._count = 0
         self._lock = threading.Lock()
+        self._signals: queue.SimpleQueue[None] = queue.SimpleQueue()  # one for each task
 
-    def put(self, task: Task, owner: str = "", size: int = 0) -> bool:
-        """Queue a task that holds ``size`` bytes for an owner; whether there was room. Devices resend lost requests."""
+    def put(self, task: Task, owner: str = _OWN, size: int = 0) -> bool:
+        """Queue a task that holds ``size`` bytes for an owner; whether there was room. Devices resend lost requests.
+
+        Without an owner it is the base station's own, for which there always is room.
+        """
         with self._lock:
-            if self._tasks.qsize() >= _MAX_TASKS or (size and self._queued[owner] + size > self._max_bytes):
+            queued = self._queues.get(owner) or _Queue()
+            is_full = self._count >= _MAX_TASKS or len(queued.tasks) >= _MAX_TASKS_OF_OWNER
+            if owner != _OWN and (is_full or (size and queued.nbytes + size > self._max_bytes)):
                 return False
-            if size:
-                self._queued[owner] += size
-        self._tasks.put((task, owner, size))
+            self._queues[owner] = queued
+            queued.tasks.append((task, size))
+            queued.nbytes += size
+            self._count += 1
+        self._signals.put(None)
         return True
 
     def wake(self) -> None:
         """Make a waiting ``get`` return. Safe in a signal handler."""
-        self._tasks.put((_do_nothing, "", 0))
+        self._signals.put(None)
 
     def get(self, seconds: float) -> Task | None:
         """The next task, or None where none comes within ``seconds``."""
         try:
-            task, owner, size = self._tasks.get(timeout=seconds) if seconds else self._tasks.get_nowait()
+            if seconds:
+                self._signals.get(timeout=seconds)
+            else:
+                self._signals.get_nowait()
         except queue.Empty:
             return None
-        if size:
-            self._release(owner, size)
-        return task
-
-    def _release(self, owner: str, size: int) -> None:
         with self._lock:
-            self._queued[owner] -= size
-            if not self._queued[owner]:
-                del self._queued[owner]
-
-
-def _do_nothing() -> None:
-    pass
+            if not self._count:
+                return None
+            owner, queued = next(iter(self._queues.items()))
+            task, size = queued.tasks.popleft()
+            queued.nbytes -= size
+            self._count -= 1
+            del self._queues[owner]
+            if queued.tasks:  # to the end of the turns
+                self._queues[owner] = queued
+        return task

@@ -231,7 +231,8 @@ class _BatchBuilder:
     def add(self, session: Session, limit: int, evict_waiting: bool = True) -> int:
         """Add at most ``limit`` tokens of a session; returns how many, 0 where the KV pool has no room.
 
-        For the first of a batch others that wait are evicted too if ``evict_waiting``: a prompt evicts no round.
+        For the first of a batch others that wait are evicted too if ``evict_waiting``: a prompt evicts no round, except
+        of a device whose sessions have grown beyond half of the pool.
         """
         segment = session.segment(limit)
         kv_cache, count = session.kv_cache, len(segment.token_ids)
@@ -259,6 +260,18 @@ class _BatchBuilder:
             one for one in self._sessions if one.kv_cache.capacity and one is not session and id(one) not in scheduled
         ]
         idle = [one for one in candidates if not one.waiting]
-        if idle or not evict_waiting:
-            return min(idle, key=lambda one: one.last_active, default=None)
+        if idle:
+            return min(idle, key=lambda one: one.last_active)
+        if not evict_waiting:
+            greedy = self._beyond_half() - {session.peer.owner}
+            candidates = [one for one in candidates if one.peer.owner in greedy]
         return max(candidates, key=lambda one: one.ready_since, default=None)
+
+    def _beyond_half(self) -> set[str]:
+        """The owners of several sessions that have more than half of the KV pool together; shared pages count twice."""
+        held: dict[str, list[int]] = collections.defaultdict(list)
+        for one in self._sessions:
+            if one.kv_cache.pages:
+                held[one.peer.owner].append(len(one.kv_cache.pages) * self._kv_pool.page_size)
+        half = self._kv_pool.capacity // 2
+        return {owner for owner, sizes in held.items() if len(sizes) > 1 and sum(sizes) > half}

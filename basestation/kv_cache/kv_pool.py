@@ -170,6 +170,10 @@ class SequenceKVCache:
         if self.length < self.shortest:
             self._drop_all()
 
+    def give_back_reserved(self, length: int) -> None:
+        """Give back the pages beyond those of the first ``length`` positions."""
+        self._give_back_from(max(0, self._kv_pool.pages_for(length) - self.unseen))
+
     def give_back_unseen(self, length: int, window: int) -> None:
         """Give back the pages that no position from ``length`` on sees, where each sees ``window``, itself included."""
         unseen = max(0, length - window + 1) // self.page_size

@@ -167,6 +167,7 @@ class Front:
             else:
                 self._forward(peer, head, frame)
         except FrameError as error:
+            self._metrics.count_uplink(peer, None, size)
             self.refuse(peer, error)
 
     def refuse(self, peer: Peer, error: EdgedraftError) -> None:
@@ -225,7 +226,7 @@ class Front:
                 self._lose(other.identity)  # it was started again
         is_new = identity not in self.routing.replicas
         self.routing.update(identity, report, time.monotonic())
-        self._metrics.take(report)
+        self._metrics.take(identity, report)
         if is_new:
             logger.info("replica %s reports %d sessions", report.name, len(report.load.sessions))
             self._on_replicas(self.routing.names)
@@ -313,7 +314,7 @@ class Front:
         if replica is None:
             return
         lost = self.routing.drop(identity)
-        self._metrics.drop(replica.name)
+        self._metrics.drop(identity, replica.name)
         logger.warning("replica %s is gone, with %d sessions", replica.name, len(lost))
         self._on_replicas(self.routing.names)
         for (_, session_id), route in lost:

@@ -1,7 +1,7 @@
 """The metrics of a front: its own and those that the replicas report, each with the label ``replica``."""
 
 import json
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Iterable, Iterator
 
 from prometheus_client import CollectorRegistry, Metric, generate_latest
@@ -27,14 +27,15 @@ class FrontMetrics(Metrics):
         self.registry = CollectorRegistry()
         self.registry.register(self._merged)
 
-    def take(self, report: Report) -> None:
-        """Take what a replica reported."""
+    def take(self, identity: bytes, report: Report) -> None:
+        """Take what a replica reported; ``identity`` is of its process, which may have been thought to be gone."""
+        self._merged.ended_counts.pop(identity, None)
         self._merged.texts[report.name] = report.metrics
         self.fleet.faults.take(report.name, report.faults)
 
-    def drop(self, name: str) -> None:
+    def drop(self, identity: bytes, name: str) -> None:
         """Scrape a replica that is gone no longer; keep its counts in the totals, and its faults."""
-        self._merged.end(name)
+        self._merged.end(identity, name)
 
     def totals(self) -> Iterable[Metric]:
         """All samples, and the counts of replicas that are gone, so that no total falls."""
@@ -46,7 +47,7 @@ class _MergedMetrics(Collector):
 
     def __init__(self, own: CollectorRegistry) -> None:
         self._own = own
-        self._ended: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+        self.ended_counts: dict[bytes, dict[tuple[str, str], float]] = {}
         self.texts: dict[str, str] = {}
 
     def collect(self) -> Iterable[Metric]:
@@ -56,19 +57,23 @@ class _MergedMetrics(Collector):
             merged.samples += [sample._replace(labels={**sample.labels, "replica": name}) for sample in family.samples]
         return families.values()
 
-    def end(self, name: str) -> None:
-        """Add a replica's counts to those of the replicas that are gone."""
-        for family in text_string_to_metric_families(self.texts.pop(name, "")):
-            for sample in family.samples if family.type in _COUNTS else ():
-                if "le" not in sample.labels:
-                    self._ended[sample.name][json.dumps(sample.labels)] += sample.value
+    def end(self, identity: bytes, name: str) -> None:
+        """Keep the last counts of a replica's process that is gone."""
+        self.ended_counts[identity] = {
+            (sample.name, json.dumps(sample.labels)): sample.value
+            for family in text_string_to_metric_families(self.texts.pop(name, ""))
+            for sample in (family.samples if family.type in _COUNTS else ())
+            if "le" not in sample.labels
+        }
 
     def ended(self) -> Iterable[Metric]:
-        """The counts of the replicas that are gone."""
-        for name, values in self._ended.copy().items():
+        """The counts of the processes that are gone."""
+        totals: Counter[tuple[str, str]] = Counter()
+        for counts in self.ended_counts.copy().values():
+            totals.update(counts)
+        for (name, labels), value in totals.items():
             family = Metric(name, "", "untyped")
-            for labels, value in values.copy().items():
-                family.add_sample(name, json.loads(labels), value)
+            family.add_sample(name, json.loads(labels), value)
             yield family
 
     def _families(self) -> Iterator[tuple[str, Metric]]:

@@ -9,9 +9,9 @@ import multiprocessing
 import signal
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack, closing, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from typing import Any, TypeAlias
 
@@ -48,7 +48,7 @@ class FrontSettings:
         peer_bytes: memory for what peers send.
         metrics_bind: of the fleet page.
         log_format: of its log.
-        quarantined: keys that are refused.
+        quarantined: until when which keys are refused.
     """
 
     front: FrontOptions
@@ -58,7 +58,7 @@ class FrontSettings:
     peer_bytes: int
     metrics_bind: str | None
     log_format: LogFormat
-    quarantined: frozenset[str] = frozenset()
+    quarantined: Mapping[str, float] = field(default_factory=dict)
 
 
 RunFront: TypeAlias = Callable[[FrontSettings, Connection], None]
@@ -217,7 +217,7 @@ class FrontProcess:
     def _note_abort(self) -> None:
         for key in self._quarantine.note_abort():
             logger.error("device key %s is quarantined: the front was aborted twice at its handshakes; revoke it", key)
-        self._settings = replace(self._settings, quarantined=self._quarantine.keys())
+        self._settings = replace(self._settings, quarantined=self._quarantine.deadlines())
 
 
 def run_front(settings: FrontSettings, connection: Connection) -> None:

@@ -108,8 +108,8 @@ class ReplicaSet:
             self._wanted[place : place + 1] = stays
 
     def _start_another(self) -> str:
-        names = (f"replica-{number}" for number in count())
-        name = next(name for name in names if name not in self._running)
+        taken = {*self._running, *self._wanted, *self._predecessors.values()}
+        name = next(name for number in count() if (name := f"replica-{number}") not in taken)
         self._running.add(name)
         self._start(name)
         return name

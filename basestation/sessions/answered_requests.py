@@ -12,6 +12,8 @@ from protocol.logprobs import TokenLogprobs
 from protocol.messages import Draft, Opened, Reply, Request, Verdict
 
 _ANY_VOCABULARY = 2**32
+_OBJECT_BYTES = 100
+"""Of a token's log-probabilities beside their bytes: an object, and its places in a tuple and a list."""
 
 
 @dataclass(slots=True)
@@ -51,7 +53,8 @@ class AnsweredRequests:
     def nbytes(self) -> int:
         """Bytes that the replies take."""
         return sum(
-            one.verdicts.itemsize * len(one.verdicts) + sum(len(data) for told in one.logprobs for data in told)
+            one.verdicts.itemsize * len(one.verdicts)
+            + sum(_OBJECT_BYTES + len(data) for told in one.logprobs for data in told)
             for one in self._answered.values()
         )
 
@@ -87,6 +90,16 @@ class AnsweredRequests:
             told = answered.logprobs[index] if answered.logprobs else ()
             logprobs = tuple(TokenLogprobs.decode(data, _ANY_VOCABULARY) for data in told)
             yield Verdict(self._session_id, request.round_id + index, accepted, token_id, logprobs)
+
+
+def verdict_bytes(logprobs: int | None) -> int:
+    """Bytes that the stored Verdict of one token takes, with as many most likely tokens as are asked for."""
+    told = 0 if logprobs is None else _OBJECT_BYTES + len(_longest_logprobs(logprobs).encode())
+    return 2 * array("I").itemsize + told
+
+
+def _longest_logprobs(count: int) -> TokenLogprobs:
+    return TokenLogprobs(0.0, tuple((_ANY_VOCABULARY - 1, 0.0) for _ in range(count)))
 
 
 def _key(request: Request) -> int:

@@ -9,7 +9,7 @@ from itertools import islice
 
 from basestation.devices.peer import Peer
 from basestation.kv_cache.kv_pool import SequenceKVCache
-from basestation.sessions.answered_requests import AnsweredRequests
+from basestation.sessions.answered_requests import AnsweredRequests, verdict_bytes
 from basestation.sessions.committed_tokens import CommittedTokens
 from basestation.sessions.held_bytes import held_bytes
 from basestation.target.segment import Segment
@@ -41,6 +41,7 @@ class Session:
         kv_cache: of these tokens.
         last_active: when the device last sent a request or got a Verdict.
         ready_since: since when the session has had something to run, if it has.
+        round_since: since when the current round has waited, or its device's next one since it was asked for.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class Session:
         self.tokens = CommittedTokens(kv_cache.page_size)
         self.kv_cache = kv_cache
         self.last_active = now
-        self.ready_since = now
+        self.ready_since = self.round_since = now
         self._mode = opening.mode
         self._block_verification = opening.block_verification
         self._sampling = opening.sampling
@@ -105,6 +106,8 @@ class Session:
             ContextLengthError: it exceeds the target's context.
         """
         self._check_length(request)
+        if not self._verifying:
+            self.round_since = self.last_active
         self.rounds.advance(request)
         self._evicted = False
         self._answered.remember(request)
@@ -116,6 +119,7 @@ class Session:
             self.tokens.replace_from(request.start, request.token_ids)
             self._answer_start = len(self.tokens)
             self.kv_cache.rollback(request.start)
+            self.kv_cache.give_back_reserved(len(self.tokens))
             if request.sampling is not None:
                 self._sampling, self._grammar = request.sampling, grammar
         else:
@@ -143,6 +147,10 @@ class Session:
         """Bytes that the session takes besides its KV cache."""
         grammar = self._grammar.nbytes if self._grammar else 0
         return self.tokens.nbytes + self._answered.nbytes + sum(map(held_bytes, self.rounds.in_flight)) + grammar
+
+    def reply_bytes(self, request: Request) -> int:
+        """Bytes that the stored replies to a request will take at most; those to all but a Decode count as 0."""
+        return request.count * verdict_bytes(self._sampling.logprobs) if isinstance(request, Decode) else 0
 
     @property
     def grammar_error(self) -> str:
@@ -207,7 +215,7 @@ class Session:
         self.kv_cache.rollback(len(self.tokens) - 1)
         verdict = Verdict(self.session_id, self.rounds.round_id, accepted, token_id, result.logprobs)
         self._record(verdict)
-        self.ready_since = self.last_active = now
+        self.ready_since = self.round_since = self.last_active = now
         return verdict
 
     @property

@@ -77,13 +77,13 @@ class SessionTable:
         logger.info("peer %s, session %s: dropped, for another of its device", longest.peer, longest.session_id)
         self.drop(owner, longest.session_id)
 
-    def check_memory(self, owner: str, request: Request) -> None:
-        """Check that an owner's sessions may hold a new request.
+    def check_memory(self, owner: str, request: Request, reply_bytes: int = 0) -> None:
+        """Check that an owner's sessions may hold a new request and ``reply_bytes`` of its replies.
 
         Raises:
             LimitError: they would hold more bytes than ``limits.max_held_bytes``.
         """
-        size = held_bytes(request)
+        size = held_bytes(request) + reply_bytes
         if size:
             held = size + sum(session.held_bytes for session in self.of(owner))
             self._limits.check("max_held_bytes", held)

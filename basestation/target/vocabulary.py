@@ -18,7 +18,7 @@ class Vocabulary:
     Attributes:
         tokens: map of token to id.
         rows: of the model's output layer; ids beyond are never sampled.
-        stop_ids: the ids that end an answer.
+        stop_ids: the ids that end an answer; those that the target cannot sample are left out.
         size: ids that the target may sample, padding included; frames encode ids for so many tokens.
         used_size: ids in use, without padding; a draft model may know the first of these.
     """
@@ -32,6 +32,7 @@ class Vocabulary:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "size", min(max(self.tokens.values()) + 1, self.rows))
+        object.__setattr__(self, "stop_ids", frozenset(one for one in self.stop_ids if one < self.size))
         object.__setattr__(self, "used_size", min(vocabulary_size(self.tokens), self.rows))
         object.__setattr__(self, "_hashed", _HashedTokens(self.tokens))
 
