@@ -80,7 +80,7 @@ def serve(
     prompt_tokens: Annotated[
         int | None,
         typer.Option(
-            help="Of these for prefill, while other sessions run rounds; default 32, on CUDA 512.",
+            help="Of --pass-tokens for prompts, while other sessions run rounds; default 32, on CUDA 512.",
             rich_help_panel=PASSES,
         ),
     ] = None,
@@ -167,7 +167,8 @@ def _serve_replicas(
     target: TargetOptions, socket: SocketOptions, operation: OperationOptions, options: ClusterOptions
 ) -> None:
     if find_spec("ray") is None:
-        raise SettingsError("replicas", options.replicas, "left out; or install edgedraft[cluster]")
+        allowed = "left out; or first, in the source folder, pip install '.[cluster]'"
+        raise SettingsError("replicas", options.replicas, allowed)
     from basestation.replicas.cluster import serve_replicas
 
     serve_replicas(target, socket, operation, options)
@@ -266,7 +267,7 @@ def revoke(folder: KeyFolderArgument, name: DeviceName) -> None:
 @keys_app.command("show")
 def show_key(folder: KeyFolderArgument) -> None:
     """Print the file station.pub: the base station's public key, for --station-key of the devices."""
-    typer.echo(KeyFolder(folder).public_path.read_text(encoding="ascii"), nl=False)
+    typer.echo(KeyFolder(folder).public_line, nl=False)
 
 
 @keys_app.command("list")

@@ -1,5 +1,6 @@
 """Sizes in bytes, as options and messages write them."""
 
+import math
 import re
 
 from protocol.errors import SettingsError
@@ -16,9 +17,10 @@ def parse_size(option: str, text: str, allowed: str = A_SIZE) -> int:
         SettingsError: ``text`` is not a size.
     """
     found = _SIZE.fullmatch(text.strip())
-    if found is None:
+    size = float(found[1]) * _UNITS[found[2].upper()] if found else math.inf
+    if size == math.inf:
         raise SettingsError(option, text, allowed)
-    return int(float(found[1]) * _UNITS[found[2].upper()])
+    return int(size)
 
 
 def readable_size(size: float) -> str:

@@ -21,6 +21,7 @@ from bench.setup.options import (
     PromptsOption,
     TargetOption,
     TemperatureOption,
+    check_transformers_target,
     console,
     progress_bar,
 )
@@ -51,6 +52,8 @@ def exact(
     json_file: JsonOption = None,
 ) -> None:
     """Compare answers token for token with transformers, or with the target alone, in float32."""
+    if temperature == 0:
+        check_transformers_target(target)
     texts = read_prompts(prompts, count)
     lengths, sampling = draft_lens or [1, 4, 8], Sampling(temperature, seed=1)
     with (

@@ -76,7 +76,7 @@ def run(app: typer.Typer, extra: str) -> NoReturn:
             sys.exit(usage.exit_code)
         _fail(f"{message} (see --help)", usage.exit_code)
     except ModuleNotFoundError as error:
-        _fail(f"{error}; this command needs: pip install 'edgedraft[{extra}]'", EdgedraftError.exit_code)
+        _fail(f"{error}; this command needs, in the source folder: pip install '.[{extra}]'", EdgedraftError.exit_code)
     except OSError as error:
         _fail(str(error), EdgedraftError.exit_code)
     except (KeyboardInterrupt, typer.Abort):

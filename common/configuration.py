@@ -123,9 +123,16 @@ def _source(context: typer.Context, name: str) -> str:
 
 def _shown(setting: Setting, value: Any) -> object:
     """A value as it is printed; where a secret's file should stand, the secret may."""
-    if setting.option.hide_input and value is not None and not Path(value).is_file():
+    if setting.option.hide_input and value is not None and not _is_file(value):
         return _HIDDEN
     return list(value) if setting.kind is list else str(value) if isinstance(value, str | Path) else value
+
+
+def _is_file(value: Any) -> bool:
+    try:
+        return Path(value).is_file()
+    except (OSError, ValueError):  # too long for a path, or with a null character
+        return False
 
 
 def _print(file: Path | None, origins: dict[str, _Origin], as_json: bool) -> None:

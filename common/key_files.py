@@ -37,7 +37,13 @@ def write_pair(path: Path, public: str, secret: str) -> None:
 
 
 def public_path(path: Path) -> Path:
-    """The file of the public key that belongs to the secret key at ``path``."""
+    """The file of the public key that belongs to the secret key at ``path``.
+
+    Raises:
+        KeyFileError: ``path`` names a folder.
+    """
+    if not path.name:
+        raise KeyFileError(f"{str(path)!r} is a folder; name a file for the secret key")
     return path.with_name(f"{path.name}.pub")
 
 

@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from functools import partial
 
@@ -18,6 +18,7 @@ from device.session.client import Client
 from device.terminal import console
 from device.text.tokenizer import Tokenizer
 from protocol.bundle import Manifest
+from protocol.errors import BundleError
 from protocol.messages import Mode
 
 
@@ -40,6 +41,7 @@ class Doctor:
     def run(self) -> bool:
         """Make all checks and print them; whether none failed."""
         with ExitStack() as stack:
+            self._checks.run("options", partial(_options, self._options))
             manifest = self._check_bundle()
             model = self._check_board(manifest)
             client = self._check_link(manifest)
@@ -102,6 +104,13 @@ class Doctor:
             return Finding(prediction.text, prediction)
         remedy = "drafting does not pay, so the device lets the target decode alone; a smaller draft model may pay"
         return Finding(prediction.text, prediction, Status.WARNING, remedy)
+
+
+def _options(options: AnswerOptions) -> Finding[None]:
+    """Check the values of all options; bundle, keys and address have checks of their own."""
+    with suppress(BundleError):
+        options.check_values()
+    return Finding("their values are allowed", None)
 
 
 def _no_draft_model(manifest: Manifest) -> Finding[SequenceModel]:

@@ -120,7 +120,7 @@ class AnswerOptions:
     drafts_ahead: Annotated[
         str,
         typer.Option(
-            help="Drafts sent before the Verdict of the one before them; auto: 0 beside the base station on all cores.",
+            help="Drafts sent without waiting for the Verdict before; auto: 0 where both ends share all cores.",
             rich_help_panel=DRAFTING,
         ),
     ] = "auto"
@@ -207,6 +207,17 @@ class AnswerOptions:
             KeyFileError: a key file cannot be used.
             BundleError: the bundle's manifest cannot be read.
         """
+        self.check_values()
+        self.curve_keys()
+        endpoint(self.server)
+
+    def check_values(self) -> None:
+        """Check everything but the model, the keys and the address.
+
+        Raises:
+            SettingsError: a value is not allowed.
+            BundleError: the bundle's manifest cannot be read.
+        """
         _ = self.has_draft_model
         for name, value, allowed in (
             ("verification", self.verification, VERIFICATIONS),
@@ -218,8 +229,6 @@ class AnswerOptions:
             option = "--offline" if self.offline else "--on-outage draft"
             raise SettingsError("draft", self.draft, f"model with {option}, which answers with the draft model alone")
         self.draft_settings(self.sampling)
-        self.curve_keys()
-        endpoint(self.server)
         _ = self.timeouts
 
     def draft_settings(

@@ -3,6 +3,7 @@
 Knows the order of the steps and the manifest. Does not know how a step works.
 """
 
+import json
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -91,8 +92,17 @@ def check_bundle_folder(bundle: Path) -> None:
     Raises:
         SettingsError: it exists and is neither empty nor a bundle.
     """
-    if not is_free(bundle) and not (bundle / MANIFEST_NAME).is_file():
+    if not is_free(bundle) and not _is_bundle(bundle):
         raise SettingsError("BUNDLE", str(bundle), "a new or empty folder, or a bundle to replace")
+
+
+def _is_bundle(folder: Path) -> bool:
+    """Whether a folder has a manifest of any format version; other files of that name are common."""
+    try:
+        manifest = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(manifest, dict) and {"format_version", "files"} <= manifest.keys()
 
 
 def _read_target(name: str | None, scratch: Path) -> SourceModel | None:

@@ -42,9 +42,14 @@ def target_fits(bundle: Path, targets: Sequence[str]) -> list[TargetFit]:
     """Compare a bundle's tokens with those of targets.
 
     Raises:
+        BundleError: the bundle's tokenizer cannot be read.
         ModelError: a target cannot be read.
     """
-    vocabulary = Tokenizer.from_file(str(bundle / TOKENIZER_NAME)).get_vocab()
+    path = bundle / TOKENIZER_NAME
+    try:
+        vocabulary = Tokenizer.from_file(str(path)).get_vocab()
+    except Exception as error:  # the library raises Exception itself
+        raise BundleError(f"{str(path)!r} cannot be read: {error}; export the bundle again") from error
     return [_target_fit(vocabulary, target) for target in targets]
 
 

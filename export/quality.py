@@ -21,7 +21,7 @@ from export.graph import Cache
 from export.quantize import Precision
 from protocol.bundle import QUALITY_UPLINK_K, QualityFigures
 from protocol.coupling import PositionNoise
-from protocol.errors import QualityError
+from protocol.errors import NonFiniteError, QualityError
 
 PROMPTS = (
     "Why does the sky turn red in the evening?",
@@ -209,7 +209,10 @@ def _continuation(
     while len(token_ids) < new_tokens and not (token_ids and token_ids[-1] in stop_ids):
         output = model(torch.tensor([inputs]), past_key_values=past, use_cache=True)
         past = output.past_key_values
-        probs.append(_softmax(output.logits[0, -1, :vocab_size].double().numpy()))
+        logits = output.logits[0, -1, :vocab_size].double().numpy()
+        if not np.isfinite(logits).all():
+            raise NonFiniteError("the model's logits are NaN or infinite: its weights are damaged; get them again")
+        probs.append(_softmax(logits))
         chosen = torch.from_numpy(probs[-1])
         inputs = [int(chosen.argmax() if generator is None else torch.multinomial(chosen, 1, generator=generator))]
         token_ids += inputs

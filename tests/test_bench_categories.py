@@ -13,7 +13,7 @@ from bench.grid.recording_planner import RoundFigures
 from bench.grid.throughput import Throughput
 from bench.pair.category_rows import CategoryCell, category_cases, category_rows
 from bench.pair.category_summary import display_rows, summary_rows
-from bench.setup.prompts import prompts_by_category
+from bench.setup.prompts import prompts_by_category, read_prompts
 from bench.setup.results import number
 from protocol.errors import SettingsError
 from protocol.messages import Mode
@@ -119,6 +119,13 @@ def test_prompts_are_the_first_turns_of_each_category(tmp_path: Path) -> None:
     path.write_text('{"turns": ["Why?"]}', encoding="utf-8")
     with pytest.raises(SettingsError, match="category"):
         prompts_by_category(path, 2)
+    for turns in ('"Why?"', "[1]", "[[]]", "[]", "null"):
+        path.write_text(f'{{"category": "a", "turns": {turns}}}', encoding="utf-8")
+        with pytest.raises(SettingsError, match=r'lines like \{"turns": \["…"\]\}'):
+            prompts_by_category(path, 2)
+    path.write_text("", encoding="utf-8")
+    with pytest.raises(SettingsError, match="at least one prompt"):
+        read_prompts(path, 1)
 
 
 @pytest.mark.model

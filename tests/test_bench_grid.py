@@ -17,6 +17,7 @@ from bench.grid.recording_planner import RecordingPlanners
 from bench.grid.run import GridRun, GridSettings
 from bench.grid.throughput import Throughput, measure_throughput
 from bench.setup.bench_setup import BenchSetup
+from bench.setup.results import Results, machine
 from device.link.link import Link
 from device.session.client import Client
 from device.settings import DraftSettings
@@ -69,6 +70,13 @@ def test_an_interrupted_grid_continues_and_failed_cells_are_measured_again(tmp_p
     assert CellFile(path, settings).is_done(CELL)
     assert not CellFile(path, settings).is_done(CELL, quiet=True)
     assert len(CellFile(path, settings).results.rows) == 11
+
+
+def test_a_file_that_was_measured_on_another_machine_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "grid.json"
+    Results({"tokens": 48}, rows_of(CELL), {**machine(), "processor": "other"}).write(path)
+    with pytest.raises(SettingsError, match="one measured on this machine"):
+        CellFile(path, {"tokens": 48})
 
 
 def test_a_file_with_other_settings_or_content_is_refused(tmp_path: Path) -> None:

@@ -125,7 +125,7 @@ def test_recordings_survive_a_round_trip_through_a_file(tmp_path: Path) -> None:
     assert [(one.prompt_ids, one.answer_ids, one.drafts) for one in read_recordings(path)] == [
         (one.prompt_ids, one.answer_ids, one.drafts) for one in recordings()
     ]
-    for text in ("{}", "no json", '{"prompt_ids": 3}'):
+    for text in ("{}", "no json", '{"prompt_ids": 3}', ""):
         path.write_text(text, encoding="utf-8")
         with pytest.raises(SettingsError, match="recording"):
             read_recordings(path)

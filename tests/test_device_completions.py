@@ -2,6 +2,7 @@
 
 import json
 import threading
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +13,17 @@ from starlette.testclient import TestClient
 from device.answers import job_queue
 from device.answers.job import Job
 from tests.fakes import next_logits, target_alone
-from tests.number_service import PROMPT, TARGET, complete, http_client, new_station, streamed, text_of
+from tests.number_service import (
+    PROMPT,
+    TARGET,
+    NumberTokenizer,
+    OpenCounter,
+    complete,
+    http_client,
+    new_station,
+    streamed,
+    text_of,
+)
 
 TEXT = "3 1 4 1 5"
 EXPECTED = target_alone(TARGET, PROMPT, 6)
@@ -127,6 +138,37 @@ def test_an_echo_has_the_prompts_log_probabilities() -> None:
     assert choice["text"] == text_of(tokens)
     assert alone["logprobs"]["token_logprobs"][1:] == pytest.approx(expected[:-1], abs=1e-5)
     assert text == text_of([*PROMPT, *EXPECTED])
+
+
+def test_an_echo_of_a_character_of_several_tokens_has_its_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    def decode_stream(_: NumberTokenizer, token_ids: Iterator[int]) -> Iterator[str]:
+        """Token 3 is the first half of a character and 1 the second."""
+        return ("" if token_id == 3 else "é" if token_id == 1 else f"{token_id} " for token_id in token_ids)
+
+    monkeypatch.setattr(NumberTokenizer, "decode_stream", decode_stream)
+    with http_client(new_station()) as client:
+        choice = complete_text(client, prompt=[4, 3, 1, 5], echo=True, logprobs=1, max_tokens=0).json()["choices"][0]
+    assert choice["text"] == "4 é5 "
+    assert choice["logprobs"]["text_offset"] == [0, 2, 2, 3]
+
+
+def test_an_echo_of_a_prompt_beyond_the_context_is_refused_and_ends_nothing_else() -> None:
+    opened = OpenCounter()
+    with http_client(new_station(), opened) as client:
+        refused = complete_text(client, prompt=[3] * 4096, echo=True, logprobs=1, max_tokens=0)
+        assert complete_text(client).status_code == 200
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "context_length_exceeded")
+    assert opened.opens == 1
+
+
+def test_the_token_itself_is_among_the_likeliest_of_a_text_completion() -> None:
+    with http_client(new_station()) as client:
+        told = complete_text(client, logprobs=1, temperature=1.3, seed=3, max_tokens=30).json()["choices"][0][
+            "logprobs"
+        ]
+    for token, logprob, top in zip(told["tokens"], told["token_logprobs"], told["top_logprobs"], strict=True):
+        assert top[token] == logprob
+    assert any(len(top) == 2 for top in told["top_logprobs"])
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,9 @@ import pytest
 from starlette.testclient import TestClient
 
 from protocol.limits import Limits
-from protocol.messages import Message
+from protocol.messages import Fault, Message, Verdict
 from tests.fakes import FakeDraftModel, FakeTarget, target_alone
-from tests.link_pair import Station
+from tests.link_pair import MemoryTransport, Station
 from tests.number_service import PROMPT, TARGET, complete, content_of, http_client, next_turn, text_of
 
 SYSTEM = [7, 3, 9, 1] * 10
@@ -178,3 +178,28 @@ def test_a_conversation_goes_on_behind_a_stop_string() -> None:
         second = complete(client, messages=next_turn(answer))
     assert content_of(second) == text_of(target_alone(TARGET, [*PROMPT, *kept, 9, 2, 6], 12))
     assert sent.counts["Open"] == 1
+
+
+class FaultingTransport(MemoryTransport):
+    """Answers the Draft of one session with a Fault that ends it."""
+
+    def receive(self, timeout: float) -> bytes | None:
+        frame = super().receive(timeout)
+        message = None if frame is None else self.station.codec.decode(frame)
+        if isinstance(message, Verdict) and message.session_id == 1:
+            return self.station.codec.encode(Fault(1, "non_finite", "the target's logits are NaN or infinite"))
+        return frame
+
+
+def test_a_fault_that_ends_one_session_leaves_the_other_conversations_and_the_connection(run: list[int]) -> None:
+    station, sent = new_station(), SentMessages()
+    with http_client(station, sent, transport=FaultingTransport(station, up=sent)) as client:
+        program = Program(client, name=1)
+        program.take_turn()
+        refused = complete(client, messages=[{"role": "user", "content": "8 8 8 8"}])
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "non_finite")
+        assert client.get("/readyz").status_code == 200
+        program.take_turn()
+    assert sent.counts["Hello"] == 1
+    assert sent.counts["Open"] == 2
+    assert sent.counts["Extend"] == 1

@@ -27,7 +27,18 @@ from tests.tiny_bundle import one_word, table_of, write_bundle
 
 TABLE = table_of(one_word("cat"))
 CHECKS = [
-    *("bundle", "quality", "memory", "board", "processor", "threads", "governor", "throttling", "draft model"),
+    *(
+        "options",
+        "bundle",
+        "quality",
+        "memory",
+        "board",
+        "processor",
+        "threads",
+        "governor",
+        "throttling",
+        "draft model",
+    ),
     *("keys", "address", "name", "port", "handshake", "vocabulary", "round trip", "rates", "speed"),
 ]
 BEHIND_PORT = ["handshake", "vocabulary", "round trip", "rates", "speed"]
@@ -326,3 +337,14 @@ def test_low_quality_figures_are_a_warning(doctor: DoctorCommand, copied: Path, 
     report = examined(doctor, copied, station)
     assert (report.exit_code, report.status("quality")) == (0, Status.WARNING)
     assert json.dumps(report.checks["quality"].finding).startswith('"acceptance 0.30 at temperature 0')
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("mode", "foo"), ("verification", "all"), ("on-outage", "hope"), ("draft-len", "no")]
+)
+def test_a_value_that_no_command_takes_is_found_without_a_base_station(
+    doctor: DoctorCommand, bundle: Path, option: str, value: str
+) -> None:
+    report = examined(doctor, bundle, "tcp://127.0.0.1:9", f"--{option}", value)
+    assert report.status("options") is Status.FAILED
+    assert option in report.checks["options"].finding

@@ -234,9 +234,16 @@ def test_the_marks_of_a_forced_call_may_be_tokens_of_their_own(added: tuple[str,
 @pytest.mark.parametrize("tool_format", ToolFormat)
 def test_the_schema_of_a_forced_call_may_refer_to_its_own_parts(tool_format: ToolFormat) -> None:
     """As Pydantic writes the schema of a class with another class in it."""
-    place = {"type": "object", "properties": {"city": {"type": "string"}, "in": {"$ref": "#/$defs/Place"}}}
+    place: dict[str, Any] = {
+        "type": "object",
+        "properties": {"city": {"type": "string"}, "in": {"$ref": "#/$defs/Place"}},
+    }
     place |= {"required": ["city"], "additionalProperties": False}
-    parameters = {"type": "object", "properties": {"to": {"$ref": "#/$defs/Place"}}, "$defs": {"Place": place}}
+    parameters: dict[str, Any] = {
+        "type": "object",
+        "properties": {"to": {"$ref": "#/$defs/Place"}},
+        "$defs": {"Place": place},
+    }
     parameters |= {"required": ["to"], "additionalProperties": False}
     tools = [CLOCK, {"type": "function", "function": {"name": "travel", "parameters": parameters}}]
     grammar = tool_format.grammar(tools)

@@ -18,6 +18,7 @@ import torch
 from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    AutoModelForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -35,7 +36,7 @@ from export.quantize import FORMATS, Precision, WeightFormat, quantize
 from export.source import load_tokenizer
 from export.source_model import Models, SourceModel
 from protocol.bundle import CacheKind, Manifest, QualityFigures
-from protocol.errors import MismatchError, ModelError, QualityError, SettingsError
+from protocol.errors import MismatchError, ModelError, NonFiniteError, QualityError, SettingsError
 from protocol.vocabulary import vocabulary_hash
 from tests.gguf_files import CHATML
 
@@ -265,6 +266,9 @@ def test_a_folder_with_other_content_is_not_replaced(source_model: Path, tmp_pat
     (tmp_path / "bundle").mkdir()
     (tmp_path / "bundle" / "thesis.tex").touch()
     refused(SettingsError, "BUNDLE", source_model, tmp_path)
+    for manifest in ('{"name": "a web page", "icons": []}', "[]", "no JSON"):
+        (tmp_path / "bundle" / "manifest.json").write_text(manifest, encoding="utf-8")
+        refused(SettingsError, "BUNDLE", source_model, tmp_path)
 
 
 def test_a_target_whose_tokens_cannot_be_spelled_is_refused_before_conversion(
@@ -344,6 +348,15 @@ def test_a_graph_that_fails_the_quality_check_is_not_written(
     refused(QualityError, "argmax_agreement .* allowed: 0.99", source_model, tmp_path, settings)
     assert Manifest.read(tmp_path / "bundle") == good
     good.check_files(tmp_path / "bundle")
+
+
+def test_a_source_whose_logits_are_nan_is_refused(tmp_path: Path) -> None:
+    damaged, folder = save_model(tmp_path / "damaged"), tmp_path / "folder"
+    folder.mkdir()
+    model = AutoModelForCausalLM.from_pretrained(damaged)
+    model.model.embed_tokens.weight.data.fill_(float("nan"))
+    model.save_pretrained(damaged)
+    refused(NonFiniteError, "NaN or infinite: its weights are damaged", damaged, folder)
 
 
 def test_a_nan_fails_the_quality_check() -> None:

@@ -41,6 +41,19 @@ def test_a_secret_key_readable_by_others_is_refused(tmp_path: Path, mode: int) -
         read_secret(tmp_path / "phone")
 
 
+@pytest.mark.parametrize("name", ["", ".", "/"])
+def test_a_folder_is_no_key_file(name: str) -> None:
+    with pytest.raises(KeyFileError, match="name a file for the secret key"):
+        write_pair(Path(name), "a" * 40, "b" * 40)
+
+
+def test_a_public_key_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
+    keys = KeyFolder.create(tmp_path / "keys")
+    keys.public_path.write_bytes(b"\xff")
+    with pytest.raises(KeyFileError, match="it is not text"):
+        _ = keys.public_line
+
+
 def test_no_key_is_overwritten(tmp_path: Path) -> None:
     new_key(tmp_path / "phone")
     with pytest.raises(KeyFileError, match="exists already"):

@@ -5,6 +5,7 @@ holds its secret key (ZAP, RFC 27; CURVE, RFC 26), and then attaches the key to 
 """
 
 import logging
+import re
 from typing import TYPE_CHECKING
 
 import zmq
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_BIND = re.compile(r"tcp://[^/]+:(\d+|\*)|ipc://.+")
 _ENDPOINT = "inproc://zeromq.zap.01"
 _DOMAIN = b"edgedraft"
 _STATUS = {True: (b"200", b""), False: (b"400", b"not enrolled"), None: (b"300", b"try again")}
@@ -137,8 +139,10 @@ def check_bind(bind: str, allowed: bool) -> None:
     """Refuse an address that other machines can reach, unless ``allowed``.
 
     Raises:
-        SettingsError: other machines can reach it.
+        SettingsError: other machines can reach it, or it is no endpoint.
     """
+    if not _BIND.fullmatch(bind):
+        raise SettingsError("bind", bind, "tcp://ADDRESS:PORT, such as tcp://127.0.0.1:5755")
     if not allowed and not is_loopback(bind):
         raise SettingsError(
             "bind", bind, "tcp://127.0.0.1:PORT; for other machines add --keys DIR, or --insecure to admit every device"

@@ -51,6 +51,19 @@ class KeyFolder:
         self._devices = path / "devices"
         self._revoked = path / "revoked"
 
+    @property
+    def public_line(self) -> str:
+        """The text of the public key's file.
+
+        Raises:
+            KeyFileError: it cannot be read.
+        """
+        try:
+            return self.public_path.read_text(encoding="ascii")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is not text"
+            raise KeyFileError(f"{str(self.public_path)!r} cannot be read: {reason}") from error
+
     @classmethod
     def create(cls, path: Path) -> "KeyFolder":
         """Create a key pair for a base station. Devices that are already enrolled in the folder stay enrolled.

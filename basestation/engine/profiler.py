@@ -7,6 +7,8 @@ from typing import Self
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from protocol.errors import SettingsError
+
 _WARM_UP_PASSES = 5
 _PASSES = 20
 
@@ -16,9 +18,14 @@ class PassProfiler:
 
     Args:
         path: of the trace file.
+
+    Raises:
+        SettingsError: it cannot be written there.
     """
 
     def __init__(self, path: Path) -> None:
+        if path.is_dir() or not path.parent.is_dir():
+            raise SettingsError("profile", str(path), "a file in a folder that exists")
         self._path = path
         self._passes = 0
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Protocol
 
 from bench.grid.summary import is_quiet
-from bench.setup.results import Results, Row, Value
+from bench.setup.results import Results, Row, Value, machine
 from protocol.errors import SettingsError
 
 
@@ -24,7 +24,7 @@ class CellFile:
         settings: shared by all cells.
 
     Raises:
-        SettingsError: the file has other content, or was measured with other settings.
+        SettingsError: the file has other content, or was measured with other settings or on another machine.
     """
 
     def __init__(self, path: Path | None, settings: Mapping[str, Value]) -> None:
@@ -35,6 +35,8 @@ class CellFile:
             previous = Results.read(path)
             if previous.settings != settings:
                 raise SettingsError("json", str(path), f"a new file, or one measured with {dict(settings)}")
+            if (here := dict(machine())) != dict(previous.machine):
+                raise SettingsError("json", str(path), f"a new file, or one measured on this machine, {here}")
             self._rows = [dict(row) for row in previous.rows]
 
     @property

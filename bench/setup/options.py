@@ -7,6 +7,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from protocol.errors import SettingsError
 from protocol.messages import MAX_TEMPERATURE
 
 console = Console(highlight=False)
@@ -35,7 +36,28 @@ TemperaturesOption = Annotated[
     typer.Option("--temperature", help="0 is greedy; repeatable. Default: 0 and 1.", min=0, max=MAX_TEMPERATURE),
 ]
 BatchSessionsOption = Annotated[int, typer.Option("--sessions", help="Sessions in one forward pass.", min=1)]
-JsonOption = Annotated[Path | None, typer.Option("--json", help="Write the results to this file.")]
+
+
+def _check_json_file(path: Path | None) -> Path | None:
+    """Refuse, before anything is measured, a file that cannot be written."""
+    if path is not None and (path.is_dir() or not path.parent.is_dir()):
+        raise SettingsError("json", str(path), "a file in a folder that exists")
+    return path
+
+
+JsonOption = Annotated[
+    Path | None, typer.Option("--json", help="Write the results to this file.", callback=_check_json_file)
+]
+
+
+def check_transformers_target(target: str) -> None:
+    """Refuse a GGUF file where transformers reads the target's weights.
+
+    Raises:
+        SettingsError: it is one.
+    """
+    if target.endswith(".gguf"):
+        raise SettingsError("target", target, "a folder or a hub name here: transformers reads the weights")
 
 
 def progress_bar() -> Progress:

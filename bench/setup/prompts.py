@@ -28,6 +28,7 @@ OWN_PROMPTS = (
     "What should a visitor see in Rome on a single day? Make a plan by the hour.",
     "Argue for and against homework in primary schools.",
 )
+_LINES = 'a file of lines like {"turns": ["…"]}'
 
 
 def read_prompts(path: Path | None, count: int) -> list[str]:
@@ -39,6 +40,8 @@ def read_prompts(path: Path | None, count: int) -> list[str]:
         SettingsError: the file has another format, or there are fewer prompts.
     """
     prompts = list(OWN_PROMPTS) if path is None else [str(question["turns"][0]) for question in _questions(path)]
+    if not prompts:
+        raise SettingsError("prompts", str(path), "a file with at least one prompt")
     if not 1 <= count <= len(prompts):
         raise SettingsError("count", count, f"1 to {len(prompts)}, the number of prompts")
     return prompts[:count]
@@ -61,8 +64,10 @@ def _questions(path: Path, *names: str) -> list[dict[str, Any]]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
         questions = [json.loads(line) for line in lines if line.strip()]
-        for question in questions:
-            _ = question["turns"][0], *(question[name] for name in names)
+        wrong = [one for one in questions if not (isinstance(one["turns"], list) and isinstance(one["turns"][0], str))]
+        _ = [question[name] for question in questions for name in names]
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise SettingsError("prompts", str(path), f"a file of lines like {{'turns': ['…']}} ({error!r})") from error
+        raise SettingsError("prompts", str(path), f"{_LINES} ({error!r})") from error
+    if wrong:
+        raise SettingsError("prompts", str(path), f"{_LINES} (turns are {wrong[0]['turns']!r:.40})")
     return questions

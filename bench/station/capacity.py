@@ -23,6 +23,7 @@ from bench.setup.options import (
     TargetOption,
     TorchDeviceOption,
     WeightsOption,
+    check_transformers_target,
     console,
     progress_bar,
 )
@@ -39,6 +40,7 @@ from device.drafting.draft_model import SequenceModel
 from device.drafting.load_model import load_model
 from device.text.tokenizer import Tokenizer
 from protocol.bundle import Manifest
+from protocol.errors import SettingsError
 
 _KV_MEMORY = "1GiB"
 """Of the draft model and of the target where they run beside each other."""
@@ -75,6 +77,7 @@ def capacity(
     json_file: JsonOption = None,
 ) -> None:
     """Measure what one base station serves: replayed devices, the target alone, packed and dense passes."""
+    check_transformers_target(target)
     timing = ReplayTiming(None if token_ms is None else token_ms / 1e3, delay_ms / 1e3)
     settings = CapacitySettings(
         sessions, (shortest, longest), draft_len, answer_len, seconds, turns=turns, timing=timing
@@ -150,6 +153,14 @@ def context_prompts(tokenizer: Tokenizer, settings: CapacitySettings) -> list[li
     return prompts
 
 
+def _check_recorded(path: Path, recordings: Sequence[Recording], prompts: list[list[int]], draft_len: int) -> None:
+    """Refuse recordings made with other settings than those that the rows would name."""
+    longest = max(len(draft) for one in recordings for draft in one.drafts)
+    if longest != draft_len or [list(one.prompt_ids) for one in recordings] != prompts:
+        allowed = f"a new file; this one has drafts of {longest} tokens, or other prompts than these settings give"
+        raise SettingsError("recording", str(path), allowed)
+
+
 def recorded(
     path: Path | None,
     model: SequenceModel,
@@ -158,10 +169,16 @@ def recorded(
     settings: CapacitySettings,
     advance: Callable[[], object],
 ) -> list[Recording]:
-    """The recordings in the file; if it does not exist, new ones, which are written to it."""
-    if path is not None and path.exists():
-        return read_recordings(path)
+    """The recordings in the file; if it does not exist, new ones, which are written to it.
+
+    Raises:
+        SettingsError: the file was recorded with another draft length, or other prompts.
+    """
     prompts = context_prompts(tokenizer, settings)
+    if path is not None and path.exists():
+        recordings = read_recordings(path)
+        _check_recorded(path, recordings, prompts, settings.draft_len)
+        return recordings
     recordings = record(model, target, prompts, settings.answer_len, settings.draft_len, advance)
     if path is not None:
         write_recordings(path, recordings)

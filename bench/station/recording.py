@@ -34,8 +34,10 @@ class Recording:
 
 
 def write_recordings(path: Path, recordings: Sequence[Recording]) -> None:
-    """Write one JSON object per line."""
-    path.write_text("".join(json.dumps(asdict(one)) + "\n" for one in recordings), encoding="utf-8")
+    """Write one JSON object per line. An interrupted write leaves no file."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text("".join(json.dumps(asdict(one)) + "\n" for one in recordings), encoding="utf-8")
+    part.replace(path)
 
 
 def read_recordings(path: Path) -> list[Recording]:
@@ -45,6 +47,9 @@ def read_recordings(path: Path) -> list[Recording]:
         SettingsError: the file is missing or has another format.
     """
     try:
-        return [Recording.from_json(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+        recordings = [Recording.from_json(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError, TypeError) as error:
         raise SettingsError("recording", str(path), f"a file that --recording wrote ({error})") from error
+    if not recordings:
+        raise SettingsError("recording", str(path), "a file with at least one recorded answer; remove this one")
+    return recordings

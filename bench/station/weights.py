@@ -15,7 +15,7 @@ from basestation.target.int8_conversion import convert
 from basestation.target.int8_linear import int8_obstacle
 from basestation.target.target_model import TargetModel
 from bench.grid.ratio import Ratio
-from bench.setup.options import JsonOption, TargetOption, console, progress_bar
+from bench.setup.options import JsonOption, TargetOption, check_transformers_target, console, progress_bar
 from bench.setup.prompts import prompts_by_category
 from bench.setup.results import Results, Row
 from bench.station.passes import PackedPassRunner, seconds_of
@@ -49,6 +49,7 @@ def weights(
     with the original's answers at temperature 0, teacher-forced: the share of the same most likely tokens, and
     Σ min(p, q) at temperature 1.
     """
+    check_transformers_target(target)
     if obstacle := int8_obstacle(torch.device("cpu")):
         raise SettingsError("target", target, f"a machine with int8 weights: {obstacle}")
     with progress_bar() as progress:

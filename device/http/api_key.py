@@ -30,7 +30,10 @@ def read_api_key(path: Path | None) -> str | None:
         text, mode = path.read_text(encoding="utf-8"), path.stat().st_mode
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not text"
-        raise KeyFileError(f"{str(path)!r} cannot be read as an API key: {reason}") from error
+        raise KeyFileError(
+            f"--api-key-file must name a file that holds the key, and this one cannot be read: {reason}; "
+            f"or set {VARIABLE}"
+        ) from error
     if mode & _FORBIDDEN:
         raise KeyFileError(f"{str(path)!r} holds an API key and is readable by others; run: chmod 600 {path}")
     return _checked(text.strip(), str(path))
