@@ -266,6 +266,7 @@ class Engine:
                 logger.warning("peer %s reports %s: %s", peer, message.code, message.text)
                 self._metrics.fleet.faults.add(peer.name, message.code, message.text, reported=True)
                 if message.session_id is not None:
+                    self._grammars.forget(peer.owner, message.session_id)
                     self._sessions.drop(peer.owner, message.session_id)
             case _:
                 raise StateError(f"{type(message).__name__} is sent by base stations only")
@@ -277,7 +278,7 @@ class Engine:
     def _request(self, peer: Peer, request: Request) -> None:
         if not self._handshake.greeted(peer.owner):
             raise UnknownSessionError(f"{type(request).__name__} before Hello")
-        if not self._grammars.ready(peer.owner, request, partial(self.receive, peer, request)):
+        if not self._grammars.ready(peer.owner, request, partial(self._receive_again, peer, request)):
             return
         session = self._sessions.get(peer.owner, request.session_id)
         if session is not None:
@@ -289,6 +290,11 @@ class Engine:
             raise UnknownSessionError(f"session {request.session_id} is not open")
         for reply in replies:
             self._deliver(peer, reply, session)
+
+    def _receive_again(self, peer: Peer, request: Request) -> None:
+        """Take a request whose grammar was compiled meanwhile, unless its device's key was revoked meanwhile too."""
+        if self._handshake.greeted(peer.owner):
+            self.receive(peer, request)
 
     def _continue(self, session: Session, request: Request) -> list[Reply]:
         """Take a new request of an open session, or answer a repetition as far as its device's rate limit allows."""
@@ -307,11 +313,11 @@ class Engine:
         if self._draining:
             raise ClosingError("the base station is shutting down")
         target, now = self._target, self._clock()
-        self._sessions.make_room(peer.owner, now)
         self._sessions.check_memory(peer.owner, request)
         kv_cache, stop_ids = target.new_kv_cache(), target.vocabulary.stop_ids
         session = Session(peer, request, kv_cache, stop_ids, target.context_length, self._limits.window, now)
         replies = session.take(request, self._grammars.get(request))
+        self._sessions.make_room(peer.owner, now)
         self._scheduler.admit(session, self._sessions.all(), now)
         self._sessions.add(session)
         prompt_len = len(request.prompt_ids)

@@ -106,7 +106,7 @@ def _usage() -> Fields:
     cached = _object({"cached_tokens": schema("integer", "prompt tokens that were not sent again")})
     return _object(
         {
-            "prompt_tokens": schema("integer", "of all choices"),
+            "prompt_tokens": schema("integer", "of all prompts; a prompt with several choices counts once"),
             "completion_tokens": schema("integer", "of all choices"),
             "total_tokens": schema("integer", "their sum"),
             "prompt_tokens_details": cached,
