@@ -17,7 +17,7 @@ from device.settings import DraftSettings
 from protocol.errors import ContextLengthError, SettingsError
 from protocol.frames import FrameCodec
 from protocol.limits import Limits
-from protocol.messages import Draft, Fault, Mode, Open, Opened, Sampling, Verdict, Welcome
+from protocol.messages import Decode, Draft, Fault, Mode, Open, Opened, Sampling, Verdict, Welcome
 from tests.fakes import FakeDraftModel, FakeTarget, blend, random_table, target_alone
 from tests.link_pair import Station, join, open_session
 from tests.raw_device import RawDevice, hello
@@ -176,3 +176,17 @@ def test_an_endless_stream_of_requests_does_not_stop_forward_passes() -> None:
     server._inbox.put(enqueue_again)
     server.serve()
     assert target.passes == [1]
+
+
+def test_the_replies_that_a_decode_will_store_count_as_held() -> None:
+    limits = Limits(max_held_bytes=100_000)
+    served = Station(FakeTarget.make(TARGET, capacity=2**20, context_length=2**20), limits)
+    codec = FrameCodec(len(TARGET), limits)
+    told = Sampling(logprobs=5)
+    for message in (hello(len(TARGET)), Open(0, 0, Mode.TARGET, told, (1,)), Decode(0, 1, 500), Decode(0, 501, 5000)):
+        served.push(b"a", codec.encode(message))
+        while served.engine.busy:
+            served.engine.step()
+    (fault,) = [message for message in served.outboxes[b"a"] if isinstance(message, Fault)]
+    assert (fault.code, fault.session_id) == ("limit", 0)
+    assert "--max-held-bytes of 100000" in fault.text

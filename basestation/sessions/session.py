@@ -150,7 +150,8 @@ class Session:
 
     def reply_bytes(self, request: Request) -> int:
         """Bytes that the stored replies to a request will take at most; those to all but a Decode count as 0."""
-        return request.count * verdict_bytes(self._sampling.logprobs) if isinstance(request, Decode) else 0
+        count = min(request.count, self._context_length) if isinstance(request, Decode) else 0
+        return count * verdict_bytes(self._sampling.logprobs)
 
     @property
     def grammar_error(self) -> str:
