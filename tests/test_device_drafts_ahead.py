@@ -344,10 +344,11 @@ def test_auto_drafts_ahead_unless_both_ends_share_all_cores(
 
 
 @every_drafting_setting
+@pytest.mark.parametrize("restarted", [False, True])
 def test_a_turn_after_an_abandoned_answer_whose_verdicts_were_discarded_begins_at_once(
-    settings: DraftSettings,
+    settings: DraftSettings, restarted: bool
 ) -> None:
-    """Between two turns a greeting, or another conversation, receives them."""
+    """Between two turns a greeting, or another conversation, receives them; or the base station restarts."""
     transport = LateTransport(new_station(), seen=0.0)
     session = ahead_session(transport, settings)
     for _, _ in zip(session.answer(MAX_NEW_TOKENS), range(3), strict=False):
@@ -355,6 +356,7 @@ def test_a_turn_after_an_abandoned_answer_whose_verdicts_were_discarded_begins_a
     began = transport.now
     while transport.receive(0.001) is not None:
         pass
+    transport.station = new_station() if restarted else transport.station
     prompt = [*session.tokens, *TURNS[0]]
     session.extend(prompt)
     assert tokens_of(session, 10) == lockstep_answer(settings, prompt=prompt, count=10)

@@ -399,7 +399,9 @@ class DraftRounds:
         """
         self._next = None
         while self._in_flight:
-            verdict = self._requests.verdict(wait=False) or self._requests.verdict_again()
+            verdict = self._requests.verdict(wait=False)
+            if verdict is None and self._requests.drafts_in_flight:
+                verdict = self._requests.verdict_again()
             self._retake_model()
             if verdict:
                 return self._conclude(verdict, timed=False)
