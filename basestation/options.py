@@ -32,7 +32,7 @@ class StationOptions:
     ] = "auto"
     weights: Annotated[
         str,
-        typer.Option(help="Of linear layers: dtype, int8 (a CPU with VNNI or AMX), or auto, the faster one."),
+        typer.Option(help="Weights of linear layers: of --dtype, int8 (a CPU with VNNI or AMX), or auto, the faster ones."),
     ] = "dtype"
     torch_device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")] = "auto"
     tensor_parallel: Annotated[

@@ -82,7 +82,7 @@ class AnswerOptions:
     ] = None
     uplink_p: Annotated[
         float,
-        typer.Option(help="Probability that the entries sent in mode topp reach.", rich_help_panel=DRAFTING),
+        typer.Option(help="In mode topp, the fewest likeliest entries that reach this probability are sent.", rich_help_panel=DRAFTING),
     ] = 0.95
     uplink_steps: Annotated[
         int,

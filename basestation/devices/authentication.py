@@ -87,7 +87,7 @@ class Authenticator:
         self.socket.send_multipart([version, request, status, text, key.encode() if enrolled else b"", b""])
 
     def admits(self, key: str) -> bool:
-        """Whether messages of a key are accepted; a connection outlives the enrolment of its key."""
+        """Whether messages of a key are accepted; a connection outlives its key."""
         return key in self._admitted
 
     def name_of(self, key: str) -> str:

@@ -50,7 +50,7 @@ def peers(
     repeats: Annotated[int, typer.Option(help="Answers to each prompt in each case.", min=1)] = 3,
     json_file: JsonOption = None,
 ) -> None:
-    """Compare with transformers' assisted generation, llama.cpp and autodraft-sd; what cannot run keeps its row.
+    """Compare with transformers' assisted generation, llama.cpp and autodraft-sd; a row says why one cannot run.
 
     The cases take turns on each prompt, in alternating order, and all use all cores. Ratios are medians over the
     answers, with a bootstrap 95 % interval; times include the prompt.
