@@ -32,7 +32,7 @@ class StationOptions:
     ] = "auto"
     weights: Annotated[
         str,
-        typer.Option(help="Weights of linear layers: of --dtype, int8 (a CPU with VNNI or AMX), or auto, the faster ones."),
+        typer.Option(help="Weights of linear layers: dtype for --dtype, int8 (VNNI or AMX), or auto, the faster."),
     ] = "dtype"
     torch_device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")] = "auto"
     tensor_parallel: Annotated[

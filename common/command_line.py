@@ -36,7 +36,7 @@ def application(summary: str, cls: type[TyperGroup] = TyperGroup) -> typer.Typer
 
 def _print_version(context: typer.Context, is_wanted: bool) -> None:
     if is_wanted:
-        typer.echo(f"{context.info_name} {version('edgedraft')}, wire version {PROTOCOL_VERSION}")
+        typer.echo(f"{context.info_name} {version('edgedraft')}, protocol version {PROTOCOL_VERSION}")
         raise typer.Exit
 
 
@@ -44,7 +44,9 @@ def _common_options(
     verbose: Annotated[bool, typer.Option(*_VERBOSE_FLAGS, help="Show tracebacks and the output of tools.")] = False,
     version: Annotated[
         bool,
-        typer.Option("--version", callback=_print_version, is_eager=True, help="Print version and wire version; exit."),
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print version and protocol version; exit."
+        ),
     ] = False,
 ) -> None:
     """Typer declares the options; ``run`` reads ``-v`` from the arguments, wherever it stands."""

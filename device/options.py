@@ -82,7 +82,9 @@ class AnswerOptions:
     ] = None
     uplink_p: Annotated[
         float,
-        typer.Option(help="In mode topp, the fewest likeliest entries that reach this probability are sent.", rich_help_panel=DRAFTING),
+        typer.Option(
+            help="In mode topp, send the fewest likeliest entries of this total probability.", rich_help_panel=DRAFTING
+        ),
     ] = 0.95
     uplink_steps: Annotated[
         int,

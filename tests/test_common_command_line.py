@@ -27,7 +27,7 @@ def printed_by(package: str, *arguments: str, environment: dict[str, str] | None
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_the_version_is_the_packages(package: str) -> None:
-    expected = f"edgedraft-{package} {version('edgedraft')}, wire version {PROTOCOL_VERSION}\n"
+    expected = f"edgedraft-{package} {version('edgedraft')}, protocol version {PROTOCOL_VERSION}\n"
     assert printed_by(package, "--version") == expected
 
 

@@ -68,7 +68,7 @@ def test_an_image_says_what_it_is_and_lists_what_it_contains(name: str) -> None:
         shown = container.run("--version").stdout
     assert labels.items() >= {"title": title, "licenses": "Apache-2.0"}.items()
     assert re.fullmatch("[0-9a-f]{40}", labels["revision"])
-    assert shown.startswith(f"{title} {labels['version']}, wire version ")
+    assert shown.startswith(f"{title} {labels['version']}, protocol version ")
     plain = {(re.sub("[-_.]+", "_", name).lower(), version) for name, version in installed}
     assert {(re.sub("[-_.]+", "_", part["name"]).lower(), part["version"]) for part in listed} == plain
 
