@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import queue
 import threading
 from collections.abc import Callable
 from functools import cached_property
@@ -20,7 +21,16 @@ from protocol.errors import CancelledError, ClosingError
 from protocol.messages import Close, Draft, Message, Mode, Opened, Sampling, Verdict
 from tests.fakes import FakeDraftModel, target_alone
 from tests.link_pair import MemoryTransport, RefusingTransport, join
-from tests.number_service import DEFAULTS, DRAFT, FIELDS, PROMPT, TARGET, NumberTokenizer, new_station, text_of
+from tests.number_service import (
+    DEFAULTS,
+    DRAFT,
+    FIELDS,
+    PROMPT,
+    TARGET,
+    NumberTokenizer,
+    new_station,
+    text_of,
+)
 
 LONG_PROMPT = PROMPT * 100
 GREEDY = DraftSettings(Mode.IDS, Sampling(), uplink_k=1, draft_len=4)
@@ -250,3 +260,31 @@ def test_requests_are_refused_once_the_service_stops() -> None:
     assert isinstance(waiting.end(), ClosingError)
     with pytest.raises(ClosingError):
         worker.submit(late.job)
+
+
+def test_a_prompt_that_takes_long_to_encode_keeps_no_other_request_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    encode, released = NumberTokenizer.encode, threading.Event()
+
+    def slowly(tokenizer: NumberTokenizer, text: str) -> list[int]:
+        if text.startswith("9"):
+            assert released.wait(60)
+        return encode(tokenizer, text)
+
+    monkeypatch.setattr(NumberTokenizer, "encode", slowly)
+    worker = new_worker(MemoryTransport(new_station()), watched_model())
+    worker.start()
+    try:
+        outcomes: queue.Queue[tuple[str, Event]] = queue.Queue()
+        for text in ("9 1 4", "3 1 4"):
+            request = AnswerRequest(text, GREEDY, 3)
+            worker.submit(Job(request, lambda event, text=text: outcomes.put((text, event))))  # type: ignore[misc]
+        finished = [outcomes.get(timeout=60)]
+        while not isinstance(finished[-1][1], Finish):
+            finished.append(outcomes.get(timeout=60))
+        assert {text for text, _ in finished} == {"3 1 4"}
+        released.set()
+        while not isinstance(finished[-1][1], Finish) or finished[-1][0] != "9 1 4":
+            finished.append(outcomes.get(timeout=60))
+    finally:
+        released.set()
+        worker.stop(5)

@@ -67,7 +67,7 @@ class SlowEvents:
     def __init__(self, events: Sequence[AnswerEvent | None]) -> None:
         self._events = [*events]
 
-    async def start(self, _: AnswerRequest) -> None:
+    def start(self, _: AnswerRequest) -> None:
         pass
 
     async def next(self) -> Any:

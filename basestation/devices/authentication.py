@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_BIND = re.compile(r"tcp://[^/]+:(\d+|\*)|ipc://.+")
+_BIND = re.compile(r"tcp://(\[[^]/]+\]|[^][/]+):(\d+|\*)|ipc://.+")
 _ENDPOINT = "inproc://zeromq.zap.01"
 _DOMAIN = b"edgedraft"
 _STATUS = {True: (b"200", b""), False: (b"400", b"not enrolled"), None: (b"300", b"try again")}

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -9,7 +10,6 @@ from device.answers.round_events import AnswerRound
 from device.answers.timings import Timings
 from device.http.tool_fields import Tools
 from device.settings import DraftSettings
-from device.text.prompt import Prompt
 from device.text.tentative_text import Revision
 from device.text.tokenizer import ChatMessage
 from device.text.tool_calls import ToolCall
@@ -22,10 +22,10 @@ class AnswerRequest:
     With ``rounds`` the answer is delivered round by round, with the origins of its tokens; with ``echo`` the prompt
     comes first, and with log-probabilities if the sampling settings ask for them. With ``continue_final`` the answer
     continues the last message. ``prediction`` is what the answer perhaps is. With ``unverified`` the answer comes in
-    revisions, before it is verified. A long prompt is better encoded before the worker's turn, by ``Worker.encode``.
+    revisions, before it is verified.
     """
 
-    prompt: tuple[ChatMessage, ...] | tuple[int, ...] | str | Prompt
+    prompt: tuple[ChatMessage, ...] | tuple[int, ...] | str
     settings: DraftSettings
     max_new_tokens: int
     stops: tuple[str, ...] = ()
@@ -78,10 +78,12 @@ Event: TypeAlias = str | AnswerRound | AnswerPiece | Revision | ToolCall | Finis
 class Job:
     """A request to the worker; set ``cancelled`` when nobody waits for the answer any more.
 
-    ``is_first`` is false for further choices of a request, which was accepted as a whole.
+    ``is_first`` is false for further choices of a request, which was accepted as a whole. ``prompt_ids`` are its
+    prompt's tokens once they are encoded, or why they cannot be.
     """
 
     request: AnswerRequest
     deliver: Callable[[Event], None]
     is_first: bool = True
     cancelled: threading.Event = field(default_factory=threading.Event)
+    prompt_ids: "Future[list[int]]" = field(default_factory=Future)

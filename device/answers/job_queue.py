@@ -1,4 +1,7 @@
-"""The requests that wait for the worker, in order of arrival; an abandoned one gives up its place at once."""
+"""The requests that wait for the worker, in order of arrival; an abandoned one gives up its place at once.
+
+One whose prompt is still being encoded is overtaken by those behind it.
+"""
 
 import threading
 from collections import deque
@@ -35,15 +38,23 @@ class JobQueue:
             self._changed.notify()
 
     def get(self, seconds: float) -> Job | None:
-        """Remove and return the oldest job; None if none arrives within ``seconds``, or the queue is closed."""
+        """Remove and return the oldest job whose prompt is encoded.
+
+        Returns:
+            None if there is none within ``seconds``, or the queue is closed.
+        """
         with self._changed:
             self._taken = None
-            self._drop_cancelled()
-            if not self._jobs and self._closed is None:
-                self._changed.wait(seconds)
-            self._drop_cancelled()
-            self._taken = self._jobs.popleft() if self._jobs else None
+            self._changed.wait_for(lambda: self._first() or self._closed is not None, seconds)
+            self._taken = self._first()
+            if self._taken:
+                self._jobs.remove(self._taken)
             return self._taken
+
+    def note_encoded(self) -> None:
+        """Look again for a job whose prompt is encoded."""
+        with self._changed:
+            self._changed.notify()
 
     def __len__(self) -> int:
         """Requests that wait. Any thread may call it."""
@@ -59,6 +70,11 @@ class JobQueue:
             self._changed.notify()
         for job in jobs:
             job.deliver(ClosingError(reason))
+
+    def _first(self) -> Job | None:
+        """The oldest job that can be answered now."""
+        self._drop_cancelled()
+        return next((job for job in self._jobs if job.prompt_ids.done()), None)
 
     def _drop_cancelled(self) -> None:
         self._jobs = deque(job for job in self._jobs if not job.cancelled.is_set())

@@ -8,6 +8,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 
@@ -26,7 +27,6 @@ from device.session.client import Client
 from device.session.round_records import RoundRecord
 from device.session.session import AnswerToken, Origin
 from device.settings import DraftSettings
-from device.text.prompt import Prompt
 from device.text.tokenizer import Tokenizer
 from protocol.errors import (
     AdmissionError,
@@ -42,6 +42,8 @@ from protocol.errors import (
 
 logger = logging.getLogger(__name__)
 
+_ENCODERS = 4
+"""Threads that encode prompts."""
 _FAILED = "the service is ending after an error; its log has the details"
 _STOPPING = "the device's service is shutting down"
 
@@ -86,6 +88,7 @@ class Worker:
         planners = planners or Planners(model.manifest.target_quality)
         self._conversations = Conversations(model, tokenizer, cache_tokens, planners)
         self._jobs = JobQueue()
+        self._encoders = ThreadPoolExecutor(_ENCODERS, "encoder")
         self.metrics.watch(self._jobs.__len__, lambda: self.ready)
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="worker", daemon=True)
@@ -103,7 +106,7 @@ class Worker:
         self._thread.start()
 
     def submit(self, job: Job) -> None:
-        """Put a job into the queue.
+        """Put a job into the queue, and encode its prompt in another thread: a long one keeps no answer waiting.
 
         Raises:
             BusyError: the queue is full.
@@ -114,31 +117,13 @@ class Worker:
         except (BusyError, ClosingError) as error:
             self.metrics.count_error(error)
             raise
-
-    def encode(self, request: AnswerRequest) -> list[int]:
-        """The prompt of a request as tokens; any thread may call it.
-
-        Raises:
-            SettingsError: it has none, or some that the draft model does not know.
-            BundleError: the chat template cannot render the conversation.
-        """
-        prompt = request.prompt
-        if isinstance(prompt, Prompt):
-            return prompt
-        if isinstance(prompt, str):
-            return self.tokenizer.encode(prompt)
-        token_ids = [entry for entry in prompt if isinstance(entry, int)]
-        if not token_ids:
-            messages = [entry for entry in prompt if not isinstance(entry, int)]
-            return self.tokenizer.encode_chat(messages, request.tools.known, request.continue_final)
-        if not 0 <= min(token_ids) <= max(token_ids) < self.vocab_size:
-            raise SettingsError("prompt", "these tokens", f"token ids from 0 to {self.vocab_size - 1}")
-        return token_ids
+        self._encoders.submit(self._encode, job)
 
     def close(self) -> None:
         """Refuse all further requests and those that wait, and end the answer in progress."""
         self._stopping.set()
         self._jobs.close(_STOPPING)
+        self._encoders.shutdown(wait=False, cancel_futures=True)
 
     def stop(self, seconds: float) -> None:
         """Close, and wait up to ``seconds`` for the thread."""
@@ -204,7 +189,7 @@ class Worker:
         needs_base_station = job.request.needs_base_station
         if self._offline and needs_base_station:
             raise SettingsError("logprobs or echo", "given", "left out: this device uses no base station")
-        ids, settings = self.encode(job.request), self._settings(job.request)
+        ids, settings = job.prompt_ids.result(), self._settings(job.request)
         client = self._connection.client(may_be_out=not needs_base_station)
         if job.request.echo:
             with client.cancelled_by(lambda: job.cancelled.is_set() or self._stopping.is_set()):
@@ -241,6 +226,25 @@ class Worker:
             request.settings.sampling, grammar=tool_format.grammar(request.tools.forced, self.tokenizer.added_tokens)
         )
         return replace(request.settings, sampling=sampling)
+
+    def _encode(self, job: Job) -> None:
+        try:
+            job.prompt_ids.set_result(self._prompt_ids(job.request))
+        except Exception as error:  # noqa: BLE001 - the worker raises it
+            job.prompt_ids.set_exception(error)
+        self._jobs.note_encoded()
+
+    def _prompt_ids(self, request: AnswerRequest) -> list[int]:
+        prompt = request.prompt
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt)
+        token_ids = [entry for entry in prompt if isinstance(entry, int)]
+        if not token_ids:
+            messages = [entry for entry in prompt if not isinstance(entry, int)]
+            return self.tokenizer.encode_chat(messages, request.tools.known, request.continue_final)
+        if not 0 <= min(token_ids) <= max(token_ids) < self.vocab_size:
+            raise SettingsError("prompt", "these tokens", f"token ids from 0 to {self.vocab_size - 1}")
+        return token_ids
 
     def _echo(self, job: Job, client: Client, ids: list[int]) -> None:
         """Deliver the prompt."""

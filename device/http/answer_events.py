@@ -2,17 +2,14 @@
 
 import asyncio
 import contextlib
-from dataclasses import replace
 from typing import TypeAlias
 
-from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect, Request
 
 from device.answers.job import AnswerPiece, AnswerRequest, Event, Finish, Job
 from device.answers.round_events import AnswerRound
 from device.answers.worker import Worker
 from device.http.http_errors import HttpError
-from device.text.prompt import Prompt
 from device.text.tentative_text import Revision
 from device.text.tool_calls import ToolCall
 from protocol.errors import EdgedraftError
@@ -30,18 +27,14 @@ class AnswerEvents:
         self._job: Job | None = None
         self._watch = self._loop.create_task(self._cancel_when_the_client_leaves(request))
 
-    async def start(self, answer_request: AnswerRequest) -> None:
+    def start(self, answer_request: AnswerRequest) -> None:
         """Submit the next answer, after the last one has ended; a full queue refuses the first alone.
 
-        The prompt is encoded first, in a thread of its own, so that a long one keeps no other answer waiting.
-
         Raises:
-            HttpError: the prompt is invalid, the queue is full, or the service is ending.
+            HttpError: the queue is full, or the service is ending.
         """
-        is_first = self._job is None
+        self._job = Job(answer_request, self._deliver, is_first=self._job is None)
         try:
-            prompt = Prompt.of(await run_in_threadpool(self._worker.encode, answer_request))
-            self._job = Job(replace(answer_request, prompt=prompt), self._deliver, is_first)
             self._worker.submit(self._job)
         except EdgedraftError as error:
             raise HttpError.of(error) from error

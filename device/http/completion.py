@@ -139,7 +139,7 @@ class Completion:
         choices = []
         try:
             for index, request in enumerate(self._choices):
-                await self._events.start(request)
+                self._events.start(request)
                 choices.append({"index": index, **await self._whole_choice()})
         finally:
             self._events.cancel()
@@ -164,7 +164,7 @@ class Completion:
 
     async def begin(self) -> AnswerEvent:
         """The first event of the first answer: an error before it still has a status code."""
-        await self._events.start(self._choices[0])
+        self._events.start(self._choices[0])
         return await self._events.next()
 
     async def stream(self, first: AnswerEvent) -> AsyncIterator[str]:
@@ -172,7 +172,7 @@ class Completion:
         try:
             for index, request in enumerate(self._choices):
                 if index:
-                    await self._events.start(request)
+                    self._events.start(request)
                     first = await self._events.next()
                 async for chunk in self._stream_choice(index, first):
                     yield chunk

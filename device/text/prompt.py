@@ -1,7 +1,6 @@
 """A prompt in the session's tokens, and in those of a draft model with a vocabulary of its own."""
 
 from collections.abc import Iterable
-from typing import Self
 
 
 class Prompt(list[int]):
@@ -16,8 +15,3 @@ class Prompt(list[int]):
     def __init__(self, token_ids: Iterable[int], draft_ids: Iterable[int] = ()) -> None:
         super().__init__(token_ids)
         self.draft_ids = list(draft_ids)
-
-    @classmethod
-    def of(cls, token_ids: Iterable[int]) -> Self:
-        """A prompt of these tokens, or that prompt."""
-        return token_ids if isinstance(token_ids, cls) else cls(token_ids)
