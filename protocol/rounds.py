@@ -84,6 +84,11 @@ class SessionRounds:
         """The round of the awaited reply, or of the next request."""
         return self.next_round if self._awaited is None else self._awaited
 
+    @property
+    def left(self) -> int:
+        """Verdicts of a Decode that are still due."""
+        return self._left if self.state is State.DECODING else 0
+
     def is_old(self, request: Request) -> bool:
         """Whether the round of a request is complete or in flight, so that the request is a repetition."""
         return request.round_id < self.next_round

@@ -120,10 +120,11 @@ def test_owners_take_turns_and_the_base_stations_own_tasks_always_have_room(monk
     inbox, done = Inbox(max_bytes=100), list[str]()
     assert [inbox.put(partial(done.append, f"flood {number}"), "flood") for number in range(5)] == [True] * 4 + [False]
     assert [inbox.put(partial(done.append, f"other {number}"), "other") for number in range(3)] == [True, True, False]
-    assert inbox.put(partial(done.append, "own"))
+    assert inbox.put(partial(done.append, "own"), always=True)
+    assert inbox.put(partial(done.append, "flood revoked"), "flood", always=True)
     while task := inbox.get(0):
         task()
-    assert done == ["flood 0", "other 0", "own", "flood 1", "other 1", "flood 2", "flood 3"]
+    assert done == ["flood 0", "other 0", "own", "flood 1", "other 1", "flood 2", "flood 3", "flood revoked"]
 
 
 # -- the server --

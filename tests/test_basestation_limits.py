@@ -190,3 +190,16 @@ def test_the_replies_that_a_decode_will_store_count_as_held() -> None:
     (fault,) = [message for message in served.outboxes[b"a"] if isinstance(message, Fault)]
     assert (fault.code, fault.session_id) == ("limit", 0)
     assert "--max-held-bytes of 100000" in fault.text
+
+
+def test_the_replies_that_are_due_to_other_decodes_count_as_held() -> None:
+    limits = Limits(max_held_bytes=100_000)
+    served = Station(FakeTarget.make(TARGET, capacity=2**20, context_length=2**20), limits)
+    codec = FrameCodec(len(TARGET), limits)
+    served.push(b"a", codec.encode(hello(len(TARGET))))
+    for number in range(3):
+        served.push(b"a", codec.encode(Open(number, 0, Mode.TARGET, Sampling(logprobs=5), (1,))))
+    for number in range(3):
+        served.push(b"a", codec.encode(Decode(number, 1, 400)))
+    faults = [message for message in served.outboxes[b"a"] if isinstance(message, Fault)]
+    assert [(fault.code, fault.session_id) for fault in faults] == [("limit", 1), ("limit", 2)]

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 
 from basestation.server import Server
+from bench.station.capacity import known_recordings
 from bench.station.load_generator import LoadGenerator
 from bench.station.recorder import record
 from bench.station.recording import Recording, read_recordings, write_recordings
+from bench.station.replay import CapacitySettings
 from bench.station.replay_client import ReplayClient, ReplayTiming
 from device.settings import DraftSettings
 from protocol.errors import FaultError, SettingsError
@@ -146,3 +148,15 @@ def test_clients_can_be_added_and_removed_while_others_run(address: str) -> None
     assert all(client.score.diverged == 0 for client in clients)
     load.drain()
     load.close()
+
+
+def test_recordings_of_other_lengths_are_refused(tmp_path: Path) -> None:
+    path, one = tmp_path / "rounds.jsonl", recordings()[0]
+    write_recordings(path, [one])
+    length, longest = len(one.prompt_ids), max(map(len, one.drafts))
+    settings = CapacitySettings(1, (length, length), longest)
+    assert len(known_recordings(path, settings)) == 1
+    assert known_recordings(tmp_path / "none", settings) == []
+    for other in (CapacitySettings(2, (length, length), longest), CapacitySettings(1, (length, length), longest + 1)):
+        with pytest.raises(SettingsError, match="this one has 1 prompts of"):
+            known_recordings(path, other)

@@ -58,6 +58,13 @@ def test_several_prompts_have_a_choice_each_and_n_times_as_many() -> None:
     assert seeds[0] != seeds[1]
 
 
+def test_each_prompt_counts_once_in_the_usage_however_many_choices_it_has() -> None:
+    with http_client(new_station()) as client:
+        usage = complete_text(client, prompt=["7", "7"], n=3).json()["usage"]
+    assert usage["prompt_tokens"] == 2
+    assert usage["prompt_tokens_details"]["cached_tokens"] <= 2
+
+
 def test_a_chat_has_n_choices_whole_and_streamed() -> None:
     with http_client(new_station()) as client:
         whole = complete(client, n=2, temperature=1.0, seed=5).json()

@@ -83,7 +83,7 @@ class SlowEvents:
 def test_a_stream_without_events_is_kept_alive() -> None:
     events = SlowEvents(["3 ", None, None, "1 ", Finish("stop", 5, 2)])
     request = AnswerRequest("3", settings(Sampling()), 2)
-    completion = Completion("numbers", cast(AnswerEvents, events), [request], False, ChatForm())
+    completion = Completion("numbers", cast(AnswerEvents, events), [request], 1, False, ChatForm())
 
     async def chunks() -> list[str]:
         return [chunk async for chunk in completion.stream(await completion.begin())]

@@ -236,7 +236,7 @@ def test_the_schema_of_a_forced_call_may_refer_to_its_own_parts(tool_format: Too
     """As Pydantic writes the schema of a class with another class in it."""
     place: dict[str, Any] = {
         "type": "object",
-        "properties": {"city": {"type": "string"}, "in": {"$ref": "#/$defs/Place"}},
+        "properties": {"city": {"type": "string"}, "enum": {"$ref": "#/$defs/Place"}},
     }
     place |= {"required": ["city"], "additionalProperties": False}
     parameters: dict[str, Any] = {
@@ -252,8 +252,8 @@ def test_the_schema_of_a_forced_call_may_refer_to_its_own_parts(tool_format: Too
         value = {"name": "travel", tool_format.value: arguments}
         return hermes(value) if tool_format is ToolFormat.HERMES else json.dumps(value)
 
-    assert follows(grammar, call({"to": {"city": "Rome", "in": {"city": "Italy"}}}))
-    assert not follows(grammar, call({"to": {"in": {"city": "Italy"}}}))
+    assert follows(grammar, call({"to": {"city": "Rome", "enum": {"city": "Italy"}}}))
+    assert not follows(grammar, call({"to": {"enum": {"city": "Italy"}}}))
 
 
 def test_half_a_surrogate_pair_in_a_call_can_be_sent() -> None:

@@ -167,8 +167,9 @@ class EngineHost:
         self._inbox.put(partial(self._engine.fault, peer, None, error), peer.owner)
 
     def revoke(self, device: EnrolledDevice) -> None:
-        """End the sessions of a device whose key was revoked."""
-        self._inbox.put(partial(self._engine.revoke, device.public_key, device.name, revocation()))
+        """End the sessions of a device whose key was revoked, after the requests that came before."""
+        task = partial(self._engine.revoke, device.public_key, device.name, revocation())
+        self._inbox.put(task, device.public_key, always=True)
 
     def _reply_sockets(self) -> "tuple[zmq.Socket[bytes], zmq.Socket[bytes]]":
         """Where the I/O thread receives replies, and where the engine sends them."""
@@ -218,7 +219,7 @@ class EngineHost:
 
     def _run_elsewhere(self, work: Callable[[], None], then: Callable[[], None]) -> None:
         """Run ``work`` in the compiler's thread, then ``then`` in the engine's."""
-        self._compiler.submit(work).add_done_callback(lambda _: self._inbox.put(then))
+        self._compiler.submit(work).add_done_callback(lambda _: self._inbox.put(then, always=True))
 
     def _run_engine(self) -> None:
         while not self._stopping.is_set() and not self._finished():

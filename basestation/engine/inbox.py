@@ -38,15 +38,15 @@ class Inbox:
         self._lock = threading.Lock()
         self._signals: queue.SimpleQueue[None] = queue.SimpleQueue()  # one for each task
 
-    def put(self, task: Task, owner: str = _OWN, size: int = 0) -> bool:
+    def put(self, task: Task, owner: str = _OWN, size: int = 0, always: bool = False) -> bool:
         """Queue a task that holds ``size`` bytes for an owner; whether there was room. Devices resend lost requests.
 
-        Without an owner it is the base station's own, for which there always is room.
+        There is room for one that comes ``always``. Without an owner it is the base station's own.
         """
         with self._lock:
             queued = self._queues.get(owner) or _Queue()
             is_full = self._count >= _MAX_TASKS or len(queued.tasks) >= _MAX_TASKS_OF_OWNER
-            if owner != _OWN and (is_full or (size and queued.nbytes + size > self._max_bytes)):
+            if not always and (is_full or (size and queued.nbytes + size > self._max_bytes)):
                 return False
             self._queues[owner] = queued
             queued.tasks.append((task, size))

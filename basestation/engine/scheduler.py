@@ -254,7 +254,10 @@ class _BatchBuilder:
         return True
 
     def _victim(self, session: Session, evict_waiting: bool) -> Session | None:
-        """The session to evict: the longest idle; if ``evict_waiting``, else the last to become ready."""
+        """The session to evict: the longest idle, else the last to become ready of those that may be evicted.
+
+        These are all if ``evict_waiting``, and for a prompt those of devices that have grown beyond half of the pool.
+        """
         scheduled = {id(unit.session) for unit in self.units}
         candidates = [
             one for one in self._sessions if one.kv_cache.capacity and one is not session and id(one) not in scheduled
@@ -263,15 +266,19 @@ class _BatchBuilder:
         if idle:
             return min(idle, key=lambda one: one.last_active)
         if not evict_waiting:
-            greedy = self._beyond_half() - {session.peer.owner}
+            greedy = self._beyond_half() - {session.peer.owner} if session.backlog else set()
             candidates = [one for one in candidates if one.peer.owner in greedy]
         return max(candidates, key=lambda one: one.ready_since, default=None)
 
     def _beyond_half(self) -> set[str]:
-        """The owners of several sessions that have more than half of the KV pool together; shared pages count twice."""
-        held: dict[str, list[int]] = collections.defaultdict(list)
+        """The owners of several sessions that have more than half of the KV pool together."""
+        held: dict[str, list[Session]] = collections.defaultdict(list)
         for one in self._sessions:
             if one.kv_cache.pages:
-                held[one.peer.owner].append(len(one.kv_cache.pages) * self._kv_pool.page_size)
-        half = self._kv_pool.capacity // 2
-        return {owner for owner, sizes in held.items() if len(sizes) > 1 and sum(sizes) > half}
+                held[one.peer.owner].append(one)
+        half = self._kv_pool.pages_for(self._kv_pool.capacity) // 2
+        return {
+            owner
+            for owner, sessions in held.items()
+            if len(sessions) > 1 and len({page for one in sessions for page in one.kv_cache.pages}) > half
+        }

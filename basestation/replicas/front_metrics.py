@@ -15,6 +15,8 @@ FRONT = "front"
 """The label of the front's own metrics."""
 _OWN = ("edgedraft_uplink", "edgedraft_downlink", "edgedraft_faults", "edgedraft_unreadable", "edgedraft_fleet")
 """What the names of the front's own metrics start with; it runs no passes."""
+_MAX_ENDED = 100
+"""Processes that are gone, each with its own counts: one that was only silent reports again."""
 _COUNTS = ("counter", "histogram")
 
 
@@ -48,6 +50,7 @@ class _MergedMetrics(Collector):
     def __init__(self, own: CollectorRegistry) -> None:
         self._own = own
         self.ended_counts: dict[bytes, dict[tuple[str, str], float]] = {}
+        self._long_ended: Counter[tuple[str, str]] = Counter()
         self.texts: dict[str, str] = {}
 
     def collect(self) -> Iterable[Metric]:
@@ -59,6 +62,7 @@ class _MergedMetrics(Collector):
 
     def end(self, identity: bytes, name: str) -> None:
         """Keep the last counts of a replica's process that is gone."""
+        self._forget_identities()
         self.ended_counts[identity] = {
             (sample.name, json.dumps(sample.labels)): sample.value
             for family in text_string_to_metric_families(self.texts.pop(name, ""))
@@ -66,9 +70,14 @@ class _MergedMetrics(Collector):
             if "le" not in sample.labels
         }
 
+    def _forget_identities(self) -> None:
+        """Of many processes that are gone, add up the counts of the oldest: they do not come back."""
+        while len(self.ended_counts) >= _MAX_ENDED:
+            self._long_ended.update(self.ended_counts.pop(next(iter(self.ended_counts))))
+
     def ended(self) -> Iterable[Metric]:
         """The counts of the processes that are gone."""
-        totals: Counter[tuple[str, str]] = Counter()
+        totals = self._long_ended.copy()
         for counts in self.ended_counts.copy().values():
             totals.update(counts)
         for (name, labels), value in totals.items():

@@ -144,9 +144,10 @@ class Session:
 
     @property
     def held_bytes(self) -> int:
-        """Bytes that the session takes besides its KV cache."""
+        """Bytes that the session takes besides its KV cache, with the replies that it will store."""
         grammar = self._grammar.nbytes if self._grammar else 0
-        return self.tokens.nbytes + self._answered.nbytes + sum(map(held_bytes, self.rounds.in_flight)) + grammar
+        due = self.rounds.left * verdict_bytes(self._sampling.logprobs)
+        return self.tokens.nbytes + self._answered.nbytes + due + sum(map(held_bytes, self.rounds.in_flight)) + grammar
 
     def reply_bytes(self, request: Request) -> int:
         """Bytes that the stored replies to a request will take at most; those to all but a Decode count as 0."""

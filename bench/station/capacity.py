@@ -108,7 +108,8 @@ class _Measurement:
     def run(self, recording: Path | None) -> tuple[list[Row], Row]:
         """The rows, and what they depend on."""
         manifest, settings = Manifest.read(self.bundle), self.settings
-        rows, recordings, target_name = self._run_models(recording, manifest)
+        known = known_recordings(recording, settings)
+        rows, recordings, target_name = self._run_models(recording, known, manifest)
         torch.cuda.empty_cache()
         options = ["--torch-device", self.torch_device, "--weights", self.weights]
         with station_process(self.target, self.dtype, options) as station:
@@ -132,14 +133,17 @@ class _Measurement:
         }
         return rows, described
 
-    def _run_models(self, path: Path | None, manifest: Manifest) -> tuple[list[Row], list[Recording], str]:
+    def _run_models(
+        self, path: Path | None, known: list[Recording], manifest: Manifest
+    ) -> tuple[list[Row], list[Recording], str]:
         """The rows of forward passes, the recordings and the target's name; frees the models afterwards."""
         model = load_model(self.bundle)
         target = TargetModel.load(self.target, self.dtype, self.torch_device, weights=self.weights)
         dense = load_dense(self.target, self.dtype, target.torch_device)
         rows = measure_pass_rows(target, dense, self.settings, self.advance)
         tokenizer = Tokenizer(self.bundle, manifest)
-        return rows, recorded(path, model, target, tokenizer, self.settings, self.advance), target.name
+        known = known or recorded(path, model, target, tokenizer, self.settings, self.advance)
+        return rows, known, target.name
 
 
 def context_prompts(tokenizer: Tokenizer, settings: CapacitySettings) -> list[list[int]]:
@@ -153,12 +157,21 @@ def context_prompts(tokenizer: Tokenizer, settings: CapacitySettings) -> list[li
     return prompts
 
 
-def _check_recorded(path: Path, recordings: Sequence[Recording], prompts: list[list[int]], draft_len: int) -> None:
-    """Refuse recordings made with other settings than those that the rows would name."""
+def known_recordings(path: Path | None, settings: CapacitySettings) -> list[Recording]:
+    """The recordings in a file; none if it does not exist.
+
+    Raises:
+        SettingsError: the file has another format, or was recorded with other lengths than the rows would name.
+    """
+    if path is None or not path.exists():
+        return []
+    recordings = read_recordings(path)
     longest = max(len(draft) for one in recordings for draft in one.drafts)
-    if longest != draft_len or [list(one.prompt_ids) for one in recordings] != prompts:
-        allowed = f"a new file; this one has drafts of {longest} tokens, or other prompts than these settings give"
-        raise SettingsError("recording", str(path), allowed)
+    lengths = [len(one.prompt_ids) for one in recordings]
+    if longest != settings.draft_len or lengths != _spread(*settings.contexts, settings.sessions):
+        found = f"{len(lengths)} prompts of {min(lengths)} to {max(lengths)} tokens and drafts of {longest}"
+        raise SettingsError("recording", str(path), f"a new file; this one has {found}")
+    return recordings
 
 
 def recorded(
@@ -169,16 +182,8 @@ def recorded(
     settings: CapacitySettings,
     advance: Callable[[], object],
 ) -> list[Recording]:
-    """The recordings in the file; if it does not exist, new ones, which are written to it.
-
-    Raises:
-        SettingsError: the file was recorded with another draft length, or other prompts.
-    """
+    """New recordings, which are written to the file if there is one."""
     prompts = context_prompts(tokenizer, settings)
-    if path is not None and path.exists():
-        recordings = read_recordings(path)
-        _check_recorded(path, recordings, prompts, settings.draft_len)
-        return recordings
     recordings = record(model, target, prompts, settings.answer_len, settings.draft_len, advance)
     if path is not None:
         write_recordings(path, recordings)

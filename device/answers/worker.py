@@ -49,7 +49,7 @@ _STOPPING = "the device's service is shutting down"
 
 
 class Worker:
-    """Answers requests in the order they came, and keeps the connection alive in between.
+    """Answers requests in the order they came, once their prompts are encoded, and keeps the connection alive.
 
     Args:
         model: the draft model.
@@ -228,6 +228,8 @@ class Worker:
         return replace(request.settings, sampling=sampling)
 
     def _encode(self, job: Job) -> None:
+        if job.cancelled.is_set():
+            return
         try:
             job.prompt_ids.set_result(self._prompt_ids(job.request))
         except Exception as error:  # noqa: BLE001 - the worker raises it

@@ -27,6 +27,11 @@ class ChatRequest:
     choices: tuple[AnswerRequest, ...]
     streaming: Streaming
 
+    @property
+    def per_prompt(self) -> int:
+        """How many choices the conversation has."""
+        return len(self.choices)
+
     @classmethod
     def read(cls, fields: Any, defaults: Defaults) -> "ChatRequest":
         """Validate the parsed JSON body of a request.

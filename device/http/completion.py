@@ -120,15 +120,23 @@ class Completion:
         name: of the model.
         events: of the answers.
         choices: to answer.
+        per_prompt: how many of them each prompt has, one after the other.
         include_usage: whether a stream ends with the token counts.
         form: of the API.
     """
 
     def __init__(
-        self, name: str, events: AnswerEvents, choices: Sequence[AnswerRequest], include_usage: bool, form: Form
+        self,
+        name: str,
+        events: AnswerEvents,
+        choices: Sequence[AnswerRequest],
+        per_prompt: int,
+        include_usage: bool,
+        form: Form,
     ) -> None:
         self._events = events
         self._choices = choices
+        self._per_prompt = per_prompt
         self._include_usage = include_usage
         self._form = form
         self._finishes: list[Finish] = []
@@ -215,15 +223,11 @@ class Completion:
         return _event(self._head | {"object": self._form.chunk_kind, "choices": [choice]} | extension)
 
     def _usage(self) -> Fields:
-        prompts = [request.prompt for request in self._choices]
-        prompt_tokens = sum(
-            finish.prompt_tokens
-            for index, finish in enumerate(self._finishes)
-            if not index or prompts[index] is not prompts[index - 1]
-        )
+        firsts = self._finishes[:: self._per_prompt]  # a prompt with several choices counts once
+        prompt_tokens = sum(finish.prompt_tokens for finish in firsts)
         new_tokens = sum(finish.new_tokens for finish in self._finishes)
         counts: Fields = {"prompt_tokens": prompt_tokens, "completion_tokens": new_tokens}
-        counts["prompt_tokens_details"] = {"cached_tokens": sum(finish.timings.cache_n for finish in self._finishes)}
+        counts["prompt_tokens_details"] = {"cached_tokens": sum(finish.timings.cache_n for finish in firsts)}
         predicted = [finish.prediction_tokens for finish in self._finishes if finish.prediction_tokens is not None]
         if predicted:
             accepted, rejected = map(sum, zip(*predicted, strict=True))

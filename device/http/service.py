@@ -157,7 +157,9 @@ class _Routes:
     ) -> Response:
         self._check_model(fields.get("model"))
         events = AnswerEvents(self._worker, request)
-        completion = Completion(self._name, events, asked.choices, asked.streaming.include_usage, form)
+        completion = Completion(
+            self._name, events, asked.choices, asked.per_prompt, asked.streaming.include_usage, form
+        )
         if not asked.streaming.stream:
             return JSONResponse(await completion.whole())
         first = await completion.begin()

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 from device.answers.job import AnswerRequest
@@ -16,9 +17,13 @@ _PROMPT = "a text, a list of texts, token ids, or a list of lists of token ids"
 
 @dataclass(frozen=True)
 class TextRequest:
-    """Requests to the worker, one for each choice of each prompt, and how the answers are returned."""
+    """Requests to the worker, one for each choice of each prompt, and how the answers are returned.
+
+    ``per_prompt`` is how many choices each prompt has.
+    """
 
     choices: tuple[AnswerRequest, ...]
+    per_prompt: int
     streaming: Streaming
 
     @classmethod
@@ -31,8 +36,8 @@ class TextRequest:
         check_names(fields, TEXT_FIELDS)
         logprobs = field(fields, "logprobs", int, None, "a whole number")
         answer = read_answer(fields, "", defaults, logprobs)
-        requests = [replace(answer, prompt=prompt) for prompt in _prompts(fields)]
-        return cls(tuple(one for request in requests for one in choices_of(fields, request)), Streaming.read(fields))
+        answers = [choices_of(fields, replace(answer, prompt=prompt)) for prompt in _prompts(fields)]
+        return cls(tuple(chain.from_iterable(answers)), len(answers[0]), Streaming.read(fields))
 
 
 def _prompts(fields: Fields) -> Sequence[str | tuple[int, ...]]:

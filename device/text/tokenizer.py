@@ -11,6 +11,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
+from tokenizers import Encoding
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.decoders import DecodeStream
 
@@ -91,7 +92,8 @@ class Tokenizer:
         """
         check_unicode("prompt", text)
         return Prompt(
-            _not_empty(text, self._tokenizer.encode(text).ids), self._draft.encode(text) if self._draft else ()
+            _not_empty(text, _encoding(self._tokenizer, text, add_special_tokens=True).ids),
+            self._draft.encode(text) if self._draft else (),
         )
 
     @property
@@ -223,7 +225,7 @@ class Tokenizer:
 
     def _find_added(self, text: str) -> list[tuple[int, int, int]]:
         """Start, end and id of each added token in a text."""
-        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        encoding = _encoding(self._tokenizer, text)
         return [
             (start, end, token_id)
             for token_id, (start, end) in zip(encoding.ids, encoding.offsets, strict=True)
@@ -233,7 +235,7 @@ class Tokenizer:
     def _encode_marked(self, text: str, mark: str) -> list[int]:
         """Encode rendered text; an added token behind a ``mark`` is plain text."""
         if mark not in text:
-            return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+            return list(_encoding(self._tokenizer, text).ids)
         ids: list[int] = []
         begin = 0
         for start, end, token_id in self._find_added(text):
@@ -246,7 +248,7 @@ class Tokenizer:
 
     def _encode_plain(self, text: str, first: bool) -> list[int]:
         """Encode text in which no added token counts; ``first`` where nothing precedes it."""
-        return list((self._plain_first if first else self._plain_rest).encode(text, add_special_tokens=False).ids)
+        return list(_encoding(self._plain_first if first else self._plain_rest, text).ids)
 
     @cached_property
     def _plain_first(self) -> FastTokenizer:
@@ -264,6 +266,12 @@ class Tokenizer:
             if part.get("type") == "Metaspace" and part.get("prepend_scheme") == "first":
                 part["prepend_scheme"] = prepend_scheme
         return FastTokenizer.from_str(json.dumps(content))
+
+
+def _encoding(tokenizer: FastTokenizer, text: str, add_special_tokens: bool = False) -> Encoding:
+    """Encode a text; unlike ``encode``, ``encode_batch`` lets other threads run meanwhile."""
+    (encoding,) = tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)
+    return encoding
 
 
 def _render_to_final_content(

@@ -16,6 +16,10 @@ from device.http.request_fields import Fields
 
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
 _PYTHON = "<|python_tag|>"
+_BY_NAME = ("properties", "patternProperties", "dependentSchemas", "$defs", "definitions")
+"""Of a JSON schema, the parts that are schemas by names of the author's."""
+_VALUES = ("const", "enum", "default", "examples")
+"""The parts that are no schemas."""
 ToolCallPart: TypeAlias = "str | ToolCall"
 
 
@@ -138,17 +142,19 @@ class Llama3Parser:
 
 
 def _moved(schema: Any, pointer: str) -> Any:
-    """A JSON schema as a part of another one, at ``pointer`` there: references to its own parts lead to the new place.
-
-    The values of ``const`` and ``enum`` are no schemas.
-    """
+    """A JSON schema as a part of another one, at ``pointer`` there: references to its own parts lead to the new place."""
     if isinstance(schema, list):
         return [_moved(entry, pointer) for entry in schema]
     if not isinstance(schema, dict):
         return schema
-    moved = {name: part if name in ("const", "enum") else _moved(part, pointer) for name, part in schema.items()}
+    moved = {}
+    for name, part in schema.items():
+        if name in _BY_NAME and isinstance(part, dict):
+            moved[name] = {own: _moved(inner, pointer) for own, inner in part.items()}
+        else:
+            moved[name] = part if name in _VALUES else _moved(part, pointer)
     reference = schema.get("$ref")
-    if isinstance(reference, str) and reference.startswith("#"):
+    if isinstance(reference, str) and (reference == "#" or reference.startswith("#/")):
         moved["$ref"] = pointer + reference[1:]
     return moved
 
