@@ -91,10 +91,8 @@ class Tokenizer:
             SettingsError: the text has no tokens.
         """
         check_unicode("prompt", text)
-        return Prompt(
-            _not_empty(text, _encoding(self._tokenizer, text, add_special_tokens=True).ids),
-            self._draft.encode(text) if self._draft else (),
-        )
+        ids = _encoding(self._tokenizer, text, add_special_tokens=True).ids
+        return Prompt(_not_empty(text, ids), self._draft.encode(text) if self._draft else ())
 
     @property
     def added_tokens(self) -> frozenset[str]:

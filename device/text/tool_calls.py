@@ -142,12 +142,12 @@ class Llama3Parser:
 
 
 def _moved(schema: Any, pointer: str) -> Any:
-    """A JSON schema as a part of another one, at ``pointer`` there: references to its own parts lead to the new place."""
+    """A JSON schema as a part of another one, at ``pointer``: references to its own parts lead there."""
     if isinstance(schema, list):
         return [_moved(entry, pointer) for entry in schema]
     if not isinstance(schema, dict):
         return schema
-    moved = {}
+    moved: Fields = {}
     for name, part in schema.items():
         if name in _BY_NAME and isinstance(part, dict):
             moved[name] = {own: _moved(inner, pointer) for own, inner in part.items()}
