@@ -30,11 +30,18 @@ def raylets() -> set[int]:
     return {one.pid for one in children if one.status() != psutil.STATUS_ZOMBIE and one.name() == "raylet"}
 
 
+def runs(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def test_nodes_are_processes_that_end_with_the_measurement() -> None:
     with ray_nodes(2):
         wait_for(lambda: len(raylets()) == 2, 60)
         nodes = raylets()
-    assert not any(psutil.pid_exists(pid) for pid in nodes)
+    wait_for(lambda: not any(map(runs, nodes)), 20)
 
 
 def test_the_times_of_passes_are_a_line_over_their_tokens() -> None:
