@@ -27,7 +27,7 @@ PAIR_COMMANDS = {
     "verification": "edgedraft-bench verification --bundle build/pair/bundle --target build/pair/target --prompts FILE",
     "bridge": (
         "edgedraft-bench categories --bundle build/pair/bridge --target build/pair/target --prompts FILE "
-        "--category coding --category math"
+        "--per-category 2 --repeats 1 --max-new-tokens 64 --temperature 0"
     ),
     "weights": "edgedraft-bench weights --target build/pair/target --prompts FILE",
 }
