@@ -35,7 +35,8 @@ from device.session.client import Client
 from device.session.round_records import RoundRecordFile
 from device.state_folder import state_folder
 from device.terminal import AnswerDisplay, console, show_figures
-from device.text.tokenizer import ChatMessage, Tokenizer, check_unicode
+from device.text.tokenizer import ChatMessage, Tokenizer
+from device.text.unicode import check_unicode
 from protocol.bundle import Manifest
 from protocol.errors import LinkError, SettingsError
 from protocol.frames import FrameCodec

@@ -8,9 +8,8 @@ last of them.
 from collections.abc import Sequence
 
 from device.session.client import Client
-from device.session.served_settings import check_sampling
+from device.session.served_settings import check_context_length, check_sampling
 from device.session.session_requests import SessionRequests
-from protocol.errors import ContextLengthError
 from protocol.logprobs import TokenLogprobs
 from protocol.messages import Mode, Sampling
 
@@ -27,9 +26,7 @@ def prompt_logprobs(client: Client, prompt_ids: Sequence[int], most: int) -> lis
         SettingsError: the base station tells no log-probabilities.
         ContextLengthError: the prompt does not fit the target's context.
     """
-    if len(prompt_ids) >= (context_length := client.welcome.context_length):
-        allowed = f"at most {context_length - 1} (the target's context at the base station)"
-        raise ContextLengthError("prompt", f"{len(prompt_ids)} tokens", allowed)
+    check_context_length("prompt", len(prompt_ids), client.welcome)
     sampling = Sampling(logprobs=most)
     check_sampling(sampling, client)
     tokens: list[int] = []

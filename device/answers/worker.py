@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 
@@ -117,7 +118,8 @@ class Worker:
         except (BusyError, ClosingError) as error:
             self.metrics.count_error(error)
             raise
-        self._encoders.submit(self._encode, job)
+        with suppress(RuntimeError):  # the service has just been closed, which refused the job
+            self._encoders.submit(self._encode, job)
 
     def close(self) -> None:
         """Refuse all further requests and those that wait, and end the answer in progress."""

@@ -11,7 +11,8 @@ from device.http.answer_fields import Defaults, Streaming, check_inner_names, ch
 from device.http.http_fields import CHAT_FIELDS, MESSAGE_FIELDS
 from device.http.request_fields import Fields, field
 from device.http.tool_fields import read_tool_calls, read_tools
-from device.text.tokenizer import ChatMessage, check_unicode
+from device.text.tokenizer import ChatMessage
+from device.text.unicode import check_unicode
 from protocol.errors import SettingsError
 from protocol.logprobs import MAX_TOP_LOGPROBS
 

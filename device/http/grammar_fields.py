@@ -5,7 +5,7 @@ from typing import Any
 
 from common.grammar import lark_grammar, regex_grammar, schema_grammar
 from device.http.request_fields import Fields, field
-from device.text.tokenizer import check_unicode
+from device.text.unicode import check_unicode
 from protocol.errors import SettingsError
 
 _FORMATS = "text, json_object, or json_schema with an object json_schema.schema"

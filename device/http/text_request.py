@@ -9,7 +9,7 @@ from device.answers.job import AnswerRequest
 from device.http.answer_fields import Defaults, Streaming, check_names, choices_of, read_answer
 from device.http.http_fields import MAX_PROMPTS, TEXT_FIELDS
 from device.http.request_fields import Fields, field
-from device.text.tokenizer import check_unicode
+from device.text.unicode import check_unicode
 from protocol.errors import SettingsError
 
 _PROMPT = "a text, a list of texts, token ids, or a list of lists of token ids"

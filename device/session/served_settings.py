@@ -2,7 +2,7 @@
 
 from device.session.client import Client
 from device.settings import DraftSettings
-from protocol.errors import SettingsError
+from protocol.errors import ContextLengthError, SettingsError
 from protocol.limits import option_name
 from protocol.messages import SAMPLING_VERSION, Encoding, Sampling, Welcome
 
@@ -22,6 +22,18 @@ def check_draft_settings(settings: DraftSettings, welcome: Welcome) -> None:
         raise SettingsError("drafts-ahead", settings.drafts_ahead, f"0 to {welcome.window - 1}")
     if encoding is Encoding.SPARSE and settings.uplink_k > welcome.max_uplink_k:
         raise SettingsError("uplink-k", settings.uplink_k, f"1 to {welcome.max_uplink_k}")
+
+
+def check_context_length(name: str, tokens: int, welcome: Welcome) -> None:
+    """Check that tokens fit the target's context, with one that follows them.
+
+    Raises:
+        ContextLengthError: those called ``name`` do not.
+    """
+    most = welcome.context_length - 1
+    if tokens > most:
+        allowed = f"at most {most} (the target's context at the base station)"
+        raise ContextLengthError(name, f"{tokens} tokens", allowed)
 
 
 def check_sampling(sampling: Sampling, client: Client) -> None:

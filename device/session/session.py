@@ -17,7 +17,7 @@ from device.planning.planner import MIN_BACKLOG, Planner
 from device.planning.trials import TRIAL
 from device.session.client import Client
 from device.session.draft_rounds import Counters, DraftRounds
-from device.session.served_settings import check_draft_settings, check_sampling
+from device.session.served_settings import check_context_length, check_draft_settings, check_sampling
 from device.session.session_requests import SessionRequests
 from device.session.unverified_tail import AnswerEndedError, UnverifiedTail
 from device.settings import DraftSettings
@@ -266,10 +266,7 @@ class DeviceSession:
         return committed
 
     def _check_prompt(self, prompt_ids: list[int], start: int = 0) -> None:
-        context_length = self._client.welcome.context_length
-        if len(prompt_ids) >= context_length:
-            allowed = f"at most {context_length - 1} (the target's context at the base station)"
-            raise ContextLengthError("prompt", f"{len(prompt_ids)} tokens", allowed)
+        check_context_length("prompt", len(prompt_ids), self._client.welcome)
         new, most = len(prompt_ids) - start, self._client.welcome.max_prompt_len
         if new > most:
             allowed = f"at most {most} at once (the base station's {option_name('max_prompt_len')})"

@@ -13,10 +13,9 @@ from functools import partial
 
 from device.drafting.drafter import DraftResult
 from device.session.client import Client
-from device.session.served_settings import check_sampling
+from device.session.served_settings import check_context_length, check_sampling
 from protocol.errors import (
     ClosingError,
-    ContextLengthError,
     FaultError,
     FullError,
     LimitError,
@@ -254,13 +253,7 @@ class SessionRequests:
         self._rounds = SessionRounds(self._client.stop_ids, self._client.welcome.window)
 
     def _open(self, prompt_ids: Sequence[int]) -> Open:
-        context_length = self._client.welcome.context_length
-        if len(prompt_ids) >= context_length:
-            raise ContextLengthError(
-                "conversation",
-                f"{len(prompt_ids)} tokens",
-                f"at most {context_length - 1} (the target's context at the base station)",
-            )
+        check_context_length("conversation", len(prompt_ids), self._client.welcome)
         check_sampling(self._sampling, self._client)
         answer_len = max(0, len(prompt_ids) - self._answer_start) if self._sampling.needs_answer_len else 0
         prompt = tuple(prompt_ids)

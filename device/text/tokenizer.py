@@ -19,6 +19,7 @@ from common.chat_template import ChatTemplate
 from common.grammar import Grammar, GrammarCompiler
 from device.text.prompt import Prompt
 from device.text.tool_calls import ToolFormat
+from device.text.unicode import check_unicode
 from protocol.bundle import (
     CHAT_TEMPLATE_NAME,
     DRAFT_CHAT_TEMPLATE_NAME,
@@ -317,16 +318,6 @@ def _unused_character(messages: Any) -> str:
     if unused is None:
         raise SettingsError("prompt", "a text with every private-use character", "any text without one of them")
     return unused
-
-
-def check_unicode(name: str, text: str) -> None:
-    """Refuse half of a surrogate pair: JSON allows it, and so does a command line with undecodable bytes.
-
-    Raises:
-        SettingsError: the text called ``name`` has one.
-    """
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise SettingsError(name, text, "text in UTF-8")
 
 
 def _not_empty(text: str, ids: list[int]) -> list[int]:

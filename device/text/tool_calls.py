@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 
 from common.grammar import JSON_OPTIONS, lark_grammar
 from device.http.request_fields import Fields
+from device.text.unicode import is_unicode
 
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
 _PYTHON = "<|python_tag|>"
@@ -170,15 +171,10 @@ def _read(text: str, tool_format: ToolFormat) -> ToolCall | None:
         value: Any = json.loads(text)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(value, dict) or not isinstance(value.get("name"), str) or not _is_unicode(value["name"]):
+    if not isinstance(value, dict) or not isinstance(value.get("name"), str) or not is_unicode(value["name"]):
         return None
     arguments = value.get(tool_format.value, {})
     if not isinstance(arguments, dict):
         return None
     written = json.dumps(arguments, ensure_ascii=False)
-    return ToolCall(value["name"], written if _is_unicode(written) else json.dumps(arguments))
-
-
-def _is_unicode(text: str) -> bool:
-    """Whether a text has no half of a surrogate pair, which JSON allows and UTF-8 cannot write."""
-    return not any("\ud800" <= character <= "\udfff" for character in text)
+    return ToolCall(value["name"], written if is_unicode(written) else json.dumps(arguments))
