@@ -18,18 +18,35 @@ After its session, its round and its assumed bonus token, if any, a Draft has on
 """
 
 import struct
-from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, dataclass, fields
-from typing import Any, TypeVar
+from typing import Any
 
 import msgpack
 
-from protocol.bits import BitReader, number_bits, pack
 from protocol.draft_codec import DraftedTokens, EncodedDraft, decode_drafted, encode_drafted
 from protocol.errors import FrameError, SettingsError
+from protocol.fields import (
+    BIAS,
+    COUNTER,
+    FLAG,
+    NUMBER,
+    SECONDS,
+    FieldCodec,
+    array_of,
+    biases,
+    binary,
+    expect,
+    grammar,
+    id_bits,
+    integer,
+    logprobs,
+    one_of,
+    optional,
+    text,
+    token_ids,
+)
 from protocol.full_distribution import FullDistribution
 from protocol.limits import MAX_DRAFT_LEN, Limits
-from protocol.logprobs import TokenLogprobs
 from protocol.messages import (
     HASH_BYTES,
     MAX_BIASED_TOKENS,
@@ -60,17 +77,8 @@ _MAX_ARRAYS = 64
 """Of a frame: arrays inside each other are built before any field is checked."""
 _MAX_HEAD_BYTES = 64
 _DRAFT_TAGS = _DRAFT_TAG, _PIPELINED_DRAFT_TAG, _GIVEN_DRAFT_TAG = 5, 10, 13
-_MIN_ID_BITS = 8  # more than the padding of the last byte
-_MAX_COUNTER = 2**32 - 1
-_Value = TypeVar("_Value")
-
-
-@dataclass(frozen=True)
-class _Field:
-    """Converts one field of a message to a msgpack value, and back with validation."""
-
-    pack: Callable[[Any], Any]
-    unpack: Callable[[Any], Any]
+_MODE = one_of((Mode.IDS, Mode.TOPK, Mode.FULL, Mode.TARGET, Mode.COUPLED, Mode.TOPP))
+_ENCODING = one_of((Encoding.SPARSE, Encoding.FP16))
 
 
 @dataclass(frozen=True)
@@ -79,7 +87,7 @@ class _Layout:
 
     kind: type[Message]
     tag: int
-    fields: tuple[_Field, ...]
+    fields: tuple[FieldCodec, ...]
 
     def pack(self, message: Message) -> list[Any]:
         entries = self._entries()
@@ -112,10 +120,8 @@ class FrameCodec:
     def __init__(self, vocab_size: int, limits: Limits | None = None) -> None:
         self.vocab_size = vocab_size
         self.limits = limits or Limits()
-        self._id_bits = id_bits(vocab_size)
-        self._draft_ids = self._ids("max_draft_len")
-        self._counter = _integer(_MAX_COUNTER)
-        self._token = _integer(vocab_size - 1)
+        self._draft_ids = token_ids(vocab_size, self.limits, "max_draft_len")
+        self._token = integer(vocab_size - 1)
         layouts = self._make_layouts()
         self._by_kind = {layout.kind: layout for layout in layouts}
         self._by_tag = {layout.tag: layout for layout in layouts}
@@ -125,8 +131,8 @@ class FrameCodec:
     def max_frame_bytes(self) -> int:
         """The length of the longest valid frame; a socket should refuse longer ones."""
         draft = self.limits.max_draft_len * (3 * self.vocab_size + 16)
-        sampling = _BIAS.size * MAX_BIASED_TOKENS + self.limits.max_grammar_len
-        return max(draft, self.limits.max_prompt_len * self._id_bits // 8 + sampling) + 1024
+        sampling = BIAS.size * MAX_BIASED_TOKENS + self.limits.max_grammar_len
+        return max(draft, self.limits.max_prompt_len * id_bits(self.vocab_size) // 8 + sampling) + 1024
 
     def encode(self, message: Message) -> bytes:
         """Encode a message."""
@@ -176,33 +182,33 @@ class FrameCodec:
             raise FrameError(f"a frame has the tag {tag!r:.20}; allowed: {sorted(self._kinds)}")
         if kind in (Hello, Welcome) or (kind is Fault and first is None):
             return FrameHead(kind, None)
-        return FrameHead(kind, self._counter.unpack(first))
+        return FrameHead(kind, COUNTER.unpack(first))
 
     def _make_layouts(self) -> list[_Layout]:
-        counter, prompt = self._counter, self._ids("max_prompt_len")
-        limits = (_array_of(_ENCODING), counter, counter, counter, counter, counter)
-        vocabulary, pace = (counter, _array_of(counter)), (_SECONDS, _SECONDS)
-        sampling, welcome = self._sampling(), (counter, _text(200), counter, counter, _array_of(_MODE))
+        counter, prompt = COUNTER, token_ids(self.vocab_size, self.limits, "max_prompt_len")
+        limits = (array_of(_ENCODING), counter, counter, counter, counter, counter)
+        vocabulary, pace = (counter, array_of(counter)), (SECONDS, SECONDS)
+        sampling, welcome = self._sampling(), (counter, text(200), counter, counter, array_of(_MODE))
         return [
-            _Layout(Hello, 0, (counter, counter, _binary(32), _array_of(counter))),
-            _Layout(Welcome, 1, (*welcome, *limits, *vocabulary, *pace, counter, _FLAG)),
-            _Layout(Open, 2, (counter, counter, _MODE, sampling, prompt, counter, _FLAG)),
+            _Layout(Hello, 0, (counter, counter, binary(32), array_of(counter))),
+            _Layout(Welcome, 1, (*welcome, *limits, *vocabulary, *pace, counter, FLAG)),
+            _Layout(Open, 2, (counter, counter, _MODE, sampling, prompt, counter, FLAG)),
             _Layout(Opened, 3, (counter, counter)),
-            _Layout(Extend, 4, (counter, counter, counter, prompt, _optional(sampling))),
+            _Layout(Extend, 4, (counter, counter, counter, prompt, optional(sampling))),
             _Layout(Decode, 6, (counter, counter, counter)),
-            _Layout(Verdict, 7, (counter, counter, counter, self._token, _array_of(self._logprobs()))),
+            _Layout(Verdict, 7, (counter, counter, counter, self._token, array_of(logprobs(self.vocab_size)))),
             _Layout(Close, 8, (counter,)),
-            _Layout(Fault, 9, (_optional(counter), _text(40), _text(MAX_FAULT_TEXT), counter)),
-            _Layout(Resume, 11, (counter, counter, counter, _binary(HASH_BYTES))),
+            _Layout(Fault, 9, (optional(counter), text(40), text(MAX_FAULT_TEXT), counter)),
+            _Layout(Resume, 11, (counter, counter, counter, binary(HASH_BYTES))),
             _Layout(Resumed, 12, (counter, counter, counter)),
         ]
 
-    def _sampling(self) -> _Field:
+    def _sampling(self) -> FieldCodec:
         """Temperature, top-k, top-p and seed in one binary field; with later settings an array that begins with it."""
-        stop_ids = _array_of(self._token)
-        grammar, logprobs = self._grammar(), _optional(self._counter)
-        numbers = (_NUMBER, _NUMBER, _NUMBER, _NUMBER)
-        later = (*numbers, self._biases(), self._counter, _FLAG, stop_ids, grammar, logprobs)
+        later = (
+            *(NUMBER, NUMBER, NUMBER, NUMBER, biases(self.vocab_size), COUNTER, FLAG),
+            *(array_of(self._token), grammar(self.limits), optional(COUNTER)),
+        )
         entries = fields(Sampling)[-len(later) :]
 
         def pack_sampling(sampling: Sampling) -> Any:
@@ -214,57 +220,14 @@ class FrameCodec:
 
         def unpack_sampling(value: object) -> Sampling:
             first, *rest = value if isinstance(value, list) and value else [value]
-            packed = _expect(bytes, first)
+            packed = expect(bytes, first)
             values = [codec.unpack(entry) for codec, entry in zip(later, rest, strict=False)]
             try:
                 return Sampling(*struct.unpack("<dIdQ", packed), *values)
             except (struct.error, SettingsError) as error:
                 raise FrameError(f"sampling settings: {error}") from error
 
-        return _Field(pack_sampling, unpack_sampling)
-
-    def _grammar(self) -> _Field:
-        """A text whose length in UTF-8 is limited."""
-
-        def unpack(value: object) -> str:
-            text = _expect(str, value)
-            self.limits.check("max_grammar_len", len(text.encode()))
-            return text
-
-        return _Field(str, unpack)
-
-    def _logprobs(self) -> _Field:
-        return _Field(TokenLogprobs.encode, lambda value: TokenLogprobs.decode(_expect(bytes, value), self.vocab_size))
-
-    def _biases(self) -> _Field:
-        """Pairs of a token id and its bias, 8 bytes each."""
-
-        def unpack(value: object) -> tuple[tuple[int, float], ...]:
-            data = _expect(bytes, value)
-            if len(data) > _BIAS.size * MAX_BIASED_TOKENS or len(data) % _BIAS.size:
-                raise FrameError(f"{len(data)} bytes of biases; allowed: {_BIAS.size} for each token")
-            pairs = tuple(_BIAS.iter_unpack(data))
-            if any(token_id >= self.vocab_size for token_id, _ in pairs):
-                raise FrameError(f"a bias of a token id above {self.vocab_size - 1}")
-            return pairs
-
-        return _Field(lambda pairs: b"".join(_BIAS.pack(*pair) for pair in pairs), unpack)
-
-    def _ids(self, limit: str) -> _Field:
-        width = self._id_bits
-
-        def unpack(value: object) -> tuple[int, ...]:
-            data = _expect(bytes, value)
-            count = 8 * len(data) // width
-            self.limits.check(limit, count)
-            reader = BitReader(data)
-            ids = reader.numbers(count, width)
-            reader.finish()
-            if count and ids.max() >= self.vocab_size:
-                raise FrameError(f"token id {ids.max()}; allowed: 0 to {self.vocab_size - 1}")
-            return tuple(ids.tolist())
-
-        return _Field(lambda ids: pack([number_bits(ids, width)]), unpack)
+        return FieldCodec(pack_sampling, unpack_sampling)
 
     def _pack_draft(self, draft: Draft) -> list[Any]:
         head = [_DRAFT_TAG, draft.session_id, draft.round_id]
@@ -287,7 +250,7 @@ class FrameCodec:
         return [encoded.draft_len, encoded.entries, encoded.steps, encoded.data]
 
     def _unpack_draft(self, values: list[object], pipelined: bool) -> Draft:
-        head = (self._counter, self._counter, self._token)[: 2 + pipelined]
+        head = (COUNTER, COUNTER, self._token)[: 2 + pipelined]
         if len(values) < len(head):
             raise FrameError(f"Draft has {len(values)} fields; allowed: {len(head)} or more")
         session_id, round_id, *assumed_bonus = (codec.unpack(value) for codec, value in zip(head, values, strict=False))
@@ -297,7 +260,7 @@ class FrameCodec:
     def _unpack_given(self, values: list[object]) -> Draft:
         if len(values) < 3:
             raise FrameError(f"Draft of given tokens has {len(values)} fields; allowed: 3 or more")
-        session_id, round_id = (self._counter.unpack(value) for value in values[:2])
+        session_id, round_id = (COUNTER.unpack(value) for value in values[:2])
         return Draft(session_id, round_id, self._draft_ids.unpack(values[2]), given=True)
 
     def _unpack_drafted(self, values: list[object]) -> tuple[tuple[int, ...], tuple[DraftDistribution, ...]]:
@@ -307,10 +270,10 @@ class FrameCodec:
             case [ids]:
                 return self._draft_ids.unpack(ids), ()
             case [ids, fp16]:
-                return self._unpack_fp16(self._draft_ids.unpack(ids), _expect(bytes, fp16))
+                return self._unpack_fp16(self._draft_ids.unpack(ids), expect(bytes, fp16))
             case [draft_len, entries, steps, data]:
-                sizes = [_expect(int, value) for value in (draft_len, entries, steps)]
-                return self._unpack_sparse(EncodedDraft(sizes[0], sizes[1], sizes[2], _expect(bytes, data)))
+                sizes = [expect(int, value) for value in (draft_len, entries, steps)]
+                return self._unpack_sparse(EncodedDraft(sizes[0], sizes[1], sizes[2], expect(bytes, data)))
         raise FrameError(f"Draft has {len(values)} fields of drafted tokens; allowed: 0, 1, 2 or 4")
 
     def _unpack_sparse(self, encoded: EncodedDraft) -> DraftedTokens:
@@ -335,27 +298,6 @@ class FrameCodec:
         return token_ids, distributions
 
 
-def id_bits(vocab_size: int) -> int:
-    """Bits of an encoded token id."""
-    return max(_MIN_ID_BITS, (vocab_size - 1).bit_length())
-
-
-def _expect(kind: type[_Value], value: object) -> _Value:
-    if type(value) is not kind:  # a bool is not accepted as an int
-        raise FrameError(f"a field is of type {type(value).__name__}; allowed: {kind.__name__}")
-    return value
-
-
-def _integer(largest: int) -> _Field:
-    def unpack(value: object) -> int:
-        number = _expect(int, value)
-        if not 0 <= number <= largest:
-            raise FrameError(f"a field is {number}; allowed: 0 to {largest}")
-        return number
-
-    return _Field(int, unpack)
-
-
 class _ArrayCount:
     """Counts the arrays of a frame while msgpack builds them, the inner ones first."""
 
@@ -371,65 +313,3 @@ class _ArrayCount:
 
 def _refuse_map(_: dict[Any, Any]) -> None:
     raise ValueError("a map; allowed: arrays")
-
-
-def _unpack_seconds(value: object) -> float:
-    seconds = _expect(float, value)
-    if not 0 <= seconds <= _MAX_COUNTER:  # NaN compares false
-        raise FrameError(f"a time is {seconds}; allowed: 0 to {_MAX_COUNTER} seconds")
-    return seconds
-
-
-def _text(max_len: int) -> _Field:
-    """A text for people: line breaks and escape sequences, which could forge log lines, become a space or "�"."""
-
-    def unpack(value: object) -> str:
-        text = _expect(str, value)
-        if len(text) > max_len:
-            raise FrameError(f"a text of {len(text)} characters; allowed: {max_len}")
-        return "".join(mark if mark.isprintable() else " " if mark.isspace() else "�" for mark in text)
-
-    return _Field(lambda text: text[:max_len], unpack)
-
-
-def _binary(length: int) -> _Field:
-    def unpack(value: object) -> bytes:
-        data = _expect(bytes, value)
-        if len(data) != length:
-            raise FrameError(f"a field has {len(data)} bytes; allowed: {length}")
-        return data
-
-    return _Field(bytes, unpack)
-
-
-def _optional(inner: _Field) -> _Field:
-    return _Field(
-        lambda value: None if value is None else inner.pack(value),
-        lambda value: None if value is None else inner.unpack(value),
-    )
-
-
-def _array_of(inner: _Field) -> _Field:
-    return _Field(
-        lambda values: [inner.pack(value) for value in values],
-        lambda value: tuple(inner.unpack(entry) for entry in _expect(list, value)),
-    )
-
-
-# A mode's number on the wire is its index: append only.
-_MODES = (Mode.IDS, Mode.TOPK, Mode.FULL, Mode.TARGET, Mode.COUPLED, Mode.TOPP)
-# An encoding's number on the wire is its index: append only.
-_ENCODINGS = (Encoding.SPARSE, Encoding.FP16)
-
-
-def _one_of(choices: Sequence[Any]) -> _Field:
-    index = _integer(len(choices) - 1)
-    return _Field(choices.index, lambda value: choices[index.unpack(value)])
-
-
-_SECONDS = _Field(float, _unpack_seconds)
-_MODE = _one_of(_MODES)
-_ENCODING = _one_of(_ENCODINGS)
-_NUMBER = _Field(float, lambda value: _expect(float, value))
-_FLAG = _Field(bool, lambda value: _expect(bool, value))
-_BIAS = struct.Struct("<If")
