@@ -70,6 +70,7 @@ class KVPages:
         else:
             size = (shape.layers, 2, positions, shape.kv_heads, shape.head_size)
             memory = torch.empty(size, dtype=shape.dtype, device=shape.torch_device).transpose(2, 3)
+        self._cached = memory
         self.keys: tuple[Tensor, ...] = memory[:, 0].unbind()
         self.values: tuple[Tensor, ...] = memory[:, 1].unbind()
 
@@ -90,8 +91,7 @@ class KVPages:
 
     def clear(self, positions: range) -> None:
         """Zero the keys and values of positions of the pool, in all layers."""
-        for cached in (*self.keys, *self.values):
-            cached[:, positions.start : positions.stop] = 0
+        self._cached[..., positions.start : positions.stop, :] = 0
 
     def discard(self, pages: range) -> None:
         """Return the memory of pages that became free to the system, where it is mapped; their content is lost."""

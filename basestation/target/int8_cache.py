@@ -20,7 +20,7 @@ from basestation.target.agreement import Agreement
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 1
+_FORMAT = 2
 """Raised when entries are written, or what they hold is measured, otherwise than before."""
 
 

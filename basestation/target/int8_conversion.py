@@ -46,17 +46,20 @@ def give_int8_weights(
     return agreement
 
 
-def convert(model: Any, rotate: Callable[[str], bool] = lambda _: True) -> None:
+def convert(model: Any, rotate: Callable[[str], bool] | None = None) -> None:
     """Replace a CPU model's linear layers by int8 ones.
 
     Args:
         model: a transformers model.
-        rotate: whether a layer's rows are rotated, by its name.
+        rotate: whether a layer's rows are rotated, by its name; None for those of the head, and those that are not as
+            wide as the hidden state, such as a down projection's, which have the largest outliers.
     """
     quantizer, head = RowQuantizer(), model.get_output_embeddings()
+    width = model.get_input_embeddings().embedding_dim
 
     def replacement(name: str, layer: nn.Linear) -> Int8Linear:
-        return Int8Linear(layer, rotate(name), quantizer, torch.float32 if layer is head else None)
+        rotated = rotate(name) if rotate else layer is head or layer.in_features != width
+        return Int8Linear(layer, rotated, quantizer, torch.float32 if layer is head else None)
 
     replace_linears(model, replacement)
     model.to(packed_dtype(model.dtype))

@@ -4,8 +4,8 @@ y = x·Wᵀ becomes (s · t) · Σ q·w: a scale s for each row of x, a scale t 
 integers that is exact. So a row's result does not depend on the rows beside it.
 
 A few values of a row are often far above the others, which leaves these few of 8 bits; which ones differs from token to
-token. Therefore rows are rotated first: each block of columns is multiplied by a Hadamard matrix, which spreads a large
-value over the block, and so are the weights, which undoes it (QuaRot, arXiv:2404.00456).
+token. Therefore rows can be rotated first: each block of columns is multiplied by a Hadamard matrix, which spreads a
+large value over the block, and so are the weights, which undoes it (QuaRot, arXiv:2404.00456).
 """
 
 import logging
@@ -26,6 +26,9 @@ _ZERO_POINT = 128  # oneDNN multiplies unsigned rows with signed weights
 _MOST_COLUMNS = 64
 """Of a block that is rotated."""
 _TINY = torch.finfo(torch.float32).tiny * 2**16  # rows and channels of zeros get this maximum
+
+_BITS = {torch.bfloat16: (torch.int16, 0x7FFF, 0x7F80), torch.float32: (torch.int32, 0x7FFFFFFF, 0x7F800000)}
+"""An integer type, and which of its bits are a number's magnitude, in the order of the numbers, and its exponent."""
 
 Quantized: TypeAlias = tuple[Tensor, Tensor]
 """Integers and their scales."""
@@ -81,15 +84,16 @@ def quantize_weight(weight: Tensor, rotate: bool) -> Quantized:
 def quantize_rows(rows: Tensor, rotate: bool) -> Quantized:
     """Integers [..., n, in_features], uint8 with zero point 128, and scales [..., n, 1], of the rows' dtype."""
     values = rotated(_rounded(rows)) if rotate else rows
-    scales = (_largest(values) / _LEVELS).to(rows.dtype)
-    steps = values.to(torch.float32, copy=True).mul_(scales.float().reciprocal())
-    return steps.add_(_ZERO_POINT + 0.5).to(torch.uint8), scales
+    scales = _largest(values).clamp_min_(_TINY).div_(_LEVELS)
+    steps = values.to(torch.float32, copy=True).div_(scales)
+    # PyTorch converts to int8 three times as fast as to uint8; the sign bit makes up the zero point
+    return steps.round_().to(torch.int8).view(torch.uint8).bitwise_xor_(_ZERO_POINT), scales
 
 
 def _largest(rows: Tensor) -> Tensor:
-    """The largest magnitude of each row, [..., n, 1], float32; rows of zeros get a tiny one."""
-    largest: Tensor = torch.linalg.vector_norm(rows, torch.inf, -1, keepdim=True, dtype=torch.float32)
-    return largest.clamp_min_(_TINY)
+    """The largest magnitude of each row, [..., n, 1]."""
+    integers, magnitude, _ = _BITS[rows.dtype]
+    return rows.view(integers).bitwise_and(magnitude).amax(-1, keepdim=True).view(rows.dtype)
 
 
 def _rounded(rows: Tensor) -> Tensor:
@@ -97,9 +101,10 @@ def _rounded(rows: Tensor) -> Tensor:
 
     So a sum of 64 of them is exact in float32, and does not depend on the order in which a kernel adds them.
     """
-    largest = _largest(rows)
-    coarse = largest / torch.frexp(largest).mantissa * (1.5 * _MOST_COLUMNS)  # its 24 bits end at 2⁻¹⁷
-    return (rows + coarse).sub_(coarse).to(rows.dtype)
+    integers, _, exponent = _BITS[rows.dtype]
+    power = _largest(rows).view(integers).bitwise_and_(exponent).view(rows.dtype)
+    coarse = power.mul_(2 * 1.5 * _MOST_COLUMNS)  # its 24 bits end at 2⁻¹⁷
+    return rows.to(torch.float32, copy=True).add_(coarse).sub_(coarse).to(rows.dtype)
 
 
 def rotated(values: Tensor) -> Tensor:
@@ -152,7 +157,7 @@ class Int8Linear(nn.Module):
         integers, self._scales = quantize_weight(original.weight.detach(), rotate)
         self._packed = torch.ops.onednn.qlinear_prepack(integers.contiguous(), None)
         self._zero_points = torch.zeros(len(self._scales), dtype=torch.int64)
-        self._bias = None if original.bias is None else original.bias.detach().float()
+        self._bias = None if original.bias is None else original.bias.detach()
         self._rotate, self._quantizer, self._dtype = rotate, quantizer, dtype
 
     def forward(self, rows: Tensor) -> Tensor:
