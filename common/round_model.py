@@ -173,41 +173,40 @@ class RoundTimes:
             return 1.0
         return expected_tokens(alpha, draft_len) * self.target_seconds() / self.seconds(draft_len)
 
-    def run_seconds(self, alpha: Acceptance, draft_len: int, drafts_ahead: int) -> float:
+    def run_seconds(self, alpha: float, draft_len: int, drafts_ahead: int) -> float:
         """Time of a run, from one rejection to the next, with up to ``drafts_ahead`` further Drafts in flight.
 
-        Of a run of n = ``run_tokens(alpha)`` tokens each takes as long as the slowest stage
-        needs for one: drafting, verifying (a Draft and its assumed bonus token are γ + 1
-        tokens), sending, or the reply, which all Drafts of a full window wait for:
+        The first Draft of a run takes a round like any other. Meanwhile the next ones, each with its assumed bonus
+        token γ + 1 tokens, are drafted, sent and verified, so that a Verdict follows another after the time of the
+        slowest stage, or of the round that all Drafts of a full window wait for:
 
-            p = max(draft, verify(γ)/(γ+1), airtime(γ)/(γ+1), (γ·draft + reply)/((1+ahead)(γ+1)))
+            p = max((γ + 1)·draft, verify(γ), airtime(γ), round(γ)/(1 + ahead))
 
-        The rejection that ends the run is known once the Draft with the wrong token is
-        complete and its reply has arrived. A wrong token is one of the γ of a Draft, or
-        the bonus token before them, whose Verdict is that of the Draft before, sent one
-        token earlier. Over these γ + 1 places the device drafts (γ(γ−1)/2 − 1)/(γ+1)
-        tokens on average after the wrong one:
+        The run ends with the Verdict of the Draft that has the wrong token, or that comes before it where the assumed
+        bonus token is wrong. Before it k whole Drafts with the bonus token after them were right. Each is so with
+        probability α^(γ+1), so that k is α^(γ+1)/(1 − α^(γ+1)) on average:
 
-            n·p + (γ(γ−1)/2 − 1)/(γ+1)·draft + reply
+            round(γ) + k·p + draft/2
+
+        The last term is there because the device reads the Verdict after the token that it is drafting. With no Draft
+        ahead it is not; p is round(γ), and a run has as many tokens per second as a round of E(γ) tokens.
 
         Raises:
             SettingsError: a value is not allowed.
         """
-        return self._run_seconds(run_tokens(alpha), draft_len, drafts_ahead)
+        _check_probability(alpha)
+        round_seconds, period = self.seconds(draft_len), draft_len + 1
+        airtime = self.uplink.seconds(draft_len), self.downlink.seconds(draft_len)
+        stages = (period * self.draft_seconds, self.verify_seconds(draft_len), *airtime)
+        pace = max(*stages, round_seconds / (1 + drafts_ahead))
+        right = alpha**period
+        further = right / max(1 - right, period / SEARCH_LIMIT)  # as ``run_tokens`` is limited
+        busy = self.draft_seconds / 2 if drafts_ahead else 0.0
+        return round_seconds + further * pace + busy
 
-    def best_run_len(self, alpha: Acceptance, lengths: Sequence[int], drafts_ahead: int) -> int:
+    def best_run_len(self, alpha: float, lengths: Sequence[int], drafts_ahead: int) -> int:
         """The one of ``lengths`` with the shortest run; the first of equals."""
-        tokens = run_tokens(alpha)
-        return min(lengths, key=lambda draft_len: self._run_seconds(tokens, draft_len, drafts_ahead))
-
-    def _run_seconds(self, tokens: float, draft_len: int, drafts_ahead: int) -> float:
-        draft, period = self.draft_seconds, draft_len + 1
-        reply = self.seconds(draft_len) - draft_len * draft
-        stages = (self.verify_seconds(draft_len), self.uplink.seconds(draft_len), self.downlink.seconds(draft_len))
-        window = (draft_len * draft + reply) / (1 + drafts_ahead)
-        pace = max(draft, max(*stages, window) / period)
-        after = max(0.0, (draft_len * (draft_len - 1) / 2 - 1) / period)
-        return tokens * pace + after * draft + reply
+        return min(lengths, key=lambda draft_len: self.run_seconds(alpha, draft_len, drafts_ahead))
 
     def best_draft_len(self, alpha: Acceptance, lengths: Sequence[int]) -> int:
         """The one of ``lengths`` with the largest speedup; the first of equals."""
@@ -218,12 +217,16 @@ def _expected_by_len(alpha: Acceptance, longest: int) -> list[float]:
     """E(γ) for γ from 0 to ``longest``."""
     values = [alpha] if isinstance(alpha, int | float) else list(alpha)
     for value in values:
-        if not 0 <= value <= 1:  # NaN compares false
-            raise SettingsError("alpha", value, "0 to 1, a probability")
+        _check_probability(value)
     if not values:
         raise SettingsError("alpha", alpha, "a probability, or a non-empty sequence of them")
     by_position = (values + values[-1:] * (longest - len(values)))[:longest]
     return list(accumulate(accumulate(by_position, mul, initial=1.0)))
+
+
+def _check_probability(alpha: float) -> None:
+    if not 0 <= alpha <= 1:  # NaN compares false
+        raise SettingsError("alpha", alpha, "0 to 1, a probability")
 
 
 def _check_count(name: str, value: int) -> None:

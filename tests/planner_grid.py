@@ -92,7 +92,7 @@ class GridPair:
         model = GuessingDraftModel(
             TABLE,
             manifest(VOCAB),
-            run_for=lambda seconds: self.pair.run_until(self.pair.now + seconds),
+            run_for=self.pair.run_for,
             draft_seconds=self.pair.times.draft,
             guesses=self._guesses[start:] + self._guesses[:start],
         )

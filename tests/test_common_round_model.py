@@ -15,6 +15,7 @@ from common.round_model import (
     drafting_cost,
     expected_tokens,
     optimal_draft_len,
+    run_tokens,
     speedup,
 )
 from protocol.errors import SettingsError
@@ -103,10 +104,18 @@ def test_round_time_is_the_sum_of_its_parts() -> None:
 
 def test_the_best_length_of_runs_has_the_shortest_run() -> None:
     times = RoundTimes(0.01, lambda draft_len: 0.045 + 0.003 * draft_len, 0.15)
-    for alpha, best in ((0.5, 2), (0.75, 4), (0.97, 6)):
+    for alpha, best in ((0.5, 1), (0.75, 3), (0.97, 6)):
         lengths = range(1, 33)
         assert times.best_run_len(alpha, lengths, 3) == best
         assert best == min(lengths, key=lambda draft_len: times.run_seconds(alpha, draft_len, 3))
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 0.8, 0.99])
+def test_without_drafts_ahead_a_run_is_as_fast_as_its_rounds(alpha: float) -> None:
+    times = papers_times(0.05)
+    for draft_len in (1, 4, 16):
+        rate = expected_tokens(alpha, draft_len) / times.seconds(draft_len)
+        assert run_tokens(alpha) / times.run_seconds(alpha, draft_len, 0) == pytest.approx(rate, rel=1e-4)
 
 
 @pytest.mark.parametrize(

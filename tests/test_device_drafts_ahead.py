@@ -3,6 +3,7 @@
 import random
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any, cast
 
 import numpy as np
@@ -16,14 +17,16 @@ from device.settings import DraftSettings
 from protocol.errors import FaultError, SettingsError
 from protocol.limits import Limits
 from protocol.messages import Decode, Draft, Message, Mode, Sampling, Verdict
-from tests.fakes import FakeDraftModel, FakeTarget, Table, blend, random_table, target_alone
+from tests.fakes import FakeDraftModel, FakeTarget, Table, blend, manifest, random_table, target_alone
 from tests.invariants import MAX_NEW_TOKENS, PROMPT, SETTINGS, TARGET, TURNS, draft_model, lossy, settings_name
 from tests.invariants import answer as lockstep_answer
 from tests.link_pair import MemoryTransport, Station, join, open_session
+from tests.planner_grid import Guess, GuessingDraftModel
 from tests.timed_pair import PairTimes, TimedPair
 
 GREEDY, COUPLED = Sampling(), Sampling(0.9, seed=7)
 SLOW_LINK, LOOPBACK = PairTimes(0.008, 0.035, 0.001, 0.1), PairTimes(0.012, 0.05, 0.002, 0.0005)
+SLOW_TARGET = PairTimes(0.023, 0.35, 0.02, 0.001)
 LARGE_TABLE = random_table(64, seed=1, sharpness=3.0)
 GOOD_DRAFT = blend(LARGE_TABLE, random_table(64, seed=2, sharpness=3.0), 0.99)
 DRAFTING = [settings for settings in SETTINGS if settings.mode is not Mode.TARGET]
@@ -181,13 +184,27 @@ def test_drafting_ahead_beats_the_best_fixed_draft_length(times: PairTimes, gain
     assert session.counters.invalidated_bytes < 0.35 * session.counters.draft_bytes
 
 
-@pytest.mark.parametrize("times", [SLOW_LINK, LOOPBACK], ids=["100 ms", "loopback"])
-def test_the_round_model_predicts_the_throughput_of_drafts_ahead(times: PairTimes) -> None:
-    settings = DraftSettings(Mode.COUPLED, COUPLED, 1, 6, drafts_ahead=3)
-    throughput, _, pair = measured(times, settings)
-    model = RoundTimes(times.draft, lambda draft_len: times.forward + times.row * draft_len, times.round_trip)
-    alpha = pair.planners.for_settings(settings, pair.client.welcome).alpha
-    assert throughput == pytest.approx(run_tokens(alpha) / model.run_seconds(alpha, 6, 3), rel=0.1)
+@pytest.mark.parametrize("draft_len", [1, 2, 6])
+@pytest.mark.parametrize("acceptance", [0.35, 0.6, 0.9])
+@pytest.mark.parametrize("times", [SLOW_LINK, LOOPBACK, SLOW_TARGET], ids=["100 ms", "loopback", "slow target"])
+def test_the_round_model_predicts_the_throughput_of_drafts_ahead(
+    times: PairTimes, acceptance: float, draft_len: int
+) -> None:
+    chance = random.Random(5)  # noqa: S311
+    guesses = [Guess(2.0, chance.random() < acceptance) for _ in range(1000)]
+    pair = TimedPair(LARGE_TABLE, LARGE_TABLE, times)
+    model = GuessingDraftModel(
+        LARGE_TABLE, manifest(64), run_for=pair.run_for, draft_seconds=times.draft, guesses=guesses
+    )
+    session = pair.session(DraftSettings(Mode.IDS, GREEDY, 1, draft_len, drafts_ahead=3), [3, 1, 4], model=model)
+    list(session.answer(50))
+    began, start = pair.now, len(session.tokens)
+    list(session.answer(800))
+    end = len(session.tokens)
+    alpha = fmean(guess.is_right for guess in guesses[start:end])
+    rounds = RoundTimes(times.draft, lambda drafted: times.forward + times.row * drafted, times.round_trip)
+    predicted = run_tokens(alpha) / rounds.run_seconds(alpha, draft_len, 3)
+    assert (end - start) / (pair.now - began) == pytest.approx(predicted, rel=0.05)
 
 
 def after_change(draft_table: Table, before: PairTimes, after: PairTimes, settings: DraftSettings) -> float:

@@ -106,7 +106,7 @@ class TimedPair:
         """A new process of the device, which knows what the store holds; sessions must be closed before."""
         own = manifest(len(self._draft_table))
         seconds = self.times.draft
-        self._model = TimedDraftModel(self._draft_table, own, run_for=self._run_for, draft_seconds=seconds)
+        self._model = TimedDraftModel(self._draft_table, own, run_for=self.run_for, draft_seconds=seconds)
         self._inbox.clear()
         link = Link(self, FrameCodec(len(self._draft_table)), "memory")
         self.client = Client(link, own, self._timeouts, clock=lambda: self.now)
@@ -151,7 +151,8 @@ class TimedPair:
     def close(self) -> None:
         pass
 
-    def _run_for(self, seconds: float) -> None:
+    def run_for(self, seconds: float) -> None:
+        """Let everything happen that happens in so many seconds."""
         self.run_until(self.now + seconds)
 
     def run_until(self, end: float) -> None:

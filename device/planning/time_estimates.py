@@ -15,6 +15,8 @@ PREFILL_COST = 1 / 5
 """Time to run a token of a prompt through either model over that of a pass for one token, before it is measured."""
 _KNOWN_TRIALS = 8.0
 """What an earlier process learnt counts as so many drafted tokens."""
+_LEVEL_SHARE = 1 / 8
+"""Of a reply that is not on the line, how much moves all of it: links change, and the target's slope does not."""
 _SHORTEST = 1e-9
 
 
@@ -120,7 +122,10 @@ class TimeEstimates:
     def observe_reply(self, drafted: int, seconds: float) -> None:
         """Record the time from a Draft of ``drafted`` tokens to its Verdict."""
         self._longest_link = None
-        self._replies.observe(drafted, seconds)
+        line = self._replies
+        if line:
+            line.shift(_LEVEL_SHARE * (seconds - line.intercept - line.slope * drafted))
+        line.observe(drafted, seconds)
 
     def observe_prefill(self, tokens: int, seconds: float) -> None:
         """Record the time that the draft model took to run ``tokens`` tokens at once."""
