@@ -142,6 +142,13 @@ def test_a_model_agrees_with_itself_and_less_with_its_int8_weights() -> None:
     assert other.perplexity != itself.perplexity
 
 
+def test_the_rows_of_down_projections_and_of_the_head_are_rotated() -> None:
+    layers = model_of(int8_target("qwen2")).named_modules()
+    rotated = {name.split(".")[-1]: vars(one)["_rotate"] for name, one in layers if isinstance(one, Int8Linear)}
+    assert {name for name, is_rotated in rotated.items() if is_rotated} == {"down_proj", "lm_head"}
+    assert {"q_proj", "o_proj", "gate_proj"} <= rotated.keys()
+
+
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache directory of the user's."""

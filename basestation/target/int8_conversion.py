@@ -51,14 +51,12 @@ def convert(model: Any, rotate: Callable[[str], bool] | None = None) -> None:
 
     Args:
         model: a transformers model.
-        rotate: whether a layer's rows are rotated, by its name; None for those of the head, and those that are not as
-            wide as the hidden state, such as a down projection's, which have the largest outliers.
+        rotate: whether a layer's rows are rotated, by its name; None to rotate where outliers are largest.
     """
     quantizer, head = RowQuantizer(), model.get_output_embeddings()
-    width = model.get_input_embeddings().embedding_dim
 
     def replacement(name: str, layer: nn.Linear) -> Int8Linear:
-        rotated = rotate(name) if rotate else layer is head or layer.in_features != width
+        rotated = rotate(name) if rotate else _has_outliers(model, layer)
         return Int8Linear(layer, rotated, quantizer, torch.float32 if layer is head else None)
 
     replace_linears(model, replacement)
@@ -66,14 +64,22 @@ def convert(model: Any, rotate: Callable[[str], bool] | None = None) -> None:
     return_free_memory()
 
 
+def _has_outliers(model: Any, layer: nn.Linear) -> bool:
+    """Whether a layer's rows have the largest outliers: the head's, and those that are not of the hidden state's width.
+
+    These are a down projection's; see ``edgedraft-bench weights``.
+    """
+    return layer is model.get_output_embeddings() or layer.in_features != model.get_input_embeddings().embedding_dim
+
+
 @torch.inference_mode()
-def is_faster(model: nn.Module) -> bool:
+def is_faster(model: Any) -> bool:
     """Whether int8 weights are faster than packed ones: a layer of each shape, with few rows, in turns."""
     shapes = {layer.weight.shape: layer for layer in model.modules() if type(layer) is nn.Linear}
     seconds = {"dtype": 0.0, "int8": 0.0}
     for layer in shapes.values():
         dtype = packed_dtype(layer.weight.dtype)
-        packed, int8 = PackedLinear(layer, dtype), Int8Linear(layer, True, RowQuantizer())
+        packed, int8 = PackedLinear(layer, dtype), Int8Linear(layer, _has_outliers(model, layer), RowQuantizer())
         for count in _TIMED_ROWS:
             best = dict.fromkeys(seconds, math.inf)
             for _ in range(_TIMED_RUNS):
