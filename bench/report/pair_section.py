@@ -29,6 +29,11 @@ PAIR_COMMANDS = {
         "edgedraft-bench categories --bundle build/pair/bridge --target build/pair/target --prompts FILE "
         "--per-category 2 --repeats 1 --max-new-tokens 64 --temperature 0"
     ),
+    "bridge_small": (
+        "edgedraft-bench categories --bundle build/pair/bridge --target build/pair/draft --prompts FILE "
+        "--per-category 2 --repeats 1 --max-new-tokens 64 --temperature 0"
+    ),
+    "agreement": "edgedraft-bench agreement --bundle build/pair/bridge --target build/pair/target --prompts FILE",
     "weights": "edgedraft-bench weights --target build/pair/target --prompts FILE",
 }
 PAIR_CELLS = [
@@ -89,6 +94,14 @@ def verification_parts(results: Results) -> Iterator[str]:
     yield (
         "Block verification over token-wise verification in mode `topk`, with a bootstrap 95 % interval. The "
         "acceptance length is the mean of all rounds.\n\n" + table(results.rows)
+    )
+
+
+def agreement_parts(results: Results) -> Iterator[str]:
+    """What is counted, and the table."""
+    yield (
+        "The share of the target's tokens that the draft model, which sees all tokens before them, proposes itself: "
+        "greedily at temperature 0, in mode `coupled` above.\n\n" + table(results.rows)
     )
 
 

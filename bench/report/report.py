@@ -12,6 +12,7 @@ from bench.report.grid_section import grid_parts
 from bench.report.markdown import by_case, table
 from bench.report.pair_section import (
     PAIR_COMMANDS,
+    agreement_parts,
     category_parts,
     lookup_parts,
     pair_grid_parts,
@@ -245,6 +246,8 @@ def _pair(found: Mapping[str, Results | None], plots: Path) -> Iterator[str]:
         ("lookup_categories", "prompt lookup by category", lookup_parts),
         ("verification", "block verification", verification_parts),
         ("bridge", "a draft model of another vocabulary", category_parts),
+        ("bridge_small", "a draft model of another vocabulary for a smaller target", category_parts),
+        ("agreement", "agreement of a draft model of another vocabulary", agreement_parts),
         ("weights", "int8 weights of the target", weights_parts),
     ):
         if results := found[name]:
