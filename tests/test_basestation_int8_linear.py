@@ -115,6 +115,16 @@ def test_rotating_twice_gives_the_row_back(columns: int, dtype: torch.dtype) -> 
     assert torch.equal(rotated(rotated(values)) / block_size(columns), values)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_are_rounded_so_that_sums_of_a_block_are_exact(dtype: torch.dtype) -> None:
+    values = rows(9, outlier=1000.0).to(dtype)
+    rounded = vars(int8_linear)["_rounded"](values)
+    assert rounded.dtype is dtype
+    steps = rounded.double() / 2.0 ** (torch.frexp(values.abs().amax(-1, keepdim=True).float()).exponent - 17)
+    assert torch.equal(steps, steps.round())
+    assert float((rounded - values).abs().max()) <= float(values.abs().max()) * 2**-17
+
+
 @pytest.mark.parametrize("rotate", [False, True])
 @pytest.mark.parametrize("large", [1.0, 1e6])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
