@@ -30,8 +30,8 @@ Capture: TypeAlias = Callable[[Callable[[], Tensor]], tuple[Tensor, Callable[[],
 
 logger = logging.getLogger(__name__)
 
-BUCKETS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
-"""Rows that passes are padded to; larger passes take longer to run than to enqueue."""
+BUCKETS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 320, 384, 448, 512)
+"""Rows that passes are padded to; larger passes take about as long to run as to enqueue."""
 _TOLERANCE = 8
 """How far logits may differ, in units of the data type's precision at the largest one."""
 _REPEATS = 7
@@ -68,8 +68,10 @@ class PassGraphs:
         Returns:
             Whether there are any; none is kept after a failure or with other logits.
         """
+        most = (self._kv_pages.count - 1) * (self._kv_pages.shape.page_size - 1)  # and a cached position a page
+        buckets = [rows for rows in BUCKETS if rows <= most]
         try:
-            gains = {rows: self._gain(rows, eager) for rows in reversed(BUCKETS)}  # smaller ones reuse memory
+            gains = {rows: self._gain(rows, eager) for rows in reversed(buckets)}  # smaller ones reuse memory
         except Exception as error:  # noqa: BLE001 - whatever a capture meets, passes without it work
             self._graphs.clear()
             logger.warning("no CUDA graphs: %s", (str(error).splitlines() or [type(error).__name__])[0])
