@@ -19,10 +19,14 @@ PAIR_COMMANDS = {
         "edgedraft-bench peers --bundle build/pair/bundle --target build/pair/target --draft build/pair/draft "
         "--small-draft build/sample --target-gguf FILE --draft-gguf FILE"
     ),
-    "lookup": "edgedraft-bench lookup --bundle build/pair/bundle --target build/pair/target",
+    "lookup": "edgedraft-bench lookup --bundle build/pair/bundle --target build/pair/target --max-new-tokens 128",
     "lookup_categories": (
         "edgedraft-bench lookup --bundle build/pair/bundle --target build/pair/target --prompts FILE "
         "--category summarization --category rag"
+    ),
+    "lookup_others": (
+        "edgedraft-bench lookup --bundle build/pair/bundle --target build/pair/target --prompts FILE "
+        "--category coding --category math … --per-category 1 --max-new-tokens 48"
     ),
     "verification": "edgedraft-bench verification --bundle build/pair/bundle --target build/pair/target --prompts FILE",
     "bridge": (

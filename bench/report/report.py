@@ -244,6 +244,7 @@ def _pair(found: Mapping[str, Results | None], plots: Path) -> Iterator[str]:
         ("peers", "other programs", peer_parts),
         ("lookup", "prompt lookup on code edits", lookup_parts),
         ("lookup_categories", "prompt lookup by category", lookup_parts),
+        ("lookup_others", "prompt lookup in the other categories", lookup_parts),
         ("verification", "block verification", verification_parts),
         ("bridge", "a draft model of another vocabulary", category_parts),
         ("bridge_small", "a draft model of another vocabulary for a smaller target", category_parts),

@@ -137,12 +137,12 @@ class _Measurement:
         self, path: Path | None, known: list[Recording], manifest: Manifest
     ) -> tuple[list[Row], list[Recording], str]:
         """The rows of forward passes, the recordings and the target's name; frees the models afterwards."""
-        model = load_model(self.bundle)
+        model = None if known else load_model(self.bundle)
         target = TargetModel.load(self.target, self.dtype, self.torch_device, weights=self.weights)
         dense = load_dense(self.target, self.dtype, target.torch_device)
         rows = measure_pass_rows(target, dense, self.settings, self.advance)
-        tokenizer = Tokenizer(self.bundle, manifest)
-        known = known or recorded(path, model, target, tokenizer, self.settings, self.advance)
+        if model is not None:
+            known = recorded(path, model, target, Tokenizer(self.bundle, manifest), self.settings, self.advance)
         return rows, known, target.name
 
 
