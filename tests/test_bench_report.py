@@ -1,17 +1,23 @@
 """docs/results.md: losses, failures and missing cells are reported."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 
+from bench.cli import app
 from bench.grid.cells import Cell
 from bench.grid.pair_run import Measured
 from bench.pair.category_rows import CategoryCell, category_cases, category_rows
+from bench.report.pair_section import PAIR_COMMANDS
 from bench.report.report import COMMANDS, write_report
 from bench.setup.results import Results
 from protocol.errors import SettingsError
 from tests.grid_rows import CELL, LOOPBACK, QUALITY, rows_of
 from tests.sample import PROJECT
+
+RESULTS = PROJECT / "docs" / "results"
 
 
 def test_a_report_creates_its_folder_and_needs_a_folder_of_results(tmp_path: Path) -> None:
@@ -38,8 +44,18 @@ def test_the_report_names_losses_failures_and_missing_cells(tmp_path: Path) -> N
 
 
 def test_the_report_in_the_repository_is_that_of_its_result_files(tmp_path: Path) -> None:
-    written = write_report(PROJECT / "docs" / "results", tmp_path)
+    written = write_report(RESULTS, tmp_path)
     assert written.read_text(encoding="utf-8") == (PROJECT / "docs" / "results.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", [name for name in PAIR_COMMANDS if (RESULTS / f"{name}.json").exists()])
+def test_the_named_command_measures_what_the_file_says(name: str) -> None:
+    _, command, *options = PAIR_COMMANDS[name].split()
+    settings = Results.read(RESULTS / f"{name}.json").settings
+    group: Any = typer.main.get_command(app)
+    params = group.get_command(group.make_context("", [command]), command).make_context(command, options).params
+    for option in {"per_category", "repeats", "max_new_tokens"} & settings.keys():
+        assert params[option] == settings[option], option
 
 
 def test_a_measured_pair_has_its_sections(tmp_path: Path) -> None:

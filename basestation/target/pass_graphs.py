@@ -68,7 +68,8 @@ class PassGraphs:
         Returns:
             Whether there are any; none is kept after a failure or with other logits.
         """
-        most = (self._kv_pages.count - 1) * (self._kv_pages.shape.page_size - 1)  # and a cached position a page
+        # Each page of a trial holds new rows after at least one cached position; the last page is the spare one.
+        most = (self._kv_pages.count - 1) * (self._kv_pages.shape.page_size - 1)
         buckets = [rows for rows in BUCKETS if rows <= most]
         try:
             gains = {rows: self._gain(rows, eager) for rows in reversed(buckets)}  # smaller ones reuse memory

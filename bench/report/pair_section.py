@@ -10,7 +10,10 @@ from bench.report.markdown import table
 from bench.setup.results import Results, number
 
 PAIR_COMMANDS = {
-    "categories": "edgedraft-bench categories --bundle build/pair/bundle --target build/pair/target --prompts FILE",
+    "categories": (
+        "edgedraft-bench categories --bundle build/pair/bundle --target build/pair/target --prompts FILE "
+        "--per-category 2 --repeats 1 --max-new-tokens 64 --temperature 0"
+    ),
     "pair_grid": (
         "edgedraft-bench grid --bundle build/pair/bundle --target build/pair/target --round-trip-ms 0 "
         "--round-trip-ms 50 --round-trip-ms 100 --round-trip-ms 200 --uplink-mbit 1 --uplink-mbit 50"
@@ -22,13 +25,18 @@ PAIR_COMMANDS = {
     "lookup": "edgedraft-bench lookup --bundle build/pair/bundle --target build/pair/target --max-new-tokens 128",
     "lookup_categories": (
         "edgedraft-bench lookup --bundle build/pair/bundle --target build/pair/target --prompts FILE "
-        "--category summarization --category rag"
+        "--category summarization --category rag --per-category 3 --max-new-tokens 64"
     ),
     "lookup_others": (
         "edgedraft-bench lookup --bundle build/pair/bundle --target build/pair/target --prompts FILE "
-        "--category coding --category math … --per-category 1 --max-new-tokens 48"
+        "--category coding --category math --category writing --category qa --category roleplay --category reasoning "
+        "--category extraction --category stem --category humanities --category translation "
+        "--category math_reasoning --per-category 1 --max-new-tokens 48"
     ),
-    "verification": "edgedraft-bench verification --bundle build/pair/bundle --target build/pair/target --prompts FILE",
+    "verification": (
+        "edgedraft-bench verification --bundle build/pair/bundle --target build/pair/target --prompts FILE "
+        "--per-category 1 --repeats 2 --max-new-tokens 64"
+    ),
     "bridge": (
         "edgedraft-bench categories --bundle build/pair/bridge --target build/pair/target --prompts FILE "
         "--per-category 2 --repeats 1 --max-new-tokens 64 --temperature 0"

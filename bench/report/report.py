@@ -38,7 +38,9 @@ COMMANDS = {
     "grid": "edgedraft-bench grid --dtype float32 --bundle build/bundle --target build/sample",
     "capacity": "edgedraft-bench capacity --bundle build/bundle --target build/sample --turns 2 --seconds 4",
     "churn": "edgedraft-bench churn --bundle build/bundle --target build/sample --recording rounds.jsonl",
-    "ceiling": "edgedraft-bench ceiling --shape 7b --torch-device cuda",
+    "ceiling": (
+        "edgedraft-bench ceiling --shape 7b --torch-device cuda --sessions 1 --sessions 16 --sessions 32 --sessions 64"
+    ),
 }
 _CEILING_CASES = {
     "packed": "a forward pass of the base station, including verification",
