@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import zmq
 from rich.console import Console
 
 from basestation.devices.key_folder import KeyFolder
-from basestation.devices.router import Router
+from basestation.devices.router import check_free
 from basestation.kv_cache.memory import check_fits, free_memory, kv_budget
 from basestation.monitoring.metrics import Metrics
 from basestation.monitoring.monitor import Monitor
@@ -158,11 +157,7 @@ def _port(bind: str) -> Finding[None]:
     Raises:
         LinkError: it cannot.
     """
-    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    try:
-        Router(context, bind, 1, None).close()
-    finally:
-        context.destroy(linger=0)
+    check_free(bind)
     return Finding(f"{bind} is free", None)
 
 

@@ -10,6 +10,7 @@ from prometheus_client import disable_created_metrics
 
 from basestation.descriptors import raise_descriptor_limit
 from basestation.devices.authentication import check_bind
+from basestation.devices.router import check_free
 from basestation.engine.engine_host import PassOptions
 from basestation.engine.pass_records import PassRecordFile
 from basestation.engine.profiler import PassProfiler
@@ -40,6 +41,7 @@ def run_base_station(target: TargetOptions, socket: SocketOptions, operation: Op
     disable_created_metrics()  # type: ignore[no-untyped-call]
     peer_bytes = parse_size("peer-memory", target.peer_memory)
     check_bind(socket.bind, socket.keys is not None or socket.insecure)
+    check_free(socket.bind)
     PassBudget.of(target.pass_tokens, target.prompt_tokens, on_cuda=False)  # what is given, before the target is loaded
     metrics = Metrics()
     with ExitStack() as stack:

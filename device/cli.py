@@ -173,6 +173,7 @@ def serve(
     is_overridden = came_from_file(context, "api_key_file") and VARIABLE in os.environ
     key = read_api_key(None if is_overridden else api_key_file)
     http_server.check_bind(bind, key)  # before the model is loaded
+    http_server.check_free(bind)
     with _record_file(answer_options) as records:
         model, tokenizer = _load(answer_options)
         logging.getLogger("device").info("loaded %s", answer_options.bundle)

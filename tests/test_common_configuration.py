@@ -194,7 +194,7 @@ def test_an_api_key_in_the_environment_precedes_the_file_that_the_configuration_
     board.write(board.user_file, "api-key-file = '/nowhere'\nmode = 'ids'\nbundle = '/no/bundle'")
     assert isinstance(board.invoke("serve").exception, KeyFileError)
     board.set("EDGEDRAFT_API_KEY", "sesame")
-    assert isinstance(board.invoke("serve").exception, BundleError)
+    assert isinstance(board.invoke("serve", "--bind", "http://127.0.0.1:0").exception, BundleError)
     assert isinstance(board.invoke("serve", "--api-key-file", "/nowhere").exception, KeyFileError)
 
 

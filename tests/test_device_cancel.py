@@ -11,6 +11,7 @@ from typing import Any, cast
 import pytest
 
 from device.answers.job import AnswerRequest, Event, Finish, Job
+from device.answers.job_queue import JobQueue
 from device.answers.worker import Worker
 from device.drafting.draft_model import DraftModel
 from device.http.service import Access, application
@@ -260,6 +261,18 @@ def test_requests_are_refused_once_the_service_stops() -> None:
     assert isinstance(waiting.end(), ClosingError)
     with pytest.raises(ClosingError):
         worker.submit(late.job)
+
+
+def test_a_request_that_comes_while_the_service_closes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    worker, late, put = new_worker(MemoryTransport(new_station()), watched_model()), Answer(PROMPT), JobQueue.put
+
+    def put_and_close(jobs: JobQueue, job: Job) -> None:
+        put(jobs, job)
+        worker.close()
+
+    monkeypatch.setattr(JobQueue, "put", put_and_close)
+    worker.submit(late.job)
+    assert isinstance(late.end(), ClosingError)
 
 
 def test_a_prompt_that_takes_long_to_encode_keeps_no_other_request_waiting(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from math import inf, nan
 from pathlib import Path
+from socket import create_server
 from typing import Any
 
 import numpy as np
@@ -340,3 +341,10 @@ def test_a_service_that_cannot_bind_says_so(bind: str | bytes, bundle: Path, mon
     done = device("serve", bundle, NOBODY, "--bind", bind)
     assert done.stderr.splitlines()[-1].startswith(b"error: cannot bind 'http://a")
     assert done.returncode == 1
+
+
+def test_a_port_in_use_is_refused_before_the_bundle_is_loaded(bundle: Path) -> None:
+    with create_server(("127.0.0.1", 0)) as used:
+        bind = f"http://127.0.0.1:{used.getsockname()[1]}"
+        done = device("serve", bundle, NOBODY, "--bind", bind)
+    assert error_line(done, 1).startswith("error: cannot bind ")  # without the line that says what was loaded

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from socket import create_server
 
 import pytest
 import zmq
@@ -416,3 +417,12 @@ def test_an_invalid_bind_is_refused_before_the_target_is_loaded() -> None:
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert done.stderr.startswith("error: bind is 'tcp://0.0.0.0:5755'; allowed: ")
+
+
+def test_a_port_in_use_is_refused_before_the_target_is_loaded() -> None:
+    with create_server(("127.0.0.1", 0)) as used:
+        bind = f"tcp://127.0.0.1:{used.getsockname()[1]}"
+        command = [sys.executable, "-m", "basestation", "serve", "--target", "nowhere", "--bind", bind]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: cannot bind '{bind}'")

@@ -70,6 +70,19 @@ class ReceivedMessage:
         return self.first
 
 
+def check_free(bind: str) -> None:
+    """Refuse an endpoint that cannot be bound, before a target is loaded for it.
+
+    Raises:
+        LinkError: it cannot.
+    """
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    try:
+        Router(context, bind, 1, None).close()
+    finally:
+        context.destroy(linger=0)
+
+
 class Router:
     """A bound ROUTER socket.
 

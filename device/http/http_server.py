@@ -56,6 +56,15 @@ def check_bind(bind: str, api_key: str | None) -> None:
         )
 
 
+def check_free(bind: str) -> None:
+    """Refuse an address that cannot be bound, before a model is loaded for it.
+
+    Raises:
+        LinkError: it cannot.
+    """
+    _listen(bind).close()
+
+
 def serve(
     worker: Worker, name: str, defaults: Defaults, bind: str, api_key: str | None, origins: Collection[str] = ()
 ) -> None:
