@@ -34,10 +34,12 @@ def new_pair(times: PairTimes) -> TimedPair:
     return TimedPair(TARGET_TABLE, DRAFT_TABLE, times)
 
 
-def answer_seconds(pair: TimedPair, tokens: int, prompt: Sequence[int] = PROMPT) -> float:
+def answer_seconds(
+    pair: TimedPair, tokens: int, prompt: Sequence[int] = PROMPT, settings: DraftSettings = SETTINGS
+) -> float:
     """The simulated seconds of an answer in a session of its own."""
     began = pair.now
-    session = pair.session(SETTINGS, prompt)
+    session = pair.session(settings, prompt)
     answer = list(session.answer(tokens))
     seconds = pair.now - began
     session.close()

@@ -343,6 +343,14 @@ def test_a_first_answer_with_figures_is_nearly_as_fast_as_that_of_a_warmed_proce
     assert min(starts.state, starts.both) > 0.93 * starts.warmed
 
 
+@pytest.mark.parametrize("link", LINKS)
+def test_the_first_answer_ever_is_hardly_slower_than_the_targets_alone(link: str) -> None:
+    target_alone = replace(SETTINGS, mode=Mode.TARGET)
+    for tokens in (32, 96):
+        seconds = answer_seconds(new_pair(LINKS[link]), tokens)
+        assert answer_seconds(new_pair(LINKS[link]), tokens, settings=target_alone) > 0.93 * seconds
+
+
 @pytest.mark.parametrize(("learnt_on", "used_on"), [("fast", "far"), ("far", "fast")])
 def test_figures_of_another_link_are_outweighed_after_ten_rounds(learnt_on: str, used_on: str, tmp_path: Path) -> None:
     one_at_a_time = replace(SETTINGS, drafts_ahead=0)

@@ -207,6 +207,15 @@ class Planner:
         return prefill or (TRIAL if self._trials.due else 0)
 
     @property
+    def needs_guess(self) -> bool:
+        """Whether the draft model is to guess the next token that the target decodes alone.
+
+        Where drafting a token takes longer than a forward pass of the target, a guess changes nothing, and the target's
+        token would wait for it.
+        """
+        return self.guesses and not self._estimates.drafting_is_slower
+
+    @property
     def _first_len(self) -> int:
         """Tokens of the target before the first Draft, for which switching to drafting costs one round trip."""
         target_seconds = self._estimates.target_seconds or _ASSUMED_TARGET_SECONDS

@@ -211,7 +211,7 @@ class DraftRounds:
 
     def follow_target(self) -> bool:
         """While the target decodes alone, run its tokens and guess the next one; whether there was something to do."""
-        return self.catch_up() or (self._planner.guesses and self._guesses.next(self._tokens, self._planner))
+        return self.catch_up() or (self._planner.needs_guess and self._guesses.next(self._tokens, self._planner))
 
     def end_decode(self) -> None:
         """Compare the last guess with the token that the target decoded."""
