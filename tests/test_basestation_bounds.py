@@ -12,7 +12,6 @@ from functools import partial
 from typing import cast
 
 import numpy as np
-import psutil
 import pytest
 import zmq
 
@@ -259,7 +258,7 @@ def test_new_connections_are_refused_while_memory_is_short_and_open_ones_continu
 
 
 def test_a_message_of_endless_parts_ends_the_process_and_not_the_machine() -> None:
-    guard = MemoryGuard(psutil.Process().memory_info().rss, 150 * MIB)
+    guard = MemoryGuard.of_process(kv_bytes=0, for_peers=150 * MIB)
     server = Server(FakeTarget.make(TARGET), "tcp://127.0.0.1:0", memory_guard=guard)
     failures: list[Exception] = []
 

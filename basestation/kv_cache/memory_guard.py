@@ -72,4 +72,6 @@ class MemoryGuard:
 
 
 def _resident_bytes() -> int:
-    return int(psutil.Process().memory_info().rss)
+    """Without files that are mapped: the system takes their pages back when memory is short."""
+    memory = psutil.Process().memory_info()
+    return int(memory.rss - getattr(memory, "shared", 0))

@@ -27,6 +27,7 @@ from basestation.target.ranks import PassRunner, Ranks
 from basestation.target.segment import Segment
 from basestation.target.tensor_parallel import Share, split
 from basestation.target.vocabulary import Vocabulary
+from basestation.target.weight_pages import release_weight_pages
 from common.grammar import GrammarCompiler
 from common.grammar_matcher import is_available
 from common.hub import model_name
@@ -135,6 +136,7 @@ class TargetModel:
             name = _with_int8_weights(loaded, vocabulary, name, tokenizer, use_cache)
         elif quantization_method(loaded.config) is None:
             place_share(loaded, share, placement)
+        release_weight_pages(loaded)
         kv_bytes, graphs = _kv_bytes(kv_memory, placement, ranks), cuda_graphs and not ranks
         return cls(loaded, vocabulary, name, kv_bytes, tokenizer_json(model, tokenizer), int8, graphs, ranks)
 
