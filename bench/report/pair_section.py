@@ -33,6 +33,10 @@ PAIR_COMMANDS = {
         "--category extraction --category stem --category humanities --category translation "
         "--category math_reasoning --per-category 1 --max-new-tokens 48"
     ),
+    "lookup_math": (
+        "edgedraft-bench lookup --bundle build/pair/bundle --target build/pair/target --prompts FILE "
+        "--category math_reasoning --per-category 27 --repeats 1 --max-new-tokens 64"
+    ),
     "verification": (
         "edgedraft-bench verification --bundle build/pair/bundle --target build/pair/target --prompts FILE "
         "--per-category 1 --repeats 2 --max-new-tokens 64"

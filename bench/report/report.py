@@ -247,6 +247,7 @@ def _pair(found: Mapping[str, Results | None], plots: Path) -> Iterator[str]:
         ("lookup", "prompt lookup on code edits", lookup_parts),
         ("lookup_categories", "prompt lookup by category", lookup_parts),
         ("lookup_others", "prompt lookup in the other categories", lookup_parts),
+        ("lookup_math", "prompt lookup on many prompts of one category", lookup_parts),
         ("verification", "block verification", verification_parts),
         ("bridge", "a draft model of another vocabulary", category_parts),
         ("bridge_small", "a draft model of another vocabulary for a smaller target", category_parts),
