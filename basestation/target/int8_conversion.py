@@ -14,6 +14,7 @@ from basestation.target.agreement import Agreement, RunsSegments, answer_prompts
 from basestation.target.int8_cache import agreement_entry, read_agreement, write_agreement
 from basestation.target.int8_linear import Int8Linear, RowQuantizer
 from basestation.target.packed_linear import PackedLinear, packed_dtype, replace_linears
+from basestation.target.weight_pages import release_weight_pages
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +62,7 @@ def convert(model: Any, rotate: Callable[[str], bool] | None = None) -> None:
 
     replace_linears(model, replacement)
     model.to(packed_dtype(model.dtype))
+    release_weight_pages(model)
     return_free_memory()
 
 

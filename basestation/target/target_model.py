@@ -136,7 +136,6 @@ class TargetModel:
             name = _with_int8_weights(loaded, vocabulary, name, tokenizer, use_cache)
         elif quantization_method(loaded.config) is None:
             place_share(loaded, share, placement)
-        release_weight_pages(loaded)
         kv_bytes, graphs = _kv_bytes(kv_memory, placement, ranks), cuda_graphs and not ranks
         return cls(loaded, vocabulary, name, kv_bytes, tokenizer_json(model, tokenizer), int8, graphs, ranks)
 
@@ -176,6 +175,7 @@ def place_share(model: Any, share: Share, placement: torch.device) -> None:
     model.to(placement)
     if placement.type == "cpu":
         pack_linears(model)
+        release_weight_pages(model)
 
 
 def _kv_bytes(kv_memory: str, placement: torch.device, ranks: Ranks | None) -> int:
