@@ -207,15 +207,6 @@ class Planner:
         return prefill or (TRIAL if self._trials.due else 0)
 
     @property
-    def needs_guess(self) -> bool:
-        """Whether the draft model is to guess the next token that the target decodes alone.
-
-        Where drafting a token takes longer than a forward pass of the target, a guess changes nothing, and the target's
-        token would wait for it.
-        """
-        return self.guesses and not self._estimates.drafting_is_slower
-
-    @property
     def _first_len(self) -> int:
         """Tokens of the target before the first Draft, for which switching to drafting costs one round trip."""
         target_seconds = self._estimates.target_seconds or _ASSUMED_TARGET_SECONDS
@@ -232,6 +223,19 @@ class Planner:
         first_seconds = target_backlog * self._estimates.target_prefill_token_seconds + self._estimates.reply_seconds
         after_first = backlog * self._estimates.prefill_token_seconds - first_seconds
         return 1 + max(0, round(after_first / max(target_seconds, _INSTANT)))
+
+    def should_guess(self, awaited: int) -> bool:
+        """Whether the draft model is to guess the next token while the target decodes alone.
+
+        Not where that takes longer than the tokens that are still to come: the last of them would wait for it.
+
+        Args:
+            awaited: how many tokens these are, at least one.
+        """
+        target_seconds = self._estimates.target_seconds
+        if not self.guesses or target_seconds is None:
+            return self.guesses
+        return self.times.draft_seconds <= awaited * target_seconds
 
     def should_continue(self, margins: Sequence[float | None]) -> bool:
         """Whether to draft another token after those with these ``margins``; None where the token was sampled."""

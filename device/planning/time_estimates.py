@@ -83,7 +83,7 @@ class TimeEstimates:
     @property
     def drafting_is_slower(self) -> bool:
         """Whether drafting a token takes as long as a forward pass of the target, so that it cannot pay."""
-        return bool(self._drafting) and self.target_seconds is not None and self._drafting.value >= self.target_seconds
+        return bool(self._drafting) and self._drafting.value >= (self.target_seconds or 0.0)
 
     def observe_opened(self, seconds: float) -> None:
         """Record the time from an Open to its Opened; see ``Planner.observe_opened``."""

@@ -209,9 +209,14 @@ class DraftRounds:
         backlog = self._drafter.backlog(self._tokens)
         return min(backlog, _MAX_PREFILL) if backlog >= _MIN_PREFILL else 0
 
-    def follow_target(self) -> bool:
-        """While the target decodes alone, run its tokens and guess the next one; whether there was something to do."""
-        return self.catch_up() or (self._planner.needs_guess and self._guesses.next(self._tokens, self._planner))
+    def follow_target(self, awaited: int) -> bool:
+        """While the target decodes alone, run its tokens and guess the next one; whether there was something to do.
+
+        Args:
+            awaited: tokens that are still to come.
+        """
+        may_guess = self._planner.should_guess(awaited)
+        return self.catch_up() or (may_guess and self._guesses.next(self._tokens, self._planner))
 
     def end_decode(self) -> None:
         """Compare the last guess with the token that the target decoded."""

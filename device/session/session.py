@@ -236,8 +236,8 @@ class DeviceSession:
 
     def _decode(self, count: int) -> Iterator[AnswerToken]:
         """Let the target decode alone and commit its tokens; meanwhile the draft model runs its backlog."""
-        moments = [self._client.now()]
-        for verdict in self._requests.decode(count, self._rounds.follow_target):
+        moments, end = [self._client.now()], len(self.tokens) + count
+        for verdict in self._requests.decode(count, lambda: self._rounds.follow_target(end - len(self.tokens))):
             moments.append(self._client.now())
             self._client.record(self._settings.mode, verdict, 0, 0, (moments[-2], moments[-2], moments[-1]))
             yield from self._commit((), verdict)
