@@ -8,6 +8,7 @@ import pytest
 from device.drafting.no_draft_model import NoDraftModel
 from device.drafting.prompt_lookup import MAX_MATCH, Match, PromptLookup, Proposal
 from device.planning.planner import MAX_DRAFT_LEN, Planner
+from device.planning.planner_lookup import LookupAcceptance
 from device.session.session import Origin
 from device.settings import DraftSettings
 from protocol.messages import Decode, Draft, Mode, Sampling
@@ -122,6 +123,30 @@ def test_a_proposal_is_sent_where_it_was_right_and_not_where_it_was_wrong() -> N
     assert good.lookup_len(proposal, True, before=[Match(4)]) > 10
     assert good.lookup_len(proposal, True, before=[0.1] * 20) == 0
     assert bad.lookup_len(proposal, True, before=[Match(16)]) == 0
+
+
+def test_a_proposal_whose_first_tokens_were_right_is_believed_as_a_longer_match_is() -> None:
+    assert Match(3).after(2) == Match(5)
+    assert Match(15, is_predicted=True).after(40) == Match(MAX_MATCH, is_predicted=True)
+    learnt = LookupAcceptance()
+    short, longer = Match(2), Match(4)
+    for _ in range(20):  # half of the proposals are wrong from their first token, the others right to their end
+        learnt.observe(Proposal((1, 2, 3, 4), short), [1, 2, 3, 4])
+        learnt.observe(Proposal((1, 2, 3, 4), short), [9])
+    assert learnt.of(short) == pytest.approx(0.5, abs=0.1)
+    assert learnt.of(longer) > 0.85
+
+
+def test_an_assumed_bonus_token_is_no_gain_of_the_draft_that_it_precedes() -> None:
+    proposal = Proposal(tuple(range(40)), Match(2))
+    one = planner(target_seconds=0.03, row_seconds=0.0)
+    for _ in range(40):
+        one.observe((1.0,) * 4, 3, 0.004, 0.031, 0.035)  # about 3.5 tokens in a pass of the target
+        one.observe_proposal(proposal, [*range(3), 50])
+    assert one.lookup_len(proposal, can_draft=True, before=[1.0]) == 0  # 3 tokens in a pass
+    for _ in range(40):
+        one.observe_proposal(proposal, [*range(12), 50])
+    assert one.lookup_len(proposal, can_draft=True, before=[1.0]) >= 5
 
 
 def test_longer_drafts_are_sent_where_verifying_a_token_costs_less() -> None:

@@ -7,7 +7,7 @@ from device.drafting.prompt_lookup import PromptLookup, Proposal
 from device.drafting.sampling import certain_distribution
 from device.planning.planner import Planner
 from device.settings import UplinkSettings
-from protocol.messages import Mode
+from protocol.messages import DraftDistribution, Mode
 
 _MAX_LEN = 64
 """Longest proposal."""
@@ -50,11 +50,13 @@ class LookupDrafter:
 
     def drafted(self, proposal: Proposal, count: int) -> list[DraftedToken]:
         """The first ``count`` tokens of a proposal."""
-        token_ids = proposal.token_ids[:count]
-        if not self._sends_distributions:
-            return [DraftedToken(token_id, None, match=proposal.match) for token_id in token_ids]
-        distributions = [certain_distribution(token_id, self._vocab_size, self._uplink) for token_id in token_ids]
         return [
-            DraftedToken(token_id, None, distribution, proposal.match)
-            for token_id, distribution in zip(token_ids, distributions, strict=True)
+            DraftedToken(token_id, None, self._distribution(token_id), proposal.match.after(index))
+            for index, token_id in enumerate(proposal.token_ids[:count])
         ]
+
+    def _distribution(self, token_id: int) -> DraftDistribution | None:
+        """Of a proposed token, in modes that send it: one entry."""
+        if not self._sends_distributions:
+            return None
+        return certain_distribution(token_id, self._vocab_size, self._uplink)

@@ -28,6 +28,10 @@ class Match:
     length: int
     is_predicted: bool = False
 
+    def after(self, count: int) -> "Match":
+        """The match that the token after ``count`` proposed ones follows if these are right: it is longer by them."""
+        return Match(min(self.length + count, MAX_MATCH), self.is_predicted)
+
 
 @dataclass(frozen=True, slots=True)
 class Proposal:

@@ -268,7 +268,8 @@ class Planner:
         """How many tokens of a proposal to send as the next Draft; 0 where that is slower than the other ways.
 
         While Drafts are in flight it costs no round trip, and goes up to the probability of ``MIN_SURVIVAL`` that all
-        of it is accepted.
+        of it is accepted. The assumed bonus token, which comes with the Verdict before, is no gain; if it is wrong, the
+        Draft gives nothing.
 
         Args:
             proposal: of prompt lookup; while Drafts are in flight its first token is the assumed bonus token.
@@ -278,18 +279,18 @@ class Planner:
         target_seconds = self._estimates.target_seconds
         if target_seconds is None:
             return 0
-        alpha, slope = self._acceptance.of(proposal.match), self._estimates.token_seconds
+        slope = self._estimates.token_seconds
         seconds = target_seconds if before else self._estimates.reply_seconds
         drafts = can_draft and not self._trials.alone
         rate = self.tokens_per_second if drafts else 1 / target_seconds
         catch_up = self._estimates.prefill_token_seconds if drafts else 0.0
-        survival = self._acceptance.of_all(before)
-        best, most, tokens = 0, 0.0, 1.0
+        assumptions, accepted = self._acceptance.of_all(before), 1.0
+        best, most, tokens = 0, 0.0, 0.0 if before else 1.0
         for count in range(1, len(proposal.token_ids) + 1):
-            survival *= alpha
-            if before and survival < MIN_SURVIVAL:
+            accepted *= self._acceptance.of(proposal.match.after(count - 1))
+            if before and assumptions * accepted < MIN_SURVIVAL:
                 break
-            tokens += alpha**count
+            tokens += accepted
             gain = tokens - rate * (seconds + count * slope + tokens * catch_up)
             if gain > most:
                 best, most = count, gain

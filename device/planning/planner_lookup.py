@@ -1,6 +1,7 @@
 """What a planner learns about prompt lookup: how often a proposed token is the target's, by the length of its match.
 
-It is learnt from every proposal, whether it was sent or not: the committed tokens tell.
+It is learnt from every proposal, whether it was sent or not: the committed tokens tell. A proposed token whose
+predecessors were right follows a match that is longer by them, as one of a new proposal would.
 """
 
 from bisect import bisect
@@ -27,9 +28,9 @@ class LookupAcceptance:
 
     def observe(self, proposal: Proposal, committed: Sequence[int]) -> None:
         """Compare a proposal with the tokens that were ``committed`` where it would have begun."""
-        share = self._share(proposal.match)
-        share.fade()
-        for proposed, token_id in zip(proposal.token_ids, committed, strict=False):
+        for index, (proposed, token_id) in enumerate(zip(proposal.token_ids, committed, strict=False)):
+            share = self._share(proposal.match.after(index))
+            share.fade()
             share.observe(proposed == token_id)
             if proposed != token_id:
                 break
