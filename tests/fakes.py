@@ -101,6 +101,10 @@ class FakeDraftModel:
         assert len(token_ids) > 0
         self.tokens += token_ids
         self.passes.append(len(token_ids))
+        return self.next_logits()
+
+    def next_logits(self) -> npt.NDArray[np.float32]:
+        """Of the token after ``tokens``."""
         return next_logits(self.table, self.tokens)
 
     def rollback(self, length: int) -> None:
@@ -170,6 +174,10 @@ class FakeTarget:
         self.tokens.append(tokens)
         return torch.cat([self._run(segment) for segment in segments])
 
+    def next_logits(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
+        """Of the token after ``tokens``."""
+        return next_logits(self.table, tokens)
+
     def _run(self, segment: Segment) -> torch.Tensor:
         kv_cache = cast(FakeSequenceKVCache, segment.kv_cache)
         assert len(segment.token_ids) > 0
@@ -179,7 +187,7 @@ class FakeTarget:
         for token_id in segment.token_ids:
             kv_cache.tokens.append(token_id)
             kv_cache.length += 1
-            rows.append(next_logits(self.table, kv_cache.tokens))
+            rows.append(self.next_logits(kv_cache.tokens))
         return torch.tensor(np.array(rows[len(rows) - segment.num_logits :])).reshape(-1, len(self.table))
 
 

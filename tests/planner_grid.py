@@ -62,8 +62,7 @@ class GuessingDraftModel(TimedDraftModel):
 
     guesses: Sequence[Guess] = ()
 
-    def forward(self, token_ids: Sequence[int]) -> Logits:
-        super().forward(token_ids)
+    def next_logits(self) -> Logits:
         guess = self.guesses[len(self.tokens) % len(self.guesses)]
         target = int(next_logits(self.table, self.tokens).argmax())
         logits = np.full(VOCAB, -20.0, np.float32)

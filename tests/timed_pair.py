@@ -84,6 +84,8 @@ class TimedPair:
         sent: the messages of the device.
     """
 
+    target_class: type[TimedTarget] = TimedTarget
+
     def __init__(
         self, target_table: Table, draft_table: Table, times: PairTimes, timeouts: Timeouts | None = None
     ) -> None:
@@ -94,7 +96,7 @@ class TimedPair:
         self.times = times
         self.sent: list[Message] = []
         self._draft_table = draft_table
-        self.target = TimedTarget(target_table, run_for=self._run_target)
+        self.target = self.target_class(target_table, run_for=self._run_target)
         self._station = Station(cast(TargetModel, self.target))
         self._arrivals: list[tuple[float, int, bytes, bool]] = []  # time, order, frame, whether at the base station
         self._order = count()

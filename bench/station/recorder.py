@@ -30,7 +30,7 @@ def record(
 ) -> list[Recording]:
     """Generate the target's answers to all prompts, and a draft at every position of each answer."""
     recordings = []
-    for prompt, answer in zip(prompts, _answers(target, prompts, answer_len), strict=True):
+    for prompt, answer in zip(prompts, greedy_answers(target, prompts, answer_len), strict=True):
         drafter = Drafter(model, Mode.IDS, _GREEDY, UplinkSettings.of_mode(Mode.IDS, 1, 1.0, 0))
         drafter.prefill(prompt)
         began = time.perf_counter()
@@ -41,7 +41,8 @@ def record(
     return recordings
 
 
-def _answers(target: TargetModel, prompts: Sequence[list[int]], answer_len: int) -> list[list[int]]:
+def greedy_answers(target: TargetModel, prompts: Sequence[list[int]], answer_len: int) -> list[list[int]]:
+    """The target's answers to all prompts at once, of up to ``answer_len`` tokens, without stop ids."""
     sequences, kv_caches = [list(prompt) for prompt in prompts], [target.new_kv_cache() for _ in prompts]
     for tokens, kv_cache in zip(sequences, kv_caches, strict=True):
         target.forward([Segment(kv_cache, tokens[:-1], 0)])
