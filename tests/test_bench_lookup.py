@@ -55,6 +55,11 @@ def test_several_categories_have_rows_of_all_their_answers() -> None:
     assert rows[-1]["answers"] == 2
 
 
+def test_drafts_ahead_are_those_of_all_cases_that_draft() -> None:
+    assert {case.drafts_ahead for case in lookup_cases(Mode.IDS, drafts_ahead=None)[1:]} == {None}
+    assert {case.drafts_ahead for case in CASES[1:]} == {0}
+
+
 def test_the_prompts_are_ten_code_edits_and_the_categories_of_a_file(tmp_path: Path) -> None:
     edits = lookup_prompts(None, None, 3)
     assert len(set(edits[CODE_EDIT])) == 10
@@ -67,13 +72,16 @@ def test_the_prompts_are_ten_code_edits_and_the_categories_of_a_file(tmp_path: P
 
 
 @pytest.mark.model
-def test_the_command_measures_all_cases(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ahead", [False, True])
+def test_the_command_measures_all_cases(tmp_path: Path, ahead: bool) -> None:
     prompts, file = tmp_path / "prompts.jsonl", tmp_path / "lookup.json"
     prompts.write_text(json.dumps({"category": "rag", "turns": ["Repeat: red, green, blue."]}), encoding="utf-8")
     options = ["--prompts", str(prompts), "--category", "rag", "--repeats", "1", "--max-new-tokens", "24"]
     pair = ["--bundle", str(BUNDLE), "--target", str(SAMPLE)]
-    done = CliRunner().invoke(app, ["lookup", *pair, *options, "--json", str(file)])
+    done = CliRunner().invoke(app, ["lookup", *pair, *options, "--json", str(file), *(["--ahead"] if ahead else [])])
     assert done.exit_code == 0, done.output
-    rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
+    written = json.loads(file.read_text(encoding="utf-8"))
+    assert written["settings"]["ahead"] is ahead
+    rows = written["rows"]
     assert [row["case"] for row in rows] == [case.name for case in CASES]
     assert all(row["tokens_per_second"] > 0 and row["failed"] is None for row in rows)

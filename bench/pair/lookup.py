@@ -47,6 +47,9 @@ def lookup(
     temperature: TemperatureOption = 0.0,
     max_new_tokens: MaxNewTokensOption = 256,
     repeats: Annotated[int, typer.Option(help="Answers to each prompt in each case.", min=1)] = 3,
+    ahead: Annotated[
+        bool, typer.Option("--ahead/--one-at-a-time", help="Send Drafts ahead, as a device does by default.")
+    ] = False,
     json_file: JsonOption = None,
 ) -> None:
     """Compare drafting with and without prompt lookup, and lookup without a draft model, by category of prompt.
@@ -55,12 +58,12 @@ def lookup(
     95 % interval. The JSON file is written category by category.
     """
     texts = lookup_prompts(prompts, category, per_category)
-    cases = lookup_cases(Mode.COUPLED if temperature else Mode.IDS)
+    cases = lookup_cases(Mode.COUPLED if temperature else Mode.IDS, None if ahead else 0)
     measured: dict[str, Measured] = {}
     with progress_bar() as progress, PairRun(bundle, target, dtype) as pair:
         task = progress.add_task("answers", total=sum(map(len, texts.values())) * repeats * len(cases))
         counts: Row = {"per_category": per_category, "repeats": repeats, "max_new_tokens": max_new_tokens}
-        settings = {**pair.described(), "temperature": temperature, **counts}
+        settings = {**pair.described(), "temperature": temperature, "ahead": ahead, **counts}
         for name, of_category in texts.items():
             progress.update(task, description=name)
             workload = Workload(of_category * repeats, AnswerLimits(max_new_tokens, inf))
@@ -87,13 +90,13 @@ def lookup_prompts(path: Path | None, categories: Sequence[str] | None, most: in
     return {name: known[name] for name in categories or known}
 
 
-def lookup_cases(mode: Mode) -> list[Case]:
+def lookup_cases(mode: Mode, drafts_ahead: int | None = 0) -> list[Case]:
     """The target alone, the draft model without and with prompt lookup, and lookup alone."""
     return [
         TARGET,
-        Case("draft model", mode),
-        Case("draft model and lookup", mode, lookup=True),
-        Case("lookup alone", mode, lookup=True, has_draft_model=False),
+        Case("draft model", mode, drafts_ahead=drafts_ahead),
+        Case("draft model and lookup", mode, drafts_ahead=drafts_ahead, lookup=True),
+        Case("lookup alone", mode, drafts_ahead=drafts_ahead, lookup=True, has_draft_model=False),
     ]
 
 
