@@ -36,6 +36,7 @@ TABLE = np.zeros((VOCAB, 1, 1), np.float32)  # of this many ids
 LINKS = {
     "pair": PairTimes(draft=0.026, forward=0.115, row=0.003),
     "slower pair": PairTimes(draft=0.045, forward=0.25, row=0.004),
+    "pair on a core without matrix instructions": PairTimes(draft=0.033, forward=0.19, row=0.01),
     "pair, 50 ms": PairTimes(draft=0.026, forward=0.115, row=0.003, round_trip=0.05),
     "sample": SAMPLE,
 }

@@ -20,7 +20,7 @@ PAIR_COMMANDS = {
     ),
     "peers": (
         "edgedraft-bench peers --bundle build/pair/bundle --target build/pair/target --draft build/pair/draft "
-        "--small-draft build/sample --target-gguf FILE --draft-gguf FILE --prompts FILE --repeats 2"
+        "--small-draft build/sample --target-gguf FILE --draft-gguf FILE --prompts FILE --repeats 3"
     ),
     "lookup": "edgedraft-bench lookup --bundle build/pair/bundle --target build/pair/target --max-new-tokens 128",
     "lookup_categories": (
