@@ -66,7 +66,7 @@ def ids_of(session: DeviceSession, count: int = COUNT) -> list[int]:
 )
 def test_answers_are_the_targets_own(mode: Mode, sampling: Sampling, ahead: int | None) -> None:
     chance, looked_up = random.Random(mode), 0  # noqa: S311
-    for kind in ["none", "right", "edited", "wrong"] * 2:
+    for kind in ["none", "right", "edited", "wrong"] * 3:
         times = PairTimes(*(chance.choice([0.001, 0.01, 0.05]) for _ in range(4)))
         prompt = [chance.randrange(VOCAB) for _ in range(chance.randrange(1, 12))]
         answer = expected(sampling, prompt)
