@@ -1,8 +1,8 @@
 """Planned drafting of recorded answers with and without prompt lookup, in simulated time.
 
-``python -m tests.planner_texts record FILE`` lets a pair answer prompts, and writes what the draft model makes of every
-position; ``python -m tests.planner_texts simulate FILE`` answers them again. Both cases decode the same text, and no
-time varies, so that small differences between planners are seen.
+``python -m tests.planner_texts record FILE BUNDLE TARGET PROMPTS`` lets a pair answer prompts, and writes what the
+draft model proposes at each position; ``python -m tests.planner_texts simulate FILE`` answers them again. All cases
+decode the same text, and no time varies, so that small differences between planners are seen.
 """
 
 import json
@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from math import inf
 from pathlib import Path
 from statistics import median
+from typing import Annotated
 
 import numpy as np
 import typer
@@ -46,7 +47,7 @@ app = typer.Typer(help=__doc__, add_completion=False)
 
 @dataclass(frozen=True)
 class RecordedText:
-    """A target's answer, and what the draft model makes of each of its positions.
+    """A target's answer, and what the draft model proposes at each of its positions.
 
     Attributes:
         category: of the prompt.
@@ -170,7 +171,7 @@ def record(
 
 
 def recorded(category: str, prompt: list[int], answer: Sequence[int], model: SequenceModel) -> RecordedText:
-    """What the draft model makes of an answer."""
+    """An answer with what the draft model proposes at each position."""
     drafter = Drafter(model, Mode.IDS, Sampling(), UplinkSettings.of_mode(Mode.IDS, 1, 1.0, 0))
     drafter.prefill(prompt)
     drafts = [drafter.draft([*prompt, *answer[:index]], 1) for index in range(len(answer))]
@@ -179,7 +180,7 @@ def recorded(category: str, prompt: list[int], answer: Sequence[int], model: Seq
 
 
 @app.command()
-def simulate(file: Path) -> None:
+def simulate(file: Annotated[Path, typer.Argument(exists=True, dir_okay=False)]) -> None:
     """Print a row for each link and category: medians, and the smallest ratio."""
     texts: dict[str, list[RecordedText]] = {}
     for line in file.read_text(encoding="utf-8").splitlines():

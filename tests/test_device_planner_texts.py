@@ -45,7 +45,7 @@ def test_lookup_gains_where_the_prompt_holds_the_answer(drafts_ahead: int | None
     assert alone > 3
 
 
-def test_a_recording_has_what_the_draft_model_makes_of_each_position() -> None:
+def test_a_recording_has_what_the_draft_model_proposes_at_each_position() -> None:
     table = random_table(16, seed=1, sharpness=3.0)
     text = recorded("qa", [1, 2], [3, 4, 5], FakeDraftModel.make(table))
     model = FakeDraftModel.make(table)
@@ -61,3 +61,9 @@ def test_the_command_prints_each_link_and_category(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["simulate", str(file)])
     assert done.exit_code == 0, done.output
     assert done.output.count("| rag |") == 2 * len(LINKS)
+
+
+def test_a_missing_recording_is_named(tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["simulate", str(tmp_path / "none.jsonl")])
+    assert done.exit_code == 2
+    assert "does not exist" in done.output
