@@ -171,20 +171,23 @@ check_station() {
   fi
 }
 
-# What a running service has is kept in STATE/previous, its image as :previous.
+# What a running service has is kept in STATE/previous; its image as :previous, unless the new one has another name.
 keep_previous() {
-  PREVIOUS=''
+  PREVIOUS='' PREVIOUS_IMAGE=''
   ask_board "[ -e $UNIT ] && systemctl is-active --quiet edgedraft-device" || return 0
   PREVIOUS=yes
   step "keep what the board has"
   on_board "rm -rf $STATE/previous && mkdir -p $STATE/previous && cp $UNIT $CONFIGURATION $STATE/previous"
-  [ "$ENGINE" = python ] || on_board "docker tag $(image latest) $(image previous)"
+  if [ "$ENGINE" = docker ] && ask_board "grep --fixed-strings --quiet ' $(image latest) ' $UNIT"; then
+    PREVIOUS_IMAGE=$(image previous)
+    on_board "docker tag $(image latest) $PREVIOUS_IMAGE"
+  fi
 }
 
 roll_back() {
   [ -n "$PREVIOUS" ] || fail "$1; there is nothing to roll back to; see: ssh $HOST journalctl --unit edgedraft-device"
   step "$1: roll back"
-  [ "$ENGINE" = python ] || on_board "docker tag $(image previous) $(image latest)"
+  [ -z "$PREVIOUS_IMAGE" ] || on_board "docker tag $PREVIOUS_IMAGE $(image latest)"
   on_board "cd $STATE/previous && cp ${UNIT##*/} $UNIT && cp ${CONFIGURATION##*/} $CONFIGURATION"
   on_board "[ ! -d $STATE/previous/bundle ] || { rm -rf $STATE/bundle && mv $STATE/previous/bundle $STATE/bundle; }"
   on_board "systemctl daemon-reload && systemctl restart edgedraft-device"
@@ -224,7 +227,8 @@ send_image() {
     fi
   fi
   step "load $file"
-  stream "$file" "docker load --quiet | sed -n 's/^Loaded image: //p' | head -n 1 | xargs -I NAME docker tag NAME $image"
+  stream "$file" "loaded=\$(docker load --quiet) && name=\$(echo \"\$loaded\" | sed -n 's/^Loaded image: //p' | head -n 1) && [ -n \"\$name\" ] && docker tag \"\$name\" $image" ||
+    fail "$HOST could not load an image with a name from $file; the service runs as before"
 }
 
 # Copies the packages of the device; pip on the board installs the dependencies of the device extra.

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -15,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from basestation.devices.key_folder import KeyFolder
-from bench.setup.station_process import running_station
+from bench.setup.station_process import free_port, running_station
 from device.link.curve_keys import new_key
 from tests.sample import BUNDLE, PROJECT, SAMPLE
 
@@ -31,16 +30,19 @@ user=$(sed -n 's/^User=//p' $unit)
 setpriv --reuid "$user" --regid "$user" --clear-groups $(sed -n 's/^ExecStart=//p' $unit) >/run/log 2>&1 </dev/null &
 echo $! > /run/pid
 """
-_DOCKER = """#!/bin/sh
+_DOCKER = r"""#!/bin/sh
 # a minimal docker: a file for each tag; the container is healthy if its image is good, and ready if it is not alone
-images=/run/images
+images=/run/images unit=/etc/systemd/system/edgedraft-device.service
 mkdir -p $images
 echo "$@" >> /run/docker.log
 case "$*" in
-  load*) cat > $images/loaded; echo "Loaded image: localhost/edgedraft-device:loaded" ;;
-  tag*) cp "$images/${2##*:}" "$images/${3##*:}" ;;
-  exec*healthz*) grep -q good $images/latest ;;
-  exec*readyz*) ! grep -q alone $images/latest ;;
+  load*)
+    cat > $images/loaded
+    ! grep broken $images/loaded >&2 || exit 1
+    grep -q unnamed $images/loaded && echo "Loaded image ID: sha256:1" || echo "Loaded image: localhost/loaded" ;;
+  tag*) cp "$images/${2##*/}" "$images/${3##*/}" ;;
+  exec*healthz*) grep -q good "$images/$(sed -n 's|.* localhost/\(.*\) serve$|\1|p' $unit)" ;;
+  exec*readyz*) ! grep -q alone "$images/$(sed -n 's|.* localhost/\(.*\) serve$|\1|p' $unit)" ;;
 esac
 """
 _SSHD = 'mount --bind /proc "$1/proc"; mount --bind /dev "$1/dev"; exec /usr/sbin/sshd -D -e -f "$2"'
@@ -59,12 +61,6 @@ class Board:
         environment = {**os.environ, "PATH": path, **environment}
         command = [str(PROJECT / "docker" / "flash.sh"), *options]
         return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=500)
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
 
 
 @pytest.fixture
@@ -161,9 +157,53 @@ def test_a_board_is_ready_after_one_run_and_unchanged_by_a_second(board: Board, 
 
 def with_docker(board: Board) -> None:
     for name, text in (("docker", _DOCKER), ("systemctl", "#!/bin/sh\n")):
-        program = board.root / "usr/bin" / name
-        program.write_text(text)
-        program.chmod(0o755)
+        write_program(board, name, text)
+
+
+def write_program(board: Board, name: str, text: str) -> None:
+    program = board.root / "usr/bin" / name
+    program.write_text(text)
+    program.chmod(0o755)
+
+
+@dataclass(frozen=True)
+class DockerBoard:
+    """A board with docker and a key, and the folder of the images that it is flashed with."""
+
+    board: Board
+    folder: Path
+
+    def flash(self, image: str, port: int, *options: str) -> "subprocess.CompletedProcess[str]":
+        """Flash an image, of which the name says how it behaves, and another bundle for each port."""
+        bundle = self.folder / f"bundle-{port}"
+        bundle.mkdir(exist_ok=True)
+        (bundle / "manifest.json").write_text(str(port))
+        (self.folder / image).write_text(image)
+        options = (
+            "--server",
+            "tcp://10.0.0.1:5755",
+            "--keys",
+            f"{self.folder}/keys",
+            "--bundle",
+            f"{bundle}",
+            *options,
+        )
+        options += ("--image", f"{self.folder}/{image}", "--port", f"{port}", "root@board")
+        return self.board.flash(*options, READY_SECONDS="3")
+
+    @property
+    def images(self) -> dict[str, str]:
+        """By name and tag."""
+        return {path.name: path.read_text() for path in (self.board.root / "run/images").glob("edgedraft-*")}
+
+
+@pytest.fixture
+def docker_board(board: Board, tmp_path: Path) -> DockerBoard:
+    with_docker(board)
+    (board.root / "var/lib/edgedraft/keys").mkdir(parents=True)
+    new_key(board.root / "var/lib/edgedraft/keys/device")
+    KeyFolder.create(tmp_path / "keys")
+    return DockerBoard(board, tmp_path)
 
 
 def test_a_board_with_docker_gets_the_image(board: Board, tmp_path: Path) -> None:
@@ -187,47 +227,52 @@ def test_a_board_with_docker_gets_the_image(board: Board, tmp_path: Path) -> Non
         assert words in shown.stdout
 
 
-def test_a_board_whose_image_is_not_healthy_gets_back_what_it_had(board: Board, tmp_path: Path) -> None:
-    with_docker(board)
-    board_keys, images = board.root / "var/lib/edgedraft/keys", board.root / "run/images"
-    board_keys.mkdir(parents=True)
-    new_key(board_keys / "device")
-    KeyFolder.create(tmp_path / "keys")
-
-    def flash(image: str, port: int) -> "subprocess.CompletedProcess[str]":
-        bundle = tmp_path / f"bundle-{port}"
-        bundle.mkdir(exist_ok=True)
-        (bundle / "manifest.json").write_text(str(port))
-        (tmp_path / image).write_text(image)
-        options = ["--server", "tcp://10.0.0.1:5755", "--keys", str(tmp_path / "keys"), "--bundle", str(bundle)]
-        options += ["--image", str(tmp_path / image), "--port", str(port), "root@board"]
-        return board.flash(*options, READY_SECONDS="3")
-
-    first = flash("good", 8080)
+def test_a_board_whose_image_is_not_healthy_gets_back_what_it_had(docker_board: DockerBoard) -> None:
+    root = docker_board.board.root
+    first = docker_board.flash("good", 8080)
     assert first.returncode == 0, first.stderr
-    state = state_of(board.root)
-    failed = flash("bad", 9090)
+    state = state_of(root)
+    failed = docker_board.flash("bad", 9090)
     assert failed.returncode == 1
     assert "not healthy after 3 s; the board is back on what it had" in failed.stderr
-    assert (images / "latest").read_text() == "good"
-    assert state_of(board.root) == state
-    assert (board.root / "run/docker.log").read_text().count("image prune --force --filter label=") == 1
+    assert docker_board.images["edgedraft-device:latest"] == "good"
+    assert state_of(root) == state
+    assert (root / "run/docker.log").read_text().count("image prune --force --filter label=") == 1
 
-    alone = flash("good but alone", 8080)
+    alone = docker_board.flash("good but alone", 8080)
     assert alone.returncode == 1
     assert "healthy, but tcp://10.0.0.1:5755 has not answered" in alone.stderr
-    assert (images / "latest").read_text() == "good but alone"
-    assert (images / "previous").read_text() == "good"
+    images = docker_board.images
+    assert images == {"edgedraft-device:latest": "good but alone", "edgedraft-device:previous": "good"}
 
 
-def test_a_new_board_whose_image_is_not_healthy_has_nothing_to_go_back_to(board: Board, tmp_path: Path) -> None:
-    with_docker(board)
-    (board.root / "var/lib/edgedraft/keys").mkdir(parents=True)
-    new_key(board.root / "var/lib/edgedraft/keys/device")
-    KeyFolder.create(tmp_path / "keys")
-    (tmp_path / "bad").touch()
-    options = ["--server", "tcp://10.0.0.1:5755", "--keys", str(tmp_path / "keys"), "--bundle", str(BUNDLE)]
-    failed = board.flash(*options, "--image", str(tmp_path / "bad"), "root@board", READY_SECONDS="3")
+@pytest.mark.parametrize("image", ["broken", "unnamed"])
+def test_an_image_that_the_board_cannot_load_changes_nothing(image: str, docker_board: DockerBoard) -> None:
+    assert docker_board.flash("good", 8080).returncode == 0
+    state = state_of(docker_board.board.root)
+    failed = docker_board.flash(image, 9090)
+    assert failed.returncode == 1
+    assert f"error: root@board could not load an image with a name from {docker_board.folder / image}" in failed.stderr
+    assert docker_board.images["edgedraft-device:latest"] == "good"
+    assert state_of(docker_board.board.root) == state
+
+
+def test_a_board_changes_to_an_image_of_another_name_and_back(docker_board: DockerBoard) -> None:
+    write_program(docker_board.board, "uname", "#!/bin/sh\necho aarch64\n")
+    jetson = "--image-name", "device-jetson"
+    assert docker_board.flash("good", 8080).returncode == 0
+    state = state_of(docker_board.board.root)
+    failed = docker_board.flash("bad", 9090, *jetson)
+    assert "the board is back on what it had" in failed.stderr
+    assert state_of(docker_board.board.root) == state
+    changed = docker_board.flash("good jetson", 8080, *jetson)
+    assert changed.returncode == 0, changed.stderr
+    images = docker_board.images
+    assert images == {"edgedraft-device:latest": "good", "edgedraft-device-jetson:latest": "good jetson"}
+
+
+def test_a_new_board_whose_image_is_not_healthy_has_nothing_to_go_back_to(docker_board: DockerBoard) -> None:
+    failed = docker_board.flash("bad", 8080)
     assert failed.returncode == 1
     assert "not healthy after 3 s; there is nothing to roll back to" in failed.stderr
 
