@@ -17,7 +17,8 @@ def hub_folder(name: str, patterns: Sequence[str]) -> Path:
         patterns: of the files that are needed.
 
     Raises:
-        ModelError: there is no such model, or neither hub nor cache has it.
+        ModelError: there is no such model, neither hub nor cache has it, or its download fails: a folder in the cache
+            does not tell which files it lacks.
     """
     from huggingface_hub import snapshot_download  # only for names that are not local
 
@@ -25,8 +26,10 @@ def hub_folder(name: str, patterns: Sequence[str]) -> Path:
     if reason is None:
         try:
             return Path(snapshot_download(name, allow_patterns=list(patterns), etag_timeout=_TIMEOUT))
-        except Exception as error:  # noqa: BLE001 - requests' or httpx' by version; the cache may have the model
-            reason = _first_line(error)
+        except Exception as error:  # requests' or httpx' by version
+            raise ModelError(
+                f"the download of {name!r} from the hub failed ({_first_line(error)}); run the command again to go on"
+            ) from error
     try:
         return Path(snapshot_download(name, allow_patterns=list(patterns), local_files_only=True))
     except Exception as error:

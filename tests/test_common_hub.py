@@ -156,6 +156,21 @@ def test_any_failure_of_the_hub_client_is_one_line(
     assert hub_folder(NAME, ["*.json"]).resolve() == folder
 
 
+def test_a_download_that_fails_is_no_model_although_the_cache_has_a_part(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, local_files_only: bool = False, **__: Any) -> str:
+        if local_files_only:
+            return str(folder)
+        raise OSError("connection lost")
+
+    folder = cached(home)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **__: None)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(ModelError, match=r"the download of 'owner/Model-1.5' .* failed \(connection lost\); run"):
+        hub_folder(NAME, ["*.json"])
+
+
 @pytest.mark.parametrize(
     ("model", "expected"),
     [
