@@ -31,7 +31,7 @@ _UNKNOWN = "not stated"
 
 @dataclass(frozen=True)
 class TargetFit:
-    """Whether a target fits a bundle; ``reason`` names the first token that differs, or is empty."""
+    """Whether a target fits a bundle; ``reason`` says what differs, or is empty."""
 
     target: str
     fits: bool
@@ -39,24 +39,28 @@ class TargetFit:
 
 
 def target_fits(bundle: Path, targets: Sequence[str]) -> list[TargetFit]:
-    """Compare a bundle's tokens with those of targets.
+    """Compare a bundle with targets as a base station does: its tokens must be the target's first ones.
 
     Raises:
-        BundleError: the bundle's tokenizer cannot be read.
+        BundleError: the bundle's manifest or tokenizer cannot be read.
         ModelError: a target cannot be read.
     """
-    path = bundle / TOKENIZER_NAME
+    manifest, path = Manifest.read(bundle), bundle / TOKENIZER_NAME
     try:
         vocabulary = Tokenizer.from_file(str(path)).get_vocab()
     except Exception as error:  # the library raises Exception itself
         raise BundleError(f"{str(path)!r} cannot be read: {error}; export the bundle again") from error
-    return [_target_fit(vocabulary, target) for target in targets]
+    return [_target_fit(manifest, vocabulary, target) for target in targets]
 
 
-def _target_fit(vocabulary: dict[str, int], name: str) -> TargetFit:
+def _target_fit(manifest: Manifest, vocabulary: dict[str, int], name: str) -> TargetFit:
     with tempfile.TemporaryDirectory() as scratch:
         target = SourceModel.read(name, Path(scratch), weights=False)
-    difference = first_difference(vocabulary, target.vocabulary)
+    if manifest.vocab_size > target.vocab_size:
+        sizes = f"{manifest.vocab_size:,} tokens in the bundle, {target.vocab_size:,} in the target"
+        return TargetFit(name, False, f"{sizes}; export it again with --target")
+    first = {token: token_id for token, token_id in vocabulary.items() if token_id < manifest.vocab_size}
+    difference = first_difference(first, target.vocabulary)
     if difference is None:
         return TargetFit(name, True, "")
     token_id, own, other = difference

@@ -1,6 +1,7 @@
 """inspect tells what a bundle is and which targets it fits; verify refuses one that would not work."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -62,6 +63,21 @@ def test_origin_licence_quality_sizes_and_fitting_targets_are_shown(bundle: Path
     report = json.loads(inspected(bundle, other, "--json"))
     assert report["origin"]["licence"] == "apache-2.0"
     assert [fit["fits"] for fit in report["targets"]] == [False]
+
+
+def test_a_target_fits_where_the_bundles_tokens_are_its_first(bundle: Path, source: Path, tmp_path: Path) -> None:
+    """As a base station decides at Hello: a target may have further tokens, not fewer."""
+    manifest, more = Manifest.read(bundle), save_model(tmp_path / "more")
+    tokens = manifest.vocab_size
+    assert save_tokenizer(more, more=["cat", "dog"]) == tokens + 2
+    assert f"{more}: fits" in inspected(bundle, more)
+    larger = tmp_path / "larger"
+    larger.mkdir()
+    shutil.copy(more / "tokenizer.json", larger)
+    replace(manifest, vocab_size=tokens + 2).write(larger)
+    shown = inspected(larger, more, source)
+    assert f"{more}: fits" in shown
+    assert f"{source}: does not fit, {tokens + 2:,} tokens in the bundle, {tokens:,} in the target" in shown
 
 
 def test_texts_of_a_manifest_are_no_markup(tmp_path: Path) -> None:
