@@ -46,10 +46,14 @@ def measured(**changed: list[Throughput]) -> Measured:
 
 
 def test_the_cases_are_the_modes_of_the_temperature_between_the_target_alone_and_the_draft_beside_it() -> None:
-    assert [case.mode for case in CASES] == [Mode.TARGET, Mode.IDS, Mode.IDS, Mode.IDS, Mode.TOPK, Mode.IDS]
+    assert [case.mode for case in CASES] == [Mode.TARGET, *[Mode.IDS] * 4, Mode.TOPK, Mode.IDS]
     modes = [case.mode for case in category_cases(1.0)]
-    assert modes == [Mode.TARGET, *[Mode.COUPLED] * 3, Mode.TOPK, Mode.TOPP, Mode.COUPLED]
-    assert [case.name for case in CASES if case.drafts_ahead is None] == ["ids, ahead, auto"]
+    assert modes == [Mode.TARGET, *[Mode.COUPLED] * 4, Mode.TOPK, Mode.TOPP, Mode.COUPLED]
+    assert [case.name for case in CASES if case.drafts_ahead is None] == [
+        "ids, ahead, auto",
+        "ids, ahead, lookup, auto",
+    ]
+    assert [case.name for case in CASES if case.lookup] == ["ids, ahead, lookup, auto"]
     assert [case.name for case in CASES if case.colocated] == [COLOCATED]
 
 
@@ -92,6 +96,19 @@ def test_the_round_model_takes_the_measured_acceptance_drafting_time_and_verific
     assert row["over_round_model"] == pytest.approx(number(row, "speedup") / expected, rel=1e-3)
     assert rows["ids, auto"]["predicted_speedup"]
     assert {rows[name]["predicted_speedup"] for name in (COLOCATED, "ids, ahead, auto")} == {None}
+
+
+def test_the_round_model_takes_no_acceptance_that_a_planner_selected() -> None:
+    """At temperature 0 all modes accept what the case with a fixed draft length does."""
+    rows = {row["case"]: row for row in category_rows(CELL, CASES, measured(), QUALITY)}
+    assert rows["topk 32, auto"]["predicted_speedup"] == pytest.approx(rows["ids, auto"]["predicted_speedup"])
+    cases = category_cases(1.0)
+    answers = {case.name: [drafting()] for case in cases}
+    warm = {
+        row["case"]: row for row in category_rows(CategoryCell("coding", 1.0), cases, Measured(answers, {}), QUALITY)
+    }
+    assert warm["coupled, auto"]["predicted_speedup"]
+    assert warm["topk 32, auto"]["predicted_speedup"] is warm["topp 256, auto"]["predicted_speedup"] is None
 
 
 def test_the_summary_names_the_category_with_the_least_speedup() -> None:

@@ -48,7 +48,8 @@ class CategoryCell:
 def category_cases(temperature: float) -> list[Case]:
     """The target alone, the uplink modes, and the draft model on the base station's core.
 
-    At temperature 0 a distribution has one entry, so that ``topp`` sends what ``topk`` does.
+    The case with Drafts ahead and prompt lookup is what a device does by default. At temperature 0 a distribution has
+    one entry, so that ``topp`` sends what ``topk`` does.
     """
     mode = Mode.COUPLED if temperature else Mode.IDS
     sparse = [Mode.TOPK, Mode.TOPP] if temperature else [Mode.TOPK]
@@ -56,6 +57,7 @@ def category_cases(temperature: float) -> list[Case]:
         TARGET,
         Case(f"{mode}, auto", mode),
         Case(f"{mode}, ahead, auto", mode, drafts_ahead=None),
+        Case(f"{mode}, ahead, lookup, auto", mode, drafts_ahead=None, lookup=True),
         Case(f"{mode}, draft length {DRAFT_LEN}", mode, DRAFT_LEN),
         *(Case(f"{one} {DEFAULT_UPLINK_K[one]}, auto", one) for one in sparse),
         Case(COLOCATED, mode, colocated=True),
@@ -66,7 +68,7 @@ def category_rows(cell: CategoryCell, cases: Sequence[Case], measured: Measured,
     """A row per case; ratios are None where a case failed, or where nothing followed the first tokens."""
     answers = measured.answers
     colocated = next((case.name for case in cases if case.colocated), TARGET.name)
-    predictor = _predictor(cases, answers, quality)
+    predictor = _predictor(cases, answers, cell.temperature, quality)
     rows = []
     for case in cases:
         speedup = _ratio(answers[case.name], answers[TARGET.name])
@@ -131,17 +133,22 @@ def _figures(answers: Sequence[Throughput]) -> Row:
 
 
 def _predictor(
-    cases: Sequence[Case], answers: Mapping[str, Sequence[Throughput]], quality: QualityFigures
+    cases: Sequence[Case], answers: Mapping[str, Sequence[Throughput]], temperature: float, quality: QualityFigures
 ) -> CalibratedModel:
-    """The round model with the acceptance, the drafting time and the verification time of each mode's own rounds."""
+    """The round model with the drafting time and the verification time of each mode's own rounds.
+
+    It takes the acceptance of rounds with a fixed draft length. At temperature 0 all modes accept the same tokens;
+    above, a mode without such rounds is not predicted.
+    """
     target = combined(answers[TARGET.name])
     calibrations = {}
     for mode in {case.mode for case in cases} - {Mode.TARGET}:
-        of_mode = [case for case in cases if case.mode is mode and _is_predicted(case)]
-        fixed = [one for case in of_mode if case.draft_len for one in combined(answers[case.name]).rounds]
-        rounds = [one for case in of_mode for one in combined(answers[case.name]).rounds]
-        if any(one.reply_seconds is not None for one in rounds):
-            calibrations[mode] = _calibration(rounds, fixed or rounds)
+        timed = [case for case in cases if case.mode is mode and _is_predicted(case)]
+        rounds = [one for case in timed for one in combined(answers[case.name]).rounds]
+        comparable = [case for case in cases if case.draft_len and (case.mode is mode or not temperature)]
+        fixed = [one for case in comparable for one in combined(answers[case.name]).rounds]
+        if fixed and any(one.reply_seconds is not None for one in rounds):
+            calibrations[mode] = _calibration(rounds, fixed)
     return CalibratedModel(calibrations, target.seconds / target.tokens if target.tokens else None, quality)
 
 
