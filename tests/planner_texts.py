@@ -6,12 +6,14 @@ decode the same text, and no time varies, so that small differences between plan
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from math import inf
 from pathlib import Path
 from statistics import median
 from typing import Annotated
+from unittest.mock import patch
 
 import numpy as np
 import typer
@@ -23,7 +25,10 @@ from bench.station.recorder import greedy_answers
 from device.drafting.draft_model import Logits, SequenceModel
 from device.drafting.drafter import Drafter
 from device.drafting.load_model import load_model
+from device.drafting.lookup_drafter import LookupDrafter
 from device.drafting.no_draft_model import NoDraftModel
+from device.drafting.prompt_lookup import Proposal
+from device.planning.planner import Planner
 from device.settings import DraftSettings, UplinkSettings
 from device.text.tokenizer import Tokenizer
 from protocol.messages import Mode, Sampling
@@ -42,6 +47,8 @@ LINKS = {
     "sample": SAMPLE,
 }
 _AT_ONCE = 8
+_LEAST_FORESEEN = 8
+"""Right tokens of a proposal from which on it is sent where it is known how many are right."""
 app = typer.Typer(help=__doc__, add_completion=False)
 
 
@@ -135,18 +142,46 @@ class RecordedPair(TimedPair):
         return (len(answer) - 1) / elapsed if elapsed else inf
 
 
+@contextmanager
+def foresight(text: RecordedText) -> Iterator[None]:
+    """Prompt lookup knows how many tokens of a proposal are right, and proposes these where they are enough."""
+    text, propose = text.renumbered(), LookupDrafter.propose
+
+    def foreseen(drafter: LookupDrafter, tokens: Sequence[int], most: int, stops: Collection[int]) -> Proposal | None:
+        proposal = propose(drafter, tokens, most, stops)
+        following = text.answer_ids[len(tokens) - len(text.prompt_ids) :]
+        pairs = zip(proposal.token_ids if proposal else (), following, strict=False)
+        right = next((index for index, (token, other) in enumerate(pairs) if token != other), len(following))
+        enough = proposal is not None and min(right, len(proposal.token_ids)) >= _LEAST_FORESEEN
+        return replace(proposal, token_ids=proposal.token_ids[:right]) if proposal and enough else None
+
+    with (
+        patch.object(LookupDrafter, "propose", foreseen),
+        patch.object(Planner, "lookup_len", lambda _, proposal, *__: len(proposal.token_ids)),
+    ):
+        yield
+
+
 def lookup_ratios(texts: Sequence[RecordedText], times: PairTimes, drafts_ahead: int | None) -> list[list[float]]:
-    """For each text: lookup with the draft model over that model alone, and lookup alone over the target alone."""
+    """For each text, tokens per second with lookup over those without.
+
+    With the draft model, as planned and with ``foresight``; alone, over the target alone.
+    """
     planned = PLANNED if drafts_ahead is None else LOCKSTEP
     with_lookup = replace(planned, lookup=True)
     cases = ((planned, True), (with_lookup, True), (TARGET_ALONE, True), (with_lookup, False))
-    pairs = [RecordedPair(times) for _ in cases]
-    rates = [
-        [pair.tokens_per_second(text, *case) for pair, case in zip(pairs, cases, strict=True)]
-        for text in texts
-        if len(text.answer_ids) > 1
-    ]
-    return [[lookup / model, alone / target] for model, lookup, target, alone in rates if inf not in (model, lookup)]
+    pairs, foreseeing = [RecordedPair(times) for _ in cases], RecordedPair(times)
+    ratios = []
+    for text in texts:
+        if len(text.answer_ids) == 1:
+            continue
+        rates = (pair.tokens_per_second(text, *case) for pair, case in zip(pairs, cases, strict=True))
+        model, lookup, target, alone = rates
+        with foresight(text):
+            foreseen = foreseeing.tokens_per_second(text, with_lookup)
+        if inf not in (model, lookup, foreseen):
+            ratios.append([lookup / model, foreseen / model, alone / target])
+    return ratios
 
 
 @app.command()
@@ -187,8 +222,9 @@ def simulate(file: Annotated[Path, typer.Argument(exists=True, dir_okay=False)])
         values = json.loads(line)
         text = RecordedText(values.pop("category"), **{name: tuple(of_text) for name, of_text in values.items()})
         texts.setdefault(text.category, []).append(text)
-    typer.echo("| link | Drafts | category | answers | over the draft model | least | alone, over the target | least |")
-    typer.echo("|---|---|---|---|---|---|---|---|")
+    medians = "over the draft model", "with foresight", "alone, over the target"
+    typer.echo(f"| link | Drafts | category | answers | {' | least | '.join(medians)} | least |")
+    typer.echo("|---|---|---|---|---|---|---|---|---|---|")
     for (link, times), drafts_ahead in ((one, ahead) for one in LINKS.items() for ahead in (0, None)):
         for category, of_category in texts.items():
             ratios = lookup_ratios(of_category, times, drafts_ahead)
