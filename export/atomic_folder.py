@@ -24,9 +24,11 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     If the block raises, the sibling is deleted and ``folder`` is unchanged.
 
     Raises:
-        SettingsError: the folder cannot be created.
+        SettingsError: the folder cannot be created, or not be replaced.
     """
     folder = folder.resolve()
+    if folder.is_mount():
+        raise SettingsError("the output folder", str(folder), "a folder within it: a mount point cannot be replaced")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         sibling = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))

@@ -220,7 +220,9 @@ def _target_text(
     console: Console,
 ) -> TargetText:
     with console.status("loading the target"):
-        model = source.load_model(source.model_folder(target.name, scratch), "auto")
+        folder = source.model_folder(target.name, scratch)
+        check_memory(sum(path.stat().st_size for path in folder.glob("*.safetensors")))
+        model = source.load_model(folder, "auto")
     stop_ids = all_stop_ids(target.stop_sources)
     return TargetText.generate(model, prompts, vocab_size, stop_ids, conditions.target_ms, console)
 

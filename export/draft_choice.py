@@ -16,11 +16,15 @@ def convert_fastest(models: Sequence[str], bundle: Path, settings: ConvertSettin
     """Export each of ``models``, keep the fastest one's bundle as ``bundle``, and return its manifest.
 
     Raises:
-        SettingsError: there is no target, or the weight format is given, so that no speed is predicted.
+        SettingsError: there is no target, or the weight format is given, so that no speed is predicted; or drafting
+            times are given, which differ between the models.
         EdgedraftError: as ``convert`` raises it, for any of them.
     """
     if settings.target is None or settings.precision is not None:
         raise SettingsError("MODEL", " ".join(models), "one, or several with --target and --precision auto")
+    if settings.conditions.draft_ms:
+        allowed = "one MODEL: each drafts in a time of its own, so convert them singly"
+        raise SettingsError("draft-ms", "given", allowed)
     check_bundle_folder(bundle)
     with tempfile.TemporaryDirectory(dir=_existing_parent(bundle)) as scratch:
         bundles = [Path(scratch, str(index)) for index in range(len(models))]

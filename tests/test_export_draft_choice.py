@@ -11,6 +11,7 @@ from export import draft_choice
 from export.convert import ConvertSettings
 from export.draft_choice import convert_fastest
 from export.quantize import Precision
+from export.weight_choice import Conditions
 from protocol.bundle import Candidate, Manifest
 from protocol.errors import ModelError, SettingsError
 from tests.tiny_bundle import one_word, write_bundle
@@ -50,6 +51,12 @@ def test_without_a_target_or_with_one_format_nothing_tells_which_is_fastest(tmp_
     for settings in (replace(AUTO, target=None), replace(AUTO, precision=Precision.INT8)):
         with pytest.raises(SettingsError, match="one, or several with --target and --precision auto"):
             convert_fastest(list(SPEEDS), tmp_path / "bundle", settings, Console(file=io.StringIO()))
+
+
+def test_the_time_of_one_draft_model_is_not_taken_for_another(tmp_path: Path) -> None:
+    settings = replace(AUTO, conditions=Conditions(draft_ms={"int8": 15.0}))
+    with pytest.raises(SettingsError, match="convert them singly"):
+        convert_fastest(list(SPEEDS), tmp_path / "bundle", settings, Console(file=io.StringIO()))
 
 
 def test_a_draft_model_that_cannot_be_converted_leaves_no_bundle(tmp_path: Path) -> None:
