@@ -22,7 +22,7 @@ def write_pair(path: Path, public: str, secret: str) -> None:
     """Write the secret key to ``path``, readable by its owner only, and the public key to ``path``.pub.
 
     Raises:
-        KeyFileError: a file exists already or cannot be written.
+        KeyFileError: a file exists already or cannot be written; then there is neither.
     """
     public_file = public_path(path)
     for file in (path, public_file):
@@ -30,10 +30,15 @@ def write_pair(path: Path, public: str, secret: str) -> None:
             raise KeyFileError(f"{str(file)!r} exists already; choose another file, or remove it if it is unused")
     try:
         path.touch(0o600, exist_ok=False)  # restrict the mode before the secret is written
+    except OSError as error:
+        raise KeyFileError(f"{str(path)!r} cannot be written: {error.strerror}") from error
+    try:
         path.write_text(f"{_SECRET} {secret}\n", encoding="ascii")
         public_file.write_text(f"{_PUBLIC} {public}\n", encoding="ascii")
     except OSError as error:
-        raise KeyFileError(f"{error.filename!r} cannot be written: {error.strerror}") from error
+        for file in (path, public_file):
+            file.unlink(missing_ok=True)
+        raise KeyFileError(f"{str(path)!r} and its .pub cannot be written: {error.strerror}") from error
 
 
 def public_path(path: Path) -> Path:

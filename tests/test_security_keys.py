@@ -1,5 +1,6 @@
 """Key files, the key folder of a base station, and the commands that create them."""
 
+import errno
 import json
 import subprocess
 import sys
@@ -52,6 +53,23 @@ def test_a_public_key_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
     keys.public_path.write_bytes(b"\xff")
     with pytest.raises(KeyFileError, match="it is not text"):
         _ = keys.public_line
+
+
+def test_a_key_that_cannot_be_written_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the next attempt is not told that it exists."""
+    write_text = Path.write_text
+
+    def fill(path: Path, text: str, encoding: str) -> int:
+        if path.suffix == ".pub":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write_text(path, text, encoding)
+
+    monkeypatch.setattr(Path, "write_text", fill)
+    with pytest.raises(KeyFileError, match=r"phone' and its .pub cannot be written: No space left"):
+        new_key(tmp_path / "phone")
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(KeyFileError, match=r"none/phone' cannot be written: No such file"):
+        new_key(tmp_path / "none" / "phone")
 
 
 def test_no_key_is_overwritten(tmp_path: Path) -> None:
