@@ -17,6 +17,7 @@ variable "CUDA_IMAGE" { default = "nvcr.io/nvidia/cuda:13.2.1-cudnn-runtime-ubun
 variable "PIP_INDEX_URL" { default = null }
 variable "TORCH_INDEX" { default = null }
 variable "ONNXRUNTIME" { default = null }
+variable "COMPUTE_CAPABILITY" { default = null }
 
 group "default" {
   targets = ["device", "basestation", "basestation-cpu", "export"]
@@ -44,7 +45,7 @@ target "device" {
 target "device-jetson" {
   inherits   = ["common"]
   dockerfile = "docker/device-jetson.Dockerfile"
-  args       = { CUDA_IMAGE = CUDA_IMAGE, ONNXRUNTIME = ONNXRUNTIME }
+  args       = { CUDA_IMAGE = CUDA_IMAGE, ONNXRUNTIME = ONNXRUNTIME, COMPUTE_CAPABILITY = COMPUTE_CAPABILITY }
   platforms  = ["linux/arm64"]
   tags       = ["${REGISTRY}/edgedraft-device-jetson:${TAG}"]
 }

@@ -1,8 +1,10 @@
 # Build time: exports a draft model as a bundle.
 #
 #   docker build -f docker/export.Dockerfile -t edgedraft-export --build-arg TORCH_INDEX=… .
-#   docker run --rm -v "$PWD/models:/work" edgedraft-export convert /work/draft /work/bundle --target /work/target
+#   docker run --rm --user "$(id -u)" -v "$PWD/models:/work" edgedraft-export \
+#     convert /work/draft /work/bundle --target /work/target
 #
+# `sample` needs pip, which the image does not have.
 # PYTHON_IMAGE: any base with Python 3.11 and venv; a digest (python@sha256:…) pins it.
 ARG PYTHON_IMAGE=docker.io/library/python:3.11.14-slim-bookworm
 

@@ -46,7 +46,7 @@ class BitReader:
     """Reads packed bits in the order in which they were written.
 
     Every method raises FrameError on invalid bits, before it allocates anything
-    larger than the bits that are present.
+    that is not in proportion to the bits that are present.
     """
 
     def __init__(self, data: bytes) -> None:

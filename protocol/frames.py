@@ -1,7 +1,7 @@
 """Encode messages as frames and decode them; the only file that knows msgpack.
 
 A frame is a msgpack array: a tag that identifies the message, then its fields in
-order. Token ids are one binary field with ⌈log2 V⌉ bits per id. Decoding is
+order. Token ids are one binary field with max(8, ⌈log2 V⌉) bits per id. Decoding is
 validation: a decoded message is valid, and invalid bytes raise FrameError before
 anything large is allocated.
 
