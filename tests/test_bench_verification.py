@@ -7,9 +7,11 @@ import pytest
 from typer.testing import CliRunner
 
 from bench.cli import app
+from bench.grid.cells import Case
 from bench.grid.pair_run import Measured
 from bench.grid.recording_planner import RoundFigures
 from bench.grid.throughput import Throughput
+from bench.pair import verification as verification_module
 from bench.pair.verification import ALL, BLOCK, TOKEN, verification_cases, verification_rows
 from protocol.messages import Mode
 from tests.sample import BUNDLE, SAMPLE
@@ -45,6 +47,29 @@ def test_runs_that_failed_have_no_part_in_the_figures() -> None:
     failed = Measured({TOKEN: [answer(3, 0.2)], BLOCK: []}, {BLOCK: "lost"})
     rows = verification_rows({"qa": [failed]})
     assert rows == [{"case": name, "answers": 0, "failed": "lost"} for name in ("qa", ALL)]
+
+
+def test_the_order_of_the_cases_alternates_from_seed_to_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one prompt in a category the order within a run never changes."""
+    orders: list[list[str]] = []
+
+    class Pair:
+        def __init__(self, *_: object) -> None: ...
+        def __enter__(self) -> "Pair":
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+        def described(self) -> dict[str, str]:
+            return {}
+
+        def measure(self, _: object, cases: list[Case], *__: object) -> Measured:
+            orders.append([case.name for case in cases])
+            return Measured({TOKEN: [answer(1, 0.1)], BLOCK: [answer(1, 0.1)]}, {})
+
+    monkeypatch.setattr(verification_module, "PairRun", Pair)
+    done = CliRunner().invoke(app, ["verification", "--bundle", ".", "--target", ".", "--repeats", "3"])
+    assert done.exit_code == 0, done.output
+    assert orders == [[TOKEN, BLOCK], [BLOCK, TOKEN], [TOKEN, BLOCK]]
 
 
 @pytest.mark.model

@@ -125,9 +125,9 @@ class PairRun:
 
     def _warm_up(self, setups: Setups, cell: Cell, cases: Sequence[Case], workload: Workload) -> None:
         """Run the first forward passes, which are slow, and let each planner measure its link."""
-        for case in cases:
-            if case is TARGET or case.draft_len is None:
-                self._answer(setups, cell, case, workload.prompts[0], workload)
+        planned = [case for case in cases if case is TARGET or case.draft_len is None]
+        for case in planned or cases[:1]:
+            self._answer(setups, cell, case, workload.prompts[0], workload)
 
     def _answer(self, setups: Setups, cell: Cell, case: Case, prompt: str, workload: Workload) -> Throughput:
         setup = setups[case.colocated, case.has_draft_model]

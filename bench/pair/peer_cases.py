@@ -159,7 +159,7 @@ def _asking(process: PeerProcess, case: str) -> AnswerPrompt:
 
 
 def _own_cases(files: PairFiles, stack: ExitStack) -> list[PeerCase]:
-    """This system with the device's default settings; over the link it also drafts ahead."""
+    """This system with a planned draft length and without prompt lookup; over the link it also drafts ahead."""
     model = load_model(files.bundle, threads=files.threads)
     tokenizer = Tokenizer(files.bundle, model.manifest)
     station = stack.enter_context(running_station(files.target, files.dtype))
@@ -186,7 +186,7 @@ def _int8_cases(files: PairFiles, stack: ExitStack) -> list[PeerCase]:
     model = load_model(files.bundle, threads=files.threads)
     tokenizer = Tokenizer(files.bundle, model.manifest)
     station = stack.enter_context(running_station(files.target, files.dtype, "--weights", "int8"))
-    setup = stack.enter_context(connected(model, tokenizer, station, Planners(model.manifest.quality)))
+    setup = stack.enter_context(connected(model, tokenizer, station, Planners(model.manifest.target_quality)))
     return [
         PeerCase(name, "edgedraft int8, target alone", _own_answer(setup, settings), None)
         for name, settings in chosen.items()

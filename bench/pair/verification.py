@@ -49,8 +49,9 @@ def verification(
 ) -> None:
     """Compare block verification with token-wise verification in mode topk.
 
-    Both take turns on each prompt, in alternating order, with the same seed. The acceptance length is that of all
-    rounds; ratios of times are medians over the answers. All ratios have a bootstrap 95 % interval.
+    Both take turns on each prompt, in an order that alternates from prompt to prompt and from seed to seed. The
+    acceptance length is that of all rounds; ratios of times are medians over the answers. All ratios have a bootstrap
+    95 % interval.
     """
     texts = {"built-in": list(OWN_PROMPTS)} if prompts is None else prompts_by_category(prompts, per_category)
     cases, limits = verification_cases(draft_len), AnswerLimits(max_new_tokens, inf)
@@ -62,7 +63,10 @@ def verification(
             progress.update(task, description=category)
             measured[category] = [
                 pair.measure(
-                    Cell(temperature), cases, Workload(of_category, limits, seed), lambda: progress.advance(task)
+                    Cell(temperature),
+                    cases[:: 1 if seed % 2 else -1],
+                    Workload(of_category, limits, seed),
+                    lambda: progress.advance(task),
                 )
                 for seed in range(1, repeats + 1)
             ]
