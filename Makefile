@@ -91,7 +91,7 @@ lint: $(VENV)/ready  ## ruff and the import contracts
 types: $(VENV)/ready  ## mypy --strict
 	$(BIN)/mypy
 
-bench: models  ## measure the README's speedup, and check exactness
+bench: models  ## measure the sample pair's speedup, and check exactness
 	$(BIN)/edgedraft-bench speedup --bundle $(BUNDLE) --target $(SAMPLE)
 	$(BIN)/edgedraft-bench exact --bundle $(BUNDLE) --target $(SAMPLE)
 

@@ -32,7 +32,7 @@ def demo(
         with console.status("starting a base station"):
             setup = stack.enter_context(bench_setup(bundle, stack.enter_context(running_station(target, dtype))))
         show_demo(setup, prompt, console)
-    console.print("next: edgedraft-device chat, or edgedraft-bench speedup (see README.md)")
+    console.print("next: edgedraft-device chat, or edgedraft-bench speedup (docs/benchmarks.md)")
 
 
 def show_demo(setup: BenchSetup, prompt: str, console: Console) -> None:
