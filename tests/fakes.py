@@ -23,6 +23,7 @@ from protocol.bundle import CacheKind, Manifest, QualityFigures
 from protocol.vocabulary import vocabulary_hash
 
 Table = npt.NDArray[np.float32]  # [vocab_size, vocab_size, vocab_size]: logits after the last two tokens
+QUALITY = QualityFigures(argmax_agreement=0.9, overlap=0.8, topk_acceptance=0.7, coupled_acceptance=0.8, positions=100)
 
 
 def random_table(vocab_size: int, seed: int, sharpness: float = 1.5) -> Table:

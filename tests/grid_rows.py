@@ -2,10 +2,8 @@
 
 from bench.grid.cells import COLOCATED, TARGET, Cell
 from bench.setup.results import Row
-from protocol.bundle import QualityFigures
 from protocol.messages import Mode
 
-QUALITY = QualityFigures(argmax_agreement=0.9, overlap=0.8, topk_acceptance=0.7, coupled_acceptance=0.8, positions=100)
 LOOPBACK = Cell(0.0)
 CELL = Cell(0.0, 20.0, 5.0)
 TARGET_SECONDS = 0.05

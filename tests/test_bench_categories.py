@@ -17,7 +17,7 @@ from bench.setup.prompts import prompts_by_category, read_prompts
 from bench.setup.results import number
 from protocol.errors import SettingsError
 from protocol.messages import Mode
-from tests.grid_rows import QUALITY
+from tests.fakes import QUALITY
 from tests.sample import BUNDLE, SAMPLE
 
 CELL = CategoryCell("coding", 0.0)

@@ -15,7 +15,8 @@ from bench.setup.results import number
 from common.round_model import Direction, expected_tokens
 from device.planning.planner import Planner
 from protocol.messages import Mode
-from tests.grid_rows import CELL, LOOPBACK, QUALITY, TARGET_SECONDS, rows_of
+from tests.fakes import QUALITY
+from tests.grid_rows import CELL, LOOPBACK, TARGET_SECONDS, rows_of
 
 
 def speedup(model: CalibratedModel, mode: Mode, draft_len: int | None, cell: Cell) -> float:

@@ -14,13 +14,10 @@ from device.planning.planner import FIRST_DRAFT_LEN, MAX_DRAFT_LEN, Planner
 from device.planning.planners import Planners
 from device.planning.trials import MIN_WAIT, TRIAL, TRIAL_SHARE
 from device.settings import DraftSettings
-from protocol.bundle import QualityFigures
 from protocol.messages import Decode, Draft, Mode, Sampling
-from tests.fakes import FakeDraftModel, FakeTarget, random_table, target_alone
+from tests.fakes import QUALITY, FakeDraftModel, FakeTarget, random_table, target_alone
 from tests.link_pair import MemoryTransport, Station, join, open_session
 from tests.timed_pair import PairTimes, TimedPair
-
-QUALITY = QualityFigures(argmax_agreement=0.9, overlap=0.8, topk_acceptance=0.7, coupled_acceptance=0.8, positions=100)
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,8 @@ from device.planning.planner_lookup import LookupAcceptance
 from device.session.session import Origin
 from device.settings import DraftSettings
 from protocol.messages import Decode, Draft, Mode, Sampling
-from tests.fakes import manifest
+from tests.fakes import QUALITY, manifest
 from tests.lookup_sessions import CYCLE, follower, timed_answer
-from tests.test_device_planner import QUALITY
 from tests.timed_pair import PairTimes, TimedPair
 
 

@@ -18,6 +18,7 @@ from device.settings import DraftSettings
 from device.text.tokenizer import Tokenizer
 from protocol.messages import Mode, Sampling
 from tests.cluster_station import (
+    FOLLOWED_BY_SEED,
     AnsweringDevice,
     ClusterStation,
     answering,
@@ -37,8 +38,6 @@ SETTINGS = [
     DraftSettings(Mode.TOPK, Sampling(1.0, seed=3), 32, 4),
     DraftSettings(Mode.TARGET, Sampling(1.0, seed=3), 1, 4),
 ]
-FOLLOWED_BY_SEED = (Mode.IDS, Mode.COUPLED, Mode.TARGET)
-"""In the other modes an answer depends on where its rounds begin."""
 FEW = 2
 """Devices where nothing is lost: replicas start sooner beside fewer."""
 

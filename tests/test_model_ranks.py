@@ -16,6 +16,7 @@ from device.settings import DraftSettings, Timeouts
 from device.text.tokenizer import Tokenizer
 from protocol.messages import Mode, Sampling
 from tests.cluster_station import (
+    FOLLOWED_BY_SEED,
     START_SECONDS,
     AnsweringDevice,
     answering,
@@ -36,8 +37,6 @@ SETTINGS = [
     DraftSettings(Mode.TOPK, Sampling(1.0, seed=3), 32, 4, drafts_ahead=0),
     DraftSettings(Mode.TARGET, Sampling(1.0, seed=3), 1, 4),
 ]
-FOLLOWED_BY_SEED = (Mode.IDS, Mode.COUPLED, Mode.TARGET)
-"""In the other modes an answer depends on where its rounds begin, which a loss changes."""
 
 
 def devices_of(address: str, stack: ExitStack) -> list[AnsweringDevice]:

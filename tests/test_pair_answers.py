@@ -10,11 +10,10 @@ from bench.setup.bench_setup import BenchSetup, bench_setup
 from bench.setup.prompts import OWN_PROMPTS
 from bench.setup.station_process import running_station
 from protocol.messages import Sampling
-from tests.sample import PROJECT
+from tests.sample import PAIR
 
 pytestmark = [pytest.mark.pair, pytest.mark.timeout(7200)]
 
-PAIR = PROJECT / "build" / "pair"
 NEW_TOKENS = 64
 DRAFT_LENS = (1, 4, 8)
 

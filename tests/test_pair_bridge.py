@@ -13,11 +13,10 @@ from bench.setup.prompts import OWN_PROMPTS
 from bench.setup.station_process import running_station
 from protocol.messages import Mode, Sampling
 from tests.random_sessions import check_random_sessions
-from tests.sample import PROJECT
+from tests.sample import PAIR
 
 pytestmark = [pytest.mark.pair, pytest.mark.timeout(7200)]
 
-PAIR = PROJECT / "build" / "pair"
 BRIDGE = PAIR / "bridge"
 NEW_TOKENS = 32
 DRAFT_LENS = (1, 4, 8)

@@ -6,11 +6,10 @@ import pytest
 
 from bench.setup.station_process import running_station
 from tests.client_cases import CLIENTS_PYTHON, run_node, run_python, services
-from tests.sample import PROJECT
+from tests.sample import PAIR
 
 pytestmark = [pytest.mark.pair, pytest.mark.timeout(1800)]
 
-PAIR = PROJECT / "build" / "pair"
 CASES = {
     "with_openai.py": "parsed or tool",
     "with_langchain.py": "structure or tool",

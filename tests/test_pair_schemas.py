@@ -7,11 +7,9 @@ import pytest
 from bench.setup.bench_setup import BenchSetup, bench_setup
 from bench.setup.station_process import running_station
 from tests.json_schemas import answer_schemas
-from tests.sample import PROJECT
+from tests.sample import PAIR
 
 pytestmark = [pytest.mark.pair, pytest.mark.timeout(7200)]
-
-PAIR = PROJECT / "build" / "pair"
 
 
 @pytest.fixture(scope="module")
