@@ -14,10 +14,12 @@ from bench.report.pair_section import PAIR_COMMANDS
 from bench.report.report import COMMANDS, write_report
 from bench.setup.results import Results
 from protocol.errors import SettingsError
-from tests.grid_rows import CELL, LOOPBACK, QUALITY, rows_of
+from tests.fakes import QUALITY
+from tests.grid_rows import CELL, LOOPBACK, rows_of
 from tests.sample import PROJECT
 
 RESULTS = PROJECT / "docs" / "results"
+ALL_COMMANDS = {**COMMANDS, **PAIR_COMMANDS}
 
 
 def test_a_report_creates_its_folder_and_needs_a_folder_of_results(tmp_path: Path) -> None:
@@ -48,14 +50,18 @@ def test_the_report_in_the_repository_is_that_of_its_result_files(tmp_path: Path
     assert written.read_text(encoding="utf-8") == (PROJECT / "docs" / "results.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", [name for name in PAIR_COMMANDS if (RESULTS / f"{name}.json").exists()])
+@pytest.mark.parametrize("name", [name for name in ALL_COMMANDS if (RESULTS / f"{name}.json").exists()])
 def test_the_named_command_measures_what_the_file_says(name: str) -> None:
-    _, command, *options = PAIR_COMMANDS[name].split()
+    _, command, *options = ALL_COMMANDS[name].split()
     settings = Results.read(RESULTS / f"{name}.json").settings
     group: Any = typer.main.get_command(app)
     params = group.get_command(group.make_context("", [command]), command).make_context(command, options).params
-    for option in {"per_category", "repeats", "max_new_tokens"} & settings.keys():
-        assert params[option] == settings[option], option
+    for option in settings.keys() & params.keys() - {"prompts"}:  # of which the file has the number
+        is_path = option in ("target", "draft", "small_draft")
+        given, measured = (Path(one).name if is_path else one for one in (params[option], settings[option]))
+        assert given == measured, option
+    temperatures = {row["temperature"] for row in Results.read(RESULTS / f"{name}.json").rows if "temperature" in row}
+    assert temperatures == set(params.get("temperatures") or temperatures)
 
 
 def test_a_measured_pair_has_its_sections(tmp_path: Path) -> None:
@@ -65,7 +71,7 @@ def test_a_measured_pair_has_its_sections(tmp_path: Path) -> None:
     rows = [{**row, "speedup": 1.5, "load_average": 1.0} for row in rows]
     Results({}, rows).write(tmp_path / "categories.json")
     Results({}, [{"case": "llama.cpp, with draft", "missing": "needs node"}]).write(tmp_path / "peers.json")
-    others = "lookup", "lookup_categories", "lookup_others", "lookup_math", "verification", "weights"
+    others = "lookup", "lookup_without_amx", "lookup_categories", "lookup_others", "lookup_math", "verification", "weights"
     for name in others:
         Results({}, [{"case": f"row of {name}"}]).write(tmp_path / f"{name}.json")
     Results({}, rows).write(tmp_path / "bridge.json")

@@ -23,6 +23,9 @@ PAIR_COMMANDS = {
         "--small-draft build/sample --target-gguf FILE --draft-gguf FILE --prompts FILE --repeats 3"
     ),
     "lookup": "edgedraft-bench lookup --bundle build/pair/bundle --target build/pair/target --max-new-tokens 128",
+    "lookup_without_amx": (
+        "edgedraft-bench lookup --bundle build/pair/bundle --target build/pair/target --max-new-tokens 128"
+    ),
     "lookup_categories": (
         "edgedraft-bench lookup --bundle build/pair/bundle --target build/pair/target --prompts FILE "
         "--category summarization --category rag --per-category 3 --max-new-tokens 64"

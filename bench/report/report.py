@@ -245,6 +245,7 @@ def _pair(found: Mapping[str, Results | None], plots: Path) -> Iterator[str]:
         ("pair_grid", "a grid of links", partial(pair_grid_parts, plots=plots)),
         ("peers", "other programs", peer_parts),
         ("lookup", "prompt lookup on code edits", lookup_parts),
+        ("lookup_without_amx", "prompt lookup on code edits without matrix instructions", lookup_parts),
         ("lookup_categories", "prompt lookup by category", lookup_parts),
         ("lookup_others", "prompt lookup in the other categories", lookup_parts),
         ("lookup_math", "prompt lookup on many prompts of one category", lookup_parts),
