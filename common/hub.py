@@ -4,6 +4,7 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
+from common.error_text import first_line
 from protocol.errors import ModelError
 
 _TIMEOUT = 4.0
@@ -28,7 +29,7 @@ def hub_folder(name: str, patterns: Sequence[str]) -> Path:
             return Path(snapshot_download(name, allow_patterns=list(patterns), etag_timeout=_TIMEOUT))
         except Exception as error:  # requests' or httpx' by version
             raise ModelError(
-                f"the download of {name!r} from the hub failed ({_first_line(error)}); run the command again to go on"
+                f"the download of {name!r} from the hub failed ({first_line(error)}); run the command again to go on"
             ) from error
     try:
         return Path(snapshot_download(name, allow_patterns=list(patterns), local_files_only=True))
@@ -59,13 +60,9 @@ def _refusal(name: str) -> str | None:
             HfApi().model_info(name, timeout=_TIMEOUT)
             outcome.append(None)
         except Exception as error:  # noqa: BLE001 - reported by the caller
-            outcome.append(_first_line(error))
+            outcome.append(first_line(error))
 
     thread = threading.Thread(target=ask, name="hub", daemon=True)
     thread.start()
     thread.join(_TIMEOUT)
     return outcome[0] if outcome else f"no answer within {_TIMEOUT:.0f} s"
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

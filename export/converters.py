@@ -7,6 +7,7 @@ happens to the graph afterwards.
 from enum import StrEnum
 from pathlib import Path
 
+from common.error_text import first_line
 from export.quiet import quiet_tools
 from protocol.errors import ModelError, SettingsError
 
@@ -92,6 +93,6 @@ def _with_optimum(source: Path, folder: Path) -> Converter:
 
 
 def _failure(converter: Converter, source: Path, error: Exception) -> ModelError:
-    reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    reason = first_line(error)
     others = ", ".join(other for other in (Converter.GENAI, Converter.OPTIMUM) if other is not converter)
     return ModelError(f"converter {converter.value!r} failed on {str(source)!r} ({reason}); try --converter {others}")

@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from common.chat_template import default_template
+from common.error_text import first_line
 from common.gguf_metadata import GgufVocabulary
 from common.hub import hub_folder
 from common.stop_ids import GGUF_STOP_ROLES, StopSources, stop_sources
@@ -177,8 +178,4 @@ def _reading(what: str) -> Iterator[None]:
     except (
         OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError, ImportError,
     ) as error:  # fmt: skip
-        raise ModelError(f"cannot read {what}: {_first_line(error)}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ModelError(f"cannot read {what}: {first_line(error)}") from error

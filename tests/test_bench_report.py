@@ -71,7 +71,15 @@ def test_a_measured_pair_has_its_sections(tmp_path: Path) -> None:
     rows = [{**row, "speedup": 1.5, "load_average": 1.0} for row in rows]
     Results({}, rows).write(tmp_path / "categories.json")
     Results({}, [{"case": "llama.cpp, with draft", "missing": "needs node"}]).write(tmp_path / "peers.json")
-    others = "lookup", "lookup_without_amx", "lookup_categories", "lookup_others", "lookup_math", "verification", "weights"
+    others = (
+        "lookup",
+        "lookup_without_amx",
+        "lookup_categories",
+        "lookup_others",
+        "lookup_math",
+        "verification",
+        "weights",
+    )
     for name in others:
         Results({}, [{"case": f"row of {name}"}]).write(tmp_path / f"{name}.json")
     Results({}, rows).write(tmp_path / "bridge.json")

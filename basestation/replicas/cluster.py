@@ -35,6 +35,7 @@ from basestation.replicas.replica_set import ReplicaSet
 from basestation.replicas.replica_settings import ReplicaOptions, ReplicaSettings
 from basestation.sizes import parse_size
 from common.container_memory import within_limits
+from common.error_text import first_line
 from protocol.errors import EdgedraftError, LinkError, ModelError, SettingsError
 from protocol.limits import Limits
 
@@ -118,7 +119,7 @@ class Followers:
             except RayTaskError as error:
                 self._failure = ModelError(str(error.cause))
             except RayError as error:
-                reason = str(error).splitlines()[0]
+                reason = first_line(error)
                 logger.critical("%s ends, for another process to replace it: %s", self._name, reason)
                 os._exit(1)
 
@@ -183,7 +184,7 @@ class Cluster:
         try:
             self._connect(options)
         except (ConnectionError, RuntimeError) as error:
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             raise LinkError(f"no Ray cluster at {options.ray_address or 'this machine'}: {reason}") from error
 
     def __enter__(self) -> Self:

@@ -19,6 +19,7 @@ from platformdirs import user_cache_path
 from safetensors import SafetensorError
 
 from basestation.sizes import readable_size
+from common.error_text import first_line
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ def fill(entry: Path, size: int, load: Callable[[], Any]) -> bool:
             model.save_pretrained(unfinished)
             Path(unfinished).replace(entry)
         except (OSError, SafetensorError) as error:
-            return _not_written(entry, next(iter(str(error).splitlines()), type(error).__name__))
+            return _not_written(entry, first_line(error))
     return True
 
 

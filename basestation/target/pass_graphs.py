@@ -22,6 +22,7 @@ from basestation.kv_cache.kv_pages import KVPages
 from basestation.target.forward_pass import ForwardPass
 from basestation.target.padded_pass import PaddedPass
 from basestation.target.varlen_attention import VarlenBatch, lengths_of
+from common.error_text import first_line
 
 RunModel: TypeAlias = Callable[[Tensor, Tensor, Tensor, VarlenBatch], Tensor]
 """Token ids, positions and rows wanted, each [rows], and the layout → their logits [rows, V]."""
@@ -75,7 +76,7 @@ class PassGraphs:
             gains = {rows: self._gain(rows, eager) for rows in reversed(buckets)}  # smaller ones reuse memory
         except Exception as error:  # noqa: BLE001 - whatever a capture meets, passes without it work
             self._graphs.clear()
-            logger.warning("no CUDA graphs: %s", (str(error).splitlines() or [type(error).__name__])[0])
+            logger.warning("no CUDA graphs: %s", first_line(error))
             return False
         slower = sorted(rows for rows, gain in gains.items() if gain <= 1)
         for rows in slower:

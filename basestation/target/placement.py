@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from common.error_text import first_line
 from protocol.errors import SettingsError
 
 logger = logging.getLogger(__name__)
@@ -32,9 +33,8 @@ def choose_placement(torch_device: str) -> torch.device:
         placement = torch.device(torch_device)
         torch.empty(0, device=placement)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
         raise SettingsError(
-            "torch-device", torch_device, f"auto, cpu or a device of this machine ({reason})"
+            "torch-device", torch_device, f"auto, cpu or a device of this machine ({first_line(error)})"
         ) from error
     return placement
 

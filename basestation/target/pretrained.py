@@ -24,6 +24,7 @@ from basestation.target.supported_models import refuse_gguf_rope, refuse_unsuppo
 from basestation.target.tensor_parallel import refuse_unsplittable
 from basestation.target.vocabulary import Vocabulary
 from common.chat_template import default_template
+from common.error_text import first_line
 from common.gguf_metadata import GgufVocabulary
 from common.hub import hub_folder
 from common.stop_ids import StopSources, all_stop_ids, gguf_stop_sources, stop_sources
@@ -190,9 +191,9 @@ def _named_failures(model: str) -> Iterator[None]:
     except ModelError:
         raise
     except Exception as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelError(
-            f"target model {model!r} cannot be loaded: {reason[0]}; give a model folder, a hub name or a .gguf file"
+            f"target model {model!r} cannot be loaded: {first_line(error)}; "
+            "give a model folder, a hub name or a .gguf file"
         ) from error
 
 

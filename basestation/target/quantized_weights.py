@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers.quantizers import AutoHfQuantizer
 
+from common.error_text import first_line
 from protocol.errors import ModelError
 
 KERNELS = {
@@ -86,7 +87,7 @@ def quantized_bytes(config: Any, folder: Path, expanded: int, placement: torch.d
         quantizer = AutoHfQuantizer.from_config(_settings(config), pre_quantized=True)
         quantizer.validate_environment(device_map={"": str(placement)}, weights_only=True)
     except _FAILURES as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         remedy = f"install {KERNELS[str(method)]}, or {_REMEDY}"
         raise ModelError(
             f"weights quantised by {method!r} cannot be loaded on {placement}: {reason}; {remedy}"

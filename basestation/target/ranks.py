@@ -28,6 +28,7 @@ from torch.distributed.distributed_c10d import Store
 from basestation.replicas.inner_link import InnerKey, InnerSocket, connect_inner
 from basestation.target.forward_pass import ForwardPass
 from basestation.target.tensor_parallel import Share
+from common.error_text import first_line
 
 COLLECTIVE_SECONDS = 60.0
 """After which a rank that waits for another one in a pass fails."""
@@ -254,8 +255,7 @@ class SharedPasses:
         try:
             return self._runner.run(forward_pass)
         except Exception as error:
-            reason = str(error).splitlines() or [type(error).__name__]
-            raise RankFailure(f"a pass of all ranks failed: {reason[0]}") from error
+            raise RankFailure(f"a pass of all ranks failed: {first_line(error)}") from error
 
 
 def encode_pass(forward_pass: ForwardPass) -> list[bytes]:

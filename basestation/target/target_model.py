@@ -28,6 +28,7 @@ from basestation.target.segment import Segment
 from basestation.target.tensor_parallel import Share, split
 from basestation.target.vocabulary import Vocabulary
 from basestation.target.weight_pages import release_weight_pages
+from common.error_text import first_line
 from common.grammar import GrammarCompiler
 from common.grammar_matcher import is_available
 from common.hub import model_name
@@ -244,6 +245,6 @@ def _allocated(shape: KVShape, kv_memory: int) -> KVPages:
         with catch_out_of_memory():
             return KVPages(shape, count)
     except OutOfMemory as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         allowed = f"what is free on {shape.torch_device} ({reason})"
         raise SettingsError("kv-memory", readable_size(kv_memory), allowed) from error

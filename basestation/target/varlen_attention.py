@@ -18,6 +18,7 @@ from basestation.target.attention import SequentialBatch, slots_of
 from basestation.target.block_attention import BlockBatch
 from basestation.target.forward_pass import ForwardPass
 from basestation.target.host_transfer import to_device
+from common.error_text import first_line
 
 logger = logging.getLogger(__name__)
 
@@ -143,7 +144,7 @@ def failure_of_trial(shape: KVShape) -> str | None:
             try:
                 outputs.append(batch.attend(0, query, key, value, shape.head_size**-0.5, window))
             except (RuntimeError, ValueError) as error:
-                return f"a trial failed: {str(error).splitlines()[0]}"
+                return f"a trial failed: {first_line(error)}"
         difference = float((outputs[0] - outputs[1]).abs().max())
         if not difference < _TOLERANCE:  # NaN compares false
             return f"its result in a trial with window {window} differed by {difference:.2g}"

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from basestation.target.placement import DTYPES
+from common.error_text import first_line
 from export.quiet import quiet_tools
 
 
@@ -73,7 +74,7 @@ def answer_requests(generator: Generates, requests: TextIO, answers: TextIO) -> 
                 "token_ids": generator.generate(request["case"], request["prompt_ids"], request["max_new_tokens"])
             }
         except Exception as error:  # noqa: BLE001 - the library's errors share no base class
-            answer = {"error": f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"}
+            answer = {"error": f"{type(error).__name__}: {first_line(error)}"}
         print(json.dumps(answer), file=answers, flush=True)
 
 

@@ -32,6 +32,7 @@ from bench.station.passes import (
     continuous_batching_seconds,
     seconds_of,
 )
+from common.error_text import first_line
 from protocol.errors import SettingsError
 from protocol.messages import Sampling
 
@@ -161,7 +162,7 @@ class Ceiling:
             with catch_out_of_memory():
                 return self._seconds(case, combination), None
         except (OutOfMemory, ContinuousBatchingError) as error:
-            return None, str(error).splitlines()[0]
+            return None, first_line(error)
 
     def _seconds(self, case: str, combination: Combination) -> float:
         self._model = self._model or self._build()

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime
 
+from common.error_text import first_line
 from device.drafting.cuda_provider import CUDA_PROVIDERS, check_bundle, check_cuda, check_nodes
 from device.drafting.huge_pages import huge_pages
 from protocol.bundle import MODEL_NAME, CacheKind, Manifest
@@ -306,7 +307,7 @@ def _load(path: Path, threads: int, providers: Sequence[str], manifest: Manifest
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=list(providers))
     except Exception as error:  # ONNX Runtime's errors share no base class
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise BundleError(f"{str(path)!r} cannot be loaded: {reason}; export the bundle again") from error
     started = session.get_providers()
     if idle := [name for name in providers if name not in started]:
