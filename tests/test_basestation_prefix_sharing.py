@@ -10,7 +10,7 @@ import pytest
 from basestation.kv_cache.kv_pool import PAGE_SIZE
 from basestation.sessions.committed_tokens import CommittedTokens
 from basestation.sessions.session import Session
-from protocol.messages import Close, Extend, Fault, Opened
+from protocol.messages import Close, Decode, Extend, Fault, Opened
 from tests.fakes import FakeSequenceKVCache
 from tests.link_pair import Station
 from tests.scripted_device import BUDGET, CODEC, VOCAB, ScriptedDevice, new_station, prompt_of, settle, target_of
@@ -156,6 +156,45 @@ def test_a_session_computes_a_prefix_itself_when_its_source_closes() -> None:
     newcomer.draft()
     settle(station)
     newcomer.commit()
+
+
+def test_a_prompt_that_is_evicted_before_its_draft_keeps_no_newcomer_waiting() -> None:
+    """A round needs the page that would be the prompt's last one; the prompt's device sends nothing more."""
+    station = new_station(capacity=8 * PAGE_SIZE)
+    runner = ScriptedDevice(station, 1, prompt_of(4 * PAGE_SIZE - 3, seed=5))
+    settle(station)
+    station.now += 10
+    prompt = prompt_of(5 * PAGE_SIZE - 1)
+    ScriptedDevice(station, 2, prompt)
+    evicted = sessions_of(station)[1].kv_cache
+    while evicted.length < 4 * PAGE_SIZE:
+        station.engine.step()
+    runner.send(Decode(0, 1, 6))
+    settle(station)
+    assert evicted.pages == []
+    station.now += 10
+    newcomer = ScriptedDevice(station, 3, [*prompt[: 2 * PAGE_SIZE], 1])
+    newcomer.receive()
+    newcomer.draft()
+    for _ in range(10):
+        station.engine.step()
+    newcomer.commit()
+
+
+def test_a_newcomer_shares_what_a_source_that_runs_nothing_has_cached() -> None:
+    station = new_station()
+    ScriptedDevice(station, 1, [*PREFIX, 1])
+    (source,) = sessions_of(station)
+    source.evict()
+    target_of(station).forward([source.segment(PAGE_SIZE + 10)])
+    assert not station.engine.busy
+    newcomer = ScriptedDevice(station, 2, [*PREFIX, 2])
+    newcomer.receive()
+    newcomer.draft()
+    for _ in range(10):
+        station.engine.step()
+    newcomer.commit()
+    assert target_of(station).kv_pool.shared == PAGE_SIZE
 
 
 def test_a_prefix_whose_pages_were_given_back_is_computed_again() -> None:

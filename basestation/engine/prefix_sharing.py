@@ -26,8 +26,10 @@ def share_prefixes(newcomers: Iterable[Session], sessions: Iterable[Session]) ->
     sources: dict[bytes, Session] = {}  # by the key of each page: the source with the most cached positions
     for session in sorted(sessions, key=lambda one: one.kv_cache.length):
         if session.kv_cache.length:
-            first = max(0, -(-session.kv_cache.shortest // session.kv_cache.page_size) - 1)
-            sources.update(dict.fromkeys(session.tokens.shareable_keys[first:], session))
+            page_size = session.kv_cache.page_size
+            first = max(0, -(-session.kv_cache.shortest // page_size) - 1)
+            end = None if session.waiting else session.kv_cache.length // page_size
+            sources.update(dict.fromkeys(session.tokens.shareable_keys[first:end], session))
     waiting = {}
     for newcomer in ordered:
         length, source = _longest_prefix(newcomer, sources)

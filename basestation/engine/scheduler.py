@@ -226,14 +226,17 @@ class _BatchBuilder:
         self._kv_pool = kv_pool
         self._sessions = sessions
         self._on_eviction = on_eviction
+        self._evicted: set[Session] = set()
         self._reserved = 0
 
     def add(self, session: Session, limit: int, evict_waiting: bool = True) -> int:
         """Add at most ``limit`` tokens of a session; returns how many, 0 where the KV pool has no room.
 
         For the first of a batch others that wait are evicted too if ``evict_waiting``: a prompt evicts no round, except
-        of a device whose sessions have grown beyond half of the pool.
+        of a device whose sessions have grown beyond half of the pool. Sessions that this batch evicted are not added.
         """
+        if session in self._evicted:
+            return 0
         segment = session.segment(limit)
         kv_cache, count = session.kv_cache, len(segment.token_ids)
         growth = max(0, self._kv_pool.round_up(kv_cache.length + count) - kv_cache.capacity)
@@ -250,6 +253,7 @@ class _BatchBuilder:
             if victim is None:
                 return False
             victim.evict()
+            self._evicted.add(victim)
             self._on_eviction(victim)
         return True
 
