@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from common.grammar_matcher import new_matcher, new_tokenizer
-from protocol.errors import GrammarError
+from protocol.errors import GrammarError, TransientGrammarError
 
 if TYPE_CHECKING:
     from llguidance import LLTokenizer
@@ -48,20 +48,20 @@ class GrammarTrial:
 
         Raises:
             GrammarError: it takes too much time, memory or recursion.
+            TransientGrammarError: the process cannot be started, was killed, or got too little time.
         """
         try:
             self._process = self._process or self._start()
             reply = _ask(self._process, text)
         except OSError as error:
-            raise GrammarError(f"the grammar cannot be compiled: no process can be started for it: {error}") from error
+            raise _transient(f"no process can be started for it: {error}") from error
         if not reply:
             _end(self._process)
             self._process = None
-            raise GrammarError("the grammar cannot be compiled: the process that compiles grammars ended; see the log")
-        outcome = json.loads(reply)
-        if isinstance(outcome, str):
-            raise GrammarError(f"the grammar cannot be compiled: {outcome}")
-        return int(outcome) * _MIB
+            raise _transient("the process that compiles grammars ended; see the log")
+        if (exit_code := int(reply)) <= 0:
+            raise _failure(exit_code)
+        return exit_code * _MIB
 
     def _start(self) -> "subprocess.Popen[bytes]":
         process = subprocess.Popen(  # noqa: S603 - our own module
@@ -107,12 +107,12 @@ def _receive(stream: IO[bytes]) -> str | None:
 
 
 def main() -> None:
-    """Answer each grammar with a line in JSON: the MiB it takes, or why it cannot be compiled; 1 for what is none."""
+    """Answer each grammar with a line: the ``_exit_code`` of compiling it, also of what is no grammar."""
     setup = _receive(sys.stdin.buffer)
     assert setup is not None
     tokenizer = new_tokenizer(*json.loads(setup))
     while (text := _receive(sys.stdin.buffer)) is not None:
-        print(json.dumps(_outcome(_exit_code(tokenizer, text))), flush=True)  # noqa: T201 - the reply
+        print(_exit_code(tokenizer, text), flush=True)  # noqa: T201 - the reply
 
 
 def _exit_code(tokenizer: "LLTokenizer", text: str) -> int:
@@ -135,7 +135,7 @@ def _limit_this_process() -> None:
     os.nice(_NICENESS)
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # what an allocation that fails prints
     signal.alarm(_WALL_SECONDS)
-    resource.setrlimit(resource.RLIMIT_CPU, (_CPU_SECONDS, _CPU_SECONDS))
+    resource.setrlimit(resource.RLIMIT_CPU, (_CPU_SECONDS, _CPU_SECONDS + 1))  # SIGXCPU, not SIGKILL
     resource.setrlimit(resource.RLIMIT_STACK, (_STACK_BYTES, _STACK_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     memory = _memory_bytes()[0] + _MEMORY_MIB * _MIB
@@ -154,12 +154,22 @@ def _memory_bytes() -> list[int]:
     return [int(count) * os.sysconf("SC_PAGESIZE") for count in pages]
 
 
-def _outcome(exit_code: int) -> int | str:
-    if exit_code > 0:
-        return exit_code
-    if -exit_code in (signal.SIGKILL, signal.SIGXCPU, signal.SIGALRM):
-        return f"it takes more than {_CPU_SECONDS} s"
-    return f"it takes more than {_MEMORY_MIB} MiB, or is nested too deeply"
+def _failure(exit_code: int) -> GrammarError:
+    """Why a grammar cannot be compiled, by the ``_exit_code``."""
+    match -exit_code:
+        case signal.SIGKILL:
+            return _transient("the process that compiles it was killed, perhaps for lack of memory")
+        case signal.SIGALRM:
+            return _transient(f"it takes more than {_WALL_SECONDS} s on this busy machine")
+        case signal.SIGXCPU:
+            reason = f"it takes more than {_CPU_SECONDS} s"
+        case _:
+            reason = f"it takes more than {_MEMORY_MIB} MiB, or is nested too deeply"
+    return GrammarError(f"the grammar cannot be compiled: {reason}")
+
+
+def _transient(reason: str) -> TransientGrammarError:
+    return TransientGrammarError(f"the grammar cannot be compiled: {reason}; try again")
 
 
 if __name__ == "__main__":

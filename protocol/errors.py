@@ -6,6 +6,7 @@
     ├── SettingsError           a setting has an invalid value
     │   └── ContextLengthError  the prompt or the answer exceeds the context length
     ├── GrammarError            a grammar cannot be compiled or applied
+    │   └── TransientGrammarError  a grammar cannot be compiled now
     ├── ModelError              a model cannot be found, read or used
     │   ├── BundleError         a bundle is missing, damaged or has another format version
     │   ├── QualityError        an exported model differs too much from its target
@@ -75,6 +76,10 @@ class GrammarError(EdgedraftError):
 
     code = "grammar"
     exit_code = 2
+
+
+class TransientGrammarError(GrammarError):
+    """A grammar cannot be compiled now, for a reason other than the grammar itself; it may be compiled later."""
 
 
 class ModelError(EdgedraftError):

@@ -8,7 +8,7 @@ from llguidance import LLParserLimits
 from basestation.sessions.grammars import Grammars
 from common import grammar_matcher
 from common.grammar import Grammar, GrammarCompiler, regex_grammar
-from protocol.errors import LimitError
+from protocol.errors import GrammarError, LimitError, TransientGrammarError
 from protocol.frames import FrameCodec
 from protocol.messages import Fault, Message, Mode, Open, Opened, Sampling, Welcome
 from tests.fakes import FakeTarget, random_table
@@ -73,6 +73,27 @@ def test_a_grammar_that_a_session_has_exhausted_is_compiled_again(monkeypatch: p
         grammar = grammars.get(request)
         assert grammar is not None
         exhaust(grammar)
+
+
+@pytest.mark.parametrize("failure", [TransientGrammarError("no process can be started"), MemoryError()], ids=repr)
+def test_a_grammar_that_cannot_be_compiled_now_is_refused_once(failure: Exception) -> None:
+    failures, refusals = [failure], list[GrammarError]()
+
+    def check(_: str) -> int:
+        if failures:
+            raise failures.pop()
+        return MIB
+
+    def again() -> None:
+        with pytest.raises(GrammarError) as caught:
+            grammars.ready("device", open_with(1), again)
+        refusals.append(caught.value)
+
+    grammars = Grammars(GrammarCompiler(json_tokenizer, len(PIECES), check), 64 * MIB)
+    assert not grammars.ready("device", open_with(1), again)
+    assert len(refusals) == 1
+    assert not grammars.ready("device", open_with(1), lambda: None)
+    assert grammars.ready("device", open_with(1), lambda: None)
 
 
 def test_the_grammars_of_a_devices_sessions_count_as_memory_that_it_holds() -> None:

@@ -4,15 +4,25 @@ import gc
 import os
 import signal
 import string
+import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from common import grammar_trial
 from common.grammar import GrammarCompiler, lark_grammar, schema_grammar
-from protocol.errors import GrammarError
+from protocol.errors import GrammarError, TransientGrammarError
 from tests.hostile_grammars import HOSTILE, VALID, ids_of, new_compiler, tokenizer_json
+
+ENDLESS = """
+import itertools
+from common import grammar_trial
+
+grammar_trial.new_matcher = lambda *_: all(itertools.repeat(True))
+print(grammar_trial._exit_code(None, ""))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -60,9 +70,29 @@ def test_what_is_no_grammar_is_refused_with_the_reason(compiler: GrammarCompiler
 def test_another_process_starts_where_the_first_one_ended(compiler: GrammarCompiler) -> None:
     compiler.compile(VALID)
     os.kill(process_id(compiler), signal.SIGKILL)
-    with pytest.raises(GrammarError, match="process that compiles grammars ended"):
+    with pytest.raises(TransientGrammarError, match="process that compiles grammars ended"):
         compiler.compile(VALID)
     assert compiler.compile(VALID).follow([])
+
+
+@pytest.mark.parametrize(
+    ("exit_code", "transient"),
+    [
+        (-signal.SIGXCPU, False),  # the limit of CPU time
+        (-signal.SIGABRT, False),  # a failed allocation
+        (-signal.SIGSEGV, False),  # the limit of the stack
+        (0, False),
+        (-signal.SIGALRM, True),  # other processes have the CPU
+        (-signal.SIGKILL, True),  # the system is out of memory
+    ],
+)
+def test_a_grammar_is_not_blamed_for_a_busy_machine(exit_code: int, transient: bool) -> None:
+    assert isinstance(grammar_trial._failure(exit_code), TransientGrammarError) == transient
+
+
+def test_the_limit_of_cpu_time_is_no_signal_that_the_system_sends_too() -> None:
+    ended = subprocess.run([sys.executable, "-c", ENDLESS], capture_output=True, text=True, check=True)
+    assert int(ended.stdout) in (-signal.SIGXCPU, -signal.SIGALRM)
 
 
 @pytest.mark.parametrize("executable", ["/nonexistent", "/bin/false"])
@@ -70,7 +100,7 @@ def test_a_process_that_does_not_start_is_a_grammar_error(executable: str, monke
     monkeypatch.setattr(sys, "executable", executable)
     compiler = new_compiler()
     for _ in range(2):
-        with pytest.raises(GrammarError, match=r"no process can be started|process that compiles grammars ended"):
+        with pytest.raises(TransientGrammarError, match=r"no process can be started|grammars ended"):
             compiler.compile(VALID)
 
 

@@ -13,7 +13,7 @@ from typing import TypeAlias
 
 from basestation.sessions.held_bytes import held_bytes
 from common.grammar import Grammar, GrammarCompiler
-from protocol.errors import FullError, GrammarError
+from protocol.errors import FullError, GrammarError, TransientGrammarError
 from protocol.messages import Extend, Open, Request
 
 RunElsewhere: TypeAlias = Callable[[Callable[[], None], Callable[[], None]], None]
@@ -134,8 +134,9 @@ class Grammars:
         self._kept.update(job.outcomes)
         for _, again in job.waiting.values():
             again()
-        if job.wanted.answer:
-            del self._kept[job.wanted]
+        for wanted, outcome in job.outcomes.items():
+            if wanted.answer or isinstance(outcome, TransientGrammarError):
+                self._kept.pop(wanted, None)
         while len(self._kept) > _MAX_KEPT or self._kept_bytes > _MAX_KEPT_BYTES:
             self._kept.popitem(last=False)
 
@@ -143,7 +144,8 @@ class Grammars:
 def _compile(compiler: GrammarCompiler, job: _Job, compiled: Grammar | None) -> None:
     """Fill in the outcomes of a job, for its text if that is not ``compiled`` yet, and for its answer."""
     text, answer = job.wanted.text, job.wanted.answer
-    job.outcomes[job.wanted] = GrammarError("the grammar cannot be compiled; the base station's log says why")
+    unknown = "the grammar cannot be compiled; the base station's log says why"
+    job.outcomes[job.wanted] = TransientGrammarError(unknown)
     try:
         grammar = compiled or compiler.compile(text)
         job.outcomes[_Wanted(text)] = grammar
