@@ -138,6 +138,13 @@ def test_sessions_of_many_devices_are_at_both_replicas(site: FrontSite, cleanup:
     assert min(counts) > 0
 
 
+def test_a_replica_reports_what_its_busy_sessions_require(site: FrontSite, cleanup: ExitStack) -> None:
+    peer = RawPeer(site.address, cleanup)
+    assert isinstance(peer.request(hello(VOCAB)), Welcome)
+    assert peer.request(Open(0, 0, Mode.IDS, Sampling(), tuple(PROMPT))) == Opened(0, 0)
+    wait_for(lambda: sum(one.load.kv_share > 0 for one in site.front.routing.replicas.values()) == 1)
+
+
 # -- losses --
 
 

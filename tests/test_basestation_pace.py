@@ -83,6 +83,16 @@ def test_tokens_of_other_devices_that_are_active_now_count_and_own_or_idle_ones_
     assert welcome_of(station).pass_seconds == pytest.approx(FORWARD + ROW, rel=0.05)
 
 
+def test_the_pace_that_a_replica_reports_is_that_of_the_welcome() -> None:
+    station = new_station()
+    run_rounds(station, b"a", b"b")
+    for _ in ("active", "idle"):
+        station.engine.measure_load()
+        pace, welcome = station.engine.load.pace, welcome_of(station)
+        assert (pace.pass_seconds, pace.row_seconds) == (welcome.pass_seconds, welcome.row_seconds)
+        station.now += 10
+
+
 def steady_times(passes: int = 50) -> PassTimes:
     times = PassTimes()
     for index in range(passes):

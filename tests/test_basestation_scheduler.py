@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from basestation.engine.scheduler import PassBudget
+from basestation.engine.scheduler import BUSY_SECONDS, PassBudget
 from basestation.kv_cache.kv_pool import PAGE_SIZE
 from basestation.verification.verify import RoundToVerify, VerificationResult, verify_rounds
 from protocol.errors import SettingsError
@@ -205,6 +205,19 @@ def test_a_full_station_says_when_to_retry() -> None:
         device.commit()
     station.now += 2
     assert ScriptedDevice(station, 7, prompt_of(50)).receive() == [Opened(0, 0)]
+
+
+def test_the_load_counts_what_busy_sessions_require_and_no_idle_kv_caches() -> None:
+    station = new_station(capacity=8 * PAGE_SIZE)
+    for name in (1, 2):
+        ScriptedDevice(station, name, prompt_of(2 * PAGE_SIZE - 1, name))
+    settle(station)
+    station.engine.measure_load()
+    assert station.engine.load.kv_share == 0.5
+    station.now += BUSY_SECONDS
+    station.engine.measure_load()
+    assert station.engine.load.kv_share == 0
+    assert target_of(station).kv_pool.used == 4 * PAGE_SIZE
 
 
 def test_a_forward_pass_that_runs_out_of_memory_is_split() -> None:

@@ -14,7 +14,7 @@ from basestation.devices.handshake import Handshake
 from basestation.devices.peer import Peer
 from basestation.devices.rate_limit import RateLimiter
 from basestation.engine.load import Load
-from basestation.engine.pace import PassTimes
+from basestation.engine.pace import Pace, PassTimes
 from basestation.engine.pass_clock import PassClock
 from basestation.engine.pass_records import PassRecord, PassRecordFile, VerifiedRound
 from basestation.engine.scheduler import BUSY_SECONDS, PassBudget, ScheduledUnit, Scheduler
@@ -84,14 +84,19 @@ class Engine:
         self._sessions = SessionTable(limits)
         self._repetitions = RateLimiter(limits.max_requests_per_second, clock)
         self._scheduler = Scheduler(target.kv_pool, budget, self._note_eviction)
+        self._kv_share, self._pace = 0.0, Pace()
         self._metrics.watch(self._sessions.count_by_name, target.kv_pool)
 
     @property
     def load(self) -> Load:
-        """The sessions, the KV pool and the pace now. Any thread may ask."""
-        pool = self._target.kv_pool
-        sessions = self._sessions.keys()
-        return Load(sessions, pool.used / pool.capacity, self._pass_times.pace(len(sessions)))
+        """The sessions now, and the rest as of the last ``measure_load``. Any thread may ask."""
+        return Load(self._sessions.keys(), self._kv_share, self._pace)
+
+    def measure_load(self) -> None:
+        """Measure what ``load`` tells besides the sessions."""
+        sessions = self._sessions.all()
+        self._kv_share = self._scheduler.required_share(sessions, self._clock())
+        self._pace = self._pass_times.pace(sum(map(self._is_active, sessions)))
 
     @property
     def busy(self) -> bool:

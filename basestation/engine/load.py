@@ -16,8 +16,8 @@ class Load:
 
     Attributes:
         sessions: that are open.
-        kv_share: of the KV pool that is in use, 0 to 1.
-        pace: for one more session beside these.
+        kv_share: of the KV pool that busy sessions require, as admission counts them; above 1 where some must wait.
+        pace: for one more session beside those that are active.
     """
 
     sessions: Sequence[SessionKey] = ()

@@ -175,6 +175,10 @@ class Scheduler:
             half = self._kv_pool.capacity // 2
             self._check_room([*others, session], half, "this device's sessions fill half of the KV pool", now)
 
+    def required_share(self, sessions: Collection[Session], now: float) -> float:
+        """The share of the KV pool that busy sessions require; above 1 where some of them must wait."""
+        return sum(self._required_positions(_busy(sessions, now))) / self._kv_pool.capacity
+
     def _check_room(self, sessions: Sequence[Session], allowed: int, reason: str, now: float) -> None:
         """Check that sessions, the longest idle first and the one in question last, need no more than ``allowed``."""
         totals = list(accumulate(self._required_positions(sessions)))

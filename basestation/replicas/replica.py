@@ -35,5 +35,6 @@ class Replica(EngineHost):
 
     @property
     def load(self) -> Load:
-        """The sessions, the KV pool and the pace now."""
+        """The engine's load, which its thread measures again for the next report."""
+        self._inbox.put(self._engine.measure_load, always=True)
         return self._engine.load
