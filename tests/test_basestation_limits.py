@@ -9,6 +9,7 @@ import torch
 
 from basestation.devices.peer import Peer
 from basestation.devices.rate_limit import RateLimiter
+from basestation.kv_cache.kv_pool import PAGE_SIZE
 from basestation.server import Server
 from basestation.target.segment import Segment
 from basestation.target.target_model import TargetModel
@@ -103,6 +104,22 @@ def test_the_longest_idle_session_makes_room_for_another_of_its_device() -> None
     fault = device.request(Draft(0, 1, ()))
     assert isinstance(fault, Fault)
     assert fault.code == "unknown_session"
+
+
+def test_an_open_that_is_refused_drops_no_idle_session() -> None:
+    station = Station(FakeTarget.make(TARGET, capacity=2 * PAGE_SIZE), TIGHT)
+    device, strangers = RawDevice(station), [RawDevice(station, peer) for peer in (b"b", b"c")]
+    for number in (0, 1):
+        assert device.request(opening(number)) == Opened(number, 0)
+        assert device.receive() is None  # the prompt is prefilled
+        station.now += 6
+    for stranger in strangers:
+        assert stranger.request(opening(0)) == Opened(0, 0)
+    fault = device.request(opening(2))
+    assert isinstance(fault, Fault)
+    assert fault.text.startswith("the base station is full (busy sessions: 2)")
+    for number in (0, 1):
+        assert device.request(Draft(number, 1, ())) == Verdict(number, 1, 0, target_alone(TARGET, (1, 2), 1)[0])
 
 
 def test_a_device_continues_in_a_session_that_made_room_for_another() -> None:

@@ -322,9 +322,9 @@ class Engine:
         kv_cache, stop_ids = target.new_kv_cache(), target.vocabulary.stop_ids
         session = Session(peer, request, kv_cache, stop_ids, target.context_length, self._limits.window, now)
         replies = session.take(request, self._grammars.get(request))
-        self._sessions.make_room(peer.owner, now)
+        replaced = self._sessions.replaceable(peer.owner, now)
         self._scheduler.admit(session, self._sessions.all(), now)
-        self._sessions.add(session)
+        self._sessions.add(session, replaced)
         prompt_len = len(request.prompt_ids)
         logger.info("peer %s, session %s: %s, %d tokens", peer, request.session_id, request.mode, prompt_len)
         return session, replies

@@ -42,8 +42,11 @@ class SessionTable:
         owned = self._by_owner.copy().items()
         return [(owner, session_id) for owner, sessions in owned for session_id in sessions.copy()]
 
-    def add(self, session: Session) -> None:
-        """Add a session that was opened."""
+    def add(self, session: Session, replaced: Session | None = None) -> None:
+        """Add a session that was opened, and drop the one of its device that it replaces, if any."""
+        if replaced:
+            logger.info("peer %s, session %s: dropped, for another of its device", replaced.peer, replaced.session_id)
+            self.drop(replaced.peer.owner, replaced.session_id)
         self._by_owner.setdefault(session.peer.owner, {})[session.session_id] = session
 
     def drop(self, owner: str, session_id: int) -> None:
@@ -58,24 +61,22 @@ class SessionTable:
         """Forget all sessions."""
         self._by_owner.clear()
 
-    def make_room(self, owner: str, now: float) -> None:
-        """Drop the longest idle session of an owner that has as many as allowed: a killed device closed none.
+    def replaceable(self, owner: str, now: float) -> Session | None:
+        """The longest idle session of an owner that has as many as allowed, else None: a killed device closed none.
 
         Raises:
             FullError: all its sessions are active.
         """
         sessions, most = self.of(owner), self._limits.max_sessions
         if len(sessions) < most:
-            return
+            return None
         idle = [one for one in sessions if not one.waiting and one.last_active <= now - BUSY_SECONDS]
         if not idle:
             option, seconds = option_name("max_sessions"), round(BUSY_SECONDS)
             raise FullError(
                 f"{most} sessions of this device are active, all that {option} allows; retry in {seconds} s", seconds
             )
-        longest = min(idle, key=lambda session: session.last_active)
-        logger.info("peer %s, session %s: dropped, for another of its device", longest.peer, longest.session_id)
-        self.drop(owner, longest.session_id)
+        return min(idle, key=lambda session: session.last_active)
 
     def check_memory(self, owner: str, request: Request, reply_bytes: int = 0) -> None:
         """Check that an owner's sessions may hold a new request and ``reply_bytes`` of its replies.
