@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -81,11 +82,19 @@ def test_more_memory_than_the_system_has_is_out_of_memory() -> None:
         "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
         "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
         "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory",
+        "std::bad_alloc",
     ],
 )
 def test_every_text_of_a_failed_allocation_is_out_of_memory(text: str) -> None:
     with pytest.raises(OutOfMemory, match=re.escape(text.splitlines()[0])), catch_out_of_memory():
         raise RuntimeError(text)
+
+
+def test_what_numpy_and_python_cannot_allocate_is_out_of_memory() -> None:
+    with pytest.raises(OutOfMemory, match="Unable to allocate"), catch_out_of_memory():
+        np.empty(2**60, np.int8)
+    with pytest.raises(OutOfMemory, match="memory"), catch_out_of_memory():
+        raise MemoryError
 
 
 def test_other_errors_of_a_gpu_are_not_out_of_memory() -> None:

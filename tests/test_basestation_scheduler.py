@@ -273,10 +273,17 @@ def test_a_session_reaches_the_whole_announced_context_in_a_pool_full_of_idle_se
     assert target.kv_pool.used == target.kv_pool.capacity == target.context_length
 
 
-def test_running_out_of_memory_in_verification_loses_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate"), MemoryError()],
+    ids=["PyTorch", "NumPy"],
+)
+def test_running_out_of_memory_in_verification_loses_no_token(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def verify_one(logits: torch.Tensor, rounds: Sequence[RoundToVerify]) -> list[VerificationResult]:
         if len(rounds) > 1:
-            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate")
+            raise error
         return verify_rounds(logits, rounds)
 
     monkeypatch.setattr("basestation.engine.engine.verify_rounds", verify_one)

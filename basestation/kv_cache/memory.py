@@ -22,7 +22,8 @@ from protocol.errors import ModelError
 
 _KV_SHARE = {"cuda": 0.9, "cpu": 0.5}
 _OUT_OF_MEMORY = re.compile(
-    r"not enough memory|can't allocate memory|CUDA error: out of memory|CU(BLAS|DNN|SPARSE|SOLVER)_STATUS_ALLOC_FAILED",
+    r"not enough memory|can't allocate memory|CUDA error: out of memory|CU(BLAS|DNN|SPARSE|SOLVER)_STATUS_ALLOC_FAILED"
+    r"|bad_alloc",
     re.IGNORECASE,
 )
 
@@ -33,7 +34,7 @@ class OutOfMemory(Exception):  # noqa: N818 - expected under load; the engine ha
 
 @contextlib.contextmanager
 def catch_out_of_memory() -> Iterator[None]:
-    """Raise ``OutOfMemory`` for the different errors with which PyTorch and the system report it."""
+    """Raise ``OutOfMemory`` for the different errors with which PyTorch, NumPy and the system report it."""
     try:
         yield
     except RuntimeError as error:
@@ -41,6 +42,8 @@ def catch_out_of_memory() -> Iterator[None]:
             raise
         torch.cuda.empty_cache()
         raise OutOfMemory(str(error)) from error
+    except MemoryError as error:
+        raise OutOfMemory(str(error) or "the host has too little memory") from error  # Python's own has no text
     except OSError as error:
         if error.errno != errno.ENOMEM:
             raise
