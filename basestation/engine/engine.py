@@ -6,7 +6,7 @@ schedule, run, verify, deliver.
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import TypeAlias
 
@@ -17,7 +17,7 @@ from basestation.engine.load import Load
 from basestation.engine.pace import Pace, PassTimes
 from basestation.engine.pass_clock import PassClock
 from basestation.engine.pass_records import PassRecord, PassRecordFile, VerifiedRound
-from basestation.engine.scheduler import BUSY_SECONDS, PassBudget, ScheduledUnit, Scheduler
+from basestation.engine.scheduler import BUSY_SECONDS, PassBudget, ScheduledUnit, Scheduler, is_active
 from basestation.kv_cache.memory import OutOfMemory, catch_out_of_memory
 from basestation.monitoring.metrics import Metrics
 from basestation.sessions.grammars import Grammars, RunElsewhere, run_here
@@ -42,8 +42,6 @@ Deliver: TypeAlias = Callable[[bytes, Message], int]
 """Sends a message to an address; returns its size in bytes."""
 
 logger = logging.getLogger(__name__)
-
-_IDLE_SECONDS = 1.0
 
 
 class Engine:
@@ -96,7 +94,7 @@ class Engine:
         """Measure what ``load`` tells besides the sessions."""
         sessions = self._sessions.all()
         self._kv_share = self._scheduler.required_share(sessions, self._clock())
-        self._pace = self._pass_times.pace(sum(map(self._is_active, sessions)))
+        self._pace = self._pass_times.pace(self._count_active(sessions))
 
     @property
     def busy(self) -> bool:
@@ -106,7 +104,7 @@ class Engine:
     @property
     def idle(self) -> bool:
         """Whether no session has something to run, and none was active in the last second."""
-        return not any(map(self._is_active, self._sessions.all()))
+        return not self._count_active(self._sessions.all())
 
     def receive(self, peer: Peer, message: Message, size: int = 0) -> None:
         """Take a message of ``size`` bytes; an error ends its session alone, with a Fault (invariant 7)."""
@@ -277,8 +275,12 @@ class Engine:
                 raise StateError(f"{type(message).__name__} is sent by base stations only")
 
     def _greet(self, peer: Peer, hello: Hello) -> None:
-        others = sum(self._is_active(one) for one in self._sessions.all() if one.peer.owner != peer.owner)
+        others = self._count_active(one for one in self._sessions.all() if one.peer.owner != peer.owner)
         self._deliver(peer, self._handshake.greet(peer.owner, hello, self._pass_times.pace(others)))
+
+    def _count_active(self, sessions: Iterable[Session]) -> int:
+        now = self._clock()
+        return sum(is_active(one, now) for one in sessions)
 
     def _request(self, peer: Peer, request: Request) -> None:
         if not self._handshake.greeted(peer.owner):
@@ -351,10 +353,6 @@ class Engine:
     def _deliver(self, peer: Peer, message: Message, session: Session | None = None) -> None:
         size = self._send(peer.address, message)
         self._metrics.count_downlink(peer, session.mode if session else None, size)
-
-    def _is_active(self, session: Session) -> bool:
-        """Whether a session has something to run, or was active in the last second."""
-        return session.waiting or self._clock() - session.last_active < _IDLE_SECONDS
 
     def _mode_of(self, peer: Peer, session_id: int | None) -> Mode | None:
         session = self._sessions.get(peer.owner, session_id)

@@ -38,7 +38,7 @@ from protocol.zmtp import socket_bytes
 
 _POLL_MS = 200
 _LINGER_MS = 500
-_IDLE_SECONDS = 5.0
+_IDLE_POLL_SECONDS = 5.0
 _DRAIN_POLL_SECONDS = 0.1
 _DEAD_SECONDS = 60.0
 _MAX_TASK_SECONDS = 0.05
@@ -247,6 +247,6 @@ class EngineHost:
 
     def _first_task(self) -> Task | None:
         start = time.monotonic()
-        task = self._inbox.get(_DRAIN_POLL_SECONDS if self.draining else _IDLE_SECONDS)
+        task = self._inbox.get(_DRAIN_POLL_SECONDS if self.draining else _IDLE_POLL_SECONDS)
         self._metrics.count_idle(time.monotonic() - start)
         return task

@@ -23,7 +23,7 @@ from basestation.verification.verify import RoundToVerify
 from protocol.errors import FullError, SettingsError
 
 _MIN_CHUNK = 16
-_RUNNING_SECONDS = 1.0
+_ACTIVE_SECONDS = 1.0
 """A session with a Verdict or request this recent is expected to send another Draft."""
 BUSY_SECONDS = 5.0
 """A session this recently active keeps its KV cache when another one asks to be opened."""
@@ -108,7 +108,7 @@ class Scheduler:
             if batch.add(session, session.round_len):
                 left -= session.round_len
                 self._round_shares.charge(session)
-        if running := {one.peer.owner for one in sessions if _is_running(one, now)}:
+        if running := {one.peer.owner for one in sessions if not one.backlog and is_active(one, now)}:
             left = min(left, self._budget.prompt_tokens * max(1, len(waiting) // len(running)))
         for turn in self._prompt_turns(prompts, sources):
             for count, session in zip(range(len(turn), 0, -1), turn, strict=True):
@@ -198,15 +198,19 @@ class Scheduler:
         return [(pages - other) * kv_pool.page_size for pages, other in zip(needed, elsewhere, strict=True)]
 
 
-def _is_running(session: Session, now: float) -> bool:
-    """Whether a session has a round, or is expected to have one soon."""
-    return not session.backlog and (session.waiting or now - session.last_active < _RUNNING_SECONDS)
+def is_active(session: Session, now: float) -> bool:
+    """Whether a session has something to run, or is expected to have a round soon."""
+    return session.waiting or now - session.last_active < _ACTIVE_SECONDS
+
+
+def is_busy(session: Session, now: float) -> bool:
+    """Whether a session keeps its KV cache when another one asks to be opened."""
+    return session.waiting or now - session.last_active < BUSY_SECONDS
 
 
 def _busy(sessions: Collection[Session], now: float) -> list[Session]:
-    """The sessions that keep their KV cache, the longest idle first."""
-    busy = [one for one in sessions if one.waiting or now - one.last_active < BUSY_SECONDS]
-    return sorted(busy, key=lambda one: one.last_active)
+    """The busy sessions, the longest idle first."""
+    return sorted((one for one in sessions if is_busy(one, now)), key=lambda one: one.last_active)
 
 
 def _shortest_first(prompts: Sequence[Session], sources: Mapping[Session, Session]) -> list[Session]:

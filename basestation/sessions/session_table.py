@@ -4,7 +4,7 @@ import logging
 from collections import Counter
 
 from basestation.engine.load import SessionKey
-from basestation.engine.scheduler import BUSY_SECONDS
+from basestation.engine.scheduler import BUSY_SECONDS, is_busy
 from basestation.sessions.held_bytes import held_bytes
 from basestation.sessions.session import Session
 from protocol.errors import FullError
@@ -70,7 +70,7 @@ class SessionTable:
         sessions, most = self.of(owner), self._limits.max_sessions
         if len(sessions) < most:
             return None
-        idle = [one for one in sessions if not one.waiting and one.last_active <= now - BUSY_SECONDS]
+        idle = [one for one in sessions if not is_busy(one, now)]
         if not idle:
             option, seconds = option_name("max_sessions"), round(BUSY_SECONDS)
             raise FullError(
