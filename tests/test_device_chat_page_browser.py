@@ -83,8 +83,8 @@ def reported(body: str) -> list[dict[str, Any]]:
     return [chunk["edgedraft"] for chunk in chunks if "edgedraft" in chunk]
 
 
-def answer_with(page: Page, *tokens: tuple[str, str]) -> None:
-    """Let the service answer the next requests with tokens of these texts and origins, in one round."""
+def answer_with(page: Page, *tokens: tuple[str, str], unverified: str = "") -> None:
+    """Let the service answer the next requests with a round, of tokens with these texts and origins, and this text."""
     listed = [{"text": text, "token_id": 1, "origin": origin, "margin": None} for text, origin in tokens]
     record = {"round": 1, "mode": "ids", "draft_len": 8, "drafted": len(tokens), "accepted": len(tokens) - 1}
     times = {"draft_seconds": 0.1, "reply_seconds": 0.1, "uplink_bytes": 40}
@@ -92,6 +92,9 @@ def answer_with(page: Page, *tokens: tuple[str, str]) -> None:
         {"choices": [{"delta": {}, "finish_reason": None}], "edgedraft": {**record, **times, "tokens": listed}},
         {"choices": [{"delta": {}, "finish_reason": "stop"}]},
     ]
+    if unverified:
+        revision = {"replaced": 0, "unverified": len(unverified)}
+        chunks.insert(1, {"choices": [{"delta": {"content": unverified}}], "edgedraft": revision})
     body = "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks) + "data: [DONE]\n\n"
 
     def fulfill(route: Route) -> None:
@@ -301,3 +304,25 @@ def test_a_refused_request_says_why_and_keeps_the_message(browser: Browser, pair
         expect(opened.page.get_by_role("alert")).to_contain_text("the prompt is too long")
         assert opened.page.get_by_label("Message").input_value() == text.strip()
         assert opened.page.locator("article").count() == 0
+
+
+def test_text_that_no_base_station_has_verified_is_shown_apart(browser: Browser, pair: Pair) -> None:
+    with page_of(browser, pair.url) as page:
+        answer_with(page, ("One", "accepted"), unverified=" two three")
+        ask(page, QUESTION)
+        await_answer(page)
+        assert tokens_shown(page) == [("One", "accepted"), (" two three", "unverified")]
+        assert page.locator("#legend li").all_inner_texts()[-1] == "unverified"
+        page.locator("article.answer .token").last.click()
+        expect(page.locator("#details")).to_have_text("“two three” · unverified")
+
+
+def test_an_answer_without_a_base_station_is_shown(browser: Browser) -> None:
+    with (
+        device_service("tcp://127.0.0.1:9", "--offline", "--max-new-tokens", "4") as service,
+        page_of(browser, service.url) as page,
+    ):
+        ask(page, QUESTION)
+        await_answer(page)
+        assert [origin for _, origin in tokens_shown(page)] == ["unverified"]
+        assert page.locator("article.answer .body").inner_text().strip()

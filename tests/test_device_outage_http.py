@@ -132,3 +132,26 @@ def test_log_probabilities_wait_for_the_base_station() -> None:
         answer = complete(client, max_tokens=COUNT, logprobs=True).json()
     assert answer["choices"][0]["message"]["content"] == text_of(RIGHT)
     assert len(answer["choices"][0]["logprobs"]["content"]) == COUNT
+
+
+@pytest.mark.parametrize("begin", [0, BEGIN])
+def test_text_that_ends_a_stream_of_rounds_unverified_says_so(begin: int) -> None:
+    with outage(lambda transport: transport.sent >= begin) as client:
+        chunks = stream(client, edgedraft={"rounds": True})
+    texts = dict.fromkeys(["tokens", "unverified"], "")
+    for chunk in chunks:
+        content = chunk["choices"][0]["delta"].get("content", "")
+        for name in texts:
+            texts[name] += content if name in chunk.get("edgedraft", {}) else ""
+    assert texts["tokens"] + texts["unverified"] == shown(chunks)
+    assert len(texts["unverified"].split()) == chunks[-1]["timings"]["unverified_n"] > 0
+    assert bool(texts["tokens"]) is (begin == BEGIN)
+
+
+@pytest.mark.parametrize("asked", [ASKED, {"rounds": True}])
+def test_unverified_text_that_was_held_back_for_a_stop_string_is_told_as_unverified(asked: dict[str, bool]) -> None:
+    alone = text_of(target_alone(DRAFT, PROMPT, COUNT))
+    with outage(lambda _: True) as client:
+        chunks = stream(client, edgedraft=asked, stop=f"{alone}and more")
+    assert shown(chunks) == alone
+    assert [chunk["edgedraft"]["unverified"] for chunk in chunks if "edgedraft" in chunk][-1] == len(alone)

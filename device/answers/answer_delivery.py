@@ -13,7 +13,8 @@ from protocol.logprobs import TokenLogprobs
 class AnswerDelivery:
     """Delivers the text of one answer.
 
-    Unverified text is delivered where the request asks for it, else once it is verified or the answer has ended.
+    Unverified text is delivered where the request asks for it, else once it is verified or the answer has ended. Where
+    rounds are asked for, what ends unverified is delivered as a revision.
 
     Args:
         job: of the answer.
@@ -29,6 +30,7 @@ class AnswerDelivery:
         self._tokenizer = tokenizer
         self._rounds = rounds
         self._revised = TentativeText() if request.unverified else None
+        self._ends_unverified = False
 
     @property
     def stopped(self) -> bool:
@@ -43,8 +45,11 @@ class AnswerDelivery:
     def add(self, chunk: TextChunk) -> None:
         """Deliver the text of a token, and where asked for the unverified text that follows it."""
         text = self._text.feed(chunk.text)
+        is_unverified = self._ends_unverified = chunk.token is None and chunk.origin is Origin.UNVERIFIED
+        if self._rounds and is_unverified:
+            self._rounds.flush()
+            self._revised = TentativeText()  # the text belongs to no round
         if self._revised:
-            is_unverified = chunk.token is None and chunk.origin is Origin.UNVERIFIED
             follows = text if is_unverified else self._text.preview(chunk.unverified)[0]
             self._revise("" if is_unverified else text, follows)
         elif self._rounds:
@@ -65,7 +70,7 @@ class AnswerDelivery:
         if self._rounds:
             self._rounds.flush()
         text = self._text.flush()
-        if self._revised and self._revised.unverified:
+        if self._revised and self._ends_unverified:
             self._revise("", self._revised.unverified + text)
         elif text:
             self._job.deliver(text)

@@ -87,7 +87,7 @@ def _chunk(head: Mapping[str, Any], choice: Fields) -> Fields:
     """A chunk; the last of a choice has its timings, and one after all choices the usage if asked for."""
     own = {
         "anyOf": [ref("Round"), ref("Revision")],
-        "description": "[Round](#round) or [Revision](#revision), as asked",
+        "description": "[Round](#round), or [Revision](#revision) of text that may be unverified",
     }
     further = {"usage": ref("Usage"), "timings": ref("Timings"), "edgedraft": own}
     return _object(

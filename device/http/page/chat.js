@@ -110,6 +110,10 @@ async function receive(request, tokens, caption) {
       continue;
     }
     const round = chunk.edgedraft;
+    if (!round.tokens) {
+      follow(() => tokens.addUnverified(choice.delta.content ?? ""));
+      continue;
+    }
     follow(() => tokens.add(round));
     figures.add(round);
     figures.show();

@@ -32,14 +32,12 @@ export class Tokens {
 
   /** Append the tokens of a round, as the service reports it. */
   add(round) {
-    for (const token of round.tokens) {
-      const span = document.createElement("span");
-      span.className = "token";
-      span.textContent = token.text;
-      tint(span, token.origin);
-      shown.set(span, { token, round });
-      this.element.append(span);
-    }
+    for (const token of round.tokens) this.#append(token, round);
+  }
+
+  /** Append text that no base station has verified, which belongs to no round. */
+  addUnverified(text) {
+    this.#append({ text, origin: "unverified", margin: null }, null);
   }
 
   /** Append text that belongs to the last token. */
@@ -49,6 +47,15 @@ export class Tokens {
 
   get text() {
     return this.element.textContent;
+  }
+
+  #append(token, round) {
+    const span = document.createElement("span");
+    span.className = "token";
+    span.textContent = token.text;
+    tint(span, token.origin);
+    shown.set(span, { token, round });
+    this.element.append(span);
   }
 
   #move(event) {
@@ -80,7 +87,8 @@ function point(span) {
   span.classList.add("current");
   const { token, round } = shown.get(span);
   const margin = token.margin === null ? "" : ` · margin ${token.margin.toFixed(2)}`;
-  details.textContent = `“${token.text.trim()}” · ${label(token.origin)} · round ${round.round}${margin}`;
+  const where = round === null ? "" : ` · round ${round.round}`;
+  details.textContent = `“${token.text.trim()}” · ${label(token.origin)}${where}${margin}`;
   place(span);
 }
 
