@@ -48,6 +48,18 @@ def test_an_error_names_status_code_and_field(fields: dict[str, Any], status: in
 
 
 @pytest.mark.parametrize(
+    ("prompt", "code"),
+    [(LONG, "context_length_exceeded"), ([20], "invalid_value"), ([], "invalid_value")],
+    ids=["long", "unknown", "empty"],
+)
+def test_an_error_of_a_text_completion_names_its_prompt(prompt: object, code: str) -> None:
+    with http_client(new_station()) as client:
+        response = client.post("/v1/completions", json={"prompt": prompt})
+    error = error_of(response)
+    assert (response.status_code, error["code"], error["param"]) == (400, code, "prompt")
+
+
+@pytest.mark.parametrize(
     ("method", "path", "content", "status"),
     [
         ("POST", "/v1/chat/completions", b"{", 400),

@@ -1,6 +1,7 @@
 """Models, health, tokens and request ids over HTTP, and streams that are kept alive."""
 
 import asyncio
+import json
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -38,6 +39,7 @@ def test_texts_and_tokens_are_turned_into_each_other() -> None:
     ("path", "fields", "word"),
     [
         ("/tokenize", {"content": 3}, "content"),
+        ("/tokenize", {"content": "3 \ud800"}, "content is"),
         ("/tokenize", [], "a JSON object"),
         ("/detokenize", {"tokens": [20]}, "0 to 19"),
         ("/detokenize", {"tokens": ["3"]}, "tokens"),
@@ -46,7 +48,7 @@ def test_texts_and_tokens_are_turned_into_each_other() -> None:
 )
 def test_invalid_texts_and_tokens_are_refused(path: str, fields: object, word: str) -> None:
     with http_client(new_station()) as client:
-        response = client.post(path, json=fields)
+        response = client.post(path, content=json.dumps(fields))
     assert response.status_code == 400
     assert word in response.json()["error"]["message"]
 

@@ -18,10 +18,17 @@ AnswerEvent: TypeAlias = str | AnswerRound | AnswerPiece | Revision | ToolCall |
 
 
 class AnswerEvents:
-    """The events of the answers to one HTTP request, until its client leaves."""
+    """The events of the answers to one HTTP request, until its client leaves.
 
-    def __init__(self, worker: Worker, request: Request) -> None:
+    Args:
+        worker: answers them.
+        request: of HTTP.
+        prompt_field: the field of the request that has the prompt.
+    """
+
+    def __init__(self, worker: Worker, request: Request, prompt_field: str) -> None:
         self._worker = worker
+        self._prompt_field = prompt_field
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[Event] = asyncio.Queue()
         self._job: Job | None = None
@@ -37,7 +44,7 @@ class AnswerEvents:
         try:
             self._worker.submit(self._job)
         except EdgedraftError as error:
-            raise HttpError.of(error) from error
+            raise HttpError.of(error, self._prompt_field) from error
 
     async def next(self) -> AnswerEvent:
         """The next event.
@@ -50,7 +57,7 @@ class AnswerEvents:
         if isinstance(event, ClientDisconnect):
             raise event
         if isinstance(event, Exception):
-            raise HttpError.of(event)
+            raise HttpError.of(event, self._prompt_field)
         return event
 
     async def next_within(self, seconds: float) -> AnswerEvent | None:

@@ -29,6 +29,7 @@ class Form(Protocol):
     id_prefix: str
     kind: str
     chunk_kind: str
+    prompt_field: str
 
     def choice(self, text: str, pieces: Sequence[AnswerPiece], calls: Sequence[ToolCall]) -> Fields:
         """What a whole answer adds to its choice."""
@@ -47,6 +48,7 @@ class ChatForm:
     """Chat completions."""
 
     id_prefix, kind, chunk_kind = "chatcmpl-", "chat.completion", "chat.completion.chunk"
+    prompt_field = "messages"
 
     def choice(self, text: str, pieces: Sequence[AnswerPiece], calls: Sequence[ToolCall]) -> Fields:
         """The message."""
@@ -79,6 +81,7 @@ class TextForm:
     """Text completions; offsets count from the start of each choice."""
 
     id_prefix, kind, chunk_kind = "cmpl-", "text_completion", "text_completion"
+    prompt_field = "prompt"
 
     def __init__(self) -> None:
         self._offset = 0

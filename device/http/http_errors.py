@@ -28,13 +28,13 @@ _KINDS: Mapping[type[EdgedraftError], tuple[int, str, str | None]] = {
 }
 """Status, type and code of each error and of those derived from it; None stands for the error's own code."""
 _PARAMS = {
-    "prompt": "messages",
-    "conversation": "messages",
     "mode": "edgedraft.mode",
     "draft-len": "edgedraft.draft_len",
     "the request": None,
 }
 """Fields of the request that a setting of another name comes from."""
+_PROMPT = ("prompt", "conversation")
+"""What errors call the prompt, whichever field of the request has it."""
 _LONGEST_VALUE = 100
 
 
@@ -59,8 +59,13 @@ class HttpError(Exception):
         self._headers = headers
 
     @classmethod
-    def of(cls, error: Exception) -> "HttpError":
-        """The error as a client is told of it; what was not foreseen is told without details."""
+    def of(cls, error: Exception, prompt_field: str = "prompt") -> "HttpError":
+        """The error as a client is told of it; what was not foreseen is told without details.
+
+        Args:
+            error: of any kind.
+            prompt_field: the field of the request that has the prompt.
+        """
         if isinstance(error, HttpError):
             return error
         if isinstance(error, HTTPException):
@@ -73,7 +78,7 @@ class HttpError(Exception):
         status, kind, code = next(_KINDS[base] for base in type(error).__mro__ if base in _KINDS)
         own_code = error.fault_code if isinstance(error, FaultError) else error.code
         headers = {"Retry-After": str(error.retry_seconds)} if error.retry_seconds else None
-        return cls(status, _message(error), code or own_code, _param(error), kind, headers)
+        return cls(status, _message(error), code or own_code, _param(error, prompt_field), kind, headers)
 
     @classmethod
     def overloaded(cls, message: str) -> "HttpError":
@@ -104,7 +109,9 @@ def _message(error: EdgedraftError) -> str:
     return str(error)
 
 
-def _param(error: EdgedraftError) -> str | None:
+def _param(error: EdgedraftError, prompt_field: str) -> str | None:
     if isinstance(error, BundleError):
-        return "messages"
-    return _PARAMS.get(error.name, error.name) if isinstance(error, SettingsError) else None
+        return prompt_field
+    if not isinstance(error, SettingsError):
+        return None
+    return prompt_field if error.name in _PROMPT else _PARAMS.get(error.name, error.name)

@@ -156,7 +156,7 @@ class _Routes:
         self, request: Request, fields: Fields, asked: ChatRequest | TextRequest, form: Form
     ) -> Response:
         self._check_model(fields.get("model"))
-        events = AnswerEvents(self._worker, request)
+        events = AnswerEvents(self._worker, request, form.prompt_field)
         completion = Completion(
             self._name, events, asked.choices, asked.per_prompt, asked.streaming.include_usage, form
         )

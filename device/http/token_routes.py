@@ -8,6 +8,7 @@ from starlette.routing import Route
 from device.http.json_body import json_body
 from device.http.request_fields import Fields, field
 from device.text.tokenizer import Tokenizer
+from device.text.unicode import check_unicode
 from protocol.errors import SettingsError
 
 
@@ -21,6 +22,7 @@ def token_routes(tokenizer: Tokenizer, vocab_size: int) -> list[Route]:
 
     async def tokenize(request: Request) -> Response:
         text = field(await _object(request), "content", str, "", "a text")
+        check_unicode("content", text)
         return JSONResponse({"tokens": await run_in_threadpool(tokenizer.encode, text) if text else []})
 
     async def detokenize(request: Request) -> Response:
