@@ -192,7 +192,7 @@ def serve(
             answer_options.max_new_tokens,
             answer_options.mode,
             answer_options.draft_len,
-            answer_options.draft_settings,
+            partial(answer_options.draft_settings, quality=model.manifest.quality),
         )
         http_server.serve(worker, alias or model.manifest.name, defaults, bind, key, cors_origins or [])
 

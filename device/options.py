@@ -13,7 +13,7 @@ from common.loopback import is_loopback
 from device.link.curve_keys import CurveKeys
 from device.link.probe import endpoint
 from device.settings import DEFAULT_UPLINK_K, OUTAGE_SECONDS, DraftSettings, Timeouts, choose_mode
-from protocol.bundle import Manifest
+from protocol.bundle import Manifest, QualityFigures
 from protocol.errors import SettingsError
 from protocol.messages import Mode, Sampling
 
@@ -234,15 +234,25 @@ class AnswerOptions:
         _ = self.timeouts
 
     def draft_settings(
-        self, sampling: Sampling, mode: str | None = None, draft_len: str | None = None
+        self,
+        sampling: Sampling,
+        mode: str | None = None,
+        draft_len: str | None = None,
+        quality: QualityFigures | None = None,
     ) -> DraftSettings:
-        """How to draft for a sampling, with another ``mode`` or ``draft_len`` than the options say if one is given.
+        """How to draft for a sampling.
+
+        Args:
+            sampling: how the target is sampled.
+            mode: another than that of the options.
+            draft_len: another than that of the options.
+            quality: figures of the loaded bundle; None reads them from its manifest where they are needed.
 
         Raises:
             SettingsError: a value is not allowed.
             BundleError: the bundle's manifest cannot be read.
         """
-        chosen = self._mode_for(sampling, mode or self.mode)
+        chosen = self._mode_for(sampling, mode or self.mode, quality)
         uplink_k = DEFAULT_UPLINK_K.get(chosen, 1) if self.uplink_k is None else self.uplink_k
         return DraftSettings(
             chosen,
@@ -284,10 +294,10 @@ class AnswerOptions:
             raise SettingsError("--station-key", None, "a public key or its file, together with --key")
         return CurveKeys.read(self.key, self.station_key)
 
-    def _mode_for(self, sampling: Sampling, name: str) -> Mode:
+    def _mode_for(self, sampling: Sampling, name: str, quality: QualityFigures | None) -> Mode:
         if name not in ("auto", *Mode):
             raise SettingsError("mode", name, f"auto, {', '.join(Mode)}")
-        mode = choose_mode(Manifest.read(self.bundle).quality, sampling) if name == "auto" else Mode(name)
+        mode = choose_mode(quality or Manifest.read(self.bundle).quality, sampling) if name == "auto" else Mode(name)
         if mode is Mode.IDS and not sampling.greedy:
             raise SettingsError(
                 "mode", name, f"coupled, topk, topp, full or target at temperature {sampling.temperature:g}"

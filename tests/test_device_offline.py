@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -16,6 +17,8 @@ from device.answers.answer import Answer, Conversation
 from device.answers.worker import Worker
 from device.cli import app
 from device.drafting.draft_model import DraftModel
+from device.http import http_server
+from device.http.answer_fields import Defaults
 from device.http.service import Access, application
 from device.link.no_link import NoLink
 from device.planning.planners import Planners
@@ -148,3 +151,14 @@ def test_an_answer_ends_at_the_end_of_the_draft_models_context() -> None:
     answer = offline_answer(model, PROMPT, DraftSettings(Mode.IDS, Sampling(), 1, None), 50)
     assert answer.token_ids == target_alone(DRAFT, PROMPT, 16 - len(PROMPT))
     assert answer.finish_reason == "length"
+
+
+def test_requests_need_no_file_of_the_loaded_bundle(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied, served = Path(shutil.copytree(bundle, tmp_path / "bundle")), list[Defaults]()
+    monkeypatch.setattr("prometheus_client.disable_created_metrics", lambda: None)
+    monkeypatch.setattr(http_server, "serve", lambda _, __, defaults, *___: served.append(defaults))
+    device("serve", "--bundle", str(copied), "--offline", "--bind", "http://127.0.0.1:0")
+    shutil.rmtree(copied)
+    assert served[0].settings(Sampling(), "auto", "4").mode is Mode.IDS
