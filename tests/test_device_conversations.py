@@ -9,6 +9,7 @@ from starlette.testclient import TestClient
 from protocol.limits import Limits
 from protocol.messages import Fault, Message, Verdict
 from tests.fakes import FakeDraftModel, FakeTarget, target_alone
+from tests.json_tokens import COMPILER
 from tests.link_pair import MemoryTransport, Station
 from tests.number_service import PROMPT, TARGET, complete, content_of, http_client, next_turn, text_of
 
@@ -35,6 +36,10 @@ class Program:
         assert content_of(answer) == text_of(expected)
         self._messages.append({"role": "assistant", "content": content_of(answer)})
         self._tokens += expected
+
+    def ask(self, text: str, **fields: Any) -> Any:
+        """The response to another turn, which is not remembered."""
+        return complete(self._client, messages=[*self._messages, {"role": "user", "content": text}], **fields)
 
     def edit_last_turn(self) -> None:
         """Forget the last question and its answer."""
@@ -67,7 +72,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def new_station(**limits: int) -> Station:
-    return Station(FakeTarget.make(TARGET), Limits(**limits))
+    return Station(FakeTarget.make(TARGET, grammar_compiler=COMPILER), Limits(**limits))
 
 
 def test_programs_that_take_turns_continue_their_own_conversations(run: list[int]) -> None:
@@ -178,6 +183,31 @@ def test_a_conversation_goes_on_behind_a_stop_string() -> None:
         second = complete(client, messages=next_turn(answer))
     assert content_of(second) == text_of(target_alone(TARGET, [*PROMPT, *kept, 9, 2, 6], 12))
     assert sent.counts["Open"] == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "fields"),
+    [
+        ("5 " * 5000, {}),
+        ("5 " * 120, {}),
+        ("5", {"stop_token_ids": [99]}),
+        ("5", {"logit_bias": {"99": 1}}),
+        ("5", {"regex": "("}),
+        ("5", {"edgedraft": {"draft_len": 500}}),
+    ],
+    ids=["context", "prompt", "stop", "bias", "grammar", "draft"],
+)
+def test_a_request_that_is_refused_ends_no_conversation(text: str, fields: dict[str, Any]) -> None:
+    sent = SentMessages()
+    with http_client(new_station(max_sessions=2, max_prompt_len=100), sent) as client:
+        programs = [Program(client, name) for name in (1, 2)]
+        for program in programs:
+            program.take_turn()
+        refused = [programs[0].ask(text, **fields), Program(client, 3, []).ask(text, **fields)]
+        assert [response.status_code for response in refused] == [400, 400]
+        for program in programs:
+            program.take_turn()
+    assert (sent.counts["Open"], sent.counts["Extend"], sent.counts["Close"]) == (2, 2, 2)
 
 
 class FaultingTransport(MemoryTransport):

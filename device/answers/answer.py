@@ -14,7 +14,7 @@ from device.planning.planners import Planners
 from device.process_memory import peak_memory_bytes
 from device.session.client import Client
 from device.session.draft_rounds import Counters
-from device.session.served_settings import check_sampling, check_token_ids
+from device.session.served_settings import check_draft_settings, check_prompt, check_sampling, check_token_ids
 from device.session.session import AnswerToken, DeviceSession, Origin
 from device.session.unverified_tail import AnswerEndedError, UnverifiedTail
 from device.settings import DraftSettings
@@ -129,6 +129,25 @@ class Conversation:
             show_unverified: as of ``AnswerStream``.
         """
         return AnswerStream(self, prompt_ids, max_new_tokens, prediction, show_unverified)
+
+    def check(self, prompt_ids: Sequence[int]) -> None:
+        """Check whether a prompt can be answered with ``settings``, as far as is known before it is sent.
+
+        Raises:
+            SettingsError: the base station does not serve these settings.
+            ContextLengthError: the prompt does not fit the target's context, or exceeds the base station's limit.
+            GrammarError: the grammar cannot be compiled.
+        """
+        client, sampling = self._client, self.settings.sampling
+        if self._session is not None:
+            self._session.check(prompt_ids, sampling)
+        elif client.is_greeted:
+            check_draft_settings(self.settings, client.welcome)
+            check_sampling(sampling, client)
+            check_prompt(len(prompt_ids), 0, client.welcome)
+        else:
+            check_token_ids(sampling, client.vocab_size)
+        _ = self._grammar
 
     def begin(self, prompt_ids: list[int], prediction: Sequence[int] = ()) -> DeviceSession:
         """The session, opened on the prompt or extended with it."""

@@ -38,15 +38,22 @@ class Conversations:
 
     @contextmanager
     def for_prompt(self, client: Client, prompt_ids: Sequence[int], settings: DraftSettings) -> Iterator[Conversation]:
-        """The conversation that the prompt continues, or a new one; afterwards it is kept if it can go on."""
+        """The conversation that the prompt continues, or a new one; afterwards it is kept if it can go on.
+
+        Others are dropped for it once the prompt and its settings are checked; a refused one changes nothing.
+
+        Raises:
+            SettingsError: the base station does not serve these settings.
+            ContextLengthError: the prompt does not fit the target's context, or exceeds the base station's limit.
+            GrammarError: the grammar cannot be compiled.
+        """
         conversation = self._continued_by(prompt_ids, settings)
         if conversation is None:
             model = self._model_with_prefix_of(prompt_ids)
             conversation = Conversation(client, self._planners, model, self._tokenizer, settings)
-        else:
-            self._kept.remove(conversation)
         conversation.settings = settings
-        self._kept.append(conversation)
+        conversation.check(prompt_ids)
+        self._kept = [*(one for one in self._kept if one is not conversation), conversation]
         self._max_sessions = client.welcome.max_sessions if client.is_greeted else 1
         self._drop_oldest(len(prompt_ids))
         try:

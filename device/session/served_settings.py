@@ -36,6 +36,19 @@ def check_context_length(name: str, tokens: int, welcome: Welcome) -> None:
         raise ContextLengthError(name, f"{tokens} tokens", allowed)
 
 
+def check_prompt(tokens: int, cached: int, welcome: Welcome) -> None:
+    """Check the length of a prompt of which ``cached`` tokens need not be sent.
+
+    Raises:
+        ContextLengthError: it does not fit the target's context, or exceeds the base station's limit.
+    """
+    check_context_length("prompt", tokens, welcome)
+    new, most = tokens - cached, welcome.max_prompt_len
+    if new > most:
+        allowed = f"at most {most} at once (the base station's {option_name('max_prompt_len')})"
+        raise ContextLengthError("prompt", f"{new} new tokens", allowed)
+
+
 def check_sampling(sampling: Sampling, client: Client) -> None:
     """Check sampling settings against the version and the vocabulary of a greeted base station.
 

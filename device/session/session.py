@@ -17,12 +17,11 @@ from device.planning.planner import MIN_BACKLOG, Planner
 from device.planning.trials import TRIAL
 from device.session.client import Client
 from device.session.draft_rounds import Counters, DraftRounds
-from device.session.served_settings import check_context_length, check_draft_settings, check_sampling
+from device.session.served_settings import check_draft_settings, check_prompt, check_sampling
 from device.session.session_requests import SessionRequests
 from device.session.unverified_tail import AnswerEndedError, UnverifiedTail
 from device.settings import DraftSettings
 from protocol.errors import CancelledError, ContextLengthError, NonFiniteError
-from protocol.limits import option_name
 from protocol.logprobs import TokenLogprobs
 from protocol.messages import Mode, Sampling, Verdict
 
@@ -107,7 +106,7 @@ class DeviceSession:
             client, self._requests, self._drafter, planner, settings, self.tokens, self._lookup, tail
         )
         self._drafter.answer_start, self._drafter.grammar = len(prompt_ids), grammar
-        self._check_prompt(prompt_ids)
+        check_prompt(len(prompt_ids), 0, client.welcome)
         began = client.now()
         try:
             self._requests.open(prompt_ids)
@@ -131,6 +130,18 @@ class DeviceSession:
     def stop_ids(self) -> frozenset[int]:
         """The ids that end an answer."""
         return self._drafter.sampling.stop_ids(self._client.stop_ids)
+
+    def check(self, prompt_ids: Sequence[int], sampling: Sampling) -> None:
+        """Check a prompt and sampling settings as ``extend`` does, and change nothing.
+
+        Raises:
+            ContextLengthError: it does not fit the target's context, or exceeds the base station's limit.
+            SettingsError: the base station does not know these sampling settings.
+        """
+        check_sampling(sampling, self._client)
+        is_known = self._requests.can_sample(sampling)
+        cached = common_prefix(self.tokens, prompt_ids[:-1]) if is_known else 0
+        check_prompt(len(prompt_ids), cached, self._client.welcome)
 
     def extend(
         self,
@@ -160,7 +171,7 @@ class DeviceSession:
         start = common_prefix(self.tokens, prompt_ids[:-1])
         can_extend = self._requests.can_extend(sampling)
         self.cached_tokens = start if can_extend else 0
-        self._check_prompt(prompt_ids, self.cached_tokens)
+        check_prompt(len(prompt_ids), self.cached_tokens, self._client.welcome)
         self._drafter.sampling, self._drafter.answer_start, self._drafter.grammar = sampling, len(prompt_ids), grammar
         self._rounds.planner = planner or self._rounds.planner
         if can_extend:
@@ -264,10 +275,3 @@ class DeviceSession:
             committed = [replace(token, logprobs=logprobs) for token, logprobs in pairs]
         self.tokens += [token.token_id for token in committed]
         return committed
-
-    def _check_prompt(self, prompt_ids: list[int], start: int = 0) -> None:
-        check_context_length("prompt", len(prompt_ids), self._client.welcome)
-        new, most = len(prompt_ids) - start, self._client.welcome.max_prompt_len
-        if new > most:
-            allowed = f"at most {most} at once (the base station's {option_name('max_prompt_len')})"
-            raise ContextLengthError("prompt", f"{new} new tokens", allowed)

@@ -103,7 +103,11 @@ class SessionRequests:
 
     def can_extend(self, sampling: Sampling) -> bool:
         """Whether no reply is outstanding, and the base station can continue with these settings."""
-        return self.ready and (sampling == self._sampling or self._client.welcome.version >= VOCABULARY_VERSION)
+        return self.ready and self.can_sample(sampling)
+
+    def can_sample(self, sampling: Sampling) -> bool:
+        """Whether the base station can continue the session with these settings."""
+        return sampling == self._sampling or self._client.welcome.version >= VOCABULARY_VERSION
 
     def reopen(self, prompt_ids: Sequence[int], sampling: Sampling) -> None:
         """Close the session and open a new one on a prompt."""
