@@ -82,13 +82,24 @@ class SlowEvents:
         pass
 
 
-def test_a_stream_without_events_is_kept_alive() -> None:
-    events = SlowEvents(["3 ", None, None, "1 ", Finish("stop", 5, 2)])
+def comments_of(events: SlowEvents, choices: int) -> list[bool]:
+    """Whether each chunk of a stream is a comment."""
     request = AnswerRequest("3", settings(Sampling()), 2)
-    completion = Completion("numbers", cast(AnswerEvents, events), [request], 1, False, ChatForm())
+    completion = Completion("numbers", cast(AnswerEvents, events), choices * [request], choices, False, ChatForm())
 
     async def chunks() -> list[str]:
         return [chunk async for chunk in completion.stream(await completion.begin())]
 
-    comments = [chunk == ": keep-alive\n\n" for chunk in asyncio.run(chunks())]
-    assert comments == [False, False, True, True, False, False, False]
+    return [chunk == ": keep-alive\n\n" for chunk in asyncio.run(chunks())]
+
+
+def test_a_stream_without_events_is_kept_alive() -> None:
+    events = SlowEvents(["3 ", None, None, "1 ", Finish("stop", 5, 2)])
+    assert comments_of(events, choices=1) == [False, False, True, True, False, False, False]
+
+
+def test_a_stream_whose_later_choice_waits_is_kept_alive() -> None:
+    finish = Finish("stop", 5, 1)
+    events = SlowEvents(["3 ", finish, None, None, "1 ", finish])
+    first, later = [False, False, False], [False, True, True, False, False]
+    assert comments_of(events, choices=2) == [*first, *later, False]

@@ -180,12 +180,13 @@ class Completion:
 
     async def stream(self, first: AnswerEvent) -> AsyncIterator[str]:
         """All answers as server-sent events; ``first`` is what ``begin`` returned."""
+        event: AnswerEvent | None = first
         try:
             for index, request in enumerate(self._choices):
                 if index:
                     self._events.start(request)
-                    first = await self._events.next()
-                async for chunk in self._stream_choice(index, first):
+                    event = await self._events.next_within(_KEEP_ALIVE_SECONDS)
+                async for chunk in self._stream_choice(index, event):
                     yield chunk
         except HttpError as error:
             yield _event(error.fields)
@@ -198,12 +199,15 @@ class Completion:
             yield _event(self._head | {"object": self._form.chunk_kind, "choices": [], "usage": self._usage()})
         yield "data: [DONE]\n\n"
 
-    async def _stream_choice(self, index: int, event: AnswerEvent) -> AsyncIterator[str]:
+    async def _stream_choice(self, index: int, event: AnswerEvent | None) -> AsyncIterator[str]:
+        """The chunks of one answer from this event on; None stands for a time without one."""
         if (opening := self._form.first()) is not None:
             yield self._chunk(index, opening)
         calls = 0
         while not isinstance(event, Finish):
-            if isinstance(event, ToolCall):
+            if event is None:
+                yield ": keep-alive\n\n"
+            elif isinstance(event, ToolCall):
                 yield self._chunk(index, self._form.call(calls, event))
                 calls += 1
             elif isinstance(event, str):
@@ -215,9 +219,7 @@ class Completion:
                 yield self._chunk(index, self._form.part(event.text, ()), edgedraft=counts)
             else:
                 yield self._chunk(index, self._form.part(event.text, ()), edgedraft=event.fields)
-            while (following := await self._events.next_within(_KEEP_ALIVE_SECONDS)) is None:
-                yield ": keep-alive\n\n"
-            event = following
+            event = await self._events.next_within(_KEEP_ALIVE_SECONDS)
         self._finishes.append(event)
         yield self._chunk(index, self._form.part("", ()), event.reason, timings=event.timings.fields)
 
