@@ -52,6 +52,8 @@ class FrontSite:
     replicas: dict[str, RunningReplica] = field(default_factory=dict)
     told: set[str] = field(default_factory=set)
     """The names of the replicas that the front told of."""
+    refused: dict[str, str] = field(default_factory=dict)
+    """The replicas that the front refused, and why."""
     metrics: FrontMetrics = field(default_factory=FrontMetrics)
 
     @property
@@ -60,7 +62,8 @@ class FrontSite:
 
     def start_front(self) -> None:
         self._serving = threading.Event()
-        self.front = Front(self.options, self.admission, self.metrics, self._note_address, self._note_replicas)
+        told = self._note_address, self._note_replicas, self.refused.__setitem__
+        self.front = Front(self.options, self.admission, self.metrics, *told)
         self._commands, front_end = Pipe()
         self.front.watch(front_end.fileno(), lambda: self.front.drain(*front_end.recv()))
         self._front_end = front_end  # closed with the front

@@ -3,7 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,7 +11,11 @@ import pytest
 import zmq
 
 from basestation.devices.key_folder import KeyFolder
+from basestation.logs import LogFormat
+from basestation.replicas.front import FrontOptions
+from basestation.replicas.front_process import FrontProcess, FrontSettings
 from basestation.replicas.inner_link import InnerKey
+from basestation.replicas.replica_settings import ReplicaOptions
 from basestation.server import Server
 from basestation.target.target_model import TargetModel
 from device.link.curve_keys import CurveKeys, new_key
@@ -24,7 +28,7 @@ from protocol.frames import FrameCodec
 from protocol.limits import Limits
 from protocol.messages import Close, Draft, Fault, Message, Mode, Open, Opened, Sampling, Welcome
 from tests.fakes import FakeDraftModel, FakeTarget, blend, random_table, target_alone
-from tests.front_site import FrontSite, RunningReplica, front_site
+from tests.front_site import ANY_PORT, FrontSite, RunningReplica, front_site
 from tests.link_pair import open_session
 from tests.raw_device import hello
 from tests.serving import serving
@@ -40,6 +44,7 @@ IDS = DraftSettings(Mode.IDS, Sampling(), 4, 4)
 COUPLED = DraftSettings(Mode.COUPLED, Sampling(1.0, seed=7), 4, 4)
 TOPK = DraftSettings(Mode.TOPK, Sampling(1.0, seed=7), 4, 4)
 TIMEOUTS = Timeouts(connect=10, resend=1, retry=20)
+ANOTHER_VOCABULARY = "its target 'table' has another vocabulary or other stop ids than that of the others"
 
 
 def target() -> TargetModel:
@@ -240,7 +245,66 @@ def test_a_replica_with_another_target_gets_no_sessions(site: FrontSite) -> None
     site.start_replica("other", FakeTarget.make(random_table(VOCAB + 1, seed=3)))
     site.start_replica("replica-2", target())
     wait_for(lambda: len(site.front.routing.replicas) == 3)
+    wait_for(lambda: site.refused == {"other": ANOTHER_VOCABULARY})
     assert "other" not in {one.name for one in site.front.routing.replicas.values()}
+
+
+def test_the_parent_of_a_front_hears_which_replica_is_refused_and_why(cleanup: ExitStack) -> None:
+    key = InnerKey.new()
+    listening = FrontOptions(ANY_PORT, ANY_PORT, key, 1, Limits())
+    settings = FrontSettings(listening, "table", None, False, 2**30, None, LogFormat.TEXT)
+    front = cleanup.enter_context(closing(FrontProcess(settings)))
+    inner_address, refused = front.start(), dict[str, str]()
+    for name, model in (("replica-0", target()), ("other", FakeTarget.make(random_table(VOCAB + 1, seed=3)))):
+        replica = RunningReplica(model, ReplicaOptions(name, inner_address, key, keyed=False), Limits())
+        cleanup.callback(replica.thread.join)
+        cleanup.callback(replica.stop)
+        front.address(30)
+
+    def has_heard() -> bool:
+        refused.update(front.refused())
+        return bool(refused)
+
+    wait_for(has_heard)
+    assert refused == {"other": ANOTHER_VOCABULARY}
+    assert list(front.replicas) == ["replica-0"]
+
+
+@pytest.mark.parametrize("lengths", [(64, 4096), (4096, 64)], ids=str)
+def test_devices_are_told_the_smallest_context_length_of_the_replicas(
+    lengths: tuple[int, int], cleanup: ExitStack
+) -> None:
+    with front_site() as site:
+        for number, length in enumerate(lengths):
+            site.start_replica(f"replica-{number}", FakeTarget.make(TARGET, context_length=length))
+            site.wait_for_replicas(number + 1)
+        welcome = RawPeer(site.address, cleanup).request(hello(VOCAB))
+    assert isinstance(welcome, Welcome)
+    assert welcome.context_length == 64
+    assert site.refused == {}
+
+
+def test_a_device_that_was_told_a_longer_context_greets_again_before_its_session_is_at_a_replica_with_less(
+    cleanup: ExitStack,
+) -> None:
+    with front_site(expected=1) as site:
+        site.start_replica("replica-0", FakeTarget.make(TARGET, context_length=4096))
+        site.wait_for_replicas(1)
+        peer = RawPeer(site.address, cleanup)
+        openings = [Open(number, 0, Mode.IDS, Sampling(), tuple(PROMPT)) for number in range(2)]
+        assert isinstance(peer.request(hello(VOCAB)), Welcome)
+        assert peer.request(openings[0]) == Opened(0, 0)
+        site.start_replica("replica-1", FakeTarget.make(TARGET, context_length=64))
+        site.wait_for_replicas(2)
+        assert peer.request(openings[0]) == Opened(0, 0)  # its own replica goes on
+        site.drain(20.0, "replica-0")
+        refusal = peer.request(openings[1])
+        assert isinstance(refusal, Fault)
+        assert (refusal.session_id, refusal.code) == (1, "unknown_session")
+        welcome = peer.request(hello(VOCAB))
+        assert isinstance(welcome, Welcome)
+        assert welcome.context_length == 64
+        assert peer.request(openings[1]) == Opened(1, 0)
 
 
 @pytest.mark.parametrize("frame", [b"", b"\xc1", b"\x91\x05", b"\x92\x63\x00", b"\x93\x05\xff\x00"])

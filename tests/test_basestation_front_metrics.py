@@ -37,7 +37,7 @@ def replica_metrics(rounds: int, sessions: int = 0) -> Metrics:
 
 def report(name: str, metrics: Metrics) -> Report:
     text = generate_latest(metrics.registry).decode()
-    return Report(name, "digest", Load(), metrics=text, faults=metrics.fleet.faults.newest(10))
+    return Report(name, Load(), metrics=text, faults=metrics.fleet.faults.newest(10))
 
 
 def scrape(metrics: FrontMetrics) -> str:

@@ -151,6 +151,24 @@ def test_a_successor_that_cannot_serve_ends_the_restart_and_the_others_go_on() -
     assert world.serving == world.replicas.running == {"replica-0", "replica-1"}
 
 
+def test_a_successor_that_the_front_refuses_is_killed_and_ends_the_restart() -> None:
+    world = world_of(2)
+    world.replicas.restart()
+    world.step()
+    world.replicas.refuse("replica-2", "its target is 'b', that of the others 'a'")
+    assert world.killed == {"replica-2"}
+    world.settle()
+    assert world.serving == world.replicas.running == {"replica-0", "replica-1"}
+
+
+def test_a_refused_replica_that_has_ended_already_is_not_killed_again(caplog: pytest.LogCaptureFixture) -> None:
+    world = world_of(2)
+    world.replicas.remove("replica-1")
+    world.replicas.refuse("replica-1", "its target is 'b', that of the others 'a'")
+    assert world.killed == set()
+    assert caplog.messages == []
+
+
 def test_a_replica_that_cannot_serve_is_left_out_while_others_do() -> None:
     world = world_of(2)
     world.replicas.scale(3)

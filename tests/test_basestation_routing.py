@@ -1,6 +1,10 @@
 """Where sessions go: rendezvous hashing, load, lost and returning replicas."""
 
 from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+import pytest
 
 from basestation.devices.peer import Peer
 from basestation.engine.load import Load, SessionKey
@@ -16,7 +20,7 @@ OWNERS = [f"owner{number}" for number in range(300)]
 def report(
     name: str, sessions: list[SessionKey] | None = None, kv_share: float = 0.0, draining: bool = False
 ) -> Report:
-    return Report(name, "digest", Load(sessions or [], kv_share), draining)
+    return Report(name, Load(sessions or [], kv_share), draining)
 
 
 def routing_of(*names: str) -> Routing:
@@ -131,12 +135,33 @@ def test_a_route_is_forgotten_once_its_replica_has_not_reported_the_session_for_
 def test_a_report_survives_the_link() -> None:
     vocabulary = Vocabulary({"a": 0, "ß\n": 1}, 2, frozenset({1}))
     target = ServedTarget("model", 100, vocabulary, has_grammars=True)
-    sent = Report("a", target.digest, Load([("owner", 3)], 0.5, Pace(0.1, 0.2)), True, target, "metrics\n")
+    sent = Report("a", Load([("owner", 3)], 0.5, Pace(0.1, 0.2)), True, target, "metrics\n")
     received = Report.decode(sent.encode())
     assert received == sent
     assert received.target
-    assert received.target.digest == target.digest
     assert received.target.vocabulary.hash_of_first(2) == vocabulary.hash_of_first(2)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"context_length": 50}, ""),
+        ({"name": "model-int8"}, "its target is 'model-int8', that of the others 'model'"),
+        ({"vocabulary": Vocabulary({"a": 0, "b": 1}, 2, frozenset({0}))}, "another vocabulary or other stop ids"),
+        ({"has_grammars": False}, "cannot compile grammars"),
+    ],
+    ids=lambda one: next(iter(one), "") if isinstance(one, dict) else "",
+)
+def test_only_a_target_that_serves_devices_as_well_stands_in_for_another(change: dict[str, Any], reason: str) -> None:
+    target = ServedTarget("model", 100, Vocabulary({"a": 0, "b": 1}, 2, frozenset({1})), has_grammars=True)
+    other = replace(target, **change)
+    assert reason in target.obstacle(other)
+    assert bool(target.obstacle(other)) == bool(reason)
+
+
+def test_a_target_with_grammars_stands_in_for_one_without() -> None:
+    target = ServedTarget("model", 100, Vocabulary({"a": 0}, 1, frozenset()), has_grammars=False)
+    assert target.obstacle(replace(target, has_grammars=True)) == ""
 
 
 def test_a_peer_survives_the_link() -> None:

@@ -345,7 +345,10 @@ def _operate(cluster: Cluster, front: FrontProcess, replicas: ReplicaSet, stack:
         for request in control.requests() if control else ():
             replicas.scale(request.replicas) if isinstance(request, Scale) else replicas.restart()
         replicas.replace(cluster.on_draining_nodes)
+        refused = [*front.refused()]  # before the replicas, of which the front told first
         replicas.step(front.replicas, cluster.unplaced)
+        for name, reason in refused:
+            replicas.refuse(name, reason)
 
 
 def _control(stack: ExitStack, bind: str) -> Control | None:

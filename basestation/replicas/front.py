@@ -10,7 +10,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import zmq
 
@@ -79,6 +79,7 @@ class Front:
         metrics: counters.
         on_serving: called with the address for devices once it is bound, which is when a target is known.
         on_replicas: called with the names of the replicas whenever they change.
+        on_refused: called with the name of a replica that gets no sessions, and the reason.
 
     Raises:
         LinkError: the address for replicas cannot be bound.
@@ -91,19 +92,21 @@ class Front:
         metrics: FrontMetrics | None = None,
         on_serving: Callable[[str], None] = lambda _: None,
         on_replicas: Callable[[Collection[str]], None] = lambda _: None,
+        on_refused: Callable[[str, str], None] = lambda *_: None,
     ) -> None:
         self._options = options
         self._admission = admission
         self._metrics = metrics or FrontMetrics()
         self._on_serving = on_serving
         self._on_replicas = on_replicas
+        self._on_refused = on_refused
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._replicas = InnerSocket(options.inner_bind, options.inner_key)
         self._poller = zmq.Poller()
         self._poller.register(self._replicas.socket, zmq.POLLIN)
         self._devices: DeviceSocket | None = None
         self.routing = Routing()
-        self._digest = ""
+        self._admitted: set[bytes] = set()
         self._held: deque[tuple[Peer, FrameHead, bytes]] = deque()
         self._held_bytes = 0
         self._gather_until = 0.0
@@ -215,11 +218,9 @@ class Front:
             self._take_report(identity, Report.decode(parts[1]))
 
     def _take_report(self, identity: bytes, report: Report) -> None:
-        if report.target and not self._devices:
-            self._open(report.target, report.digest)
-        if report.digest != self._digest:
-            if report.target:
-                logger.error("replica %s has another target; it gets no sessions", report.name)
+        if report.target:
+            self._admit(identity, report.name, report.target)
+        if identity not in self._admitted:
             return
         for other in list(self.routing.replicas.values()):
             if other.name == report.name and other.identity != identity:
@@ -231,11 +232,28 @@ class Front:
             logger.info("replica %s reports %d sessions", report.name, len(report.load.sessions))
             self._on_replicas(self.routing.names)
 
-    def _open(self, target: ServedTarget, digest: str) -> None:
+    def _admit(self, identity: bytes, name: str, target: ServedTarget) -> None:
+        """Let a replica have sessions, unless it cannot serve devices that know the target of the others."""
+        if not self._devices:
+            self._open(target)
+        if reason := self._target.obstacle(target):
+            self._on_refused(name, reason)
+            return
+        self._admitted.add(identity)
+        length = target.context_length
+        if length < self._target.context_length:
+            logger.warning("replica %s has room for a context of %d tokens; devices are told of no more", name, length)
+            self._announce(replace(self._target, context_length=length))
+
+    def _announce(self, target: ServedTarget) -> None:
+        """Tell devices of a target from now on; one that greeted before must greet again at a new replica."""
+        self._target = target
+        self._handshake = Handshake(target, self._options.limits)
+
+    def _open(self, target: ServedTarget) -> None:
         """Begin to serve devices, now that the target is known."""
         options = self._options
-        self._digest = digest
-        self._handshake = Handshake(target, options.limits)
+        self._announce(target)
         self._codec = FrameCodec(target.vocabulary.size, options.limits)
         size = self._codec.max_frame_bytes
         self._devices = DeviceSocket(self._context, options.bind, size, options.limits, self._admission, self._metrics)

@@ -68,7 +68,6 @@ class FrontLink:
         self.envelope_bytes = CURVE_BYTES if options.keyed else 0
         self._name = options.name
         self._target = target
-        self._digest = target.digest
         self._metrics = metrics
         identity = f"{options.name}-{os.urandom(_IDENTITY_BYTES).hex()}".encode()
         self._dealer = connect_inner(context, options.front, options.inner_key, identity)
@@ -118,6 +117,6 @@ class FrontLink:
     def _report(self, target: ServedTarget | None) -> None:
         engine, metrics = self.engine, generate_latest(self._metrics.registry).decode()
         faults = self._metrics.fleet.faults.newest(_MAX_FAULTS)
-        report = Report(self._name, self._digest, engine.load, engine.draining, target, metrics, faults)
+        report = Report(self._name, engine.load, engine.draining, target, metrics, faults)
         with contextlib.suppress(zmq.Again):
             self._dealer.send_multipart([b"", report.encode()], zmq.NOBLOCK)

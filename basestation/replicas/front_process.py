@@ -6,10 +6,11 @@ so that costs all devices less than a second; the device is then quarantined.
 
 import logging
 import multiprocessing
+import queue
 import signal
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
@@ -81,6 +82,7 @@ class FrontProcess:
         self._failure = ""
         self._stopping = False
         self._replicas: Collection[str] = ()
+        self._refused: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()
         self._connection: Connection | None = None
         self._thread = threading.Thread(target=self._supervise, name="front", daemon=True)
         self.pid: int | None = None
@@ -123,6 +125,12 @@ class FrontProcess:
     def replicas(self) -> Collection[str]:
         """The names of the replicas that the front sends sessions to."""
         return self._replicas
+
+    def refused(self) -> Iterator[tuple[str, str]]:
+        """The replicas that the front has refused since the last call, each with the reason."""
+        with suppress(queue.Empty):
+            while True:
+                yield self._refused.get_nowait()
 
     @property
     def running(self) -> bool:
@@ -202,6 +210,8 @@ class FrontProcess:
                 self._quarantine.note_handshake(value)
             case "replicas":
                 self._replicas = value
+            case "refused":
+                self._refused.put(value)
             case "listening":
                 self._settings = replace(self._settings, front=replace(front, inner_bind=value))
                 self._listening.set()
@@ -253,7 +263,10 @@ def _serve(settings: FrontSettings, connection: Connection, stack: ExitStack) ->
     def tell_replicas(names: Collection[str]) -> None:
         connection.send(("replicas", names))
 
-    front = Front(settings.front, admission, metrics, tell_address, tell_replicas)
+    def tell_refused(name: str, reason: str) -> None:
+        connection.send(("refused", (name, reason)))
+
+    front = Front(settings.front, admission, metrics, tell_address, tell_replicas, tell_refused)
     if monitor:
         monitor.ready = lambda: front.ready
     front.watch(connection.fileno(), lambda: _obey(front, connection))

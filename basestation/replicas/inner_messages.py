@@ -41,7 +41,6 @@ class Report:
 
     Attributes:
         name: stays the same when the replica is started again.
-        digest: of its target.
         load: its sessions and what else routing asks.
         draining: whether it opens no more sessions.
         target: only in the answer to DESCRIBE.
@@ -50,7 +49,6 @@ class Report:
     """
 
     name: str
-    digest: str
     load: Load
     draining: bool = False
     target: ServedTarget | None = None
@@ -62,7 +60,6 @@ class Report:
         load = self.load
         fields = {
             "name": self.name,
-            "digest": self.digest,
             "sessions": load.sessions,
             "kv_share": load.kv_share,
             "pace": (load.pace.pass_seconds, load.pace.row_seconds),
@@ -81,7 +78,7 @@ class Report:
         load = Load(sessions, fields["kv_share"], Pace(*fields["pace"]))
         target = ServedTarget.decode(fields["target"].encode()) if fields["target"] else None
         faults = tuple(LoggedFault(*fault) for fault in fields["faults"])
-        return cls(fields["name"], fields["digest"], load, fields["draining"], target, fields["metrics"], faults)
+        return cls(fields["name"], load, fields["draining"], target, fields["metrics"], faults)
 
 
 def encode_peer(peer: Peer) -> bytes:

@@ -107,6 +107,16 @@ class ReplicaSet:
             place = self._wanted.index(name)
             self._wanted[place : place + 1] = stays
 
+    def refuse(self, name: str, reason: str) -> None:
+        """End a replica that the front sends no sessions to.
+
+        Raises:
+            ModelError: no other one serves.
+        """
+        if name in self._running:
+            self._kill(name)
+            self.remove(name, f"{name}: {reason}")
+
     def _start_another(self) -> str:
         taken = {*self._running, *self._wanted, *self._predecessors.values()}
         name = next(name for number in count() if (name := f"replica-{number}") not in taken)

@@ -1,6 +1,5 @@
 """What devices are told of a target: enough to answer Hello without the model."""
 
-import hashlib
 import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
@@ -52,7 +51,15 @@ class ServedTarget:
         vocabulary = Vocabulary(fields["tokens"], fields["rows"], frozenset(fields["stop_ids"]))
         return cls(fields["name"], fields["context_length"], vocabulary, fields["has_grammars"])
 
-    @property
-    def digest(self) -> str:
-        """SHA-256 of all that devices are told; the start of it tells two targets apart."""
-        return hashlib.sha256(self.encode()).hexdigest()[:16]
+    def obstacle(self, other: "ServedTarget") -> str:
+        """Why a replica of ``other`` cannot serve devices that were told of this target; "" if it can.
+
+        The context length may differ: it depends on the memory that is free where a replica runs.
+        """
+        if other.name != self.name:
+            return f"its target is {other.name!r}, that of the others {self.name!r}"
+        if other.vocabulary != self.vocabulary:
+            return f"its target {other.name!r} has another vocabulary or other stop ids than that of the others"
+        if self.has_grammars and not other.has_grammars:
+            return "it cannot compile grammars as the others do; install llguidance there"
+        return ""
