@@ -13,13 +13,13 @@ from basestation.kv_cache.kv_pool import PAGE_SIZE
 from basestation.target import int8_cache
 from basestation.target.agreement import PROMPTS, Agreement, Texts, answer_prompts, measure_agreement
 from basestation.target.int8_cache import agreement_entry
-from basestation.target.int8_conversion import convert, give_int8_weights
+from basestation.target.int8_conversion import convert, give_int8_weights, uses_int8
 from basestation.target.int8_linear import Int8Linear, int8_obstacle
 from basestation.target.segment import Segment
 from basestation.target.supported_models import SUPPORTED
 from basestation.target.target_model import TargetModel
 from tests.sample import SAMPLE
-from tests.test_basestation_target_model import VOCAB, WINDOWS, tiny_pair
+from tests.test_basestation_target_model import VOCAB, WINDOWS, tiny_config, tiny_pair
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(int8_obstacle(CPU) is not None, reason=str(int8_obstacle(CPU)))
@@ -198,6 +198,12 @@ def test_a_damaged_entry_is_named_and_measured_again(cache: Path, caplog: pytest
 def test_without_the_cache_nothing_is_written(cache: Path) -> None:
     started(use_cache=False)
     assert not cache.exists()
+
+
+def test_auto_measures_layers_before_the_weights_are_read(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="basestation"):
+        faster = uses_int8(tiny_config("qwen2"), "auto", "auto", CPU)
+    assert f"using {'int8' if faster else 'dtype'}" in caplog.text
 
 
 @pytest.mark.model

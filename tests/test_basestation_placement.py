@@ -6,9 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from basestation.target import int8_conversion
 from basestation.target.placement import choose_dtype, choose_placement, describe_placement, reason_for_cpu
+from basestation.target.target_model import TargetModel
 from protocol.errors import SettingsError
 from tests.sample import PROJECT
+from tests.test_export_convert import save_model
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -73,3 +76,12 @@ def test_an_image_with_cuda_asks_for_it() -> None:
     last_stage = (PROJECT / "docker" / "basestation.Dockerfile").read_text(encoding="utf-8").split("\nFROM ")[-1]
     assert "\nARG TORCH=cuda\n" in last_stage
     assert "\nENV EDGEDRAFT_BASESTATION_TORCH_DEVICE=${TORCH}\n" in last_stage
+
+
+def test_where_int8_weights_are_slower_a_target_is_loaded_as_without_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(int8_conversion, "may_be_int8", lambda *_: True)
+    monkeypatch.setattr(int8_conversion, "is_faster", lambda *_: False)
+    target = TargetModel.load(str(save_model(tmp_path)), "auto", "cpu", "16MiB", use_cache=False, weights="auto")
+    assert (target.name, target.placement["dtype"]) == (tmp_path.name, "float32")

@@ -1,4 +1,4 @@
-"""Gives a loaded target int8 weights, and says how far it then agrees with the original."""
+"""Chooses int8 weights for a target, gives it them, and says how far it then agrees with the original."""
 
 import logging
 import math
@@ -8,12 +8,16 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from basestation.kv_cache.heap import return_free_memory
+from basestation.kv_cache.memory import check_fits
 from basestation.target.agreement import Agreement, RunsSegments, answer_prompts, measure_agreement
 from basestation.target.int8_cache import agreement_entry, read_agreement, write_agreement
-from basestation.target.int8_linear import Int8Linear, RowQuantizer
+from basestation.target.int8_linear import Int8Linear, RowQuantizer, may_be_int8
 from basestation.target.packed_linear import PackedLinear, packed_dtype, replace_linears
+from basestation.target.placement import choose_dtype
+from basestation.target.quantized_weights import quantization_method
 from basestation.target.weight_pages import release_weight_pages
 
 logger = logging.getLogger(__name__)
@@ -74,19 +78,51 @@ def _has_outliers(model: Any, layer: nn.Linear) -> bool:
     return layer is model.get_output_embeddings() or layer.in_features != model.get_input_embeddings().embedding_dim
 
 
+def uses_int8(config: Any, weights: str, dtype: str, placement: torch.device, ranks: int = 1) -> bool:
+    """Whether linear layers get int8 weights: with ``auto``, whether they can and are faster.
+
+    Args:
+        config: of the model.
+        weights: of ``WEIGHTS``.
+        dtype: the option; see ``choose_dtype``.
+        placement: where the target runs.
+        ranks: over which it is split.
+
+    Raises:
+        SettingsError: there is no such kind of weights, or int8 cannot be used.
+        ModelError: the model does not fit.
+    """
+    if not may_be_int8(weights, placement, quantization_method(config), ranks):
+        return False
+    if weights == "int8":
+        return True
+    int8_dtype = choose_dtype(dtype, placement, int8=True)
+    check_fits(config, int8_dtype, placement)  # before a layer of each shape is made
+    return is_faster(config, choose_dtype(dtype, placement), int8_dtype)
+
+
 @torch.inference_mode()
-def is_faster(model: Any) -> bool:
-    """Whether int8 weights are faster than packed ones: a layer of each shape, with few rows, in turns."""
+def is_faster(config: Any, dtype: torch.dtype, int8_dtype: torch.dtype) -> bool:
+    """Whether int8 weights are faster than packed ones: a layer of each shape, with few rows, in turns.
+
+    Args:
+        config: of the model.
+        dtype: of its weights, unless they are int8.
+        int8_dtype: of its other weights, if they are.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
     shapes = {layer.weight.shape: layer for layer in model.modules() if type(layer) is nn.Linear}
     seconds = {"dtype": 0.0, "int8": 0.0}
     for layer in shapes.values():
-        dtype = packed_dtype(layer.weight.dtype)
-        packed, int8 = PackedLinear(layer, dtype), Int8Linear(layer, _has_outliers(model, layer), RowQuantizer())
+        zeros = _zeros_like(layer, dtype)
+        packed = PackedLinear(zeros, packed_dtype(dtype))
+        int8 = Int8Linear(zeros, _has_outliers(model, layer), RowQuantizer())
         for count in _TIMED_ROWS:
             best = dict.fromkeys(seconds, math.inf)
             for _ in range(_TIMED_RUNS):
-                rows = torch.randn(count, layer.in_features, dtype=dtype)
-                for name, one in (("dtype", packed), ("int8", int8)):
+                for name, one, held in (("dtype", packed, dtype), ("int8", int8, int8_dtype)):
+                    rows = torch.randn(count, layer.in_features, dtype=packed_dtype(held))
                     began = perf_counter()
                     one(rows)
                     best[name] = min(best[name], perf_counter() - began)
@@ -97,3 +133,11 @@ def is_faster(model: Any) -> bool:
         "weights auto: int8 takes %.2f of the time of packed weights; using %s", ratio, "int8" if faster else "dtype"
     )
     return faster
+
+
+def _zeros_like(layer: nn.Linear, dtype: torch.dtype) -> nn.Linear:
+    """A layer of that shape on the CPU: how long it takes does not depend on its weights."""
+    shape = layer.in_features, layer.out_features
+    zeros = nn.Linear(*shape, bias=False, device="meta", dtype=dtype).to_empty(device="cpu")
+    nn.init.zeros_(zeros.weight)
+    return zeros

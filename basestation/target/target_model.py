@@ -16,8 +16,7 @@ from basestation.kv_cache.memory import OutOfMemory, catch_out_of_memory, kv_bud
 from basestation.sizes import readable_size
 from basestation.target.agreement import ANSWER_TOKENS, prompt_ids
 from basestation.target.forward_pass import ForwardPass
-from basestation.target.int8_conversion import give_int8_weights, is_faster
-from basestation.target.int8_linear import may_be_int8
+from basestation.target.int8_conversion import give_int8_weights, uses_int8
 from basestation.target.model_runner import ModelRunner
 from basestation.target.packed_linear import pack_linears, packed_dtype
 from basestation.target.placement import choose_dtype, choose_placement, describe_placement
@@ -129,11 +128,11 @@ class TargetModel:
         placement, share = choose_placement(torch_device), ranks.share if ranks else Share()
         kv_budget(kv_memory, placement)  # refuse an invalid size before the slow part
         name, config = model_name(model), read_config(model, share.ranks)
-        int8 = may_be_int8(weights, placement, quantization_method(config), share.ranks)
+        int8 = uses_int8(config, weights, dtype, placement, share.ranks)
         precision = choose_dtype(dtype, placement, int8)
         files = weight_files(model, precision, placement, share.ranks, use_cache)
         loaded, tokenizer, vocabulary = read_model(model, files, precision, _CPU if ranks else placement, int8)
-        if int8 := int8 and (weights == "int8" or is_faster(loaded)):
+        if int8:
             name = _with_int8_weights(loaded, vocabulary, name, tokenizer, use_cache)
         elif quantization_method(loaded.config) is None:
             place_share(loaded, share, placement)
