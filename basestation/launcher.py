@@ -26,6 +26,9 @@ from basestation.replicas.replica import Replica
 from basestation.replicas.replica_settings import ReplicaSettings
 from basestation.server import Server
 from basestation.sizes import parse_size, readable_size
+from basestation.target.int8_conversion import uses_int8
+from basestation.target.placement import choose_placement
+from basestation.target.pretrained import read_config
 from basestation.target.ranks import FirstRank, Follower, RankAddress, Ranks
 from basestation.target.target_model import TargetModel
 from basestation.target.tensor_parallel import Share
@@ -93,6 +96,12 @@ def run_follower(settings: ReplicaSettings, rank: int, address: RankAddress) -> 
     logger.info("rank %d of %s follows", rank, settings.replica.name)
     follower.follow()
     follower.close()
+
+
+def choose_weights(target: TargetOptions, ranks: int) -> str:
+    """What ``--weights auto`` is on this machine: ``int8`` or ``dtype``."""
+    placement, config = choose_placement(target.torch_device), read_config(target.model, ranks)
+    return "int8" if uses_int8(config, target.weights, target.dtype, placement, ranks) else "dtype"
 
 
 def _watchers(

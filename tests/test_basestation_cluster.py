@@ -1,12 +1,26 @@
-"""What is wrong with the options of replicas is one line, before anything starts."""
+"""What is wrong with the options of replicas is one line, before anything starts; all replicas get the same ones."""
 
 import socket
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from basestation.launch_options import ClusterOptions
-from basestation.replicas.cluster import Cluster
-from protocol.errors import LinkError, SettingsError
+from basestation.launch_options import ClusterOptions, OperationOptions, SocketOptions, TargetOptions
+from basestation.logs import LogFormat
+from basestation.replicas import cluster
+from basestation.replicas.cluster import Cluster, serve_replicas
+from basestation.replicas.replica_settings import ReplicaSettings
+from protocol.errors import LinkError, ModelError, SettingsError
+from protocol.limits import Limits
+from tests.test_basestation_target_model import tiny_config
+
+OPERATION = OperationOptions(None, None, None, 3.0, LogFormat.TEXT)
+
+
+def target_options(model: str) -> TargetOptions:
+    return TargetOptions(model, "auto", "auto", "cpu", "16MiB", False, "2GiB", None, None, False)
 
 
 @pytest.mark.parametrize(("ray_address", "replica_cpus"), [("127.0.0.1:6379", None), (None, 2)])
@@ -27,3 +41,26 @@ def test_an_address_without_a_ray_cluster_is_named_at_once() -> None:
         silent.bind(("127.0.0.1", 0))
         with pytest.raises(LinkError, match=r"no Ray cluster at 127\.0\.0\.1:.*ray start --head"):
             Cluster(ClusterOptions(1, f"127.0.0.1:{silent.getsockname()[1]}", None))
+
+
+def test_all_replicas_get_the_weights_that_are_chosen_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    choices, started = iter(["int8", "dtype", "dtype"]), list[ReplicaSettings]()
+    machines = SimpleNamespace(
+        host="127.0.0.1", start=started.append, kill=None, choose_weights=lambda *_: next(choices)
+    )
+    front = SimpleNamespace(start=lambda: "tcp://127.0.0.1:1", close=lambda: None, failure="")
+    monkeypatch.setattr(cluster, "Cluster", lambda _: nullcontext(machines))
+    monkeypatch.setattr(cluster, "FrontProcess", lambda _: front)
+    for name in ("_operate", "_stop_on_signals"):
+        monkeypatch.setattr(cluster, name, lambda *_: None)
+    listening = SocketOptions("tcp://127.0.0.1:0", None, False, Limits())
+    serve_replicas(target_options("model"), listening, OPERATION, ClusterOptions(3, None, None))
+    assert [one.target.weights for one in started] == ["int8"] * 3
+
+
+def test_ray_runs_the_choice_of_weights_and_tells_why_a_target_cannot_be_served(tmp_path: Path) -> None:
+    tiny_config("llama").save_pretrained(tmp_path)
+    with Cluster(ClusterOptions(1, None, None)) as machines:
+        assert machines.choose_weights(target_options(str(tmp_path)), 1, LogFormat.TEXT) in ("dtype", "int8")
+        with pytest.raises(ModelError, match="it contains no config"):
+            machines.choose_weights(target_options(str(tmp_path.parent)), 1, LogFormat.TEXT)

@@ -27,6 +27,7 @@ from ray.util.placement_group import placement_group_table as group_table
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from basestation.launch_options import ClusterOptions, OperationOptions, SocketOptions, TargetOptions
+from basestation.logs import LogFormat, start_logging
 from basestation.replicas.control import Control, Scale, control_file
 from basestation.replicas.front import FrontOptions
 from basestation.replicas.front_process import FrontProcess, FrontSettings
@@ -85,6 +86,17 @@ class FollowerActor:
 
         with _ending(f"rank {rank} of {settings.replica.name}"):
             run_follower(settings, rank, address)
+
+
+def _choose_weights(target: TargetOptions, ranks: int, log_format: LogFormat) -> str:
+    """What Ray runs in a process like that of a replica: decide what ``--weights auto`` is."""
+    from basestation.launcher import choose_weights
+
+    start_logging(log_format)
+    try:
+        return choose_weights(target, ranks)
+    except EdgedraftError as error:  # of a type that can be sent to the parent
+        raise ModelError(str(error)) from None
 
 
 class Followers:
@@ -219,6 +231,19 @@ class Cluster:
         self._started[name] = time.monotonic()
         self._serving[self._actors[name].serve.remote(settings)] = name
 
+    def choose_weights(self, target: TargetOptions, ranks: int, log_format: LogFormat) -> str:
+        """What ``--weights auto`` is for all replicas: ``int8`` or ``dtype``, measured where one of them would run.
+
+        Raises:
+            ModelError: the target cannot be served.
+        """
+        gpus = int(self.uses_gpu(target.torch_device))
+        choose = ray.remote(_choose_weights).options(num_cpus=self._cpus, num_gpus=gpus)
+        try:
+            return str(ray.get(choose.remote(target, ranks, log_format)))
+        except RayTaskError as error:
+            raise ModelError(str(error.cause)) from None
+
     def kill(self, name: str) -> None:
         """End a replica at once, and for good."""
         self._serving = {reference: of for reference, of in self._serving.items() if of != name}
@@ -308,8 +333,10 @@ def serve_replicas(
         listening = FrontOptions(socket.bind, f"tcp://{cluster.host}:0", key, options.replicas, socket.limits)
         front = stack.enter_context(closing(FrontProcess(_front_settings(listening, target, socket, operation))))
         inner_address = front.start()
-        _stop_on_signals(front, operation.drain_seconds)
         target = replace(target, kv_memory=_kv_memory(target, cluster, options.replicas * options.ranks))
+        if target.weights == "auto":  # replicas would not all find the same one faster
+            target = replace(target, weights=cluster.choose_weights(target, options.ranks, operation.log_format))
+        _stop_on_signals(front, operation.drain_seconds)
 
         def start(name: str) -> None:
             replica = ReplicaOptions(name, inner_address, key, socket.keys is not None)
