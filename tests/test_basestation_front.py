@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,9 +12,11 @@ import zmq
 
 from basestation.devices.key_folder import KeyFolder
 from basestation.logs import LogFormat
+from basestation.monitoring.snapshot import Snapshot
+from basestation.replicas import front
 from basestation.replicas.front import FrontOptions
 from basestation.replicas.front_process import FrontProcess, FrontSettings
-from basestation.replicas.inner_link import InnerKey
+from basestation.replicas.inner_link import Delivery, InnerKey, InnerSocket
 from basestation.replicas.replica_settings import ReplicaOptions
 from basestation.server import Server
 from basestation.target.target_model import TargetModel
@@ -27,6 +29,7 @@ from protocol.errors import FaultError
 from protocol.frames import FrameCodec
 from protocol.limits import Limits
 from protocol.messages import Close, Draft, Fault, Message, Mode, Open, Opened, Sampling, Welcome
+from protocol.zmtp import socket_bytes
 from tests.fakes import FakeDraftModel, FakeTarget, blend, random_table, target_alone
 from tests.front_site import ANY_PORT, FrontSite, RunningReplica, front_site
 from tests.link_pair import open_session
@@ -253,21 +256,21 @@ def test_the_parent_of_a_front_hears_which_replica_is_refused_and_why(cleanup: E
     key = InnerKey.new()
     listening = FrontOptions(ANY_PORT, ANY_PORT, key, 1, Limits())
     settings = FrontSettings(listening, "table", None, False, 2**30, None, LogFormat.TEXT)
-    front = cleanup.enter_context(closing(FrontProcess(settings)))
-    inner_address, refused = front.start(), dict[str, str]()
+    process = cleanup.enter_context(closing(FrontProcess(settings)))
+    inner_address, refused = process.start(), dict[str, str]()
     for name, model in (("replica-0", target()), ("other", FakeTarget.make(random_table(VOCAB + 1, seed=3)))):
         replica = RunningReplica(model, ReplicaOptions(name, inner_address, key, keyed=False), Limits())
         cleanup.callback(replica.thread.join)
         cleanup.callback(replica.stop)
-        front.address(30)
+        process.address(30)
 
     def has_heard() -> bool:
-        refused.update(front.refused())
+        refused.update(process.refused())
         return bool(refused)
 
     wait_for(has_heard)
     assert refused == {"other": ANOTHER_VOCABULARY}
-    assert list(front.replicas) == ["replica-0"]
+    assert list(process.replicas) == ["replica-0"]
 
 
 @pytest.mark.parametrize("lengths", [(64, 4096), (4096, 64)], ids=str)
@@ -326,6 +329,59 @@ def test_a_flood_is_limited_at_the_front(cleanup: ExitStack) -> None:
         replies = list(iter(lambda: peer.receive(0.5), None))
     assert [reply.code for reply in replies if isinstance(reply, Fault)] == ["limit"]
     assert sum(isinstance(reply, Welcome) for reply in replies) < 30
+
+
+# -- bytes --
+
+
+def counts_all_of(site: FrontSite, *messages: Message) -> Callable[[], bool]:
+    """Whether front and replicas have counted the bytes of these messages, each once."""
+    expected = sum(socket_bytes(CODEC.encode(message)) for message in messages)
+    return lambda: Snapshot.of(site.metrics.totals(), 0.0).total("uplink_bytes_total") == expected
+
+
+def test_every_byte_is_counted_whether_a_frame_reaches_a_replica_or_not(site: FrontSite, cleanup: ExitStack) -> None:
+    peer, opening = RawPeer(site.address, cleanup), Open(0, 0, Mode.IDS, Sampling(), tuple(PROMPT))
+    unknown: list[Message] = [Draft(5, 1, ()), Close(5), Fault(5, "state", "it is not open")]
+    assert peer.request(hello(VOCAB))
+    assert peer.request(opening)
+    for message in unknown:
+        peer.socket.send(CODEC.encode(message))
+    wait_for(counts_all_of(site, hello(VOCAB), opening, *unknown))
+
+
+def test_the_bytes_of_an_open_that_no_replica_takes_are_counted(site: FrontSite, cleanup: ExitStack) -> None:
+    peer, opening = RawPeer(site.address, cleanup), Open(0, 0, Mode.IDS, Sampling(), tuple(PROMPT))
+    for replica in list(site.replicas.values()):
+        replica.kill()
+    wait_for(lambda: not site.front.routing.replicas)
+    assert isinstance(peer.request(opening), Fault)
+    wait_for(counts_all_of(site, opening))
+
+
+@pytest.mark.parametrize("most", [0, 10])
+def test_the_bytes_of_frames_that_are_held_are_counted_once_whether_there_is_room_or_not(
+    most: int, cleanup: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(front, "_MAX_HELD", most)
+    with front_site(expected=2) as site:
+        site.start_replica("replica-0", target())
+        site.wait_for_replicas(1)
+        peer = RawPeer(site.address, cleanup)
+        sent: list[Message] = [Draft(5, 1, ()), Close(6)]
+        for message in sent:
+            peer.socket.send(CODEC.encode(message))
+        wait_for(counts_all_of(site, *sent))
+
+
+@pytest.mark.parametrize("delivery", [Delivery.DROPPED, Delivery.GONE])
+def test_the_bytes_of_a_frame_that_a_replica_does_not_get_are_counted(
+    delivery: Delivery, site: FrontSite, cleanup: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(InnerSocket, "send", lambda *_: delivery)
+    peer, opening = RawPeer(site.address, cleanup), Open(0, 0, Mode.IDS, Sampling(), tuple(PROMPT))
+    peer.socket.send(CODEC.encode(opening))
+    wait_for(counts_all_of(site, opening))
 
 
 # -- drain --

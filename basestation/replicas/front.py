@@ -22,7 +22,7 @@ from basestation.devices.peer import Peer
 from basestation.engine.load import SessionKey
 from basestation.engine.pace import Pace
 from basestation.replicas.front_metrics import FrontMetrics
-from basestation.replicas.inner_link import InnerKey, InnerSocket
+from basestation.replicas.inner_link import Delivery, InnerKey, InnerSocket
 from basestation.replicas.inner_messages import Command, Report, encode_peer
 from basestation.replicas.routing import Route, Routing
 from basestation.target.served_target import ServedTarget
@@ -107,7 +107,7 @@ class Front:
         self._devices: DeviceSocket | None = None
         self.routing = Routing()
         self._admitted: set[bytes] = set()
-        self._held: deque[tuple[Peer, FrameHead, bytes]] = deque()
+        self._held: deque[tuple[Peer, FrameHead, bytes, int]] = deque()
         self._held_bytes = 0
         self._gather_until = 0.0
         self._next_probe = 0.0
@@ -168,7 +168,7 @@ class Front:
             if head.kind is Hello:
                 self._greet(peer, self._codec.decode(frame), size)
             else:
-                self._forward(peer, head, frame)
+                self._forward(peer, head, frame, size)
         except FrameError as error:
             self._metrics.count_uplink(peer, None, size)
             self.refuse(peer, error)
@@ -199,8 +199,8 @@ class Front:
                 self._lose(identity)
         if self._held and not self._gathering:
             held, self._held, self._held_bytes = self._held, deque(), 0
-            for peer, head, frame in held:
-                self._forward(peer, head, frame)
+            for peer, head, frame, size in held:
+                self._forward(peer, head, frame, size)
 
     @property
     def _gathering(self) -> bool:
@@ -272,17 +272,21 @@ class Front:
         else:
             self._deliver(peer, welcome)
 
-    def _forward(self, peer: Peer, head: FrameHead, frame: bytes) -> None:
+    def _forward(self, peer: Peer, head: FrameHead, frame: bytes, size: int) -> None:
+        """Send a frame to its replica, which counts it, or hold it; one that is answered or dropped is counted here."""
         try:
             replica = self._replica_of(peer, head)
         except EdgedraftError as error:
+            self._metrics.count_uplink(peer, None, size)
             self._send_fault(peer, head.session_id, error)
             return
         if replica is not None:
             known = Peer(peer.owner, peer.address, peer.name, self._handshake.version_of(peer.owner))
-            self._send(replica, Command.REQUEST.head(encode_peer(known)), frame)
-        elif self._gathering:
-            self._hold(peer, head, frame)
+            is_taken = self._send(replica, Command.REQUEST.head(encode_peer(known)), frame)
+        else:
+            is_taken = self._gathering and self._hold(peer, head, frame, size)
+        if not is_taken:
+            self._metrics.count_uplink(peer, None, size)
 
     def _replica_of(self, peer: Peer, head: FrameHead) -> bytes | None:
         """The replica that a frame goes to; None to hold it while replicas report, and then to drop it.
@@ -316,15 +320,20 @@ class Front:
             raise FullError(f"no replica is ready; retry in {_RETRY_SECONDS} s", _RETRY_SECONDS)
         return route
 
-    def _hold(self, peer: Peer, head: FrameHead, frame: bytes) -> None:
-        """Keep a frame until the replicas have reported; devices resend what is dropped."""
-        if len(self._held) < _MAX_HELD and self._held_bytes + len(frame) <= _MAX_HELD_BYTES:
-            self._held.append((peer, head, frame))
-            self._held_bytes += len(frame)
+    def _hold(self, peer: Peer, head: FrameHead, frame: bytes, size: int) -> bool:
+        """Keep a frame until the replicas have reported, if there is room; devices resend what is dropped."""
+        if len(self._held) >= _MAX_HELD or self._held_bytes + len(frame) > _MAX_HELD_BYTES:
+            return False
+        self._held.append((peer, head, frame, size))
+        self._held_bytes += len(frame)
+        return True
 
-    def _send(self, identity: bytes, *parts: bytes) -> None:
-        if not self._replicas.send(identity, parts):
+    def _send(self, identity: bytes, *parts: bytes) -> bool:
+        """Send to a replica; whether it took the message."""
+        delivery = self._replicas.send(identity, parts)
+        if delivery is Delivery.GONE:
             self._lose(identity)
+        return delivery is Delivery.SENT
 
     def _lose(self, identity: bytes) -> None:
         """Forget a replica, and tell the devices of its sessions, which then open them elsewhere."""

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from enum import Enum, auto
 
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
@@ -15,6 +16,15 @@ _LINGER_MS = 500
 _RECONNECT_MS = 50
 _RECONNECT_MAX_MS = 500
 _MAX_QUEUED_MESSAGES = 10_000
+
+
+class Delivery(Enum):
+    """What became of a message to a replica, or a rank."""
+
+    SENT = auto()
+    DROPPED = auto()
+    """It takes no more messages at the moment."""
+    GONE = auto()
 
 
 @dataclass(frozen=True)
@@ -79,17 +89,17 @@ class InnerSocket:
                 if not turn.spend(sum(map(len, parts))):
                     return
 
-    def send(self, replica: bytes, parts: Sequence[bytes]) -> bool:
-        """Send to a replica; False if it is gone. A message that it has no room for is dropped."""
+    def send(self, replica: bytes, parts: Sequence[bytes]) -> Delivery:
+        """Send to a replica."""
         try:
             self.socket.send_multipart([replica, *parts], zmq.NOBLOCK)
         except zmq.Again:
-            return True
+            return Delivery.DROPPED
         except zmq.ZMQError as error:
             if error.errno != zmq.EHOSTUNREACH:
                 raise
-            return False
-        return True
+            return Delivery.GONE
+        return Delivery.SENT
 
     def close(self) -> None:
         """Flush, and close the socket."""

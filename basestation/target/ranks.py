@@ -25,7 +25,7 @@ from torch import Tensor, distributed
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import Store
 
-from basestation.replicas.inner_link import InnerKey, InnerSocket, connect_inner
+from basestation.replicas.inner_link import Delivery, InnerKey, InnerSocket, connect_inner
 from basestation.target.forward_pass import ForwardPass
 from basestation.target.tensor_parallel import Share
 from common.error_text import first_line
@@ -167,7 +167,7 @@ class FirstRank(Ranks):
 
     def _send(self, message: Sequence[bytes]) -> None:
         for follower in self._followers:
-            if not self._socket.send(follower, message):
+            if self._socket.send(follower, message) is Delivery.GONE:
                 raise RankFailure(f"{follower.decode()} is gone")
 
 
