@@ -29,6 +29,8 @@ app.add_typer(keys_app, name="keys")
 
 LIMITS = "Limits of a device's requests"
 CLUSTER = "Replicas"
+LEAST_PASS_TOKENS = 16
+"""Of a ``PassBudget``, whose module imports PyTorch."""
 KeyFolderArgument = Annotated[Path, typer.Argument(metavar="DIR", help="Folder created by keys new.")]
 DeviceName = Annotated[str, typer.Argument(metavar="NAME", help="The device's name in this folder.")]
 
@@ -75,12 +77,18 @@ def serve(
         typer.Option(help="Memory for what peers send and for the tensors of a pass.", rich_help_panel=PASSES),
     ] = "2GiB",
     pass_tokens: Annotated[
-        int | None, typer.Option(help="Tokens in a forward pass; default 256, on CUDA 2048.", rich_help_panel=PASSES)
+        int | None,
+        typer.Option(
+            help="Tokens in a forward pass; default 256, on CUDA 2048.",
+            min=LEAST_PASS_TOKENS,
+            rich_help_panel=PASSES,
+        ),
     ] = None,
     prompt_tokens: Annotated[
         int | None,
         typer.Option(
             help="Of --pass-tokens for prompts, while other sessions run rounds; default 32, on CUDA 512.",
+            min=LEAST_PASS_TOKENS,
             rich_help_panel=PASSES,
         ),
     ] = None,

@@ -9,8 +9,7 @@ from pathlib import Path
 from prometheus_client import disable_created_metrics
 
 from basestation.descriptors import raise_descriptor_limit
-from basestation.devices.authentication import check_bind
-from basestation.devices.router import check_free
+from basestation.devices.device_socket import check_endpoint
 from basestation.engine.engine_host import PassOptions
 from basestation.engine.pass_records import PassRecordFile
 from basestation.engine.profiler import PassProfiler
@@ -43,9 +42,7 @@ def run_base_station(target: TargetOptions, socket: SocketOptions, operation: Op
     # Without it, each counter has a second series with the time it began.
     disable_created_metrics()  # type: ignore[no-untyped-call]
     peer_bytes = parse_size("peer-memory", target.peer_memory)
-    check_bind(socket.bind, socket.keys is not None or socket.insecure)
-    check_free(socket.bind)
-    PassBudget.of(target.pass_tokens, target.prompt_tokens, on_cuda=False)  # what is given, before the target is loaded
+    check_endpoint(socket.bind, socket.keys, socket.insecure)
     metrics = Metrics()
     with ExitStack() as stack:
         metrics_bind, keys = operation.metrics_bind, socket.keys

@@ -6,7 +6,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from typer.testing import CliRunner
 
+from basestation.cli import LEAST_PASS_TOKENS, app
+from basestation.engine.scheduler import PassBudget
 from basestation.launch_options import ClusterOptions, OperationOptions, SocketOptions, TargetOptions
 from basestation.logs import LogFormat
 from basestation.replicas import cluster
@@ -41,6 +44,28 @@ def test_an_address_without_a_ray_cluster_is_named_at_once() -> None:
         silent.bind(("127.0.0.1", 0))
         with pytest.raises(LinkError, match=r"no Ray cluster at 127\.0\.0\.1:.*ray start --head"):
             Cluster(ClusterOptions(1, f"127.0.0.1:{silent.getsockname()[1]}", None))
+
+
+@pytest.mark.parametrize("bind", ["tcp://0.0.0.0:0", "tcp://{taken}"])
+def test_an_endpoint_that_devices_cannot_have_is_refused_before_replicas_start(
+    bind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "Cluster", None)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = bind.format(taken=f"127.0.0.1:{listener.getsockname()[1]}")
+        listening = SocketOptions(address, None, False, Limits())
+        with pytest.raises((SettingsError, LinkError), match=r"add --keys DIR|cannot bind"):
+            serve_replicas(target_options("model"), listening, OPERATION, ClusterOptions(1, None, None))
+
+
+@pytest.mark.parametrize("replicas", [[], ["--replicas", "2"]], ids=len)
+@pytest.mark.parametrize("option", ["--pass-tokens", "--prompt-tokens"])
+def test_too_few_tokens_of_a_pass_are_refused_before_a_target_is_loaded(option: str, replicas: list[str]) -> None:
+    told = CliRunner().invoke(app, ["serve", "--target", "none", *replicas, option, str(LEAST_PASS_TOKENS - 1)])
+    assert (told.exit_code, option in told.stderr) == (2, True)
+    assert PassBudget(LEAST_PASS_TOKENS, LEAST_PASS_TOKENS)
+    with pytest.raises(SettingsError):
+        PassBudget(LEAST_PASS_TOKENS - 1)
 
 
 def test_all_replicas_get_the_weights_that_are_chosen_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from basestation.devices.key_folder import EnrolledDevice, KeyFolder
 from basestation.devices.peer import Peer
 from basestation.devices.quarantine import HandshakeLog
 from basestation.devices.rate_limit import RateLimiter
-from basestation.devices.router import ReceivedMessage, Router
+from basestation.devices.router import ReceivedMessage, Router, check_free
 from basestation.kv_cache.memory_guard import MemoryGuard
 from basestation.monitoring.metrics import Metrics
 from protocol.errors import EdgedraftError, FrameError, LimitError, RevokedError
@@ -24,6 +24,17 @@ from protocol.zmtp import CURVE_BYTES
 
 _CHECK_SECONDS = 0.5
 """Between two checks for revoked keys and of the memory."""
+
+
+def check_endpoint(bind: str, keys: KeyFolder | None, insecure: bool) -> None:
+    """Refuse an endpoint for devices before a target is loaded for it; the arguments are those of ``Admission``.
+
+    Raises:
+        SettingsError: other machines can reach the address, and there are neither keys nor ``insecure``.
+        LinkError: the address cannot be bound.
+    """
+    check_bind(bind, keys is not None or insecure)
+    check_free(bind)
 
 
 class FrameReceiver(Protocol):

@@ -26,6 +26,7 @@ from ray.util.placement_group import get_current_placement_group, placement_grou
 from ray.util.placement_group import placement_group_table as group_table
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from basestation.devices.device_socket import check_endpoint
 from basestation.launch_options import ClusterOptions, OperationOptions, SocketOptions, TargetOptions
 from basestation.logs import LogFormat, start_logging
 from basestation.replicas.control import Control, Scale, control_file
@@ -327,6 +328,7 @@ def serve_replicas(
     target: TargetOptions, socket: SocketOptions, operation: OperationOptions, options: ClusterOptions
 ) -> None:
     """Serve with replicas behind a front until SIGINT or SIGTERM; the second lets open sessions finish."""
+    check_endpoint(socket.bind, socket.keys, socket.insecure)
     key = InnerKey.new()
     with ExitStack() as stack:
         cluster = stack.enter_context(Cluster(options))
