@@ -24,6 +24,7 @@ from basestation.target.int8_linear import may_be_int8
 from basestation.target.packed_linear import packed_dtype
 from basestation.target.placement import choose_dtype, choose_placement, dtype_name
 from basestation.target.pretrained import model_folder, read_config
+from basestation.target.quantized_weights import quantization_method
 from basestation.target.target_model import context_length, kv_shape, page_count
 from common.checks import Checks, Finding, Outcome, Status
 from common.key_files import read_public
@@ -60,7 +61,7 @@ def examine(options: StationOptions, as_json: bool) -> bool:
 def _check_target(checks: Checks, options: StationOptions) -> None:
     ranks = options.tensor_parallel or 1
     config: Outcome[Any] = checks.run("target", partial(_target, options.target, ranks))
-    placement = checks.run("processor", partial(_processor, options))
+    placement = checks.run("processor", partial(_processor, options, config.value))
     weights = checks.run("memory", partial(_memory, options.target, ranks), config, placement)
     checks.run("context", partial(_context, options.kv_memory, ranks), config, placement, weights)
 
@@ -72,10 +73,15 @@ def _target(model: str, ranks: int) -> Finding[Any]:
     return Finding(told if ranks == 1 else f"{told}, split over {ranks} ranks", config)
 
 
-def _processor(options: StationOptions) -> Finding[_Placement]:
-    """Where the target runs; a warning where the machine could run it faster."""
+def _processor(options: StationOptions, config: Any) -> Finding[_Placement]:
+    """Where the target runs; a warning where the machine could run it faster.
+
+    Args:
+        options: of ``serve``.
+        config: of the target, None if that was not found.
+    """
     device = choose_placement(options.torch_device)
-    int8 = may_be_int8(options.weights, device, ranks=options.tensor_parallel or 1)
+    int8 = may_be_int8(options.weights, device, quantization_method(config), options.tensor_parallel or 1)
     placement = _Placement(device, choose_dtype(options.dtype, device, int8))
     precision = dtype_name(placement.dtype)
     if device.type == "cuda":

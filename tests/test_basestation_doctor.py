@@ -13,6 +13,7 @@ import pytest
 
 from basestation.cli import app
 from basestation.devices.key_folder import KeyFolder
+from basestation.target import int8_linear
 from common.checks import Status
 from device.link.curve_keys import new_key
 from tests.doctor_command import DoctorCommand
@@ -98,6 +99,16 @@ def test_missing_kernels_of_quantised_weights_are_named(doctor: DoctorCommand, t
     report = doctor.report("--target", target, "--bind", ANY_PORT, "--torch-device", "cpu")
     assert "weights quantised by 'awq' cannot be loaded on cpu: " in report.failure("memory")
     assert report.not_checked("memory") == ["context"]
+
+
+def test_int8_weights_of_a_quantised_target_are_refused(
+    doctor: DoctorCommand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(int8_linear, "int8_obstacle", lambda _: None)
+    settings = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    target = write_target(tmp_path, quantization_config=settings)
+    report = doctor.report("--target", target, "--bind", ANY_PORT, "--torch-device", "cpu", "--weights", "int8")
+    assert "the checkpoint is quantised by 'bitsandbytes'" in report.failure("processor")
 
 
 def test_a_kv_pool_shorter_than_the_context_is_a_warning(doctor: DoctorCommand, target: Path) -> None:
