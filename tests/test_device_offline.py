@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -93,17 +94,21 @@ def test_a_prompt_beyond_the_draft_models_context_is_refused(bundle: Path) -> No
     assert "the draft model's context" in str(result.exception)
 
 
-@pytest.fixture
-def service() -> Iterator[TestClient]:
-    model = FakeDraftModel.make(DRAFT)
-
+@contextmanager
+def offline_service(model: DraftModel, cache_tokens: int = 4096) -> Iterator[TestClient]:
     def connect() -> Client:
         return Client(NoLink("--offline"), model.manifest, Timeouts(outage=0.0))
 
-    worker = Worker(model, cast(Tokenizer, NumberTokenizer()), connect, 4096, offline=True)
+    worker = Worker(model, cast(Tokenizer, NumberTokenizer()), connect, cache_tokens, offline=True)
     worker.start()
     yield TestClient(application(worker, "numbers", DEFAULTS, Access(None, ["testserver"])))
     worker.stop(5)
+
+
+@pytest.fixture
+def service() -> Iterator[TestClient]:
+    with offline_service(FakeDraftModel.make(DRAFT)) as service:
+        yield service
 
 
 def test_the_service_is_ready_and_answers_without_a_base_station(service: TestClient) -> None:
@@ -114,6 +119,23 @@ def test_the_service_is_ready_and_answers_without_a_base_station(service: TestCl
         assert answer["timings"]["unverified_n"] == 9
         assert answer["timings"]["uplink_bytes"] == 0
     assert service.get("/readyz").status_code == 200
+
+
+@pytest.mark.parametrize(("cache_tokens", "kept"), [(4096, True), (100, False)])
+def test_turns_run_only_new_tokens_in_conversations_that_fit_the_cache(cache_tokens: int, kept: bool) -> None:
+    model = FakeDraftModel.make(DRAFT)
+    prompts = [[3] * 50, [4] * 50]
+    with offline_service(model, cache_tokens) as service:
+        for turn in range(3):
+            passes = cast(FakeDraftModel, model).passes
+            passes.clear()
+            for prompt in prompts:
+                answer = complete(service, messages=[{"role": "user", "content": text_of(prompt)}], max_tokens=9).json()
+                expected = target_alone(DRAFT, prompt, 9)
+                assert answer["choices"][0]["message"]["content"] == text_of(expected)
+                prompt += [*expected, turn, turn]
+            assert (max(passes) < 10) is (kept and turn > 0)
+            assert complete(service, messages=[{"role": "user", "content": "3 " * 5000}]).status_code == 400
 
 
 def test_the_service_refuses_what_needs_the_target(service: TestClient) -> None:

@@ -142,6 +142,7 @@ def test_the_room_counts_the_draft_models_own_tokens() -> None:
     assert bridge.room([0, 1]) == 18
     assert bridge.room([0, *SHEEP_IDS, 5]) == 20 - 1 - len(bridge.draft_ids) - spelled_length(bridge, [*SHEEP_IDS, 5])
     prompt = Prompt([0, 1, 2], range(7))
+    assert bridge.room(prompt) == 13
     bridge.begin(prompt)
     assert bridge.room([*prompt, 0]) == 12
     bridge.forward([*prompt, 0])

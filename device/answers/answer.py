@@ -135,7 +135,7 @@ class Conversation:
 
         Raises:
             SettingsError: the base station does not serve these settings.
-            ContextLengthError: the prompt does not fit the target's context, or exceeds the base station's limit.
+            ContextLengthError: the prompt does not fit the context, or exceeds the base station's limit.
             GrammarError: the grammar cannot be compiled.
         """
         client, sampling = self._client, self.settings.sampling
@@ -147,13 +147,15 @@ class Conversation:
             check_prompt(len(prompt_ids), 0, client.welcome)
         else:
             check_token_ids(sampling, client.vocab_size)
+        if self.tail is not None:
+            self.tail.check_prompt(prompt_ids)
         _ = self._grammar
 
     def begin(self, prompt_ids: list[int], prediction: Sequence[int] = ()) -> DeviceSession:
         """The session, opened on the prompt or extended with it."""
+        self._prompt_len = len(prompt_ids)
         self._client.greet_once()
         planner = self._planners.for_settings(self.settings, self._client.welcome)
-        self._prompt_len = len(prompt_ids)
         sampling = self.settings.sampling
         check_sampling(sampling, self._client)
         if self._session is None:
@@ -184,13 +186,15 @@ class Conversation:
 
     @property
     def ready(self) -> bool:
-        """Whether another prompt can continue the session."""
-        return self._session is not None and self._session.ready
+        """Whether another prompt can continue the session; without a base station always."""
+        return self._client.is_offline or (self._session is not None and self._session.ready)
 
     @property
     def token_ids(self) -> Sequence[int]:
-        """The committed tokens."""
-        return self._session.tokens if self._session is not None else ()
+        """The committed tokens; without a base station those in the KV cache."""
+        if self._session is not None:
+            return self._session.tokens
+        return self.model.token_ids if self._client.is_offline else ()
 
     def is_continued_by(self, prompt_ids: Sequence[int]) -> bool:
         """Whether a prompt is the next turn, or the last prompt again."""

@@ -1,5 +1,7 @@
 """The conversations that are kept, each with a session and a KV cache of its own, within a budget of tokens.
 
+Without a base station they have KV caches alone.
+
 A prompt continues the conversation whose last prompt it contains. Another prompt
 begins a new one, with a copy of the longest common prefix that is cached. The least
 recently used conversations are dropped first.
@@ -44,7 +46,7 @@ class Conversations:
 
         Raises:
             SettingsError: the base station does not serve these settings.
-            ContextLengthError: the prompt does not fit the target's context, or exceeds the base station's limit.
+            ContextLengthError: the prompt does not fit the context, or exceeds the base station's limit.
             GrammarError: the grammar cannot be compiled.
         """
         conversation = self._continued_by(prompt_ids, settings)
@@ -54,7 +56,7 @@ class Conversations:
         conversation.settings = settings
         conversation.check(prompt_ids)
         self._kept = [*(one for one in self._kept if one is not conversation), conversation]
-        self._max_sessions = client.welcome.max_sessions if client.is_greeted else 1
+        self._max_sessions = client.welcome.max_sessions if client.is_greeted else len(self._kept)  # none is open
         self._drop_oldest(len(prompt_ids))
         try:
             yield conversation

@@ -99,9 +99,10 @@ class VocabularyBridge:
 
     def room(self, token_ids: Sequence[int]) -> int:
         """How many tokens fit the draft model's context after ``token_ids``; a drafted token is one in both."""
-        is_begun = list(token_ids[: len(self._prompt)]) == self._prompt
-        start = len(self._prompt) if is_begun else 0
-        used = len(self._prompt.draft_ids) if is_begun else 0
+        prompt = token_ids if isinstance(token_ids, Prompt) and token_ids.draft_ids else self._prompt
+        begins = list(token_ids[: len(prompt)]) == prompt
+        start = len(prompt) if begins else 0
+        used = len(prompt.draft_ids) if begins else 0
         cached = common_prefix(self.token_ids, token_ids)
         if cached > start:
             start, used = cached, self._end(cached)

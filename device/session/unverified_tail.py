@@ -55,6 +55,18 @@ class UnverifiedTail:
         if any(distribution.vocab_size != self._client.vocab_size for distribution in distributions):
             self.drafted.clear()
 
+    def check_prompt(self, prompt_ids: Sequence[int]) -> None:
+        """Check that a prompt fits the draft model's context, where no base station is used.
+
+        Raises:
+            ContextLengthError: it does not.
+        """
+        if self._client.is_offline and not self._drafter.room(prompt_ids):
+            most = self._drafter.context_length - 1
+            raise ContextLengthError(
+                "prompt", f"{len(prompt_ids)} tokens", f"at most {most} (the draft model's context)"
+            )
+
     def begin(
         self, prompt_ids: Sequence[int], max_new_tokens: int, sampling: Sampling, grammar: Grammar | None
     ) -> None:
@@ -134,6 +146,4 @@ class UnverifiedTail:
         """End the answer at the end of the draft model's context, as long as the target's is not known."""
         if self.drafted:
             raise AnswerEndedError("length")
-        if self._client.is_offline:
-            most = self._drafter.context_length - 1
-            raise ContextLengthError("prompt", f"{len(tokens)} tokens", f"at most {most} (the draft model's context)")
+        self.check_prompt(tokens)
