@@ -164,11 +164,11 @@ def serve(
     answer_options.check()
     from prometheus_client import disable_created_metrics
 
+    from device.answers.metrics import Metrics
     from device.answers.worker import Worker
     from device.http import http_server
     from device.http.answer_fields import Defaults
     from device.http.api_key import VARIABLE, read_api_key
-    from device.http.metrics import Metrics
 
     is_overridden = came_from_file(context, "api_key_file") and VARIABLE in os.environ
     key = read_api_key(None if is_overridden else api_key_file)

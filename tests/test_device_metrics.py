@@ -3,7 +3,7 @@
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
-from device.http.metrics import Metrics
+from device.answers.metrics import Metrics
 from protocol.errors import FaultError
 from tests.fakes import FakeDraftModel
 from tests.link_pair import MemoryTransport, join

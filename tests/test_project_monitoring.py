@@ -9,7 +9,7 @@ import yaml
 from prometheus_client import CollectorRegistry
 
 from basestation.monitoring.metrics import Metrics as StationMetrics
-from device.http.metrics import Metrics as DeviceMetrics
+from device.answers.metrics import Metrics as DeviceMetrics
 from tests.monitoring import DOCKER, alerts, dashboard_queries, rules
 from tests.sample import PROJECT
 

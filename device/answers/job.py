@@ -8,11 +8,10 @@ from typing import TypeAlias
 
 from device.answers.round_events import AnswerRound
 from device.answers.timings import Timings
-from device.http.tool_fields import Tools
 from device.settings import DraftSettings
 from device.text.tentative_text import Revision
 from device.text.tokenizer import ChatMessage
-from device.text.tool_calls import ToolCall
+from device.text.tool_calls import ToolCall, Tools
 
 
 @dataclass(frozen=True)

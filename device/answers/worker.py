@@ -18,10 +18,10 @@ from device.answers.answer_delivery import AnswerDelivery
 from device.answers.conversations import Conversations
 from device.answers.job import AnswerPiece, AnswerRequest, Finish, Job
 from device.answers.job_queue import JobQueue
+from device.answers.metrics import Metrics
 from device.answers.prompt_logprobs import prompt_logprobs
 from device.answers.round_events import RoundEvents
 from device.drafting.draft_model import SequenceModel
-from device.http.metrics import Metrics
 from device.link.connection import Connection
 from device.planning.planners import Planners
 from device.session.client import Client

@@ -1,6 +1,5 @@
 """The grammar of a request: ``response_format`` as OpenAI has it, ``grammar`` and ``regex`` as extensions."""
 
-import json
 from typing import Any
 
 from common.grammar import lark_grammar, regex_grammar, schema_grammar
@@ -40,8 +39,4 @@ def _schema(response_format: Fields) -> Fields | None:
     schema = given.get("schema") if kind == "json_schema" and isinstance(given, dict) else None
     if not isinstance(schema, dict):
         raise SettingsError("response_format", response_format, _FORMATS)
-    try:
-        json.dumps(schema).encode("utf-8")
-    except (RecursionError, UnicodeEncodeError) as error:
-        raise SettingsError("response_format", "a schema", f"JSON that can be written: {error}") from error
     return schema

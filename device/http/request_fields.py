@@ -50,19 +50,19 @@ def field(fields: Fields, name: str, kind: type | tuple[type, ...], default: Any
 
 
 def number(fields: Fields, name: str, default: float) -> float:
-    """A number.
+    """A number, which may be infinite or NaN.
 
     Raises:
-        SettingsError: it is not one, or not finite.
+        SettingsError: it is not one, or a whole number with too many digits.
     """
     return as_number(name, field(fields, name, (int, float), default, "a number"))
 
 
 def as_number(name: str, value: Any) -> float:
-    """The value of the field ``name`` as a number.
+    """The value of the field ``name`` as a number, which may be infinite or NaN.
 
     Raises:
-        SettingsError: it is not one, or not finite.
+        SettingsError: it is not one, or a whole number with too many digits.
     """
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise SettingsError(name, value, "a number")

@@ -1,30 +1,14 @@
 """The tools of a chat request, and which of them the answer must call."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from device.http.http_fields import MAX_TOOLS
 from device.http.request_fields import Fields, check_depth, field
+from device.text.tool_calls import Tools
 from protocol.errors import SettingsError
 
 _CHOICES = "auto, none, required, or an object that names one of the tools"
-
-
-@dataclass(frozen=True)
-class Tools:
-    """Tools that a model may call.
-
-    Attributes:
-        known: as OpenAI's API describes them, for the chat template.
-        forced: those of which the answer must call one; empty where it need not.
-        parallel: whether an answer may have several calls.
-    """
-
-    known: Sequence[Fields] = ()
-    forced: Sequence[Fields] = ()
-    parallel: bool = True
 
 
 def read_tools(fields: Fields) -> Tools:

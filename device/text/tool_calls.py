@@ -1,4 +1,4 @@
-"""Calls of tools in an answer's text: how a family of models writes them, and how they are read.
+"""Tools, and their calls in an answer's text: how a family of models writes them, and how they are read.
 
 Hermes and Qwen write ``<tool_call>`` and ``</tool_call>`` around the JSON of each
 call. Llama 3 answers with the JSON of one call alone.
@@ -6,13 +6,12 @@ call. Llama 3 answers with the JSON of one call alone.
 
 import json
 import secrets
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, TypeAlias
 
 from common.grammar import JSON_OPTIONS, lark_grammar
-from device.http.request_fields import Fields
 from device.text.unicode import is_unicode
 
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
@@ -22,6 +21,21 @@ _BY_NAME = ("properties", "patternProperties", "dependentSchemas", "$defs", "def
 _VALUES = ("const", "enum", "default", "examples")
 """The parts that are no schemas."""
 ToolCallPart: TypeAlias = "str | ToolCall"
+
+
+@dataclass(frozen=True)
+class Tools:
+    """Tools that a model may call.
+
+    Attributes:
+        known: as OpenAI's API describes them, for the chat template.
+        forced: those of which the answer must call one; empty where it need not.
+        parallel: whether an answer may have several calls.
+    """
+
+    known: Sequence[Mapping[str, Any]] = ()
+    forced: Sequence[Mapping[str, Any]] = ()
+    parallel: bool = True
 
 
 @dataclass(frozen=True)
@@ -46,7 +60,7 @@ class ToolFormat(StrEnum):
             return cls.HERMES
         return cls.LLAMA3 if '"parameters"' in source and "ipython" in source else None
 
-    def grammar(self, tools: Sequence[Fields], added_tokens: Collection[str] = ()) -> str:
+    def grammar(self, tools: Sequence[Mapping[str, Any]], added_tokens: Collection[str] = ()) -> str:
         """The grammar of exactly one call of one of the ``tools``.
 
         Args:
@@ -148,7 +162,7 @@ def _moved(schema: Any, pointer: str) -> Any:
         return [_moved(entry, pointer) for entry in schema]
     if not isinstance(schema, dict):
         return schema
-    moved: Fields = {}
+    moved: dict[str, Any] = {}
     for name, part in schema.items():
         if name in _BY_NAME and isinstance(part, dict):
             moved[name] = {own: _moved(inner, pointer) for own, inner in part.items()}
