@@ -1,6 +1,7 @@
 """The service's description of itself: what it says is what is read and sent."""
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,7 +9,15 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from device.http.chat_request import ChatRequest
-from device.http.http_fields import CHAT_FIELDS, IGNORED, ONLY_VALUES, SHARED_FIELDS, TEXT_FIELDS, Schema
+from device.http.http_fields import (
+    CHAT_FIELDS,
+    EXTENSION_FIELDS,
+    IGNORED,
+    ONLY_VALUES,
+    SHARED_FIELDS,
+    TEXT_FIELDS,
+    Schema,
+)
 from device.http.openapi import openapi
 from device.http.text_request import TextRequest
 from device.text.tool_calls import ToolFormat
@@ -118,3 +127,9 @@ def test_every_field_is_of_the_described_type() -> None:
         if name != "model":  # checked against the name of the served model
             with pytest.raises(SettingsError, match=f"{name}"):
                 ChatRequest.read({**CHAT, name: 1.5 if schema["type"] != "number" else "1.5"}, DEFAULTS)
+
+
+def test_the_table_of_the_field_edgedraft_has_all_its_fields() -> None:
+    text = (PROJECT / "docs" / "operations.md").read_text(encoding="utf-8")
+    section = text.partition("### The field edgedraft")[2].partition("Other fields of it")[0]
+    assert re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE) == [*EXTENSION_FIELDS]
