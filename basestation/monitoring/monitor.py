@@ -6,7 +6,9 @@ import logging
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from http import HTTPStatus
 from http.server import ThreadingHTTPServer
 from typing import Any, TypeAlias
@@ -30,8 +32,10 @@ Check: TypeAlias = Callable[[], bool]
 _FORMS = "HOST:PORT, like 127.0.0.1:9464, or PORT alone for loopback; port 0 chooses a free port"
 _LOOPBACK = "127.0.0.1"
 _ALLOWED_HOSTS = "an IP address, localhost, the HOST of --metrics-bind, this machine's name"
-_REQUEST_SECONDS = 10.0
-"""Within which a client must send its request, and take each part of the answer."""
+_CONNECTION_SECONDS = 30.0
+"""From a connection to the end of its request's answer."""
+_MAX_CONNECTIONS = 128
+"""Those beyond are closed at once: each has a thread."""
 
 
 class Monitor:
@@ -111,7 +115,6 @@ class Monitor:
 
         class Handler(MetricsHandler):
             registry = monitor._metrics.registry
-            timeout = _REQUEST_SECONDS
 
             def do_GET(self) -> None:  # noqa: N802 - the name that http.server calls
                 path, _, query = self.path.partition("?")
@@ -136,10 +139,33 @@ class Monitor:
 
 
 class _Server(ThreadingHTTPServer):
-    """A thread for each connection; a client that leaves is no error."""
+    """A thread for each of a limited number of connections, for a limited time; a client that leaves is no error."""
 
     daemon_threads = True
     request_queue_size = 128
+
+    def __init__(self, address: tuple[str, int], handler: type[MetricsHandler]) -> None:
+        self._deadlines: dict[socket.socket, float] = {}
+        super().__init__(address, handler)
+
+    def verify_request(self, request: Any, client_address: Any) -> bool:
+        return len(self._deadlines) < _MAX_CONNECTIONS
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        self._deadlines[request] = time.monotonic() + _CONNECTION_SECONDS
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        self._deadlines.pop(request, None)
+        super().shutdown_request(request)
+
+    def service_actions(self) -> None:
+        """End the connections whose time is over; ``serve_forever`` calls it twice a second."""
+        now = time.monotonic()
+        for request, deadline in list(self._deadlines.items()):
+            if deadline < now:
+                with suppress(OSError):  # it has just ended
+                    request.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         if not isinstance(sys.exception(), ConnectionError):
