@@ -71,7 +71,7 @@ def test_bad_input_ends_one_session_at_worst(
     assert bad.request(open_request()) == Opened(0, 0)
     neighbour = RawDevice(station, b"c")
     assert neighbour.request(open_request()) == Opened(0, 0)
-    with caplog.at_level(logging.WARNING, "basestation.engine.engine"):
+    with caplog.at_level(logging.WARNING, "basestation"):
         fault = bad.send_frame(frame)
     assert isinstance(fault, Fault)
     assert (fault.session_id, fault.code) == (session_id, code)

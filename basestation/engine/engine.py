@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import TypeAlias
 
+from basestation.devices.faults import counted_fault, log_fault
 from basestation.devices.handshake import Handshake
 from basestation.devices.peer import Peer
 from basestation.devices.rate_limit import RateLimiter
@@ -121,8 +122,7 @@ class Engine:
 
     def fault(self, peer: Peer, session_id: int | None, error: EdgedraftError) -> None:
         """Report an error to a peer and end the session it occurred in, if any."""
-        fields = {"peer": peer.owner, "session": session_id, "code": error.code}
-        logger.warning("peer %s, session %s: %s", peer, session_id, error, extra=fields)
+        log_fault(peer, session_id, error)
         if session_id is not None:
             self._sessions.drop(peer.owner, session_id)
         self._send_fault(peer, session_id, error)
@@ -346,9 +346,7 @@ class Engine:
         )
 
     def _send_fault(self, peer: Peer, session_id: int | None, error: EdgedraftError) -> None:
-        self._metrics.count_fault(peer, error.code, str(error))
-        retry_seconds = 0 if self._handshake.speaks_oldest(peer.owner) else error.retry_seconds
-        self._deliver(peer, Fault(session_id, error.code, str(error), retry_seconds))
+        self._deliver(peer, counted_fault(peer, session_id, error, self._handshake, self._metrics))
 
     def _deliver(self, peer: Peer, message: Message, session: Session | None = None) -> None:
         size = self._send(peer.address, message)

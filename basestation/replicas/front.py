@@ -16,6 +16,7 @@ import zmq
 
 from basestation.devices.authentication import revocation
 from basestation.devices.device_socket import Admission, DeviceSocket
+from basestation.devices.faults import counted_fault, log_fault
 from basestation.devices.handshake import Handshake
 from basestation.devices.key_folder import EnrolledDevice
 from basestation.devices.peer import Peer
@@ -349,11 +350,8 @@ class Front:
                 self._send_fault(route.peer, session_id, UnknownSessionError(f"session {session_id} is lost"))
 
     def _send_fault(self, peer: Peer, session_id: int | None, error: EdgedraftError) -> None:
-        fields = {"peer": peer.owner, "session": session_id, "code": error.code}
-        logger.warning("peer %s, session %s: %s", peer, session_id, error, extra=fields)
-        self._metrics.count_fault(peer, error.code, str(error))
-        retry_seconds = 0 if self._handshake.speaks_oldest(peer.owner) else error.retry_seconds
-        self._deliver(peer, Fault(session_id, error.code, str(error), retry_seconds))
+        log_fault(peer, session_id, error)
+        self._deliver(peer, counted_fault(peer, session_id, error, self._handshake, self._metrics))
 
     def _deliver(self, peer: Peer, message: Message) -> None:
         assert self._devices
