@@ -1,7 +1,6 @@
 """Running a base station in one process, or the engine of a replica: load the target and serve until told to stop."""
 
 import logging
-import signal
 from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
@@ -25,6 +24,7 @@ from basestation.replicas.replica import Replica
 from basestation.replicas.replica_settings import ReplicaSettings
 from basestation.server import Server
 from basestation.sizes import parse_size, readable_size
+from basestation.stop_signals import stop_on_signals
 from basestation.target.int8_conversion import uses_int8
 from basestation.target.placement import choose_placement
 from basestation.target.pretrained import read_config
@@ -53,7 +53,7 @@ def run_base_station(target: TargetOptions, socket: SocketOptions, operation: Op
         guard = MemoryGuard.of_process(kv_bytes, peer_bytes)
         watched = _budget(target, model), metrics, records, profiler, guard
         server = Server(model, socket.bind, socket.limits, keys, socket.insecure, *watched)
-        _stop_on_signals(server, operation.drain_seconds)
+        stop_on_signals(server.stop, lambda: server.draining, operation.drain_seconds)
         if monitor:
             monitor.alive, monitor.ready = (lambda: server.alive), (lambda: not server.draining)
             logger.info("fleet page at %s/, metrics at %s/metrics", monitor.url, monitor.url)
@@ -124,9 +124,3 @@ def _load(options: TargetOptions, metrics: Metrics, ranks: Ranks | None = None) 
 
 def _budget(options: TargetOptions, model: TargetModel) -> PassBudget:
     return PassBudget.of(options.pass_tokens, options.prompt_tokens, model.torch_device.type == "cuda")
-
-
-def _stop_on_signals(server: Server, drain_seconds: float) -> None:
-    """SIGINT stops at once; SIGTERM drains, and stops at once when it comes again."""
-    signal.signal(signal.SIGINT, lambda *_: server.stop())
-    signal.signal(signal.SIGTERM, lambda *_: server.stop(0.0 if server.draining else drain_seconds))

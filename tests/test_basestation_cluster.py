@@ -73,10 +73,10 @@ def test_all_replicas_get_the_weights_that_are_chosen_once(monkeypatch: pytest.M
     machines = SimpleNamespace(
         host="127.0.0.1", start=started.append, kill=None, choose_weights=lambda *_: next(choices)
     )
-    front = SimpleNamespace(start=lambda: "tcp://127.0.0.1:1", close=lambda: None, failure="")
+    front = SimpleNamespace(start=lambda: "tcp://127.0.0.1:1", close=lambda: None, drain=None, failure="")
     monkeypatch.setattr(cluster, "Cluster", lambda _: nullcontext(machines))
     monkeypatch.setattr(cluster, "FrontProcess", lambda _: front)
-    for name in ("_operate", "_stop_on_signals"):
+    for name in ("_operate", "stop_on_signals"):
         monkeypatch.setattr(cluster, name, lambda *_: None)
     listening = SocketOptions("tcp://127.0.0.1:0", None, False, Limits())
     serve_replicas(target_options("model"), listening, OPERATION, ClusterOptions(3, None, None))

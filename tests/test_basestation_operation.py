@@ -2,11 +2,12 @@
 
 import json
 import logging
+import signal
 import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ from basestation.monitoring.metrics import Metrics
 from basestation.monitoring.monitor import Monitor
 from basestation.monitoring.top import parse_snapshot, read_snapshot, render
 from basestation.server import Server
+from basestation.stop_signals import stop_on_signals
 from device.link.link import Link
 from device.session.client import Client
 from device.session.session import DeviceSession
@@ -174,6 +176,15 @@ def test_a_drained_base_station_stops_before_the_drain_time_ends() -> None:
     server.stop(drain_seconds=3600)
     thread.join(timeout=20)
     assert not thread.is_alive()
+
+
+def test_sigterm_drains_and_a_second_one_or_sigint_stops_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    handlers, told = dict[int, Callable[[], None]](), list[float]()
+    monkeypatch.setattr(signal, "signal", handlers.__setitem__)
+    stop_on_signals(told.append, lambda: bool(told), 3.0)
+    for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+        handlers[number]()
+    assert told == [3.0, 0.0, 0.0]
 
 
 def test_a_monitor_reports_not_ready_while_the_model_loads() -> None:

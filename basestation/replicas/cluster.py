@@ -7,7 +7,6 @@ front and replicas over ZeroMQ.
 import logging
 import os
 import secrets
-import signal
 import threading
 import time
 from collections.abc import Collection, Iterator
@@ -36,6 +35,7 @@ from basestation.replicas.inner_link import InnerKey
 from basestation.replicas.replica_set import ReplicaSet
 from basestation.replicas.replica_settings import ReplicaOptions, ReplicaSettings
 from basestation.sizes import parse_size
+from basestation.stop_signals import stop_on_signals
 from common.container_memory import within_limits
 from common.error_text import first_line
 from protocol.errors import EdgedraftError, LinkError, ModelError, SettingsError
@@ -338,7 +338,7 @@ def serve_replicas(
         target = replace(target, kv_memory=_kv_memory(target, cluster, options.replicas * options.ranks))
         if target.weights == "auto":  # replicas would not all find the same one faster
             target = replace(target, weights=cluster.choose_weights(target, options.ranks, operation.log_format))
-        _stop_on_signals(front, operation.drain_seconds)
+        stop_on_signals(front.drain, lambda: front.draining, operation.drain_seconds)
 
         def start(name: str) -> None:
             replica = ReplicaOptions(name, inner_address, key, socket.keys is not None)
@@ -414,9 +414,3 @@ def _kv_memory(target: TargetOptions, cluster: Cluster, processes: int) -> str:
     if target.kv_memory != "auto" or not cluster.local or cluster.uses_gpu(target.torch_device):
         return target.kv_memory
     return str(within_limits(psutil.virtual_memory().available) // (_LOCAL_KV_SHARE * processes))
-
-
-def _stop_on_signals(front: FrontProcess, drain_seconds: float) -> None:
-    """SIGINT stops at once; SIGTERM drains, and stops at once when it comes again."""
-    signal.signal(signal.SIGINT, lambda *_: front.drain(0))
-    signal.signal(signal.SIGTERM, lambda *_: front.drain(0 if front.draining else drain_seconds))
