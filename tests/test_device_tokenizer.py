@@ -1,7 +1,7 @@
 """Text to ids and back: message contents are plain text, and streams lose nothing."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -12,10 +12,16 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as FastTokenizer
 
+from device.answers.answer import Conversation
+from device.settings import DraftSettings, Timeouts
 from device.text.tokenizer import ChatMessage, Tokenizer
 from protocol.bundle import CHAT_TEMPLATE_NAME, TOKENIZER_NAME, Manifest
 from protocol.errors import BundleError, SettingsError
+from protocol.messages import Mode, Sampling
+from tests.fakes import random_table
+from tests.outages import NEVER, OutagePair, Reader
 from tests.sample import BUNDLE
+from tests.timed_pair import PairTimes
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content | trim }}<|im_end|>\n{% endfor %}"
@@ -181,6 +187,61 @@ def test_a_stream_that_ends_inside_a_character_loses_nothing(
     tokenizer = bundle(tmp_path_factory.mktemp("bundle"), byte_level())
     ids = tokenizer._tokenizer.encode(text + "😀", add_special_tokens=False).ids[: cut + 1]
     assert "".join(tokenizer.decode_stream(iter(ids))) == tokenizer.decode(ids)
+
+
+PIECES = ("▁", "a", "b", "<0x0A>", "<0xC3>", "<0xA9>", "<0xE2>", "<0x82>", "<0xAC>")
+"""The first tokens of ``byte_fallback``."""
+
+
+def byte_fallback() -> FastTokenizer:
+    """A tokenizer like that of Llama 2: spaces, two letters, and a token for each byte."""
+    pieces = [*PIECES, *(piece for byte in range(256) if (piece := f"<0x{byte:02X}>") not in PIECES)]
+    tokenizer = FastTokenizer(models.BPE({piece: index for index, piece in enumerate(pieces)}, [], byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(steps)
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def fallback(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return bundle(tmp_path_factory.mktemp("bundle"), byte_fallback())
+
+
+def streamed(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    return "".join(tokenizer.decode_stream(iter(ids)))
+
+
+def letters_of(parts: Iterable[str]) -> list[str]:
+    return [part for part in parts if part in "ab"]
+
+
+def test_bytes_that_are_not_utf8_leave_the_text_before_them_as_it_is(fallback: Tokenizer) -> None:
+    ids = [PIECES.index(piece) for piece in ("<0x0A>", "<0xE2>", "b")]
+    assert [*fallback.decode_stream(iter(ids))] == ["\n", "", "\ufffdb"]
+    assert [*fallback.decode_stream(iter(ids[:2]))] == ["\n", "", "\ufffd"]
+
+
+@given(ids=st.lists(st.integers(0, len(PIECES) - 1), max_size=30))
+def test_a_stream_of_any_bytes_loses_and_repeats_no_letter(fallback: Tokenizer, ids: list[int]) -> None:
+    assert letters_of(streamed(fallback, ids)) == letters_of(map(PIECES.__getitem__, ids))
+
+
+@given(text=st.text(min_size=1, max_size=20))
+def test_a_stream_of_bytes_in_utf8_is_the_decoded_text(fallback: Tokenizer, text: str) -> None:
+    ids = fallback.encode(text)
+    assert streamed(fallback, ids) == fallback.decode(ids)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_an_answer_of_any_bytes_that_ends_in_an_outage_repeats_no_text(fallback: Tokenizer, seed: int) -> None:
+    target, timeouts = random_table(len(PIECES), seed), Timeouts(retry=300, outage=0.5)
+    pair = OutagePair(target, target, PairTimes(0.01, 0.1), timeouts, [(2, NEVER)])
+    drafting = DraftSettings(Mode.COUPLED, Sampling(1.0, seed=seed), 1, 4)
+    conversation, reader = Conversation(pair.client, pair.planners, pair.model, fallback, drafting), Reader()
+    answer = reader.read(conversation.ask([1, 2], 120, show_unverified=reader.show_unverified))
+    assert 0 < answer.unverified < len(answer.token_ids)
+    assert letters_of(reader.text) == letters_of(map(PIECES.__getitem__, answer.token_ids))
 
 
 @pytest.mark.model

@@ -10,6 +10,7 @@ from common.common_prefix import common_prefix
 from common.grammar import Grammar
 from device.answers.timings import Timings
 from device.drafting.draft_model import SequenceModel
+from device.drafting.drafter import DraftedToken
 from device.planning.planners import Planners
 from device.process_memory import peak_memory_bytes
 from device.session.client import Client
@@ -286,8 +287,7 @@ class AnswerStream:
         except AnswerEndedError as ended:
             self._finish_reason = ended.reason
             self._tokens += [AnswerToken(token.token_id, Origin.UNVERIFIED, token.margin) for token in tail.drafted]
-            whole = self._conversation.tokenizer.decode([token.token_id for token in self._tokens])
-            yield TextChunk(whole.removeprefix(self._text), Origin.UNVERIFIED, None)
+            yield TextChunk(self._text_after(self._tokens), Origin.UNVERIFIED, None)
 
     def _draft_alone(self) -> bool:
         """Have the draft model add a token in an outage, and show the text; whether it could."""
@@ -304,9 +304,15 @@ class AnswerStream:
         """The text that the unverified tokens add, up to an incomplete character."""
         if self._tail is None or not self._tail.drafted:
             return ""
-        ids = [*(token.token_id for token in self._tokens), *(token.token_id for token in self._tail.drafted)]
-        whole = self._conversation.tokenizer.decode(ids).rstrip("\ufffd")
-        return whole[len(self._text) :] if whole.startswith(self._text) else ""
+        return self._text_after([*self._tokens, *self._tail.drafted]).rstrip("\ufffd")
+
+    def _text_after(self, tokens: Sequence[AnswerToken | DraftedToken]) -> str:
+        """What the text of ``tokens``, of which the committed ones are the first, has beyond the text so far."""
+        ids, tokenizer = [token.token_id for token in tokens], self._conversation.tokenizer
+        whole = tokenizer.decode(ids)
+        if not whole.startswith(self._text):  # of bytes that are not UTF-8
+            whole = "".join(tokenizer.decode_stream(iter(ids)))
+        return whole[len(self._text) :]
 
     @property
     def prompt_tokens(self) -> int:

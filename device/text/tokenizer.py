@@ -13,7 +13,6 @@ from typing import Any, NotRequired, TypedDict
 
 from tokenizers import Encoding
 from tokenizers import Tokenizer as FastTokenizer
-from tokenizers.decoders import DecodeStream
 
 from common.chat_template import ChatTemplate
 from common.grammar import Grammar, GrammarCompiler
@@ -32,6 +31,7 @@ from protocol.errors import BundleError, SettingsError
 logger = logging.getLogger(__name__)
 
 _PRIVATE_USE = range(0xE000, 0xF900)
+_REPLACEMENT = "\ufffd"
 _MAX_GRAMMARS = 8
 _MAX_GUESS = 2**18
 """Characters: more than an answer has, and encoded in a tenth of a second."""
@@ -176,17 +176,30 @@ class Tokenizer:
         return GrammarCompiler.of_tokenizer(self._path.read_text(encoding="utf-8"), vocab_size, known)
 
     def decode_stream(self, token_ids: Iterator[int]) -> Iterator[str]:
-        """The text that each id adds, then what is left; empty while a character is incomplete."""
-        stream, text = DecodeStream(skip_special_tokens=True), ""
-        seen: list[int] = []
+        """The text that each id adds, then what is left; empty while a character is incomplete.
+
+        It is that of ``decode``, except after bytes that are not UTF-8: text that was yielded stays as it is.
+        """
+        before: list[int] = []
+        new: list[int] = []
         for token_id in token_ids:
-            seen.append(token_id)
-            piece = stream.step(self._tokenizer, token_id) or ""
-            text += piece
-            yield piece
-        whole = self.decode(seen)
-        if len(whole) > len(text) and whole.startswith(text):
-            yield whole[len(text) :]
+            new.append(token_id)
+            text = self._added_text(before, new)
+            if not text or text.endswith(_REPLACEMENT):
+                yield ""
+                continue
+            before, new = new, []
+            yield text
+        if rest := self._added_text(before, new):
+            yield rest
+
+    def _added_text(self, before: Sequence[int], new: Sequence[int]) -> str:
+        """The text that ``new`` ids add to that of the ids ``before`` them.
+
+        A decoder with byte fallback replaces all bytes in a row, also those before, where some are not UTF-8.
+        """
+        known, whole = self.decode(before), self.decode([*before, *new])
+        return whole[len(known) :] if whole.startswith(known) else self.decode(new)
 
     def _draft_prompt(
         self, messages: Sequence[ChatMessage], tools: Sequence[Mapping[str, Any]], continue_final: bool
