@@ -38,6 +38,7 @@ class OutagePair(TimedPair):
         super().__init__(target_table, draft_table, times, timeouts)
 
     def send(self, frame: bytes) -> None:
+        self._end_outages()
         if self._is_out(self.now):
             self.lost.append(self.decode(frame))
         else:
@@ -45,14 +46,18 @@ class OutagePair(TimedPair):
 
     def receive(self, timeout: float) -> bytes | None:
         frame = super().receive(timeout)
-        lasting = [outage for outage in self.outages if outage[1] > self.now]
-        self.connections += len(self.outages) - len(lasting)
-        self.outages[:] = lasting
+        self._end_outages()
         return frame
 
     def conversation(self, settings: DraftSettings) -> Conversation:
         tokenizer = cast(Tokenizer, NumberTokenizer())
         return Conversation(self.client, self.planners, self.model, tokenizer, settings)
+
+    def _end_outages(self) -> None:
+        """Notice the new connections, as a socket does when it is used."""
+        lasting = [outage for outage in self.outages if outage[1] > self.now]
+        self.connections += len(self.outages) - len(lasting)
+        self.outages[:] = lasting
 
     def _schedule(self, sent: float, frame: bytes, at_station: bool = False) -> None:
         if not self._is_out(sent + self.times.round_trip / 2):

@@ -13,14 +13,15 @@ from common.round_model import RoundTimes, run_tokens
 from device.options import AnswerOptions
 from device.planning.planner import MIN_BACKLOG, Planner
 from device.session.session import DeviceSession
-from device.settings import DraftSettings
+from device.settings import DraftSettings, Timeouts
 from protocol.errors import FaultError, SettingsError
 from protocol.limits import Limits
-from protocol.messages import Decode, Draft, Message, Mode, Sampling, Verdict
+from protocol.messages import Decode, Draft, Message, Mode, Resume, Sampling, Verdict
 from tests.fakes import FakeDraftModel, FakeTarget, Table, blend, manifest, random_table, target_alone
-from tests.invariants import MAX_NEW_TOKENS, PROMPT, SETTINGS, TARGET, TURNS, draft_model, lossy, settings_name
+from tests.invariants import DRAFT, MAX_NEW_TOKENS, PROMPT, SETTINGS, TARGET, TURNS, draft_model, lossy, settings_name
 from tests.invariants import answer as lockstep_answer
 from tests.link_pair import MemoryTransport, Station, join, open_session
+from tests.outages import OutagePair, Reader
 from tests.planner_grid import Guess, GuessingDraftModel
 from tests.timed_pair import PairTimes, TimedPair
 
@@ -409,3 +410,20 @@ def test_a_session_that_is_lost_while_its_first_token_is_awaited_is_opened_again
         session.extend(prompt)
         transport.station = new_station()
         assert tokens_of(session, count) == target_alone(TARGET, prompt, count)
+
+
+@pytest.mark.parametrize("draft_len", [None, 2])
+@pytest.mark.parametrize(("seconds", "outage"), [(0.05, None), (1.0, 0.5)], ids=["reset", "outage"])
+def test_drafts_that_were_lost_with_a_connection_are_sent_again_over_the_next(
+    seconds: float, outage: float | None, draft_len: int | None
+) -> None:
+    timeouts, resumed = Timeouts(resend=1000, retry=2000, outage=outage), 0
+    for begin in np.arange(0.3, 4, 0.07):
+        pair = OutagePair(TARGET, DRAFT, PairTimes(0.1, 0.1, 0.01, 0.2), timeouts)
+        pair.outages.append((pair.now + begin, pair.now + begin + seconds))
+        drafting, reader = DraftSettings(Mode.IDS, GREEDY, 1, draft_len, drafts_ahead=None), Reader()
+        stream = pair.conversation(drafting).ask(PROMPT, 60, show_unverified=reader.show_unverified)
+        assert reader.read(stream).token_ids == target_alone(TARGET, PROMPT, 60)
+        assert pair.now < timeouts.resend
+        resumed += any(isinstance(message, Resume) for message in pair.sent)
+    assert resumed > 0

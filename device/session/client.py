@@ -243,10 +243,16 @@ class Client:
             self._receive(0 if self._bridge_outage(refused_at) else left)  # messages of sessions that have ended
         return refused_at
 
-    def send(self, message: Hello | Request | Close) -> None:
-        """Send a message; ``messages`` yields the replies."""
+    def send(self, message: Hello | Request | Close, is_first: bool = True) -> None:
+        """Send a message; ``messages`` yields the replies.
+
+        ``is_first`` is false behind other unanswered requests, which a new connection may have lost: with them this
+        one is sent again.
+        """
         self.link.send(message)
-        self._sent_at, self._sent_connections = self._clock(), max(1, self.link.connections)
+        self._sent_at = self._clock()
+        if is_first:
+            self._sent_connections = max(1, self.link.connections)
 
     def send_again(self, requests: Sequence[Hello | Request], resume: Callable[[], Resume] | None) -> None:
         """Send unanswered requests again, behind a Resume where the base station knows it; see ``messages``."""
@@ -255,8 +261,8 @@ class Client:
             return
         if resume and self.welcome.version > OLDEST_VERSION:
             self.link.send(resume())
-        for request in requests:
-            self.send(request)
+        for index, request in enumerate(requests):
+            self.send(request, is_first=index == 0)
 
     def now(self) -> Moment:
         """The clock, which ``paused_clock`` stops, and the bytes counted so far."""
@@ -350,7 +356,7 @@ class Client:
 
     @property
     def _reconnected(self) -> bool:
-        """Whether there is a new connection since the last message was sent."""
+        """Whether there is a new connection since the oldest unanswered request was sent."""
         return self.link.connections > self._sent_connections
 
     @property

@@ -129,10 +129,10 @@ class SessionRequests:
 
     def send_draft(self, drafted: DraftResult, assumed_bonus: int | None = None) -> None:
         """Send a Draft; while another is in flight, on the bonus token that is assumed to follow that one."""
-        round_id = self._rounds.next_round
+        round_id, is_first = self._rounds.next_round, not self._rounds.in_flight
         draft = Draft(self._session_id, round_id, drafted.token_ids, drafted.distributions, assumed_bonus)
         self._rounds.advance(draft)
-        self._client.send(draft)
+        self._client.send(draft, is_first)
 
     def verdict(self, wait: bool = True) -> Verdict | None:
         """The Verdict of the oldest Draft in flight.
