@@ -99,6 +99,15 @@ def test_fifty_answers_begun_offline_and_ended_online_are_the_targets_own(mode: 
     assert accepted > 0
 
 
+def test_a_base_station_that_is_never_reached_leaves_the_draft_model_alone() -> None:
+    timeouts = Timeouts(connect=1.05, outage=5)  # the first Hello is given up between two looks for a reply
+    pair, reader = OutagePair(TARGET, DRAFT, PairTimes(0.1, 0.1), timeouts, [(0, NEVER)]), Reader()
+    stream = pair.conversation(DraftSettings(Mode.IDS, GREEDY, 1, 4)).ask([3], COUNT, (), reader.show_unverified)
+    answer = reader.read(stream)
+    assert answer.token_ids == target_alone(DRAFT, [3], COUNT)
+    assert answer.unverified == COUNT
+
+
 SMALL = random_table(3, seed=4, sharpness=0.8)
 SMALL_DRAFT = blend(SMALL, random_table(3, seed=5, sharpness=0.8), 0.4)
 PROMPT, LENGTH, SAMPLES = [0, 1, 2], 3, 600

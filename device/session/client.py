@@ -196,7 +196,7 @@ class Client:
                 received_at = now
                 _raise_fault(message, getattr(unanswered[0], "session_id", None))
                 yield message
-            elif (waited := now - received_at) >= limit and not is_bridged:
+            elif (waited := now - received_at) >= limit and not (is_bridged or self._bridge_outage(heard_at, limit)):
                 raise LinkError(f"no base station answers at {self.link.address} (waited {waited:.0f} s)")
             elif now - max(self._sent_at, received_at) >= self._timeouts.resend or self._reconnected:
                 self.send_again(unanswered, resume)
