@@ -1,5 +1,6 @@
 """A draft model that knows only the first of the target's tokens changes no answer's distribution."""
 
+from pathlib import Path
 from typing import cast
 
 import numpy as np
@@ -14,6 +15,8 @@ from protocol.messages import PROTOCOL_VERSION, Draft, Mode, Sampling
 from tests.fakes import FakeDraftModel, FakeTarget, Table, blend, manifest, next_logits, random_table, target_alone
 from tests.link_pair import Station, join, open_session
 from tests.slow_verify import target_probs, verify_one
+from tests.tiny_bundle import VOCAB as GRAPH_TOKENS
+from tests.tiny_bundle import write_bundle
 
 VOCAB, KNOWN = 12, 7
 TARGET = random_table(VOCAB, seed=1)
@@ -121,3 +124,14 @@ def test_the_frames_are_encoded_for_the_targets_vocabulary() -> None:
     assert vars(link)["_codec"].vocab_size == size
     draft = Draft(0, 1, (1, 2, 199))
     assert vars(link)["_codec"].encode(draft) == station.codec.encode(draft)
+
+
+def test_tokens_that_the_graph_of_a_bundle_does_not_have_change_no_answer(tmp_path: Path) -> None:
+    model = DraftModel(write_bundle(tmp_path / "bundle", random_table(GRAPH_TOKENS, seed=3)[0]))
+    target = random_table(GRAPH_TOKENS + 4, seed=1)
+    client, _ = join(Station(FakeTarget.make(target)), model)
+    session = open_session(client, DraftSettings(Mode.IDS, Sampling(), 4, 4), model, list(PROMPT))
+    tokens = [token.token_id for token in session.answer(40)]
+    assert tokens == target_alone(target, PROMPT, 40)
+    assert model.token_ids[:40] == [*PROMPT, *tokens][:40]
+    assert max(model.token_ids) >= GRAPH_TOKENS

@@ -133,13 +133,17 @@ class DraftModel:
     def forward(self, token_ids: Sequence[int]) -> Logits:
         """Run one or more tokens after the cached ones.
 
+        Tokens of the target that the graph does not have are run as its token 0.
+
         Returns:
             float32 [graph_tokens], the logits after the last of them.
         """
         start, end = self._cache.length, self._cache.length + len(token_ids)
         if end > self._positions.size:
             self._reserve_positions(2 * end)
-        inputs: Arrays = {"input_ids": np.array([token_ids], np.int64), "attention_mask": self._ones[:, :end]}
+        ids = np.array([token_ids], np.int64)
+        ids[ids >= self.manifest.graph_tokens] = 0
+        inputs: Arrays = {"input_ids": ids, "attention_mask": self._ones[:, :end]}
         if self._takes_positions:
             inputs["position_ids"] = self._positions[:, start:end]
         logits = self._cache.run(inputs, len(token_ids))[: self.manifest.graph_tokens]
