@@ -95,8 +95,13 @@ def _configure_streams() -> None:
             stream.reconfigure(errors=errors)
 
 
-def _fail(message: str, exit_code: int) -> NoReturn:
+def print_error(message: str) -> None:
+    """Print an error that is being handled, in one line; with ``-v`` its traceback too."""
     if is_verbose():
         traceback.print_exc()
     typer.echo(f"error: {' '.join(message.split())}", err=True)
+
+
+def _fail(message: str, exit_code: int) -> NoReturn:
+    print_error(message)
     sys.exit(exit_code)

@@ -10,11 +10,13 @@ from contextlib import contextmanager, suppress
 from threading import Event
 from types import FrameType
 
+from common.command_line import print_error
 from device.answers.answer import Conversation
 from device.state_folder import state_folder
 from device.terminal import AnswerDisplay, console, show_figures
 from device.text.tokenizer import ChatMessage
-from protocol.errors import CancelledError
+from device.text.unicode import check_unicode
+from protocol.errors import CancelledError, EdgedraftError
 
 _HISTORY_LINES = 1000
 
@@ -37,25 +39,46 @@ class Chat:
         self._start(system)
 
     def run(self) -> None:
-        """Answer each text that the user types."""
+        """Answer each text that the user types; an error ends its turn alone."""
         with _history():
             for text in _texts():
-                command, _, rest = text.partition(" ")
-                if command == "/system" and rest.strip():
-                    self._start(rest.strip())
-                elif text.strip() == "/reset":
-                    self._start(self._system)
-                else:
-                    self._answer(text)
+                try:
+                    self._take(text)
+                except EdgedraftError as error:
+                    print_error(str(error))
+
+    def _take(self, text: str) -> None:
+        command, _, rest = text.partition(" ")
+        if command == "/system" and rest.strip():
+            check_unicode("system", rest)
+            self._start(rest.strip())
+        elif text.strip() == "/reset":
+            self._start(self._system)
+        else:
+            self._answer(text)
 
     def _start(self, system: str | None) -> None:
         """Forget all turns."""
         self._system = system
-        self._conversation.close()
         self._messages = [] if system is None else [{"role": "system", "content": system}]
+        self._conversation.close()
 
     def _answer(self, text: str) -> None:
+        """Answer a text; one without an answer is forgotten."""
         self._messages.append({"role": "user", "content": text})
+        shown = ""
+        try:
+            shown = self._show_answer()
+        finally:
+            if shown:
+                self._messages.append({"role": "assistant", "content": shown})
+            else:
+                self._messages.pop()
+            if not self._conversation.ready:
+                self._conversation.close()
+
+    def _show_answer(self) -> str:
+        """Print the answer to the conversation; return its text, as far as it came if Ctrl-C stopped it."""
         prompt_ids = self._conversation.tokenizer.encode_chat(self._messages)
         display = AnswerDisplay(self._origins)
         stream = self._conversation.ask(prompt_ids, self._max_new_tokens, show_unverified=display.show_unverified)
@@ -67,15 +90,11 @@ class Chat:
                     shown += chunk.text
             except CancelledError:
                 shown += display.unverified
-        if not self._conversation.ready:
-            self._conversation.close()
-        console.print()
+            finally:
+                console.print()
         if not interrupted.is_set():
             show_figures(stream.answer)
-        if shown:
-            self._messages.append({"role": "assistant", "content": shown})
-        else:
-            self._messages.pop()
+        return shown
 
 
 @contextmanager

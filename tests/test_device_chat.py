@@ -17,9 +17,9 @@ from device.planning.planners import Planners
 from device.session.session import Origin
 from device.terminal import ORIGIN_STYLES, AnswerDisplay
 from device.text.tokenizer import ChatMessage, Tokenizer
-from protocol.messages import Sampling
-from tests.fakes import FakeDraftModel, target_alone
-from tests.link_pair import join
+from protocol.messages import Draft, Extend, Message, Resume, Sampling
+from tests.fakes import FakeDraftModel, FakeTarget, target_alone
+from tests.link_pair import CopyCount, MemoryTransport, Station, deliver_once, join
 from tests.number_service import DRAFT, TARGET, NumberTokenizer, new_station, settings
 
 TOKENS = 12
@@ -45,6 +45,8 @@ class Terminal:
         self.shown: list[list[int]] = []
         self.tokenizer = PromptRecorder()
         self.stop_after: dict[int, int] = {}
+        self.station = new_station()
+        self.up: CopyCount = deliver_once
         self._monkeypatch = monkeypatch
         monkeypatch.setattr(AnswerDisplay, "show", lambda _, chunk: self._show(chunk))
 
@@ -61,7 +63,7 @@ class Terminal:
 
         self._monkeypatch.setattr("builtins.input", read)
         model = FakeDraftModel.make(DRAFT)
-        client, _ = join(new_station(), model)
+        client, _ = join(self.station, model, MemoryTransport(self.station, up=self.up))
         tokenizer = cast(Tokenizer, self.tokenizer)
         conversation = Conversation(client, Planners(model.manifest.quality), model, tokenizer, settings(Sampling()))
         Chat(conversation, TOKENS, False, system).run()
@@ -110,6 +112,41 @@ def test_a_backslash_continues_the_line(terminal: Terminal) -> None:
 
 def test_an_empty_line_ends(terminal: Terminal) -> None:
     assert terminal.chat(["", "3 1 4"]) == []
+
+
+def one_error(capsys: pytest.CaptureFixture[str]) -> str:
+    stderr = capsys.readouterr().err
+    assert stderr.startswith("error: ")
+    assert stderr.count("\n") == 1
+    return stderr
+
+
+def test_a_prompt_beyond_the_context_ends_its_turn_alone(
+    terminal: Terminal, capsys: pytest.CaptureFixture[str]
+) -> None:
+    terminal.station = Station(FakeTarget.make(TARGET, context_length=40))
+    first, second, third = terminal.chat(["3 1 4", "1 " * 40, "9 2 6"])
+    assert (first, second, third) == (answer(FIRST), [], answer(FIRST, first, SECOND))
+    assert "the target's context" in one_error(capsys)
+
+
+@pytest.mark.parametrize("lost", [(Extend, Draft, Resume), (Draft, Resume)])
+def test_a_base_station_that_is_away_ends_a_turn_alone(
+    terminal: Terminal, capsys: pytest.CaptureFixture[str], lost: tuple[type[Message], ...]
+) -> None:
+    terminal.up = lambda message: 0 if len(terminal.shown) == 2 and isinstance(message, lost) else 1
+    first, _, third = terminal.chat(["3 1 4", "7 7", "9 2 6"])
+    assert (first, third) == (answer(FIRST), answer(FIRST, first, SECOND))
+    assert terminal.tokenizer.prompts[2] == [*FIRST, *first, *SECOND]
+    assert "no base station answers" in one_error(capsys)
+
+
+def test_a_system_prompt_that_is_not_utf8_changes_nothing(
+    terminal: Terminal, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, _, third = terminal.chat(["3 1 4", "/system a\udcff", "9 2 6"])
+    assert (first, third) == (answer(FIRST), answer(FIRST, first, SECOND))
+    assert "text in UTF-8" in one_error(capsys)
 
 
 @pytest.mark.parametrize("count", [1, 3, 6])
