@@ -41,6 +41,8 @@ from protocol.bundle import Manifest
 from protocol.errors import LinkError, SettingsError
 from protocol.frames import FrameCodec
 
+logger = logging.getLogger(__name__)
+
 app = application(
     "The device: drafts tokens, has the base station verify them, and prints the answer.", configured_group("device")
 )
@@ -244,7 +246,8 @@ def _conversation(answer_options: AnswerOptions) -> Iterator[Conversation]:
     settings = answer_options.draft_settings(answer_options.sampling)
     with _record_file(answer_options) as records:
         model, tokenizer = _load(answer_options)
-        with closing(_connect(answer_options, model.manifest, records)) as client:
+        warn = partial(logger.warning, "%s")
+        with closing(_connect(answer_options, model.manifest, records, on_unresolved=warn)) as client:
             planners = _planners(answer_options, model.manifest)
             conversation = Conversation(client, planners, model, tokenizer, settings)
             with closing(conversation):
@@ -277,10 +280,14 @@ def _connect(
     manifest: Manifest,
     records: RoundRecordFile | None,
     on_link: Callable[[Link], None] = lambda _: None,
+    on_unresolved: Callable[[LinkError], None] = lambda _: None,
 ) -> Client:
-    """Open a link, report it to ``on_link``, and greet the base station over it unless outages are bridged."""
+    """Open a link, report it to ``on_link``, and greet the base station over it unless outages are bridged.
+
+    ``on_unresolved`` is told why its name does not resolve, where that is no error.
+    """
     keys = answer_options.curve_keys()
-    link = _link(answer_options, manifest, keys)
+    link = _link(answer_options, manifest, keys, on_unresolved)
     on_link(link)
     first_session = secrets.randbits(31) if keys else 0  # processes of one device may share its key
     try:
@@ -290,16 +297,23 @@ def _connect(
         raise
 
 
-def _link(answer_options: AnswerOptions, manifest: Manifest, keys: CurveKeys | None) -> Link:
-    """A link to the base station; none if none is used, or if its name does not resolve in an outage."""
+def _link(
+    answer_options: AnswerOptions,
+    manifest: Manifest,
+    keys: CurveKeys | None,
+    on_unresolved: Callable[[LinkError], None],
+) -> Link:
+    """A link to the base station; none if none is used. In an outage its name may resolve later, to an IPv4 address."""
     if answer_options.offline:
         return NoLink("--offline")
+    address, codec = answer_options.server, FrameCodec(manifest.vocab_size)
     try:
-        return Link.connect(answer_options.server, FrameCodec(manifest.vocab_size), keys)
+        return Link.connect(address, codec, keys)
     except LinkError as error:
         if answer_options.timeouts.outage is None:
             raise
-        return NoLink(str(error))
+        on_unresolved(error)
+        return Link.connect(address, codec, keys, ipv6=False)
 
 
 def _prompt(text: str | None, option: str | None) -> str:

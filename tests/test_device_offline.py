@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from starlette.testclient import TestClient
 from typer.testing import CliRunner
 
+from basestation.server import Server
 from common.grammar import regex_grammar
 from device.answers.answer import Answer, Conversation
 from device.answers.worker import Worker
@@ -28,12 +30,13 @@ from device.settings import DraftSettings, Timeouts
 from device.text.tokenizer import Tokenizer
 from protocol.errors import ContextLengthError, SettingsError
 from protocol.messages import Mode, Sampling
-from tests.fakes import FakeDraftModel, target_alone
+from tests.fakes import FakeDraftModel, FakeTarget, target_alone
 from tests.json_tokens import STOP
 from tests.json_tokens import text_of as json_text_of
 from tests.number_service import DEFAULTS, DRAFT, PROMPT, NumberTokenizer, complete, text_of
 from tests.outages import Reader
-from tests.tiny_bundle import VOCAB, WORDS, write_bundle
+from tests.serving import serving
+from tests.tiny_bundle import VOCAB, WORDS, table_of, write_bundle
 
 LOGITS = np.random.default_rng(3).normal(0, 2, (VOCAB, VOCAB)).astype(np.float32)
 
@@ -86,6 +89,33 @@ def test_a_device_without_a_draft_model_is_refused_by_name(bundle: Path, options
 def test_another_value_of_on_outage_is_refused(bundle: Path) -> None:
     result = device("generate", "--bundle", str(bundle), "--on-outage", "guess", "the cat")
     assert str(result.exception) == "on-outage is 'guess'; allowed: wait or draft"
+
+
+def without_names(*_: Any, **__: Any) -> list[Any]:
+    raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+
+
+def answer_over(address: str, bundle: Path) -> Any:
+    options = ("--on-outage", "draft", "--connect-timeout", "1", "--no-state", "--json", "--max-new-tokens", "7")
+    return json.loads(device("generate", "--bundle", str(bundle), "--server", address, *options, "the cat").stdout)
+
+
+def test_a_base_station_whose_name_resolves_later_verifies_the_answer(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(socket, "getaddrinfo", without_names)  # libzmq has its own
+    with serving(Server(FakeTarget.make(table_of(LOGITS)), "tcp://127.0.0.1:0")) as server:
+        answer = answer_over(server.address.replace("127.0.0.1", "localhost"), bundle)
+    assert answer["unverified"] == 0
+    assert [WORDS[token_id] for token_id in answer["token_ids"]] == after("the", "cat", count=7)
+    assert "does not resolve (Temporary failure in name resolution)" in caplog.text
+
+
+def test_a_base_station_whose_name_never_resolves_leaves_the_draft_model_alone(
+    bundle: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert answer_over("tcp://no-such-host.invalid:5755", bundle)["unverified"] == 7
+    assert "'no-such-host.invalid' of 'tcp://no-such-host.invalid:5755' does not resolve" in caplog.text
 
 
 def test_a_prompt_beyond_the_draft_models_context_is_refused(bundle: Path) -> None:

@@ -67,13 +67,18 @@ class SocketTransport:
     the key does, and each connection gets a new routing id: the base station refuses
     one that is in use, and may notice a lost connection later than the device.
 
+    libzmq resolves the host whenever it tries to connect, to an address of one IP version: of the one that ``ipv6``
+    says, or if that is None, of the one that the host has now.
+
     Raises:
         SettingsError: ``address`` is not ``tcp://HOST:PORT``.
-        LinkError: its host does not resolve.
+        LinkError: its host does not resolve, and ``ipv6`` is None.
     """
 
-    def __init__(self, address: str, max_frame_bytes: int, keys: CurveKeys | None = None) -> None:
-        ipv6 = needs_ipv6(address)
+    def __init__(
+        self, address: str, max_frame_bytes: int, keys: CurveKeys | None = None, ipv6: bool | None = None
+    ) -> None:
+        ipv6 = needs_ipv6(address) if ipv6 is None else ipv6
         self._address = address
         self._keys = keys
         self.connections = 0
@@ -217,14 +222,18 @@ class Link:
         self._envelope_bytes = envelope_bytes
 
     @classmethod
-    def connect(cls, address: str, codec: FrameCodec, keys: CurveKeys | None = None) -> "Link":
+    def connect(
+        cls, address: str, codec: FrameCodec, keys: CurveKeys | None = None, ipv6: bool | None = None
+    ) -> "Link":
         """A link over TCP, encrypted where there are keys. The base station need not be up yet.
+
+        ``ipv6`` is as of ``SocketTransport``.
 
         Raises:
             SettingsError: ``address`` is not ``tcp://HOST:PORT``.
-            LinkError: its host does not resolve.
+            LinkError: its host does not resolve, and ``ipv6`` is None.
         """
-        transport = SocketTransport(address, codec.max_frame_bytes, keys)
+        transport = SocketTransport(address, codec.max_frame_bytes, keys, ipv6)
         return cls(transport, codec, address, CURVE_BYTES if keys else 0)
 
     def send(self, message: Message) -> None:
