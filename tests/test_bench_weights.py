@@ -1,4 +1,4 @@
-"""Int8 weights against packed ones, on the sample model."""
+"""Int8 weights against packed ones, on a tiny model."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ import torch
 from basestation.target.int8_linear import int8_obstacle
 from bench.station import weights as command
 from bench.station.weights import weights
-from tests.sample import SAMPLE
+from tests.test_export_convert import save_model
 
 _OBSTACLE = int8_obstacle(torch.device("cpu"))
 
@@ -20,7 +20,7 @@ def test_passes_layers_and_agreement_are_measured(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(command, "_REPEATS", 3)
     prompts, found = tmp_path / "prompts.jsonl", tmp_path / "weights.json"
     prompts.write_text(json.dumps({"category": "math", "turns": ["Add 2 and 3."]}) + "\n")
-    weights(str(SAMPLE), prompts, 1, 8, found)
+    weights(str(save_model(tmp_path / "target")), prompts, 1, 8, found)
     (row,) = json.loads(found.read_text())["rows"]
     assert row["argmax"] > 0.5
     assert row["overlap"] > 0.8
