@@ -24,7 +24,8 @@ def convert_fastest(models: Sequence[str], bundle: Path, settings: ConvertSettin
         raise SettingsError("MODEL", " ".join(models), "one, or several with --target and --precision auto")
     if settings.conditions.draft_ms:
         allowed = "one MODEL: each drafts in a time of its own, so convert them singly"
-        raise SettingsError("draft-ms", "given", allowed)
+        given = " ".join(f"{name}={milliseconds:g}" for name, milliseconds in settings.conditions.draft_ms.items())
+        raise SettingsError("draft-ms", given, allowed)
     check_bundle_folder(bundle)
     with tempfile.TemporaryDirectory(dir=_existing_parent(bundle)) as scratch:
         bundles = [Path(scratch, str(index)) for index in range(len(models))]
