@@ -175,7 +175,7 @@ def _serve_replicas(
     target: TargetOptions, socket: SocketOptions, operation: OperationOptions, options: ClusterOptions
 ) -> None:
     if find_spec("ray") is None:
-        allowed = "left out; or first, in the source folder, pip install '.[cluster]'"
+        allowed = "left out while Ray is not installed: in the source folder, pip install '.[cluster]'"
         raise SettingsError("replicas", options.replicas, allowed)
     from basestation.replicas.cluster import serve_replicas
 

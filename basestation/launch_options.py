@@ -76,7 +76,7 @@ class ClusterOptions:
         """
         if replicas is not None:
             return cls(replicas, ray_address, replica_cpus, tensor_parallel or 1)
-        given = {"ray_address": ray_address, "replica_cpus": replica_cpus, "tensor_parallel": tensor_parallel}
+        given = {"ray-address": ray_address, "replica-cpus": replica_cpus, "tensor-parallel": tensor_parallel}
         for name, value in given.items():
             if value is not None:
                 raise SettingsError(name, value, "left out without --replicas")

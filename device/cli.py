@@ -319,12 +319,12 @@ def _link(
 def _prompt(text: str | None, option: str | None) -> str:
     """The prompt, from the argument, the option or standard input."""
     if text is not None and option is not None:
-        raise SettingsError("--prompt", option, "no --prompt beside a prompt as argument")
+        raise SettingsError("prompt", option, "left out beside a prompt as argument")
     prompt = text if text is not None else option
     if prompt is None and not sys.stdin.isatty():
         prompt = sys.stdin.read().removesuffix("\n") or None
     if prompt is None:
-        raise SettingsError("the prompt", None, "a text as argument, with --prompt or on standard input")
+        raise SettingsError("prompt", None, "a text as argument, with --prompt or on standard input")
     check_unicode("prompt", prompt)
     return prompt
 

@@ -289,9 +289,9 @@ class AnswerOptions:
         if self.key is None and self.station_key is None:
             return None
         if self.key is None:
-            raise SettingsError("--key", None, "a file that keys new made, together with --station-key")
+            raise SettingsError("key", None, "a file that keys new made; --station-key needs it")
         if self.station_key is None:
-            raise SettingsError("--station-key", None, "a public key or its file, together with --key")
+            raise SettingsError("station-key", None, "the base station's public key or its file; --key needs it")
         return CurveKeys.read(self.key, self.station_key)
 
     def _mode_for(self, sampling: Sampling, name: str, quality: QualityFigures | None) -> Mode:

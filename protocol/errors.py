@@ -51,7 +51,7 @@ class SettingsError(EdgedraftError):
 
     Args:
         name: the setting, as the user knows it.
-        value: the given value.
+        value: the given value; None if it is missing.
         allowed: the allowed values.
     """
 
@@ -59,7 +59,7 @@ class SettingsError(EdgedraftError):
     exit_code = 2
 
     def __init__(self, name: str, value: object, allowed: str) -> None:
-        super().__init__(f"{name} is {value!r}; allowed: {allowed}")
+        super().__init__(f"{name} is {'missing' if value is None else repr(value)}; allowed: {allowed}")
         self.name = name
         self.value = value
         self.allowed = allowed

@@ -231,7 +231,7 @@ def test_int8_weights_are_refused_with_ranks() -> None:
 
 
 def test_ranks_need_replicas() -> None:
-    with pytest.raises(SettingsError, match="tensor_parallel is 2; allowed: left out without --replicas"):
+    with pytest.raises(SettingsError, match="tensor-parallel is 2; allowed: left out without --replicas"):
         ClusterOptions.of(None, None, None, 2)
 
 

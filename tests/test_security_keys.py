@@ -241,8 +241,8 @@ def test_an_error_of_the_base_station_command_is_one_line(
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--key", "HERE/phone"], ["--station-key", "together with --key"]),
-        (["--station-key", "HERE/phone.pub"], ["--key", "together with --station-key"]),
+        (["--key", "HERE/phone"], ["station-key is missing", "--key needs it"]),
+        (["--station-key", "HERE/phone.pub"], ["key is missing", "--station-key needs it"]),
         (["--key", "HERE/none", "--station-key", "HERE/phone.pub"], ["none'", "cannot be read"]),
         (["--key", "HERE/phone", "--station-key", "HERE/none"], ["none'", "40 characters"]),
         (["--key", "HERE/phone.pub", "--station-key", "HERE/phone.pub"], ["edgedraft-secret-key"]),
