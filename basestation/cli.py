@@ -177,7 +177,7 @@ def _serve_replicas(
     if find_spec("ray") is None:
         allowed = "left out while Ray is not installed: in the source folder, pip install '.[cluster]'"
         raise SettingsError("replicas", options.replicas, allowed)
-    from basestation.replicas.cluster import serve_replicas
+    from basestation.replicas.launcher import serve_replicas
 
     serve_replicas(target, socket, operation, options)
 

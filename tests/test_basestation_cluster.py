@@ -12,8 +12,9 @@ from basestation.cli import LEAST_PASS_TOKENS, app
 from basestation.engine.scheduler import PassBudget
 from basestation.launch_options import ClusterOptions, OperationOptions, SocketOptions, TargetOptions
 from basestation.logs import LogFormat
-from basestation.replicas import cluster
-from basestation.replicas.cluster import Cluster, serve_replicas
+from basestation.replicas import launcher
+from basestation.replicas.cluster import Cluster
+from basestation.replicas.launcher import serve_replicas
 from basestation.replicas.replica_settings import ReplicaSettings
 from protocol.errors import LinkError, ModelError, SettingsError
 from protocol.limits import Limits
@@ -50,7 +51,7 @@ def test_an_address_without_a_ray_cluster_is_named_at_once() -> None:
 def test_an_endpoint_that_devices_cannot_have_is_refused_before_replicas_start(
     bind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cluster, "Cluster", None)
+    monkeypatch.setattr(launcher, "Cluster", None)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         address = bind.format(taken=f"127.0.0.1:{listener.getsockname()[1]}")
         listening = SocketOptions(address, None, False, Limits())
@@ -74,10 +75,10 @@ def test_all_replicas_get_the_weights_that_are_chosen_once(monkeypatch: pytest.M
         host="127.0.0.1", start=started.append, kill=None, choose_weights=lambda *_: next(choices)
     )
     front = SimpleNamespace(start=lambda: "tcp://127.0.0.1:1", close=lambda: None, drain=None, failure="")
-    monkeypatch.setattr(cluster, "Cluster", lambda _: nullcontext(machines))
-    monkeypatch.setattr(cluster, "FrontProcess", lambda _: front)
+    monkeypatch.setattr(launcher, "Cluster", lambda _: nullcontext(machines))
+    monkeypatch.setattr(launcher, "FrontProcess", lambda _: front)
     for name in ("_operate", "stop_on_signals"):
-        monkeypatch.setattr(cluster, name, lambda *_: None)
+        monkeypatch.setattr(launcher, name, lambda *_: None)
     listening = SocketOptions("tcp://127.0.0.1:0", None, False, Limits())
     serve_replicas(target_options("model"), listening, OPERATION, ClusterOptions(3, None, None))
     assert [one.target.weights for one in started] == ["int8"] * 3
