@@ -14,7 +14,7 @@ from device.drafting.drafter import DraftedToken
 from device.planning.planners import Planners
 from device.process_memory import peak_memory_bytes
 from device.session.client import Client
-from device.session.draft_rounds import Counters
+from device.session.counters import Counters
 from device.session.served_settings import check_draft_settings, check_prompt, check_sampling, check_token_ids
 from device.session.session import AnswerToken, DeviceSession, Origin
 from device.session.unverified_tail import AnswerEndedError, UnverifiedTail

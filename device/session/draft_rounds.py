@@ -20,8 +20,9 @@ from device.drafting.drafter import DraftedToken, Drafter, DraftResult
 from device.drafting.lookup_drafter import LookupDrafter
 from device.drafting.prompt_lookup import Proposal
 from device.planning.planner import Planner
+from device.session.catch_up import CatchUp
 from device.session.client import Client
-from device.session.guesses import Guesses
+from device.session.counters import Counters
 from device.session.pending_draft import PendingDraft, evidence_of
 from device.session.round_records import Moment
 from device.session.session_requests import SessionRequests
@@ -30,28 +31,6 @@ from device.settings import DraftSettings
 from protocol.messages import Mode, Verdict
 
 logger = logging.getLogger(__name__)
-
-_MIN_PREFILL, _MAX_PREFILL = 8, 16
-"""While the device waits, the draft model runs the new tokens in chunks of this size.
-
-A single token costs more, and more tokens would keep those of the target waiting.
-"""
-
-
-@dataclass
-class Counters:
-    """What a session has done so far; ``drafted`` counts no invalidated Draft, ``draft_bytes`` counts all.
-
-    ``drafted_prediction`` and ``accepted_prediction`` are of the tokens that came from the prediction.
-    """
-
-    rounds: int = 0
-    drafted: int = 0
-    accepted: int = 0
-    drafted_prediction: int = 0
-    accepted_prediction: int = 0
-    draft_bytes: int = 0
-    invalidated_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -70,6 +49,7 @@ class DraftRounds:
         requests: of the session.
         drafter: of the session.
         planner: decides how much to draft; may change while no Draft is in flight.
+        catch_up: of the draft model.
         settings: how to draft.
         tokens: the committed tokens; the session that owns the list appends the tokens of each round to it.
         lookup: of the session; None where it drafts with the draft model alone.
@@ -85,6 +65,7 @@ class DraftRounds:
         requests: SessionRequests,
         drafter: Drafter,
         planner: Planner,
+        catch_up: CatchUp,
         settings: DraftSettings,
         tokens: Sequence[int],
         lookup: LookupDrafter | None = None,
@@ -102,7 +83,7 @@ class DraftRounds:
         self._in_flight: deque[PendingDraft] = deque()
         self._next: PendingDraft | None = None
         self._concluded = client.now()
-        self._guesses = Guesses(drafter, lambda: client.now().seconds)
+        self._catch_up = catch_up
         self.planner = planner
 
     @property
@@ -195,33 +176,6 @@ class DraftRounds:
         if self._tail and self._tail.take_model():
             self._next, self._model_follows = None, False
 
-    def catch_up(self) -> bool:
-        """Run a chunk of the committed tokens through the draft model; whether there was one."""
-        if count := self.catch_up_len:
-            self._prefill(self._tokens, count)
-        return count > 0
-
-    @property
-    def catch_up_len(self) -> int:
-        """Tokens of the next chunk; 0 where the draft model has nothing to catch up on."""
-        if self._settings.mode is Mode.TARGET or not self._drafter.room(self._tokens):
-            return 0
-        backlog = self._drafter.backlog(self._tokens)
-        return min(backlog, _MAX_PREFILL) if backlog >= _MIN_PREFILL else 0
-
-    def follow_target(self, awaited: int) -> bool:
-        """While the target decodes alone, run its tokens and guess the next one; whether there was something to do.
-
-        Args:
-            awaited: tokens that are still to come.
-        """
-        may_guess = self._planner.should_guess(awaited)
-        return self.catch_up() or (may_guess and self._guesses.next(self._tokens, self._planner))
-
-    def end_decode(self) -> None:
-        """Compare the last guess with the token that the target decoded."""
-        self._guesses.check(self._tokens, self._planner)
-
     def begin(self) -> VerifiedRound | None:
         """Ask for the next token with a Draft without tokens, while the draft model runs the tokens before it.
 
@@ -231,7 +185,7 @@ class DraftRounds:
             The round, if it is verified before the draft model is ready; else ``next`` goes on.
         """
         self._send()
-        while self.catch_up():
+        while self._catch_up.run_chunk(self._tokens, self._planner):
             if verdict := self._requests.verdict(wait=False):
                 return self._conclude(verdict)
             if not self._requests.drafts_in_flight:  # the session had to be opened again
@@ -290,7 +244,7 @@ class DraftRounds:
         if not self._settings.cache_last_token:
             return False
         if not self._model_follows:
-            return self.catch_up()
+            return self._catch_up.run_chunk(self._tokens, self._planner)
         self._drafter.cache_last_token()
         return False
 
@@ -315,16 +269,10 @@ class DraftRounds:
 
     def _follow(self, tokens: Sequence[int]) -> None:
         """Have the draft model draft what follows ``tokens``; first it runs those that prompt lookup drafted."""
-        if not self._model_follows and (backlog := self._drafter.backlog(tokens)) >= _MIN_PREFILL:
-            self._prefill(tokens, backlog)
+        if not self._model_follows:
+            self._catch_up.run_all(tokens, self._planner)
         self._drafter.follow(tokens)
         self._model_follows = True
-
-    def _prefill(self, tokens: Sequence[int], count: int) -> None:
-        """Run the next ``count`` of ``tokens`` through the draft model."""
-        began = self._client.now().seconds
-        self._drafter.prefill(tokens, count)
-        self._planner.observe_prefill(count, self._client.now().seconds - began)
 
     def _send(self) -> None:
         """Send the next Draft, without tokens where none may be drafted."""
@@ -344,11 +292,7 @@ class DraftRounds:
         """Take the Verdict of the oldest Draft in flight; discard those on a wrong assumption."""
         draft, received = self._in_flight.popleft(), self._client.now()
         self._observe(draft, verdict, received, timed)
-        self.counters.drafted += len(draft.tokens)
-        self.counters.accepted += verdict.accepted
-        predicted = [bool(token.match and token.match.is_predicted) for token in draft.tokens]
-        self.counters.drafted_prediction += sum(predicted)
-        self.counters.accepted_prediction += sum(predicted[: verdict.accepted])
+        self.counters.count_draft(draft.tokens, verdict.accepted)
         following = self._in_flight[0] if self._in_flight else self._next
         if following and verdict.accepted == len(draft.tokens):
             assert following.assumed_bonus is not None

@@ -15,8 +15,11 @@ from device.drafting.drafter import DraftedToken, Drafter
 from device.drafting.lookup_drafter import LookupDrafter
 from device.planning.planner import MIN_BACKLOG, Planner
 from device.planning.trials import TRIAL
+from device.session.catch_up import CatchUp
 from device.session.client import Client
-from device.session.draft_rounds import Counters, DraftRounds
+from device.session.counters import Counters
+from device.session.draft_rounds import DraftRounds
+from device.session.guesses import Guesses
 from device.session.served_settings import check_draft_settings, check_prompt, check_sampling
 from device.session.session_requests import SessionRequests
 from device.session.unverified_tail import AnswerEndedError, UnverifiedTail
@@ -90,8 +93,7 @@ class DeviceSession:
         check_draft_settings(settings, client.welcome)
         self.tokens: list[int] = []
         self.cached_tokens = 0
-        self._client = client
-        self._settings = settings
+        self._client, self._settings = client, settings
         self._target_alone = settings.mode is Mode.TARGET
         drafting = settings.mode, settings.sampling, settings.uplink, client.vocab_size, client.stop_ids
         self._drafter = Drafter(model, *drafting, before_pass=client.check_cancelled)
@@ -102,8 +104,10 @@ class DeviceSession:
         self._tail = tail
         if tail is not None:
             tail.draft_with(self._drafter)
+        self._catch_up = CatchUp(self._drafter, lambda: client.now().seconds)
+        self._guesses = Guesses(self._drafter, lambda: client.now().seconds)
         self._rounds = DraftRounds(
-            client, self._requests, self._drafter, planner, settings, self.tokens, self._lookup, tail
+            client, self._requests, self._drafter, planner, self._catch_up, settings, self.tokens, self._lookup, tail
         )
         self._drafter.answer_start, self._drafter.grammar = len(prompt_ids), grammar
         check_prompt(len(prompt_ids), 0, client.welcome)
@@ -233,7 +237,8 @@ class DeviceSession:
             return 0
         alone = self._planned_decode_len() if self._draft_room else room
         if self._lookup is not None and alone > TRIAL:  # piece by piece, so that lookup is tried in between
-            alone = TRIAL if self._settings.draft_len else planner.decode_piece(alone, self._rounds.catch_up_len)
+            piece = planner.decode_piece(alone, self._catch_up.chunk_len(self.tokens))
+            alone = TRIAL if self._settings.draft_len else piece
         return min(alone, room)
 
     def _planned_decode_len(self) -> int:
@@ -248,11 +253,11 @@ class DeviceSession:
     def _decode(self, count: int) -> Iterator[AnswerToken]:
         """Let the target decode alone and commit its tokens; meanwhile the draft model runs its backlog."""
         moments, end = [self._client.now()], len(self.tokens) + count
-        for verdict in self._requests.decode(count, lambda: self._rounds.follow_target(end - len(self.tokens))):
+        for verdict in self._requests.decode(count, lambda: self._follow_target(end - len(self.tokens))):
             moments.append(self._client.now())
             self._client.record(self._settings.mode, verdict, 0, 0, (moments[-2], moments[-2], moments[-1]))
             yield from self._commit((), verdict)
-        self._rounds.end_decode()
+        self._guesses.check(self.tokens, self._rounds.planner)
         seconds = [moment.seconds for moment in moments]
         first_seconds, prefilled = seconds[1] - seconds[0], self._requests.take_prefilled()
         known_seconds = None if prefilled else first_seconds
@@ -260,6 +265,19 @@ class DeviceSession:
         if prefilled:
             self._rounds.planner.observe_target_prefill(prefilled, first_seconds)
         logger.debug("%d tokens of the target alone; next: %s", len(seconds) - 1, self._rounds.planner.explanation)
+
+    def _follow_target(self, awaited: int) -> bool:
+        """While the target decodes alone, run its tokens and guess the next one; whether there was something to do.
+
+        Args:
+            awaited: tokens that are still to come.
+        """
+        if self._target_alone:
+            return False
+        planner = self._rounds.planner
+        if self._catch_up.run_chunk(self.tokens, planner):
+            return True
+        return planner.should_guess(awaited) and self._guesses.next(self.tokens, planner)
 
     def _commit(self, drafted: Sequence[DraftedToken], verdict: Verdict) -> list[AnswerToken]:
         self.counters.rounds += 1
