@@ -160,6 +160,19 @@ def test_no_more_sessions_are_open_than_the_base_station_allows() -> None:
         assert sent.counts["Open"] - sent.counts["Close"] == 2
 
 
+def test_an_echo_with_log_probabilities_takes_the_place_of_the_least_recently_used_conversation() -> None:
+    sent = SentMessages()
+    with http_client(new_station(max_sessions=2), sent) as client:
+        programs = [Program(client, name) for name in (1, 2)]
+        for program in programs:
+            program.take_turn()
+        fields = {"prompt": "3 1 4 1 5", "echo": True, "logprobs": 1, "max_tokens": 0}
+        assert client.post("/v1/completions", json=fields).status_code == 200
+        assert (sent.counts["Open"], sent.counts["Close"]) == (3, 2)
+        programs[1].take_turn()
+    assert (sent.counts["Open"], sent.counts["Extend"]) == (3, 1)
+
+
 def test_conversations_go_on_after_the_connection_was_lost() -> None:
     lost = [False]
     with http_client(new_station(), lambda _: not lost[0]) as client:

@@ -74,6 +74,11 @@ class Conversations:
             raise
         self._settle(conversation)
 
+    def make_room(self, client: Client) -> None:
+        """Drop the least recently used until the base station lets this device open one more session."""
+        while len(self._kept) >= max(1, client.welcome.max_sessions):
+            self._end(self._kept[0])
+
     def end_all(self) -> None:
         """Drop all conversations and close their sessions."""
         for conversation in [*self._kept]:

@@ -5,7 +5,7 @@ The token that the target puts after them is removed by an Extend, which repeats
 last of them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from device.session.client import Client
 from device.session.served_settings import check_context_length, check_sampling
@@ -14,13 +14,16 @@ from protocol.logprobs import TokenLogprobs
 from protocol.messages import Mode, Sampling
 
 
-def prompt_logprobs(client: Client, prompt_ids: Sequence[int], most: int) -> list[TokenLogprobs]:
+def prompt_logprobs(
+    client: Client, prompt_ids: Sequence[int], most: int, make_room: Callable[[], None] = lambda: None
+) -> list[TokenLogprobs]:
     """The log-probabilities of all tokens of a prompt but the first.
 
     Args:
         client: the greeted base station.
         prompt_ids: one token or more.
         most: how many of the likeliest tokens are told with each.
+        make_room: called before the session is opened, once the request is checked.
 
     Raises:
         SettingsError: the base station tells no log-probabilities.
@@ -29,6 +32,7 @@ def prompt_logprobs(client: Client, prompt_ids: Sequence[int], most: int) -> lis
     check_context_length("prompt", len(prompt_ids), client.welcome)
     sampling = Sampling(logprobs=most)
     check_sampling(sampling, client)
+    make_room()
     tokens: list[int] = []
     requests = SessionRequests(client, Mode.TARGET, sampling, tokens)
     told: list[TokenLogprobs] = []

@@ -256,7 +256,8 @@ class Worker:
         if most is None:
             job.deliver(self.tokenizer.decode(ids))
             return
-        logprobs, delivery = prompt_logprobs(client, ids, most), AnswerDelivery(job, self.tokenizer)
+        logprobs = prompt_logprobs(client, ids, most, lambda: self._conversations.make_room(client))
+        delivery = AnswerDelivery(job, self.tokenizer)
         texts = self.tokenizer.decode_stream(iter(ids))
         job.deliver(AnswerPiece(next(texts), self.tokenizer.token_text(ids[0]), None, ()))
         for token_id, told in zip(ids[1:], logprobs, strict=True):
