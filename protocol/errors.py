@@ -81,6 +81,8 @@ class GrammarError(EdgedraftError):
 class TransientGrammarError(GrammarError):
     """A grammar cannot be compiled now, for a reason other than the grammar itself; it may be compiled later."""
 
+    retry_seconds = 5
+
 
 class ModelError(EdgedraftError):
     """A model cannot be found, read or used."""

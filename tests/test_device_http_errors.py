@@ -1,14 +1,29 @@
 """Every error of the HTTP service has OpenAI's shape, and names the field."""
 
 import json
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 from starlette.testclient import TestClient
 
+from common.grammar import GrammarCompiler
 from device.answers.worker import Worker
 from device.http.service import Access, application
-from tests.number_service import DEFAULTS, FIELDS, OpenCounter, complete, http_client, new_station, new_worker
+from protocol.errors import TransientGrammarError
+from tests.fakes import FakeTarget
+from tests.json_tokens import PIECES, json_tokenizer
+from tests.link_pair import Station
+from tests.number_service import (
+    DEFAULTS,
+    FIELDS,
+    TARGET,
+    NumberTokenizer,
+    OpenCounter,
+    complete,
+    http_client,
+    new_station,
+    new_worker,
+)
 
 INVALID = "invalid_request_error"
 LONG = "3 " * 5000
@@ -162,3 +177,20 @@ def test_an_unreachable_base_station_is_a_server_error_with_its_own_code() -> No
         response = complete(client)
     error = error_of(response)
     assert (response.status_code, error["type"], error["code"], error["param"]) == (503, "server_error", "link", None)
+
+
+@pytest.mark.parametrize("where", ["device", "base station"])
+def test_a_grammar_that_cannot_be_compiled_now_is_a_server_error_that_says_when_to_retry(
+    where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> NoReturn:
+        raise TransientGrammarError("the grammar cannot be compiled: this machine is busy; try again")
+
+    if where == "device":
+        monkeypatch.setattr(NumberTokenizer, "grammar", fail)
+    compiler = GrammarCompiler(json_tokenizer, len(PIECES), fail)
+    with http_client(Station(FakeTarget.make(TARGET, grammar_compiler=compiler))) as client:
+        response = complete(client, regex="[0-3]{4}")
+    error = error_of(response)
+    assert (response.status_code, error["type"], error["code"]) == (503, "server_error", "grammar")
+    assert int(response.headers["retry-after"]) > 0

@@ -85,7 +85,7 @@ class Grammars:
         """Whether the grammar of a request is compiled; if not, ``again`` takes the request again once it is.
 
         Raises:
-            GrammarError: it cannot be compiled.
+            GrammarError: it cannot be compiled; a TransientGrammarError if it may be later.
             FullError: another grammar of the owner is being compiled, or those of too many, or too much waits for it.
         """
         wanted = _Wanted.by(request)
@@ -122,7 +122,7 @@ class Grammars:
     def _outcome(self, wanted: _Wanted) -> Grammar | None:
         outcome = self._kept.get(wanted)
         if isinstance(outcome, GrammarError):
-            raise GrammarError(str(outcome))
+            raise type(outcome)(str(outcome))
         return None if outcome is None or outcome.exhausted else outcome
 
     def _fits(self, job: _Job, session_id: int, size: int) -> bool:

@@ -15,6 +15,7 @@ from protocol.errors import (
     FaultError,
     GrammarError,
     SettingsError,
+    TransientGrammarError,
 )
 
 _INVALID, _RATE, _SERVER = "invalid_request_error", "rate_limit_exceeded", "server_error"
@@ -23,6 +24,7 @@ _KINDS: Mapping[type[EdgedraftError], tuple[int, str, str | None]] = {
     SettingsError: (400, _INVALID, "invalid_value"),
     BundleError: (400, _INVALID, "invalid_value"),  # the chat template cannot render the conversation
     GrammarError: (400, _INVALID, "invalid_grammar"),
+    TransientGrammarError: (503, _SERVER, None),
     BusyError: (429, _RATE, _RATE),
     EdgedraftError: (503, _SERVER, None),
 }
@@ -73,7 +75,7 @@ class HttpError(Exception):
             return cls(error.status_code, error.detail, kind=kind, headers=error.headers)
         if not isinstance(error, EdgedraftError):
             return cls(500, "internal error; the log of the device's service has the details", kind=_SERVER)
-        if isinstance(error, FaultError) and error.fault_code == GrammarError.code:
+        if isinstance(error, FaultError) and error.fault_code == GrammarError.code and not error.retry_seconds:
             return cls.of(GrammarError(error.text))
         status, kind, code = next(_KINDS[base] for base in type(error).__mro__ if base in _KINDS)
         own_code = error.fault_code if isinstance(error, FaultError) else error.code
