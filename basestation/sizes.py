@@ -23,6 +23,15 @@ def parse_size(option: str, text: str, allowed: str = A_SIZE) -> int:
     return int(size)
 
 
+def parse_kv_memory(text: str) -> int | None:
+    """Bytes of ``--kv-memory``; None for ``auto``.
+
+    Raises:
+        SettingsError: ``text`` is neither.
+    """
+    return None if text == "auto" else parse_size("kv-memory", text, f"auto, or {A_SIZE}")
+
+
 def readable_size(size: float) -> str:
     """A size in bytes, formatted with a unit."""
     unit = next((unit for unit in ("KiB", "MiB", "GiB") if size < 1024 * _UNITS[unit[0]]), "TiB")

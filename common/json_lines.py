@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
+from protocol.errors import SettingsError
+
 logger = logging.getLogger(__name__)
 
 
@@ -18,11 +20,14 @@ class JsonLinesFile:
         clock: seconds since 1970.
 
     Raises:
-        OSError: the file cannot be written.
+        SettingsError: the file cannot be written.
     """
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
-        self._file = path.open("a", encoding="utf-8")
+        try:
+            self._file = path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise SettingsError("record", str(path), f"a file that can be written ({error.strerror})") from error
         self._clock = clock
 
     def append(self, rows: Iterable[Mapping[str, object]]) -> None:

@@ -64,6 +64,9 @@ class SettingsError(EdgedraftError):
         self.value = value
         self.allowed = allowed
 
+    def __reduce__(self) -> tuple[type["SettingsError"], tuple[str, object, str]]:
+        return type(self), (self.name, self.value, self.allowed)
+
 
 class ContextLengthError(SettingsError):
     """The prompt or the answer exceeds the model's context length."""

@@ -1,9 +1,12 @@
 """What is wrong with the options of replicas is one line, before anything starts; all replicas get the same ones."""
 
+import pickle
 import socket
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -69,12 +72,28 @@ def test_too_few_tokens_of_a_pass_are_refused_before_a_target_is_loaded(option: 
         PassBudget(LEAST_PASS_TOKENS - 1)
 
 
+@pytest.mark.parametrize("option", ["kv_memory", "peer_memory"])
+def test_a_wrong_size_is_refused_before_replicas_start(option: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "Cluster", None)
+    listening = SocketOptions("tcp://127.0.0.1:0", None, False, Limits())
+    options: dict[str, Any] = {option: "4 parsecs"}
+    with pytest.raises(SettingsError, match="4 parsecs.*a size like"):
+        serve_replicas(replace(target_options("model"), **options), listening, OPERATION, ClusterOptions(1, None, None))
+
+
+def test_a_wrong_option_that_a_replica_finds_reaches_the_parent_as_such() -> None:
+    with pytest.raises(SettingsError) as caught, cluster._ending("replica-0"):
+        raise SettingsError("dtype", "float8", "auto, float32, bfloat16")
+    received = pickle.loads(pickle.dumps(caught.value))  # noqa: S301 - our own
+    assert (type(received), str(received)) == (SettingsError, str(caught.value))
+
+
 def test_all_replicas_get_the_weights_that_are_chosen_once(monkeypatch: pytest.MonkeyPatch) -> None:
     choices, started = iter(["int8", "dtype", "dtype"]), list[ReplicaSettings]()
     machines = SimpleNamespace(
         host="127.0.0.1", start=started.append, kill=None, choose_weights=lambda *_: next(choices)
     )
-    front = SimpleNamespace(start=lambda: "tcp://127.0.0.1:1", close=lambda: None, drain=None, failure="")
+    front = SimpleNamespace(start=lambda: "tcp://127.0.0.1:1", close=lambda: None, drain=None, failure=None)
     monkeypatch.setattr(launcher, "Cluster", lambda _: nullcontext(machines))
     monkeypatch.setattr(launcher, "FrontProcess", lambda _: front)
     for name in ("_operate", "stop_on_signals"):
@@ -88,5 +107,7 @@ def test_ray_runs_the_choice_of_weights_and_tells_why_a_target_cannot_be_served(
     tiny_config("llama").save_pretrained(tmp_path)
     with Cluster(ClusterOptions(1, None, None)) as machines:
         assert machines.choose_weights(target_options(str(tmp_path)), 1, LogFormat.TEXT) in ("dtype", "int8")
+        with pytest.raises(SettingsError, match="weights is .int3.; allowed: "):
+            machines.choose_weights(replace(target_options(str(tmp_path)), weights="int3"), 1, LogFormat.TEXT)
         with pytest.raises(ModelError, match="it contains no config"):
             machines.choose_weights(target_options(str(tmp_path.parent)), 1, LogFormat.TEXT)

@@ -1,5 +1,6 @@
 """A front and its replicas on real sockets: answers, losses, restarts, admission."""
 
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -25,7 +26,7 @@ from device.link.link import Link
 from device.session.client import Client
 from device.session.session import DeviceSession
 from device.settings import DraftSettings, Timeouts
-from protocol.errors import FaultError
+from protocol.errors import FaultError, SettingsError
 from protocol.frames import FrameCodec
 from protocol.limits import Limits
 from protocol.messages import Close, Draft, Fault, Message, Mode, Open, Opened, Sampling, Welcome
@@ -271,6 +272,15 @@ def test_the_parent_of_a_front_hears_which_replica_is_refused_and_why(cleanup: E
     wait_for(has_heard)
     assert refused == {"other": ANOTHER_VOCABULARY}
     assert list(process.replicas) == ["replica-0"]
+
+
+def test_a_front_whose_address_for_metrics_is_taken_tells_its_parent_which_option_is_wrong() -> None:
+    listening = FrontOptions(ANY_PORT, ANY_PORT, InnerKey.new(), 1, Limits())
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        settings = FrontSettings(listening, "table", None, False, 2**30, address, LogFormat.TEXT)
+        with closing(FrontProcess(settings)) as process, pytest.raises(SettingsError, match=f"metrics-bind is .{address}"):
+            process.start()
 
 
 @pytest.mark.parametrize("lengths", [(64, 4096), (4096, 64)], ids=str)

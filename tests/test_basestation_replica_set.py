@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from basestation.replicas.replica_set import ReplicaSet
-from protocol.errors import ModelError
+from protocol.errors import EdgedraftError, ModelError, SettingsError
 
 
 @dataclass
@@ -134,11 +134,15 @@ def test_a_restart_while_replicas_are_added_or_removed_ends_with_the_wanted_numb
         assert world.serving == world.replicas.running
 
 
-def test_a_target_that_cannot_be_served_ends_a_base_station_that_starts() -> None:
+@pytest.mark.parametrize(
+    "failure", [ModelError("replica-0: no such folder"), SettingsError("dtype", "float8", "auto")], ids=repr
+)
+def test_a_target_that_cannot_be_served_ends_a_base_station_that_starts(failure: EdgedraftError) -> None:
     world = World()
     world.replicas.scale(2)
-    with pytest.raises(ModelError, match="no such folder"):
-        world.replicas.remove("replica-0", "replica-0: no such folder")
+    with pytest.raises(type(failure)) as caught:
+        world.replicas.remove("replica-0", failure)
+    assert caught.value is failure
 
 
 def test_a_successor_that_cannot_serve_ends_the_restart_and_the_others_go_on() -> None:
@@ -146,7 +150,7 @@ def test_a_successor_that_cannot_serve_ends_the_restart_and_the_others_go_on() -
     world.replicas.restart()
     world.step()
     world.waiting.remove("replica-2")
-    world.replicas.remove("replica-2", "replica-2: no such folder")
+    world.replicas.remove("replica-2", ModelError("replica-2: no such folder"))
     world.settle()
     assert world.serving == world.replicas.running == {"replica-0", "replica-1"}
 
@@ -173,7 +177,7 @@ def test_a_replica_that_cannot_serve_is_left_out_while_others_do() -> None:
     world = world_of(2)
     world.replicas.scale(3)
     world.waiting.remove("replica-2")
-    world.replicas.remove("replica-2", "replica-2: no such folder")
+    world.replicas.remove("replica-2", ModelError("replica-2: no such folder"))
     world.replicas.scale(3)
     assert world.waiting == ["replica-2"]
 

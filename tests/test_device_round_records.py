@@ -22,6 +22,7 @@ from device.session.client import Client
 from device.session.round_records import RoundRecordFile
 from device.session.session import DeviceSession
 from device.settings import DraftSettings, Timeouts
+from protocol.errors import SettingsError
 from protocol.frames import FrameCodec
 from protocol.messages import Mode, Sampling
 from tests.fakes import FakeDraftModel, FakeTarget, blend, random_table
@@ -159,6 +160,11 @@ def test_rounds_join_across_dropped_connections_and_a_restart(setup: RecordingSe
     pairs = joined(setup.device, setup.station)
     assert len(pairs) == session.counters.rounds
     assert len({ours["session"] for ours, _ in pairs}) == 2
+
+
+def test_a_record_file_that_cannot_be_made_is_a_wrong_option(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="record is .*missing.*; allowed: a file that can be written"):
+        JsonLinesFile(tmp_path / "missing" / "rounds.jsonl")
 
 
 def test_write_error_stops_recording_but_raises_nothing(caplog: pytest.LogCaptureFixture) -> None:

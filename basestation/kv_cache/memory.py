@@ -13,7 +13,7 @@ import psutil
 import torch
 from transformers import AutoModelForCausalLM
 
-from basestation.sizes import A_SIZE, parse_size, readable_size
+from basestation.sizes import parse_kv_memory, readable_size
 from basestation.target.packed_linear import packed_bytes
 from basestation.target.quantized_weights import quantization_method, quantized_bytes
 from basestation.target.tensor_parallel import Share, split
@@ -83,8 +83,9 @@ def kv_budget(kv_memory: str, placement: torch.device, weights: int = 0) -> int:
     Raises:
         SettingsError: ``kv_memory`` is not a size.
     """
-    if kv_memory != "auto":
-        return parse_size("kv-memory", kv_memory, f"auto, or {A_SIZE}")
+    size = parse_kv_memory(kv_memory)
+    if size is not None:
+        return size
     return int((free_memory(placement) - weights) * _KV_SHARE.get(placement.type, 0.5))
 
 

@@ -19,10 +19,10 @@ from ray.util.placement_group import placement_group_table as group_table
 
 from basestation.launch_options import ClusterOptions, TargetOptions
 from basestation.logs import LogFormat
-from basestation.replicas.ray_actors import ReplicaActor, choose_weights, place_of
+from basestation.replicas.ray_actors import ReplicaActor, choose_weights, failure_of, place_of
 from basestation.replicas.replica_settings import ReplicaSettings
 from common.error_text import first_line
-from protocol.errors import LinkError, ModelError, SettingsError
+from protocol.errors import EdgedraftError, LinkError, SettingsError
 
 _REACH_SECONDS = 5.0
 _PLACE_SECONDS = 30.0
@@ -96,6 +96,7 @@ class Cluster:
         """What ``--weights auto`` is for all replicas: ``int8`` or ``dtype``, measured where one of them would run.
 
         Raises:
+            SettingsError: an option has a wrong value.
             ModelError: the target cannot be served.
         """
         gpus = int(self.uses_gpu(target.torch_device))
@@ -103,7 +104,7 @@ class Cluster:
         try:
             return str(ray.get(choose.remote(target, ranks, log_format)))
         except RayTaskError as error:
-            raise ModelError(str(error.cause)) from None
+            raise failure_of(error) from None
 
     def kill(self, name: str) -> None:
         """End a replica at once, and for good."""
@@ -112,17 +113,17 @@ class Cluster:
         if name in self._groups:
             remove_placement_group(self._groups.pop(name))
 
-    def wait(self, seconds: float) -> dict[str, str]:
-        """Wait; returns the replicas that have ended, each with the reason why it cannot serve, "" if it drained."""
+    def wait(self, seconds: float) -> dict[str, EdgedraftError | None]:
+        """Wait; returns the replicas that have ended, each with the reason why it cannot serve, None if it drained."""
         finished, _ = ray.wait(list(self._serving), timeout=seconds)
-        ended = {}
+        ended = dict[str, EdgedraftError | None]()
         for reference in finished:
             name = self._serving[reference]
             try:
                 ray.get(reference)
-                ended[name] = ""
+                ended[name] = None
             except RayError as error:
-                ended[name] = str(getattr(error, "cause", None) or error)
+                ended[name] = failure_of(error)
             self.kill(name)  # so that another one can have its cores
         return ended
 
@@ -177,7 +178,7 @@ def _check_reachable(address: str) -> None:
     """
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal():
-        raise SettingsError("ray_address", address, "HOST:PORT")
+        raise SettingsError("ray-address", address, "HOST:PORT")
     try:
         create_connection((host, int(port)), _REACH_SECONDS).close()
     except (OSError, OverflowError) as error:

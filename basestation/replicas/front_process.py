@@ -79,7 +79,7 @@ class FrontProcess:
         self._quarantine = Quarantine()
         self._context = multiprocessing.get_context("spawn")
         self._listening, self._serving = threading.Event(), threading.Event()
-        self._failure = ""
+        self._failure: EdgedraftError | None = None
         self._stopping = False
         self._replicas: Collection[str] = ()
         self._refused: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()
@@ -91,7 +91,7 @@ class FrontProcess:
         """Start the front; returns the endpoint for replicas.
 
         Raises:
-            LinkError: it does not start.
+            EdgedraftError: it does not start.
         """
         self._thread.start()
         self._wait(self._listening)
@@ -101,7 +101,7 @@ class FrontProcess:
         """The endpoint for devices, once a replica has reported.
 
         Raises:
-            LinkError: it does not serve within ``seconds``.
+            EdgedraftError: it cannot serve, or does not within ``seconds``.
         """
         self._wait(self._serving, seconds)
         return self.bind
@@ -143,8 +143,8 @@ class FrontProcess:
         return self._stopping
 
     @property
-    def failure(self) -> str:
-        """Why it cannot run, "" if it can."""
+    def failure(self) -> EdgedraftError | None:
+        """Why it cannot run, None if it can."""
         return self._failure
 
     def expect(self, replicas: int) -> None:
@@ -170,7 +170,7 @@ class FrontProcess:
     def _wait(self, event: threading.Event, seconds: float = _START_SECONDS) -> None:
         event.wait(seconds)
         if self._failure:
-            raise LinkError(self._failure)
+            raise self._failure
         if not event.is_set():
             raise LinkError(f"the front did not start within {seconds:.0f} s")
 
@@ -242,7 +242,7 @@ def run_front(settings: FrontSettings, connection: Connection) -> None:
             _serve(settings, connection, stack)
     except EdgedraftError as error:
         logger.error("%s", error)  # noqa: TRY400 - the message contains the reason
-        connection.send(("failed", str(error)))
+        connection.send(("failed", error))
         raise SystemExit(error.exit_code) from error
 
 

@@ -16,7 +16,7 @@ from basestation.replicas.front_process import FrontProcess, FrontSettings
 from basestation.replicas.inner_link import InnerKey
 from basestation.replicas.replica_set import ReplicaSet
 from basestation.replicas.replica_settings import ReplicaOptions, ReplicaSettings
-from basestation.sizes import parse_size
+from basestation.sizes import parse_kv_memory, parse_size
 from basestation.stop_signals import stop_on_signals
 from common.container_memory import within_limits
 from protocol.errors import LinkError
@@ -33,6 +33,8 @@ def serve_replicas(
     target: TargetOptions, socket: SocketOptions, operation: OperationOptions, options: ClusterOptions
 ) -> None:
     """Serve with replicas behind a front until SIGINT or SIGTERM; the second lets open sessions finish."""
+    parse_kv_memory(target.kv_memory)  # before anything starts
+    parse_size("peer-memory", target.peer_memory)
     check_endpoint(socket.bind, socket.keys, socket.insecure)
     key = InnerKey.new()
     with ExitStack() as stack:
@@ -56,7 +58,7 @@ def serve_replicas(
         replicas.scale(options.replicas)
         _operate(cluster, front, replicas, stack)
         if front.failure:
-            raise LinkError(front.failure)
+            raise front.failure
     logger.info("stopped")
 
 
@@ -64,7 +66,7 @@ def _operate(cluster: Cluster, front: FrontProcess, replicas: ReplicaSet, stack:
     """Do what operators and lost machines ask for, until the front or all replicas have ended.
 
     Raises:
-        ModelError: no replica can serve.
+        EdgedraftError: no replica can serve.
     """
     control, is_reachable = None, True
     while front.running and replicas.running:

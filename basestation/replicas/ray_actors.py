@@ -16,7 +16,7 @@ from basestation.launch_options import TargetOptions
 from basestation.logs import LogFormat, start_logging
 from basestation.replicas.replica_settings import ReplicaSettings
 from common.error_text import first_line
-from protocol.errors import EdgedraftError, ModelError
+from protocol.errors import EdgedraftError, ModelError, SettingsError
 
 if TYPE_CHECKING:
     from basestation.target.ranks import FirstRank, RankAddress  # imports PyTorch
@@ -59,10 +59,7 @@ def choose_weights(target: TargetOptions, ranks: int, log_format: LogFormat) -> 
     from basestation import launcher
 
     start_logging(log_format)
-    try:
-        return launcher.choose_weights(target, ranks)
-    except EdgedraftError as error:  # of a type that can be sent to the parent
-        raise ModelError(str(error)) from None
+    return launcher.choose_weights(target, ranks)
 
 
 class Followers:
@@ -78,7 +75,7 @@ class Followers:
 
     def __init__(self, settings: ReplicaSettings, address: "RankAddress") -> None:
         self._name = settings.replica.name
-        self._failure: ModelError | None = None
+        self._failure: EdgedraftError | None = None
         group = get_current_placement_group()
         self._actors = [_follower(group, rank) for rank in range(1, settings.ranks)]  # Ray ends forgotten actors
         running = [actor.follow.remote(settings, rank, address) for rank, actor in enumerate(self._actors, 1)]
@@ -95,7 +92,7 @@ class Followers:
             try:
                 ray.get(ended)
             except RayTaskError as error:
-                self._failure = ModelError(str(error.cause))
+                self._failure = failure_of(error)
             except RayError as error:
                 reason = first_line(error)
                 logger.critical("%s ends, for another process to replace it: %s", self._name, reason)
@@ -107,15 +104,24 @@ def _ending(name: str) -> Iterator[None]:
     """End the process if the code in this context fails.
 
     Raises:
-        ModelError: it fails in a way that another process would too.
+        SettingsError: an option has a wrong value.
+        ModelError: it fails in another way that another process would too.
     """
     try:
         yield
+    except SettingsError:
+        raise
     except EdgedraftError as error:
         raise ModelError(f"{name}: {error}") from None
     except Exception:
         logger.exception("%s ends, for another process to replace it", name)
         os._exit(1)
+
+
+def failure_of(error: RayError) -> EdgedraftError:
+    """Why an actor or a task of Ray cannot go on."""
+    cause = getattr(error, "cause", None)
+    return cause if isinstance(cause, EdgedraftError) else ModelError(str(cause or error))
 
 
 def _first_rank(settings: ReplicaSettings) -> "FirstRank":

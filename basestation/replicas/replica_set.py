@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Collection
 from itertools import count
 
-from protocol.errors import ModelError
+from protocol.errors import EdgedraftError, ModelError
 
 logger = logging.getLogger(__name__)
 
@@ -83,22 +83,22 @@ class ReplicaSet:
             self._kill(name)
             self.remove(name)
 
-    def remove(self, name: str, failure: str = "") -> None:
+    def remove(self, name: str, failure: EdgedraftError | None = None) -> None:
         """Forget a replica that has ended.
 
         Args:
             name: of the replica.
-            failure: why it cannot serve; "" where it drained.
+            failure: why it cannot serve; None where it drained.
 
         Raises:
-            ModelError: it cannot serve, and no other one does.
+            EdgedraftError: ``failure``, if no other one serves.
         """
         for names in (self._running, self._served, self._leaving):
             names.discard(name)
-        if not failure:
+        if failure is None:
             return
         if not self._served:
-            raise ModelError(failure)
+            raise failure
         logger.error("%s; the other replicas go on", failure)
         self._to_restart.clear()
         predecessor = self._predecessors.pop(name, "")
@@ -115,7 +115,7 @@ class ReplicaSet:
         """
         if name in self._running:
             self._kill(name)
-            self.remove(name, f"{name}: {reason}")
+            self.remove(name, ModelError(f"{name}: {reason}"))
 
     def _start_another(self) -> str:
         taken = {*self._running, *self._wanted, *self._predecessors.values()}
