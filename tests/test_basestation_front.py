@@ -297,6 +297,29 @@ def test_devices_are_told_the_smallest_context_length_of_the_replicas(
     assert site.refused == {}
 
 
+@pytest.mark.parametrize("later", [None, 2048])
+def test_devices_are_told_a_longer_context_length_once_the_replica_with_the_smallest_is_gone_or_has_more(
+    later: int | None, cleanup: ExitStack
+) -> None:
+    with front_site() as site:
+        site.start_replica("replica-0", FakeTarget.make(TARGET, context_length=4096))
+        small = site.start_replica("replica-1", FakeTarget.make(TARGET, context_length=64))
+        site.wait_for_replicas(2)
+        peer = RawPeer(site.address, cleanup)
+
+        def told() -> int:
+            welcome = peer.request(hello(VOCAB))
+            assert isinstance(welcome, Welcome)
+            return welcome.context_length
+
+        assert told() == 64
+        small.kill()
+        if later:
+            site.start_replica("replica-1", FakeTarget.make(TARGET, context_length=later))
+        wait_for(lambda: told() == (later or 4096))
+        assert peer.request(Open(0, 0, Mode.IDS, Sampling(), (3,) * 100)) == Opened(0, 0)
+
+
 def test_a_device_that_was_told_a_longer_context_greets_again_before_its_session_is_at_a_replica_with_less(
     cleanup: ExitStack,
 ) -> None:

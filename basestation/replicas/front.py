@@ -107,7 +107,8 @@ class Front:
         self._poller.register(self._replicas.socket, zmq.POLLIN)
         self._devices: DeviceSocket | None = None
         self.routing = Routing()
-        self._admitted: set[bytes] = set()
+        self._admitted: dict[bytes, int] = {}
+        """Context lengths by identity."""
         self._held: deque[tuple[Peer, FrameHead, bytes, int]] = deque()
         self._held_bytes = 0
         self._gather_until = 0.0
@@ -232,6 +233,7 @@ class Front:
         if is_new:
             logger.info("replica %s reports %d sessions", report.name, len(report.load.sessions))
             self._on_replicas(self.routing.names)
+            self._update_context_length()
 
     def _admit(self, identity: bytes, name: str, target: ServedTarget) -> None:
         """Let a replica have sessions, unless it cannot serve devices that know the target of the others."""
@@ -240,10 +242,14 @@ class Front:
         if reason := self._target.obstacle(target):
             self._on_refused(name, reason)
             return
-        self._admitted.add(identity)
-        length = target.context_length
-        if length < self._target.context_length:
-            logger.warning("replica %s has room for a context of %d tokens; devices are told of no more", name, length)
+        self._admitted[identity] = target.context_length
+
+    def _update_context_length(self) -> None:
+        """Tell devices of the smallest context length of the live replicas from now on."""
+        lengths = [self._admitted[identity] for identity in self.routing.replicas]
+        length = min(lengths, default=self._target.context_length)
+        if length != self._target.context_length:
+            logger.info("devices are told of a context of %d tokens, the smallest of the replicas", length)
             self._announce(replace(self._target, context_length=length))
 
     def _announce(self, target: ServedTarget) -> None:
@@ -264,6 +270,7 @@ class Front:
 
     def _greet(self, peer: Peer, hello: Message, size: int) -> None:
         assert isinstance(hello, Hello)
+        self._update_context_length()  # replicas may have gone
         self._metrics.count_uplink(peer, None, size)
         proposed = self.routing.proposed(peer.owner)
         try:
