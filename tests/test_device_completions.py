@@ -111,6 +111,23 @@ def test_a_streamed_text_is_the_whole_one() -> None:
     assert offsets == whole["logprobs"]["text_offset"]
 
 
+@pytest.mark.parametrize(
+    ("stop", "is_reached"), [(text_of(EXPECTED[1:4]) + "x", False), (text_of(EXPECTED[2:5]).strip(), True)], ids=str
+)
+def test_a_tokens_offset_is_where_its_text_starts_though_stop_strings_hold_text_back(
+    stop: str, is_reached: bool
+) -> None:
+    with http_client(new_station()) as client:
+        choice = complete_text(client, stop=stop, logprobs=0).json()["choices"][0]
+        lines = complete_text(client, stop=stop, logprobs=0, stream=True).text.split("\n\n")
+    tokens, offsets = choice["logprobs"]["tokens"], choice["logprobs"]["text_offset"]
+    assert choice["text"] == text_of(EXPECTED[:2] if is_reached else EXPECTED)
+    assert offsets == [len("".join(tokens[:index])) for index in range(len(tokens))]
+    streamed_choices = [json.loads(line.removeprefix("data: "))["choices"][0] for line in lines[:-2]]
+    told = [offset for one in streamed_choices if one["logprobs"] for offset in one["logprobs"]["text_offset"]]
+    assert told == offsets
+
+
 def test_chat_log_probabilities_are_the_targets() -> None:
     with http_client(new_station()) as client:
         choice = complete(client, logprobs=True, top_logprobs=2, max_tokens=6).json()["choices"][0]
@@ -157,6 +174,24 @@ def test_an_echo_of_a_character_of_several_tokens_has_its_text(monkeypatch: pyte
         choice = complete_text(client, prompt=[4, 3, 1, 5], echo=True, logprobs=1, max_tokens=0).json()["choices"][0]
     assert choice["text"] == "4 é5 "
     assert choice["logprobs"]["text_offset"] == [0, 2, 2, 3]
+
+
+def test_offsets_of_an_answer_count_the_text_of_a_character_that_the_prompt_does_not_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def decode_stream(_: NumberTokenizer, token_ids: Iterator[int]) -> Iterator[str]:
+        """Token 3 is the first half of a character, whose text comes at the end."""
+        last = 0
+        for last in token_ids:
+            yield "" if last == 3 else f"{last} "
+        if last == 3:
+            yield "�"
+
+    monkeypatch.setattr(NumberTokenizer, "decode_stream", decode_stream)
+    with http_client(new_station()) as client:
+        choice = complete_text(client, prompt=[4, 3], echo=True, logprobs=0, max_tokens=1).json()["choices"][0]
+    assert choice["text"].startswith("4 �")
+    assert choice["logprobs"]["text_offset"] == [0, 2, 3]
 
 
 def test_an_echo_of_a_prompt_beyond_the_context_is_refused_and_ends_nothing_else() -> None:

@@ -3,7 +3,7 @@
 from device.answers.answer import TextChunk
 from device.answers.job import AnswerPiece, Job
 from device.answers.round_events import RoundEvents
-from device.session.session import AnswerToken, Origin
+from device.session.session import Origin
 from device.text.answer_text import AnswerText
 from device.text.tentative_text import TentativeText
 from device.text.tokenizer import Tokenizer
@@ -31,6 +31,7 @@ class AnswerDelivery:
         self._rounds = rounds
         self._revised = TentativeText() if request.unverified else None
         self._ends_unverified = False
+        self._length = 0  # of the text so far, with what is held back
 
     @property
     def stopped(self) -> bool:
@@ -42,9 +43,14 @@ class AnswerDelivery:
         """Whether a call of a tool was delivered."""
         return self._text.called
 
+    def add_prompt(self, text: str, token_id: int | None = None, logprobs: TokenLogprobs | None = None) -> None:
+        """Deliver text of the prompt, as it is; with its token where log-probabilities are asked for."""
+        offset = self._advance(text)
+        self._job.deliver(text if token_id is None else self._piece(text, offset, token_id, logprobs))
+
     def add(self, chunk: TextChunk) -> None:
         """Deliver the text of a token, and where asked for the unverified text that follows it."""
-        text = self._text.feed(chunk.text)
+        offset, text = self._advance(chunk.text), self._text.feed(chunk.text)
         is_unverified = self._ends_unverified = chunk.token is None and chunk.origin is Origin.UNVERIFIED
         if self._rounds and is_unverified:
             self._rounds.flush()
@@ -55,7 +61,7 @@ class AnswerDelivery:
         elif self._rounds:
             self._rounds.add(text, chunk.token)
         elif chunk.token and chunk.token.logprobs:
-            self._job.deliver(self.piece(text, chunk.token, chunk.token.logprobs))
+            self._job.deliver(self._piece(text, offset, chunk.token.token_id, chunk.token.logprobs))
         elif text:
             self._job.deliver(text)
 
@@ -75,11 +81,18 @@ class AnswerDelivery:
         elif text:
             self._job.deliver(text)
 
-    def piece(self, text: str, token: AnswerToken, logprobs: TokenLogprobs) -> AnswerPiece:
+    def _advance(self, text: str) -> int:
+        """Count text; where it starts."""
+        offset, self._length = self._length, self._length + len(text)
+        return offset
+
+    def _piece(self, text: str, offset: int, token_id: int, logprobs: TokenLogprobs | None) -> AnswerPiece:
         """The text that a token adds, with its log-probabilities."""
         text_of = self._tokenizer.token_text
-        top = tuple((text_of(token_id), logprob) for token_id, logprob in logprobs.top)
-        return AnswerPiece(text, text_of(token.token_id), logprobs.logprob, top)
+        if logprobs is None:
+            return AnswerPiece(text, offset, text_of(token_id), None, ())
+        top = tuple((text_of(one), logprob) for one, logprob in logprobs.top)
+        return AnswerPiece(text, offset, text_of(token_id), logprobs.logprob, top)
 
     def _revise(self, verified: str, unverified: str) -> None:
         if self._revised is None:

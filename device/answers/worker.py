@@ -16,7 +16,7 @@ from functools import partial
 from device.answers.answer import AnswerStream
 from device.answers.answer_delivery import AnswerDelivery
 from device.answers.conversations import Conversations
-from device.answers.job import AnswerPiece, AnswerRequest, Finish, Job
+from device.answers.job import AnswerRequest, Finish, Job
 from device.answers.job_queue import JobQueue
 from device.answers.metrics import Metrics
 from device.answers.prompt_logprobs import prompt_logprobs
@@ -26,7 +26,6 @@ from device.link.connection import Connection
 from device.planning.planners import Planners
 from device.session.client import Client
 from device.session.round_records import RoundRecord
-from device.session.session import AnswerToken, Origin
 from device.settings import DraftSettings
 from device.text.tokenizer import Tokenizer
 from protocol.errors import (
@@ -193,13 +192,13 @@ class Worker:
             raise SettingsError("logprobs or echo", "given", "left out: this device uses no base station")
         ids, settings = job.prompt_ids.result(), self._settings(job.request)
         client = self._connection.client(may_be_out=not needs_base_station)
-        if job.request.echo:
-            with client.cancelled_by(lambda: job.cancelled.is_set() or self._stopping.is_set()):
-                self._echo(job, client, ids)
-        if not job.request.max_new_tokens:
-            return Finish("length", len(ids), 0)
         rounds = RoundEvents(job.deliver) if job.request.rounds else None
         delivery = AnswerDelivery(job, self.tokenizer, rounds)
+        if job.request.echo:
+            with client.cancelled_by(lambda: job.cancelled.is_set() or self._stopping.is_set()):
+                self._echo(job, client, ids, delivery)
+        if not job.request.max_new_tokens:
+            return Finish("length", len(ids), 0)
         show_unverified = None if needs_base_station else delivery.add_unverified
         with (
             self._conversations.for_prompt(client, ids, settings) as conversation,
@@ -250,20 +249,18 @@ class Worker:
             raise SettingsError("prompt", "these tokens", f"token ids from 0 to {self.vocab_size - 1}")
         return token_ids
 
-    def _echo(self, job: Job, client: Client, ids: list[int]) -> None:
+    def _echo(self, job: Job, client: Client, ids: list[int], delivery: AnswerDelivery) -> None:
         """Deliver the prompt."""
         most = job.request.settings.sampling.logprobs
         if most is None:
-            job.deliver(self.tokenizer.decode(ids))
+            delivery.add_prompt(self.tokenizer.decode(ids))
             return
         logprobs = prompt_logprobs(client, ids, most, lambda: self._conversations.make_room(client))
-        delivery = AnswerDelivery(job, self.tokenizer)
         texts = self.tokenizer.decode_stream(iter(ids))
-        job.deliver(AnswerPiece(next(texts), self.tokenizer.token_text(ids[0]), None, ()))
-        for token_id, told in zip(ids[1:], logprobs, strict=True):
-            job.deliver(delivery.piece(next(texts), AnswerToken(token_id, Origin.TARGET), told))
+        for token_id, told in zip(ids, (None, *logprobs), strict=True):
+            delivery.add_prompt(next(texts), token_id, told)
         for rest in texts:  # of a character that the prompt does not end
-            job.deliver(rest)
+            delivery.add_prompt(rest)
 
     def _note_round(self, rounds: RoundEvents | None, record: RoundRecord) -> None:
         self.metrics.count_round(record)

@@ -78,22 +78,17 @@ class ChatForm:
 
 
 class TextForm:
-    """Text completions; offsets count from the start of each choice."""
+    """Text completions."""
 
     id_prefix, kind, chunk_kind = "cmpl-", "text_completion", "text_completion"
     prompt_field = "prompt"
 
-    def __init__(self) -> None:
-        self._offset = 0
-
     def choice(self, text: str, pieces: Sequence[AnswerPiece], _: Sequence[ToolCall]) -> Fields:
         """The text."""
-        self._offset = 0
         return self.part(text, pieces)
 
     def first(self) -> None:
         """No chunk comes before the text."""
-        self._offset = 0
 
     def part(self, text: str, pieces: Sequence[AnswerPiece]) -> Fields:
         """The new text."""
@@ -104,15 +99,11 @@ class TextForm:
         raise AssertionError(call)
 
     def _logprobs(self, pieces: Sequence[AnswerPiece]) -> Fields:
-        offsets = []
-        for piece in pieces:
-            offsets.append(self._offset)
-            self._offset += len(piece.text)
         return {
             "tokens": [piece.token for piece in pieces],
             "token_logprobs": [_finite(piece.logprob) for piece in pieces],
             "top_logprobs": [None if piece.logprob is None else _top(piece) for piece in pieces],
-            "text_offset": offsets,
+            "text_offset": [piece.offset for piece in pieces],
         }
 
 
