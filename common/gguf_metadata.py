@@ -1,13 +1,15 @@
 """What a GGUF file says about its vocabulary: tokens, their types, and the ids that end an answer.
 
-Knows the file's metadata; not how text is encoded, and no tensors.
+Knows the file's metadata and the shapes of its tensors; not how text is encoded.
 """
 
 import mmap
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -60,10 +62,8 @@ class GgufVocabulary:
         Raises:
             ModelError: the file is damaged, or has no vocabulary.
         """
-        try:
-            fields = _read_metadata(path)
-        except (OSError, ValueError, struct.error) as error:
-            raise ModelError(f"{str(path)!r} cannot be read as GGUF: {error}; download or convert it again") from error
+        with _open(path) as reader:
+            _, fields = _metadata(reader)
         tokens = _array(fields, "tokens", path)
         if not tokens:
             raise ModelError(f"{str(path)!r} holds no tokens (tokenizer.ggml.tokens); name a file with a vocabulary")
@@ -133,20 +133,47 @@ def _number_form(kind: int) -> str:
     return _NUMBERS[kind]
 
 
-def _read_metadata(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        reader = _Reader(content)
-        if (magic := reader.raw(4)) != b"GGUF":
-            raise ValueError(f"it begins with {magic!r}; allowed: b'GGUF'")
-        if (version := reader.number("I")) not in _VERSIONS:
-            raise ValueError(f"it has version {version}; allowed: {', '.join(map(str, _VERSIONS))}")
-        _tensors, count = reader.numbers("Q", 2)
-        fields = {}
-        for _ in range(count):
-            name, value = reader.text(), reader.value(reader.number("I"))
-            if name.startswith(_WANTED):
-                fields[name] = value
-        return fields
+def gguf_parameters(path: Path) -> int:
+    """The parameters in all tensors of the file at ``path``.
+
+    Raises:
+        ModelError: the file is damaged.
+    """
+    with _open(path) as reader:
+        tensors, _ = _metadata(reader)
+        return sum(_tensor_parameters(reader) for _ in range(tensors))
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[_Reader]:
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            yield _Reader(content)
+    except (OSError, ValueError, struct.error) as error:
+        raise ModelError(f"{str(path)!r} cannot be read as GGUF: {error}; download or convert it again") from error
+
+
+def _metadata(reader: _Reader) -> tuple[int, dict[str, Any]]:
+    """The number of tensors, and the fields that are wanted."""
+    if (magic := reader.raw(4)) != b"GGUF":
+        raise ValueError(f"it begins with {magic!r}; allowed: b'GGUF'")
+    if (version := reader.number("I")) not in _VERSIONS:
+        raise ValueError(f"it has version {version}; allowed: {', '.join(map(str, _VERSIONS))}")
+    tensors, count = reader.numbers("Q", 2)
+    fields = {}
+    for _ in range(count):
+        name, value = reader.text(), reader.value(reader.number("I"))
+        if name.startswith(_WANTED):
+            fields[name] = value
+    return tensors, fields
+
+
+def _tensor_parameters(reader: _Reader) -> int:
+    """Of the next tensor, which has a name, its dimensions, a type and an offset."""
+    reader.text()
+    parameters = prod(reader.numbers("Q", reader.number("I")))
+    reader.raw(struct.calcsize("<IQ"))
+    return parameters
 
 
 def _array(fields: Mapping[str, Any], name: str, path: Path, size: int | None = None) -> list[Any]:

@@ -3,12 +3,11 @@
 Knows temporary sibling folders and renames. Does not know what a folder holds.
 """
 
-import shutil
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from common.scratch_folder import scratch_folder
 from protocol.errors import SettingsError
 
 
@@ -18,32 +17,53 @@ def is_free(folder: Path) -> bool:
 
 
 @contextmanager
-def atomic_folder(folder: Path) -> Iterator[Path]:
-    """Yield a temporary sibling that replaces ``folder`` when the block succeeds.
+def scratch_beside(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside ``folder``; those that killed processes left there are removed.
 
-    If the block raises, the sibling is deleted and ``folder`` is unchanged.
+    Raises:
+        SettingsError: ``folder`` cannot be created, or not be replaced.
+    """
+    folder = folder.resolve()
+    if folder.is_mount():
+        raise SettingsError("the output folder", str(folder), "a folder within it: a mount point cannot be replaced")
+
+    def restore(scratch: Path) -> None:
+        """Undo a replacement within which a process was killed."""
+        replaced = scratch / _replaced(folder)
+        if replaced.exists() and not folder.exists():
+            replaced.rename(folder)
+
+    with ExitStack() as stack:
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            scratch = stack.enter_context(scratch_folder(folder.parent, f".{folder.name}.unfinished-", restore))
+        except OSError as error:
+            raise SettingsError(
+                "the output folder", str(folder), f"a folder that can be created ({error.strerror})"
+            ) from error
+        yield scratch
+
+
+@contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder that replaces ``folder`` when the block succeeds.
+
+    If the block raises, the temporary folder is deleted and ``folder`` is unchanged.
 
     Raises:
         SettingsError: the folder cannot be created, or not be replaced.
     """
     folder = folder.resolve()
-    if folder.is_mount():
-        raise SettingsError("the output folder", str(folder), "a folder within it: a mount point cannot be replaced")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        sibling = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    except OSError as error:
-        raise SettingsError(
-            "the output folder", str(folder), f"a folder that can be created ({error.strerror})"
-        ) from error
-    output = sibling / folder.name
-    try:
+    with scratch_beside(folder) as scratch:
+        output = scratch / folder.name
         output.mkdir()
         yield output
         for path in output.iterdir():
             path.chmod(0o644)  # some converters write files with mode 600
         if folder.exists():
-            folder.rename(sibling / "replaced")
+            folder.rename(scratch / _replaced(folder))
         output.rename(folder)
-    finally:
-        shutil.rmtree(sibling)
+
+
+def _replaced(folder: Path) -> str:
+    return f"{folder.name}.replaced"

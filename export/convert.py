@@ -13,6 +13,7 @@ from pathlib import Path
 from rich.console import Console
 
 from common.chat_template import ChatTemplate, default_template
+from common.gguf_metadata import gguf_parameters
 from common.hub import model_name
 from common.stop_ids import all_stop_ids
 from export import quality, source
@@ -43,6 +44,8 @@ from protocol.vocabulary import vocabulary_hash
 _TOOLS = ("edgedraft", "onnx", "onnxruntime", "torch", "transformers")
 _MEMORY_BYTES, _DISK_BYTES = 12, 10
 """Of each parameter, at most: of the float32 graph and its copies in memory; of it and all candidates on disk."""
+_UNPACKED_BYTES = 4
+"""Of each parameter of a GGUF file, on disk: of the model folder that it is unpacked to."""
 _PACKAGES = {Converter.GENAI: "onnxruntime-genai", Converter.OPTIMUM: "optimum-onnx"}
 
 
@@ -64,6 +67,10 @@ class ConvertSettings:
     conditions: Conditions = field(default_factory=Conditions)
     processor: Processor = Processor.CPU
 
+    def __post_init__(self) -> None:
+        if self.converter is Converter.OPTIMUM and self.processor is Processor.CUDA:
+            raise SettingsError("converter", self.converter.value, "auto or genai with --for cuda")
+
 
 def convert(model: str, bundle: Path, settings: ConvertSettings, console: Console) -> Manifest:
     """Export ``model`` as the folder ``bundle`` and return the manifest.
@@ -77,10 +84,7 @@ def convert(model: str, bundle: Path, settings: ConvertSettings, console: Consol
     check_bundle_folder(bundle)
     with atomic_folder(bundle) as output, tempfile.TemporaryDirectory(dir=output.parent) as scratch:
         with console.status("reading the models"):
-            draft = SourceModel.read(model, Path(scratch, "draft"), weights=True)
-            parameters = source.parameter_count(draft.folder)
-            check_memory(_MEMORY_BYTES * parameters)
-            check_disk({output: _DISK_BYTES * parameters})
+            draft = SourceModel.read(model, Path(scratch, "draft"))
             models = Models(draft, _read_target(settings.target, Path(scratch, "target")))
         _print_stop_ids(models.session, console)
         return _write_bundle(output, models, settings, Path(scratch, "graph"), console)
@@ -106,7 +110,7 @@ def _is_bundle(folder: Path) -> bool:
 
 
 def _read_target(name: str | None, scratch: Path) -> SourceModel | None:
-    return None if name is None else SourceModel.read(name, scratch, weights=False)
+    return None if name is None else SourceModel.read(name, scratch)
 
 
 def _print_stop_ids(model: SourceModel, console: Console) -> None:
@@ -129,9 +133,11 @@ def _write_bundle(output: Path, models: Models, settings: ConvertSettings, scrat
         own_prompts = _write_text_files(output, draft, DRAFT_TOKENIZER_NAME, DRAFT_CHAT_TEMPLATE_NAME)
         bridge = ExportedBridge(output, models, prompts, own_prompts)
         console.print(bridge.notice, markup=False, highlight=False, soft_wrap=True)
+    with console.status("reading the weights"):
+        weights = _weights(draft, output, scratch / "weights")
     with console.status("converting to ONNX"):
-        converter = convert_to_onnx(draft.folder, scratch, settings.converter, settings.processor)
-    text = _source_text(draft, own_prompts, models.graph_tokens, console)
+        converter = convert_to_onnx(weights, scratch, settings.converter, settings.processor)
+    text = _source_text(weights, own_prompts, models.graph_tokens, console)
     builder = CandidateBuilder(scratch / MODEL_NAME, scratch / "candidates", text, console)
     choice = None
     if target is not None and (bridge or settings.precision is None):
@@ -146,6 +152,25 @@ def _write_bundle(output: Path, models: Models, settings: ConvertSettings, scrat
     return _write_manifest(output, models, converter, kept, candidates, own)
 
 
+def _weights(draft: SourceModel, output: Path, scratch: Path) -> Path:
+    """The folder of the draft model with its weights; a GGUF file is unpacked into ``scratch``.
+
+    Raises:
+        ModelError: they cannot be read, or memory or disk are too small for the export.
+    """
+    path = Path(draft.name).expanduser()
+    if path.is_file():
+        _check_room(output, gguf_parameters(path), _DISK_BYTES + _UNPACKED_BYTES)
+    folder = source.model_folder(draft.name, scratch)
+    _check_room(output, source.parameter_count(folder), _DISK_BYTES)
+    return folder
+
+
+def _check_room(output: Path, parameters: int, disk_bytes: int) -> None:
+    check_memory(_MEMORY_BYTES * parameters)
+    check_disk({output: disk_bytes * parameters})
+
+
 def _built(
     builder: CandidateBuilder, precision: Precision | None, choice: WeightChoice | None, console: Console
 ) -> tuple[Built, list[Candidate]]:
@@ -158,9 +183,9 @@ def _built(
 
 
 def _source_text(
-    draft: SourceModel, prompts: list[list[int]], vocab_size: int, console: Console
+    folder: Path, prompts: list[list[int]], vocab_size: int, console: Console
 ) -> list[quality.Continuation]:
-    model = source.load_model(draft.folder)
+    model = source.load_model(folder)
     with progress_bar(console) as progress:
         task = progress.add_task("text of the source model", total=quality.NEW_TOKENS * len(prompts))
         return quality.sample_continuations(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from common.error_text import first_line
 from export.quiet import quiet_tools
-from protocol.errors import ModelError, SettingsError
+from protocol.errors import ModelError
 
 
 class Converter(StrEnum):
@@ -40,11 +40,8 @@ def convert_to_onnx(
 
     Raises:
         ModelError: the converter does not support the architecture, or fails.
-        SettingsError: it is optimum, and the graph for a GPU.
     """
     if converter is Converter.OPTIMUM:
-        if processor is Processor.CUDA:
-            raise SettingsError("converter", converter.value, "auto or genai with --for cuda")
         return _with_optimum(source, folder)
     try:
         return _with_genai(source, folder, processor)

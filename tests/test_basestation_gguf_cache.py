@@ -122,6 +122,15 @@ def test_a_write_that_fails_or_is_interrupted_leaves_nothing(
     assert not [path for path in cache.rglob("*") if path.is_file()]
 
 
+def test_what_a_killed_process_left_is_removed(file: Path) -> None:
+    entry = cache_entry(file, torch.float32)
+    assert entry is not None
+    abandoned = entry.parent / ".unfinished-abcdefgh"
+    abandoned.mkdir(parents=True)
+    load(file)
+    assert list(entry.parent.iterdir()) == [entry]
+
+
 def test_a_user_without_a_cache_directory_is_served(
     file: Path, loaded: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -31,3 +31,13 @@ def test_an_error_changes_nothing(tmp_path: Path) -> None:
 def test_a_mount_point_is_refused_before_the_work_begins() -> None:
     with pytest.raises(SettingsError, match=r"the output folder is '/proc'.*a folder within it"):
         atomic_folder(Path("/proc")).__enter__()
+
+
+def test_a_folder_whose_replacement_a_kill_interrupted_is_put_back(tmp_path: Path) -> None:
+    replaced = tmp_path / ".folder.unfinished-abcdefgh" / "folder.replaced"
+    replaced.mkdir(parents=True)
+    (replaced / "file").write_text("old")
+    with suppress(ValueError), atomic_folder(tmp_path / "folder"):
+        raise ValueError
+    assert list(tmp_path.iterdir()) == [tmp_path / "folder"]
+    assert (tmp_path / "folder" / "file").read_text() == "old"

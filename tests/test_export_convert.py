@@ -27,18 +27,19 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from common.gguf_metadata import gguf_parameters
 from device.drafting.draft_model import DraftModel
 from export import candidates, graph, quality
 from export import convert as convert_module
 from export.convert import ConvertSettings, convert
 from export.converters import Converter
 from export.quantize import FORMATS, Precision, WeightFormat, quantize
-from export.source import load_tokenizer
+from export.source import load_tokenizer, parameter_count, unpack_gguf
 from export.source_model import Models, SourceModel
 from protocol.bundle import CacheKind, Manifest, QualityFigures
 from protocol.errors import MismatchError, ModelError, NonFiniteError, QualityError, SettingsError
 from protocol.vocabulary import vocabulary_hash
-from tests.gguf_files import CHATML
+from tests.gguf_files import CHATML, tiny_model_file
 
 CONSOLE = Console(file=io.StringIO())
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
@@ -262,6 +263,29 @@ def test_too_little_memory_or_disk_is_refused_before_conversion(
     refused(ModelError, "GB of memory are needed", source_model, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        (FP32_GENAI, "GB of disk are needed"),
+        (replace(FP32_GENAI, target="none.gguf"), "none.gguf.* does not exist"),
+    ],
+    ids=["disk", "target"],
+)
+def test_what_refuses_a_gguf_file_is_checked_before_it_is_unpacked(
+    settings: ConvertSettings, match: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr("export.source.AutoModelForCausalLM")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    refused(ModelError, match, tiny_model_file(tmp_path / "tiny.gguf"), folder, settings)
+
+
+def test_the_parameters_of_a_gguf_file_are_those_of_the_model_that_it_is_unpacked_to(tmp_path: Path) -> None:
+    file = tiny_model_file(tmp_path / "tiny.gguf")
+    assert gguf_parameters(file) == parameter_count(unpack_gguf(file, tmp_path / "model"))
+
+
 def test_a_folder_with_other_content_is_not_replaced(source_model: Path, tmp_path: Path) -> None:
     (tmp_path / "bundle").mkdir()
     (tmp_path / "bundle" / "thesis.tex").touch()
@@ -320,12 +344,12 @@ def test_one_family_whose_vocabularies_are_padded_differently_is_accepted(
     for name, more in (("draft", draft_tokens), ("target", target_tokens)):
         folder = save_model(tmp_path / name)
         save_tokenizer(folder, more=more)
-        models.append(SourceModel.read(str(folder), tmp_path, weights=False))
+        models.append(SourceModel.read(str(folder), tmp_path))
     assert not Models(*models).are_bridged
 
 
 def test_of_several_chat_templates_the_default_is_written(tmp_path: Path) -> None:
-    model = SourceModel.read(str(save_model(tmp_path / "model")), tmp_path, weights=False)
+    model = SourceModel.read(str(save_model(tmp_path / "model")), tmp_path)
     model.tokenizer.chat_template = {"default": CHAT_TEMPLATE, "tool_use": "{{ tools }}"}
     prompts = convert_module._write_text_files(tmp_path, model, "tokenizer.json", "chat_template.jinja")
     assert (tmp_path / "chat_template.jinja").read_text(encoding="utf-8") == CHAT_TEMPLATE

@@ -94,9 +94,9 @@ def test_a_node_without_a_kernel_is_named() -> None:
         check_kernels(model)
 
 
-def test_optimum_writes_no_graph_for_a_gpu(source_model: Path, tmp_path: Path) -> None:
+def test_optimum_is_refused_for_a_gpu_before_the_model_is_read() -> None:
     with pytest.raises(SettingsError, match="converter is 'optimum'; allowed: auto or genai with --for cuda"):
-        convert_to_onnx(source_model, tmp_path, Converter.OPTIMUM, Processor.CUDA)
+        ConvertSettings(Converter.OPTIMUM, Precision.FP16, processor=Processor.CUDA)
 
 
 def test_an_architecture_that_genai_does_not_know_is_refused_for_a_gpu(

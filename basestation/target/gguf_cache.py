@@ -8,7 +8,6 @@ import contextlib
 import hashlib
 import logging
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from safetensors import SafetensorError
 
 from basestation.sizes import readable_size
 from common.error_text import first_line
+from common.scratch_folder import scratch_folder
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +53,7 @@ def fill(entry: Path, size: int, load: Callable[[], Any]) -> bool:
     with contextlib.ExitStack() as stack:
         try:
             entry.parent.mkdir(parents=True, exist_ok=True)
-            unfinished = tempfile.mkdtemp(prefix=".unfinished-", dir=entry.parent)
-            stack.callback(shutil.rmtree, unfinished, ignore_errors=True)
+            unfinished = stack.enter_context(scratch_folder(entry.parent, ".unfinished-"))
             free = shutil.disk_usage(unfinished).free
         except OSError as error:
             return _not_written(entry, str(error.strerror))
@@ -63,7 +62,7 @@ def fill(entry: Path, size: int, load: Callable[[], Any]) -> bool:
         model = load()
         try:
             model.save_pretrained(unfinished)
-            Path(unfinished).replace(entry)
+            unfinished.replace(entry)
         except (OSError, SafetensorError) as error:
             return _not_written(entry, first_line(error))
     return True
