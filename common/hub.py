@@ -1,13 +1,17 @@
 """Models from a hub: from the local cache, or downloaded; a hub that does not answer is given up within seconds."""
 
+import json
 import threading
 from collections.abc import Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 
 from common.error_text import first_line
 from protocol.errors import ModelError
 
 _TIMEOUT = 4.0
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json", "vocab.txt")
+"""A model has one of these."""
 
 
 def hub_folder(name: str, patterns: Sequence[str]) -> Path:
@@ -18,8 +22,7 @@ def hub_folder(name: str, patterns: Sequence[str]) -> Path:
         patterns: of the files that are needed.
 
     Raises:
-        ModelError: there is no such model, neither hub nor cache has it, or its download fails: a folder in the cache
-            does not tell which files it lacks.
+        ModelError: there is no such model, neither hub nor cache has all of it, or its download fails.
     """
     from huggingface_hub import snapshot_download  # only for names that are not local
 
@@ -32,18 +35,36 @@ def hub_folder(name: str, patterns: Sequence[str]) -> Path:
                 f"the download of {name!r} from the hub failed ({first_line(error)}); run the command again to go on"
             ) from error
     try:
-        return Path(snapshot_download(name, allow_patterns=list(patterns), local_files_only=True))
+        folder = Path(snapshot_download(name, allow_patterns=list(patterns), local_files_only=True))
     except Exception as error:
         raise ModelError(
             f"{name!r} is not a local folder and cannot be downloaded from the hub ({reason}); "
             "allowed: a model folder, a hub name or a .gguf file"
         ) from error
+    if missing := _missing(folder, patterns):
+        files = f"{missing[0]} and {len(missing) - 1} more files" if len(missing) > 1 else missing[0]
+        raise ModelError(
+            f"the cache lacks {files} of {name!r}, and the hub cannot be used ({reason}); "
+            "run the command again once it answers, or give a model folder"
+        )
+    return folder
 
 
 def model_name(model: str) -> str:
     """The name of a model: its folder's, without ``.gguf`` its file's, or the last part of its hub name."""
     path = Path(model)
     return (path.resolve() if path.name in ("", "..") else path).name.removesuffix(".gguf")
+
+
+def _missing(folder: Path, patterns: Sequence[str]) -> list[str]:
+    """The files that a model cannot be loaded without, of those that match, and a folder in the cache lacks."""
+    weights, index = ["model.safetensors"], folder / "model.safetensors.index.json"
+    if not (folder / weights[0]).is_file() and index.is_file():
+        weights = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    missing = [file for file in ("config.json", *weights) if not (folder / file).is_file()]
+    if not any((folder / file).is_file() for file in _TOKENIZERS):
+        missing.append(_TOKENIZERS[0])
+    return [file for file in missing if any(fnmatch(file, pattern) for pattern in patterns)]
 
 
 def _refusal(name: str) -> str | None:

@@ -1,5 +1,6 @@
 """A hub that does not answer is given up after one attempt of bounded length; what the cache has still loads."""
 
+import json
 import os
 import socket
 import subprocess
@@ -67,7 +68,8 @@ def cached(home: Path) -> Path:
     model = home / "hub" / f"models--{NAME.replace('/', '--')}"
     folder = model / "snapshots" / COMMIT
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text("{}")
+    for name in ("config.json", "tokenizer.json"):
+        (folder / name).write_text("{}")
     (model / "refs").mkdir()
     (model / "refs" / "main").write_text(COMMIT)
     return folder
@@ -154,6 +156,35 @@ def test_any_failure_of_the_hub_client_is_one_line(
         hub_folder(NAME, ["*.json"])
     folder = cached(home)
     assert hub_folder(NAME, ["*.json"]).resolve() == folder
+
+
+def test_an_incomplete_model_in_the_cache_is_one_line_with_what_is_missing(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError("no route")
+
+    def assert_lacks(files: str) -> None:
+        with pytest.raises(ModelError, match=f"the cache lacks {files} of .owner/Model-1.5., and .* .no route.; run the"):
+            hub_folder(NAME, ["*.json", "*.safetensors"])
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", fail)
+    folder = cached(home)
+    assert hub_folder(NAME, ["*.json"]).resolve() == folder
+    assert_lacks("model.safetensors")
+    shards = [f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)]
+    index = {"weight_map": {f"layer {number}": shard for number, shard in enumerate(shards)}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / shards[0]).touch()
+    assert_lacks(f"{shards[1]} and 1 more files")
+    (folder / shards[1]).touch()
+    (folder / shards[2]).symlink_to(folder / "nowhere")
+    assert_lacks(shards[2])
+    (folder / "nowhere").touch()
+    assert hub_folder(NAME, ["*.json", "*.safetensors"]).resolve() == folder
+    for name in ("tokenizer.json", "config.json"):
+        (folder / name).unlink()
+        assert_lacks("tokenizer.json" if name == "tokenizer.json" else "config.json and 1 more files")
 
 
 def test_a_download_that_fails_is_no_model_although_the_cache_has_a_part(
