@@ -303,7 +303,7 @@ def _link(
     keys: CurveKeys | None,
     on_unresolved: Callable[[LinkError], None],
 ) -> Link:
-    """A link to the base station; none if none is used. In an outage its name may resolve later, to an IPv4 address."""
+    """A link to the base station; none if none is used. In an outage its name may resolve later."""
     if answer_options.offline:
         return NoLink("--offline")
     address, codec = answer_options.server, FrameCodec(manifest.vocab_size)

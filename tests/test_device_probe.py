@@ -15,6 +15,7 @@ from basestation.devices.key_folder import KeyFolder
 from basestation.server import Server
 from common.loopback import is_loopback
 from device.link.connection import Connection
+from device.link import version_lookup
 from device.link.curve_keys import CurveKeys, new_key
 from device.link.link import Link
 from device.link.probe import endpoint, needs_ipv6, unreachable_reason
@@ -26,6 +27,7 @@ from protocol.messages import Mode, Sampling
 from tests.fakes import FakeDraftModel, FakeTarget, random_table, target_alone
 from tests.link_pair import open_session
 from tests.serving import serving
+from tests.wait import wait_for
 
 TABLE = random_table(12, seed=1)
 PROMPT = [3, 1, 4]
@@ -179,6 +181,20 @@ def test_a_name_with_both_addresses_reaches_a_station_on_ipv4(monkeypatch: pytes
     with serving(Server(FakeTarget.make(TABLE), "tcp://127.0.0.1:0")) as server:
         resolving(monkeypatch, "::1", "127.0.0.1")
         check_answer(server.address.replace("127.0.0.1", "localhost"))
+
+
+@pytest.mark.skipif(not IPV6, reason="no IPv6 on this machine")
+def test_a_host_that_turns_out_to_need_ipv6_is_connected_to_over_ipv6(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(version_lookup, "_INTERVAL", 0.05)
+    with serving(Server(FakeTarget.make(TABLE), "tcp://[::1]:0")) as server:
+        link = Link.connect(server.address, FrameCodec(12), ipv6=False)
+        device = link.device
+        try:
+            wait_for(lambda: link.receive(0.05) is None and link.connections == 1)
+            assert Client(link, FakeDraftModel.make(TABLE).manifest, TIMEOUTS).welcome.model == "table"
+            assert link.device == device
+        finally:
+            link.close()
 
 
 def test_a_station_that_cannot_bind_says_so() -> None:

@@ -13,6 +13,7 @@ from zmq.utils.monitor import recv_monitor_message
 
 from device.link.curve_keys import CurveKeys
 from device.link.probe import needs_ipv6
+from device.link.version_lookup import VersionLookup
 from protocol.errors import AdmissionError, FrameError, ProtocolError, RevokedError, SettingsError
 from protocol.frames import FrameCodec
 from protocol.messages import Message
@@ -68,7 +69,8 @@ class SocketTransport:
     one that is in use, and may notice a lost connection later than the device.
 
     libzmq resolves the host whenever it tries to connect, to an address of one IP version: of the one that ``ipv6``
-    says, or if that is None, of the one that the host has now.
+    says, or if that is None, of the one that the host has now. While there is no connection, the version is looked up
+    again.
 
     Raises:
         SettingsError: ``address`` is not ``tcp://HOST:PORT``.
@@ -78,9 +80,12 @@ class SocketTransport:
     def __init__(
         self, address: str, max_frame_bytes: int, keys: CurveKeys | None = None, ipv6: bool | None = None
     ) -> None:
-        ipv6 = needs_ipv6(address) if ipv6 is None else ipv6
+        self._ipv6 = needs_ipv6(address) if ipv6 is None else ipv6
+        self._lookup = VersionLookup(address, self._ipv6)
         self._address = address
         self._keys = keys
+        self._routing_id = b""
+        self._is_connected = False
         self.connections = 0
         self._broken_handshakes = 0
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -92,7 +97,6 @@ class SocketTransport:
             (zmq.RECONNECT_IVL_MAX, _RECONNECT_MAX_MS),
             (zmq.TCP_KEEPALIVE, 1),
             (zmq.LINGER, _LINGER_MS),
-            (zmq.IPV6, int(ipv6)),
         ):
             self._dealer.setsockopt(option, value)
         if keys:
@@ -126,6 +130,8 @@ class SocketTransport:
             AdmissionError: the two ends do not know each other's keys.
         """
         end, connections = time.monotonic() + timeout, self.connections
+        if not self._is_connected:
+            self._follow_version()
         while self.connections == connections:
             ready = dict(self._poller.poll(max(0, round((end - time.monotonic()) * 1000))))
             if self._dealer in ready:
@@ -146,9 +152,22 @@ class SocketTransport:
         self._context.destroy(linger=_LINGER_MS)
 
     def _connect(self) -> None:
-        self._routing_id = b"\x01" + os.urandom(15 if self._keys else 7)  # a leading 0 is reserved
-        self._dealer.setsockopt(zmq.ROUTING_ID, self._routing_id)
+        if self._keys or not self._routing_id:
+            self._routing_id = b"\x01" + os.urandom(15 if self._keys else 7)  # a leading 0 is reserved
+            self._dealer.setsockopt(zmq.ROUTING_ID, self._routing_id)
+        self._dealer.setsockopt(zmq.IPV6, int(self._ipv6))
         self._dealer.connect(self._address)
+
+    def _reconnect(self) -> None:
+        self._dealer.disconnect(self._address)
+        self._connect()
+
+    def _follow_version(self) -> None:
+        """Connect over the other IP version if the host needs that one now."""
+        needed = self._lookup.needs_ipv6()
+        if needed != self._ipv6:
+            self._ipv6 = needed
+            self._reconnect()
 
     def _handle_events(self) -> None:
         """Process the socket's connection events."""
@@ -157,9 +176,11 @@ class SocketTransport:
             match event["event"]:
                 case zmq.EVENT_HANDSHAKE_SUCCEEDED:
                     self.connections += 1
-                case zmq.EVENT_DISCONNECTED if self._keys and self.connections:
-                    self._dealer.disconnect(self._address)
-                    self._connect()
+                    self._is_connected = True
+                case zmq.EVENT_DISCONNECTED:
+                    self._is_connected = False
+                    if self._keys and self.connections:
+                        self._reconnect()
                 case zmq.EVENT_HANDSHAKE_FAILED_AUTH:
                     raise self._refusal(event["value"])
                 case zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
