@@ -40,7 +40,7 @@ def hermes(call: object = CALL) -> str:
 
 def parts_of(tool_format: ToolFormat, text: str, size: int) -> tuple[str, list[ToolCall]]:
     """The text and the calls in an answer that comes in parts of ``size`` characters."""
-    parser = tool_format.parser()
+    parser = tool_format.parser(("weather", "clock"))
     parts = [part for start in range(0, len(text), size) for part in parser.feed(text[start : start + size])]
     parts += parser.flush()
     return "".join(one for one in parts if isinstance(one, str)), [one for one in parts if isinstance(one, ToolCall)]
@@ -56,7 +56,8 @@ def parts_of(tool_format: ToolFormat, text: str, size: int) -> tuple[str, list[T
         (hermes().removesuffix("\n</tool_call>"), "", [OSLO]),
         ('<tool_call>{"name": 3}</tool_call> so', '<tool_call>{"name": 3}</tool_call> so', []),
         ('a <tool_call>{"name"', 'a <tool_call>{"name"', []),
-        (hermes({"name": "x", "arguments": []}), hermes({"name": "x", "arguments": []}), []),
+        (hermes({"name": "clock", "arguments": []}), hermes({"name": "clock", "arguments": []}), []),
+        (f"{hermes({'name': 'stock'})}\n", f"{hermes({'name': 'stock'})}\n", []),
     ],
 )
 def test_hermes_calls_are_read_however_the_text_is_divided(
@@ -73,6 +74,8 @@ def test_hermes_calls_are_read_however_the_text_is_divided(
         ('{"name": "weather", "parameters": {"city": "Oslo"}}', "", [OSLO]),
         ('<|python_tag|>{"name": "weather", "parameters": {"city": "Oslo"}}', "", [OSLO]),
         ('{"a": 1}', '{"a": 1}', []),
+        ('{"name": "clock"}', '{"name": "clock"}', []),
+        ('{"name": "stock", "parameters": {}}', '{"name": "stock", "parameters": {}}', []),
         ("{", "{", []),
     ],
 )
@@ -199,6 +202,19 @@ def test_calls_are_returned_whole_and_streamed(monkeypatch: pytest.MonkeyPatch) 
     assert plain["message"] == {"role": "assistant", "content": hermes()}
 
 
+def test_a_json_answer_that_calls_no_tool_is_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    person = '{"name": "Alice", "age": 3}'
+    monkeypatch.setattr(NumberTokenizer, "tool_format", ToolFormat.LLAMA3)
+    monkeypatch.setattr(NumberTokenizer, "decode_stream", lambda _, token_ids: (person for _ in token_ids))
+    with http_client(new_station()) as client:
+        choice = complete(client, tools=[WEATHER], max_tokens=1).json()["choices"][0]
+        deltas = [chunk["choices"][0]["delta"] for chunk in streamed(client, tools=[WEATHER], max_tokens=1)]
+    assert choice["message"] == {"role": "assistant", "content": person}
+    assert choice["finish_reason"] == "length"
+    assert "".join(delta.get("content") or "" for delta in deltas) == person
+    assert not any("tool_calls" in delta for delta in deltas)
+
+
 def test_without_parallel_calls_the_first_one_ends_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(NumberTokenizer, "tool_format", ToolFormat.HERMES)
     monkeypatch.setattr(NumberTokenizer, "decode_stream", CallingTokenizer.decode_stream)
@@ -258,8 +274,8 @@ def test_the_schema_of_a_forced_call_may_refer_to_its_own_parts(tool_format: Too
 
 def test_half_a_surrogate_pair_in_a_call_can_be_sent() -> None:
     arguments = '{"name": "clock", "arguments": {"zone": "\\ud800"}}'
-    (call,) = HermesParser().feed(f"<tool_call>{arguments}</tool_call>")
+    (call,) = HermesParser(["clock"]).feed(f"<tool_call>{arguments}</tool_call>")
     assert isinstance(call, ToolCall)
     assert json.loads(call.arguments.encode()) == {"zone": "\ud800"}
     named = '<tool_call>{"name": "\\ud800", "arguments": {}}</tool_call>'
-    assert HermesParser().feed(named) == [named]
+    assert HermesParser(["clock"]).feed(named) == [named]

@@ -25,7 +25,8 @@ class AnswerDelivery:
     def __init__(self, job: Job, tokenizer: Tokenizer, rounds: RoundEvents | None = None) -> None:
         request = job.request
         tool_format = tokenizer.tool_format if request.tools.known else None
-        self._text = AnswerText(request.stops, tool_format, job.deliver, request.tools.parallel)
+        parser = tool_format.parser(request.tools.names) if tool_format else None
+        self._text = AnswerText(request.stops, parser, job.deliver, request.tools.parallel)
         self._job = job
         self._tokenizer = tokenizer
         self._rounds = rounds

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from copy import copy, deepcopy
 
 from device.text.stop_strings import StopStrings
-from device.text.tool_calls import ToolCall, ToolFormat
+from device.text.tool_calls import ToolCall, ToolCallParser
 
 
 class AnswerText:
@@ -12,7 +12,7 @@ class AnswerText:
 
     Args:
         stops: texts that end the answer.
-        tool_format: of the calls in it; None where it may have none.
+        parser: of the calls in it; None where it may have none.
         deliver: receives calls.
         parallel: whether several calls may come; if not, the first one ends the answer.
 
@@ -23,12 +23,12 @@ class AnswerText:
     def __init__(
         self,
         stops: Sequence[str],
-        tool_format: ToolFormat | None,
+        parser: ToolCallParser | None,
         deliver: Callable[[ToolCall], None],
         parallel: bool = True,
     ) -> None:
         self._stops = StopStrings(stops)
-        self._parser = tool_format.parser() if tool_format else None
+        self._parser = parser
         self._deliver = deliver
         self._parallel = parallel
         self.called = False

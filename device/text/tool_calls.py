@@ -37,6 +37,11 @@ class Tools:
     forced: Sequence[Mapping[str, Any]] = ()
     parallel: bool = True
 
+    @property
+    def names(self) -> frozenset[str]:
+        """Names of the known tools."""
+        return frozenset(tool["function"]["name"] for tool in self.known)
+
 
 @dataclass(frozen=True)
 class ToolCall:
@@ -89,15 +94,16 @@ class ToolFormat(StrEnum):
             start = f'{opening} "\\n" call "\\n" {closing}'
         return lark_grammar(f"start: {start}\ncall: %json {schema}")
 
-    def parser(self) -> "HermesParser | Llama3Parser":
-        """A parser of one answer."""
-        return HermesParser() if self is ToolFormat.HERMES else Llama3Parser()
+    def parser(self, names: Collection[str]) -> "ToolCallParser":
+        """A parser of one answer; what calls none of the tools with these ``names`` is text."""
+        return HermesParser(names) if self is ToolFormat.HERMES else Llama3Parser(names)
 
 
 class HermesParser:
     """Reads an answer part by part; the text of a call is held back until it ends."""
 
-    def __init__(self) -> None:
+    def __init__(self, names: Collection[str]) -> None:
+        self._names = names
         self._inside = False
         self._called = False
         self._held = ""
@@ -109,8 +115,9 @@ class HermesParser:
         while (mark := _CLOSE if self._inside else _OPEN) in self._held:
             before, self._held = self._held.split(mark, 1)
             if self._inside:
-                parts.append(_read(before, ToolFormat.HERMES) or f"{_OPEN}{before}{_CLOSE}")
-                self._called = True
+                call = _read(before, ToolFormat.HERMES, self._names)
+                parts.append(call or f"{_OPEN}{before}{_CLOSE}")
+                self._called = call is not None
             else:
                 parts += self._shown(before)
             self._inside = not self._inside
@@ -124,7 +131,7 @@ class HermesParser:
     def flush(self) -> list[ToolCallPart]:
         """What is held back, once no more follows: a call whose end is missing, or text."""
         if self._inside:
-            return [_read(self._held, ToolFormat.HERMES) or _OPEN + self._held]
+            return [_read(self._held, ToolFormat.HERMES, self._names) or _OPEN + self._held]
         return self._shown(self._held)
 
     def _shown(self, text: str) -> list[ToolCallPart]:
@@ -135,7 +142,8 @@ class HermesParser:
 class Llama3Parser:
     """Reads an answer that is a call as a whole, or else text."""
 
-    def __init__(self) -> None:
+    def __init__(self, names: Collection[str]) -> None:
+        self._names = names
         self._held = ""
         self._is_text = False
 
@@ -153,7 +161,11 @@ class Llama3Parser:
         """The call, or the text that looked like one."""
         if not self._held:
             return []
-        return [_read(self._held.strip().removeprefix(_PYTHON), ToolFormat.LLAMA3) or self._held]
+        text = self._held.strip().removeprefix(_PYTHON)
+        return [_read(text, ToolFormat.LLAMA3, self._names) or self._held]
+
+
+ToolCallParser: TypeAlias = HermesParser | Llama3Parser
 
 
 def _moved(schema: Any, pointer: str) -> Any:
@@ -179,16 +191,17 @@ def _partial(text: str, mark: str) -> int:
     return next((size for size in range(min(len(text), len(mark) - 1), 0, -1) if mark.startswith(text[-size:])), 0)
 
 
-def _read(text: str, tool_format: ToolFormat) -> ToolCall | None:
+def _read(text: str, tool_format: ToolFormat, names: Collection[str]) -> ToolCall | None:
     """The call in a JSON text, if it is one."""
     try:
         value: Any = json.loads(text)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(value, dict) or not isinstance(value.get("name"), str) or not is_unicode(value["name"]):
+    name = value.get("name") if isinstance(value, dict) else None
+    if not isinstance(name, str) or name not in names:
         return None
-    arguments = value.get(tool_format.value, {})
+    arguments = value.get(tool_format.value, {} if tool_format is ToolFormat.HERMES else None)
     if not isinstance(arguments, dict):
         return None
     written = json.dumps(arguments, ensure_ascii=False)
-    return ToolCall(value["name"], written if is_unicode(written) else json.dumps(arguments))
+    return ToolCall(name, written if is_unicode(written) else json.dumps(arguments))
