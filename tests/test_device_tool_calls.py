@@ -154,6 +154,8 @@ def test_the_tool_choice_says_which_tools_must_be_called(choice: object, known: 
         {"tool_choice": {"type": "function", "function": {"name": "stock"}}},
         {"logprobs": True},
         {"tool_choice": "required", "response_format": {"type": "json_object"}},
+        {"response_format": {"type": "json_object"}},
+        {"tool_choice": "auto", "regex": "[0-9]"},
         {"tools": [WEATHER] * 129},
     ],
     ids=str,
@@ -161,6 +163,11 @@ def test_the_tool_choice_says_which_tools_must_be_called(choice: object, known: 
 def test_tools_that_cannot_be_honoured_are_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(SettingsError, match="tool"):
         ChatRequest.read(FIELDS | {"tools": [WEATHER]} | fields, DEFAULTS)
+
+
+def test_a_grammar_is_honoured_beside_tools_that_are_not_to_be_called() -> None:
+    fields = FIELDS | {"tools": [WEATHER], "tool_choice": "none", "response_format": {"type": "json_object"}}
+    assert ChatRequest.read(fields, DEFAULTS).choices[0].settings.sampling.grammar
 
 
 def test_calls_and_results_of_a_conversation_reach_the_template_with_arguments_as_objects() -> None:

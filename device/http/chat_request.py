@@ -68,8 +68,9 @@ def _check_tools(request: AnswerRequest) -> None:
     excludes = request.rounds or request.unverified or request.settings.sampling.logprobs is not None
     if request.tools.known and excludes:
         raise SettingsError("tools", "given", "left out with logprobs, edgedraft.rounds or edgedraft.unverified")
-    if request.tools.forced and request.settings.sampling.grammar:
-        raise SettingsError("tool_choice", "of a tool", "auto or none with response_format, grammar or regex")
+    if request.tools.known and request.settings.sampling.grammar:
+        allowed = "left out, or with tool_choice none, beside response_format, grammar or regex"
+        raise SettingsError("tools", "given", allowed)
 
 
 def _logprobs(fields: Fields) -> int | None:

@@ -115,7 +115,7 @@ CHAT_FIELDS: Mapping[str, Schema] = {
     "add_generation_prompt": schema("boolean", "false with `continue_final_message` only"),
     "tools": schema(
         "array",
-        "functions that the answer may call; a call that must be made is valid under its schema",
+        "functions that the answer may call; a call that must be made is valid under its schema; not with a grammar",
         items={"type": "object"},
         maxItems=MAX_TOOLS,
     ),
