@@ -143,6 +143,11 @@ def test_a_turn_with_other_sampling_settings_continues_in_the_same_session(chang
         ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, ["tool_calls[0]", "function"]),
         ({"response_format": {"type": "yaml"}}, ["response_format", "yaml", "json_object"]),
         ({"response_format": {"type": "json_schema"}}, ["response_format", "json_schema.schema"]),
+        ({"response_format": {"type": "json_object", "schema": "S"}}, ["response_format", "S", "an object schema"]),
+        ({"response_format": {"type": "json_object", "json_schema": {"a": 1}}}, ["json_schema", "left out"]),
+        ({"response_format": {"type": "text", "schema": {"type": "array"}}}, ["response_format.schema", "left out"]),
+        ({"response_format": {"type": "json_schema", "json_schema": {"a": 1}}}, ["json_schema.a", "left out"]),
+        ({"prediction": {"content": "3", "weight": 2}}, ["prediction.weight", "left out"]),
         ({"grammar": "a", "regex": "b"}, ["grammar", "one of response_format, grammar and regex"]),
         ({"regex": 3}, ["regex", "3", "a regular expression"]),
         ({"regex": "a", "min_tokens": 2}, ["min_tokens", "2", "0 with a grammar"]),
@@ -159,6 +164,14 @@ def test_invalid_or_unsupported_field_is_refused_by_name(fields: dict[str, objec
     with pytest.raises(SettingsError) as error:
         ChatRequest.read(FIELDS | fields, DEFAULTS)
     assert all(word in str(error.value) for word in words)
+
+
+def test_a_schema_of_llama_cpp_is_that_of_openai() -> None:
+    schema = {"type": "array", "items": {"type": "integer"}}
+    formats = [{"type": "json_object", "schema": schema}, {"type": "json_schema", "json_schema": {"schema": schema}}]
+    requests = [ChatRequest.read(FIELDS | {"response_format": one}, DEFAULTS) for one in formats]
+    assert requests[0] == requests[1]
+    assert requests[0] != ChatRequest.read(FIELDS | {"response_format": {"type": "json_object"}}, DEFAULTS)
 
 
 def test_neutral_fields_are_ignored() -> None:

@@ -1,7 +1,7 @@
 """The fields that chat and text completions share: sampling, drafting, length, stops, choices and streaming."""
 
 import json
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from device.http.http_fields import (
     SHARED_FIELDS,
     STREAM_FIELDS,
 )
-from device.http.request_fields import ANY, Fields, field
+from device.http.request_fields import ANY, Fields, check_inner_names, field
 from device.http.sampling_fields import SamplingDefaults, read_sampling
 from device.settings import DraftSettings
 from device.text.tokenizer import ChatMessage
@@ -24,8 +24,6 @@ from protocol.messages import Mode, Sampling
 
 _NO_LIMIT = 2**31 - 1
 _EXTENSION = "edgedraft"
-_NOTHING: Sequence[Any] = (None, False, "", [], {})
-"""What clients send for a field that they do not use."""
 
 
 @dataclass(frozen=True)
@@ -80,17 +78,6 @@ def check_names(fields: Any, known: Collection[str]) -> None:
         neutral = ONLY_VALUES.get(name, ())
         if not (name in known or name in SHARED_FIELDS or name in IGNORED or value in (None, *neutral)):
             raise SettingsError(name, value, " or ".join([*map(json.dumps, neutral), "left out"]))
-
-
-def check_inner_names(name: str, fields: Fields, known: Collection[str]) -> None:
-    """Check that an object in a request, ``name``, has no field with a value that nobody reads.
-
-    Raises:
-        SettingsError: it has.
-    """
-    for inner, value in fields.items():
-        if inner not in known and value not in _NOTHING:
-            raise SettingsError(f"{name}.{inner}", value, f"left out; fields: {', '.join(known)}")
 
 
 def read_answer(

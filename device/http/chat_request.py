@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from device.answers.job import AnswerRequest
-from device.http.answer_fields import Defaults, Streaming, check_inner_names, check_names, choices_of, read_answer
+from device.http.answer_fields import Defaults, Streaming, check_names, choices_of, read_answer
 from device.http.http_fields import CHAT_FIELDS, MESSAGE_FIELDS
-from device.http.request_fields import Fields, field
+from device.http.request_fields import Fields, check_inner_names, field
 from device.http.tool_fields import read_tool_calls, read_tools
 from device.text.tokenizer import ChatMessage
 from device.text.unicode import check_unicode
@@ -56,6 +56,7 @@ def _prediction(fields: Fields) -> str:
         return ""
     if prediction.get("type", "content") != "content":
         raise SettingsError("prediction.type", prediction["type"], "content")
+    check_inner_names("prediction", prediction, ("type", "content"))
     return _text("prediction.content", prediction.get("content"))
 
 

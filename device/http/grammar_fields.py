@@ -1,13 +1,19 @@
 """The grammar of a request: ``response_format`` as OpenAI has it, ``grammar`` and ``regex`` as extensions."""
 
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from common.grammar import lark_grammar, regex_grammar, schema_grammar
-from device.http.request_fields import Fields, field
+from device.http.request_fields import Fields, check_inner_names, field
 from device.text.unicode import check_unicode
 from protocol.errors import SettingsError
 
-_FORMATS = "text, json_object, or json_schema with an object json_schema.schema"
+_FORMATS = "text, json_object with or without an object schema, or json_schema with an object json_schema.schema"
+_FIELDS: Mapping[str, Sequence[str]] = {
+    "text": ("type",),
+    "json_object": ("type", "schema"),
+    "json_schema": ("type", "json_schema"),
+}
+"""The fields of each type of response format; ``schema`` is llama.cpp's."""
 
 
 def read_grammar(fields: Fields) -> str:
@@ -31,12 +37,18 @@ def read_grammar(fields: Fields) -> str:
 def _schema(response_format: Fields) -> Fields | None:
     """The JSON schema that a response format asks for."""
     kind = response_format.get("type")
+    if not isinstance(kind, str) or kind not in _FIELDS:
+        raise SettingsError("response_format", response_format, _FORMATS)
+    check_inner_names("response_format", response_format, _FIELDS[kind])
     if kind == "text":
         return None
     if kind == "json_object":
-        return {"type": "object"}
-    given: Any = response_format.get("json_schema")
-    schema = given.get("schema") if kind == "json_schema" and isinstance(given, dict) else None
+        schema = response_format.get("schema") or {"type": "object"}
+    else:
+        given = response_format.get("json_schema")
+        given = given if isinstance(given, dict) else {}
+        check_inner_names("response_format.json_schema", given, ("name", "description", "schema", "strict"))
+        schema = given.get("schema")
     if not isinstance(schema, dict):
         raise SettingsError("response_format", response_format, _FORMATS)
     return schema

@@ -68,7 +68,7 @@ _ENDS: Mapping[str, Schema] = {
 _GRAMMARS: Mapping[str, Schema] = {
     "response_format": schema(
         "object",
-        "`type` is `text`, `json_object`, or `json_schema` with a schema in `json_schema.schema`",
+        "`type` is `text`, `json_object`, also with a `schema`, or `json_schema` with a schema in `json_schema.schema`",
         required=["type"],
     ),
     "grammar": schema("string", "a Lark grammar that the answer follows, as llguidance reads it"),

@@ -1,6 +1,6 @@
 """Fields of a JSON request, each checked for its type."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any, TypeAlias
 
 from protocol.errors import SettingsError
@@ -13,6 +13,9 @@ ANY = -1
 
 MAX_DEPTH = 64
 """Levels of objects and lists inside each other: more than any client sends, and few enough for every reader."""
+
+_NOTHING: Sequence[Any] = (None, False, "", [], {})
+"""What clients send for a field that they do not use."""
 
 
 def check_depth(name: str, value: Any) -> None:
@@ -33,6 +36,17 @@ def _inner(value: Any) -> Collection[Any]:
     if isinstance(value, dict):
         return value.values()
     return value if isinstance(value, list) else ()
+
+
+def check_inner_names(name: str, fields: Fields, known: Collection[str]) -> None:
+    """Check that an object in a request, ``name``, has no field with a value that nobody reads.
+
+    Raises:
+        SettingsError: it has.
+    """
+    for inner, value in fields.items():
+        if inner not in known and value not in _NOTHING:
+            raise SettingsError(f"{name}.{inner}", value, f"left out; fields: {', '.join(known)}")
 
 
 def field(fields: Fields, name: str, kind: type | tuple[type, ...], default: Any, allowed: str) -> Any:
