@@ -16,6 +16,7 @@ from device.http.http_server import HttpServer
 from device.http.service import Access, application
 from tests.fakes import FakeDraftModel
 from tests.number_service import DEFAULTS, FIELDS, PROMPT, NumberTokenizer, new_station, new_worker
+from tests.wait import wait_for
 
 SECONDS = 20
 REQUEST = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n"
@@ -23,9 +24,11 @@ POST = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length
 
 
 @contextmanager
-def running(worker: Worker) -> Iterator[tuple[HttpServer, int]]:
+def running(worker: Worker, send_bytes: int | None = None) -> Iterator[tuple[HttpServer, int]]:
     server = HttpServer(worker, application(worker, "numbers", DEFAULTS, Access()))
     listening = socket.create_server(("127.0.0.1", 0))
+    if send_bytes:  # of connections, which inherit it
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_bytes)
     port = listening.getsockname()[1]
     thread = threading.Thread(target=server.run, args=([listening],))
     worker.start()
@@ -105,6 +108,21 @@ def test_an_answer_may_take_longer_than_its_request(monkeypatch: pytest.MonkeyPa
     slow_down(monkeypatch, lambda count: threading.Event().wait(0.5) if count == 2 else None)
     with running(new_worker(new_station())) as (_, port):
         assert httpx2.post(f"http://127.0.0.1:{port}/v1/chat/completions", json=FIELDS, timeout=SECONDS).is_success
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [REQUEST.replace(b"/v1/models", b"/metrics") * 100, REQUEST.replace(b"/v1/models", b"/openapi.json")],
+    ids=["the next answer waits", "the connection is to be closed"],
+)
+def test_a_client_that_does_not_read_loses_its_connection(sent: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(HttpConnection, "response_seconds", 0.2)
+    with running(new_worker(new_station()), send_bytes=4096) as (server, port), socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(("127.0.0.1", port))
+        connection.sendall(sent)
+        wait_for(lambda: server.server_state.total_requests > 0)
+        wait_for(lambda: not server.server_state.connections)
 
 
 def test_connections_beyond_the_limit_are_refused_and_others_served(port: int) -> None:

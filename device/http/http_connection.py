@@ -14,15 +14,19 @@ class HttpConnection(H11Protocol):
     Attributes:
         max_connections: that are served at once, far fewer than a process may have descriptors.
         request_seconds: from the first byte of a request, or from the connection, to the last byte of the request.
+        response_seconds: for which bytes of a response may wait for the client to read.
     """
 
     max_connections = 128
     request_seconds = 30.0
+    response_seconds = 30.0
     _deadline: asyncio.TimerHandle | None = None
+    _response_deadline: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Serve a new connection, or refuse it."""
         super().connection_made(transport)
+        transport.set_write_buffer_limits(high=0)  # pause_writing is called as soon as bytes have to wait
         if len(self.connections) > self.max_connections:
             self._refuse(HttpError.overloaded(f"{self.max_connections} connections are open already; retry later"))
         else:
@@ -36,9 +40,20 @@ class HttpConnection(H11Protocol):
         elif self._deadline is None:
             self._set_deadline()
 
+    def pause_writing(self) -> None:
+        """Wait for the client to read, but not for ever, also where the connection is being closed."""
+        super().pause_writing()
+        self._response_deadline = self.loop.call_later(self.response_seconds, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """Go on: the client has read everything."""
+        super().resume_writing()
+        self._clear_response_deadline()
+
     def connection_lost(self, exc: Exception | None) -> None:
         """Clean up."""
         self._clear_deadline()
+        self._clear_response_deadline()
         super().connection_lost(exc)
 
     def send_400_response(self, msg: str) -> None:
@@ -52,6 +67,11 @@ class HttpConnection(H11Protocol):
         if self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None
+
+    def _clear_response_deadline(self) -> None:
+        if self._response_deadline is not None:
+            self._response_deadline.cancel()
+            self._response_deadline = None
 
     def _expire(self) -> None:
         self._refuse(HttpError(408, f"the request did not arrive within {self.request_seconds:g} s"))
