@@ -103,6 +103,15 @@ def test_a_second_request_of_a_connection_has_a_time_of_its_own(port: int, monke
         assert b"HTTP/1.1 408" in rest_of(connection)
 
 
+def test_a_request_behind_another_has_a_time_of_its_own(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(HttpConnection, "request_seconds", 0.2)
+    with connect(port) as connection:
+        connection.sendall(REQUEST + POST)
+        received = rest_of(connection)
+    assert received.startswith(b"HTTP/1.1 200")
+    assert b"HTTP/1.1 408" in received
+
+
 def test_an_answer_may_take_longer_than_its_request(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(HttpConnection, "request_seconds", 0.2)
     slow_down(monkeypatch, lambda count: threading.Event().wait(0.5) if count == 2 else None)

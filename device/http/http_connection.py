@@ -32,10 +32,10 @@ class HttpConnection(H11Protocol):
         else:
             self._set_deadline()
 
-    def data_received(self, data: bytes) -> None:
-        """Process what the client sent."""
-        super().data_received(data)
-        if self.conn.their_state not in (h11.IDLE, h11.SEND_BODY):  # the request is complete
+    def handle_events(self) -> None:
+        """Process what the client has sent: now, or before the last response was complete."""
+        super().handle_events()
+        if not self._request_is_incomplete():
             self._clear_deadline()
         elif self._deadline is None:
             self._set_deadline()
@@ -59,6 +59,10 @@ class HttpConnection(H11Protocol):
     def send_400_response(self, msg: str) -> None:
         """Refuse what is not HTTP."""
         self._refuse(HttpError(400, msg))
+
+    def _request_is_incomplete(self) -> bool:
+        state = self.conn.their_state
+        return state is h11.SEND_BODY or (state is h11.IDLE and bool(self.conn.trailing_data[0]))
 
     def _set_deadline(self) -> None:
         self._deadline = self.loop.call_later(self.request_seconds, self._expire)
