@@ -2,6 +2,7 @@
 
 import json
 import logging
+import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ import pytest
 
 from device.answers.worker import Worker
 from device.http.http_connection import HttpConnection
-from device.http.http_server import HttpServer
+from device.http.http_server import HttpServer, serve
 from device.http.service import Access, application
 from tests.fakes import FakeDraftModel
 from tests.number_service import DEFAULTS, FIELDS, PROMPT, NumberTokenizer, new_station, new_worker
@@ -251,3 +252,28 @@ def test_a_whole_answer_is_503_when_the_service_stops(
         response = httpx2.post(f"http://127.0.0.1:{port}/v1/chat/completions", json=fields, timeout=SECONDS)
     assert (response.status_code, response.json()["error"]["code"]) == (503, "closing")
     assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
+def test_a_signal_that_comes_before_the_server_runs_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = new_worker(new_station())
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    start, was_ignored = worker.start, threading.Event()
+
+    def start_and_signal(on_failure: Callable[[], None]) -> None:
+        start(on_failure)
+        signal.raise_signal(signal.SIGTERM)
+
+    def signal_again() -> None:
+        was_ignored.set()
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(worker, "start", start_and_signal)
+    again = threading.Timer(SECONDS, signal_again)
+    again.start()
+    try:
+        serve(worker, "numbers", DEFAULTS, "http://127.0.0.1:0", None)
+    finally:
+        again.cancel()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert not was_ignored.is_set()

@@ -86,10 +86,14 @@ def serve(
     listening = _listen(bind)
     host, port = listening.getsockname()[:2]
     access = Access(api_key, {*_LOOPBACK_NAMES, host} if is_loopback(bind) else None, origins)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: None)  # uvicorn stops at them, then raises them again
     server = HttpServer(worker, application(worker, name, defaults, access))
-    worker.start(on_failure=lambda: setattr(server, "should_exit", True))
+
+    def stop(*_: object) -> None:
+        server.should_exit = True
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)  # until uvicorn handles them, and when it raises them again at its end
+    worker.start(on_failure=stop)
     logger.info("serving %s at http://%s:%d", name, f"[{host}]" if ":" in host else host, port)
     try:
         server.run([listening])
