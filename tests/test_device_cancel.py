@@ -18,7 +18,7 @@ from device.http.service import Access, application
 from device.session.client import Client
 from device.settings import DraftSettings
 from device.text.tokenizer import ChatMessage, Tokenizer
-from protocol.errors import CancelledError, ClosingError
+from protocol.errors import CancelledError, ClosingError, RevokedError
 from protocol.messages import Close, Draft, Message, Mode, Opened, Sampling, Verdict
 from tests.fakes import FakeDraftModel, target_alone
 from tests.link_pair import MemoryTransport, RefusingTransport, join
@@ -261,6 +261,28 @@ def test_requests_are_refused_once_the_service_stops() -> None:
     assert isinstance(waiting.end(), ClosingError)
     with pytest.raises(ClosingError):
         worker.submit(late.job)
+
+
+def test_the_service_stops_cleanly_where_the_base_station_refuses_the_connection() -> None:
+    class RevokedTransport(MemoryTransport):
+        revoked = closed = False
+
+        def send(self, frame: bytes) -> None:
+            if self.revoked:
+                raise RevokedError("the key was revoked")
+            super().send(frame)
+
+        def close(self) -> None:
+            self.closed = True
+
+    transport = RevokedTransport(new_station())
+    worker = new_worker(transport, watched_model())
+    worker.start()
+    for first in (3, 4):  # conversations that are kept
+        check_next_answer(worker, [first, *PROMPT])
+    transport.revoked = True
+    worker.stop(5)
+    assert (worker.failure, transport.closed) == (None, True)
 
 
 def test_a_request_that_comes_while_the_service_closes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

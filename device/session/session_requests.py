@@ -8,6 +8,7 @@ Knows messages; not how tokens are drafted.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 
@@ -15,6 +16,7 @@ from device.drafting.drafter import DraftResult
 from device.session.client import Client
 from device.session.served_settings import check_context_length, check_sampling
 from protocol.errors import (
+    AdmissionError,
     ClosingError,
     FaultError,
     FullError,
@@ -179,7 +181,8 @@ class SessionRequests:
             return
         close = Close(self._session_id)
         self._rounds.advance(close)
-        self._client.send(close)
+        with suppress(AdmissionError):  # a base station that refuses the connection cannot be told
+            self._client.send(close)
 
     def take_prefilled(self) -> int:
         """Tokens that the base station may have prefilled since the last call, so that its reply took longer."""
