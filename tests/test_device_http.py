@@ -358,6 +358,16 @@ def test_an_allowed_page_may_read_the_answer_and_asks_first() -> None:
         assert client.options("/v1/chat/completions", headers={"Origin": "null", **ask}).status_code == 403
 
 
+def test_an_allowed_page_may_ask_for_a_private_network_and_no_other_may() -> None:
+    ask = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Private-Network": "true"}
+    with http_client(new_station(), origins=[PAGE]) as client:
+        allowed = client.options("/v1/chat/completions", headers={"Origin": PAGE, **ask})
+        refused = client.options("/v1/chat/completions", headers={"Origin": "https://evil.example", **ask})
+    assert allowed.status_code == 200
+    assert allowed.headers["access-control-allow-private-network"] == "true"
+    assert (refused.status_code, "access-control-allow-private-network" in refused.headers) == (403, False)
+
+
 def test_unreachable_base_station_gives_503_until_it_answers_again() -> None:
     unreachable = threading.Event()
     with http_client(new_station(), lambda _: not unreachable.is_set()) as client:

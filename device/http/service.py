@@ -51,11 +51,18 @@ class Access:
 
     def checks(self) -> list[Middleware]:
         """The middleware that refuses all others; a page may ask for its access without the key."""
+        cors = Middleware(
+            CORSMiddleware,
+            allow_origins=self.origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            allow_private_network=True,  # for pages of the Internet, where a browser asks before it calls loopback
+        )
         checks = [
             Middleware(RequestId),
             Middleware(HostCheck, hosts=self.hosts),
             Middleware(OriginCheck, origins=self.origins),
-            Middleware(CORSMiddleware, allow_origins=self.origins, allow_methods=["GET", "POST"], allow_headers=["*"]),
+            cors,
         ]
         return checks if self.api_key is None else [*checks, Middleware(ApiKeyCheck, api_key=self.api_key)]
 
