@@ -144,7 +144,7 @@ def serve(
         list[str] | None,
         typer.Option(
             "--cors-origin",
-            help="Origin of web pages that may send requests; repeatable.",
+            help="Origin of web pages that may send requests, https://HOST[:PORT]; repeatable.",
             rich_help_panel=SERVICE,
         ),
     ] = None,
@@ -171,10 +171,12 @@ def serve(
     from device.http import http_server
     from device.http.answer_fields import Defaults
     from device.http.api_key import VARIABLE, read_api_key
+    from device.http.origin_check import check_origins
 
     is_overridden = came_from_file(context, "api_key_file") and VARIABLE in os.environ
     key = read_api_key(None if is_overridden else api_key_file)
-    http_server.check_bind(bind, key)  # before the model is loaded
+    check_origins(cors_origins or [])  # before the model is loaded
+    http_server.check_bind(bind, key)
     http_server.check_free(bind)
     with _record_file(answer_options) as records:
         model, tokenizer = _load(answer_options)

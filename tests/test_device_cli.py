@@ -255,6 +255,11 @@ def test_the_service_refuses_a_malformed_address_at_start(bundle: Path) -> None:
     assert "server is '127.0.0.1:5755'" in error_line(done, 2)
 
 
+def test_the_service_refuses_an_origin_that_no_browser_sends_at_start(bundle: Path) -> None:
+    done = device("serve", bundle, NOBODY, "--bind", "http://127.0.0.1:0", "--cors-origin", "https://a/")
+    assert "cors-origin is 'https://a/'; allowed: https://HOST" in error_line(done, 2)
+
+
 @pytest.mark.parametrize("value", [nan, inf])
 def test_logits_that_are_not_finite_are_one_line(value: float, tmp_path: Path, station: str) -> None:
     logits = np.full((VOCAB, VOCAB), value, np.float32)

@@ -11,6 +11,7 @@ from starlette.testclient import TestClient
 from device.answers.job import AnswerRequest, Event, Finish, Job
 from device.answers.worker import Worker
 from device.http.chat_request import ChatRequest
+from device.http.origin_check import check_origins
 from device.http.service import Access, application
 from device.link.connection import Connection
 from device.text.tokenizer import ChatMessage
@@ -366,6 +367,20 @@ def test_an_allowed_page_may_ask_for_a_private_network_and_no_other_may() -> Non
     assert allowed.status_code == 200
     assert allowed.headers["access-control-allow-private-network"] == "true"
     assert (refused.status_code, "access-control-allow-private-network" in refused.headers) == (403, False)
+
+
+@pytest.mark.parametrize("origin", [PAGE, "http://127.0.0.1:3000", "http://[::1]:3000", "chrome-extension://abc"])
+def test_an_origin_that_a_browser_sends_may_be_allowed(origin: str) -> None:
+    check_origins([origin])
+
+
+@pytest.mark.parametrize(
+    "origin",
+    ["", "*", "null", "page.example", f"{PAGE}/", f"{PAGE}/chat", f"{PAGE}:443", "https://Page.example", "https://é"],
+)
+def test_an_origin_that_no_browser_sends_is_refused(origin: str) -> None:
+    with pytest.raises(SettingsError, match="cors-origin"):
+        check_origins([PAGE, origin])
 
 
 def test_unreachable_base_station_gives_503_until_it_answers_again() -> None:

@@ -1,5 +1,6 @@
 """Which web pages may send requests: a browser sends them on behalf of any page that its user opens."""
 
+import re
 from collections.abc import Collection
 
 from starlette.datastructures import Headers
@@ -7,6 +8,23 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from device.http.chat_page import PAGE_PATH
 from device.http.http_errors import HttpError, shown
+from protocol.errors import SettingsError
+
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[1-9][0-9]{0,4})?")
+_DEFAULT_PORTS = {"http": ":80", "https": ":443"}
+
+
+def check_origins(origins: Collection[str]) -> None:
+    """Refuse origins that no browser sends.
+
+    Raises:
+        SettingsError: there is one.
+    """
+    for origin in origins:
+        port = _DEFAULT_PORTS.get(origin.partition("://")[0])
+        if not _ORIGIN.fullmatch(origin) or (port and origin.endswith(port)):
+            allowed = "https://HOST or https://HOST:PORT in lower case, without a path or the default port"
+            raise SettingsError("cors-origin", origin, allowed)
 
 
 class OriginCheck:
