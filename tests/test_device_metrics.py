@@ -3,11 +3,13 @@
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
+from device.answers.job import AnswerRequest, Job
 from device.answers.metrics import Metrics
 from protocol.errors import FaultError
+from protocol.messages import Sampling
 from tests.fakes import FakeDraftModel
 from tests.link_pair import MemoryTransport, join
-from tests.number_service import DRAFT, complete, http_client, new_station
+from tests.number_service import DRAFT, complete, http_client, new_station, new_worker, settings
 from tests.sample import PROJECT
 
 
@@ -36,13 +38,29 @@ def test_a_scrape_agrees_with_the_answers() -> None:
     assert [key for key in found if key[0] == "errors_total"] == []
 
 
-def test_errors_are_counted_by_code() -> None:
+def test_errors_of_requests_that_were_queued_are_counted_by_code() -> None:
     with http_client(new_station()) as client:
         status = complete(client, messages=[{"role": "user", "content": "3 " * 5000}]).status_code
+        refused = complete(client, seed=-2).status_code
         found = samples(client)
     assert status == 400
-    assert found["errors_total", "context_length"] == 1
+    assert refused == 400
+    assert {key: value for key, value in found.items() if key[0] == "errors_total"} == {
+        ("errors_total", "context_length"): 1
+    }
     assert ("answers_total", "length") not in found
+
+
+def test_a_client_that_leaves_while_it_waits_counts_as_an_error_and_waits_no_more() -> None:
+    worker = new_worker(new_station())
+    jobs = [Job(AnswerRequest("3 1", settings(Sampling()), 1), lambda _: None) for _ in range(3)]
+    for job in jobs:
+        worker.submit(job)
+    jobs[1].cancelled.set()
+    value_of = worker.metrics.registry.get_sample_value
+    assert value_of("edgedraft_device_waiting_requests") == 2
+    assert value_of("edgedraft_device_errors_total", {"code": "cancelled"}) == 1
+    worker.close()
 
 
 def test_the_metrics_need_no_key() -> None:

@@ -5,6 +5,7 @@ One whose prompt is still being encoded is overtaken by those behind it.
 
 import threading
 from collections import deque
+from collections.abc import Callable
 
 from device.answers.job import Job
 from protocol.errors import BusyError, ClosingError
@@ -13,9 +14,14 @@ _MAX_WAITING = 16
 
 
 class JobQueue:
-    """Jobs from any thread for one worker."""
+    """Jobs from any thread for one worker.
 
-    def __init__(self) -> None:
+    Args:
+        on_abandoned: called for each job whose client leaves while it waits.
+    """
+
+    def __init__(self, on_abandoned: Callable[[], None]) -> None:
+        self._on_abandoned = on_abandoned
         self._jobs: deque[Job] = deque()
         self._changed = threading.Condition()
         self._taken: Job | None = None
@@ -57,8 +63,10 @@ class JobQueue:
             self._changed.notify()
 
     def __len__(self) -> int:
-        """Requests that wait. Any thread may call it."""
-        return len(self._jobs)
+        """Requests whose clients wait. Any thread may call it."""
+        with self._changed:
+            self._drop_cancelled()
+            return len(self._jobs)
 
     def close(self, reason: str) -> None:
         """Refuse the waiting jobs, the one that was taken last, and all later ones."""
@@ -77,4 +85,7 @@ class JobQueue:
         return next((job for job in self._jobs if job.prompt_ids.done()), None)
 
     def _drop_cancelled(self) -> None:
-        self._jobs = deque(job for job in self._jobs if not job.cancelled.is_set())
+        waiting = deque(job for job in self._jobs if not job.cancelled.is_set())
+        for _ in range(len(self._jobs) - len(waiting)):
+            self._on_abandoned()
+        self._jobs = waiting

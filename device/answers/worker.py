@@ -87,7 +87,7 @@ class Worker:
         self._connection = Connection(connect, clock, offline)
         planners = planners or Planners(model.manifest.target_quality)
         self._conversations = Conversations(model, tokenizer, cache_tokens, planners)
-        self._jobs = JobQueue()
+        self._jobs = JobQueue(lambda: self.metrics.count_error(CancelledError()))
         self._encoders = ThreadPoolExecutor(_ENCODERS, "encoder")
         self.metrics.watch(self._jobs.__len__, lambda: self.ready)
         self._stopping = threading.Event()
