@@ -3,8 +3,8 @@
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from basestation.replicas import front
 from basestation.replicas.front import FrontOptions
 from basestation.replicas.front_process import FrontProcess, FrontSettings
 from basestation.replicas.inner_link import Delivery, InnerKey, InnerSocket
+from basestation.replicas.inner_messages import Command
 from basestation.replicas.replica_settings import ReplicaOptions
 from basestation.server import Server
 from basestation.target.target_model import TargetModel
@@ -94,6 +95,7 @@ class RawPeer:
 
     address: str
     cleanup: ExitStack
+    keys: CurveKeys | None = None
     socket: "zmq.Socket[bytes]" = field(init=False)
 
     def __post_init__(self) -> None:
@@ -101,6 +103,8 @@ class RawPeer:
         self.cleanup.callback(context.destroy, linger=0)
         self.socket = context.socket(zmq.DEALER)
         self.cleanup.callback(self.socket.close, linger=0)
+        if self.keys:
+            self.keys.protect(self.socket)
         self.socket.connect(self.address)
 
     def request(self, message: Message | bytes) -> Message | None:
@@ -458,15 +462,87 @@ def test_sessions_of_a_drained_replica_finish_and_new_ones_go_elsewhere(site: Fr
 # -- keys --
 
 
-def test_a_revoked_device_is_told_and_its_sessions_end_at_every_replica(tmp_path: Path, cleanup: ExitStack) -> None:
-    folder = KeyFolder.create(tmp_path / "keys")
+@pytest.fixture
+def folder(tmp_path: Path) -> KeyFolder:
+    return KeyFolder.create(tmp_path / "keys")
+
+
+@pytest.fixture
+def phone(tmp_path: Path, folder: KeyFolder) -> CurveKeys:
     folder.enroll("phone", new_key(tmp_path / "phone"))
-    keys = CurveKeys.read(tmp_path / "phone", folder.public_key)
+    return CurveKeys.read(tmp_path / "phone", folder.public_key)
+
+
+@contextmanager
+def opened_with_keys(folder: KeyFolder, keys: CurveKeys) -> Iterator[tuple[FrontSite, RunningReplica]]:
+    """A front with a replica, which has a session of the device."""
+    with front_site(keys=folder, expected=1) as site, ExitStack() as cleanup:
+        replica = site.start_replica("replica-0", target())
+        site.wait_for_replicas(1)
+        peer = RawPeer(site.address, cleanup, keys)
+        assert isinstance(peer.request(hello(VOCAB)), Welcome)
+        assert peer.request(Open(0, 0, Mode.IDS, Sampling(), tuple(PROMPT))) == Opened(0, 0)
+        yield site, replica
+
+
+def test_a_device_that_was_revoked_before_the_front_started_loses_its_sessions(
+    folder: KeyFolder, phone: CurveKeys
+) -> None:
+    with opened_with_keys(folder, phone) as (site, replica):
+        site.stop_front()
+        folder.revoke("phone")
+        site.start_front()
+        wait_for(lambda: replica.open_sessions == 0)
+
+
+def test_a_new_front_that_cannot_look_into_the_key_folder_ends_no_session(
+    folder: KeyFolder, phone: CurveKeys, tmp_path: Path
+) -> None:
+    devices, reports = tmp_path / "keys" / "devices", set[float]()
+    with opened_with_keys(folder, phone) as (site, replica):
+        site.stop_front()
+        devices.rename(tmp_path / "away")
+        devices.touch()
+        site.start_front()
+
+        def has_reported_several_times() -> bool:
+            reports.update(one.heard_at for one in site.front.routing.replicas.values())
+            return len(reports) > 3
+
+        wait_for(has_reported_several_times)
+        assert replica.open_sessions == 1
+        devices.unlink()
+        (tmp_path / "away").rename(devices)
+        folder.revoke("phone")
+        wait_for(lambda: replica.open_sessions == 0)
+
+
+def test_a_replica_that_did_not_take_a_revocation_is_told_again(
+    folder: KeyFolder, phone: CurveKeys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    send, dropped = InnerSocket.send, list[bytes]()
+
+    def drop_first(self: InnerSocket, replica: bytes, parts: Sequence[bytes]) -> Delivery:
+        if parts[0][0] == Command.REVOKE and not dropped:
+            dropped.append(replica)
+            return Delivery.DROPPED
+        return send(self, replica, parts)
+
+    monkeypatch.setattr(InnerSocket, "send", drop_first)
+    with opened_with_keys(folder, phone) as (_, replica):
+        folder.revoke("phone")
+        wait_for(lambda: replica.open_sessions == 0)
+    assert len(dropped) == 1
+
+
+def test_a_revoked_device_is_told_and_its_sessions_end_at_every_replica(
+    folder: KeyFolder, phone: CurveKeys, cleanup: ExitStack
+) -> None:
     with front_site(Limits(max_sessions=32), folder) as site:
         replicas = [site.start_replica(name, target()) for name in ("replica-0", "replica-1")]
         site.wait_for_replicas(2)
         model = FakeDraftModel.make(DRAFT)
-        link = Link.connect(site.address, CODEC, keys)
+        link = Link.connect(site.address, CODEC, phone)
         cleanup.callback(link.close)
         client = Client(link, model.manifest, TIMEOUTS)
         sessions = [open_session(client, IDS, FakeDraftModel.make(DRAFT), PROMPT) for _ in range(16)]

@@ -6,6 +6,7 @@ holds its secret key (ZAP, RFC 27; CURVE, RFC 26), and then attaches the key to 
 
 import logging
 import re
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import zmq
@@ -59,6 +60,7 @@ class Authenticator:
         self._handshakes = handshakes
         self._admitted: dict[str, str] = {}
         """Names by key."""
+        self._watched: set[str] = set()
         self._unreadable: set[str] = set()
         self.socket = context.socket(zmq.REP)
         self.socket.bind(_ENDPOINT)
@@ -94,10 +96,15 @@ class Authenticator:
         """The name under which an admitted key was enrolled when it last connected."""
         return self._admitted.get(key, UNNAMED)
 
+    def watch(self, keys: Iterable[str]) -> None:
+        """Have the next ``revoked`` look at these too, which another process may have admitted."""
+        self._watched.update(key for key in keys if key not in self._admitted)
+
     def revoked(self) -> list[EnrolledDevice]:
-        """Admitted devices that are not enrolled any more; each is returned once."""
-        keys = [key for key in self._admitted if self._is_enrolled(key) is False]
-        return [EnrolledDevice(self._admitted.pop(key), key) for key in keys]
+        """Devices that are not enrolled any more: those admitted, each returned once, and those of ``watch``."""
+        keys = [key for key in self._watched | self._admitted.keys() if self._is_enrolled(key) is False]
+        self._watched.clear()
+        return [EnrolledDevice(self._admitted.pop(key, None) or self._read_name(key), key) for key in keys]
 
     def _is_enrolled(self, key: str) -> bool | None:
         """Whether a key is enrolled; where that cannot be looked up, True if it was admitted before, else None."""
@@ -107,7 +114,7 @@ class Authenticator:
             self._metrics.count_unreadable_key()
             if key not in self._unreadable:
                 logger.error("cannot tell whether a key is enrolled: %s", error)  # noqa: TRY400 - the message contains the reason
-            if key in self._admitted:  # others, of which there may be any number, are not remembered
+            if key in self._admitted or key in self._watched:  # of others there may be any number
                 self._unreadable.add(key)
             return True if key in self._admitted else None
         self._unreadable.discard(key)
@@ -124,9 +131,9 @@ class Authenticator:
 
     def _read_name(self, key: str) -> str:
         try:
-            return self._keys.name_of(key) or UNNAMED
+            return self._keys.name_of(key) or self._keys.revoked_name_of(key) or UNNAMED
         except KeyFileError as error:
-            logger.error("cannot tell the name of an enrolled key: %s", error)  # noqa: TRY400 - the message contains the reason
+            logger.error("cannot tell the name of a key: %s", error)  # noqa: TRY400 - the message contains the reason
             return self.name_of(key)
 
 

@@ -4,7 +4,7 @@ Knows peers and frames; not what a frame means, and not what is behind the socke
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -136,6 +136,11 @@ class DeviceSocket:
     def send(self, address: bytes, frame: bytes) -> None:
         """Send a frame; it is dropped where its connection is gone or takes no more."""
         self._router.send(address, frame)
+
+    def watch(self, owners: Iterable[str]) -> None:
+        """Look whether these are still enrolled, as is done with the devices that are connected here."""
+        if self._authenticator:
+            self._authenticator.watch(owners)
 
     def _check(self, receiver: FrameReceiver) -> None:
         for device in self._authenticator.revoked() if self._authenticator else ():

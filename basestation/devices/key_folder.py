@@ -146,12 +146,15 @@ class KeyFolder:
         Raises:
             KeyFileError: its file cannot be read.
         """
-        try:
-            return self._file(key).read_text(encoding="ascii", errors="replace").strip()[:_MAX_NAME]
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise _unreadable(error) from error
+        return _read_name(self._file(key))
+
+    def revoked_name_of(self, key: str) -> str | None:
+        """The name under which a revoked key was enrolled; None if it is not known.
+
+        Raises:
+            KeyFileError: its file cannot be read.
+        """
+        return _read_name(self._revoked_file(key))
 
     def _names(self) -> list[str]:
         return [device.name for device in self.devices()]
@@ -161,6 +164,16 @@ class KeyFolder:
 
     def _revoked_file(self, key: str) -> Path:
         return self._revoked / z85.decode(key).hex()
+
+
+def _read_name(file: Path) -> str | None:
+    """The name in the file of a key; None if there is no file."""
+    try:
+        return file.read_text(encoding="ascii", errors="replace").strip()[:_MAX_NAME]
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise _unreadable(error) from error
 
 
 def _exists(path: Path) -> bool:

@@ -180,7 +180,7 @@ class Front:
         self._send_fault(peer, None, error)
 
     def revoke(self, device: EnrolledDevice) -> None:
-        """End the sessions of a device whose key was revoked."""
+        """End the sessions of a device whose key was revoked; a replica that still reports some is told again."""
         logger.warning("peer %s: %s", device.public_key[:8], revocation())
         self._handshake.drop(device.public_key)
         self._metrics.fleet.forget(device.name)
@@ -230,6 +230,8 @@ class Front:
         is_new = identity not in self.routing.replicas
         self.routing.update(identity, report, time.monotonic())
         self._metrics.take(identity, report)
+        assert self._devices
+        self._devices.watch(owner for owner, _ in report.load.sessions)
         if is_new:
             logger.info("replica %s reports %d sessions", report.name, len(report.load.sessions))
             self._on_replicas(self.routing.names)
