@@ -134,6 +134,15 @@ def test_a_folder_that_cannot_be_looked_into_does_not_say_no(tmp_path: Path) -> 
             look(key)
 
 
+def test_a_folder_without_its_list_of_devices_does_not_say_no(tmp_path: Path) -> None:
+    """As an empty mount point has none."""
+    folder, key = KeyFolder.create(tmp_path / "keys"), new_key(tmp_path / "phone")
+    folder.enroll("phone", key)
+    (tmp_path / "keys" / "devices").rename(tmp_path / "gone")
+    with pytest.raises(KeyFileError, match="devices' is missing; check the key folder"):
+        folder.is_enrolled(key)
+
+
 def test_names_and_keys_are_unique(tmp_path: Path) -> None:
     folder = KeyFolder.create(tmp_path / "keys")
     first, second = new_key(tmp_path / "one"), new_key(tmp_path / "two")

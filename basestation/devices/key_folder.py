@@ -130,7 +130,11 @@ class KeyFolder:
         Raises:
             KeyFileError: the folder does not tell.
         """
-        return _exists(self._file(key))
+        if _exists(self._file(key)):
+            return True
+        if not _exists(self._devices):
+            raise KeyFileError(f"{str(self._devices)!r} is missing; check the key folder")
+        return False
 
     def is_revoked(self, key: str) -> bool:
         """Whether a key was enrolled once and is revoked now.
