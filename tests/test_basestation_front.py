@@ -1,5 +1,7 @@
 """A front and its replicas on real sockets: answers, losses, restarts, admission."""
 
+import os
+import signal
 import socket
 import subprocess
 import sys
@@ -87,6 +89,23 @@ def serving_replica(site: FrontSite) -> RunningReplica:
 def undisturbed(settings: DraftSettings) -> list[int]:
     with serving(Server(target(), "tcp://127.0.0.1:0")) as server, ExitStack() as cleanup:
         return [token.token_id for token in session_at(server.address, settings, cleanup).answer(TOKENS)]
+
+
+def front_settings(metrics_bind: str | None = None) -> FrontSettings:
+    """Of a front for one replica in a process of its own."""
+    listening = FrontOptions(ANY_PORT, ANY_PORT, InnerKey.new(), 1, Limits())
+    return FrontSettings(listening, "table", None, False, 2**30, metrics_bind, LogFormat.TEXT)
+
+
+def start_replica(
+    settings: FrontSettings, address: str, name: str, model: TargetModel, cleanup: ExitStack
+) -> RunningReplica:
+    """Start a replica of a front that listens at ``address``."""
+    options = ReplicaOptions(name, address, settings.front.inner_key, keyed=False)
+    replica = RunningReplica(model, options, settings.front.limits)
+    cleanup.callback(replica.thread.join)
+    cleanup.callback(replica.stop)
+    return replica
 
 
 @dataclass
@@ -258,15 +277,11 @@ def test_a_replica_with_another_target_gets_no_sessions(site: FrontSite) -> None
 
 
 def test_the_parent_of_a_front_hears_which_replica_is_refused_and_why(cleanup: ExitStack) -> None:
-    key = InnerKey.new()
-    listening = FrontOptions(ANY_PORT, ANY_PORT, key, 1, Limits())
-    settings = FrontSettings(listening, "table", None, False, 2**30, None, LogFormat.TEXT)
+    settings, refused = front_settings(), dict[str, str]()
     process = cleanup.enter_context(closing(FrontProcess(settings)))
-    inner_address, refused = process.start(), dict[str, str]()
+    address = process.start()
     for name, model in (("replica-0", target()), ("other", FakeTarget.make(random_table(VOCAB + 1, seed=3)))):
-        replica = RunningReplica(model, ReplicaOptions(name, inner_address, key, keyed=False), Limits())
-        cleanup.callback(replica.thread.join)
-        cleanup.callback(replica.stop)
+        start_replica(settings, address, name, model, cleanup)
         process.address(30)
 
     def has_heard() -> bool:
@@ -457,6 +472,32 @@ def test_sessions_of_a_drained_replica_finish_and_new_ones_go_elsewhere(site: Fr
     assert answer == target_alone(TARGET, PROMPT, TOKENS)
     home.thread.join(10)
     assert not home.thread.is_alive()
+
+
+def test_a_front_that_is_told_to_drain_before_its_replicas_report_drains_them(site: FrontSite) -> None:
+    site.stop_front()
+    site.start_front()
+    site.drain(20.0)
+    for replica in site.replicas.values():
+        replica.thread.join(10)
+        assert not replica.thread.is_alive()
+
+
+def test_a_front_that_ends_and_is_told_to_drain_meanwhile_starts_again_and_drains(cleanup: ExitStack) -> None:
+    settings = front_settings()
+    process = cleanup.enter_context(closing(FrontProcess(settings)))
+    replica = start_replica(settings, process.start(), "replica-0", target(), cleanup)
+    answer = list[int]()
+    for token in session_at(process.address(30), IDS, cleanup).answer(TOKENS):
+        answer.append(token.token_id)
+        if len(answer) == 10:
+            assert process.pid
+            os.kill(process.pid, signal.SIGKILL)
+            process.drain(20.0)
+    assert answer == target_alone(TARGET, PROMPT, TOKENS)
+    replica.thread.join(20)
+    assert not replica.thread.is_alive()
+    wait_for(lambda: not process.running)
 
 
 # -- keys --

@@ -7,6 +7,7 @@ sessions to the next one, and devices resume.
 """
 
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Collection
@@ -45,7 +46,8 @@ _POLL_MS = 100
 _LINGER_MS = 500
 _PROBE_SECONDS = 0.25
 _GATHER_SECONDS = 2.0
-"""How long a front that has just started waits for the reports of all replicas before it declares a session unknown."""
+"""How long a front that has just started waits for the reports of all replicas before it declares a session unknown,
+or ends because it drains and has none."""
 _MAX_HELD = 10_000
 _MAX_HELD_BYTES = 64 * 2**20
 _RETRY_SECONDS = 1
@@ -111,11 +113,12 @@ class Front:
         """Context lengths by identity."""
         self._held: deque[tuple[Peer, FrameHead, bytes, int]] = deque()
         self._held_bytes = 0
-        self._gather_until = 0.0
+        self._gather_until = time.monotonic() + _GATHER_SECONDS
         self._next_probe = 0.0
         self._watched: tuple[int, Callable[[], None]] | None = None
-        self._draining = False
-        self._stop_at = float("inf")
+        self._drain_by = math.inf
+        self._told_to_drain: dict[bytes, float] = {}
+        self._stop_at = math.inf
 
     @property
     def inner_address(self) -> str:
@@ -154,14 +157,19 @@ class Front:
         self._watched = descriptor, on_readable
 
     def drain(self, drain_seconds: float, name: str | None = None) -> None:
-        """Let the sessions of the replica with that name finish, or with None of all; ``serve`` returns after all."""
-        for replica in list(self.routing.replicas.values()):
-            if name in (None, replica.name):
-                replica.draining = True
-                self._send(replica.identity, Command.DRAIN.head(str(drain_seconds).encode()))
+        """Let the sessions of the replica with that name finish, or with None of all; ``serve`` returns after all.
+
+        Replicas that report later drain as well. A front that has just started lets devices come back first: a
+        replica ends when its sessions are idle.
+        """
         if name is None:
-            self._draining = True
-            self._stop_at = min(self._stop_at, time.monotonic() + drain_seconds + _GATHER_SECONDS)
+            self._drain_by = min(self._drain_by, time.monotonic() + drain_seconds)
+            self._stop_at = min(self._stop_at, self._drain_by + _GATHER_SECONDS)
+            return
+        for replica in list(self.routing.replicas.values()):
+            if replica.name == name:
+                replica.draining = True
+                self._send_drain(replica.identity, drain_seconds)
 
     def receive(self, peer: Peer, frame: bytes, size: int) -> None:
         """Answer a Hello, and send any other frame to the replica of its session."""
@@ -188,21 +196,35 @@ class Front:
         for identity in list(self.routing.replicas):
             self._send(identity, head)
 
+    @property
+    def _draining(self) -> bool:
+        return self._drain_by < math.inf
+
     def _finished(self) -> bool:
-        return time.monotonic() >= self._stop_at or (self._draining and not self.routing.replicas)
+        now = time.monotonic()
+        return now >= self._stop_at or (self._draining and not self.routing.replicas and now >= self._gather_until)
 
     def _check(self, now: float) -> None:
-        """Notice lost replicas, and route what was held once all have reported."""
+        """Notice lost replicas, tell the others to drain, and route what was held once all have reported."""
         if now >= self._next_probe:
             self._next_probe = now + _PROBE_SECONDS
             for identity in list(self.routing.replicas):
                 self._send(identity, Command.PROBE.head())
             for identity in self.routing.silent(now):
                 self._lose(identity)
+        if self._draining and now >= min(self._gather_until, self._drain_by):
+            self._drain_replicas(now)
         if self._held and not self._gathering:
             held, self._held, self._held_bytes = self._held, deque(), 0
             for peer, head, frame, size in held:
                 self._forward(peer, head, frame, size)
+
+    def _drain_replicas(self, now: float) -> None:
+        """Tell the replicas that do not know by when they must have drained."""
+        seconds = max(0.0, self._drain_by - now)
+        for identity in list(self.routing.replicas):
+            if self._told_to_drain.get(identity) != self._drain_by and self._send_drain(identity, seconds):
+                self._told_to_drain[identity] = self._drain_by
 
     @property
     def _gathering(self) -> bool:
@@ -344,6 +366,9 @@ class Front:
         if delivery is Delivery.GONE:
             self._lose(identity)
         return delivery is Delivery.SENT
+
+    def _send_drain(self, identity: bytes, drain_seconds: float) -> bool:
+        return self._send(identity, Command.DRAIN.head(str(drain_seconds).encode()))
 
     def _lose(self, identity: bytes) -> None:
         """Forget a replica, and tell the devices of its sessions, which then open them elsewhere."""

@@ -5,6 +5,7 @@ so that costs all devices less than a second; the device is then quarantined.
 """
 
 import logging
+import math
 import multiprocessing
 import queue
 import signal
@@ -50,6 +51,7 @@ class FrontSettings:
         metrics_bind: of the fleet page.
         log_format: of its log.
         quarantined: until when which keys are refused.
+        drain_by: when the time is over that a front before it was told to drain in; infinite where none was.
     """
 
     front: FrontOptions
@@ -60,13 +62,14 @@ class FrontSettings:
     metrics_bind: str | None
     log_format: LogFormat
     quarantined: Mapping[str, float] = field(default_factory=dict)
+    drain_by: float = math.inf
 
 
 RunFront: TypeAlias = Callable[[FrontSettings, Connection], None]
 
 
 class FrontProcess:
-    """A front that is always there, until it is stopped.
+    """A front that is always there, until it has drained or is stopped.
 
     Args:
         settings: of the front; ports 0 are replaced by the ports that the first one gets.
@@ -81,6 +84,8 @@ class FrontProcess:
         self._listening, self._serving = threading.Event(), threading.Event()
         self._failure: EdgedraftError | None = None
         self._stopping = False
+        self._drain_by = math.inf
+        self._expected = settings.front.replicas
         self._replicas: Collection[str] = ()
         self._refused: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()
         self._connection: Connection | None = None
@@ -140,7 +145,7 @@ class FrontProcess:
     @property
     def draining(self) -> bool:
         """Whether it was told to drain."""
-        return self._stopping
+        return self._drain_by < math.inf
 
     @property
     def failure(self) -> EdgedraftError | None:
@@ -149,11 +154,12 @@ class FrontProcess:
 
     def expect(self, replicas: int) -> None:
         """How many replicas the next front waits for."""
-        self._settings = replace(self._settings, front=replace(self._settings.front, replicas=replicas))
+        self._expected = replicas
 
     def drain(self, drain_seconds: float, name: str | None = None) -> None:
         """Let the sessions of the replica with that name finish, or with None of all; the front then ends."""
-        self._stopping |= name is None
+        if name is None:
+            self._drain_by = min(self._drain_by, time.monotonic() + drain_seconds)
         self._tell("drain", drain_seconds, name)
 
     def close(self) -> None:
@@ -178,7 +184,7 @@ class FrontProcess:
         while not self._stopping:
             began = time.monotonic()
             exit_code = self._run()
-            if self._stopping or self._failure:
+            if self._stopping or self._failure or self._has_drained(exit_code):
                 break
             logger.error("the front ended with exit code %s; it is started again", exit_code)
             if exit_code == -signal.SIGABRT:
@@ -188,10 +194,16 @@ class FrontProcess:
         self._listening.set()
         self._serving.set()
 
+    def _has_drained(self, exit_code: int | None) -> bool:
+        return self.draining and (exit_code == 0 or time.monotonic() >= self._drain_by)
+
     def _run(self) -> int | None:
         """Run one front until it ends."""
-        self._connection, child_end = self._context.Pipe()
-        arguments = (self._settings, child_end)
+        self._connection, child_end = self._context.Pipe()  # commands that come from now on are in it
+        if self._stopping:
+            return None
+        front = replace(self._settings.front, replicas=self._expected)
+        arguments = (replace(self._settings, front=front, drain_by=self._drain_by), child_end)
         process = self._context.Process(target=self._run_front, args=arguments, name="front", daemon=True)
         process.start()
         self.pid = process.pid
@@ -269,6 +281,8 @@ def _serve(settings: FrontSettings, connection: Connection, stack: ExitStack) ->
     front = Front(settings.front, admission, metrics, tell_address, tell_replicas, tell_refused)
     if monitor:
         monitor.ready = lambda: front.ready
+    if settings.drain_by < math.inf:
+        front.drain(max(0.0, settings.drain_by - time.monotonic()))
     front.watch(connection.fileno(), lambda: _obey(front, connection))
     connection.send(("listening", front.inner_address))
     front.serve()
