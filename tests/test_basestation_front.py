@@ -1,23 +1,27 @@
 """A front and its replicas on real sockets: answers, losses, restarts, admission."""
 
+import multiprocessing
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import zmq
 
 from basestation.devices.key_folder import KeyFolder
 from basestation.logs import LogFormat
+from basestation.monitoring.monitor import Monitor
 from basestation.monitoring.snapshot import Snapshot
-from basestation.replicas import front
-from basestation.replicas.front import FrontOptions
+from basestation.replicas import front, front_process
+from basestation.replicas.front import Front, FrontOptions
 from basestation.replicas.front_process import FrontProcess, FrontSettings
 from basestation.replicas.inner_link import Delivery, InnerKey, InnerSocket
 from basestation.replicas.inner_messages import Command
@@ -498,6 +502,35 @@ def test_a_front_that_ends_and_is_told_to_drain_meanwhile_starts_again_and_drain
     replica.thread.join(20)
     assert not replica.thread.is_alive()
     wait_for(lambda: not process.running)
+
+
+# -- health --
+
+
+def test_a_front_whose_loop_hangs_is_not_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    monitors, check, free = list[Monitor](), Front._check, threading.Event()
+    parent, child = multiprocessing.Pipe()
+
+    def make_monitor(*given: Any) -> Monitor:
+        monitors.append(Monitor(*given))
+        return monitors[-1]
+
+    def check_when_free(self: Front, now: float) -> None:
+        free.wait()
+        check(self, now)
+
+    monkeypatch.setattr(front, "_DEAD_SECONDS", 1.0)
+    monkeypatch.setattr(front_process, "Monitor", make_monitor)
+    monkeypatch.setattr(Front, "_check", check_when_free)
+    with parent, child, ExitStack() as stack:
+        thread = threading.Thread(target=front_process._serve, args=(front_settings("127.0.0.1:0"), child, stack))
+        stack.callback(thread.join)
+        stack.callback(parent.send, ("stop",))
+        stack.callback(free.set)
+        thread.start()
+        wait_for(lambda: bool(monitors) and not monitors[0].alive())
+        free.set()
+        wait_for(monitors[0].alive)
 
 
 # -- keys --

@@ -8,7 +8,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,8 +16,10 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 
+from basestation.engine import engine_host
 from basestation.engine.pass_records import PassRecordFile
 from basestation.engine.profiler import PassProfiler
+from basestation.kv_cache.memory_guard import MemoryGuard
 from basestation.logs import JsonFormatter
 from basestation.monitoring.metrics import Metrics
 from basestation.monitoring.monitor import Monitor
@@ -35,6 +37,7 @@ from tests.fakes import FakeDraftModel, FakeTarget, blend, random_table, target_
 from tests.link_pair import open_session
 from tests.sample import PROJECT
 from tests.serving import serving
+from tests.wait import wait_for
 
 VOCAB = 12
 TARGET = random_table(VOCAB, seed=1)
@@ -176,6 +179,23 @@ def test_a_drained_base_station_stops_before_the_drain_time_ends() -> None:
     server.stop(drain_seconds=3600)
     thread.join(timeout=20)
     assert not thread.is_alive()
+
+
+def test_a_base_station_whose_io_thread_hangs_is_not_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_host, "_DEAD_SECONDS", 1.0)
+    monkeypatch.setattr(engine_host, "_IDLE_POLL_SECONDS", 0.1)
+    free = threading.Event()
+
+    def resident() -> int:
+        free.wait()
+        return 0
+
+    server = Server(FakeTarget.make(TARGET), "tcp://127.0.0.1:0", memory_guard=MemoryGuard(0, 100, resident))
+    with serving(server), ExitStack() as stack:
+        stack.callback(free.set)
+        wait_for(lambda: not server.alive)
+        free.set()
+        wait_for(lambda: server.alive)
 
 
 def test_sigterm_drains_and_a_second_one_or_sigint_stops_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -107,7 +107,7 @@ class EngineHost:
         self._engine = Engine(target, limits, *options, run_elsewhere=self._run_elsewhere)
         self._stopping = threading.Event()
         self._stop_at = math.inf
-        self._beat = time.monotonic()
+        self._engine_beat = self._io_beat = time.monotonic()
         self._failure: Exception | None = None
 
     def serve(self) -> None:
@@ -142,8 +142,8 @@ class EngineHost:
 
     @property
     def alive(self) -> bool:
-        """Whether the engine made progress in the last minute."""
-        return time.monotonic() - self._beat < _DEAD_SECONDS
+        """Whether the engine and the I/O thread made progress in the last minute."""
+        return time.monotonic() - min(self._engine_beat, self._io_beat) < _DEAD_SECONDS
 
     @property
     def draining(self) -> bool:
@@ -184,6 +184,7 @@ class EngineHost:
         poller.register(self._outbox, zmq.POLLIN)
         try:
             while not self._stopping.is_set():
+                self._io_beat = time.monotonic()
                 ready = dict(poller.poll(_POLL_MS))
                 if self._outbox in ready:
                     self._flush(Turn())
@@ -231,7 +232,7 @@ class EngineHost:
                 self._profiler.step()
             self._engine.step()
             self._engine.drop_idle()
-            self._beat = time.monotonic()
+            self._engine_beat = time.monotonic()
         self._engine.close()
 
     def _finished(self) -> bool:

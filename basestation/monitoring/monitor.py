@@ -45,7 +45,7 @@ class Monitor:
     name: a web page that reaches it through a name of its own (DNS rebinding) is refused.
 
     Attributes:
-        alive: whether the engine makes progress; /healthz reports it.
+        alive: whether the base station makes progress; /healthz reports it.
         ready: whether new sessions are accepted; /readyz reports it.
 
     Args:

@@ -43,6 +43,7 @@ from protocol.zmtp import socket_bytes
 logger = logging.getLogger(__name__)
 
 _POLL_MS = 100
+_DEAD_SECONDS = 60.0
 _LINGER_MS = 500
 _PROBE_SECONDS = 0.25
 _GATHER_SECONDS = 2.0
@@ -119,11 +120,17 @@ class Front:
         self._drain_by = math.inf
         self._told_to_drain: dict[bytes, float] = {}
         self._stop_at = math.inf
+        self._beat = time.monotonic()
 
     @property
     def inner_address(self) -> str:
         """The endpoint that replicas connect to."""
         return self._replicas.address
+
+    @property
+    def alive(self) -> bool:
+        """Whether messages were taken in the last minute, if there were any."""
+        return time.monotonic() - self._beat < _DEAD_SECONDS
 
     @property
     def ready(self) -> bool:
@@ -134,6 +141,7 @@ class Front:
         """Route until ``stop`` or the last replica has drained."""
         try:
             while not self._finished():
+                self._beat = time.monotonic()
                 ready = dict(self._poller.poll(_POLL_MS))
                 if self._replicas.socket in ready:
                     for identity, *parts in self._replicas.receive():

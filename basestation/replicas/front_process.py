@@ -280,7 +280,7 @@ def _serve(settings: FrontSettings, connection: Connection, stack: ExitStack) ->
 
     front = Front(settings.front, admission, metrics, tell_address, tell_replicas, tell_refused)
     if monitor:
-        monitor.ready = lambda: front.ready
+        monitor.alive, monitor.ready = (lambda: front.alive), (lambda: front.ready)
     if settings.drain_by < math.inf:
         front.drain(max(0.0, settings.drain_by - time.monotonic()))
     front.watch(connection.fileno(), lambda: _obey(front, connection))

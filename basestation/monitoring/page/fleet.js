@@ -103,7 +103,7 @@ async function poll() {
     const report = await answer.json();
     answeredAt = new Date();
     show(report);
-    if (!report.alive) showStatus("bad", "The engine makes no progress");
+    if (!report.alive) showStatus("bad", "The base station makes no progress");
     else if (!report.ready) showStatus("waiting", "Not ready: loading its model, or draining");
     else showStatus("good", "Serving");
   } catch (error) {
