@@ -229,9 +229,9 @@ def scale(
     bind: BindOption = StationOptions.bind,
 ) -> None:
     """Change the number of replicas of a base station that serves on this machine."""
-    from basestation.replicas.control import Scale, control_file, send_request
+    from basestation.replicas.control import Scale, send_request
 
-    send_request(control_file(bind), Scale(replicas))
+    send_request(bind, Scale(replicas))
     typer.echo(f"{replicas} replicas; those that are too many finish their sessions first")
 
 
@@ -241,9 +241,9 @@ def restart(bind: BindOption = StationOptions.bind) -> None:
 
     Each drains once its successor serves; the log of ``serve`` tells.
     """
-    from basestation.replicas.control import Restart, control_file, send_request
+    from basestation.replicas.control import Restart, send_request
 
-    send_request(control_file(bind), Restart())
+    send_request(bind, Restart())
     typer.echo("replacing all replicas, one after another")
 
 
