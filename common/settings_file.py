@@ -3,7 +3,6 @@
 Knows files and keys; not how flags and environment variables take precedence.
 """
 
-import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,16 +11,17 @@ from typing import Any
 import typer
 
 from common.setting import Setting
+from common.standard_paths import may_exist, user_folder
 from protocol.errors import SettingsError
 
 _SYSTEM_FOLDER = Path("/etc")
 
 
 def standard_file(program: str) -> Path | None:
-    """The user's file of a program, or else the system's; None if there is neither."""
-    user_folder = Path(os.environ.get("XDG_CONFIG_HOME") or Path(os.environ.get("HOME") or "/") / ".config")
-    candidates = [folder / "edgedraft" / f"{program}.toml" for folder in (user_folder, _SYSTEM_FOLDER)]
-    return next((path for path in candidates if os.access(path, os.F_OK)), None)
+    """The user's file of a program, or else the system's; None if there is neither. It may be unreadable."""
+    folders = (user_folder("XDG_CONFIG_HOME", ".config"), _SYSTEM_FOLDER)
+    candidates = [folder / "edgedraft" / f"{program}.toml" for folder in folders if folder]
+    return next(filter(may_exist, candidates), None)
 
 
 def read_settings_file(path: Path, settings: Mapping[str, Setting], context: typer.Context) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from common.loopback import is_loopback
+from common.standard_paths import may_exist, user_folder
 from device.link.curve_keys import CurveKeys
 from device.link.probe import endpoint
 from device.settings import DEFAULT_UPLINK_K, OUTAGE_SECONDS, DraftSettings, Timeouts, choose_mode
@@ -29,9 +30,9 @@ _SYSTEM_BUNDLE = Path("/var/lib/edgedraft/bundle")
 
 def standard_bundle() -> Path:
     """The user's bundle folder; the system's if only that one is there."""
-    data = Path(os.environ.get("XDG_DATA_HOME") or Path(os.environ.get("HOME") or "/") / ".local/share")
-    candidates = (data / "edgedraft/bundle", _SYSTEM_BUNDLE)
-    return next((folder for folder in candidates if os.access(folder, os.F_OK)), candidates[0])
+    user = user_folder("XDG_DATA_HOME", ".local/share")
+    candidates = [*([user / "edgedraft/bundle"] if user else []), _SYSTEM_BUNDLE]
+    return next(filter(may_exist, candidates), candidates[0])
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,8 @@
 """A setting comes from flag, environment, file or default, in this order, and ``config`` says from which."""
 
+import errno
 import json
+import os
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -145,6 +147,36 @@ def test_the_given_file_is_read_else_the_users_else_the_systems(board: Program, 
         assert (report["file"], report["settings"]["seed"]) == (str(path), {"value": number, "source": "file"})
 
 
+@pytest.mark.parametrize("which", ["user_file", "system_file"])
+def test_a_file_that_cannot_be_looked_at_is_not_left_out(which: str, board: Program) -> None:
+    path: Path = getattr(board, which)
+    path.parent.parent.mkdir()
+    path.parent.symlink_to(path.parent)
+    if which == "user_file":
+        board.write(board.system_file, "")
+    message = board.error("config")
+    assert message.startswith(f"the configuration file is '{path}'; allowed: a file in TOML (")
+    assert "\n" not in message
+
+
+def test_a_home_that_the_user_may_not_enter_has_no_file(
+    board: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with ``ProtectHome=yes`` in a unit."""
+    stat, home = Path.stat, tmp_path / "home"
+
+    def refuse_home(path: Path, **options: Any) -> os.stat_result:
+        if home in path.parents:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return stat(path, **options)
+
+    monkeypatch.delenv("XDG_CONFIG_HOME")
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setattr(Path, "stat", refuse_home)
+    board.write(board.system_file, "seed = 5")
+    assert board.report()["file"] == str(board.system_file)
+
+
 @pytest.mark.parametrize(
     ("text", "name", "allowed"),
     [
@@ -251,6 +283,17 @@ def test_the_bundle_is_the_users_or_else_the_systems(board: Program, homes: tupl
         if created is not None:
             created.mkdir(parents=True)
         assert board.report()["settings"]["bundle"] == {"value": str(expected), "source": "default"}
+
+
+def test_a_users_bundle_that_cannot_be_looked_at_is_not_replaced_by_the_systems(
+    board: Program, homes: tuple[Path, Path]
+) -> None:
+    user, system = homes
+    system.mkdir()
+    user.parent.parent.mkdir()
+    user.parent.symlink_to(user.parent)
+    assert board.report()["settings"]["bundle"] == {"value": str(user), "source": "default"}
+    assert f"'{user / 'manifest.json'}' cannot be read" in str(board.invoke("generate", "--prompt", "a").exception)
 
 
 def test_where_no_bundle_is_the_error_says_how_to_make_one(board: Program, homes: tuple[Path, Path]) -> None:
