@@ -12,7 +12,7 @@ from torch import Tensor
 from basestation.kv_cache.kv_pool import PAGE_SIZE
 from basestation.target import int8_cache
 from basestation.target.agreement import PROMPTS, Agreement, Texts, answer_prompts, measure_agreement
-from basestation.target.int8_cache import agreement_entry
+from basestation.target.int8_cache import agreement_entry, read_agreement
 from basestation.target.int8_conversion import convert, give_int8_weights, uses_int8
 from basestation.target.int8_linear import Int8Linear, int8_obstacle
 from basestation.target.segment import Segment
@@ -183,6 +183,19 @@ def test_an_entry_belongs_to_the_weights_and_the_prompts(cache: Path) -> None:
     assert entry != agreement_entry(model_of(target), [[2]])
     model_of(target).model.layers[2].mlp.up_proj.weight.data[0, 0] += 1
     assert entry != agreement_entry(model_of(target), [[1]])
+
+
+def test_an_entry_that_cannot_be_looked_at_is_named(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patched:
+        for name in ("stat", "read_text"):
+            patched.setattr(Path, name, refuse)
+        assert read_agreement(cache / "entry") is None
+    assert f"{cache / 'entry'} cannot be read" in caplog.text
 
 
 def test_a_damaged_entry_is_named_and_measured_again(cache: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -40,10 +40,12 @@ def agreement_entry(model: Any, prompts: Sequence[list[int]]) -> Path | None:
 
 def read_agreement(entry: Path | None) -> Agreement | None:
     """The agreement of an entry; None where there is none, or a damaged one, which a log line names."""
-    if entry is None or not entry.is_file():
+    if entry is None:
         return None
     try:
         return Agreement(**json.loads(entry.read_text(encoding="utf-8")))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
     except (OSError, ValueError, TypeError) as error:
         logger.warning("%s cannot be read (%s); the agreement is measured again", entry, error)
         return None
