@@ -47,6 +47,7 @@ from protocol.fields import (
 )
 from protocol.full_distribution import FullDistribution
 from protocol.limits import MAX_DRAFT_LEN, Limits
+from protocol.logprobs import MAX_LOGPROBS_BYTES
 from protocol.messages import (
     HASH_BYTES,
     MAX_BIASED_TOKENS,
@@ -313,3 +314,9 @@ class _ArrayCount:
 
 def _refuse_map(_: dict[Any, Any]) -> None:
     raise ValueError("a map; allowed: arrays")
+
+
+def max_reply_bytes(limits: Limits) -> int:
+    """The length of the longest reply: a Verdict with the log-probabilities of all its tokens, or a Fault."""
+    verdict = (limits.max_draft_len + 1) * (MAX_LOGPROBS_BYTES + 2)
+    return max(verdict, 4 * MAX_FAULT_TEXT) + 256

@@ -10,6 +10,7 @@ from protocol.errors import FrameError
 MAX_TOP_LOGPROBS = 20
 _LOGPROB = struct.Struct("<f")
 _TOP = struct.Struct("<If")
+MAX_LOGPROBS_BYTES = _LOGPROB.size + MAX_TOP_LOGPROBS * _TOP.size
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +31,7 @@ class TokenLogprobs:
         Raises:
             FrameError: the bytes are not valid.
         """
-        if len(data) % _TOP.size != _LOGPROB.size or len(data) > _LOGPROB.size + MAX_TOP_LOGPROBS * _TOP.size:
+        if len(data) % _TOP.size != _LOGPROB.size or len(data) > MAX_LOGPROBS_BYTES:
             raise FrameError(f"log-probabilities of {len(data)} bytes; allowed: 4, and 8 for each of up to 20 tokens")
         found = cls(_LOGPROB.unpack_from(data)[0], tuple(_TOP.iter_unpack(data[_LOGPROB.size :])))
         if any(token_id >= vocab_size for token_id, _ in found.top):

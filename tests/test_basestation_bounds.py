@@ -62,9 +62,9 @@ def greets(one: "zmq.Socket[bytes]", seconds: float = 20) -> bool:
 
 
 @contextmanager
-def router(max_frame_bytes: int) -> Iterator[Router]:
+def router(max_frame_bytes: int, max_reply_bytes: int = 1000) -> Iterator[Router]:
     with zmq.Context() as context:
-        one = Router(context, "tcp://127.0.0.1:0", max_frame_bytes, None)
+        one = Router(context, "tcp://127.0.0.1:0", max_frame_bytes, max_reply_bytes, None)
         yield one
         one.close()
 
@@ -92,6 +92,27 @@ def test_a_message_of_many_parts_takes_several_turns_and_keeps_one_part() -> Non
         assert turns > 1
         assert (messages[0].parts, messages[0].first) == (parts, b"part")
         assert messages[0].size == parts * len(b"..part")
+
+
+def test_what_is_queued_for_a_device_that_does_not_read_is_bounded_in_bytes_and_the_rest_is_dropped() -> None:
+    reply_bytes, sent = 100_000, 1000
+    with router(MIB, reply_bytes) as one, zmq.Context() as context, context.socket(zmq.DEALER) as device:
+        for option, value in ((zmq.LINGER, 0), (zmq.RCVHWM, 1), (zmq.RCVBUF, 100_000)):
+            device.setsockopt(option, value)
+        device.connect(one.address)
+        device.send(b"request")
+        assert one.socket.poll(20_000)
+        (message,) = one.receive()
+        for number in range(sent):
+            one.send(message.address, number.to_bytes(4, "big") + bytes(reply_bytes - 4))
+        numbers = list[int]()
+        while device.poll(1000):
+            numbers.append(int.from_bytes(device.recv()[:4], "big"))
+        one.send(message.address, b"later")
+        assert device.poll(20_000)
+        assert device.recv() == b"later"
+    assert numbers[:10] == list(range(10))
+    assert len(numbers) * reply_bytes < 50 * MIB < sent * reply_bytes
 
 
 # -- the queue to the engine --

@@ -11,10 +11,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from protocol.errors import FrameError, LimitError, ProtocolError, SettingsError
-from protocol.frames import FrameCodec
+from protocol.frames import MAX_FAULT_TEXT, FrameCodec, max_reply_bytes
 from protocol.full_distribution import FullDistribution
 from protocol.limits import MAX_DRAFT_LEN, Limits
-from protocol.logprobs import TokenLogprobs
+from protocol.logprobs import MAX_TOP_LOGPROBS, TokenLogprobs
 from protocol.messages import (
     MAX_TEMPERATURE,
     MIN_TEMPERATURE,
@@ -225,6 +225,19 @@ def test_the_largest_valid_frames_are_within_the_bound() -> None:
             assert len(codec.encode(Draft(*fields_and_ids, (one,) * 64))) <= codec.max_frame_bytes
     codec = FrameCodec(300)
     assert len(codec.encode(Open(0, 0, Mode.IDS, Sampling(), (299,) * 131_072))) <= codec.max_frame_bytes
+
+
+@pytest.mark.parametrize("draft_len", [1, 64, MAX_DRAFT_LEN])
+def test_the_longest_replies_are_within_the_bound(draft_len: int) -> None:
+    limits, last = Limits(max_draft_len=draft_len), 2**32 - 1
+    told = TokenLogprobs(-1.0, ((VOCAB_SIZES[-1] - 1, -1.0),) * MAX_TOP_LOGPROBS)
+    replies: list[Message] = [
+        Verdict(last, last, draft_len, 1, (told,) * (draft_len + 1)),
+        Fault(last, "internal" * 5, "😀" * MAX_FAULT_TEXT, last),
+        Welcome(last, "😀" * 200, last, last, tuple(Mode), stop_ids=tuple(range(MAX_DRAFT_LEN + 1))),
+    ]
+    codec = FrameCodec(VOCAB_SIZES[-1], limits)
+    assert all(len(codec.encode(reply)) <= max_reply_bytes(limits) for reply in replies)
 
 
 @given(st.binary(max_size=120))

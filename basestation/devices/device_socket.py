@@ -19,6 +19,7 @@ from basestation.devices.router import ReceivedMessage, Router, check_free
 from basestation.kv_cache.memory_guard import MemoryGuard
 from basestation.monitoring.metrics import Metrics
 from protocol.errors import EdgedraftError, FrameError, LimitError, RevokedError
+from protocol.frames import max_reply_bytes
 from protocol.limits import Limits, option_name
 from protocol.zmtp import CURVE_BYTES
 
@@ -101,7 +102,7 @@ class DeviceSocket:
         self._limits = limits
         self._metrics = metrics
         self._authenticator = Authenticator(keys, context, metrics, admission.handshakes) if keys else None
-        self._router = Router(context, bind, max_frame_bytes, self._authenticator)
+        self._router = Router(context, bind, max_frame_bytes, max_reply_bytes(limits), self._authenticator)
         self._memory_guard = admission.memory_guard
         self._request_limiter = RateLimiter(limits.max_requests_per_second)
         self._byte_limiter = RateLimiter(limits.max_bytes_per_second)

@@ -19,7 +19,9 @@ _HEARTBEAT_MS = 5000
 _HANDSHAKE_MS = 5000
 """A connection that has not identified itself by then is closed, so that idle ones do not hold descriptors."""
 _QUEUED_BYTES = 64 * 2**20
-"""What ZeroMQ queues of one connection, if its messages have the largest size."""
+"""What ZeroMQ queues of what one connection sent, if its messages have the largest size."""
+_UNREAD_BYTES = 4 * 2**20
+"""What ZeroMQ queues of replies for a connection whose device does not read them, if they have the largest size."""
 _MAX_QUEUED_MESSAGES = 1000
 _TURN_SECONDS = 0.005
 _TURN_BYTES = 4 * 2**20
@@ -78,7 +80,7 @@ def check_free(bind: str) -> None:
     """
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     try:
-        Router(context, bind, 1, None).close()
+        Router(context, bind, 1, 1, None).close()
     finally:
         context.destroy(linger=0)
 
@@ -90,6 +92,7 @@ class Router:
         context: of the socket.
         bind: a ZeroMQ endpoint; port 0 chooses a free port.
         max_frame_bytes: longer frames end their connection.
+        max_reply_bytes: of a frame that is sent.
         authenticator: admits devices by their keys; None admits every device.
 
     Attributes:
@@ -106,6 +109,7 @@ class Router:
         context: "zmq.Context[zmq.Socket[bytes]]",
         bind: str,
         max_frame_bytes: int,
+        max_reply_bytes: int,
         authenticator: Authenticator | None,
     ) -> None:
         self._keyed = authenticator is not None
@@ -117,7 +121,8 @@ class Router:
             # With keys, each connection has its own address, which no other may take over.
             (zmq.ROUTER_HANDOVER, int(not self._keyed)),
             (zmq.MAXMSGSIZE, max_frame_bytes + self._envelope_bytes),
-            (zmq.RCVHWM, min(_MAX_QUEUED_MESSAGES, max(1, _QUEUED_BYTES // max_frame_bytes))),
+            (zmq.RCVHWM, _messages_in(_QUEUED_BYTES, max_frame_bytes)),
+            (zmq.SNDHWM, _messages_in(_UNREAD_BYTES, max_reply_bytes)),
             (zmq.HEARTBEAT_IVL, _HEARTBEAT_MS),
             (zmq.HANDSHAKE_IVL, _HANDSHAKE_MS),
             (zmq.TCP_KEEPALIVE, 1),
@@ -183,3 +188,8 @@ class Router:
             message.key = str(part.get("User-Id")) if self._keyed else ""
         self._partial = message if part.more else None
         return None if part.more else message, turn.spend(size)
+
+
+def _messages_in(queued_bytes: int, largest: int) -> int:
+    """How many messages may be queued; 0 would be no limit for ZeroMQ."""
+    return min(_MAX_QUEUED_MESSAGES, max(1, queued_bytes // largest))
