@@ -9,7 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ from tests.fakes import FakeDraftModel, FakeTarget, blend, random_table, target_
 from tests.front_site import ANY_PORT, FrontSite, RunningReplica, front_site
 from tests.link_pair import open_session
 from tests.raw_device import hello
+from tests.relay import CountingRelay
 from tests.serving import serving
 from tests.wait import wait_for
 
@@ -229,6 +230,18 @@ def test_an_answer_survives_the_restart_of_the_front_without_opening_a_session(
     assert answer == undisturbed(COUPLED)
     opened = [line.partition("coupled, ")[2] for line in caplog.messages if "coupled, " in line]
     assert opened == ["5 tokens"] * 2  # one at the replica, one undisturbed
+
+
+def test_a_replica_is_back_after_a_connection_of_which_only_its_end_broke(cleanup: ExitStack) -> None:
+    with front_site(expected=1) as site:
+        relay = site.cleanup.enter_context(CountingRelay(int(site.options.inner_bind.rpartition(":")[2])))
+        site.options = replace(site.options, inner_bind=f"tcp://127.0.0.1:{relay.port}")
+        site.start_replica("replica-0", target())
+        site.wait_for_replicas(1)
+        peer, opening = RawPeer(site.address, cleanup), Open(0, 0, Mode.IDS, Sampling(), tuple(PROMPT))
+        assert isinstance(peer.request(hello(VOCAB)), Welcome)
+        relay.drop_ends_at_devices()
+        wait_for(lambda: peer.request(opening) == Opened(0, 0), seconds=30)
 
 
 def test_the_front_tells_which_replicas_there_are(site: FrontSite) -> None:

@@ -15,6 +15,9 @@ _DOMAIN = "replicas"
 _LINGER_MS = 500
 _RECONNECT_MS = 50
 _RECONNECT_MAX_MS = 500
+_HEARTBEAT_MS = 5000
+_SILENT_MS = 15_000
+"""After which a connection without a heartbeat is given up, by either end; Ray and PyTorch may keep all cores busy."""
 _MAX_QUEUED_MESSAGES = 10_000
 
 
@@ -63,6 +66,9 @@ class InnerSocket:
         self.socket = self._context.socket(zmq.ROUTER)
         for option, value in (
             (zmq.ROUTER_MANDATORY, 1),
+            (zmq.ROUTER_HANDOVER, 1),  # a connection of which only the other end broke is taken over
+            (zmq.HEARTBEAT_IVL, _HEARTBEAT_MS),
+            (zmq.HEARTBEAT_TIMEOUT, _SILENT_MS),
             (zmq.SNDHWM, _MAX_QUEUED_MESSAGES),
             (zmq.RCVHWM, _MAX_QUEUED_MESSAGES),
             (zmq.LINGER, _LINGER_MS),
@@ -119,6 +125,8 @@ def connect_inner(
         (zmq.RECONNECT_IVL, _RECONNECT_MS),
         (zmq.RECONNECT_IVL_MAX, _RECONNECT_MAX_MS),
         (zmq.TCP_KEEPALIVE, 1),
+        (zmq.HEARTBEAT_IVL, _HEARTBEAT_MS),
+        (zmq.HEARTBEAT_TIMEOUT, _SILENT_MS),
         (zmq.SNDHWM, _MAX_QUEUED_MESSAGES),
         (zmq.RCVHWM, _MAX_QUEUED_MESSAGES),
         (zmq.LINGER, _LINGER_MS),
