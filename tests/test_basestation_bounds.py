@@ -9,12 +9,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import cast
 
 import numpy as np
 import pytest
 import zmq
 
+from basestation.devices import router as router_module
 from basestation.devices.router import ReceivedMessage, Router
 from basestation.engine.inbox import Inbox, Task
 from basestation.kv_cache import memory_guard
@@ -113,6 +115,26 @@ def test_what_is_queued_for_a_device_that_does_not_read_is_bounded_in_bytes_and_
         assert device.recv() == b"later"
     assert numbers[:10] == list(range(10))
     assert len(numbers) * reply_bytes < 50 * MIB < sent * reply_bytes
+
+
+def test_a_late_event_of_a_connection_closes_nothing_else_that_has_its_descriptor_now(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    receive = router_module.recv_monitor_message
+    with router(MIB) as one, socket.create_server(("127.0.0.1", 0)) as listener, (tmp_path / "log").open("wb") as log:
+        with socket.create_connection(listener.getsockname()) as here, listener.accept()[0] as there:
+            others = iter([there.fileno(), log.fileno()])
+            monkeypatch.setattr(
+                router_module, "recv_monitor_message", lambda monitor: receive(monitor) | {"value": next(others)}
+            )
+            for _ in range(2):
+                with dealer(one.address):
+                    assert one.connections.poll(20_000)
+                    before = len(os.listdir("/proc/self/fd"))
+                    one.accept(accepting=False)
+                    assert len(os.listdir("/proc/self/fd")) == before
+            there.sendall(b"open")
+            assert here.recv(4) == b"open"
 
 
 # -- the queue to the engine --

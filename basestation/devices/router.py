@@ -6,6 +6,7 @@ import socket
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import zmq
 from zmq.utils.monitor import recv_monitor_message
@@ -164,14 +165,31 @@ class Router:
         while self.connections.poll(0) and turn.spend(0):
             descriptor = recv_monitor_message(self.connections)["value"]
             if not accepting:
-                with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as connection:
-                    connection.shutdown(socket.SHUT_RDWR)
+                with contextlib.suppress(OSError):
+                    self._refuse(descriptor)
 
     def close(self) -> None:
         """Close the socket; frames that are not sent yet are lost."""
         self.socket.disable_monitor()
         self.connections.close(linger=0)
         self.socket.close(linger=0)
+
+    def _refuse(self, descriptor: int) -> None:
+        """Close a device's connection; if it has ended already, its descriptor may be that of another file."""
+        copy = os.dup(descriptor)
+        try:
+            connection = socket.socket(fileno=copy)
+        except OSError:
+            os.close(copy)
+            raise
+        with connection:
+            if self._is_local_end(connection.family, connection.getsockname()):
+                connection.shutdown(socket.SHUT_RDWR)
+
+    def _is_local_end(self, family: int, address: Any) -> bool:
+        if family == socket.AF_UNIX:
+            return self.address == "ipc://" + os.fsdecode(address).replace("\0", "@", 1)
+        return self.address.endswith(f":{address[1]}")
 
     def _receive_part(self, turn: Turn) -> tuple[ReceivedMessage | None, bool]:
         """Receive a part; returns the message that it completes, if any, and whether anything is left of the turn."""
