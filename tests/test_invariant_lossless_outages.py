@@ -192,3 +192,29 @@ def test_a_busy_base_station_is_no_outage() -> None:
     assert answer.ttft_seconds >= 0
     assert pair.now > 2
     assert reader.seen == 0
+
+
+class StalledPair(OutagePair):
+    """What reaches the base station during a stall, Hellos included, is processed at its end, and answered at once."""
+
+    stall = 2.0, 12.0
+
+    def _schedule(self, sent: float, frame: bytes, at_station: bool = False) -> None:
+        begin, end = self.stall
+        travel = self.times.round_trip / 2
+        is_stalled = at_station and begin <= sent + travel < end
+        super()._schedule(end - travel if is_stalled else sent, frame, at_station)
+
+
+@pytest.mark.parametrize("forward", [0.05, 0.4])
+@pytest.mark.parametrize("draft_len", [4, None])
+def test_a_base_station_that_answers_probes_after_the_retry_timeout_verifies_the_answer(
+    draft_len: int | None, forward: float
+) -> None:
+    pair = StalledPair(TARGET, DRAFT, PairTimes(0.2, forward, 0.01, 0.1), replace(DRAFT_ALONE, retry=3))
+    reader, settings = Reader(), DraftSettings(Mode.IDS, GREEDY, 1, draft_len)
+    answer = reader.read(pair.conversation(settings).ask([3, 1], COUNT, show_unverified=reader.show_unverified))
+    assert pair.now > pair.stall[1]
+    assert reader.seen > 0
+    assert answer.token_ids == expected(GREEDY, [3, 1])
+    assert answer.unverified == 0

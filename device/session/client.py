@@ -191,11 +191,11 @@ class Client:
             now = self._clock()
             if message is not None:
                 heard_at = now
-                if isinstance(message, Welcome) and not isinstance(unanswered[0], Hello):
-                    continue  # the reply to a probe, which is none to the requests
-                received_at = now
-                _raise_fault(message, getattr(unanswered[0], "session_id", None))
-                yield message
+                if _may_answer(unanswered[0], message):
+                    received_at = now
+                    yield message
+                elif self._reconnected:
+                    received_at = now  # the requests, which an outage may have lost, are sent again next
             elif (waited := now - received_at) >= limit and not (is_bridged or self._bridge_outage(heard_at, limit)):
                 raise LinkError(f"no base station answers at {self.link.address} (waited {waited:.0f} s)")
             elif now - max(self._sent_at, received_at) >= self._timeouts.resend or self._reconnected:
@@ -367,6 +367,18 @@ class Client:
     def _greet_in(self, version: int, timeout: float | None) -> Welcome:
         hello = replace(self._hello, version=version)
         return next(message for message in self.exchange(hello, timeout) if isinstance(message, Welcome))
+
+
+def _may_answer(request: Hello | Request, message: Message) -> bool:
+    """Whether a message may answer the oldest request without a reply: a Welcome may be the reply to a probe.
+
+    Raises:
+        FaultError: it is a Fault of the request's session or of none.
+    """
+    if isinstance(message, Welcome) and not isinstance(request, Hello):
+        return False
+    _raise_fault(message, getattr(request, "session_id", None))
+    return True
 
 
 def _raise_fault(message: Message, session_id: int | None) -> None:
