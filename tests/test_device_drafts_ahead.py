@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import dataclass, field, replace
+from itertools import cycle
 from pathlib import Path
 from statistics import fmean
 from typing import Any, cast
@@ -12,6 +13,7 @@ import pytest
 from common.round_model import RoundTimes, run_tokens
 from device.options import AnswerOptions
 from device.planning.planner import MIN_BACKLOG, Planner
+from device.planning.trials import TRIAL
 from device.session.session import DeviceSession
 from device.settings import DraftSettings, Timeouts
 from protocol.errors import FaultError, SettingsError
@@ -427,3 +429,15 @@ def test_drafts_that_were_lost_with_a_connection_are_sent_again_over_the_next(
         assert pair.now < timeouts.resend
         resumed += any(isinstance(message, Resume) for message in pair.sent)
     assert resumed > 0
+
+
+def test_a_draft_after_tokens_of_the_target_alone_follows_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where another was begun before them, on an assumed bonus token that was right."""
+    decode_lens = cycle([0, 0, TRIAL])
+    monkeypatch.setattr(Planner, "decode_len", lambda *_: next(decode_lens))
+    monkeypatch.setattr(Planner, "should_draft_ahead", lambda _, __, margins, ___: len(margins) < 4)
+    pair = TimedPair(TARGET, TARGET, PairTimes(0.05, 0.05, 0.0, 0.02))
+    session = pair.session(DraftSettings(Mode.IDS, GREEDY, 1, None, drafts_ahead=None), PROMPT)
+    assert tokens_of(session) == target_alone(TARGET, PROMPT, MAX_NEW_TOKENS)
+    assert session.counters.accepted == session.counters.drafted > 0
+    assert any(isinstance(message, Decode) for message in pair.sent)

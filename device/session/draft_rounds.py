@@ -176,6 +176,10 @@ class DraftRounds:
         if self._tail and self._tail.take_model():
             self._next, self._model_follows = None, False
 
+    def begin_decode(self) -> None:
+        """Forget the Draft that was begun: it does not follow the tokens that the target now decodes alone."""
+        self._next = None
+
     def begin(self) -> VerifiedRound | None:
         """Ask for the next token with a Draft without tokens, while the draft model runs the tokens before it.
 

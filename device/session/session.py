@@ -252,6 +252,7 @@ class DeviceSession:
 
     def _decode(self, count: int) -> Iterator[AnswerToken]:
         """Let the target decode alone and commit its tokens; meanwhile the draft model runs its backlog."""
+        self._rounds.begin_decode()
         moments, end = [self._client.now()], len(self.tokens) + count
         for verdict in self._requests.decode(count, lambda: self._follow_target(end - len(self.tokens))):
             moments.append(self._client.now())
