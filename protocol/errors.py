@@ -194,12 +194,14 @@ class LimitError(ProtocolError):
         option: the base station's option.
         value: the requested value.
         allowed: the value of the option.
+        retry_seconds: after which the same request is allowed; 0 for never.
     """
 
     code = "limit"
 
-    def __init__(self, option: str, value: object, allowed: int) -> None:
+    def __init__(self, option: str, value: object, allowed: int, retry_seconds: int = 0) -> None:
         super().__init__(f"{value} exceeds the base station's {option} of {allowed}")
+        self.retry_seconds = retry_seconds
 
 
 class StateError(ProtocolError):

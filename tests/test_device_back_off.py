@@ -5,11 +5,13 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from itertools import pairwise
 from typing import cast
 
 import pytest
 
+from basestation.devices.rate_limit import RateLimiter
 from basestation.kv_cache.kv_pool import PAGE_SIZE
 from basestation.server import Server
 from bench.setup.bench_setup import bench_setup
@@ -21,8 +23,9 @@ from device.planning.trials import TRIAL
 from device.session.client import Client
 from device.session.session import DeviceSession
 from device.settings import DraftSettings, Timeouts
-from protocol.errors import ClosingError, FaultError, FullError
+from protocol.errors import ClosingError, FaultError, FullError, LimitError
 from protocol.frames import FrameCodec
+from protocol.limits import Limits
 from protocol.messages import Decode, Draft, Fault, Hello, Message, Mode, Open, Sampling
 from tests.fakes import FakeDraftModel, FakeTarget, blend, random_table
 from tests.link_pair import MemoryTransport, RefusingTransport, Station, TimedTransport, join, open_session
@@ -271,6 +274,42 @@ def test_answer_continues_at_the_replacement_of_a_stopped_base_station(settings:
     assert transport.now > 20
 
 
+class RateLimitedTransport(TimedTransport):
+    """A base station that drops what exceeds a rate, and tells so at most once a second.
+
+    Attributes:
+        dropped: messages.
+        opened: sessions.
+    """
+
+    def __init__(self, station: Station, per_second: int) -> None:
+        super().__init__(station)
+        self.limiter = RateLimiter(per_second, clock=lambda: self.now)
+        self.dropped = self.opened = 0
+
+    def send(self, frame: bytes) -> None:
+        if self.limiter.allows("a"):
+            self.opened += isinstance(self.station.codec.decode(frame), Open)
+            super().send(frame)
+            return
+        self.dropped += 1
+        if self.limiter.should_notify("a"):
+            self.station.outboxes[self.peer].append(Fault(None, LimitError.code, "too many requests", 2))
+
+
+@pytest.mark.parametrize("drafts_ahead", [0, 3])
+@pytest.mark.parametrize("per_second", [1, 5])
+def test_requests_beyond_a_rate_limit_are_repeated_when_it_allows_them(per_second: int, drafts_ahead: int) -> None:
+    transport = RateLimitedTransport(Station(FakeTarget.make(TARGET)), per_second)
+    model, timeouts = FakeDraftModel.make(DRAFT), Timeouts(resend=1000, retry=2000)
+    client, _ = join(transport.station, model, transport, timeouts)
+    settings = replace(SETTINGS[0], draft_len=1, drafts_ahead=drafts_ahead)
+    assert token_ids_of(open_session(client, settings, model, PROMPT)) == uninterrupted(SETTINGS[0])
+    assert transport.dropped > 2
+    assert transport.opened == 1
+    assert transport.now < timeouts.resend
+
+
 # -- over a real socket --
 
 
@@ -283,8 +322,8 @@ def client_at(address: str, timeouts: Timeouts) -> Iterator[Client]:
         link.close()
 
 
-def new_server(bind: str = "tcp://127.0.0.1:0") -> Server:
-    return Server(FakeTarget.make(TARGET, capacity=3 * PAGE_SIZE), bind)
+def new_server(bind: str = "tcp://127.0.0.1:0", limits: Limits | None = None) -> Server:
+    return Server(FakeTarget.make(TARGET, capacity=3 * PAGE_SIZE), bind, limits)
 
 
 def test_refused_device_connects_when_another_leaves_over_a_socket(caplog: pytest.LogCaptureFixture) -> None:
@@ -309,6 +348,25 @@ def test_answer_continues_after_a_restart_over_a_socket(caplog: pytest.LogCaptur
         tokens += [token.token_id for token in stream]
     assert tokens == uninterrupted(SETTINGS[0])
     assert device_log(caplog) == ["waiting for up to 60 s: the base station is shutting down"]
+
+
+def test_an_answer_over_a_socket_waits_for_the_rate_limit() -> None:
+    settings, timeouts = replace(SETTINGS[0], draft_len=1), Timeouts(resend=1000, retry=2000)
+    with (
+        serving(new_server(limits=Limits(max_requests_per_second=5))) as server,
+        client_at(server.address, timeouts) as client,
+    ):
+        session = open_session(client, settings, FakeDraftModel.make(DRAFT), PROMPT)
+        assert token_ids_of(session) == uninterrupted(SETTINGS[0])
+
+
+def test_a_message_that_no_rate_limit_ever_allows_is_an_error() -> None:
+    with (
+        serving(new_server(limits=Limits(max_bytes_per_second=50))) as server,
+        client_at(server.address, Timeouts(retry=5)) as client,
+        pytest.raises(FaultError, match="--max-bytes-per-second of 50"),
+    ):
+        open_session(client, SETTINGS[0], FakeDraftModel.make(DRAFT), LONG_PROMPT)
 
 
 # -- the sample model, with memory for a single session --

@@ -98,6 +98,7 @@ def test_a_limit_that_did_not_change_is_an_error(pace_changes: bool) -> None:
     with pytest.raises(FaultError, match="--max-uplink-k"):
         list(session.answer(20))
     assert transport.now < 1  # at once
+    assert not transport.station.engine.load.sessions  # the Fault does not name the session, which is closed
     assert bool(client.welcome.pass_seconds) is pace_changes
 
 

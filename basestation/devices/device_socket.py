@@ -25,6 +25,8 @@ from protocol.zmtp import CURVE_BYTES
 
 _CHECK_SECONDS = 0.5
 """Between two checks for revoked keys and of the memory."""
+_RETRY_SECONDS = 2
+"""After which devices repeat what exceeded a rate: at one request a second, a Resume and the request."""
 
 
 def check_endpoint(bind: str, keys: KeyFolder | None, insecure: bool) -> None:
@@ -150,7 +152,7 @@ class DeviceSocket:
             self._memory_guard.check()
 
     def _take(self, message: ReceivedMessage, receiver: FrameReceiver) -> None:
-        """Pass on a message that is allowed; devices resend requests that are dropped."""
+        """Pass on a message that is allowed; devices repeat requests that are dropped, as they are told."""
         peer = self._peer(message)
         exceeded = self._exceeded_rate(peer.owner, message.size)
         if exceeded:
@@ -183,5 +185,6 @@ class DeviceSocket:
             (self._byte_limiter, size, "max_bytes_per_second", "more bytes a second"),
         ):
             if not limiter.allows(owner, cost):
-                return LimitError(option_name(option), what, getattr(self._limits, option))
+                retry_seconds = _RETRY_SECONDS if cost <= limiter.capacity else 0
+                return LimitError(option_name(option), what, getattr(self._limits, option), retry_seconds)
         return None

@@ -24,10 +24,14 @@ class RateLimiter:
     Args:
         per_second: messages, bytes or replies per sender.
         clock: seconds, monotonic.
+
+    Attributes:
+        capacity: most that a sender may be charged at once.
     """
 
     def __init__(self, per_second: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._per_second = per_second
+        self.capacity = per_second * _BURST_SECONDS
         self._clock = clock
         self._senders: dict[str, _Sender] = {}
 
@@ -52,9 +56,9 @@ class RateLimiter:
         return True
 
     def _filled(self, name: str) -> _Sender:
-        now, capacity = self._clock(), self._per_second * _BURST_SECONDS
-        sender = self._senders.pop(name, None) or _Sender(capacity, now)
-        sender.tokens = min(capacity, sender.tokens + (now - sender.updated) * self._per_second)
+        now = self._clock()
+        sender = self._senders.pop(name, None) or _Sender(self.capacity, now)
+        sender.tokens = min(self.capacity, sender.tokens + (now - sender.updated) * self._per_second)
         sender.updated = now
         self._senders[name] = sender
         if len(self._senders) > _MAX_SENDERS:

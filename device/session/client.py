@@ -1,8 +1,8 @@
 """The greeted base station: messages to it and from it, whatever happens to the link.
 
 A request is sent again when no reply comes or the connection is a new one
-(*resend*, behind a Resume). Where the base station is full or shutting down, the
-device waits and retries (*back off*).
+(*resend*, behind a Resume), and when the base station's rate limit allows it again.
+Where the base station is full or shutting down, the device waits and retries (*back off*).
 Where nothing arrives for long (*outage*), the draft model may go on alone.
 
 Knows messages and times; not how tokens are drafted.
@@ -22,7 +22,7 @@ from device.link.probe import unreachable_reason
 from device.session.round_records import Moment, Moments, RoundRecord, RoundRecordFile
 from device.settings import Timeouts
 from protocol.bundle import Manifest
-from protocol.errors import CancelledError, FaultError, LinkError, MismatchError
+from protocol.errors import CancelledError, FaultError, LimitError, LinkError, MismatchError
 from protocol.messages import (
     OLDEST_VERSION,
     PROTOCOL_VERSION,
@@ -77,6 +77,7 @@ class Client:
         self._next_session = first_session
         self._paused_seconds = 0.0
         self._sent_at, self._sent_connections = clock(), 1
+        self._repeat_at = math.inf  # once a rate limit is no longer exceeded
         self._is_cancelled: Callable[[], bool] = lambda: False
         self._on_round: Callable[[RoundRecord], None] | None = None
         self._draft_token: Callable[[], bool] | None = None
@@ -191,14 +192,14 @@ class Client:
             now = self._clock()
             if message is not None:
                 heard_at = now
-                if _may_answer(unanswered[0], message):
+                if self._may_answer(unanswered[0], message):
                     received_at = now
                     yield message
                 elif self._reconnected:
                     received_at = now  # the requests, which an outage may have lost, are sent again next
             elif (waited := now - received_at) >= limit and not (is_bridged or self._bridge_outage(heard_at, limit)):
                 raise LinkError(f"no base station answers at {self.link.address} (waited {waited:.0f} s)")
-            elif now - max(self._sent_at, received_at) >= self._timeouts.resend or self._reconnected:
+            elif self._reconnected or now >= min(max(self._sent_at, received_at) + self._timeouts.resend, self._repeat_at):
                 self.send_again(unanswered, resume)
 
     def arrived(self, session_id: int) -> Message | None:
@@ -208,7 +209,7 @@ class Client:
             FaultError: it is a Fault of this session or of none.
         """
         message = self._receive(0)
-        if message is not None:
+        if message is not None and not self._exceeds_rate(message):
             _raise_fault(message, session_id)
         return message
 
@@ -256,6 +257,7 @@ class Client:
 
     def send_again(self, requests: Sequence[Hello | Request], resume: Callable[[], Resume] | None) -> None:
         """Send unanswered requests again, behind a Resume where the base station knows it; see ``messages``."""
+        self._repeat_at = math.inf
         if self._is_out and self.is_greeted and not self._reconnected:  # requests would pile up in the socket
             self.send(self._probe)
             return
@@ -335,6 +337,26 @@ class Client:
             logger.info("the base station answers again")
         return message
 
+    def _may_answer(self, request: Hello | Request, message: Message) -> bool:
+        """Whether a message may answer the oldest request without a reply: a Welcome may be the reply to a probe.
+
+        Raises:
+            FaultError: it is a Fault of the request's session or of none.
+        """
+        if self._exceeds_rate(message) or (isinstance(message, Welcome) and not isinstance(request, Hello)):
+            return False
+        _raise_fault(message, getattr(request, "session_id", None))
+        return True
+
+    def _exceeds_rate(self, message: Message) -> bool:
+        """Whether a message tells that requests were dropped at a rate limit; it also tells when to repeat them."""
+        if not isinstance(message, Fault) or message.session_id is not None or message.code != LimitError.code:
+            return False
+        if not message.retry_seconds:
+            return False
+        self._repeat_at = self._clock() + message.retry_seconds
+        return True
+
     def _bridge_outage(self, silent_since: float, limit: float = math.inf) -> bool:
         """Have the draft model add a token where the base station is silent for too long; whether it did.
 
@@ -367,18 +389,6 @@ class Client:
     def _greet_in(self, version: int, timeout: float | None) -> Welcome:
         hello = replace(self._hello, version=version)
         return next(message for message in self.exchange(hello, timeout) if isinstance(message, Welcome))
-
-
-def _may_answer(request: Hello | Request, message: Message) -> bool:
-    """Whether a message may answer the oldest request without a reply: a Welcome may be the reply to a probe.
-
-    Raises:
-        FaultError: it is a Fault of the request's session or of none.
-    """
-    if isinstance(message, Welcome) and not isinstance(request, Hello):
-        return False
-    _raise_fault(message, getattr(request, "session_id", None))
-    return True
 
 
 def _raise_fault(message: Message, session_id: int | None) -> None:

@@ -241,6 +241,8 @@ class SessionRequests:
             if fault.fault_code in (FullError.code, ClosingError.code) or self._unknown:
                 self._refused_at = self._client.back_off(fault, self._refused_at)
             self._unknown, before = True, self._client.welcome
+            if fault.session_id is None:  # the base station still has the session
+                self.close()
             self._start_session()
             if fault.fault_code == LimitError.code and _at_pace_of(before, self._client.welcome) == before:
                 raise fault
