@@ -6,7 +6,7 @@ import pytest
 
 from device.settings import DraftSettings
 from protocol.limits import Limits
-from protocol.messages import Draft, Message, Mode, Sampling, Verdict
+from protocol.messages import Draft, Extend, Message, Mode, Open, Sampling, Verdict
 from tests.fakes import FakeDraftModel, FakeTarget, blend, random_table, target_alone
 from tests.link_pair import MemoryTransport, Station, join, open_session
 
@@ -72,3 +72,22 @@ def test_lower_limits_after_a_restart_are_respected() -> None:
     transport.restart()
     tokens += [token.token_id for token in stream]
     assert tokens == target_alone(TARGET, PROMPTS[0], 40)
+
+
+def test_a_turn_whose_session_is_lost_opens_one_on_its_prompt_alone() -> None:
+    """The tokens before may fill the context, and those that the turn removes need not be sent."""
+    stations = [Station(FakeTarget.make(TARGET, context_length=40)) for _ in range(2)]
+    transport, model, sent = MemoryTransport(stations[0]), FakeDraftModel.make(DRAFT), list[Message]()
+    session = open_session(join(stations[0], model, transport)[0], SETTINGS[0], model, PROMPTS[0])
+    assert len(list(session.answer(100))) == 40 - len(PROMPTS[0])
+
+    def note(message: Message) -> int:
+        sent.append(message)
+        return 1
+
+    transport.station, transport.up = stations[1], note
+    session.extend(PROMPTS[1])
+    answer = [token.token_id for token in session.answer(20)]
+    assert answer == target_alone(TARGET, PROMPTS[1], 20)
+    assert [message.prompt_ids for message in sent if isinstance(message, Open)] == [tuple(PROMPTS[1])]
+    assert sum(isinstance(message, Extend) for message in sent) == 1

@@ -1,8 +1,9 @@
 """The requests of one session, answered whatever happens to the link or to the base station.
 
-``client.py`` resends a request and backs off. Where the base station no longer has
-the session, a new one is opened on all committed tokens (*reopen*) and the request is
-sent in it. Randomness is a function of the position, so the answer stays the same.
+``client.py`` resends a request and backs off. Where the base station no longer has the
+session, a new one is opened on all committed tokens (*reopen*) and the request is sent in
+it; in place of an Extend, it is opened on the tokens that the Extend leaves. Randomness
+is a function of the position, so the answer stays the same.
 
 Knows messages; not how tokens are drafted.
 """
@@ -14,7 +15,7 @@ from functools import partial
 
 from device.drafting.drafter import DraftResult
 from device.session.client import Client
-from device.session.served_settings import check_context_length, check_sampling
+from device.session.served_settings import check_context_length, check_prompt, check_sampling
 from protocol.errors import (
     AdmissionError,
     ClosingError,
@@ -97,11 +98,25 @@ class SessionRequests:
         next(self._replies(lambda: self._open(prompt_ids)))
 
     def extend(self, start: int, token_ids: Sequence[int], sampling: Sampling) -> None:
-        """Keep the first ``start`` committed tokens, append ``token_ids``, and sample with these settings."""
+        """Keep the first ``start`` committed tokens, append ``token_ids``, and sample with these settings.
+
+        Raises:
+            ContextLengthError: a new session must be opened on them, and they exceed a limit of the base station.
+        """
         self.prefilling, self._answer_start = len(token_ids), start + len(token_ids)
         before, self._sampling = self._sampling, sampling
         changed = None if sampling == before else sampling
-        next(self._replies(lambda: Extend(self._session_id, self._rounds.round_id, start, tuple(token_ids), changed)))
+        extended = self._session_id
+
+        def request() -> Extend | Open:
+            if self._session_id == extended:
+                return Extend(extended, self._rounds.round_id, start, tuple(token_ids), changed)
+            prompt_ids = [*self._tokens[:start], *token_ids]
+            check_prompt(len(prompt_ids), 0, self._client.welcome)
+            self.prefilling = len(prompt_ids)
+            return self._open(prompt_ids)
+
+        next(self._replies(request))
 
     def can_extend(self, sampling: Sampling) -> bool:
         """Whether no reply is outstanding, and the base station can continue with these settings."""
@@ -206,7 +221,7 @@ class SessionRequests:
                     yield reply
             except FaultError as fault:
                 self._recover(fault)
-                if not isinstance(sent, Open):
+                if not isinstance(sent, Open | Extend):
                     self._open_again()
             else:
                 return
