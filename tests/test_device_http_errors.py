@@ -1,6 +1,7 @@
 """Every error of the HTTP service has OpenAI's shape, and names the field."""
 
 import json
+import threading
 from typing import Any, NoReturn
 
 import pytest
@@ -194,3 +195,37 @@ def test_a_grammar_that_cannot_be_compiled_now_is_a_server_error_that_says_when_
     error = error_of(response)
     assert (response.status_code, error["type"], error["code"]) == (503, "server_error", "grammar")
     assert int(response.headers["retry-after"]) > 0
+
+
+class Panic(BaseException):
+    """What PyO3 raises for a panic of a library in Rust."""
+
+
+def raising(error: BaseException) -> Any:
+    def fail(*_: object) -> None:
+        raise error
+
+    return fail
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("step", ["encode_chat", "decode_stream"])
+def test_a_panic_of_a_library_ends_that_request_alone(step: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with http_client(new_station()) as client:
+        with monkeypatch.context() as patch:
+            patch.setattr(NumberTokenizer, step, raising(Panic("unwrap on a None value")))
+            response = complete(client)
+        assert (response.status_code, error_of(response)["type"]) == (500, "server_error")
+        assert complete(client).status_code == 200
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(1)], ids=["interrupt", "exit"])
+def test_an_exit_in_an_answer_ends_the_service(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(NumberTokenizer, "decode_stream", raising(error))
+    worker, ended = new_worker(new_station()), threading.Event()
+    worker.start(ended.set)
+    response = complete(TestClient(application(worker, "numbers", DEFAULTS, Access())))
+    assert ended.wait(10)
+    assert response.status_code == 503
+    assert worker.failure is error

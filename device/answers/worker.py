@@ -93,7 +93,7 @@ class Worker:
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="worker", daemon=True)
         self._on_failure: Callable[[], None] = lambda: None
-        self.failure: Exception | None = None
+        self.failure: BaseException | None = None
 
     @property
     def ready(self) -> bool:
@@ -134,7 +134,7 @@ class Worker:
     def _run(self) -> None:
         try:
             self._answer_jobs()
-        except Exception as error:
+        except BaseException as error:
             logger.exception("the worker failed")
             self.failure = error
             self._jobs.close(_FAILED)
@@ -175,11 +175,13 @@ class Worker:
             return error
         except EdgedraftError as error:
             return error
-        except Exception as error:
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a panic of a library in Rust is no Exception
             logger.exception("an answer failed; the next one begins over a new connection")
             self._conversations.forget()
             self._connection.close()
-            return error
+            return error if isinstance(error, Exception) else RuntimeError(str(error))
 
     def _lose(self, error: EdgedraftError) -> None:
         """Drop the connection with all conversations: their sessions cannot be closed over a broken link."""
@@ -233,7 +235,7 @@ class Worker:
             return
         try:
             job.prompt_ids.set_result(self._prompt_ids(job.request))
-        except Exception as error:  # noqa: BLE001 - the worker raises it
+        except BaseException as error:  # noqa: BLE001 - the worker raises it
             job.prompt_ids.set_exception(error)
         self._jobs.note_encoded()
 
