@@ -144,6 +144,6 @@ def warp_scores(scores: Tensor, top_k: int, top_p: float) -> Tensor:
 
 
 def _keep_top_p(scores: Tensor, top_p: float) -> Tensor:
-    ordered, order = scores.softmax(dim=-1, dtype=torch.float64).sort(dim=-1, descending=True)
+    ordered, order = scores.softmax(dim=-1, dtype=torch.float64).sort(dim=-1, descending=True, stable=True)
     outside = ordered.cumsum(dim=-1) - ordered >= top_p
     return scores.masked_fill(torch.zeros_like(outside).scatter_(-1, order, outside), -torch.inf)
