@@ -68,7 +68,7 @@ class Answer:
     """A job's events."""
 
     def __init__(self, prompt: list[int], max_new_tokens: int = 12, settings: DraftSettings = GREEDY) -> None:
-        self.text = ""
+        self.text, self.ends = "", 0
         self._end: Finish | Exception | None = None
         self._ended = threading.Event()
         message: ChatMessage = {"role": "user", "content": text_of(prompt)}
@@ -86,7 +86,7 @@ class Answer:
         if isinstance(event, str):
             self.text += event
         elif isinstance(event, Finish | Exception):
-            self._end = event
+            self._end, self.ends = event, self.ends + 1
             self._ended.set()
 
 
@@ -283,6 +283,18 @@ def test_the_service_stops_cleanly_where_the_base_station_refuses_the_connection
     transport.revoked = True
     worker.stop(5)
     assert (worker.failure, transport.closed) == (None, True)
+
+
+def test_an_answer_in_progress_ends_once_when_the_service_stops() -> None:
+    model = watched_model()
+    worker = new_worker(MemoryTransport(new_station()), model)
+    model.watch[0] = lambda count: worker.close() if count == 5 else None
+    refused = Answer(PROMPT, 200)
+    worker.submit(refused.job)
+    worker.start()
+    assert isinstance(refused.end(), ClosingError)
+    worker.stop(WAIT_SECONDS)
+    assert refused.ends == 1
 
 
 def test_a_request_that_comes_while_the_service_closes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

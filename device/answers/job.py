@@ -72,7 +72,10 @@ class AnswerPiece:
 
 
 Event: TypeAlias = str | AnswerRound | AnswerPiece | Revision | ToolCall | Finish | Exception
-"""What a job delivers: text, rounds, pieces, revisions and calls any number of times, then one of the others once."""
+"""What a job delivers: text, rounds, pieces, revisions and calls any number of times, and one of the others once.
+
+Where the service stops, text may follow that.
+"""
 
 
 @dataclass(frozen=True)

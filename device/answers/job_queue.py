@@ -7,7 +7,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 
-from device.answers.job import Job
+from device.answers.job import Finish, Job
 from protocol.errors import BusyError, ClosingError
 
 _MAX_WAITING = 16
@@ -57,6 +57,13 @@ class JobQueue:
                 self._jobs.remove(self._taken)
             return self._taken
 
+    def finish(self, job: Job, outcome: Finish | Exception) -> None:
+        """Deliver the outcome of the job that was taken last, unless ``close`` has refused it."""
+        with self._changed:
+            is_open, self._taken = self._taken is job, None
+        if is_open:
+            job.deliver(outcome)
+
     def note_encoded(self) -> None:
         """Look again for a job whose prompt is encoded."""
         with self._changed:
@@ -73,8 +80,9 @@ class JobQueue:
         with self._changed:
             self._closed = reason
             jobs, self._jobs = [*self._jobs], deque()
-            if self._taken is not None:  # its answer may take a while to end
+            if self._taken is not None:  # its answer may take a while to end, and deliver some text until then
                 jobs.append(self._taken)
+                self._taken = None
             self._changed.notify()
         for job in jobs:
             job.deliver(ClosingError(reason))

@@ -150,7 +150,7 @@ class Worker:
                 began = self._clock()
                 outcome = self._outcome(job)
                 self.metrics.count_outcome(outcome, self._clock() - began)
-                job.deliver(outcome)
+                self._jobs.finish(job, outcome)
         self._conversations.end_all()
         self._connection.close()
 
