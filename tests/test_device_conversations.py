@@ -1,17 +1,32 @@
 """Several conversations are kept: each turn sends and runs only what is new, within the limits of both ends."""
 
 from collections import Counter
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from starlette.testclient import TestClient
 
+from device.answers.conversations import Conversations
+from device.planning.planners import Planners
+from device.text.tokenizer import Tokenizer
+from protocol.errors import ContextLengthError
 from protocol.limits import Limits
-from protocol.messages import Fault, Message, Verdict
+from protocol.messages import Fault, Message, Sampling, Verdict
 from tests.fakes import FakeDraftModel, FakeTarget, target_alone
 from tests.json_tokens import COMPILER
-from tests.link_pair import MemoryTransport, Station
-from tests.number_service import PROMPT, TARGET, complete, content_of, http_client, next_turn, text_of
+from tests.link_pair import MemoryTransport, Station, join
+from tests.number_service import (
+    DRAFT,
+    PROMPT,
+    TARGET,
+    NumberTokenizer,
+    complete,
+    content_of,
+    http_client,
+    next_turn,
+    settings,
+    text_of,
+)
 
 SYSTEM = [7, 3, 9, 1] * 10
 NEW_TOKENS = 6
@@ -246,3 +261,16 @@ def test_a_fault_that_ends_one_session_leaves_the_other_conversations_and_the_co
     assert sent.counts["Hello"] == 1
     assert sent.counts["Open"] == 2
     assert sent.counts["Extend"] == 1
+
+
+def test_a_refused_request_leaves_the_settings_of_its_conversation() -> None:
+    station, model = new_station(), FakeDraftModel.make(DRAFT)
+    client, tokenizer = join(station, model)[0], cast(Tokenizer, NumberTokenizer())
+    conversations = Conversations(model, tokenizer, 4096, Planners(model.manifest.quality))
+    first, other = settings(Sampling()), settings(Sampling(seed=7))
+    with conversations.for_prompt(client, PROMPT, first) as conversation:
+        list(conversation.ask(PROMPT, NEW_TOKENS))
+    too_long = [*PROMPT, *[5] * 5000]
+    with pytest.raises(ContextLengthError), conversations.for_prompt(client, too_long, other):
+        pass
+    assert conversation.settings == first

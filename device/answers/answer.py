@@ -20,6 +20,7 @@ from device.session.session import AnswerToken, DeviceSession, Origin
 from device.session.unverified_tail import AnswerEndedError, UnverifiedTail
 from device.settings import DraftSettings
 from device.text.tokenizer import Tokenizer
+from protocol.messages import Sampling
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ class Conversation:
         """
         return AnswerStream(self, prompt_ids, max_new_tokens, prediction, show_unverified)
 
-    def check(self, prompt_ids: Sequence[int]) -> None:
+    def check(self, prompt_ids: Sequence[int], settings: DraftSettings) -> None:
         """Check whether a prompt can be answered with ``settings``, as far as is known before it is sent.
 
         Raises:
@@ -139,18 +140,18 @@ class Conversation:
             ContextLengthError: the prompt does not fit the context, or exceeds the base station's limit.
             GrammarError: the grammar cannot be compiled.
         """
-        client, sampling = self._client, self.settings.sampling
+        client, sampling = self._client, settings.sampling
         if self._session is not None:
             self._session.check(prompt_ids, sampling)
         elif client.is_greeted:
-            check_draft_settings(self.settings, client.welcome)
+            check_draft_settings(settings, client.welcome)
             check_sampling(sampling, client)
             check_prompt(len(prompt_ids), 0, client.welcome)
         else:
             check_token_ids(sampling, client.vocab_size)
         if self.tail is not None:
             self.tail.check_prompt(prompt_ids)
-        _ = self._grammar
+        self._grammar_of(sampling)
 
     def begin(self, prompt_ids: list[int], prediction: Sequence[int] = ()) -> DeviceSession:
         """The session, opened on the prompt or extended with it."""
@@ -159,12 +160,13 @@ class Conversation:
         planner = self._planners.for_settings(self.settings, self._client.welcome)
         sampling = self.settings.sampling
         check_sampling(sampling, self._client)
+        grammar = self._grammar_of(sampling)
         if self._session is None:
             self._session = DeviceSession(
-                self._client, planner, self.settings, self.model, prompt_ids, self._grammar, prediction, self.tail
+                self._client, planner, self.settings, self.model, prompt_ids, grammar, prediction, self.tail
             )
         else:
-            self._session.extend(prompt_ids, sampling, planner, self._grammar, prediction)
+            self._session.extend(prompt_ids, sampling, planner, grammar, prediction)
         return self._session
 
     def begin_tail(self, prompt_ids: Sequence[int], max_new_tokens: int) -> None:
@@ -177,13 +179,11 @@ class Conversation:
         if self.tail is not None:
             sampling = self.settings.sampling
             check_token_ids(sampling, self._client.vocab_size)
-            self.tail.begin(prompt_ids, max_new_tokens, sampling, self._grammar)
+            self.tail.begin(prompt_ids, max_new_tokens, sampling, self._grammar_of(sampling))
 
-    @property
-    def _grammar(self) -> Grammar | None:
-        """The grammar of the next answer."""
-        text = self.settings.sampling.grammar
-        return self.tokenizer.grammar(text, self._client.stop_ids) if text else None
+    def _grammar_of(self, sampling: Sampling) -> Grammar | None:
+        """The compiled grammar of sampling settings."""
+        return self.tokenizer.grammar(sampling.grammar, self._client.stop_ids) if sampling.grammar else None
 
     @property
     def ready(self) -> bool:

@@ -53,8 +53,8 @@ class Conversations:
         if conversation is None:
             model = self._model_with_prefix_of(prompt_ids)
             conversation = Conversation(client, self._planners, model, self._tokenizer, settings)
+        conversation.check(prompt_ids, settings)
         conversation.settings = settings
-        conversation.check(prompt_ids)
         self._kept = [*(one for one in self._kept if one is not conversation), conversation]
         self._max_sessions = client.welcome.max_sessions if client.is_greeted else len(self._kept)  # none is open
         self._drop_oldest(len(prompt_ids))
