@@ -230,7 +230,7 @@ class Link:
     """Messages to and from the base station.
 
     Attributes:
-        uplink_bytes: sent so far, counted in the TCP stream: frames and ZeroMQ's framing.
+        uplink_bytes: sent so far, as counted in the TCP stream: frames and ZeroMQ's framing; lost messages count too.
         downlink_bytes: received so far, likewise.
     """
 
