@@ -52,10 +52,6 @@ def random_word(seed: int, position: int, stream: Stream, first_drafted: int | N
     return word
 
 
-def uniform(seed: int, position: int, stream: Stream, first_drafted: int | None = None) -> float:
-    """A uniform random number in [0, 1), a multiple of 2⁻⁵³."""
-    return random_bits(seed, position, stream, first_drafted) * 2.0**-UNIFORM_BITS
-
 
 def random_words(
     seeds: npt.ArrayLike, positions: npt.ArrayLike, stream: Stream, first_drafted: npt.ArrayLike | None = None
@@ -70,7 +66,7 @@ def random_words(
 def uniforms(
     seeds: npt.ArrayLike, positions: npt.ArrayLike, stream: Stream, first_drafted: npt.ArrayLike | None = None
 ) -> npt.NDArray[np.float64]:
-    """``uniform`` of many seeds and positions, one stream: float64 [n]."""
+    """Uniform numbers in [0, 1), multiples of 2⁻⁵³, of many seeds and positions, one stream: float64 [n]."""
     bits = random_words(seeds, positions, stream, first_drafted) >> np.uint64(WORD_BITS - UNIFORM_BITS)
     return bits.astype(np.float64) * 2.0**-UNIFORM_BITS
 

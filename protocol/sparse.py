@@ -55,13 +55,6 @@ class SparseDistribution:
         threshold = random_bits * self.total >> UNIFORM_BITS
         return int(self.support[np.searchsorted(np.cumsum(self.weights), threshold, side="right")])
 
-    def probability(self, token_id: int) -> float:
-        """The probability of a token; 0 outside the support."""
-        index = int(np.searchsorted(self.support, token_id))
-        if index == len(self) or self.support[index] != token_id:
-            return 0.0
-        return int(self.weights[index]) / self.total
-
     @property
     def probs(self) -> npt.NDArray[np.float64]:
         """The probabilities of the support, float64[K]."""

@@ -209,9 +209,12 @@ def recorded(category: str, prompt: list[int], answer: Sequence[int], model: Seq
     """An answer with what the draft model proposes at each position."""
     drafter = Drafter(model, Mode.IDS, Sampling(), UplinkSettings.of_mode(Mode.IDS, 1, 1.0, 0))
     drafter.prefill(prompt)
-    drafts = [drafter.draft([*prompt, *answer[:index]], 1) for index in range(len(answer))]
-    margins = tuple(draft.margins[0] or 0.0 for draft in drafts)
-    return RecordedText(category, tuple(prompt), tuple(answer), tuple(draft.token_ids[0] for draft in drafts), margins)
+    drafts = []
+    for index in range(len(answer)):
+        drafter.follow([*prompt, *answer[:index]])
+        drafts.append(drafter.draft_token())
+    margins = tuple(draft.margin or 0.0 for draft in drafts)
+    return RecordedText(category, tuple(prompt), tuple(answer), tuple(draft.token_id for draft in drafts), margins)
 
 
 @app.command()

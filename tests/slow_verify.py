@@ -8,7 +8,7 @@ import numpy.typing as npt
 from basestation.verification.verify import RoundToVerify, VerificationResult
 from protocol.coupling import PositionNoise
 from protocol.messages import DraftDistribution, Sampling
-from protocol.randomness import Stream, uniform
+from protocol.randomness import UNIFORM_BITS, Stream, random_bits
 
 Probs = npt.NDArray[np.float64]  # [V]
 
@@ -33,6 +33,11 @@ def dense(distribution: DraftDistribution) -> Probs:
     probs = np.zeros(distribution.vocab_size)
     probs[distribution.support] = distribution.probs
     return probs
+
+
+def uniform(seed: int, position: int, stream: Stream, first_drafted: int | None = None) -> float:
+    """A uniform random number in [0, 1)."""
+    return random_bits(seed, position, stream, first_drafted) / 2**UNIFORM_BITS
 
 
 def sample_one(weights: Probs, number: float) -> int:

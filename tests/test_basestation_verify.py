@@ -23,10 +23,10 @@ from device.drafting.sampling import full_distribution, sparse_distribution
 from device.settings import UplinkSettings
 from protocol.frames import FrameCodec
 from protocol.messages import Draft, DraftDistribution, Sampling
-from protocol.randomness import UNIFORM_BITS, WORD_BITS, Stream, random_words, uniform, uniforms
+from protocol.randomness import UNIFORM_BITS, WORD_BITS, Stream, random_words, uniforms
 from protocol.sparse import MAX_STEPS, SparseDistribution
 from tests.fakes import blend, random_table
-from tests.slow_verify import acceptance_thresholds, dense, sample_one, target_probs, verify_one
+from tests.slow_verify import acceptance_thresholds, dense, sample_one, target_probs, uniform, verify_one
 
 VOCAB = 6
 SAMPLES = 50_000

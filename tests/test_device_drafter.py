@@ -1,6 +1,5 @@
 """The drafter keeps the draft model's KV cache in step with the committed tokens, and runs no token twice."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -19,6 +18,7 @@ from protocol.messages import Mode, Sampling
 from protocol.randomness import Stream, random_bits
 from tests.fakes import FakeDraftModel, next_logits, random_table, target_alone
 from tests.sample import BUNDLE
+from tests.slow_verify import dense
 
 VOCAB = 6
 TABLE = random_table(VOCAB, seed=4)
@@ -49,7 +49,7 @@ def new_setup(mode: Mode, sampling: Sampling, stop_ids: tuple[int, ...] = ()) ->
 
 def slow_draft(mode: Mode, sampling: Sampling, tokens: list[int], draft_len: int) -> DraftResult:
     """Draft without a KV cache: the logits depend on the whole sequence."""
-    drafted, distributions, margins = list(tokens), [], []
+    drafted, distributions = list(tokens), []
     for _ in range(draft_len):
         logits = next_logits(TABLE, drafted)
         distribution = (
@@ -58,10 +58,8 @@ def slow_draft(mode: Mode, sampling: Sampling, tokens: list[int], draft_len: int
             else sparse_distribution(logits, sampling, uplink_of(mode))
         )
         distributions.append(distribution)
-        second, first = sorted(logits)[-2:]
-        margins.append(min(first - second, MAX_MARGIN) if sampling.greedy else None)
         drafted.append(distribution.sample(random_bits(sampling.seed, len(drafted), Stream.DRAFT)))
-    return DraftResult(tuple(drafted[len(tokens) :]), () if mode is Mode.IDS else tuple(distributions), tuple(margins))
+    return DraftResult(tuple(drafted[len(tokens) :]), () if mode is Mode.IDS else tuple(distributions))
 
 
 @dataclass(frozen=True)
@@ -209,7 +207,7 @@ def test_prefill_of_one_token_or_of_cached_tokens_runs_nothing() -> None:
 
 def test_draft_of_no_tokens_runs_nothing() -> None:
     setup = new_setup(Mode.TOPK, SAMPLED)
-    assert setup.drafter.draft(PROMPT, 0) == DraftResult((), (), ())
+    assert setup.drafter.draft(PROMPT, 0) == DraftResult((), ())
     assert setup.model.passes == []
 
 
@@ -247,17 +245,16 @@ def test_draft_depends_only_on_seed_and_preceding_tokens() -> None:
 
 
 @every_mode
-def test_drafting_ends_when_should_continue_is_false(mode: Mode, sampling: Sampling) -> None:
-    full_draft = new_setup(mode, sampling).drafter.draft(PROMPT, 5)
-    calls: list[tuple[float | None, ...]] = []
-
-    def should_continue(margins: Sequence[float | None]) -> bool:
-        calls.append(tuple(margins))
-        return len(margins) < 3
-
-    drafted = new_setup(mode, sampling).drafter.draft(PROMPT, 5, should_continue)
-    assert drafted.token_ids == full_draft.token_ids[:3]
-    assert calls == [full_draft.margins[:count] for count in range(4)]
+def test_the_margin_is_the_gap_between_the_two_highest_logits_where_none_is_sampled(
+    mode: Mode, sampling: Sampling
+) -> None:
+    drafter, tokens = new_setup(mode, sampling).drafter, list(PROMPT)
+    drafter.follow(tokens)
+    for _ in range(5):
+        second, first = sorted(next_logits(TABLE, tokens))[-2:]
+        drafted = drafter.draft_token()
+        assert drafted.margin == (min(first - second, MAX_MARGIN) if sampling.greedy else None)
+        tokens.append(drafted.token_id)
 
 
 def drafter_with(value: float, mode: Mode, sampling: Sampling, *token_ids: int) -> Drafter:
@@ -291,10 +288,10 @@ def test_logits_that_are_all_minus_infinity_are_not_finite(mode: Mode, sampling:
 @every_mode
 @pytest.mark.parametrize("excluded", [(0,), (0, 3), tuple(range(1, VOCAB))])
 def test_tokens_of_minus_infinity_are_never_drafted(mode: Mode, sampling: Sampling, excluded: tuple[int, ...]) -> None:
-    drafted = drafter_with(-np.inf, mode, sampling, *excluded).draft(PROMPT, 20)
-    assert len(drafted.token_ids) == 20
-    assert not set(drafted.token_ids) & set(excluded)
-    for distribution in drafted.distributions:
-        probs = dict(zip(distribution.support.tolist(), distribution.probs.tolist(), strict=True))
-        assert all(probs.get(token_id, 0) == 0 for token_id in excluded)
-    assert all(margin is None or 0 <= margin <= MAX_MARGIN for margin in drafted.margins)
+    drafter = drafter_with(-np.inf, mode, sampling, *excluded)
+    drafter.follow(PROMPT)
+    for _ in range(20):
+        drafted = drafter.draft_token()
+        assert drafted.token_id not in excluded
+        assert drafted.distribution is None or not dense(drafted.distribution)[[*excluded]].any()
+        assert drafted.margin is None or 0 <= drafted.margin <= MAX_MARGIN

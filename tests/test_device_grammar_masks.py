@@ -8,7 +8,7 @@ import pytest
 
 from common.grammar import Grammar, lark_grammar
 from device.drafting.draft_model import SequenceModel
-from device.drafting.drafter import Drafter, DraftResult
+from device.drafting.drafter import DraftedToken, Drafter
 from device.settings import UplinkSettings
 from protocol.messages import Mode, Sampling
 from tests.fakes import FakeDraftModel, next_logits, random_table
@@ -48,21 +48,26 @@ class FixedMask:
         return self._mask
 
 
-def draft(model: SequenceModel, mode: Mode, sampling: Sampling, grammar: Any, vocab_size: int) -> DraftResult:
+def draft(
+    model: SequenceModel, mode: Mode, sampling: Sampling, grammar: Any, vocab_size: int
+) -> list[DraftedToken]:
     drafter = Drafter(model, mode, sampling, UplinkSettings.of_mode(mode, 3, 0.7, 0), vocab_size, frozenset({STOP}))
     drafter.grammar, drafter.answer_start = cast(Grammar, grammar), len(PROMPT)
-    return drafter.draft(PROMPT, 4)
+    drafter.follow(PROMPT)
+    drafted = [drafter.draft_token()]
+    while len(drafted) < 4 and drafted[-1].token_id not in drafter.stop_ids:
+        drafted.append(drafter.draft_token())
+    return drafted
 
 
 @every_mode
 def test_a_draft_model_without_the_last_tokens_drafts_within_the_grammar(mode: Mode, sampling: Sampling) -> None:
     table = random_table(VOCAB, seed=1)
     drafted = draft(FakeDraftModel.make(table, (STOP,)), mode, sampling, COMPILER.compile(TEXT), VOCAB + 12)
-    assert drafted.token_ids
-    assert COMPILER.compile(TEXT).follow(drafted.token_ids)
+    assert COMPILER.compile(TEXT).follow([token.token_id for token in drafted])
     if mode is Mode.IDS:
         allowed = [PIECES.index(piece) for piece in "abc"]
-        assert drafted.token_ids[0] == max(allowed, key=next_logits(table, PROMPT).__getitem__)
+        assert drafted[0].token_id == max(allowed, key=next_logits(table, PROMPT).__getitem__)
 
 
 @every_mode
@@ -71,6 +76,5 @@ def test_a_draft_model_that_knows_none_of_the_allowed_tokens_drafts_others(mode:
     common = np.isfinite(bridge.forward([0, 1]))
     bridge.rollback(0)
     drafted = draft(bridge, mode, sampling, FixedMask(np.flatnonzero(~common)[:2].tolist()), TARGET_SIZE)
-    assert set(drafted.token_ids) <= {*np.flatnonzero(common).tolist()}
-    assert None not in drafted.token_ids
-    assert np.isfinite([margin for margin in drafted.margins if margin is not None]).all()
+    assert {token.token_id for token in drafted} <= {*np.flatnonzero(common).tolist()}
+    assert np.isfinite([token.margin for token in drafted if token.margin is not None]).all()

@@ -12,7 +12,7 @@ from device.drafting.vocabulary_bridge import VocabularyBridge
 from device.settings import UplinkSettings
 from device.text.prompt import Prompt
 from protocol.messages import Mode, Sampling
-from tests.vocabulary_pairs import END, SHEEP, TARGET, TARGET_SIZE, TARGET_TEXTS, bridged
+from tests.vocabulary_pairs import END, SHEEP, TARGET, TARGET_SIZE, TARGET_TEXTS, bridged, context_of
 
 COMMON = [2, 6, len(TARGET_TEXTS)]
 SEQUENCES = 10_000
@@ -41,7 +41,7 @@ def test_after_any_commits_rejections_and_extensions_the_context_says_the_commit
         committed = [draw.randrange(TARGET_SIZE) for _ in range(draw.randrange(1, 4))]
         for _ in range(draw.randrange(1, 4)):
             drafted = drafter.draft(committed, draw.randrange(1, 4)).token_ids
-            assert draft_text(tokens, bridge.draft_ids) == target_text(bridge.token_ids)
+            assert draft_text(tokens, context_of(bridge)) == target_text(bridge.token_ids)
             accepted = drafted[: draw.randrange(len(drafted) + 1)]
             committed = [*committed, *accepted, draw.randrange(TARGET_SIZE)]
             if draw.random() < 0.2:
@@ -49,7 +49,7 @@ def test_after_any_commits_rejections_and_extensions_the_context_says_the_commit
         drafter.follow(committed)
         drafter.draft_token()
         assert bridge.token_ids == committed
-        assert draft_text(tokens, bridge.draft_ids) == target_text(committed)
+        assert draft_text(tokens, context_of(bridge)) == target_text(committed)
 
 
 def test_only_common_tokens_are_drafted() -> None:
@@ -65,9 +65,9 @@ def test_a_character_in_two_tokens_can_be_rolled_back_in_its_middle() -> None:
     bridge, tokens = bridged(2)
     bridge.forward([0, *SHEEP_IDS])
     bridge.rollback(2)
-    assert draft_text(tokens, bridge.draft_ids) == b"a" + SHEEP[:2]
+    assert draft_text(tokens, context_of(bridge)) == b"a" + SHEEP[:2]
     bridge.forward([1])
-    assert draft_text(tokens, bridge.draft_ids) == b"a" + SHEEP[:2] + b"b"
+    assert draft_text(tokens, context_of(bridge)) == b"a" + SHEEP[:2] + b"b"
 
 
 def test_the_logits_after_a_rollback_are_those_of_a_new_sequence() -> None:
@@ -84,8 +84,8 @@ def test_a_fork_has_a_context_of_its_own() -> None:
     fork = bridge.fork(2)
     fork.forward([0])
     bridge.forward([1])
-    assert draft_text(tokens, fork.draft_ids) == target_text([6, 9, 0])
-    assert draft_text(tokens, bridge.draft_ids) == target_text([6, 9, 2, 1])
+    assert draft_text(tokens, context_of(fork)) == target_text([6, 9, 0])
+    assert draft_text(tokens, context_of(bridge)) == target_text([6, 9, 2, 1])
     assert (fork.forked_length, fork.length) == (2, 3)
 
 
@@ -99,10 +99,10 @@ def test_a_prompt_is_taken_in_the_draft_models_own_form(most: int) -> None:
         while drafter.backlog([*prompt, 5]):
             drafter.prefill([*prompt, 5], most)
         assert bridge.token_ids == prompt
-        assert bridge.draft_ids == own
+        assert context_of(bridge) == own
         drafter.follow([*prompt, 5])
         drafter.draft_token()
-        assert draft_text(tokens, bridge.draft_ids[len(own) :]) == target_text([5])
+        assert draft_text(tokens, context_of(bridge)[len(own) :]) == target_text([5])
 
 
 def test_the_next_turn_keeps_what_its_own_form_shares_with_the_cache() -> None:
@@ -111,13 +111,13 @@ def test_the_next_turn_keeps_what_its_own_form_shares_with_the_cache() -> None:
     bridge.begin(Prompt([0, 1, 2, 3], own))
     bridge.forward([0, 1, 2, 3])
     bridge.forward([4])
-    answered = [*bridge.draft_ids]
+    answered = context_of(bridge)
     bridge.begin(Prompt([0, 1, 2, 3, 4, 5, 6], [*answered, 9, 9]))
-    assert bridge.draft_ids == answered
+    assert context_of(bridge) == answered
     bridge.begin(Prompt([0, 1, 2, 3, 4, 5, 6], [*own[:4], 9, 9, 9, 9, 9]))
-    assert bridge.draft_ids == own[: len(bridge.draft_ids)]
+    assert context_of(bridge) == own[: len(context_of(bridge))]
     bridge.forward([0, 1, 2, 3, 4, 5, 6][bridge.length :])
-    assert bridge.draft_ids == [*own[:4], 9, 9, 9, 9, 9]
+    assert context_of(bridge) == [*own[:4], 9, 9, 9, 9, 9]
 
 
 def test_what_leaves_a_prompt_before_its_end_is_translated_token_by_token() -> None:
@@ -125,7 +125,7 @@ def test_what_leaves_a_prompt_before_its_end_is_translated_token_by_token() -> N
     bridge.begin(Prompt([0, 1, 2, 3], [7, 1, 2, 3, 4, 5, 6]))
     bridge.forward([0, 1])
     bridge.forward([5, 9])
-    assert draft_text(tokens, bridge.draft_ids) == target_text([0, 1, 5, 9])
+    assert draft_text(tokens, context_of(bridge)) == target_text([0, 1, 5, 9])
 
 
 def test_a_token_without_a_text_leaves_the_logits_as_they_are() -> None:
@@ -140,7 +140,7 @@ def test_a_token_without_a_text_leaves_the_logits_as_they_are() -> None:
 def test_the_room_counts_the_draft_models_own_tokens() -> None:
     bridge, _ = bridged(2, context_length=20)
     assert bridge.room([0, 1]) == 18
-    assert bridge.room([0, *SHEEP_IDS, 5]) == 20 - 1 - len(bridge.draft_ids) - spelled_length(bridge, [*SHEEP_IDS, 5])
+    assert bridge.room([0, *SHEEP_IDS, 5]) == 20 - 1 - len(context_of(bridge)) - spelled_length(bridge, [*SHEEP_IDS, 5])
     prompt = Prompt([0, 1, 2], range(7))
     assert bridge.room(prompt) == 13
     bridge.begin(prompt)
@@ -153,4 +153,4 @@ def test_the_room_counts_the_draft_models_own_tokens() -> None:
 def spelled_length(bridge: VocabularyBridge, token_ids: Sequence[int]) -> int:
     fork = bridge.fork(0)
     fork.forward(token_ids)
-    return len(fork.draft_ids)
+    return len(context_of(fork))

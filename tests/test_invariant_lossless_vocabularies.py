@@ -18,7 +18,7 @@ from tests.fakes import FakeTarget, next_logits, random_table, target_alone
 from tests.invariants import lossy, token_ids_of
 from tests.link_pair import MemoryTransport, Station, join, open_session
 from tests.slow_verify import target_probs
-from tests.vocabulary_pairs import TARGET_SIZE, TARGET_TEXTS, bridged, similar_table
+from tests.vocabulary_pairs import TARGET_SIZE, TARGET_TEXTS, bridged, context_of, similar_table
 
 TARGET = random_table(TARGET_SIZE, seed=1)
 PROMPT = [3, 1, 4, 7, 8]
@@ -90,7 +90,7 @@ def test_the_target_continues_alone_beyond_the_draft_models_context() -> None:
         model, _ = bridged(2, similar_table(TARGET, 2), context_length)
         settings = DraftSettings(Mode.IDS, Sampling(), 4, 4)
         assert answer(model, settings) == target_alone(TARGET, PROMPT, 30)
-        assert len(model.draft_ids) <= context_length
+        assert len(context_of(model)) <= context_length
 
 
 def test_random_sessions_give_the_targets_answers() -> None:

@@ -8,7 +8,7 @@ import numpy.typing as npt
 import pytest
 from scipy.stats import chisquare, kstest
 
-from protocol.randomness import UNIFORM_BITS, Stream, random_bits, random_word, random_words, uniform, uniforms
+from protocol.randomness import UNIFORM_BITS, Stream, random_bits, random_word, random_words, uniforms
 
 COUNT = 50_000
 FALSE_ALARM = 1e-4
@@ -21,7 +21,7 @@ KNOWN = [
 
 
 def numbers(seed: int, stream: Stream, count: int = COUNT, first: int = 0) -> npt.NDArray[np.float64]:
-    return np.array([uniform(seed, position, stream) for position in range(first, first + count)])
+    return uniforms([seed] * count, range(first, first + count), stream)
 
 
 def correlation(one: npt.NDArray[np.float64], other: npt.NDArray[np.float64]) -> float:
@@ -39,7 +39,7 @@ def test_vectorized_numbers_equal_scalar_ones(stream: Stream) -> None:
     seeds, positions = (list(values) for values in zip(*product((0, 1, 42, 2**63 - 1), (0, 7, 131_072)), strict=True))
     pairs = list(zip(seeds, positions, strict=True))
     assert random_words(seeds, positions, stream).tolist() == [random_word(*pair, stream) for pair in pairs]
-    assert uniforms(seeds, positions, stream).tolist() == [uniform(*pair, stream) for pair in pairs]
+    assert uniforms(seeds, positions, stream).tolist() == [random_bits(*pair, stream) / 2**UNIFORM_BITS for pair in pairs]
 
 
 @pytest.mark.parametrize("stream", [Stream.DRAFT, Stream.ACCEPT])
@@ -49,8 +49,8 @@ def test_numbers_of_block_verification_depend_on_the_first_drafted_position_too(
     assert len({*found, *(random_word(seed, position, stream) for seed, position, _ in asked)}) == len(found) + 40
     seeds, positions, first_positions = (list(values) for values in zip(*asked, strict=True))
     assert random_words(seeds, positions, stream, first_positions).tolist() == found
-    firsts = [uniform(7, 50_000, stream, first) for first in range(50_000)]
-    assert kstest(firsts, "uniform").pvalue > FALSE_ALARM
+    uniform = uniforms([7] * COUNT, [COUNT] * COUNT, stream, range(COUNT))
+    assert kstest(uniform, "uniform").pvalue > FALSE_ALARM
 
 
 def test_invariant_2_a_number_depends_only_on_seed_position_and_stream() -> None:
@@ -64,7 +64,7 @@ def test_invariant_2_a_number_depends_only_on_seed_position_and_stream() -> None
 def test_a_uniform_number_is_its_bits_as_a_fraction() -> None:
     for seed, position, stream, bits in KNOWN:
         assert 0 <= bits < 2**UNIFORM_BITS
-        assert uniform(seed, position, stream) == bits / 2**UNIFORM_BITS < 1
+        assert uniforms([seed], [position], stream).tolist() == [bits / 2**UNIFORM_BITS]
 
 
 @pytest.mark.parametrize("stream", Stream)

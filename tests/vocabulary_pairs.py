@@ -48,6 +48,11 @@ def bridged(
     return VocabularyBridge(model, VocabularyMap.build(TARGET, tokens, TARGET_SIZE)), tokens
 
 
+def context_of(bridge: VocabularyBridge) -> list[int]:
+    """The draft model's context: the translation of the bridge's ``token_ids``."""
+    return [*bridge._model.token_ids]
+
+
 def similar_table(target: Table, common: int) -> Table:
     """Logits of the draft model that are the target's for the tokens of the same bytes, where both have them.
 

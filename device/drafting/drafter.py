@@ -6,7 +6,7 @@ rolls back to the common prefix and runs the rest. Knows no link.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Self, TypeAlias
+from typing import Self
 
 import numpy as np
 
@@ -23,8 +23,6 @@ from protocol.randomness import Stream, random_bits
 
 _CHUNK = 64
 """Most tokens of a forward pass, so that a long prefill can be cancelled."""
-ShouldContinue: TypeAlias = Callable[[Sequence[float | None]], bool]
-"""Takes the margins of the tokens drafted so far; says whether to draft another."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +49,10 @@ class DraftedToken:
 
 @dataclass(frozen=True)
 class DraftResult:
-    """Drafted tokens and, in modes that send them, the distributions they were sampled from; see ``DraftedToken``."""
+    """The ids of drafted tokens and, in modes that send them, the distributions they were sampled from."""
 
     token_ids: tuple[int, ...]
     distributions: tuple[DraftDistribution, ...]
-    margins: tuple[float | None, ...]
 
     @classmethod
     def of(cls, tokens: Sequence[DraftedToken]) -> Self:
@@ -63,7 +60,6 @@ class DraftResult:
         return cls(
             tuple(token.token_id for token in tokens),
             tuple(token.distribution for token in tokens if token.distribution is not None),
-            tuple(token.margin for token in tokens),
         )
 
 
@@ -132,18 +128,11 @@ class Drafter:
         if self._pending:
             self._run()
 
-    def draft(
-        self, tokens: Sequence[int], draft_len: int, should_continue: ShouldContinue | None = None
-    ) -> DraftResult:
-        """Draft up to ``draft_len`` tokens that follow ``tokens``; ends after a stop id.
-
-        ``should_continue`` is asked before each token.
-        """
+    def draft(self, tokens: Sequence[int], draft_len: int) -> DraftResult:
+        """Draft up to ``draft_len`` tokens that follow ``tokens``; ends after a stop id."""
         self.follow(tokens)
         drafted: list[DraftedToken] = []
-        while len(drafted) < draft_len and (
-            should_continue is None or should_continue([token.margin for token in drafted])
-        ):
+        while len(drafted) < draft_len:
             drafted.append(self.draft_token())
             if drafted[-1].token_id in self.stop_ids:
                 break

@@ -49,11 +49,6 @@ class VocabularyBridge:
         """Target tokens in the cache."""
         return len(self.token_ids)
 
-    @property
-    def draft_ids(self) -> Sequence[int]:
-        """The draft model's context: the translation of ``token_ids``."""
-        return self._model.token_ids
-
     def fork(self, length: int) -> Self:
         """The same with a cache of its own, which starts with a copy of the first ``length`` positions."""
         fork = copy(self)
