@@ -8,6 +8,7 @@ At its end only stop ids are allowed.
 import json
 import math
 import time
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 Mask: TypeAlias = npt.NDArray[np.bool_]
 
 _FOLLOW_SECONDS = 1.0
+_RECENT = 256
+"""Tokens at the end of an answer that may differ from those followed before: a Draft. Others are compared at once."""
 _LEXER_ERROR = "lexer error"
 """How llguidance's message begins where a lexer has reached a limit, after which it cannot be used any more."""
 
@@ -80,7 +83,7 @@ class Grammar:
         self._stop_ids = stop_ids
         self._lexer = lexer or _Lexer()
         self.nbytes = nbytes
-        self._tokens: list[int] = []
+        self._tokens = array("I")
         self._seconds = self._deadline = math.inf
         self.error = ""
 
@@ -104,7 +107,10 @@ class Grammar:
             seconds: of CPU time up to the next ``follow``; more of it is an ``error``.
         """
         self._seconds, self._deadline = seconds, time.thread_time() + seconds
-        shared = common_prefix(tokens, self._tokens)
+        tokens = array("I", tokens)
+        known = max(0, min(len(tokens), len(self._tokens)) - _RECENT)
+        known = known if tokens[:known] == self._tokens[:known] else 0
+        shared = known + common_prefix(tokens[known:], self._tokens[known:])
         if shared < len(self._tokens):
             self._matcher.rollback(len(self._tokens) - shared)
             del self._tokens[shared:]

@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from llguidance import LLTokenizer, TokenizerWrapper
 from tokenizers import AddedToken, Tokenizer
 
+from common.common_prefix import common_prefix
 from common.grammar import GrammarCompiler, lark_grammar, regex_grammar, schema_grammar
 from common.grammar_matcher import SLICES
 from protocol.errors import GrammarError
@@ -127,6 +129,27 @@ def test_a_grammar_that_takes_longer_than_it_may_ends_with_an_error() -> None:
     grammar = COMPILER.compile(GRAMMARS["regex"])
     assert not grammar.follow([PIECES.index("a")] * 2, seconds=0)
     assert grammar.error == "it takes more than 0 s"
+
+
+def test_a_long_answer_is_compared_token_by_token_only_at_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The masks of a round are given a bounded time, which an honest answer of any length must not exceed."""
+    compared = list[int]()
+
+    def counted(one: Sequence[int], other: Sequence[int]) -> int:
+        compared.append(min(len(one), len(other)))
+        return common_prefix(one, other)
+
+    monkeypatch.setattr("common.grammar.common_prefix", counted)
+    text, a, b = lark_grammar('start: ("a" | "b")*'), PIECES.index("a"), PIECES.index("b")
+    moving, drafted = COMPILER.compile(text), [b, a, b]
+    for length in range(0, 1500, 50):
+        assert moving.follow([a] * length)
+        assert all(map(moving.advance, drafted))
+    assert max(compared) <= 256
+    changed = [b, *[a] * 1400]
+    fresh = COMPILER.compile(text)
+    assert moving.follow([*changed, b]) is fresh.follow([*changed, b]) is True
+    assert vars(moving)["_tokens"].tolist() == [*changed, b]
 
 
 def test_a_copy_has_the_same_state_and_does_not_follow_the_original() -> None:

@@ -81,7 +81,7 @@ def process_logits(
         changed = penalties.apply(logits[:, columns].cpu().numpy())
         logits[:, columns] = torch.from_numpy(changed).to(logits.device)
     if answer.grammar is not None:
-        tokens = list(answer.tokens[answer.start :])
+        tokens = answer.tokens[answer.start :]
         with mask_time.of_next() as seconds:
             _apply_grammar(logits, answer.grammar, tokens, drafted, seconds)
     too_short = sampling.min_tokens - (len(answer.tokens) - answer.start)
