@@ -283,16 +283,22 @@ def list_devices(
     folder: KeyFolderArgument,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """List the base station's public key and the enrolled devices."""
+    """List the base station's public key, the enrolled devices and the revoked ones."""
     keys = KeyFolder(folder)
-    devices = keys.devices()
+    devices, revoked = keys.devices(), keys.revoked_devices()
     if as_json:
-        report = {"station": keys.public_key, "devices": [asdict(device) for device in devices]}
+        report = {
+            "station": keys.public_key,
+            "devices": [asdict(device) for device in devices],
+            "revoked": [asdict(device) for device in revoked],
+        }
         sys.stdout.write(json.dumps(report) + "\n")
         return
     typer.echo(f"{keys.public_key}  this base station")
     for device in devices:
         typer.echo(f"{device.public_key}  {device.name}")
+    for device in revoked:
+        typer.echo(f"{device.public_key}  {device.name} (revoked)")
 
 
 def main() -> None:

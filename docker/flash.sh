@@ -155,20 +155,21 @@ check_image() {
   fi
 }
 
-# Reads STATION_PUBLIC, the file station.pub, and whether the board's key is ENROLLED.
+# Reads STATION_PUBLIC, the file station.pub, and whether the board's key is ENROLLED; a revoked one is refused.
 check_station() {
-  local listed key
+  local listed key known=''
   if ! STATION_PUBLIC=$(at_station "keys show $KEYS") || ! listed=$(at_station "keys list $KEYS"); then
     fail "the base station's keys cannot be read; see --keys and --station-command"
   fi
   key=$(ask_board "[ ! -e $STATE/keys/device.pub ] || cat $STATE/keys/device.pub" | cut -d' ' -f2)
   [ -n "$NAME" ] || NAME=$(ask_board hostname)
-  ENROLLED=''
-  if [ -n "$key" ] && grep --fixed-strings --quiet -- "$key" <<<"$listed"; then
-    ENROLLED=yes
-  elif grep --quiet "  $NAME$" <<<"$listed"; then
-    fail "--name is '$NAME', which another device has at the base station; choose another, or revoke it"
-  fi
+  [ -z "$key" ] || known=$(grep --fixed-strings -- "$key" <<<"$listed") || true
+  ENROLLED=$known
+  case $known in
+    *' (revoked)') fail "the base station has revoked the key of $HOST; remove $STATE/keys/device and device.pub there for another" ;;
+    '') ! grep --quiet "  $NAME$" <<<"$listed" ||
+      fail "--name is '$NAME', which another device has at the base station; choose another, or revoke it" ;;
+  esac
 }
 
 # What a running service has is kept in STATE/previous; its image as :previous, unless the new one has another name.

@@ -277,6 +277,17 @@ def test_a_new_board_whose_image_is_not_healthy_has_nothing_to_go_back_to(docker
     assert "not healthy after 3 s; there is nothing to roll back to" in failed.stderr
 
 
+def test_a_board_whose_key_was_revoked_is_not_enrolled_again(docker_board: DockerBoard) -> None:
+    assert docker_board.flash("good", 8080).returncode == 0
+    keys = KeyFolder(docker_board.folder / "keys")
+    (board,) = keys.devices()
+    keys.revoke(board.name)
+    refused = docker_board.flash("good", 8080)
+    assert refused.returncode == 1
+    assert refused.stderr.startswith("error: the base station has revoked the key of root@board; remove /var/lib/")
+    assert keys.devices() == []
+
+
 def test_a_board_that_is_off_is_told_from_one_that_asks_for_a_password(board: Board, tmp_path: Path) -> None:
     KeyFolder.create(tmp_path / "keys")
     options = ["--server", "tcp://10.0.0.1:5755", "--keys", str(tmp_path / "keys"), "--bundle", str(BUNDLE)]

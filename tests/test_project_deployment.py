@@ -1,5 +1,6 @@
 """Compose files, images and units: what would fail only on another machine is looked for here."""
 
+import os
 import re
 import subprocess
 import sys
@@ -11,6 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
+from basestation.devices.key_folder import EnrolledDevice, KeyFolder
+from device.link.curve_keys import new_key
 from tests.command_settings import settings_of
 from tests.sample import PROJECT
 
@@ -52,6 +55,29 @@ def test_compose_sets_options_by_environment(name: str, monkeypatch: pytest.Monk
     }
     assert set(variables) == set(environment)
     assert SERVICES[name]["command"] in ("serve ${DEVICE_OPTIONS-}", "serve ${STATION_OPTIONS-}")
+
+
+def test_compose_enrolls_the_device_once_and_never_a_revoked_key(tmp_path: Path) -> None:
+    station, device = tmp_path / "station", tmp_path / "device"
+    device.mkdir()
+    new_key(device / "device")
+
+    def enroll() -> list[EnrolledDevice]:
+        script = SERVICES["enroll"]["command"][0].replace("$$", "$")
+        script = script.replace("/device-keys", str(device)).replace("/keys", str(station))
+        path = f"{Path(sys.executable).parent}:/usr/bin:/bin"
+        subprocess.run([*SERVICES["enroll"]["entrypoint"], script], check=True, env={**os.environ, "PATH": path})
+        return KeyFolder(station).devices()
+
+    first = enroll()
+    assert [one.name for one in first] == ["local"]
+    assert enroll() == first
+    KeyFolder(station).revoke("local")
+    assert enroll() == []
+    for path in device.glob("device*"):
+        path.unlink()
+    key = new_key(device / "device")
+    assert enroll() == [EnrolledDevice("local", key)]
 
 
 @pytest.mark.parametrize("whole", [CPU, CUDA], ids=["cpu", "cuda"])

@@ -119,8 +119,22 @@ def test_devices_are_enrolled_and_revoked(tmp_path: Path) -> None:
     assert folder.name_of(keys["phone"]) is None
     assert [device.name for device in KeyFolder(tmp_path / "keys").devices()] == ["camera"]
     assert [folder.is_revoked(key) for key in keys.values()] == [True, False]
-    folder.enroll("phone", keys["phone"])
-    assert not folder.is_revoked(keys["phone"])
+    assert [(device.name, device.public_key) for device in folder.revoked_devices()] == [("phone", keys["phone"])]
+
+
+def test_a_revoked_key_is_not_enrolled_again_unless_its_file_is_removed(tmp_path: Path) -> None:
+    folder = KeyFolder.create(tmp_path / "keys")
+    key, other = new_key(tmp_path / "phone"), new_key(tmp_path / "other")
+    folder.enroll("phone", key)
+    folder.revoke("phone")
+    with pytest.raises(SettingsError, match="a key that was not revoked") as caught:
+        folder.enroll("phone", key)
+    assert (folder.is_enrolled(key), folder.is_revoked(key)) == (False, True)
+    folder.enroll("phone", other)
+    Path(caught.value.allowed.partition("to admit this one again, remove ")[2]).unlink()
+    folder.enroll("camera", key)
+    assert [device.name for device in folder.devices()] == ["camera", "phone"]
+    assert folder.revoked_devices() == []
 
 
 def test_a_folder_that_cannot_be_looked_into_does_not_say_no(tmp_path: Path) -> None:
@@ -211,10 +225,15 @@ def test_the_commands_new_enroll_list_and_revoke(commands: Commands, tmp_path: P
     assert listed == {
         "station": read_public(str(keys / "station.pub")),
         "devices": [{"name": "phone", "public_key": public}],
+        "revoked": [],
     }
     assert f"{public}  phone\n" in commands.run(station_app, "keys", "list", keys)[1]
     assert commands.run(station_app, "keys", "revoke", keys, "phone")[:2] == (0, "revoked phone\n")
-    assert json.loads(commands.run(station_app, "keys", "list", keys, "--json")[1])["devices"] == []
+    listed = json.loads(commands.run(station_app, "keys", "list", keys, "--json")[1])
+    assert (listed["devices"], listed["revoked"]) == ([], [{"name": "phone", "public_key": public}])
+    assert f"{public}  phone (revoked)\n" in commands.run(station_app, "keys", "list", keys)[1]
+    code, _, errors = commands.run(station_app, "keys", "enroll", keys, "phone", f"{phone}.pub")
+    assert (code, "a key that was not revoked" in errors) == (2, True)
 
 
 def test_the_commands_for_keys_do_not_load_pytorch() -> None:

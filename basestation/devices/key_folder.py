@@ -84,7 +84,7 @@ class KeyFolder:
         """Enroll a device; a running base station admits it at once.
 
         Raises:
-            SettingsError: the name is invalid or taken, or the key is already enrolled.
+            SettingsError: the name is invalid or taken, or the key is already enrolled, or was revoked.
         """
         if not _NAME.fullmatch(name):
             raise SettingsError(
@@ -94,8 +94,14 @@ class KeyFolder:
             raise SettingsError("the device's name", name, "a name that is not enrolled; revoke this one first")
         if (known := self.name_of(key)) is not None:
             raise SettingsError("the device's key", key, f"a key that is not enrolled; this one is {known!r}")
+        if self.is_revoked(key):
+            file = self._revoked_file(key)
+            raise SettingsError(
+                "the device's key",
+                key,
+                f"a key that was not revoked; create another on the device, or to admit this one again, remove {file}",
+            )
         self._file(key).write_text(f"{name}\n", encoding="ascii")
-        self._revoked_file(key).unlink(missing_ok=True)
 
     def revoke(self, name: str) -> None:
         """Revoke a device's key; a running base station ends its sessions.
@@ -116,13 +122,15 @@ class KeyFolder:
         Raises:
             KeyFileError: the folder cannot be read.
         """
-        try:
-            files = [path.name for path in self._devices.iterdir() if _FILE_NAME.fullmatch(path.name)]
-        except OSError as error:
-            raise _unreadable(error) from error
-        keys = (z85.encode(bytes.fromhex(name)).decode() for name in files)
-        named = [EnrolledDevice(name, key) for key in keys if (name := self.name_of(key)) is not None]
-        return sorted(named, key=lambda device: device.name)
+        return _devices_in(self._devices)
+
+    def revoked_devices(self) -> list[EnrolledDevice]:
+        """All revoked devices, sorted by name; several may have had the same one.
+
+        Raises:
+            KeyFileError: the folder cannot be read.
+        """
+        return _devices_in(self._revoked) if _exists(self._revoked) else []
 
     def is_enrolled(self, key: str) -> bool:
         """Whether a key is enrolled now; opens no file, so it needs no descriptor.
@@ -150,7 +158,7 @@ class KeyFolder:
         Raises:
             KeyFileError: its file cannot be read.
         """
-        return _read_name(self._file(key))
+        return _name_in(self._file(key))
 
     def revoked_name_of(self, key: str) -> str | None:
         """The name under which a revoked key was enrolled; None if it is not known.
@@ -158,7 +166,7 @@ class KeyFolder:
         Raises:
             KeyFileError: its file cannot be read.
         """
-        return _read_name(self._revoked_file(key))
+        return _name_in(self._revoked_file(key))
 
     def _names(self) -> list[str]:
         return [device.name for device in self.devices()]
@@ -170,8 +178,19 @@ class KeyFolder:
         return self._revoked / z85.decode(key).hex()
 
 
-def _read_name(file: Path) -> str | None:
-    """The name in the file of a key; None if there is no file."""
+def _devices_in(folder: Path) -> list[EnrolledDevice]:
+    """The devices of ``devices`` or ``revoked``, sorted by name."""
+    try:
+        files = [path for path in folder.iterdir() if _FILE_NAME.fullmatch(path.name)]
+    except OSError as error:
+        raise _unreadable(error) from error
+    named = ((_name_in(file), z85.encode(bytes.fromhex(file.name)).decode()) for file in files)
+    found = [EnrolledDevice(name, key) for name, key in named if name is not None]
+    return sorted(found, key=lambda device: device.name)
+
+
+def _name_in(file: Path) -> str | None:
+    """The name in a device's file; None where there is no such file."""
     try:
         return file.read_text(encoding="ascii", errors="replace").strip()[:_MAX_NAME]
     except FileNotFoundError:
