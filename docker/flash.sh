@@ -18,7 +18,7 @@
 #   --port PORT         port of the service on the board's loopback; default 8080
 #   --dry-run           make all checks, and print each step without running it
 #
-# A board whose service does not become healthy gets back the image, bundle, configuration and unit it had.
+# A board whose service does not become healthy gets back all that it had. A run that was interrupted can be repeated.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -47,6 +47,7 @@ main() {
     send_environment
   fi
   send_bundle
+  [ "$ENGINE" = docker ] || replace venv
   make_key
   make_api_key
   enroll
@@ -58,7 +59,6 @@ main() {
   step "start edgedraft-device at boot, and now"
   on_board "systemctl daemon-reload && systemctl enable --quiet edgedraft-device && systemctl restart edgedraft-device"
   wait_until_ready
-  prune
 }
 
 options() {
@@ -172,33 +172,58 @@ check_station() {
   esac
 }
 
-# What a running service has is kept in STATE/previous; its image as :previous, unless the new one has another name.
+# What a running service has is kept in STATE/previous, its image as :previous, until the new one is healthy or rolled
+# back. If that is there already, what the board has now is untested.
 keep_previous() {
-  PREVIOUS='' PREVIOUS_IMAGE=''
-  ask_board "[ -e $UNIT ] && systemctl is-active --quiet edgedraft-device" || return 0
-  PREVIOUS=yes
-  step "keep what the board has"
-  on_board "rm -rf $STATE/previous && mkdir -p $STATE/previous && cp $UNIT $CONFIGURATION $STATE/previous"
-  if [ "$ENGINE" = docker ] && ask_board "grep --fixed-strings --quiet ' $(image latest) ' $UNIT"; then
-    PREVIOUS_IMAGE=$(image previous)
-    on_board "docker tag $(image latest) $PREVIOUS_IMAGE"
+  local kept=$STATE/previous
+  PREVIOUS=''
+  if ask_board "[ -e $kept/${UNIT##*/} ]"; then
+    step "the last run did not finish: keep what the board had before it"
+  elif ask_board "[ -e $UNIT ] && systemctl is-active --quiet edgedraft-device"; then
+    step "keep what the board has"
+    tag_image latest previous "$UNIT"
+    on_board "rm -rf $kept && mkdir -p $kept && cp $CONFIGURATION $kept && cp $UNIT $kept"
+  else
+    return 0
   fi
+  PREVIOUS=yes
+}
+
+# tag_image TAG TAG UNIT: gives the image of a unit another tag; a unit without docker has none.
+tag_image() {
+  on_board "for name in \$(sed -n 's|.* \(localhost/.*\):latest serve\$|\1|p' $3); do docker tag \$name:$1 \$name:$2; done"
+}
+
+# replace NAME: puts STATE/NAME.new in the place of STATE/NAME, which is kept.
+replace() {
+  local kept=$STATE/previous/$1
+  [ -z "$PREVIOUS" ] || on_board "[ -d $kept ] || [ ! -d $STATE/$1 ] || mv $STATE/$1 $kept"
+  on_board "rm -rf $STATE/$1 && mv $STATE/$1.new $STATE/$1"
 }
 
 roll_back() {
+  local kept=$STATE/previous name
   [ -n "$PREVIOUS" ] || fail "$1; there is nothing to roll back to; see: ssh $HOST journalctl --unit edgedraft-device"
   step "$1: roll back"
-  [ -z "$PREVIOUS_IMAGE" ] || on_board "docker tag $PREVIOUS_IMAGE $(image latest)"
-  on_board "cd $STATE/previous && cp ${UNIT##*/} $UNIT && cp ${CONFIGURATION##*/} $CONFIGURATION"
-  on_board "[ ! -d $STATE/previous/bundle ] || { rm -rf $STATE/bundle && mv $STATE/previous/bundle $STATE/bundle; }"
+  tag_image previous latest "$kept/${UNIT##*/}"
+  on_board "cp $kept/${UNIT##*/} $UNIT && cp $kept/${CONFIGURATION##*/} $CONFIGURATION"
+  for name in bundle venv; do
+    on_board "[ ! -d $kept/$name ] || { rm -rf $STATE/$name && mv $kept/$name $STATE/$name; }"
+  done
   on_board "systemctl daemon-reload && systemctl restart edgedraft-device"
+  forget_previous
   fail "$1; the board is back on what it had; see: ssh $HOST journalctl --unit edgedraft-device"
 }
 
-# The previous image, configuration and unit stay.
+# The unit first: without it, nothing counts as kept.
+forget_previous() {
+  on_board "rm -f $STATE/previous/${UNIT##*/} && rm -rf $STATE/previous"
+}
+
+# The previous image stays.
 prune() {
   step "remove what is no longer needed"
-  on_board "rm -rf $STATE/previous/bundle"
+  forget_previous
   [ "$ENGINE" = python ] ||
     on_board "docker image prune --force --filter label=org.opencontainers.image.title=edgedraft-$IMAGE_NAME >/dev/null"
 }
@@ -232,15 +257,18 @@ send_image() {
     fail "$HOST could not load an image with a name from $file; the service runs as before"
 }
 
-# Copies the packages of the device; pip on the board installs the dependencies of the device extra.
+# Copies the packages of the device; pip on the board installs the dependencies of the device extra into STATE/venv.new.
+# The command in it names its Python, which moves.
 send_environment() {
+  local new=$STATE/venv.new
   step "create an environment in $STATE/venv"
   on_board "id edgedraft >/dev/null 2>&1 || useradd --uid $USER_ID --no-create-home --shell /usr/sbin/nologin edgedraft"
-  on_board "mkdir -p $STATE/source && rm -rf $STATE/source/*"
+  on_board "rm -rf $STATE/source $new && mkdir -p $STATE/source"
   pipe "tar --create --exclude=__pycache__ pyproject.toml constraints.txt README.md LICENSE protocol common device" \
     "tar --extract --no-same-owner --directory $STATE/source"
-  on_board "[ -x $STATE/venv/bin/python ] || python3 -m venv $STATE/venv"
-  on_board "cd $STATE/source && $STATE/venv/bin/pip install --quiet --constraint constraints.txt '.[device]'"
+  on_board "if [ -x $STATE/venv/bin/python ]; then cp -a $STATE/venv $new; else python3 -m venv $new; fi"
+  on_board "cd $STATE/source && $new/bin/python -m pip install --quiet --constraint constraints.txt '.[device]'"
+  on_board "sed -i '1s|$new/|$STATE/venv/|' $new/bin/edgedraft-device && rm -rf $STATE/source"
 }
 
 # The manifest contains the hashes of all files, so an equal manifest means an equal bundle.
@@ -254,8 +282,8 @@ send_bundle() {
   step "copy the bundle $BUNDLE"
   on_board "rm -rf $STATE/bundle.new && mkdir -p $STATE/bundle.new"
   pipe "tar --create --directory $BUNDLE ." "tar --extract --no-same-owner --directory $STATE/bundle.new"
-  on_board "[ ! -d $STATE/previous ] || [ ! -d $STATE/bundle ] || mv $STATE/bundle $STATE/previous/bundle"
-  on_board "chmod -R a+rX $STATE/bundle.new && rm -rf $STATE/bundle && mv $STATE/bundle.new $STATE/bundle"
+  on_board "chmod -R a+rX $STATE/bundle.new"
+  replace bundle
 }
 
 make_key() {
@@ -381,33 +409,31 @@ gpu() {
 
 # Without an answer of /healthz the service is at fault, without one of /readyz the link or the base station.
 wait_until_ready() {
-  local url=http://127.0.0.1 python=$STATE/venv/bin/python waited=0
   step "wait until it is ready"
-  if [ "$ENGINE" = docker ]; then
-    python="docker exec edgedraft-device python3" url+=:8080
-  else
-    url+=:$PORT
-  fi
-  if [ -n "$DRY_RUN" ]; then
-    on_board "$(probe_of "$python" "$url/readyz")"
-    return
-  fi
-  until ask_board "$(probe_of "$python" "$url/healthz")" 2>/dev/null; do
-    [ $((waited += 2)) -lt "$READY_SECONDS" ] || roll_back "not healthy after $READY_SECONDS s"
-    sleep 2
-  done
-  until ask_board "$(probe_of "$python" "$url/readyz")" 2>/dev/null; do
-    [ $((waited += 2)) -lt "$READY_SECONDS" ] ||
-      fail "healthy, but $SERVER has not answered after $READY_SECONDS s; on the board run: $(doctor)"
-    sleep 2
-  done
+  SECONDS=0
+  wait_for healthz || roll_back "not healthy after $READY_SECONDS s"
+  prune
+  wait_for readyz || fail "healthy, but $SERVER has not answered after $READY_SECONDS s; on the board run: $(doctor)"
+  [ -z "$DRY_RUN" ] || return 0
   echo "ready: http://127.0.0.1:$PORT/v1 on the board; to reach it from here: ssh -N -L $PORT:127.0.0.1:$PORT $HOST"
   echo "API key: $STATE/keys/api on the board"
 }
 
-# probe_of PYTHON URL: a command that fails unless the service answers.
-probe_of() {
-  echo "$1 -c \"from urllib.request import urlopen; urlopen('$2', timeout=5)\""
+# wait_for PATH: fails unless the service answers there READY_SECONDS after the start of the wait.
+wait_for() {
+  local address=127.0.0.1:$PORT python=$STATE/venv/bin/python
+  if [ "$ENGINE" = docker ]; then
+    address=127.0.0.1:8080 python="docker exec edgedraft-device python3"
+  fi
+  local probe="$python -c \"from urllib.request import urlopen; urlopen('http://$address/$1', timeout=5)\""
+  if [ -n "$DRY_RUN" ]; then
+    on_board "$probe"
+    return
+  fi
+  until ask_board "$probe" 2>/dev/null; do
+    [ "$SECONDS" -lt "$READY_SECONDS" ] || return 1
+    sleep 2
+  done
 }
 
 doctor() {

@@ -107,7 +107,7 @@ def board(tmp_path: Path) -> Iterator[Board]:
 
 def state_of(root: Path) -> dict[str, bytes]:
     """The files that flashing writes on a board, without the environment."""
-    folders = [root / "var/lib/edgedraft" / name for name in ("keys", "bundle", "source")]
+    folders = [root / "var/lib/edgedraft" / name for name in ("keys", "bundle")]
     found = [path for folder in folders for path in folder.rglob("*") if "__pycache__" not in path.parts]
     files = [
         path
@@ -153,6 +153,18 @@ def test_a_board_is_ready_after_one_run_and_unchanged_by_a_second(board: Board, 
         assert "the board has a key already" in second.stdout
         assert state_of(board.root) == state
         assert (board.root / "run/systemctl.log").read_text().count("enable --quiet edgedraft-device") == 2
+
+        (module,) = board.root.glob("var/lib/edgedraft/venv/lib/python3*/site-packages/device/__init__.py")
+        module.write_text("# of the environment before\n")
+        bad_bundle = tmp_path / "bad"
+        bad_bundle.mkdir()
+        (bad_bundle / "manifest.json").write_text("{}")
+        failed = board.flash(*options, "--bundle", str(bad_bundle), READY_SECONDS="3")
+        assert failed.returncode == 1
+        assert "not healthy after 3 s; the board is back on what it had" in failed.stderr
+        assert state_of(board.root) == state
+        assert module.read_text() == "# of the environment before\n"
+        assert {path.name for path in (board.root / "var/lib/edgedraft").iterdir()} == {"bundle", "keys", "venv"}
 
 
 def with_docker(board: Board) -> None:
@@ -246,6 +258,24 @@ def test_a_board_whose_image_is_not_healthy_gets_back_what_it_had(docker_board: 
     assert images == {"edgedraft-device:latest": "good but alone", "edgedraft-device:previous": "good"}
 
 
+@pytest.mark.parametrize("systemctl", ["#!/bin/sh\n", '#!/bin/sh\n[ "$1" != is-active ]\n'], ids=["runs", "restarts in a loop"])
+def test_a_run_after_an_interrupted_one_rolls_back_to_what_was_healthy(
+    systemctl: str, docker_board: DockerBoard
+) -> None:
+    assert docker_board.flash("good", 8080).returncode == 0
+    state = state_of(docker_board.board.root)
+    write_program(docker_board.board, "systemctl", '#!/bin/sh\n[ "$1" = is-active ]\n')
+    interrupted = docker_board.flash("bad", 9090)
+    assert interrupted.returncode == 1
+    assert "error: " not in interrupted.stderr
+    assert state_of(docker_board.board.root) != state
+    write_program(docker_board.board, "systemctl", systemctl)
+    failed = docker_board.flash("bad", 9090)
+    assert "the board is back on what it had" in failed.stderr
+    assert docker_board.images["edgedraft-device:latest"] == "good"
+    assert state_of(docker_board.board.root) == state
+
+
 @pytest.mark.parametrize("image", ["broken", "unnamed"])
 def test_an_image_that_the_board_cannot_load_changes_nothing(image: str, docker_board: DockerBoard) -> None:
     assert docker_board.flash("good", 8080).returncode == 0
@@ -268,7 +298,8 @@ def test_a_board_changes_to_an_image_of_another_name_and_back(docker_board: Dock
     changed = docker_board.flash("good jetson", 8080, *jetson)
     assert changed.returncode == 0, changed.stderr
     images = docker_board.images
-    assert images == {"edgedraft-device:latest": "good", "edgedraft-device-jetson:latest": "good jetson"}
+    kept = {"edgedraft-device:latest": "good", "edgedraft-device:previous": "good"}
+    assert images == {**kept, "edgedraft-device-jetson:latest": "good jetson"}
 
 
 def test_a_new_board_whose_image_is_not_healthy_has_nothing_to_go_back_to(docker_board: DockerBoard) -> None:
