@@ -24,6 +24,7 @@ from transformers import (
 from common.chat_template import default_template
 from common.error_text import first_line
 from common.gguf_metadata import GgufVocabulary
+from common.gguf_rope import refuse_gguf_rope
 from common.hub import hub_folder
 from common.stop_ids import GGUF_STOP_ROLES, StopSources, stop_sources
 from export.gguf_tokenizer import gguf_tokenizer
@@ -63,13 +64,14 @@ def unpack_gguf(path: Path, folder: Path, *, weights: bool = True, dtype: torch.
     """Convert a GGUF file to a model folder in the empty folder ``folder``, with weights of ``dtype``.
 
     Raises:
-        ModelError: the file is missing, damaged or of an unsupported architecture.
+        ModelError: the file is missing, damaged, of an unsupported architecture, or has scaled position embeddings.
         QualityError: a control or user-defined token does not encode to its id.
     """
     if not path.is_file():
         raise ModelError(f"{str(path)!r} does not exist; allowed: a model folder, a hub name or a .gguf file")
     with _reading(repr(str(path))):
         vocabulary = GgufVocabulary.read(path)
+        refuse_gguf_rope(path)
         tokenizer = gguf_tokenizer(vocabulary)
         check_tokens(tokenizer.backend_tokenizer, vocabulary.added_tokens)
         tokenizer.save_pretrained(folder)

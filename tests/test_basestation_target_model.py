@@ -19,9 +19,10 @@ from basestation.target import pretrained
 from basestation.target.attention import ATTENTION_NAME
 from basestation.target.pretrained import register_attention
 from basestation.target.segment import Segment
-from basestation.target.supported_models import ROPE_TYPES, SUPPORTED, refuse_gguf_rope, refuse_unsupported
+from basestation.target.supported_models import ROPE_TYPES, SUPPORTED, refuse_unsupported
 from basestation.target.target_model import TargetModel
 from basestation.target.vocabulary import Vocabulary
+from common.gguf_rope import refuse_gguf_rope
 from protocol.errors import ModelError, SettingsError
 from tests.fakes import token_names
 

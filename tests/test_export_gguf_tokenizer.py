@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import sentencepiece
+from gguf import RopeScalingType
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
@@ -17,6 +18,7 @@ from common.gguf_metadata import GgufVocabulary, TokenType
 from common.stop_ids import all_stop_ids, gguf_stop_sources
 from device.text.tokenizer import Tokenizer
 from export.gguf_tokenizer import gguf_tokenizer
+from export.source import model_folder
 from export.tokenizer_check import check_tokenizer
 from protocol.bundle import CHAT_TEMPLATE_NAME, TOKENIZER_NAME, FileRecord
 from protocol.errors import ModelError
@@ -224,6 +226,13 @@ def test_what_is_not_known_is_refused_by_name(changes: dict[str, Any], match: st
     path = byte_level_file(tmp_path / "bytes.gguf", **changes)
     with pytest.raises(ModelError, match=match):
         gguf_tokenizer(GgufVocabulary.read(path))
+
+
+@pytest.mark.parametrize("weights", [True, False])
+def test_a_file_with_scaled_positions_is_refused(weights: bool, tmp_path: Path) -> None:
+    path = byte_level_file(tmp_path / "scaled.gguf", rope_scaling_type=RopeScalingType.YARN)
+    with pytest.raises(ModelError, match=r"llama\.rope\.scaling\.type 'yarn', which is not read from GGUF; name the"):
+        model_folder(str(path), tmp_path, weights=weights)
 
 
 def test_a_damaged_file_is_refused_in_one_line(byte_level: Path, tmp_path: Path) -> None:

@@ -20,12 +20,13 @@ from basestation.kv_cache.memory import check_fits, check_host, parameter_count
 from basestation.target.attention import ATTENTION_NAME, packed_attention
 from basestation.target.gguf_cache import cache_entry, fill
 from basestation.target.quantized_weights import quantization_method, without_later_expansion
-from basestation.target.supported_models import refuse_gguf_rope, refuse_unsupported
+from basestation.target.supported_models import refuse_unsupported
 from basestation.target.tensor_parallel import refuse_unsplittable
 from basestation.target.vocabulary import Vocabulary
 from common.chat_template import default_template
 from common.error_text import first_line
 from common.gguf_metadata import GgufVocabulary
+from common.gguf_rope import refuse_gguf_rope
 from common.hub import hub_folder
 from common.stop_ids import StopSources, all_stop_ids, gguf_stop_sources, stop_sources
 from protocol.errors import ModelError

@@ -1,6 +1,5 @@
 """Which target models are served: those whose packed batches give the tokens that the model alone gives."""
 
-from pathlib import Path
 from typing import Any
 
 from basestation.target.quantized_weights import refuse_unsupported_quantization
@@ -26,7 +25,6 @@ SUPPORTED = (
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Position embeddings that depend on a token's own position alone."""
 _BATCH_DEPENDENT_ROPE = ("dynamic", "longrope", "su")
-_GGUF_REMEDY = "name the model's folder or hub name instead"
 
 
 def refuse_unsupported(config: Any) -> None:
@@ -61,20 +59,3 @@ def _refuse_rope(config: Any) -> None:
         if kind not in ROPE_TYPES:
             reason = ": its factors depend on the longest sequence of a batch" if kind in _BATCH_DEPENDENT_ROPE else ""
             raise ModelError(f"rope type {kind!r} is not supported{reason}; supported: {', '.join(ROPE_TYPES)}")
-
-
-def refuse_gguf_rope(path: Path) -> None:
-    """Refuse a GGUF file with scaled position embeddings, which transformers would load without the scaling.
-
-    Raises:
-        ModelError: names the field or the tensor.
-    """
-    import gguf  # only for .gguf files
-
-    reader = gguf.GGUFReader(path)
-    for name, entry in reader.fields.items():
-        if name.endswith(".rope.scaling.type") and (kind := entry.contents()) != "none":
-            raise ModelError(f"{str(path)!r} has {name} {kind!r}, which is not read from GGUF; {_GGUF_REMEDY}")
-    for tensor in reader.tensors:
-        if tensor.name.startswith(("rope_freqs", "rope_factors")):
-            raise ModelError(f"{str(path)!r} has the tensor {tensor.name!r}, which is not read; {_GGUF_REMEDY}")
