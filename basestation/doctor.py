@@ -38,10 +38,11 @@ _WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 
 @dataclass(frozen=True)
 class _Placement:
-    """Where the target runs, and in which precision its weights are."""
+    """Where the target runs, in which precision its weights are, and whether linear layers get int8 ones."""
 
     torch_device: torch.device
     dtype: torch.dtype
+    int8: bool
 
 
 def examine(options: StationOptions, as_json: bool) -> bool:
@@ -82,7 +83,7 @@ def _processor(options: StationOptions, config: Any) -> Finding[_Placement]:
     """
     device = choose_placement(options.torch_device)
     int8 = may_be_int8(options.weights, device, quantization_method(config), options.tensor_parallel or 1)
-    placement = _Placement(device, choose_dtype(options.dtype, device, int8))
+    placement = _Placement(device, choose_dtype(options.dtype, device, int8), int8)
     precision = dtype_name(placement.dtype)
     if device.type == "cuda":
         return Finding(f"CUDA: {torch.cuda.get_device_name(device)}, {precision}", placement)
@@ -90,15 +91,16 @@ def _processor(options: StationOptions, config: Any) -> Finding[_Placement]:
     if options.torch_device == "auto" and _NVIDIA_DRIVER.exists():
         remedy = "install a PyTorch build for this driver's CUDA version"
         return Finding(f"{text}, although there is an NVIDIA driver", placement, Status.WARNING, remedy)
-    if placement.dtype is not packed_dtype(placement.dtype):
+    if placement.dtype is not packed_dtype(placement.dtype) and not int8:
         remedy = "choose --dtype float32, which takes less memory, or a processor with these instructions"
         return Finding(f"{text}, and no bfloat16 instructions", placement, Status.WARNING, remedy)
     return Finding(text, placement)
 
 
 def _memory(model: str, ranks: int, config: Any, placement: _Placement) -> Finding[int]:
-    needed = check_fits(config, placement.dtype, placement.torch_device, model_folder(model), ranks)
-    free = readable_size(free_memory(placement.torch_device))
+    folder, device = model_folder(model), placement.torch_device
+    needed = check_fits(config, placement.dtype, device, folder, ranks, placement.int8)
+    free = readable_size(free_memory(device))
     weights = "the weights take" if ranks == 1 else "a rank's share of the weights takes"
     return Finding(f"{weights} {readable_size(needed)} of {free} free", needed)
 

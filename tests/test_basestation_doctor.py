@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from basestation.cli import app
 from basestation.devices.key_folder import KeyFolder
@@ -109,6 +110,20 @@ def test_int8_weights_of_a_quantised_target_are_refused(
     target = write_target(tmp_path, quantization_config=settings)
     report = doctor.report("--target", target, "--bind", ANY_PORT, "--torch-device", "cpu", "--weights", "int8")
     assert "the checkpoint is quantised by 'bitsandbytes'" in report.failure("processor")
+
+
+def test_int8_weights_do_without_bfloat16_instructions_and_the_memory_for_float32(
+    doctor: DoctorCommand, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(int8_linear, "int8_obstacle", lambda _: None)
+    for module in ("doctor", "target.packed_linear"):
+        monkeypatch.setattr(f"basestation.{module}.packed_dtype", lambda _: torch.float32)
+    options = ["--target", target, "--bind", ANY_PORT, "--torch-device", "cpu", "--dtype", "bfloat16"]
+    whole, int8 = (doctor.report(*options, "--weights", weights) for weights in ("dtype", "int8"))
+    assert (whole.status("processor"), int8.status("processor")) == (Status.WARNING, Status.OK)
+    sizes = [re.search(r"take ([\d.]+) KiB of", one.checks["memory"].finding) for one in (whole, int8)]
+    taken = [float(size[1]) for size in sizes if size]
+    assert taken[0] == pytest.approx(3 * taken[1], rel=0.01)  # 2 + 4 bytes of a parameter
 
 
 def test_a_kv_pool_shorter_than_the_context_is_a_warning(doctor: DoctorCommand, target: Path) -> None:

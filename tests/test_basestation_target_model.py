@@ -13,11 +13,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from basestation.kv_cache import memory
 from basestation.kv_cache.kv_pool import SequenceKVCache
-from basestation.kv_cache.memory import check_fits, kv_budget
+from basestation.kv_cache.memory import check_fits, kv_budget, parameter_count
 from basestation.sizes import parse_size
-from basestation.target import pretrained
+from basestation.target import packed_linear, pretrained
 from basestation.target.attention import ATTENTION_NAME
-from basestation.target.pretrained import register_attention
+from basestation.target.pretrained import register_attention, weight_files
 from basestation.target.segment import Segment
 from basestation.target.supported_models import ROPE_TYPES, SUPPORTED, refuse_unsupported
 from basestation.target.target_model import TargetModel
@@ -399,6 +399,16 @@ def test_a_target_that_does_not_fit_is_refused_with_both_sizes(monkeypatch: pyte
         ModelError, match=r"0\.27 billion parameters in float32 take 1\.0 GiB, and 1\.0 MiB are free on cpu"
     ):
         check_fits(config, torch.float32, CPU)
+
+
+def test_a_target_for_int8_weights_needs_the_memory_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed_linear, "packed_dtype", lambda _: torch.float32)  # no bfloat16 instructions
+    config = tiny_config("llama")
+    config.save_pretrained(tmp_path)
+    monkeypatch.setattr(memory, "free_memory", lambda _: 2 * parameter_count(config))
+    assert weight_files(str(tmp_path), torch.bfloat16, CPU, 1, int8=True, use_cache=True) == str(tmp_path)
+    with pytest.raises(ModelError, match="parameters in bfloat16 take"):
+        weight_files(str(tmp_path), torch.bfloat16, CPU, 1, int8=False, use_cache=True)
 
 
 def test_attention_on_cuda_does_without_cudnn() -> None:

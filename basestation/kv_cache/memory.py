@@ -113,7 +113,12 @@ def check_host(needed: int) -> None:
 
 
 def check_fits(
-    config: Any, dtype: torch.dtype, placement: torch.device, folder: Path | None = None, ranks: int = 1
+    config: Any,
+    dtype: torch.dtype,
+    placement: torch.device,
+    folder: Path | None = None,
+    ranks: int = 1,
+    int8: bool = False,
 ) -> int:
     """Refuse a model whose weights do not fit, before they are read.
 
@@ -123,6 +128,7 @@ def check_fits(
         placement: where they go.
         folder: with its files, which say how large quantised weights are.
         ranks: over which it is split.
+        int8: whether its linear layers get int8 weights: one after the other, each smaller than what it replaces.
 
     Returns:
         The bytes of its weights, or of the largest share.
@@ -131,7 +137,7 @@ def check_fits(
         ModelError: with both sizes; or they are quantised, and their kernels are missing.
     """
     count, method = parameter_count(config, ranks), quantization_method(config)
-    each = packed_bytes(dtype) if placement.type == "cpu" else dtype.itemsize
+    each = packed_bytes(dtype) if placement.type == "cpu" and not int8 else dtype.itemsize
     needed, free = count * each, free_memory(placement)
     if method is not None and folder is not None:
         needed = quantized_bytes(config, folder, count * dtype.itemsize, placement)

@@ -97,7 +97,7 @@ def uses_int8(config: Any, weights: str, dtype: str, placement: torch.device, ra
     if weights == "int8":
         return True
     int8_dtype = choose_dtype(dtype, placement, int8=True)
-    check_fits(config, int8_dtype, placement)  # before a layer of each shape is made
+    check_fits(config, int8_dtype, placement, int8=True)  # before a layer of each shape is made
     return is_faster(config, choose_dtype(dtype, placement), int8_dtype)
 
 

@@ -62,14 +62,16 @@ def model_folder(model: str) -> Path:
     return Path(_source(model)[0])
 
 
-def weight_files(model: str, dtype: torch.dtype, placement: torch.device, ranks: int, use_cache: bool) -> str:
+def weight_files(
+    model: str, dtype: torch.dtype, placement: torch.device, ranks: int, int8: bool, use_cache: bool
+) -> str:
     """What to read: the model, or its converted ``.gguf`` file; memory is enough for it.
 
     Raises:
         ModelError: it does not fit, or the file cannot be converted.
     """
-    files = _converted(model, dtype, placement) if _is_gguf(model) and use_cache else model
-    _check_memory(files, dtype, placement, ranks)
+    files = _converted(model, dtype, placement, int8) if _is_gguf(model) and use_cache else model
+    _check_memory(files, dtype, placement, ranks, int8)
     return files
 
 
@@ -122,14 +124,14 @@ def _load(model: str, dtype: torch.dtype, placement: torch.device) -> Any:
     return AutoModelForCausalLM.from_pretrained(source, **options)
 
 
-def _check_memory(model: str, dtype: torch.dtype, placement: torch.device, ranks: int) -> None:
+def _check_memory(model: str, dtype: torch.dtype, placement: torch.device, ranks: int, int8: bool) -> None:
     """Refuse a model that does not fit where it runs, or whose tensors do not fit on the host on their way there.
 
     Raises:
         ModelError: with both sizes.
     """
     folder = model_folder(model)
-    needed = check_fits(read_config(model), dtype, placement, folder, ranks)
+    needed = check_fits(read_config(model), dtype, placement, folder, ranks, int8)
     if placement.type == "cuda":
         check_host(_largest_tensor(folder) or needed)
 
@@ -145,7 +147,7 @@ def _largest_tensor(folder: Path) -> int:
     return largest
 
 
-def _converted(model: str, dtype: torch.dtype, placement: torch.device) -> str:
+def _converted(model: str, dtype: torch.dtype, placement: torch.device, int8: bool) -> str:
     """The folder of a converted ``.gguf`` file, converted now if it is not there; the file itself if it cannot be kept.
 
     Raises:
@@ -158,7 +160,7 @@ def _converted(model: str, dtype: torch.dtype, placement: torch.device) -> str:
         return model
     if not entry.is_dir():
         config = read_config(model)
-        check_fits(config, dtype, placement)
+        check_fits(config, dtype, placement, int8=int8)
         logger.info("converting %s once, into %s; with --no-cache it is converted at every start", model, entry)
         with _quiet_tools(), _named_failures(model):
             if not fill(

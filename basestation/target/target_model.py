@@ -130,7 +130,7 @@ class TargetModel:
         name, config = model_name(model), read_config(model, share.ranks)
         int8 = uses_int8(config, weights, dtype, placement, share.ranks)
         precision = choose_dtype(dtype, placement, int8)
-        files = weight_files(model, precision, placement, share.ranks, use_cache)
+        files = weight_files(model, precision, placement, share.ranks, int8, use_cache)
         loaded, tokenizer, vocabulary = read_model(model, files, precision, _CPU if ranks else placement, int8)
         if int8:
             name = _with_int8_weights(loaded, vocabulary, name, tokenizer, use_cache)
