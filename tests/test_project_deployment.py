@@ -225,6 +225,16 @@ def test_systemd_accepts_the_unit_of_a_base_station(tmp_path: Path) -> None:
         assert f"{line}\n" in text
 
 
+def test_supervisors_wait_for_a_base_station_that_drains_as_long_as_the_docs_say() -> None:
+    unit = (DOCKER / "systemd" / "edgedraft-basestation.service").read_text(encoding="utf-8")
+    text = (PROJECT / "docs" / "operations.md").read_text(encoding="utf-8")
+    found = re.search(r"wait (\d+) s before they kill it: raise that where `--drain-seconds` is above (\d+)", text)
+    assert found
+    assert SERVICES["basestation"]["stop_grace_period"] == f"{found[1]}s"
+    assert f"\nTimeoutStopSec={found[1]}\nKillMode=mixed\n" in unit  # Ray's processes would end at once otherwise
+    assert int(found[1]) > int(found[2])
+
+
 def test_an_image_is_built_with_every_file_of_its_packages() -> None:
     """Whole folders: buildah does not look for ``!package/*/*.py`` within a folder that ``*`` leaves out."""
     kept = [line.removeprefix("!") for line in (PROJECT / ".dockerignore").read_text().splitlines() if line[0] == "!"]
