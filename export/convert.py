@@ -145,7 +145,7 @@ def _write_bundle(output: Path, models: Models, settings: ConvertSettings, scrat
         choice = WeightChoice(
             target_text, models.vocab_size, settings.conditions, console, bridge.forcing if bridge else None
         )
-    kept, candidates = _built(builder, settings.precision, choice, console)
+    kept, candidates = _built(builder, settings, choice, console)
     own = bridge.draft_vocabulary(choice.text, choice.quality[kept.weights.name]) if bridge and choice else None
     for path in kept.graph_path.parent.iterdir():
         path.rename(output / path.name)
@@ -172,14 +172,16 @@ def _check_room(output: Path, parameters: int, disk_bytes: int) -> None:
 
 
 def _built(
-    builder: CandidateBuilder, precision: Precision | None, choice: WeightChoice | None, console: Console
+    builder: CandidateBuilder, settings: ConvertSettings, choice: WeightChoice | None, console: Console
 ) -> tuple[Built, list[Candidate]]:
     """The graph that the bundle gets, and the formats that were compared for the target."""
-    if choice is not None:
-        return _best(builder, choice, CANDIDATES if precision is None else [FORMATS[precision]], console)
-    if precision is not None:
-        return _checked(builder.build(FORMATS[precision])), []
-    return _default(builder, console), []
+    precision = settings.precision
+    if choice is None:
+        kept = _default(builder, console) if precision is None else _checked(builder.build(FORMATS[precision]))
+        return kept, []
+    if settings.processor is Processor.CUDA and FORMATS[Precision.FP16].name not in settings.conditions.draft_ms:
+        return _without_prediction(builder, choice, console), []
+    return _best(builder, choice, CANDIDATES if precision is None else [FORMATS[precision]], console)
 
 
 def _source_text(
@@ -206,6 +208,18 @@ def _default(builder: CandidateBuilder, console: Console) -> Built:
         f"the source model in {other.figures.argmax_agreement:.3f} instead of {kept.figures.argmax_agreement:.3f} of "
         f"the tokens at temperature 0, {other.figures.coupled_acceptance:.3f} instead of "
         f"{kept.figures.coupled_acceptance:.3f} at 1; --target MODEL compares their speed",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return kept
+
+
+def _without_prediction(builder: CandidateBuilder, choice: WeightChoice, console: Console) -> Built:
+    """The graph for a GPU: how long it takes on the CPU here says nothing of the device."""
+    kept = _checked(builder.build(FORMATS[Precision.FP16]))
+    choice.agreement(kept)
+    console.print(
+        "no speed is predicted for a GPU without --draft-ms: edgedraft-device doctor measures it on the device",
         highlight=False,
         soft_wrap=True,
     )

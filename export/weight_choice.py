@@ -167,7 +167,7 @@ class WeightChoice:
 
     Attributes:
         text: of the target.
-        quality: of each candidate that was compared, against the target, by the name of the format.
+        quality: of each candidate that was run over its text, against the target, by the name of the format.
     """
 
     def __init__(
@@ -195,7 +195,7 @@ class WeightChoice:
         sound = [one for one, failure in zip(candidates, failures, strict=True) if not failure]
         if not sound:
             candidates[0].check()
-        forcings = [self._bridge(one.forcing()) if self._bridge else one.forcing() for one in sound]
+        forcings = [self._forcing(one) for one in sound]
         with self._console.status("measuring the drafting speed"):
             measured = draft_seconds(forcings, self.text.greedy)
         figures = {
@@ -208,7 +208,9 @@ class WeightChoice:
             for one, failure in zip(candidates, failures, strict=True)
         ]
 
-    def _figures(self, built: Built, forcing: Forcing, measured: float) -> Candidate:
+    def agreement(self, built: Built, forcing: Forcing | None = None) -> QualityFigures:
+        """How far a candidate agrees with the target: its argmax at temperature 0, the rest at 1; kept in ``quality``."""
+        forcing = forcing or self._forcing(built)
         greedy, sampled = self.text.greedy, self.text.sampled
         with progress_bar(self._console) as progress:
             steps = sum(len(one.token_ids) for one in (*greedy, *sampled))
@@ -216,7 +218,14 @@ class WeightChoice:
             at_0 = quality.argmax_agreement(forcing, greedy, lambda: progress.advance(task))
             figures = quality.measure(forcing, sampled, lambda: progress.advance(task))
         self.quality[built.weights.name] = replace(figures, argmax_agreement=at_0)
-        at_1 = figures.coupled_acceptance
+        return self.quality[built.weights.name]
+
+    def _forcing(self, built: Built) -> Forcing:
+        return self._bridge(built.forcing()) if self._bridge else built.forcing()
+
+    def _figures(self, built: Built, forcing: Forcing, measured: float) -> Candidate:
+        figures = self.agreement(built, forcing)
+        at_0, at_1 = figures.argmax_agreement, figures.coupled_acceptance
         seconds = self._conditions.draft_ms.get(built.weights.name, 1e3 * measured) / 1e3
         speed = predicted_tokens_per_second(
             (at_0, at_1), seconds, self.text.pass_seconds, self._vocab_size, self._conditions

@@ -15,10 +15,12 @@ from common.vocabulary_map import VocabularyMap
 from device.drafting.load_model import load_model
 from device.text.prompt import Prompt
 from device.text.tokenizer import ChatMessage, Tokenizer
-from export.convert import convert
+from export.convert import ConvertSettings, convert
+from export.converters import Converter, Processor
 from export.graph import Cache
 from export.inspection import description, verify
 from export.quality import Continuation, TeacherForcing
+from export.quantize import Precision
 from export.source import load_tokenizer
 from export.vocabulary_bridge import BridgedForcing
 from export.weight_choice import Conditions
@@ -90,6 +92,20 @@ def test_a_draft_model_that_does_not_pay_is_warned_of(pair: tuple[Path, Path], t
     settings = replace(FP32_GENAI, target=str(pair[1]), conditions=slow)
     convert(str(pair[0]), tmp_path / "bundle", settings, Console(file=output, width=400))
     assert "warning: with these times the target alone is as fast" in output.getvalue()
+
+
+@pytest.mark.parametrize("draft_ms", [{}, {"fp16": 2.0}], ids=len)
+def test_the_speed_on_a_gpu_is_predicted_from_its_own_time_alone(
+    draft_ms: dict[str, float], pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    output, conditions = io.StringIO(), Conditions(target_ms=100.0, draft_ms=draft_ms)
+    settings = ConvertSettings(Converter.GENAI, Precision.FP16, str(pair[1]), conditions, Processor.CUDA)
+    manifest = convert(str(pair[0]), tmp_path / "bundle", settings, Console(file=output, width=400))
+    assert [one.draft_milliseconds for one in manifest.candidates] == [*draft_ms.values()]
+    assert ("tokens/s" in output.getvalue()) == bool(draft_ms)
+    assert ("no speed is predicted for a GPU without --draft-ms" in output.getvalue()) != bool(draft_ms)
+    assert manifest.draft_vocabulary is not None
+    assert manifest.draft_vocabulary.quality.positions > 0
 
 
 def test_the_device_computes_what_export_measured(printed_bundle: tuple[Path, str]) -> None:
