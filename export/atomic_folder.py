@@ -5,6 +5,7 @@ Knows temporary sibling folders and renames. Does not know what a folder holds.
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 from common.scratch_folder import scratch_folder
@@ -26,17 +27,11 @@ def scratch_beside(folder: Path) -> Iterator[Path]:
     folder = folder.resolve()
     if folder.is_mount():
         raise SettingsError("the output folder", str(folder), "a folder within it: a mount point cannot be replaced")
-
-    def restore(scratch: Path) -> None:
-        """Undo a replacement within which a process was killed."""
-        replaced = scratch / _replaced(folder)
-        if replaced.exists() and not folder.exists():
-            replaced.rename(folder)
-
     with ExitStack() as stack:
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            scratch = stack.enter_context(scratch_folder(folder.parent, f".{folder.name}.unfinished-", restore))
+            prefix = f".{folder.name}.unfinished-"
+            scratch = stack.enter_context(scratch_folder(folder.parent, prefix, partial(_restore, folder)))
         except OSError as error:
             raise SettingsError(
                 "the output folder", str(folder), f"a folder that can be created ({error.strerror})"
@@ -60,9 +55,19 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         yield output
         for path in output.iterdir():
             path.chmod(0o644)  # some converters write files with mode 600
-        if folder.exists():
-            folder.rename(scratch / _replaced(folder))
-        output.rename(folder)
+        try:
+            if folder.exists():
+                folder.rename(scratch / _replaced(folder))
+            output.rename(folder)
+        finally:
+            _restore(folder, scratch)
+
+
+def _restore(folder: Path, scratch: Path) -> None:
+    """Put the old folder back where the new one did not take its place."""
+    replaced = scratch / _replaced(folder)
+    if replaced.exists() and not folder.exists():
+        replaced.rename(folder)
 
 
 def _replaced(folder: Path) -> str:

@@ -28,6 +28,26 @@ def test_an_error_changes_nothing(tmp_path: Path) -> None:
     assert [path.read_text() for path in tmp_path.rglob("file")] == ["old"]
 
 
+@pytest.mark.parametrize("failure", [OSError("no space left on device"), KeyboardInterrupt()])
+def test_a_folder_that_cannot_be_replaced_stays(
+    failure: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, rename = tmp_path / "folder", Path.rename
+    folder.mkdir()
+    (folder / "file").write_text("old")
+
+    def fail(path: Path, target: Path) -> Path:
+        if (path.name, target) == ("folder", folder):
+            raise failure
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(type(failure)), atomic_folder(folder) as output:
+        (output / "file").write_text("new")
+    assert [path.read_text() for path in tmp_path.rglob("file")] == ["old"]
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
 def test_a_mount_point_is_refused_before_the_work_begins() -> None:
     with pytest.raises(SettingsError, match=r"the output folder is '/proc'.*a folder within it"):
         atomic_folder(Path("/proc")).__enter__()
