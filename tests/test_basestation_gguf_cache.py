@@ -3,16 +3,17 @@
 import errno
 import logging
 import shutil
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from basestation.target import gguf_cache, pretrained
-from basestation.target.gguf_cache import cache_entry
+from basestation.target.gguf_cache import cache_entry, fill
 from basestation.target.segment import Segment
 from basestation.target.target_model import TargetModel
 from protocol.errors import ModelError
@@ -129,6 +130,42 @@ def test_what_a_killed_process_left_is_removed(file: Path) -> None:
     abandoned.mkdir(parents=True)
     load(file)
     assert list(entry.parent.iterdir()) == [entry]
+
+
+def tiny_model() -> Any:
+    return LlamaForCausalLM(LlamaConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1))
+
+
+def test_of_several_processes_one_converts_and_the_others_use_its_entry(cache: Path) -> None:
+    entry, loads, second_loads = cache / "gguf" / "sha" / "float32", list[str](), threading.Event()
+
+    def load() -> Any:
+        loads.append(threading.current_thread().name)
+        if len(loads) == 1:
+            second.start()
+            second_loads.wait(0.3)
+        else:
+            second_loads.set()
+        return tiny_model()
+
+    results = list[bool]()
+    second = threading.Thread(target=lambda: results.append(fill(entry, 1, load)))
+    results.append(fill(entry, 1, load))
+    second.join()
+    assert results == [True, True]
+    assert len(loads) == 1
+
+
+def test_an_entry_that_another_machine_wrote_meanwhile_is_used(cache: Path, caplog: pytest.LogCaptureFixture) -> None:
+    entry = cache / "gguf" / "sha" / "float32"
+
+    def load() -> Any:
+        tiny_model().save_pretrained(entry)
+        return tiny_model()
+
+    assert fill(entry, 1, load)
+    assert caplog.text == ""
+    assert [path.name for path in entry.parent.iterdir()] == ["float32"]
 
 
 def test_a_user_without_a_cache_directory_is_served(

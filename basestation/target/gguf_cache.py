@@ -5,10 +5,12 @@ data type and the version of transformers. Does not know which models are suppor
 """
 
 import contextlib
+import fcntl
 import hashlib
 import logging
+import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +42,7 @@ def cache_entry(file: Path, dtype: torch.dtype) -> Path | None:
 
 
 def fill(entry: Path, size: int, load: Callable[[], Any]) -> bool:
-    """Write an entry completely or not at all; a log line says why it is not written.
+    """Write an entry completely or not at all, unless another process does; a log line says why there is none.
 
     Args:
         entry: the folder.
@@ -48,11 +50,14 @@ def fill(entry: Path, size: int, load: Callable[[], Any]) -> bool:
         load: loads and dequantizes the model.
 
     Returns:
-        Whether it is written.
+        Whether there is an entry.
     """
     with contextlib.ExitStack() as stack:
         try:
             entry.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(_waiting_for_others(entry.parent))
+            if entry.is_dir():
+                return True
             unfinished = stack.enter_context(scratch_folder(entry.parent, ".unfinished-"))
             free = shutil.disk_usage(unfinished).free
         except OSError as error:
@@ -64,8 +69,20 @@ def fill(entry: Path, size: int, load: Callable[[], Any]) -> bool:
             model.save_pretrained(unfinished)
             unfinished.replace(entry)
         except (OSError, SafetensorError) as error:
-            return _not_written(entry, first_line(error))
+            return entry.is_dir() or _not_written(entry, first_line(error))
     return True
+
+
+@contextlib.contextmanager
+def _waiting_for_others(folder: Path) -> Iterator[None]:
+    """Let one process of this machine after the other convert a file: each needs the memory of the whole model."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a network file system may have no locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _not_written(entry: Path, reason: str) -> bool:

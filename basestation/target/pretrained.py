@@ -160,12 +160,14 @@ def _converted(model: str, dtype: torch.dtype, placement: torch.device, int8: bo
         return model
     if not entry.is_dir():
         config = read_config(model)
-        check_fits(config, dtype, placement, int8=int8)
-        logger.info("converting %s once, into %s; with --no-cache it is converted at every start", model, entry)
+
+        def load() -> Any:
+            check_fits(config, dtype, placement, int8=int8)
+            logger.info("converting %s once, into %s; with --no-cache it is converted at every start", model, entry)
+            return _load(model, dtype, torch.device("cpu"))
+
         with _quiet_tools(), _named_failures(model):
-            if not fill(
-                entry, parameter_count(config) * dtype.itemsize, lambda: _load(model, dtype, torch.device("cpu"))
-            ):
+            if not fill(entry, parameter_count(config) * dtype.itemsize, load):
                 return model
     logger.info("%s is loaded as converted in %s", model, entry)
     return str(entry)
