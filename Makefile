@@ -151,7 +151,7 @@ $(SAMPLE)/config.json: | $(VENV)/ready
 	$(BIN)/edgedraft-export sample $(SAMPLE)
 
 $(BUNDLE)/manifest.json: $(SAMPLE)/config.json
-	$(BIN)/edgedraft-export convert $(SAMPLE) $(BUNDLE)
+	$(BIN)/edgedraft-export convert $(SAMPLE) $(BUNDLE) --precision int8
 
 $(PAIR)/draft/config.json: | $(VENV)/ready
 	$(BIN)/edgedraft-export sample $(@D) --model qwen2.5-coder-0.5b

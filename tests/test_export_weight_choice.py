@@ -168,6 +168,7 @@ def test_auto_without_a_target_keeps_int8_and_says_what_int4_would_cost(draft: P
     assert manifest.candidates == ()
     assert "int8 is kept: int4 would take " in output.getvalue()
     assert f"instead of {manifest.quality.coupled_acceptance:.3f} at 1" in output.getvalue()
+    assert convert(str(draft), tmp_path / "int8", ConvertSettings(precision=Precision.INT8), CONSOLE) == manifest
 
 
 def test_drafting_is_timed_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
