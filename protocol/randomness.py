@@ -52,7 +52,6 @@ def random_word(seed: int, position: int, stream: Stream, first_drafted: int | N
     return word
 
 
-
 def random_words(
     seeds: npt.ArrayLike, positions: npt.ArrayLike, stream: Stream, first_drafted: npt.ArrayLike | None = None
 ) -> npt.NDArray[np.uint64]:

@@ -315,7 +315,10 @@ def test_a_front_whose_address_for_metrics_is_taken_tells_its_parent_which_optio
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         settings = FrontSettings(listening, "table", None, False, 2**30, address, LogFormat.TEXT)
-        with closing(FrontProcess(settings)) as process, pytest.raises(SettingsError, match=f"metrics-bind is .{address}"):
+        with (
+            closing(FrontProcess(settings)) as process,
+            pytest.raises(SettingsError, match=f"metrics-bind is .{address}"),
+        ):
             process.start()
 
 

@@ -165,7 +165,9 @@ def test_an_incomplete_model_in_the_cache_is_one_line_with_what_is_missing(
         raise OSError("no route")
 
     def assert_lacks(files: str) -> None:
-        with pytest.raises(ModelError, match=f"the cache lacks {files} of .owner/Model-1.5., and .* .no route.; run the"):
+        with pytest.raises(
+            ModelError, match=f"the cache lacks {files} of .owner/Model-1.5., and .* .no route.; run the"
+        ):
             hub_folder(NAME, ["*.json", "*.safetensors"])
 
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", fail)

@@ -161,7 +161,9 @@ def test_a_prompt_is_an_argument_an_option_or_standard_input(bundle: Path, stati
         assert (done.returncode, done.stderr) == (0, b"")
         answers.append(json.loads(done.stdout)["prompt_tokens"])
     assert len(set(answers)) == 1
-    assert "allowed: left out beside a prompt as argument" in error_line(device("generate", bundle, station, "a", "--prompt", "b"), 2)
+    assert "allowed: left out beside a prompt as argument" in error_line(
+        device("generate", bundle, station, "a", "--prompt", "b"), 2
+    )
     assert "or on standard input" in error_line(device("generate", bundle, station), 2)
 
 

@@ -48,9 +48,7 @@ class FixedMask:
         return self._mask
 
 
-def draft(
-    model: SequenceModel, mode: Mode, sampling: Sampling, grammar: Any, vocab_size: int
-) -> list[DraftedToken]:
+def draft(model: SequenceModel, mode: Mode, sampling: Sampling, grammar: Any, vocab_size: int) -> list[DraftedToken]:
     drafter = Drafter(model, mode, sampling, UplinkSettings.of_mode(mode, 3, 0.7, 0), vocab_size, frozenset({STOP}))
     drafter.grammar, drafter.answer_start = cast(Grammar, grammar), len(PROMPT)
     drafter.follow(PROMPT)

@@ -258,7 +258,9 @@ def test_a_board_whose_image_is_not_healthy_gets_back_what_it_had(docker_board: 
     assert images == {"edgedraft-device:latest": "good but alone", "edgedraft-device:previous": "good"}
 
 
-@pytest.mark.parametrize("systemctl", ["#!/bin/sh\n", '#!/bin/sh\n[ "$1" != is-active ]\n'], ids=["runs", "restarts in a loop"])
+@pytest.mark.parametrize(
+    "systemctl", ["#!/bin/sh\n", '#!/bin/sh\n[ "$1" != is-active ]\n'], ids=["runs", "restarts in a loop"]
+)
 def test_a_run_after_an_interrupted_one_rolls_back_to_what_was_healthy(
     systemctl: str, docker_board: DockerBoard
 ) -> None:

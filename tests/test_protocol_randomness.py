@@ -39,7 +39,9 @@ def test_vectorized_numbers_equal_scalar_ones(stream: Stream) -> None:
     seeds, positions = (list(values) for values in zip(*product((0, 1, 42, 2**63 - 1), (0, 7, 131_072)), strict=True))
     pairs = list(zip(seeds, positions, strict=True))
     assert random_words(seeds, positions, stream).tolist() == [random_word(*pair, stream) for pair in pairs]
-    assert uniforms(seeds, positions, stream).tolist() == [random_bits(*pair, stream) / 2**UNIFORM_BITS for pair in pairs]
+    assert uniforms(seeds, positions, stream).tolist() == [
+        random_bits(*pair, stream) / 2**UNIFORM_BITS for pair in pairs
+    ]
 
 
 @pytest.mark.parametrize("stream", [Stream.DRAFT, Stream.ACCEPT])

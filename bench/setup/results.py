@@ -24,7 +24,11 @@ _PACKAGES = ("numpy", "onnxruntime", "torch", "transformers", "pyzmq", "msgpack"
 
 def machine() -> Row:
     """The processor, the number of cores that this process may use, and the system."""
-    return {"processor": _processor(), "cores": len(os.sched_getaffinity(0)), "system": f"{platform.system()} {platform.machine()}"}
+    return {
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
 
 
 @dataclass(frozen=True)

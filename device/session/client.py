@@ -199,7 +199,9 @@ class Client:
                     received_at = now  # the requests, which an outage may have lost, are sent again next
             elif (waited := now - received_at) >= limit and not (is_bridged or self._bridge_outage(heard_at, limit)):
                 raise LinkError(f"no base station answers at {self.link.address} (waited {waited:.0f} s)")
-            elif self._reconnected or now >= min(max(self._sent_at, received_at) + self._timeouts.resend, self._repeat_at):
+            elif self._reconnected or now >= min(
+                max(self._sent_at, received_at) + self._timeouts.resend, self._repeat_at
+            ):
                 self.send_again(unanswered, resume)
 
     def arrived(self, session_id: int) -> Message | None:
