@@ -57,7 +57,7 @@ def test_the_named_command_measures_what_the_file_says(name: str) -> None:
     group: Any = typer.main.get_command(app)
     params = group.get_command(group.make_context("", [command]), command).make_context(command, options).params
     for option in settings.keys() & params.keys() - {"prompts"}:  # of which the file has the number
-        is_path = option in ("target", "draft", "small_draft")
+        is_path = option in ("bundle", "target", "draft", "small_draft")
         given, measured = (Path(str(one)).name if is_path else one for one in (params[option], settings[option]))
         assert given == measured, option
     temperatures = {row["temperature"] for row in Results.read(RESULTS / f"{name}.json").rows if "temperature" in row}

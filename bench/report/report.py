@@ -34,17 +34,13 @@ COMMANDS = {
         "--max-new-tokens 64 --draft-len 8 --draft-len 16 --round-trip-ms 0 --round-trip-ms 20 --round-trip-ms 50 "
         "--round-trip-ms 100 --round-trip-ms 200 --uplink-mbit 1 --uplink-mbit 50"
     ),
-    "fresh": "edgedraft-bench fresh --bundle build/bundle --target build/sample --prompts FILE",
-    "fresh_long": (
+    "fresh": (
         "edgedraft-bench fresh --bundle build/bundle --target build/sample --prompts FILE --count 4 "
         "--prompt-tokens 1500"
     ),
     "draft": "edgedraft-bench draft --bundle build/bundle-int4 --target build/sample",
     "grid": "edgedraft-bench grid --dtype float32 --bundle build/bundle --target build/sample",
     "capacity": "edgedraft-bench capacity --bundle build/bundle --target build/sample --turns 2 --seconds 4",
-    "capacity_int8": (
-        "edgedraft-bench capacity --bundle build/bundle --target build/sample --turns 2 --seconds 4 --weights int8"
-    ),
     "churn": "edgedraft-bench churn --bundle build/bundle --target build/sample --recording rounds.jsonl",
     "ceiling": (
         "edgedraft-bench ceiling --shape 7b --torch-device cuda --sessions 1 --sessions 16 --sessions 32 --sessions 64"
@@ -83,11 +79,8 @@ def write_report(results_folder: Path, docs: Path) -> Path:
     plots = docs / "plots"
     parts = [_introduction(), *_theory(found["theory"], plots), *_link(found["link"])]
     parts += [*_uplink(found["uplink"], plots), *_ahead(found["ahead"])]
-    parts += [*_fresh("A process for each answer", "fresh", found), *_fresh("Long prompts", "fresh_long", found)]
-    parts += [*_draft(found["draft"]), *_grid(found["grid"], plots)]
-    parts += [*_capacity("Capacity of one base station", "capacity", found)]
-    parts += [*_capacity("Capacity with int8 weights", "capacity_int8", found)]
-    parts += [*_churn(found["churn"]), *_ceiling(found["ceiling"])]
+    parts += [*_fresh(found["fresh"]), *_draft(found["draft"]), *_grid(found["grid"], plots)]
+    parts += [*_capacity(found["capacity"]), *_churn(found["churn"]), *_ceiling(found["ceiling"])]
     parts += _pair(found, plots)
     path = docs / "results.md"
     path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
@@ -179,9 +172,8 @@ def _ahead(results: Results | None) -> Iterator[str]:
         yield table([row for row in results.rows if row["case"] == "target alone" or "auto" in str(row["case"])])
 
 
-def _fresh(title: str, name: str, found: Mapping[str, Results | None]) -> Iterator[str]:
-    results = found[name]
-    yield from _section(title, name, results)
+def _fresh(results: Results | None) -> Iterator[str]:
+    yield from _section("A process for each answer to a long prompt", "fresh", results)
     if results:
         yield (
             "Each answer is a process of its own, whose time includes the prompt: `no state` is the first answer ever, "
@@ -209,9 +201,8 @@ def _grid(results: Results | None, plots: Path) -> Iterator[str]:
         yield from grid_parts(results, plots, [cell for cell in wanted if cell.round_trip_ms is not None])
 
 
-def _capacity(title: str, name: str, found: Mapping[str, Results | None]) -> Iterator[str]:
-    results = found[name]
-    yield from _section(title, name, results)
+def _capacity(results: Results | None) -> Iterator[str]:
+    yield from _section("Capacity of one base station", "capacity", results)
     if results is None:
         return
     yield (
