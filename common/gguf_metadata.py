@@ -171,7 +171,7 @@ def _metadata(reader: _Reader) -> tuple[int, dict[str, Any]]:
 def _tensor_parameters(reader: _Reader) -> int:
     """Of the next tensor, which has a name, its dimensions, a type and an offset."""
     reader.text()
-    parameters = prod(reader.numbers("Q", reader.number("I")))
+    parameters: int = prod(reader.numbers("Q", reader.number("I")))
     reader.raw(struct.calcsize("<IQ"))
     return parameters
 

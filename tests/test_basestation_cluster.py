@@ -77,7 +77,7 @@ def test_a_wrong_size_is_refused_before_replicas_start(option: str, monkeypatch:
     monkeypatch.setattr(cluster, "Cluster", None)
     listening = SocketOptions("tcp://127.0.0.1:0", None, False, Limits())
     options: dict[str, Any] = {option: "4 parsecs"}
-    with pytest.raises(SettingsError, match="4 parsecs.*a size like"):
+    with pytest.raises(SettingsError, match=r"4 parsecs.*a size like"):
         serve_replicas(replace(target_options("model"), **options), listening, OPERATION, ClusterOptions(1, None, None))
 
 
@@ -107,7 +107,7 @@ def test_ray_runs_the_choice_of_weights_and_tells_why_a_target_cannot_be_served(
     tiny_config("llama").save_pretrained(tmp_path)
     with Cluster(ClusterOptions(1, None, None)) as machines:
         assert machines.choose_weights(target_options(str(tmp_path)), 1, LogFormat.TEXT) in ("dtype", "int8")
-        with pytest.raises(SettingsError, match="weights is .int3.; allowed: "):
+        with pytest.raises(SettingsError, match=r"weights is .int3.; allowed: "):
             machines.choose_weights(replace(target_options(str(tmp_path)), weights="int3"), 1, LogFormat.TEXT)
         with pytest.raises(ModelError, match="it contains no config"):
             machines.choose_weights(target_options(str(tmp_path.parent)), 1, LogFormat.TEXT)

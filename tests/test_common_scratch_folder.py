@@ -26,8 +26,8 @@ with scratch_folder(Path(sys.argv[1]), {PREFIX!r}) as folder:
 def other_process(parent: Path) -> Iterator[tuple[Path, "subprocess.Popen[str]"]]:
     """Its folder, and the process that has it until it is killed."""
     command = [sys.executable, "-c", HOLD, str(parent)]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen(command, text=True, cwd=PROJECT, **pipes) as process:
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, text=True, cwd=PROJECT, stdin=pipe, stdout=pipe) as process:
         try:
             assert process.stdout is not None
             yield Path(process.stdout.readline().strip()), process

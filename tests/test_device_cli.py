@@ -258,7 +258,9 @@ def test_the_service_refuses_a_malformed_address_at_start(bundle: Path) -> None:
 
 
 def test_the_service_refuses_an_origin_that_no_browser_sends_at_start(bundle: Path) -> None:
-    done = device("serve", bundle, NOBODY, "--bind", "http://127.0.0.1:0", "--cors-origin", "https://a/")
+    with create_server(("127.0.0.1", 0)) as taken:  # so that it cannot serve either
+        bind = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        done = device("serve", bundle, NOBODY, "--bind", bind, "--cors-origin", "https://a/")
     assert "cors-origin is 'https://a/'; allowed: https://HOST" in error_line(done, 2)
 
 

@@ -14,8 +14,8 @@ from basestation.devices.authentication import check_bind
 from basestation.devices.key_folder import KeyFolder
 from basestation.server import Server
 from common.loopback import is_loopback
-from device.link.connection import Connection
 from device.link import version_lookup
+from device.link.connection import Connection
 from device.link.curve_keys import CurveKeys, new_key
 from device.link.link import Link
 from device.link.probe import endpoint, needs_ipv6, unreachable_reason

@@ -163,7 +163,7 @@ def test_rounds_join_across_dropped_connections_and_a_restart(setup: RecordingSe
 
 
 def test_a_record_file_that_cannot_be_made_is_a_wrong_option(tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match="record is .*missing.*; allowed: a file that can be written"):
+    with pytest.raises(SettingsError, match=r"record is .*missing.*; allowed: a file that can be written"):
         JsonLinesFile(tmp_path / "missing" / "rounds.jsonl")
 
 

@@ -104,7 +104,7 @@ class Authenticator:
         """Devices that are not enrolled any more: those admitted, each returned once, and those of ``watch``."""
         keys = [key for key in self._watched | self._admitted.keys() if self._is_enrolled(key) is False]
         self._watched.clear()
-        return [EnrolledDevice(self._admitted.pop(key, None) or self._read_name(key), key) for key in keys]
+        return [EnrolledDevice(self._admitted.pop(key, "") or self._read_name(key), key) for key in keys]
 
     def _is_enrolled(self, key: str) -> bool | None:
         """Whether a key is enrolled; where that cannot be looked up, True if it was admitted before, else None."""

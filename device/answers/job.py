@@ -60,8 +60,8 @@ class Finish:
 class AnswerPiece:
     """The text that a token adds, and log-probabilities: the token's, and pairs of the likeliest tokens and theirs.
 
-    The first token of a prompt has none. ``offset`` is where the token's own text starts, of which stop strings may hold
-    back the end.
+    The first token of a prompt has none. ``offset`` is where the token's own text starts, whose end
+    stop strings may hold back.
     """
 
     text: str

@@ -1,4 +1,4 @@
-"""A connection to the HTTP service: one of a limited number, which must send its requests in time."""
+"""A connection to the HTTP service: one of a limited number, which sends requests and reads responses in time."""
 
 import asyncio
 
