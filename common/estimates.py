@@ -1,5 +1,6 @@
 """Running estimates with exponential decay, so that they follow changes."""
 
+from math import inf
 from typing import Self
 
 DECAY = 0.95
@@ -8,6 +9,8 @@ _PRIOR_TRIALS = 2.0
 _PRIOR_VARIANCE = 0.5
 _KNOWN_SPAN = 4
 """Distance of the points of a line known before: about that of measured ones, so that these outweigh them soon."""
+_OUTLIER = 2.0
+"""An observation counts at most as this many times what is expected, unless the one before was as large."""
 
 
 class Share:
@@ -41,6 +44,23 @@ class Share:
         return (self._hits + _PRIOR_TRIALS * start) / (self._trials + _PRIOR_TRIALS)
 
 
+class OutlierLimit:
+    """Limits single large observations: a pause lengthens one, a lasting change all that follow."""
+
+    def __init__(self) -> None:
+        self._before = 0.0
+
+    def limited(self, observed: float, expected: float) -> float:
+        """The observation, but at most ``_OUTLIER`` times what is ``expected``, or the observation before if larger.
+
+        Args:
+            observed: the observation.
+            expected: from earlier ones; 0 where nothing is known, which sets no limit.
+        """
+        most, self._before = max(_OUTLIER * expected, self._before) if expected else inf, observed
+        return min(observed, most)
+
+
 class Ratio:
     """One sum over another, such as tokens over seconds."""
 
@@ -65,6 +85,19 @@ class Ratio:
     def value(self) -> float:
         """The ratio; only after an observation."""
         return self.above / self.below
+
+
+class SecondsPerToken(Ratio):
+    """A ratio whose observations are limited, each per token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._outliers = OutlierLimit()
+
+    def observe(self, above: float, below: float, decay: float = DECAY) -> None:
+        """Add seconds and tokens, more than 0, to both sums."""
+        limited = self._outliers.limited(above / below, self.value if self else 0.0)
+        super().observe(limited * below, below, decay)
 
 
 class Line:

@@ -276,9 +276,9 @@ def test_with_guesses_drafting_goes_on_where_it_is_slightly_slower_but_is_not_ta
 def test_with_guesses_the_cost_of_a_trial_of_drafting_includes_the_way_back() -> None:
     planner = guessing_planner(replace(FIGURES, acceptance=0.5, tokens_per_second=20.0, alone=True, since=64, wait=64))
     assert planner.decode_len() == 0  # the trial
-    planner.observe([None] * 4, 0, 0.016, 0.134, 0.6)
+    planner.observe([None] * 4, 0, 0.016, 0.134, 0.25)
     assert planner.figures is not None
-    lost = (0.6 + planner.times.round_trip_seconds) / planner.times.target_seconds() - 1
+    lost = (0.25 + planner.times.round_trip_seconds) / planner.times.target_seconds() - 1
     assert planner.figures.wait == pytest.approx(100 * lost / planner.speedup, rel=0.01)
 
 

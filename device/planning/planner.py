@@ -389,6 +389,7 @@ class Planner:
         if reply_seconds is not None:
             self._estimates.observe_reply(len(margins), reply_seconds)
         if round_seconds is not None:
+            round_seconds = self._estimates.limited_round(len(margins), round_seconds)
             self._rounds.observe(accepted + 1, round_seconds, decay=1.0 if overlapped else DECAY)
             self._rounds_seen += not overlapped
             self._review(False, accepted + 1, round_seconds)

@@ -5,7 +5,7 @@ Knows numbers, not models or links; the formulas are in ``common/round_model.py`
 
 from math import inf
 
-from common.estimates import Line, Ratio
+from common.estimates import Line, OutlierLimit, SecondsPerToken
 from common.round_model import RoundTimes
 from device.planning.planner_figures import PlannerFigures
 
@@ -26,6 +26,9 @@ class TimeEstimates:
     The time of a reply is a line over the number of drafted tokens: its intercept is the
     round trip plus one forward pass, its slope the time to send and verify a token.
 
+    Each time is limited by ``OutlierLimit``: a device that was suspended, a lost message
+    or a reader who stops reading lengthens one.
+
     Attributes:
         target_seconds: between two tokens of the target alone; None before it is known.
         opened_seconds: from an Open to its Opened, about a round trip.
@@ -35,9 +38,10 @@ class TimeEstimates:
         self.target_seconds: float | None = None
         self.opened_seconds = 0.0
         self._replies = Line()
-        self._drafting = Ratio()  # seconds over drafted tokens
-        self._prefills = Ratio()  # seconds over tokens of a prompt
-        self._target_prefills = Ratio()  # the same of the target
+        self._drafting = SecondsPerToken()
+        self._prefills = SecondsPerToken()  # of a prompt
+        self._target_prefills = SecondsPerToken()  # the same of the target
+        self._target_outliers, self._reply_outliers, self._round_outliers = (OutlierLimit() for _ in range(3))
         self._longest_link: float | None = None  # while nothing of this process is observed
 
     def start(self, pass_seconds: float, row_seconds: float, known: PlannerFigures | None) -> None:
@@ -107,12 +111,15 @@ class TimeEstimates:
         """
         if tokens > 1:
             now, before = max(seconds / (tokens - 1), _SHORTEST), self.target_seconds
+            now = self._target_outliers.limited(now, before or 0.0)
+            seconds = now * (tokens - 1)
             self.target_seconds = now if before is None else (now + before) / 2
         if first_seconds is None:
             first_seconds = self.opened_seconds + (self.target_seconds or 0.0)
+        first_seconds = self._reply_outliers.limited(first_seconds, self.reply_seconds)
         if is_alone:
             self._replies.shift(first_seconds - self.reply_seconds)
-        self.observe_reply(0, first_seconds)
+        self._add_reply(0, first_seconds)
         return first_seconds + seconds
 
     def observe_drafting(self, tokens: int, seconds: float) -> None:
@@ -121,11 +128,19 @@ class TimeEstimates:
 
     def observe_reply(self, drafted: int, seconds: float) -> None:
         """Record the time from a Draft of ``drafted`` tokens to its Verdict."""
+        expected = self.reply_seconds + drafted * self.token_seconds
+        self._add_reply(drafted, self._reply_outliers.limited(seconds, expected))
+
+    def _add_reply(self, drafted: int, seconds: float) -> None:
         self._longest_link = None
         line = self._replies
         if line:
             line.shift(_LEVEL_SHARE * (seconds - line.intercept - line.slope * drafted))
         line.observe(drafted, seconds)
+
+    def limited_round(self, drafted: int, seconds: float) -> float:
+        """The time of a round of ``drafted`` tokens, which is not recorded here, but limited as all others are."""
+        return self._round_outliers.limited(seconds, self.round_times.seconds(drafted))
 
     def observe_prefill(self, tokens: int, seconds: float) -> None:
         """Record the time that the draft model took to run ``tokens`` tokens at once."""
