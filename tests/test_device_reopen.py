@@ -4,6 +4,7 @@ import random
 
 import pytest
 
+from device.planning.planner import Planner
 from device.settings import DraftSettings
 from protocol.limits import Limits
 from protocol.messages import Draft, Extend, Message, Mode, Open, Sampling, Verdict
@@ -91,3 +92,25 @@ def test_a_turn_whose_session_is_lost_opens_one_on_its_prompt_alone() -> None:
     assert answer == target_alone(TARGET, PROMPTS[1], 20)
     assert [message.prompt_ids for message in sent if isinstance(message, Open)] == [tuple(PROMPTS[1])]
     assert sum(isinstance(message, Extend) for message in sent) == 1
+
+
+@pytest.mark.parametrize("restart_at", [1, 8])
+def test_tokens_decoded_alone_around_a_restart_tell_no_speed_of_the_target(
+    restart_at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of them waits until the new session has run all tokens before it."""
+    decoded: list[tuple[int, float | None, float]] = []
+    prefilled: list[int] = []
+    monkeypatch.setattr(Planner, "observe_decoded", lambda _, *times: decoded.append(times))
+    monkeypatch.setattr(Planner, "observe_target_prefill", lambda _, tokens, __: prefilled.append(tokens))
+    model, transport = FakeDraftModel.make(DRAFT), RestartingTransport(Station(FakeTarget.make(TARGET)))
+    client, _ = join(transport.station, model, transport)
+    session = open_session(client, DraftSettings(Mode.TARGET, Sampling(), 1, None), model, PROMPTS[0])
+    tokens: list[int] = []
+    for token in session.answer(20):
+        tokens.append(token.token_id)
+        if len(tokens) == restart_at:
+            transport.restart()
+    assert tokens == target_alone(TARGET, PROMPTS[0], 20)
+    assert decoded == [(1, None, 0.0)]
+    assert prefilled == [len(PROMPTS[0])]

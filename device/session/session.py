@@ -253,19 +253,24 @@ class DeviceSession:
     def _decode(self, count: int) -> Iterator[AnswerToken]:
         """Let the target decode alone and commit its tokens; meanwhile the draft model runs its backlog."""
         self._rounds.begin_decode()
-        moments, end = [self._client.now()], len(self.tokens) + count
+        moments, start, prefilled = [self._client.now()], len(self.tokens), 0
+        end, planner = start + count, self._rounds.planner
         for verdict in self._requests.decode(count, lambda: self._follow_target(end - len(self.tokens))):
             moments.append(self._client.now())
+            if len(moments) == 2:
+                prefilled = self._requests.take_prefilled()
             self._client.record(self._settings.mode, verdict, 0, 0, (moments[-2], moments[-2], moments[-1]))
             yield from self._commit((), verdict)
-        self._guesses.check(self.tokens, self._rounds.planner)
+        self._guesses.check(self.tokens, planner)
+        if self._requests.take_prefilled():  # the base station restarted, and a later token waited for all before it
+            del moments[2:]
         seconds = [moment.seconds for moment in moments]
-        first_seconds, prefilled = seconds[1] - seconds[0], self._requests.take_prefilled()
+        first_seconds = seconds[1] - seconds[0]
         known_seconds = None if prefilled else first_seconds
-        self._rounds.planner.observe_decoded(len(seconds) - 1, known_seconds, seconds[-1] - seconds[1])
+        planner.observe_decoded(len(seconds) - 1, known_seconds, seconds[-1] - seconds[1])
         if prefilled:
-            self._rounds.planner.observe_target_prefill(prefilled, first_seconds)
-        logger.debug("%d tokens of the target alone; next: %s", len(seconds) - 1, self._rounds.planner.explanation)
+            planner.observe_target_prefill(prefilled, first_seconds)
+        logger.debug("%d tokens of the target alone; next: %s", len(self.tokens) - start, planner.explanation)
 
     def _follow_target(self, awaited: int) -> bool:
         """While the target decodes alone, run its tokens and guess the next one; whether there was something to do.
