@@ -162,6 +162,11 @@ def test_other_settings_or_another_bundle_base_station_or_target_have_figures_of
     assert store_in(tmp_path).read(replace(SETTINGS, sampling=Sampling(0.9, seed=7)), WELCOME) == FIGURES
 
 
+def test_a_base_station_that_restarts_with_another_context_length_keeps_its_figures(tmp_path: Path) -> None:
+    written(tmp_path)
+    assert store_in(tmp_path).read(SETTINGS, replace(WELCOME, context_length=1024)) == FIGURES
+
+
 def test_block_verification_has_figures_of_its_own_where_distributions_are_sent(tmp_path: Path) -> None:
     block = replace(SETTINGS, block_verification=True)
     written(tmp_path)

@@ -66,7 +66,7 @@ class PlannerStore:
             logger.debug("%s is not written: %s", path, error)
 
     def _path(self, settings: DraftSettings, welcome: Welcome) -> Path:
-        target = welcome.model, welcome.vocab_size, welcome.context_length, welcome.stop_ids
+        target = welcome.model, welcome.vocab_size, welcome.stop_ids  # its context length depends on the free memory
         temperature = ceil(settings.sampling.temperature / _TEMPERATURE_STEP)
         drafting = settings.mode, asdict(settings.uplink), settings.drafts_ahead, settings.lookup
         key = json.dumps([self._bundle, self._address, target, drafting, settings.asks_block_verification, temperature])
