@@ -15,9 +15,13 @@ _OBSTACLE = int8_obstacle(torch.device("cpu"))
 
 
 @pytest.mark.skipif(_OBSTACLE is not None, reason=str(_OBSTACLE))
-def test_passes_layers_and_agreement_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("has_bfloat16", sorted({False, torch.ops.mkldnn._is_mkldnn_bf16_supported()}))
+def test_passes_layers_and_agreement_are_measured(
+    has_bfloat16: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(command, "MIXTURES", {"int8, all rotated": lambda _: True})
     monkeypatch.setattr(command, "_REPEATS", 3)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has_bfloat16)
     prompts, found = tmp_path / "prompts.jsonl", tmp_path / "weights.json"
     prompts.write_text(json.dumps({"category": "math", "turns": ["Add 2 and 3."]}) + "\n")
     weights(str(save_model(tmp_path / "target")), prompts, 1, 8, found)

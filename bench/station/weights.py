@@ -14,7 +14,7 @@ from basestation.kv_cache.memory import kv_budget
 from basestation.target.agreement import answer_prompts, measure_agreement, prompt_ids
 from basestation.target.int8_conversion import convert
 from basestation.target.int8_linear import Int8Linear, int8_obstacle
-from basestation.target.packed_linear import PackedLinear, pack_linears
+from basestation.target.packed_linear import PackedLinear, pack_linears, packed_dtype
 from basestation.target.pretrained import read_model
 from basestation.target.target_model import TargetModel
 from basestation.target.vocabulary import Vocabulary
@@ -34,6 +34,7 @@ MIXTURES: Mapping[str, Callable[[str], bool]] = {
 """Whether the rows of a linear layer are rotated, by its name."""
 _PASSES = ((1, 1), (1, 9), (16, 5))
 """Sequences, and tokens of each."""
+_DTYPE = torch.bfloat16
 _CPU = torch.device("cpu")
 _CONTEXT = 256
 _KV_MEMORY = "512MiB"
@@ -110,7 +111,7 @@ class _Measurement:
 
     def _layer_speeds(self, layers: Sequence[nn.Module], rows: int) -> str:
         """How many times as long the linear layers alone take without int8 weights."""
-        inputs = {width: torch.randn(rows, width, dtype=torch.bfloat16) for width in self._widths}
+        inputs = {width: torch.randn(rows, width, dtype=packed_dtype(_DTYPE)) for width in self._widths}
 
         def run(layers: Sequence[nn.Module]) -> None:
             for layer, width in zip(layers, self._widths, strict=True):
@@ -120,7 +121,7 @@ class _Measurement:
             return str(Ratio.of(*_in_turns(partial(run, self._layers), partial(run, layers))))
 
     def _read(self) -> tuple[Any, Any, Vocabulary]:
-        return read_model(self._source, self._source, torch.bfloat16, _CPU, int8=True)
+        return read_model(self._source, self._source, _DTYPE, _CPU, int8=True)
 
     def _runner(self, model: Any, independent_rows: bool) -> TargetModel:
         name, kv_bytes = Path(self._source).name, kv_budget(_KV_MEMORY, _CPU)
