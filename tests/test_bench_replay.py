@@ -15,7 +15,7 @@ from bench.station.replay import CapacitySettings
 from bench.station.replay_client import ReplayClient, ReplayTiming
 from device.settings import DraftSettings
 from protocol.errors import FaultError, SettingsError
-from protocol.messages import Draft, Mode, Sampling
+from protocol.messages import Decode, Draft, Mode, Opened, Sampling, Verdict
 from tests.fakes import FakeDraftModel, FakeTarget, blend, manifest, random_table, target_alone
 from tests.link_pair import MemoryTransport, Station, join, open_session
 from tests.serving import serving
@@ -95,6 +95,18 @@ def test_drafting_and_the_link_take_their_time(address: str) -> None:
     assert min(slow.score.rounds) >= 0.04
     assert 0 < len(slow.score.rounds) <= 0.5 / 0.04
     assert min(fast.score.rounds) < 0.04
+
+
+def test_a_stream_of_the_target_alone_waits_for_the_link_once() -> None:
+    recording = recordings()[0]
+    client = ReplayClient(recording, Mode.TARGET, ReplayTiming(delay_seconds=0.5), manifest(VOCAB))
+    following = client.reply_to(Opened(0, 0), 0.0)
+    assert following is not None
+    assert (following[0], type(following[1])) == (1.0, Decode)
+    client.mark_sent(2.0)
+    for index, token_id in enumerate(recording.answer_ids[:3]):
+        assert client.reply_to(Verdict(0, 1 + index, 0, token_id), 3.0 + index) is None
+    assert client.score.rounds == [2.0, 1.0, 1.0]
 
 
 def test_a_client_can_recompute_its_prompt_for_every_answer(address: str) -> None:

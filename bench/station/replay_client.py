@@ -97,8 +97,8 @@ class ReplayClient:
         return self._hello
 
     def mark_sent(self, now: float) -> None:
-        """Note that the last message was sent."""
-        self._sent_at = now
+        """Note that the last message was sent; a device would have sent it a round trip earlier."""
+        self._sent_at = now - 2 * self._timing.delay_seconds
 
     def reply_to(self, message: Message, now: float) -> tuple[float, Message] | None:
         """The seconds to wait and the next message; None if more messages are expected first.
@@ -131,7 +131,7 @@ class ReplayClient:
         return len(self._drafted) * token_seconds + link_seconds, Draft(0, self._round_id, self._drafted)
 
     def _commit(self, verdict: Verdict, now: float) -> tuple[float, Message] | None:
-        self.score.rounds.append(now - self._sent_at + 2 * self._timing.delay_seconds)
+        self.score.rounds.append(now - self._sent_at)
         self.score.tokens += verdict.accepted + 1
         self.score.accepted += verdict.accepted
         answer = self._recording.answer_ids
