@@ -1,7 +1,7 @@
 """The predicted tokens per second against those of an answer, in a time that advances by known steps."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import pytest
@@ -9,12 +9,12 @@ import pytest
 from device.drafting.draft_model import DraftModel
 from device.link.link import Link
 from device.planning.planner import Planner
-from device.planning.speed_prediction import ShortSession, SpeedPrediction
+from device.planning.speed_prediction import _PROMPTS, ShortSession, SpeedPrediction
 from device.session.client import Client
 from device.session.session import DeviceSession
 from device.settings import DraftSettings, Timeouts
 from device.text.tokenizer import ChatMessage, Tokenizer
-from protocol.errors import SettingsError
+from protocol.errors import ModelError, SettingsError
 from protocol.frames import FrameCodec
 from protocol.messages import Message, Mode, Sampling, Verdict
 from tests.fakes import FakeDraftModel, FakeTarget, Table, blend, manifest, random_table
@@ -24,6 +24,7 @@ VOCAB = 12
 TARGET = random_table(VOCAB, seed=1)
 TOLERANCE = 0.25
 IDS = DraftSettings(Mode.IDS, Sampling(), 1, None)
+ALONE = DraftSettings(Mode.TARGET, Sampling(), 1, None)
 ANSWER = 128
 
 
@@ -36,6 +37,8 @@ class Site:
     round_trip: float
     table: Table
     now: float = 0.0
+    target_table: Table = field(default_factory=lambda: TARGET)
+    stop_ids: frozenset[int] = frozenset()
 
     def client(self) -> Client:
         link = Link(TimedTransport(self), FrameCodec(VOCAB), "memory")
@@ -49,7 +52,7 @@ class TimedTransport(MemoryTransport):
     """Each first reply takes a round trip, and each Verdict a forward pass."""
 
     def __init__(self, site: Site) -> None:
-        super().__init__(Station(FakeTarget.make(TARGET)))
+        super().__init__(Station(FakeTarget.make(site.target_table, site.stop_ids)))
         self.site = site
         self.awaits_first = False
 
@@ -126,17 +129,37 @@ def test_an_answer_is_as_fast_as_predicted(draft: float, likeness: float, round_
 
 @pytest.mark.parametrize("round_trip", [0.0, 0.05])
 def test_the_target_alone_is_as_fast_as_predicted(round_trip: float) -> None:
-    alone = DraftSettings(Mode.TARGET, Sampling(), 1, None)
-    prediction = predicted(Site(0.01, 0.03, round_trip, TARGET), alone)
+    prediction = predicted(Site(0.01, 0.03, round_trip, TARGET), ALONE)
     assert prediction.drafting_tokens_per_second is None
     assert prediction.target_tokens_per_second == pytest.approx(
-        measured(Site(0.01, 0.03, round_trip, TARGET), alone), rel=0.05
+        measured(Site(0.01, 0.03, round_trip, TARGET), ALONE), rel=0.05
     )
 
 
 def test_a_draft_model_slower_than_the_target_does_not_pay() -> None:
     assert not predicted(Site(0.05, 0.03, 0.0, TARGET)).pays
     assert predicted(Site(0.005, 0.03, 0.0, TARGET)).pays
+
+
+def ending_at_once(*prompts: str) -> Site:
+    """A target that ends its answers to these prompts after one token, and no other answer."""
+    table, stop_id = TARGET.copy(), 0
+    table[:, :, stop_id] = -20.0
+    for prompt in prompts:
+        *_, before, last = LengthTokenizer().encode(prompt)
+        table[before, last, stop_id] = 20.0
+    return Site(0.005, 0.03, 0.0, table, target_table=table, stop_ids=frozenset({stop_id}))
+
+
+@pytest.mark.parametrize("settings", [ALONE, IDS])
+def test_a_target_that_ends_one_answer_at_once_is_measured_with_another(settings: DraftSettings) -> None:
+    assert predicted(ending_at_once(_PROMPTS[-1]), settings).target_seconds == pytest.approx(0.03, rel=0.2)
+
+
+@pytest.mark.parametrize("settings", [ALONE, IDS])
+def test_a_target_that_ends_every_answer_at_once_is_refused_by_name(settings: DraftSettings) -> None:
+    with pytest.raises(ModelError, match="the target table ends each answer after one token"):
+        predicted(ending_at_once(*_PROMPTS), settings)
 
 
 def test_a_bundle_without_a_chat_template_is_measured_too() -> None:

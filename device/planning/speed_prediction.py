@@ -17,7 +17,7 @@ from device.session.client import Client
 from device.session.session import DeviceSession
 from device.settings import DraftSettings
 from device.text.tokenizer import Tokenizer
-from protocol.errors import SettingsError
+from protocol.errors import ModelError, SettingsError
 from protocol.messages import Mode
 
 TYPICAL_ANSWER = 128
@@ -108,17 +108,29 @@ class ShortSession:
 
         Raises:
             EdgedraftError: the base station does not answer, or does not serve the settings.
+            ModelError: the target ends each of its answers after one token.
         """
         began, alone = self._clock(), replace(self._settings, mode=Mode.TARGET)
         self._answer(self._prompts[0], alone, TRIAL)
         self._planner = self._new_planner()  # the first forward passes are slow, and do not count
-        first_seconds = self._answer(self._prompts[-1], alone, _TARGET_TOKENS)
+        first_seconds = self._measure_target(alone)
         if self._settings.mode is not Mode.TARGET:
             for prompt in self._prompts:
                 self._answer(prompt, self._settings, _DRAFTED_TOKENS)
                 if self._clock() - began > _MOST_SECONDS:
                     break
         return self._prediction(answer_tokens, first_seconds)
+
+    def _measure_target(self, alone: DraftSettings) -> float:
+        """Let the target decode an answer that tells its speed; the seconds to the first token."""
+        for prompt in reversed(self._prompts):
+            first_seconds = self._answer(prompt, alone, _TARGET_TOKENS)
+            if self._planner.times.target_seconds():
+                return first_seconds
+        raise ModelError(
+            f"the target {self._client.welcome.model} ends each answer after one token, which tells no speed; "
+            "check its stop ids and its chat template"
+        )
 
     def _new_planner(self) -> Planner:
         return Planner(self._model.manifest.target_quality, self._settings.sampling.greedy)
