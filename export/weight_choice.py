@@ -9,7 +9,7 @@ they are made.
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice, pairwise
+from itertools import cycle, islice, pairwise
 from math import ceil, inf, log2
 from statistics import harmonic_mean, quantiles
 
@@ -109,17 +109,23 @@ def parse_draft_ms(values: Sequence[str], names: Sequence[str]) -> dict[str, flo
 
 def draft_seconds(forcings: Sequence[Forcing], text: Sequence[Continuation]) -> list[float]:
     """The time of a token of each graph; they take turns, so that another load of the machine meets all."""
+    turns = [_of_a_turn(one) for one in text]
     times: list[list[float]] = [[] for _ in forcings]
     for turn in range(TURNS):
         for forcing, measured in zip(forcings, times, strict=True):
             started = time.perf_counter()
-            tokens = islice(forcing.logits(text[turn % len(text)]), _FIRST_TOKENS + TURN_TOKENS)
-            for index, _ in enumerate(tokens):
+            for index, _ in enumerate(forcing.logits(turns[turn % len(turns)])):
                 now = time.perf_counter()
                 if index >= _FIRST_TOKENS:
                     measured.append(now - started)
                 started = now
     return [_undisturbed(measured) for measured in times]
+
+
+def _of_a_turn(text: Continuation) -> Continuation:
+    """A text as long as a turn: a short one is repeated without its stop id, which does not change a token's time."""
+    token_ids = islice(cycle(text.token_ids[:-1] or text.token_ids), _FIRST_TOKENS + TURN_TOKENS)
+    return replace(text, token_ids=list(token_ids))
 
 
 def _undisturbed(times: Sequence[float]) -> float:

@@ -6,6 +6,7 @@ from math import inf
 from pathlib import Path
 from typing import cast
 
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -171,21 +172,27 @@ def test_auto_without_a_target_keeps_int8_and_says_what_int4_would_cost(draft: P
     assert convert(str(draft), tmp_path / "int8", ConvertSettings(precision=Precision.INT8), CONSOLE) == manifest
 
 
-def test_drafting_is_timed_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("length", [1, 3, 64])
+def test_drafting_is_timed_in_turns_of_equal_length_however_short_the_text_is(length: int) -> None:
     order: list[str] = []
+    lengths: list[int] = []
 
     class Forcing:
         def __init__(self, name: str) -> None:
             self.name = name
 
-        def logits(self, _expected: object) -> "list[None]":
+        def logits(self, expected: Continuation) -> "list[int]":
             order.append(self.name)
-            return [None] * 20
+            lengths.append(len(expected.token_ids))
+            return expected.token_ids
 
     forcings = [cast(TeacherForcing, Forcing(name)) for name in "ab"]
-    seconds = weight_choice.draft_seconds(forcings, [cast(Continuation, None)])
+    text = [Continuation([1, 2], list(range(1, 1 + length)), np.empty((length, 8)))]
+    seconds = weight_choice.draft_seconds(forcings, text)
     assert order == ["a", "b"] * weight_choice.TURNS
-    assert all(0 <= value < 1 for value in seconds)
+    assert min(lengths) == max(lengths) > weight_choice.TURN_TOKENS
+    assert len(seconds) == 2
+    assert min(seconds) >= 0
 
 
 def test_every_precision_has_one_format_and_candidates_have_names_of_their_own() -> None:
