@@ -5,19 +5,20 @@ import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from bench.grid import pair_run
 from bench.grid import run as grid_run
 from bench.grid.cell_file import CellFile
-from bench.grid.cells import COLOCATED, FULL, TARGET, AnswerLimits, Cell, Workload, cases, cells
+from bench.grid.cells import COLOCATED, FULL, TARGET, AnswerLimits, Case, Cell, Workload, cases, cells
 from bench.grid.pair_run import PairRun
 from bench.grid.recording_planner import RecordingPlanners
 from bench.grid.run import GridRun, GridSettings
 from bench.grid.throughput import Throughput, measure_throughput
 from bench.setup.bench_setup import BenchSetup
-from bench.setup.results import Results, machine
+from bench.setup.results import Results, machine, versions
 from device.link.link import Link
 from device.session.client import Client
 from device.settings import DraftSettings
@@ -54,6 +55,11 @@ def test_invalid_cells_are_refused_by_name(name: str, values: tuple[float, float
         Cell(*values)
 
 
+def cases_of(cell: Cell) -> list[Case]:
+    """The cases of the made-up rows."""
+    return [Case(str(row["case"]), Mode.IDS) for row in rows_of(cell)]
+
+
 def test_an_interrupted_grid_continues_and_failed_cells_are_measured_again(tmp_path: Path) -> None:
     path, settings = tmp_path / "grid.json", {"tokens": 48}
     first = CellFile(path, settings)
@@ -61,21 +67,38 @@ def test_an_interrupted_grid_continues_and_failed_cells_are_measured_again(tmp_p
     first.add(LOOPBACK, rows_of(LOOPBACK))
     second = CellFile(path, settings)
     assert second.rows_of(LOOPBACK) == rows_of(LOOPBACK)
-    assert second.is_done(LOOPBACK)
-    assert not second.is_done(CELL)
-    assert not second.is_done(Cell(1.0))
+    assert second.is_done(LOOPBACK, cases_of(LOOPBACK))
+    assert not second.is_done(CELL, cases_of(CELL))
+    assert not second.is_done(Cell(1.0), cases_of(LOOPBACK))
     second.add(CELL, rows_of(CELL))
-    assert CellFile(path, settings).is_done(CELL, quiet=True)
+    assert CellFile(path, settings).is_done(CELL, cases_of(CELL), quiet=True)
     second.add(CELL, [{**one, "load_average": 3.0} for one in rows_of(CELL)])
-    assert CellFile(path, settings).is_done(CELL)
-    assert not CellFile(path, settings).is_done(CELL, quiet=True)
+    assert CellFile(path, settings).is_done(CELL, cases_of(CELL))
+    assert not CellFile(path, settings).is_done(CELL, cases_of(CELL), quiet=True)
     assert len(CellFile(path, settings).results.rows) == 11
 
 
-def test_a_file_that_was_measured_on_another_machine_is_refused(tmp_path: Path) -> None:
+def test_a_cell_that_was_measured_in_other_cases_is_measured_again() -> None:
+    file, wanted = CellFile(None, {}), cases_of(CELL)
+    file.add(CELL, rows_of(CELL)[:-1])
+    assert not file.is_done(CELL, wanted)
+    file.add(CELL, rows_of(CELL))
+    assert file.is_done(CELL, wanted)
+    assert not file.is_done(CELL, wanted[:-1])
+
+
+@pytest.mark.parametrize(
+    ("other", "allowed"),
+    [
+        ({"machine": {**machine(), "processor": "other"}}, "one measured on this machine"),
+        ({"versions": {**versions(), "torch": "1.0"}}, "one measured with .*'torch': '[2-9]"),
+    ],
+    ids=["machine", "versions"],
+)
+def test_a_file_that_was_measured_elsewhere_is_refused(other: dict[str, Any], allowed: str, tmp_path: Path) -> None:
     path = tmp_path / "grid.json"
-    Results({"tokens": 48}, rows_of(CELL), {**machine(), "processor": "other"}).write(path)
-    with pytest.raises(SettingsError, match="one measured on this machine"):
+    Results({"tokens": 48}, rows_of(CELL), **other).write(path)
+    with pytest.raises(SettingsError, match=allowed):
         CellFile(path, {"tokens": 48})
 
 

@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from bench.grid.cells import Case
 from bench.grid.summary import is_quiet
-from bench.setup.results import Results, Row, Value, machine
+from bench.setup.results import Results, Row, Value, machine, versions
 from protocol.errors import SettingsError
 
 
@@ -24,7 +25,7 @@ class CellFile:
         settings: shared by all cells.
 
     Raises:
-        SettingsError: the file has other content, or was measured with other settings or on another machine.
+        SettingsError: the file has other content, or was measured with other settings or versions, or elsewhere.
     """
 
     def __init__(self, path: Path | None, settings: Mapping[str, Value]) -> None:
@@ -37,6 +38,8 @@ class CellFile:
                 raise SettingsError("json", str(path), f"a new file, or one measured with {dict(settings)}")
             if (here := dict(machine())) != dict(previous.machine):
                 raise SettingsError("json", str(path), f"a new file, or one measured on this machine, {here}")
+            if (installed := versions()) != dict(previous.versions):
+                raise SettingsError("json", str(path), f"a new file, or one measured with {installed}")
             self._rows = [dict(row) for row in previous.rows]
 
     @property
@@ -48,10 +51,11 @@ class CellFile:
         """The rows of a cell; empty if it was not measured."""
         return [row for row in self._rows if cell.has(row)]
 
-    def is_done(self, cell: Cell, quiet: bool = False) -> bool:
-        """Whether a cell was measured without a failure and, if ``quiet``, on an otherwise idle machine."""
+    def is_done(self, cell: Cell, cases: Sequence[Case], quiet: bool = False) -> bool:
+        """Whether a cell was measured in these cases, without a failure and, if ``quiet``, on an idle machine."""
         rows = self.rows_of(cell)
-        return bool(rows) and all(row["failed"] is None and (is_quiet(row) or not quiet) for row in rows)
+        is_complete = {row["case"] for row in rows} == {case.name for case in cases}
+        return is_complete and all(row["failed"] is None and (is_quiet(row) or not quiet) for row in rows)
 
     def add(self, cell: Cell, rows: Sequence[Row]) -> None:
         """Set the rows of a cell, replacing earlier ones."""

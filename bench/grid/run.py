@@ -110,7 +110,7 @@ def measure_grid(
     with progress_bar() as progress, PairRun(bundle, settings.target, settings.dtype) as pair:
         run = GridRun(pair, settings, lambda: progress.advance(task))
         measured = CellFile(json_file, run.described())
-        missing = [cell for cell in wanted if not measured.is_done(cell, repeat_busy)]
+        missing = [cell for cell in wanted if not measured.is_done(cell, cases(cell), repeat_busy)]
         answers = sum(len(settings.workload(cell).prompts) * len(cases(cell)) for cell in missing)
         task = progress.add_task("answers", total=answers)
         for cell in missing:

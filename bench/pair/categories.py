@@ -61,7 +61,7 @@ def categories(
         counts: Row = {"per_category": per_category, "repeats": repeats, "max_new_tokens": max_new_tokens}
         described = {**pair.described(), "prompts_hash": prompts_hash(by_category), **counts}
         measured = CellFile(json_file, described)
-        missing = [cell for cell in workloads if not measured.is_done(cell)]
+        missing = [cell for cell in workloads if not measured.is_done(cell, category_cases(cell.temperature))]
         answers = sum(len(workloads[cell].prompts) * len(category_cases(cell.temperature)) for cell in missing)
         task = progress.add_task("answers", total=answers)
         for cell in missing:

@@ -31,6 +31,11 @@ def machine() -> Row:
     }
 
 
+def versions() -> dict[str, str]:
+    """Of the packages that figures depend on."""
+    return {name: metadata.version(name) for name in _PACKAGES}
+
+
 @dataclass(frozen=True)
 class Results:
     """Rows of one measurement; every row has a ``case``."""
@@ -38,6 +43,7 @@ class Results:
     settings: Mapping[str, Value]
     rows: Sequence[Mapping[str, Value]]
     machine: Mapping[str, Value] = field(default_factory=machine)
+    versions: Mapping[str, str] = field(default_factory=versions)
 
     def write(self, path: Path | None) -> None:
         """Write the JSON file, unless ``path`` is None. An interrupted write leaves the old file in place."""
@@ -45,7 +51,7 @@ class Results:
             return
         content = {
             "machine": dict(self.machine),
-            "versions": {name: metadata.version(name) for name in _PACKAGES},
+            "versions": dict(self.versions),
             "settings": dict(self.settings),
             "rows": [dict(row) for row in self.rows],
         }
@@ -62,7 +68,7 @@ class Results:
         """
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            return cls(content["settings"], content["rows"], content["machine"])
+            return cls(content["settings"], content["rows"], content["machine"], content["versions"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise SettingsError("json", str(path), f"results of edgedraft-bench ({error!r})") from error
 
