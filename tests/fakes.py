@@ -35,6 +35,12 @@ def blend(one: Table, other: Table, share: float) -> Table:
     return (share * one + (1 - share) * other).astype(np.float32)
 
 
+VOCAB = 12
+TARGET = random_table(VOCAB, seed=1)
+DRAFT = blend(TARGET, random_table(VOCAB, seed=2), 0.7)
+PROMPT = [3, 1, 4, 1, 5]
+
+
 def next_logits(table: Table, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
     previous = tokens[-2] if len(tokens) > 1 else 0
     logits: npt.NDArray[np.float32] = table[previous, tokens[-1]]

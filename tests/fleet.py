@@ -19,18 +19,11 @@ from device.link.curve_keys import CurveKeys, new_key
 from device.link.link import Link
 from device.session.client import Client
 from device.session.session import DeviceSession
-from device.settings import DraftSettings, Timeouts
+from device.settings import Timeouts
 from protocol.frames import FrameCodec
-from protocol.messages import Mode, Sampling
-from tests.fakes import FakeDraftModel, FakeTarget, blend, random_table
-from tests.link_pair import open_session
-from tests.serving import serving
-
-VOCAB = 12
-TARGET = random_table(VOCAB, seed=1)
-DRAFT = blend(TARGET, random_table(VOCAB, seed=2), 0.7)
-PROMPT = [3, 1, 4, 1, 5]
-IDS = DraftSettings(Mode.IDS, Sampling(), 4, 4)
+from tests.fakes import DRAFT, PROMPT, TARGET, VOCAB, FakeDraftModel, FakeTarget
+from tests.link_pair import IDS, open_session
+from tests.serving import ANY_PORT, serving
 
 
 @dataclass(frozen=True)
@@ -90,7 +83,7 @@ class Fleet:
 @contextmanager
 def fleet(path: Path) -> Iterator[Fleet]:
     folder, metrics = KeyFolder.create(path / "keys"), Metrics()
-    server = Server(FakeTarget.make(TARGET), "tcp://127.0.0.1:0", keys=folder, metrics=metrics)
+    server = Server(FakeTarget.make(TARGET), ANY_PORT, keys=folder, metrics=metrics)
     with closing(Monitor("127.0.0.1:0", metrics, folder)) as monitor, serving(server):
         monitor.alive, monitor.ready = (lambda: server.alive), (lambda: not server.draining)
         running = Fleet(path, folder, metrics, monitor, server)

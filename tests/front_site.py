@@ -9,16 +9,18 @@ from multiprocessing import Pipe
 from basestation.devices.device_socket import Admission
 from basestation.devices.key_folder import KeyFolder
 from basestation.engine.engine_host import PassOptions
+from basestation.logs import LogFormat
 from basestation.replicas.front import Front, FrontOptions
 from basestation.replicas.front_metrics import FrontMetrics
+from basestation.replicas.front_process import FrontSettings
 from basestation.replicas.inner_link import InnerKey
 from basestation.replicas.replica import Replica
 from basestation.replicas.replica_settings import ReplicaOptions
 from basestation.target.target_model import TargetModel
 from protocol.limits import Limits
+from tests.fakes import TARGET, FakeTarget
+from tests.serving import ANY_PORT
 from tests.wait import wait_for
-
-ANY_PORT = "tcp://127.0.0.1:0"
 
 
 class RunningReplica(Replica):
@@ -119,3 +121,29 @@ def front_site(limits: Limits | None = None, keys: KeyFolder | None = None, expe
         site.start_front()
         site.cleanup.callback(site.stop_front)
         yield site
+
+
+@contextmanager
+def two_replicas() -> Iterator[FrontSite]:
+    with front_site() as site:
+        for name in ("replica-0", "replica-1"):
+            site.start_replica(name, FakeTarget.make(TARGET))
+        site.wait_for_replicas(2)
+        yield site
+
+
+def front_settings(metrics_bind: str | None = None) -> FrontSettings:
+    """Of a front for one replica in a process of its own."""
+    listening = FrontOptions(ANY_PORT, ANY_PORT, InnerKey.new(), 1, Limits())
+    return FrontSettings(listening, "table", None, False, 2**30, metrics_bind, LogFormat.TEXT)
+
+
+def start_replica(
+    settings: FrontSettings, address: str, name: str, model: TargetModel, cleanup: ExitStack
+) -> RunningReplica:
+    """Start a replica of a front that listens at ``address``."""
+    options = ReplicaOptions(name, address, settings.front.inner_key, keyed=False)
+    replica = RunningReplica(model, options, settings.front.limits)
+    cleanup.callback(replica.thread.join)
+    cleanup.callback(replica.stop)
+    return replica

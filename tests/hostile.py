@@ -21,6 +21,7 @@ from protocol.frames import FrameCodec
 from protocol.limits import Limits
 from protocol.messages import Close, Decode, Draft, Extend, Fault, Hello, Message, Mode, Open, Resume, Sampling, Verdict
 from protocol.sparse import SparseDistribution
+from tests.relay import port_of
 
 _GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x00CURVE" + bytes(47)  # ZMTP 3 (RFC 23)
 _PAUSE = 0.02
@@ -57,7 +58,7 @@ class AttackedStation:
             context.destroy(linger=0)
 
     def tcp(self) -> socket.socket:
-        return socket.create_connection(("127.0.0.1", int(self.address.rpartition(":")[2])), timeout=5)
+        return socket.create_connection(("127.0.0.1", port_of(self.address)), timeout=5)
 
 
 Attack: TypeAlias = Callable[[AttackedStation, random.Random], None]

@@ -12,23 +12,18 @@ import pytest
 from device.drafting.draft_model import DraftModel
 from device.session.session import DeviceSession
 from device.settings import DraftSettings
-from protocol.frames import FrameCodec
 from protocol.messages import Hello, Message, Mode, Open, Sampling, Welcome
-from tests.fakes import FakeDraftModel, FakeTarget, blend, random_table
+from tests.fakes import DRAFT, TARGET, VOCAB, FakeDraftModel, FakeTarget
 from tests.link_pair import CopyCount, MemoryTransport, Station, deliver_once, join, open_session
 
-VOCAB_SIZE = 12
-TARGET = random_table(VOCAB_SIZE, seed=1)
-DRAFT = blend(TARGET, random_table(VOCAB_SIZE, seed=2), 0.7)
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
 MAX_NEW_TOKENS = 40
 TURNS = [[7, 8], [1], [0, 11, 4, 4, 2]]
 GREEDY, SAMPLED = Sampling(), Sampling(0.9, seed=7)
-CODEC = FrameCodec(VOCAB_SIZE)
 SETTINGS = [
     *(DraftSettings(mode, GREEDY, 4, 4) for mode in (Mode.IDS, Mode.TOPK, Mode.TOPP, Mode.FULL, Mode.TARGET)),
     DraftSettings(Mode.TOPK, SAMPLED, 4, 4, uplink_steps=5),
-    DraftSettings(Mode.TOPP, SAMPLED, VOCAB_SIZE, 4, uplink_p=0.8),
+    DraftSettings(Mode.TOPP, SAMPLED, VOCAB, 4, uplink_p=0.8),
     DraftSettings(Mode.TOPK, SAMPLED, 4, 4, block_verification=True),
     *(DraftSettings(mode, SAMPLED, 4, 4) for mode in (Mode.TOPK, Mode.FULL, Mode.TARGET)),
 ]

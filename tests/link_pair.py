@@ -20,8 +20,9 @@ from device.settings import DraftSettings, Timeouts
 from protocol.errors import FullError, ProtocolError
 from protocol.frames import FrameCodec
 from protocol.limits import Limits
-from protocol.messages import Fault, Message, Open
+from protocol.messages import Fault, Message, Mode, Open, Sampling
 
+IDS = DraftSettings(Mode.IDS, Sampling(), uplink_k=4, draft_len=4)
 CopyCount: TypeAlias = Callable[[Message], int]
 """How many copies of a message arrive: 0 loses it, 2 duplicates it."""
 

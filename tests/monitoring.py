@@ -5,9 +5,8 @@ from typing import Any
 
 import yaml
 
-from tests.sample import PROJECT
+from tests.sample import DOCKER
 
-DOCKER = PROJECT / "docker"
 RULES = DOCKER / "grafana" / "rules.yml"
 
 

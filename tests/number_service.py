@@ -23,7 +23,6 @@ from tests.link_pair import CopyCount, MemoryTransport, Station, deliver_once, j
 
 TARGET = random_table(20, seed=1)
 DRAFT = blend(TARGET, random_table(20, seed=2), 0.7)
-PROMPT = [3, 1, 4, 1, 5]
 FIELDS = {"messages": [{"role": "user", "content": "3 1 4 1 5"}], "max_tokens": 12}
 
 

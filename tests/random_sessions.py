@@ -19,7 +19,7 @@ from bench.setup.prompts import OWN_PROMPTS
 from device.session.session import DeviceSession
 from device.settings import DraftSettings
 from protocol.messages import Mode, Sampling
-from tests.relay import CountingRelay
+from tests.relay import CountingRelay, port_of
 
 AT_ONCE = 4
 """Sessions at the same time: each is a neighbor of the others in the base station's passes."""
@@ -96,7 +96,7 @@ def _tokens_of(session: DeviceSession, count: int, relay: CountingRelay, break_a
 @contextmanager
 def _relayed(bundle: Path, address: str) -> Iterator[tuple[BenchSetup, CountingRelay]]:
     with (
-        CountingRelay(int(address.rpartition(":")[2])) as relay,
+        CountingRelay(port_of(address)) as relay,
         bench_setup(bundle, f"tcp://127.0.0.1:{relay.port}") as setup,
     ):
         yield setup, relay

@@ -19,12 +19,11 @@ from basestation.target.target_model import TargetModel, place_share
 from basestation.target.tensor_parallel import Share
 from basestation.target.vocabulary import Vocabulary
 from tests.fakes import token_names
-from tests.test_basestation_target_model import VOCAB, tiny_config
+from tests.tiny_target import CPU, VOCAB, tiny_config
 
 HEADS = {"hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 4}
 LOOPBACK = "127.0.0.1"
 KV_MEMORY = 2**24
-CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,11 @@
 """A device that sends the messages and frames that a test gives it."""
 
+from protocol.frames import FrameCodec
 from protocol.messages import PROTOCOL_VERSION, Hello, Message, Welcome
-from tests.fakes import manifest
+from tests.fakes import VOCAB, manifest
 from tests.link_pair import Station
+
+CODEC = FrameCodec(VOCAB)
 
 
 def hello(vocab_size: int) -> Hello:

@@ -9,6 +9,10 @@ _HEARTBEATS = {b"\x04\x07\x04PING": 9, b"\x04\x05\x04PONG": 7}
 """ZeroMQ's heartbeats on a connection without keys: how they begin, and their bytes."""
 
 
+def port_of(address: str) -> int:
+    return int(address.rpartition(":")[2])
+
+
 class CountingRelay:
     """Forwards connections to ``port`` on loopback to a base station; does not count heartbeats.
 

@@ -1,6 +1,17 @@
 """What a terminal shows of the text and the control sequences that a program writes."""
 
+import io
 import re
+
+from rich.console import Console
+
+ASCII_OUTPUTS = [
+    {"PYTHONIOENCODING": "ascii"},
+    {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"},
+]
+"""Environments in which stdout takes ASCII alone."""
+CONSOLE = Console(file=io.StringIO())
+"""That nobody sees."""
 
 _SEQUENCE = re.compile(r"\x1b\[([\d;]*)([A-Za-z])")
 

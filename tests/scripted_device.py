@@ -6,14 +6,11 @@ from typing import cast
 import numpy as np
 
 from basestation.engine.scheduler import PassBudget
-from protocol.frames import FrameCodec
 from protocol.messages import PROTOCOL_VERSION, Draft, Hello, Message, Mode, Open, Sampling, Verdict
-from tests.fakes import FakeTarget, random_table, target_alone
+from tests.fakes import TARGET, VOCAB, FakeTarget, target_alone
 from tests.link_pair import Station
+from tests.raw_device import CODEC
 
-VOCAB = 12
-TARGET = random_table(VOCAB, seed=1)
-CODEC = FrameCodec(VOCAB)
 BUDGET = PassBudget(64, 16)
 
 

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 
 from basestation.server import Server
 
+ANY_PORT = "tcp://127.0.0.1:0"
+
 
 @contextmanager
 def serving(server: Server) -> Iterator[Server]:

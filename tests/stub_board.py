@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from basestation.devices.key_folder import KeyFolder
-from tests.sample import PROJECT
+from tests.sample import DOCKER
 
 _SSH = """#!/bin/sh
 for command; do :; done
@@ -76,7 +76,7 @@ class StubBoard:
         given = {"--server": "tcp://10.0.0.1:5755", "--keys": f"{self.folder}/keys", "--bundle": str(self.folder)}
         rest = [word for pair in given.items() if pair[0] not in options for word in pair]
         return subprocess.run(
-            [str(PROJECT / "docker" / "flash.sh"), *rest, *options, "board"],
+            [str(DOCKER / "flash.sh"), *rest, *options, "board"],
             capture_output=True,
             text=True,
             check=False,

@@ -25,19 +25,16 @@ from basestation.kv_cache.memory_guard import MemoryGuard
 from basestation.server import Server
 from basestation.sessions.session import Session
 from protocol.errors import OverloadError
-from protocol.frames import FrameCodec
 from protocol.full_distribution import FullDistribution
 from protocol.limits import Limits
 from protocol.messages import Draft, Fault, Mode, Open, Opened, Sampling, Verdict, Welcome
-from tests.fakes import FakeTarget, random_table
+from tests.fakes import TARGET, VOCAB, FakeTarget
 from tests.link_pair import Station
-from tests.raw_device import RawDevice, hello
-from tests.serving import serving
+from tests.raw_device import CODEC, RawDevice, hello
+from tests.relay import port_of
+from tests.serving import ANY_PORT, serving
 from tests.wait import wait_for
 
-VOCAB = 12
-TARGET = random_table(VOCAB, seed=1)
-CODEC = FrameCodec(VOCAB)
 MIB = 2**20
 
 
@@ -188,7 +185,7 @@ def test_bytes_beyond_the_rate_are_dropped_with_the_limits_name_and_others_are_s
     limits = Limits(max_bytes_per_second=50_000)
     prompt = CODEC.encode(Open(0, 0, Mode.IDS, Sampling(), (1,) * 90_000))
     with (
-        serving(Server(FakeTarget.make(TARGET), "tcp://127.0.0.1:0", limits)) as server,
+        serving(Server(FakeTarget.make(TARGET), ANY_PORT, limits)) as server,
         dealer(server.address) as greedy,
         dealer(server.address) as other,
     ):
@@ -213,7 +210,7 @@ def test_a_queued_message_counts_for_its_owner_with_the_bytes_that_it_takes(monk
         return put(self, task, owner, size)
 
     monkeypatch.setattr(Inbox, "put", recording)
-    with serving(Server(FakeTarget.make(TARGET), "tcp://127.0.0.1:0")) as server, dealer(server.address) as device:
+    with serving(Server(FakeTarget.make(TARGET), ANY_PORT)) as server, dealer(server.address) as device:
         assert greets(device)
         device.send(CODEC.encode(Open(0, 0, Mode.IDS, Sampling(), (1,) * 1000)))
         assert device.poll(20_000)
@@ -299,7 +296,7 @@ def test_the_guard_returns_free_memory_to_the_system_now_and_then(monkeypatch: p
 def test_new_connections_are_refused_while_memory_is_short_and_open_ones_continue() -> None:
     resident = [0]
     guard = MemoryGuard(expected=0, for_peers=100, resident=lambda: resident[0])
-    server = Server(FakeTarget.make(TARGET), "tcp://127.0.0.1:0", memory_guard=guard)
+    server = Server(FakeTarget.make(TARGET), ANY_PORT, memory_guard=guard)
     with serving(server), dealer(server.address) as early:
         assert greets(early)
         resident[0] = 60
@@ -314,7 +311,7 @@ def test_new_connections_are_refused_while_memory_is_short_and_open_ones_continu
 
 def test_a_message_of_endless_parts_ends_the_process_and_not_the_machine() -> None:
     guard = MemoryGuard.of_process(kv_bytes=0, for_peers=150 * MIB)
-    server = Server(FakeTarget.make(TARGET), "tcp://127.0.0.1:0", memory_guard=guard)
+    server = Server(FakeTarget.make(TARGET), ANY_PORT, memory_guard=guard)
     failures: list[Exception] = []
 
     def serve() -> None:
@@ -343,7 +340,7 @@ def send_endless_message(address: str, most: int) -> None:
     sent = 0
     with (
         contextlib.suppress(OSError),
-        socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2])), timeout=20) as connection,
+        socket.create_connection(("127.0.0.1", port_of(address)), timeout=20) as connection,
     ):
         connection.sendall(greeting)
         connection.sendall(bytes([4, len(ready)]) + ready)

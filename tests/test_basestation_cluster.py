@@ -15,13 +15,13 @@ from basestation.cli import LEAST_PASS_TOKENS, app
 from basestation.engine.scheduler import PassBudget
 from basestation.launch_options import ClusterOptions, OperationOptions, SocketOptions, TargetOptions
 from basestation.logs import LogFormat
-from basestation.replicas import launcher
+from basestation.replicas import launcher, ray_actors
 from basestation.replicas.cluster import Cluster
 from basestation.replicas.launcher import serve_replicas
 from basestation.replicas.replica_settings import ReplicaSettings
 from protocol.errors import LinkError, ModelError, SettingsError
 from protocol.limits import Limits
-from tests.test_basestation_target_model import tiny_config
+from tests.tiny_target import tiny_config
 
 OPERATION = OperationOptions(None, None, None, 3.0, LogFormat.TEXT)
 
@@ -74,7 +74,7 @@ def test_too_few_tokens_of_a_pass_are_refused_before_a_target_is_loaded(option: 
 
 @pytest.mark.parametrize("option", ["kv_memory", "peer_memory"])
 def test_a_wrong_size_is_refused_before_replicas_start(option: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster, "Cluster", None)
+    monkeypatch.setattr(launcher, "Cluster", None)
     listening = SocketOptions("tcp://127.0.0.1:0", None, False, Limits())
     options: dict[str, Any] = {option: "4 parsecs"}
     with pytest.raises(SettingsError, match=r"4 parsecs.*a size like"):
@@ -82,7 +82,7 @@ def test_a_wrong_size_is_refused_before_replicas_start(option: str, monkeypatch:
 
 
 def test_a_wrong_option_that_a_replica_finds_reaches_the_parent_as_such() -> None:
-    with pytest.raises(SettingsError) as caught, cluster._ending("replica-0"):
+    with pytest.raises(SettingsError) as caught, ray_actors._ending("replica-0"):
         raise SettingsError("dtype", "float8", "auto, float32, bfloat16")
     received = pickle.loads(pickle.dumps(caught.value))  # noqa: S301 - our own
     assert (type(received), str(received)) == (SettingsError, str(caught.value))

@@ -18,10 +18,10 @@ from basestation.target import int8_linear
 from common.checks import Status
 from device.link.curve_keys import new_key
 from tests.doctor_command import DoctorCommand
-from tests.test_basestation_target_model import tiny_config
+from tests.serving import ANY_PORT
+from tests.tiny_target import tiny_config
 
 CHECKS = ["target", "processor", "memory", "context", "keys", "key files", "port"]
-ANY_PORT = "tcp://127.0.0.1:0"
 
 
 @pytest.fixture(scope="module")

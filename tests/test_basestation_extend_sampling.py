@@ -6,12 +6,10 @@ import msgpack
 import pytest
 
 from protocol.messages import Draft, Extend, Fault, Message, Mode, Open, Opened, Sampling, Verdict
-from tests.fakes import FakeTarget, random_table
+from tests.fakes import TARGET, VOCAB, FakeTarget
 from tests.link_pair import Station
 from tests.raw_device import RawDevice, hello
 
-VOCAB = 12
-TARGET = random_table(VOCAB, seed=1)
 PROMPT, TURN = (3, 1, 4), (5, 9, 2)
 GREEDY = Sampling()
 SAMPLINGS = (GREEDY, Sampling(0.9, seed=7), Sampling(0.9, seed=8), Sampling(1.4, 6, 0.8, 7))

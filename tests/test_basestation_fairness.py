@@ -7,7 +7,8 @@ from basestation.engine.scheduler import PassBudget
 from basestation.kv_cache.kv_pool import PAGE_SIZE
 from protocol.messages import Draft, Extend, Fault, Mode, Open, Opened, Sampling, Verdict
 from tests.link_pair import Station
-from tests.scripted_device import CODEC, ScriptedDevice, new_station, prompt_of, settle, target_of
+from tests.raw_device import CODEC
+from tests.scripted_device import ScriptedDevice, new_station, prompt_of, settle, target_of
 
 EIGHT_SHARES = PassBudget(256, 32)
 DEVICES = 8

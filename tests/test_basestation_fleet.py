@@ -20,8 +20,8 @@ from basestation.monitoring.monitor import Monitor
 from basestation.monitoring.snapshot import Snapshot
 from device.link.curve_keys import new_key
 from protocol.messages import Mode
-from tests.fakes import target_alone
-from tests.fleet import PROMPT, TARGET, Fleet, fleet, get
+from tests.fakes import PROMPT, TARGET, target_alone
+from tests.fleet import Fleet, fleet, get
 from tests.sample import PROJECT
 
 PAGE = PROJECT / "basestation" / "monitoring" / "page"

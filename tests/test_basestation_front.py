@@ -1,31 +1,27 @@
-"""A front and its replicas on real sockets: answers, losses, restarts, admission."""
+"""A front and its replicas on real sockets: answers, losses, restarts, counted bytes."""
 
 import multiprocessing
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import zmq
 
 from basestation.devices.key_folder import KeyFolder
-from basestation.logs import LogFormat
 from basestation.monitoring.monitor import Monitor
 from basestation.monitoring.snapshot import Snapshot
 from basestation.replicas import front, front_process
-from basestation.replicas.front import Front, FrontOptions
-from basestation.replicas.front_process import FrontProcess, FrontSettings
-from basestation.replicas.inner_link import Delivery, InnerKey, InnerSocket
+from basestation.replicas.front import Front
+from basestation.replicas.front_process import FrontProcess
+from basestation.replicas.inner_link import Delivery, InnerSocket
 from basestation.replicas.inner_messages import Command
-from basestation.replicas.replica_settings import ReplicaOptions
 from basestation.server import Server
 from basestation.target.target_model import TargetModel
 from device.link.curve_keys import CurveKeys, new_key
@@ -33,30 +29,23 @@ from device.link.link import Link
 from device.session.client import Client
 from device.session.session import DeviceSession
 from device.settings import DraftSettings, Timeouts
-from protocol.errors import FaultError, SettingsError
-from protocol.frames import FrameCodec
+from protocol.errors import FaultError
 from protocol.limits import Limits
 from protocol.messages import Close, Draft, Fault, Message, Mode, Open, Opened, Sampling, Welcome
 from protocol.zmtp import socket_bytes
-from tests.fakes import FakeDraftModel, FakeTarget, blend, random_table, target_alone
-from tests.front_site import ANY_PORT, FrontSite, RunningReplica, front_site
-from tests.link_pair import open_session
-from tests.raw_device import hello
+from tests.fakes import DRAFT, PROMPT, TARGET, VOCAB, FakeDraftModel, FakeTarget, target_alone
+from tests.front_site import FrontSite, RunningReplica, front_settings, front_site, start_replica, two_replicas
+from tests.link_pair import IDS, open_session
+from tests.raw_device import CODEC, hello
+from tests.raw_peer import RawPeer
 from tests.relay import CountingRelay
-from tests.serving import serving
+from tests.serving import ANY_PORT, serving
 from tests.wait import wait_for
 
-VOCAB = 12
-TARGET = random_table(VOCAB, seed=1)
-DRAFT = blend(TARGET, random_table(VOCAB, seed=2), 0.7)
-PROMPT = [3, 1, 4, 1, 5]
 TOKENS = 60
-CODEC = FrameCodec(VOCAB)
-IDS = DraftSettings(Mode.IDS, Sampling(), 4, 4)
 COUPLED = DraftSettings(Mode.COUPLED, Sampling(1.0, seed=7), 4, 4)
 TOPK = DraftSettings(Mode.TOPK, Sampling(1.0, seed=7), 4, 4)
 TIMEOUTS = Timeouts(connect=10, resend=1, retry=20)
-ANOTHER_VOCABULARY = "its target 'table' has another vocabulary or other stop ids than that of the others"
 
 
 def target() -> TargetModel:
@@ -65,10 +54,7 @@ def target() -> TargetModel:
 
 @pytest.fixture
 def site() -> Iterator[FrontSite]:
-    with front_site() as site:
-        for name in ("replica-0", "replica-1"):
-            site.start_replica(name, target())
-        site.wait_for_replicas(2)
+    with two_replicas() as site:
         yield site
 
 
@@ -92,51 +78,8 @@ def serving_replica(site: FrontSite) -> RunningReplica:
 
 
 def undisturbed(settings: DraftSettings) -> list[int]:
-    with serving(Server(target(), "tcp://127.0.0.1:0")) as server, ExitStack() as cleanup:
+    with serving(Server(target(), ANY_PORT)) as server, ExitStack() as cleanup:
         return [token.token_id for token in session_at(server.address, settings, cleanup).answer(TOKENS)]
-
-
-def front_settings(metrics_bind: str | None = None) -> FrontSettings:
-    """Of a front for one replica in a process of its own."""
-    listening = FrontOptions(ANY_PORT, ANY_PORT, InnerKey.new(), 1, Limits())
-    return FrontSettings(listening, "table", None, False, 2**30, metrics_bind, LogFormat.TEXT)
-
-
-def start_replica(
-    settings: FrontSettings, address: str, name: str, model: TargetModel, cleanup: ExitStack
-) -> RunningReplica:
-    """Start a replica of a front that listens at ``address``."""
-    options = ReplicaOptions(name, address, settings.front.inner_key, keyed=False)
-    replica = RunningReplica(model, options, settings.front.limits)
-    cleanup.callback(replica.thread.join)
-    cleanup.callback(replica.stop)
-    return replica
-
-
-@dataclass
-class RawPeer:
-    """A DEALER that sends the messages that a test gives it."""
-
-    address: str
-    cleanup: ExitStack
-    keys: CurveKeys | None = None
-    socket: "zmq.Socket[bytes]" = field(init=False)
-
-    def __post_init__(self) -> None:
-        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self.cleanup.callback(context.destroy, linger=0)
-        self.socket = context.socket(zmq.DEALER)
-        self.cleanup.callback(self.socket.close, linger=0)
-        if self.keys:
-            self.keys.protect(self.socket)
-        self.socket.connect(self.address)
-
-    def request(self, message: Message | bytes) -> Message | None:
-        self.socket.send(message if isinstance(message, bytes) else CODEC.encode(message))
-        return self.receive()
-
-    def receive(self, seconds: float = 5) -> Message | None:
-        return CODEC.decode(self.socket.recv()) if self.socket.poll(round(1000 * seconds)) else None
 
 
 # -- answers --
@@ -153,7 +96,7 @@ def test_a_coupled_answer_is_that_of_a_single_process(site: FrontSite, cleanup: 
 
 
 def test_the_welcome_is_that_of_a_single_process(site: FrontSite, cleanup: ExitStack) -> None:
-    with serving(Server(target(), "tcp://127.0.0.1:0")) as server:
+    with serving(Server(target(), ANY_PORT)) as server:
         expected = RawPeer(server.address, cleanup).request(hello(VOCAB))
     assert isinstance(expected, Welcome)
     assert RawPeer(site.address, cleanup).request(hello(VOCAB)) == expected
@@ -275,135 +218,6 @@ def test_without_a_replica_an_open_is_refused_until_one_is_back(site: FrontSite,
     assert peer.request(opening) == Opened(0, 0)
 
 
-# -- admission and limits --
-
-
-def test_a_replica_without_the_inner_key_is_not_admitted(site: FrontSite) -> None:
-    site.start_replica("stranger", target(), InnerKey.new())
-    known = site.start_replica("replica-2", target())
-    wait_for(lambda: len(site.front.routing.replicas) == 3)
-    assert {one.name for one in site.front.routing.replicas.values()} == {"replica-0", "replica-1", known.name}
-
-
-def test_a_replica_with_another_target_gets_no_sessions(site: FrontSite) -> None:
-    site.start_replica("other", FakeTarget.make(random_table(VOCAB + 1, seed=3)))
-    site.start_replica("replica-2", target())
-    wait_for(lambda: len(site.front.routing.replicas) == 3)
-    wait_for(lambda: site.refused == {"other": ANOTHER_VOCABULARY})
-    assert "other" not in {one.name for one in site.front.routing.replicas.values()}
-
-
-def test_the_parent_of_a_front_hears_which_replica_is_refused_and_why(cleanup: ExitStack) -> None:
-    settings, refused = front_settings(), dict[str, str]()
-    process = cleanup.enter_context(closing(FrontProcess(settings)))
-    address = process.start()
-    for name, model in (("replica-0", target()), ("other", FakeTarget.make(random_table(VOCAB + 1, seed=3)))):
-        start_replica(settings, address, name, model, cleanup)
-        process.address(30)
-
-    def has_heard() -> bool:
-        refused.update(process.refused())
-        return bool(refused)
-
-    wait_for(has_heard)
-    assert refused == {"other": ANOTHER_VOCABULARY}
-    assert list(process.replicas) == ["replica-0"]
-
-
-def test_a_front_whose_address_for_metrics_is_taken_tells_its_parent_which_option_is_wrong() -> None:
-    listening = FrontOptions(ANY_PORT, ANY_PORT, InnerKey.new(), 1, Limits())
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        address = f"127.0.0.1:{taken.getsockname()[1]}"
-        settings = FrontSettings(listening, "table", None, False, 2**30, address, LogFormat.TEXT)
-        with (
-            closing(FrontProcess(settings)) as process,
-            pytest.raises(SettingsError, match=f"metrics-bind is .{address}"),
-        ):
-            process.start()
-
-
-@pytest.mark.parametrize("lengths", [(64, 4096), (4096, 64)], ids=str)
-def test_devices_are_told_the_smallest_context_length_of_the_replicas(
-    lengths: tuple[int, int], cleanup: ExitStack
-) -> None:
-    with front_site() as site:
-        for number, length in enumerate(lengths):
-            site.start_replica(f"replica-{number}", FakeTarget.make(TARGET, context_length=length))
-            site.wait_for_replicas(number + 1)
-        welcome = RawPeer(site.address, cleanup).request(hello(VOCAB))
-    assert isinstance(welcome, Welcome)
-    assert welcome.context_length == 64
-    assert site.refused == {}
-
-
-@pytest.mark.parametrize("later", [None, 2048])
-def test_devices_are_told_a_longer_context_length_once_the_replica_with_the_smallest_is_gone_or_has_more(
-    later: int | None, cleanup: ExitStack
-) -> None:
-    with front_site() as site:
-        site.start_replica("replica-0", FakeTarget.make(TARGET, context_length=4096))
-        small = site.start_replica("replica-1", FakeTarget.make(TARGET, context_length=64))
-        site.wait_for_replicas(2)
-        peer = RawPeer(site.address, cleanup)
-
-        def told() -> int:
-            welcome = peer.request(hello(VOCAB))
-            assert isinstance(welcome, Welcome)
-            return welcome.context_length
-
-        assert told() == 64
-        small.kill()
-        if later:
-            site.start_replica("replica-1", FakeTarget.make(TARGET, context_length=later))
-        wait_for(lambda: told() == (later or 4096))
-        assert peer.request(Open(0, 0, Mode.IDS, Sampling(), (3,) * 100)) == Opened(0, 0)
-
-
-def test_a_device_that_was_told_a_longer_context_greets_again_before_its_session_is_at_a_replica_with_less(
-    cleanup: ExitStack,
-) -> None:
-    with front_site(expected=1) as site:
-        site.start_replica("replica-0", FakeTarget.make(TARGET, context_length=4096))
-        site.wait_for_replicas(1)
-        peer = RawPeer(site.address, cleanup)
-        openings = [Open(number, 0, Mode.IDS, Sampling(), tuple(PROMPT)) for number in range(2)]
-        assert isinstance(peer.request(hello(VOCAB)), Welcome)
-        assert peer.request(openings[0]) == Opened(0, 0)
-        site.start_replica("replica-1", FakeTarget.make(TARGET, context_length=64))
-        site.wait_for_replicas(2)
-        assert peer.request(openings[0]) == Opened(0, 0)  # its own replica goes on
-        site.drain(20.0, "replica-0")
-        refusal = peer.request(openings[1])
-        assert isinstance(refusal, Fault)
-        assert (refusal.session_id, refusal.code) == (1, "unknown_session")
-        welcome = peer.request(hello(VOCAB))
-        assert isinstance(welcome, Welcome)
-        assert welcome.context_length == 64
-        assert peer.request(openings[1]) == Opened(1, 0)
-
-
-@pytest.mark.parametrize("frame", [b"", b"\xc1", b"\x91\x05", b"\x92\x63\x00", b"\x93\x05\xff\x00"])
-def test_bytes_that_are_no_message_get_a_fault(site: FrontSite, cleanup: ExitStack, frame: bytes) -> None:
-    peer = RawPeer(site.address, cleanup)
-    refusal = peer.request(frame)
-    assert isinstance(refusal, Fault)
-    assert refusal.code == "frame"
-    assert isinstance(peer.request(hello(VOCAB)), Welcome)
-
-
-def test_a_flood_is_limited_at_the_front(cleanup: ExitStack) -> None:
-    with front_site(Limits(max_requests_per_second=5), expected=1) as site:
-        site.start_replica("replica-0", target())
-        site.wait_for_replicas(1)
-        peer = RawPeer(site.address, cleanup)
-        for _ in range(40):
-            peer.socket.send(CODEC.encode(hello(VOCAB)))
-        replies = list(iter(lambda: peer.receive(0.5), None))
-    faults = [(one.code, one.session_id, one.retry_seconds) for one in replies if isinstance(one, Fault)]
-    assert faults == [("limit", None, 2)]
-    assert sum(isinstance(reply, Welcome) for reply in replies) < 30
-
-
 # -- bytes --
 
 
@@ -419,7 +233,7 @@ def test_every_byte_is_counted_whether_a_frame_reaches_a_replica_or_not(site: Fr
     assert peer.request(hello(VOCAB))
     assert peer.request(opening)
     for message in unknown:
-        peer.socket.send(CODEC.encode(message))
+        peer.send(message)
     wait_for(counts_all_of(site, hello(VOCAB), opening, *unknown))
 
 
@@ -443,7 +257,7 @@ def test_the_bytes_of_frames_that_are_held_are_counted_once_whether_there_is_roo
         peer = RawPeer(site.address, cleanup)
         sent: list[Message] = [Draft(5, 1, ()), Close(6)]
         for message in sent:
-            peer.socket.send(CODEC.encode(message))
+            peer.send(message)
         wait_for(counts_all_of(site, *sent))
 
 
@@ -453,7 +267,7 @@ def test_the_bytes_of_a_frame_that_a_replica_does_not_get_are_counted(
 ) -> None:
     monkeypatch.setattr(InnerSocket, "send", lambda *_: delivery)
     peer, opening = RawPeer(site.address, cleanup), Open(0, 0, Mode.IDS, Sampling(), tuple(PROMPT))
-    peer.socket.send(CODEC.encode(opening))
+    peer.send(opening)
     wait_for(counts_all_of(site, opening))
 
 
@@ -489,7 +303,7 @@ def test_sessions_of_a_drained_replica_finish_and_new_ones_go_elsewhere(site: Fr
             assert isinstance(late.request(hello(VOCAB)), Welcome)
             assert late.request(Open(0, 0, Mode.IDS, Sampling(), tuple(PROMPT))) == Opened(0, 0)
             assert other.open_sessions == 1
-            late.socket.send(CODEC.encode(Close(0)))
+            late.send(Close(0))
     assert answer == target_alone(TARGET, PROMPT, TOKENS)
     home.thread.join(10)
     assert not home.thread.is_alive()

@@ -18,9 +18,9 @@ from basestation.verification.verify import RoundToVerify, verify_rounds
 from protocol.full_distribution import FullDistribution
 from protocol.messages import DraftDistribution, Sampling
 from protocol.sparse import SparseDistribution
+from tests.tiny_target import CPU
 
 VOCAB = 700
-CPU = torch.device("cpu")
 HOST_NUMBERS = (torch.tensor, torch.as_tensor, torch.from_numpy)
 
 

@@ -1,9 +1,10 @@
 """The base station drops idle sessions."""
 
 from protocol.messages import Draft, Fault, Verdict
-from tests.fakes import target_alone
-from tests.invariants import CODEC, PROMPT, SETTINGS, TARGET, draft_model, new_station, token_ids_of
+from tests.fakes import TARGET, target_alone
+from tests.invariants import PROMPT, SETTINGS, draft_model, new_station, token_ids_of
 from tests.link_pair import MemoryTransport, join, open_session
+from tests.raw_device import CODEC
 
 
 def test_only_idle_sessions_are_dropped() -> None:

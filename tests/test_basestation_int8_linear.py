@@ -21,8 +21,8 @@ from basestation.target.int8_linear import (
     rotated,
 )
 from protocol.errors import SettingsError
+from tests.tiny_target import CPU
 
-CPU = torch.device("cpu")
 needs_vnni = pytest.mark.skipif(int8_obstacle(CPU) is not None, reason=str(int8_obstacle(CPU)))
 IN, OUT = 96, 56
 

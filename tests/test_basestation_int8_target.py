@@ -19,9 +19,8 @@ from basestation.target.segment import Segment
 from basestation.target.supported_models import SUPPORTED
 from basestation.target.target_model import TargetModel
 from tests.sample import SAMPLE
-from tests.test_basestation_target_model import VOCAB, WINDOWS, tiny_config, tiny_pair
+from tests.tiny_target import CPU, VOCAB, WINDOWS, tiny_config, tiny_pair
 
-CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(int8_obstacle(CPU) is not None, reason=str(int8_obstacle(CPU)))
 PROMPT = [(7 * i + 3) % VOCAB for i in range(150)]
 

@@ -19,13 +19,12 @@ from protocol.errors import ContextLengthError, SettingsError
 from protocol.frames import FrameCodec
 from protocol.limits import Limits
 from protocol.messages import Decode, Draft, Fault, Mode, Open, Opened, Sampling, Verdict, Welcome
-from tests.fakes import FakeDraftModel, FakeTarget, blend, random_table, target_alone
+from tests.fakes import DRAFT, TARGET, VOCAB, FakeDraftModel, FakeTarget, target_alone
 from tests.link_pair import Station, join, open_session
 from tests.raw_device import RawDevice, hello
+from tests.serving import ANY_PORT
 
-VOCAB = 12
-TARGET = random_table(VOCAB, seed=1)
-MODEL = FakeDraftModel.make(blend(TARGET, random_table(VOCAB, seed=2), 0.7))
+MODEL = FakeDraftModel.make(DRAFT)
 TIGHT = Limits(max_prompt_len=6, max_draft_len=3, max_uplink_k=5, max_sessions=2, max_requests_per_second=9, window=2)
 
 
@@ -177,7 +176,7 @@ def test_the_number_of_remembered_senders_is_bounded() -> None:
 @pytest.mark.timeout(30)
 def test_an_endless_stream_of_requests_does_not_stop_forward_passes() -> None:
     target = FakeTarget(TARGET)
-    server = Server(cast(TargetModel, target), "tcp://127.0.0.1:0")
+    server = Server(cast(TargetModel, target), ANY_PORT)
     peer, forward = Peer.without_key(b"a"), target.forward
 
     def stop_and_forward(segments: Sequence[Segment]) -> torch.Tensor:

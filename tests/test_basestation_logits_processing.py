@@ -20,6 +20,7 @@ from device.settings import UplinkSettings
 from protocol.messages import Mode, Sampling
 from protocol.randomness import Stream, random_bits
 from tests.fakes import blend, next_logits, random_table
+from tests.p_values import FALSE_ALARM
 from tests.slow_sampling import slow_logits
 from tests.slow_verify import target_probs
 
@@ -189,7 +190,7 @@ def test_emitted_tokens_are_distributed_as_the_targets_own(mode: Mode, sampling:
     rest = [(observed[~likely].sum(), exact[~likely].sum() * count)] if exact[~likely].sum() * count >= 5 else []
     counts = [*observed[likely], *(count for count, _ in rest)]
     expected = np.array([*(exact[likely] * count), *(share for _, share in rest)])
-    assert chisquare(counts, expected * sum(counts) / expected.sum()).pvalue > 1e-4
+    assert chisquare(counts, expected * sum(counts) / expected.sum()).pvalue > FALSE_ALARM
 
 
 def test_the_distribution_test_sees_a_missing_setting() -> None:

@@ -1,9 +1,10 @@
-"""Free KV pages return their memory to the system, and out-of-memory errors are recognised."""
+"""What fits into memory: refusals, free KV pages that return theirs to the system, and out-of-memory errors."""
 
 import random
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -13,8 +14,12 @@ import torch
 from basestation.kv_cache import memory
 from basestation.kv_cache.kv_pages import KVPages, KVShape
 from basestation.kv_cache.kv_pool import KVPool, SequenceKVCache
-from basestation.kv_cache.memory import OutOfMemory, catch_out_of_memory
-from protocol.errors import ModelError
+from basestation.kv_cache.memory import OutOfMemory, catch_out_of_memory, check_fits, kv_budget, parameter_count
+from basestation.sizes import parse_size
+from basestation.target import packed_linear
+from basestation.target.pretrained import weight_files
+from protocol.errors import ModelError, SettingsError
+from tests.tiny_target import CPU, tiny_config
 
 SHAPE = KVShape(8, 2, 64, torch.float32, torch.device("cpu"))
 MEBIBYTE = 2**20
@@ -113,3 +118,33 @@ def test_weights_that_do_not_fit_into_the_hosts_memory_are_refused(monkeypatch: 
 def test_other_system_errors_are_not_out_of_memory() -> None:
     with pytest.raises(FileNotFoundError), catch_out_of_memory():
         raise FileNotFoundError(2, "no such file")
+
+
+def test_a_target_that_does_not_fit_is_refused_with_both_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_config("llama", hidden_size=1024, num_hidden_layers=16, intermediate_size=4096, vocab_size=32000)
+    check_fits(config, torch.float32, CPU)
+    monkeypatch.setattr(memory, "free_memory", lambda _: 2**20)
+    with pytest.raises(
+        ModelError, match=r"0\.27 billion parameters in float32 take 1\.0 GiB, and 1\.0 MiB are free on cpu"
+    ):
+        check_fits(config, torch.float32, CPU)
+
+
+def test_sizes_are_parsed_with_their_units() -> None:
+    sizes = {"4GiB": 2**32, "512M": 2**29, "1.5 gb": 3 * 2**29, "1000": 1000, "2KiB": 2048}
+    assert {text: parse_size("kv-memory", text) for text in sizes} == sizes
+    for text in ("", "much", "-1", "4 XB", "4GiB more", "9" * 400):
+        with pytest.raises(SettingsError, match="kv-memory"):
+            parse_size("kv-memory", text)
+    assert kv_budget("1GiB", CPU) == 2**30
+    assert 0 < kv_budget("auto", CPU) < memory.free_memory(CPU)
+
+
+def test_a_target_for_int8_weights_needs_the_memory_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed_linear, "packed_dtype", lambda _: torch.float32)  # no bfloat16 instructions
+    config = tiny_config("llama")
+    config.save_pretrained(tmp_path)
+    monkeypatch.setattr(memory, "free_memory", lambda _: 2 * parameter_count(config))
+    assert weight_files(str(tmp_path), torch.bfloat16, CPU, 1, int8=True, use_cache=True) == str(tmp_path)
+    with pytest.raises(ModelError, match="parameters in bfloat16 take"):
+        weight_files(str(tmp_path), torch.bfloat16, CPU, 1, int8=False, use_cache=True)

@@ -14,12 +14,10 @@ from protocol.errors import FaultError, NonFiniteError
 from protocol.full_distribution import FullDistribution
 from protocol.messages import Draft, DraftDistribution, Fault, Message, Mode, Open, Opened, Sampling, Verdict
 from protocol.sparse import SparseDistribution
-from tests.fakes import FakeDraftModel, FakeTarget, Table, next_logits, random_table
+from tests.fakes import TARGET, VOCAB, FakeDraftModel, FakeTarget, Table, next_logits
 from tests.link_pair import Station, join, open_session
 from tests.raw_device import RawDevice
 
-VOCAB = 12
-TARGET = random_table(VOCAB, seed=1)
 BAD_PROMPT, PROMPT = (1, 2), (3, 4)
 SAMPLINGS = {"greedy": Sampling(), "sampled": Sampling(0.9, seed=5), "top-k and top-p": Sampling(0.9, 7, 0.8, 5)}
 CASES = [(mode, name) for mode, name in product(Mode, SAMPLINGS) if mode is not Mode.IDS or name == "greedy"]

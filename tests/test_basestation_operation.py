@@ -5,8 +5,6 @@ import logging
 import signal
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
@@ -33,16 +31,14 @@ from device.settings import DraftSettings, Timeouts
 from protocol.errors import FaultError, LinkError, SettingsError
 from protocol.frames import FrameCodec
 from protocol.messages import Mode, Sampling
-from tests.fakes import FakeDraftModel, FakeTarget, blend, random_table, target_alone
+from tests.fakes import DRAFT, PROMPT, TARGET, VOCAB, FakeDraftModel, FakeTarget, random_table, target_alone
+from tests.fleet import Response, get
 from tests.link_pair import open_session
+from tests.record_file import lines_of
 from tests.sample import PROJECT
-from tests.serving import serving
+from tests.serving import ANY_PORT, serving
 from tests.wait import wait_for
 
-VOCAB = 12
-TARGET = random_table(VOCAB, seed=1)
-DRAFT = blend(TARGET, random_table(VOCAB, seed=2), 0.7)
-PROMPT = [3, 1, 4, 1, 5]
 SETTINGS = (
     DraftSettings(Mode.IDS, Sampling(), 4, 4),
     DraftSettings(Mode.TOPK, Sampling(1.0, seed=3), 4, 4),
@@ -65,11 +61,11 @@ class MonitoredStation:
         self.links.append(link)
         return open_session(Client(link, model.manifest, timeouts), settings, model, PROMPT), link
 
-    def get(self, path: str) -> tuple[int, str]:
+    def get(self, path: str) -> Response:
         return get(self.monitor.url + path)
 
     def samples(self) -> dict[tuple[str, str], float]:
-        text = self.get("/metrics")[1]
+        text = self.get("/metrics").text
         return {
             (sample.name.removeprefix("edgedraft_"), ",".join(sample.labels.values())): sample.value
             for family in text_string_to_metric_families(text)
@@ -77,20 +73,11 @@ class MonitoredStation:
         }
 
 
-def get(url: str) -> tuple[int, str]:
-    try:
-        with urllib.request.urlopen(url, timeout=5) as answer:  # noqa: S310 - the test's own server
-            return answer.status, answer.read().decode()
-    except urllib.error.HTTPError as error:
-        with error:
-            return error.code, error.read().decode()
-
-
 @pytest.fixture
 def monitored(tmp_path: Path) -> Iterator[MonitoredStation]:
     metrics, record = Metrics(), tmp_path / "rounds.jsonl"
     with closing(Monitor("127.0.0.1:0", metrics)) as monitor, closing(PassRecordFile(record)) as records:
-        server = Server(FakeTarget.make(TARGET), "tcp://127.0.0.1:0", metrics=metrics, records=records)
+        server = Server(FakeTarget.make(TARGET), ANY_PORT, metrics=metrics, records=records)
         monitor.alive, monitor.ready = (lambda: server.alive), (lambda: not server.draining)
         monitored = MonitoredStation(server, monitor, record)
         with serving(server):
@@ -163,9 +150,9 @@ def test_a_base_station_is_ready_until_it_drains(monitored: MonitoredStation) ->
     session, _ = monitored.session(SETTINGS[0])
     stream = session.answer(20)
     first = next(stream).token_id
-    assert [monitored.get(path)[0] for path in ("/healthz", "/readyz", "/nothing")] == [200, 200, 404]
+    assert [monitored.get(path).status for path in ("/healthz", "/readyz", "/nothing")] == [200, 200, 404]
     monitored.server.stop(drain_seconds=30)
-    assert [monitored.get(path)[0] for path in ("/healthz", "/readyz")] == [200, 503]
+    assert [monitored.get(path).status for path in ("/healthz", "/readyz")] == [200, 503]
     with pytest.raises(FaultError, match="shutting down") as caught:
         monitored.session(SETTINGS[0], Timeouts(retry=1))
     assert caught.value.fault_code == "closing"
@@ -173,7 +160,7 @@ def test_a_base_station_is_ready_until_it_drains(monitored: MonitoredStation) ->
 
 
 def test_a_drained_base_station_stops_before_the_drain_time_ends() -> None:
-    server = Server(FakeTarget.make(TARGET), "tcp://127.0.0.1:0")
+    server = Server(FakeTarget.make(TARGET), ANY_PORT)
     thread = threading.Thread(target=server.serve)
     thread.start()
     server.stop(drain_seconds=3600)
@@ -209,8 +196,8 @@ def test_sigterm_drains_and_a_second_one_or_sigint_stops_at_once(monkeypatch: py
 
 def test_a_monitor_reports_not_ready_while_the_model_loads() -> None:
     with closing(Monitor("127.0.0.1:0", Metrics())) as monitor:
-        assert get(monitor.url + "/readyz")[0] == 503
-        assert get(monitor.url + "/healthz")[0] == 200
+        assert get(monitor.url + "/readyz").status == 503
+        assert get(monitor.url + "/healthz").status == 200
         with pytest.raises(SettingsError, match="metrics-bind"):
             Monitor(monitor.url.removeprefix("http://"), Metrics())
     for bind in ("nowhere", "127.0.0.1:http", "127.0.0.1:99999"):
@@ -222,7 +209,7 @@ def test_every_round_is_recorded_in_a_line(monitored: MonitoredStation) -> None:
     session, _ = monitored.session(SETTINGS[0])
     committed = [token.token_id for token in session.answer(30)]
     assert settled(monitored, "rounds_total", "ids", session.counters.rounds) == session.counters.rounds
-    lines = [json.loads(line) for line in monitored.record.read_text(encoding="utf-8").splitlines()]
+    lines = lines_of(monitored.record)
     assert [(line["session"], line["round"]) for line in lines] == [(0, 1 + index) for index in range(len(lines))]
     assert sum(line["drafted"] for line in lines) == session.counters.drafted
     assert sum(line["accepted"] + 1 for line in lines) == len(committed)

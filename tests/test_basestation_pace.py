@@ -8,11 +8,10 @@ import torch
 from basestation.engine.pace import PassTimes
 from basestation.target.segment import Segment
 from protocol.messages import Decode, Draft, Mode, Open, Opened, Sampling, Welcome
-from tests.fakes import FakeTarget, random_table
+from tests.fakes import TARGET, VOCAB, FakeTarget
 from tests.link_pair import Station
 from tests.raw_device import RawDevice, hello
 
-VOCAB = 12
 FORWARD, ROW, PREFILLED_ROW = 0.030, 0.002, 0.5
 
 
@@ -29,7 +28,7 @@ class SteadyTarget(FakeTarget):
 
 
 def new_station() -> Station:
-    target = SteadyTarget(random_table(VOCAB, seed=1))
+    target = SteadyTarget(TARGET)
     target.station = Station(target)  # type: ignore[arg-type]
     return target.station
 

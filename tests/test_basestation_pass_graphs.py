@@ -18,11 +18,9 @@ from basestation.target.pass_graphs import BUCKETS
 from basestation.target.segment import Segment
 from basestation.target.target_model import TargetModel
 from basestation.target.varlen_attention import VarlenBatch
-from tests.test_basestation_target_model import WINDOW, ids, tiny_pair
 from tests.test_basestation_varlen_attention import plain_varlen
+from tests.tiny_target import DTYPE, ON_CUDA, WINDOW, ids, tiny_pair
 
-ON_CUDA = torch.get_default_device().type == "cuda"
-DTYPE = torch.bfloat16 if ON_CUDA else torch.float32
 KV_MEMORY = 2**22
 
 

@@ -10,8 +10,8 @@ from basestation.target import int8_conversion
 from basestation.target.placement import choose_dtype, choose_placement, describe_placement, reason_for_cpu
 from basestation.target.target_model import TargetModel
 from protocol.errors import SettingsError
-from tests.sample import PROJECT
-from tests.test_export_convert import save_model
+from tests.sample import DOCKER
+from tests.tiny_source import save_model
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -73,7 +73,7 @@ def test_a_placement_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_image_with_cuda_asks_for_it() -> None:
-    last_stage = (PROJECT / "docker" / "basestation.Dockerfile").read_text(encoding="utf-8").split("\nFROM ")[-1]
+    last_stage = (DOCKER / "basestation.Dockerfile").read_text(encoding="utf-8").split("\nFROM ")[-1]
     assert "\nARG TORCH=cuda\n" in last_stage
     assert "\nENV EDGEDRAFT_BASESTATION_TORCH_DEVICE=${TORCH}\n" in last_stage
 

@@ -11,9 +11,10 @@ from basestation.kv_cache.kv_pool import PAGE_SIZE
 from basestation.sessions.committed_tokens import CommittedTokens
 from basestation.sessions.session import Session
 from protocol.messages import Close, Decode, Extend, Fault, Opened
-from tests.fakes import FakeSequenceKVCache
+from tests.fakes import VOCAB, FakeSequenceKVCache
 from tests.link_pair import Station
-from tests.scripted_device import BUDGET, CODEC, VOCAB, ScriptedDevice, new_station, prompt_of, settle, target_of
+from tests.raw_device import CODEC
+from tests.scripted_device import BUDGET, ScriptedDevice, new_station, prompt_of, settle, target_of
 
 PREFIX = prompt_of(2 * PAGE_SIZE + 50, seed=77)
 PROMPTS = [prompt_of(300, seed=100 + index) for index in range(3)]

@@ -14,8 +14,8 @@ from basestation.target.segment import Segment
 from basestation.target.supported_models import refuse_unsupported
 from basestation.target.target_model import TargetModel
 from protocol.errors import ModelError
-from tests.test_basestation_target_model import ids, tiny_config
-from tests.test_export_convert import save_tokenizer
+from tests.tiny_source import save_tokenizer
+from tests.tiny_target import ids, tiny_config
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 LARGER = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "vocab_size": 320}

@@ -26,8 +26,8 @@ from protocol.messages import Mode, Sampling
 from tests.fakes import FakeDraftModel, random_table
 from tests.invariants import settings_name, token_ids_of
 from tests.link_pair import MemoryTransport, Station, join, open_session
-from tests.rank_group import CPU, KV_MEMORY, LOOPBACK, FollowerProcess, Tiny, follower_process, on_ranks
-from tests.test_basestation_target_model import VOCAB, WINDOW, WINDOWS, ids, tiny_config
+from tests.rank_group import KV_MEMORY, LOOPBACK, FollowerProcess, Tiny, follower_process, on_ranks
+from tests.tiny_target import CPU, VOCAB, WINDOW, WINDOWS, ids, tiny_config
 
 LLAMA = Tiny("llama")
 SPLIT_WINDOWS = [architecture for architecture in WINDOWS if architecture in SPLITTABLE]

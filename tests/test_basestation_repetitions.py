@@ -5,13 +5,11 @@ from dataclasses import replace
 from basestation.sessions.held_bytes import held_bytes
 from protocol.limits import Limits
 from protocol.messages import Close, Decode, Extend, Message, Mode, Open, Opened, Resume, Resumed, Sampling, Verdict
-from tests.fakes import FakeTarget, random_table, target_alone
+from tests.fakes import TARGET, FakeTarget, target_alone
 from tests.link_pair import Station
 from tests.raw_device import RawDevice
 from tests.scripted_device import settle
 
-VOCAB = 12
-TARGET = random_table(VOCAB, seed=1)
 PROMPT = (3, 1, 4)
 COUNT = 300
 OWN = target_alone(TARGET, PROMPT, COUNT)

@@ -8,13 +8,10 @@ from basestation.engine.scheduler import PassBudget
 from device.settings import DraftSettings
 from protocol.limits import Limits
 from protocol.messages import Draft, Fault, Message, Mode, Open, Opened, Resume, Resumed, Sampling, Verdict
-from tests.fakes import FakeDraftModel, FakeTarget, blend, random_table, target_alone
-from tests.link_pair import MemoryTransport, Station, join, open_session
+from tests.fakes import DRAFT, TARGET, VOCAB, FakeDraftModel, FakeTarget, target_alone
+from tests.link_pair import IDS, MemoryTransport, Station, join, open_session
 from tests.raw_device import RawDevice, hello
 
-VOCAB = 12
-TARGET = random_table(VOCAB, seed=1)
-DRAFT = blend(TARGET, random_table(VOCAB, seed=2), 0.7)
 PROMPT = (3, 1, 4)
 OWN = target_alone(TARGET, PROMPT, 40)
 OPEN = Open(0, 0, Mode.IDS, Sampling(), PROMPT)
@@ -92,7 +89,7 @@ def test_an_extend_whose_reply_is_lost_keeps_the_session() -> None:
 
     transport = MemoryTransport(station, down=down)
     client, _ = join(station, model, transport)
-    session = open_session(client, DraftSettings(Mode.IDS, Sampling(), 4, 4), model, [*PROMPT])
+    session = open_session(client, IDS, model, [*PROMPT])
     list(session.answer(10))
     session.extend([*PROMPT, 7, 8])
     assert lost

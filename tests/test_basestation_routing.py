@@ -51,6 +51,8 @@ def test_a_lost_replica_changes_the_proposal_of_its_owners_alone() -> None:
     before = proposals(routing)
     routing.drop(b"b")
     after = proposals(routing)
+    moved = {after[owner] for owner, name in before.items() if name == "b"}
+    assert moved == {"a", "c"}
     assert all(after[owner] == name for owner, name in before.items() if name != "b")
 
 

@@ -22,9 +22,10 @@ from protocol.messages import (
     Sampling,
     Verdict,
 )
-from tests.fakes import target_alone
+from tests.fakes import TARGET, target_alone
 from tests.link_pair import Station
-from tests.scripted_device import BUDGET, CODEC, TARGET, ScriptedDevice, new_station, prompt_of, settle, target_of
+from tests.raw_device import CODEC
+from tests.scripted_device import BUDGET, ScriptedDevice, new_station, prompt_of, settle, target_of
 
 
 def test_a_long_prompt_does_not_stall_the_rounds_of_others() -> None:

@@ -13,7 +13,8 @@ from device.drafting.draft_model import DraftModel
 from device.settings import DraftSettings
 from protocol.messages import PROTOCOL_VERSION, Draft, Mode, Sampling
 from tests.fakes import FakeDraftModel, FakeTarget, Table, blend, manifest, next_logits, random_table, target_alone
-from tests.link_pair import Station, join, open_session
+from tests.link_pair import IDS, Station, join, open_session
+from tests.p_values import FALSE_ALARM
 from tests.slow_verify import target_probs, verify_one
 from tests.tiny_bundle import VOCAB as GRAPH_TOKENS
 from tests.tiny_bundle import write_bundle
@@ -77,6 +78,7 @@ def test_every_round_is_verified_as_the_slow_twin_does(
     monkeypatch.setattr(engine, "verify_rounds", checked)
     assert max(answer(mode, sampling, 60)) >= KNOWN
     sent = [distribution for one in seen for distribution in one.distributions]
+    assert len(sent) == sum(len(one.drafted) for one in seen) > 0
     assert all(distribution.vocab_size == VOCAB for distribution in sent)
     assert all(distribution.support[distribution.weights > 0].max() < KNOWN for distribution in sent)
     assert all(token_id < KNOWN for one in seen for token_id in one.drafted)
@@ -99,7 +101,7 @@ def test_sampled_answers_are_distributed_as_the_targets_own(mode: Mode) -> None:
     frequent = exact * samples >= 5
     expected = np.append(exact[frequent], exact[~frequent].sum()) * samples
     observed = np.append(counts[frequent], counts[~frequent].sum())
-    assert chisquare(observed, expected).pvalue > 1e-4
+    assert chisquare(observed, expected).pvalue > FALSE_ALARM
 
 
 def test_an_answer_ends_at_the_targets_stop_ids_which_the_draft_model_need_not_know() -> None:
@@ -130,7 +132,7 @@ def test_tokens_that_the_graph_of_a_bundle_does_not_have_change_no_answer(tmp_pa
     model = DraftModel(write_bundle(tmp_path / "bundle", random_table(GRAPH_TOKENS, seed=3)[0]))
     target = random_table(GRAPH_TOKENS + 4, seed=1)
     client, _ = join(Station(FakeTarget.make(target)), model)
-    session = open_session(client, DraftSettings(Mode.IDS, Sampling(), 4, 4), model, list(PROMPT))
+    session = open_session(client, IDS, model, list(PROMPT))
     tokens = [token.token_id for token in session.answer(40)]
     assert tokens == target_alone(target, PROMPT, 40)
     assert model.token_ids[:40] == [*PROMPT, *tokens][:40]

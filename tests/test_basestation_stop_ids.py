@@ -15,8 +15,8 @@ from export.gguf_tokenizer import gguf_tokenizer
 from export.source import load_tokenizer, stop_sources_of
 from protocol.vocabulary import vocabulary_hash, vocabulary_size
 from tests.gguf_files import byte_level_file, sentencepiece_file
-from tests.test_export_convert import save_model, save_tokenizer
 from tests.test_export_gguf_tokenizer import SPACED, trained
+from tests.tiny_source import save_model, save_tokenizer
 
 
 def test_a_chatml_target_whose_configuration_names_another_token_stops_at_the_end_of_its_turn(

@@ -17,12 +17,10 @@ from basestation.target.forward_pass import ForwardPass
 from basestation.target.host_transfer import to_device
 from basestation.target.segment import Segment
 from basestation.target.varlen_attention import VarlenBatch, batch_type, failure_of_trial, missing_for_varlen
-from tests.test_basestation_target_model import WINDOW, ids, tiny_pair
+from tests.tiny_target import DTYPE, ON_CUDA, WINDOW, ids, tiny_pair
 
 Kernel: TypeAlias = Callable[..., Tensor]
 HEADS, KV_HEADS, HEAD_SIZE, LAYERS, PAGES = 6, 2, 16, 2, 12
-ON_CUDA = torch.get_default_device().type == "cuda"
-DTYPE = torch.bfloat16 if ON_CUDA else torch.float32
 CUDA_SHAPE = KVShape(2, 2, 64, torch.bfloat16, torch.device("cuda"))
 
 

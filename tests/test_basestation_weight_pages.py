@@ -13,10 +13,9 @@ from basestation.kv_cache.memory_guard import MemoryGuard
 from basestation.target.target_model import TargetModel
 from basestation.target.weight_pages import release_weight_pages
 from protocol.errors import OverloadError
-from tests.test_basestation_target_model import tiny_config
-from tests.test_export_convert import save_tokenizer
+from tests.tiny_source import save_tokenizer
+from tests.tiny_target import CPU, tiny_config
 
-CPU = torch.device("cpu")
 VALUES = 2**22
 
 

@@ -13,12 +13,10 @@ from protocol.limits import Limits
 from protocol.messages import Draft, Fault, Message, Mode, Open, Opened, Sampling, Verdict
 from protocol.randomness import Stream, random_bits
 from protocol.sparse import SparseDistribution
-from tests.fakes import FakeTarget, blend, next_logits, random_table, target_alone
+from tests.fakes import TARGET, VOCAB, FakeTarget, blend, next_logits, random_table, target_alone
 from tests.link_pair import Station
 from tests.raw_device import RawDevice
 
-VOCAB = 12
-TARGET = random_table(VOCAB, seed=1)
 DRAFT = blend(TARGET, random_table(VOCAB, seed=2), 0.8)
 PROMPT = (3, 1, 4, 1)
 OWN = target_alone(TARGET, PROMPT, 40)

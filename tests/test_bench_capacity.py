@@ -21,18 +21,14 @@ from bench.station.recorder import record
 from bench.station.recording import Recording
 from bench.station.replay import CapacitySettings, measure_replay
 from bench.station.replay_client import ReplayTiming
-from tests.fakes import FakeDraftModel, FakeTarget, blend, manifest, random_table
-from tests.serving import serving
-
-VOCAB = 12
-TARGET = random_table(VOCAB, seed=1)
-DRAFT = blend(TARGET, random_table(VOCAB, seed=2), 0.7)
+from tests.fakes import DRAFT, TARGET, VOCAB, FakeDraftModel, FakeTarget, manifest
+from tests.serving import ANY_PORT, serving
 
 
 @pytest.fixture
 def station() -> Iterator[StationProcess]:
     metrics = Metrics()
-    server = Server(FakeTarget.make(TARGET), "tcp://127.0.0.1:0", metrics=metrics)
+    server = Server(FakeTarget.make(TARGET), ANY_PORT, metrics=metrics)
     with closing(Monitor("127.0.0.1:0", metrics)) as monitor, serving(server):
         yield StationProcess(server.address, monitor.url, os.getpid())
 

@@ -24,7 +24,7 @@ from bench.draft.draft import FIGURES
 from bench.draft.loops import LOOPS, LlamaCppLoop, engine_times, obstacle
 from bench.draft.models import Models
 from export.convert import convert
-from tests.test_export_convert import FP32_GENAI, save_model
+from tests.tiny_source import FP32_GENAI, save_model
 
 TOKENS = 258
 """Of ``save_model``'s tokenizer."""

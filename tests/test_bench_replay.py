@@ -13,16 +13,12 @@ from bench.station.recorder import record
 from bench.station.recording import Recording, read_recordings, write_recordings
 from bench.station.replay import CapacitySettings
 from bench.station.replay_client import ReplayClient, ReplayTiming
-from device.settings import DraftSettings
 from protocol.errors import FaultError, SettingsError
-from protocol.messages import Decode, Draft, Mode, Opened, Sampling, Verdict
-from tests.fakes import FakeDraftModel, FakeTarget, blend, manifest, random_table, target_alone
-from tests.link_pair import MemoryTransport, Station, join, open_session
-from tests.serving import serving
+from protocol.messages import Decode, Draft, Mode, Opened, Verdict
+from tests.fakes import DRAFT, TARGET, VOCAB, FakeDraftModel, FakeTarget, manifest, target_alone
+from tests.link_pair import IDS, MemoryTransport, Station, join, open_session
+from tests.serving import ANY_PORT, serving
 
-VOCAB = 12
-TARGET = random_table(VOCAB, seed=1)
-DRAFT = blend(TARGET, random_table(VOCAB, seed=2), 0.7)
 PROMPTS = ([3, 1, 4, 1, 5], [9, 2, 6])
 ANSWER_LEN = 20
 NO_DELAY = ReplayTiming(0.0)
@@ -34,7 +30,7 @@ def recordings() -> list[Recording]:
 
 @pytest.fixture
 def address() -> Iterator[str]:
-    with serving(Server(FakeTarget.make(TARGET), "tcp://127.0.0.1:0")) as server:
+    with serving(Server(FakeTarget.make(TARGET), ANY_PORT)) as server:
         yield server.address
 
 
@@ -51,7 +47,7 @@ def test_recorded_drafts_equal_those_of_a_device() -> None:
     station, model = Station(FakeTarget.make(TARGET)), FakeDraftModel.make(DRAFT)
     transport = MemoryTransport(station)
     client, _ = join(station, model, transport)
-    session = open_session(client, DraftSettings(Mode.IDS, Sampling(), 4, 4), model, PROMPTS[0])
+    session = open_session(client, IDS, model, PROMPTS[0])
     committed = 0
     for _ in session.answer(ANSWER_LEN):
         pass
@@ -127,7 +123,7 @@ def test_a_fault_ends_the_run(address: str) -> None:
 def test_ids_are_encoded_for_the_targets_vocabulary() -> None:
     """The draft model knows fewer tokens, so that its own ids would take fewer bits."""
     padded = np.pad(TARGET, (0, 257 - VOCAB), constant_values=-20.0)
-    with serving(Server(FakeTarget.make(padded), "tcp://127.0.0.1:0")) as server:
+    with serving(Server(FakeTarget.make(padded), ANY_PORT)) as server:
         client = ReplayClient(recordings()[0], Mode.IDS, NO_DELAY, manifest(VOCAB))
         run(server.address, [client])
     assert client.score.accepted > 0

@@ -9,7 +9,7 @@ import torch
 from basestation.target.int8_linear import int8_obstacle
 from bench.station import weights as command
 from bench.station.weights import weights
-from tests.test_export_convert import save_model
+from tests.tiny_source import save_model
 
 _OBSTACLE = int8_obstacle(torch.device("cpu"))
 

@@ -79,8 +79,9 @@ def test_tojson_keeps_text_and_the_date_is_today() -> None:
     assert ChatTemplate("{{ messages[0].content | tojson }}", {}).render([{"content": "<ü>"}]) == json.dumps(
         "<ü>", ensure_ascii=False
     )
+    before = datetime.now().strftime("%Y-%m")  # noqa: DTZ005
     rendered = ChatTemplate("{{ strftime_now('%Y-%m') }}", {}).render([])
-    assert rendered == datetime.now().strftime("%Y-%m")  # noqa: DTZ005
+    assert rendered in (before, datetime.now().strftime("%Y-%m"))  # noqa: DTZ005
 
 
 @pytest.mark.parametrize("name", REFUSALS)

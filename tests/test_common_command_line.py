@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from protocol.messages import PROTOCOL_VERSION
+from tests.screen import ASCII_OUTPUTS
 
 PACKAGES = ["device", "basestation", "bench", "export"]
 
@@ -77,10 +78,6 @@ def line_of(package: str, *arguments: str) -> str:
     return done.stderr
 
 
-ASCII_OUTPUTS = [
-    {"PYTHONIOENCODING": "ascii"},
-    {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"},
-]
 PRINT = r"""
 import sys
 from {package}.cli import app, main

@@ -11,7 +11,7 @@ from protocol.frames import FrameCodec
 from protocol.limits import Limits
 from protocol.messages import Decode, Draft, Mode, Sampling
 from tests.fakes import FakeDraftModel, FakeTarget, random_table, target_alone
-from tests.link_pair import MemoryTransport, Station, join, open_session
+from tests.link_pair import IDS, MemoryTransport, Station, join, open_session
 
 TABLE = random_table(12, seed=3)
 PROMPT = [1, 2]
@@ -78,7 +78,7 @@ def test_the_next_turn_names_the_new_context() -> None:
     transport = RestartedTransport(Station(FakeTarget.make(TABLE)))
     model = FakeDraftModel.make(TABLE)
     client, _ = join(transport.station, model, transport)
-    session = open_session(client, DraftSettings(Mode.IDS, Sampling(), 4, 4), model, PROMPT)
+    session = open_session(client, IDS, model, PROMPT)
     list(session.answer(20))
     transport.station = Station(FakeTarget.make(TABLE, context_length=15))
     with pytest.raises(ContextLengthError, match=r"at most 14 \(the target's context at the base station\)"):
@@ -104,7 +104,7 @@ def test_a_limit_that_did_not_change_is_an_error(pace_changes: bool) -> None:
 
 def open_at(station: Station) -> DeviceSession:
     model = FakeDraftModel.make(TABLE)
-    return open_session(join(station, model)[0], DraftSettings(Mode.IDS, Sampling(), 4, 4), model, PROMPT)
+    return open_session(join(station, model)[0], IDS, model, PROMPT)
 
 
 def test_the_stop_ids_are_the_base_stations() -> None:

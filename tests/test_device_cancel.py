@@ -20,13 +20,12 @@ from device.settings import DraftSettings
 from device.text.tokenizer import ChatMessage, Tokenizer
 from protocol.errors import CancelledError, ClosingError, RevokedError
 from protocol.messages import Close, Draft, Message, Mode, Opened, Sampling, Verdict
-from tests.fakes import FakeDraftModel, target_alone
+from tests.fakes import PROMPT, FakeDraftModel, target_alone
 from tests.link_pair import MemoryTransport, RefusingTransport, join
 from tests.number_service import (
     DEFAULTS,
     DRAFT,
     FIELDS,
-    PROMPT,
     TARGET,
     NumberTokenizer,
     new_station,

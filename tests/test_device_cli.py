@@ -6,12 +6,10 @@ import pty
 import re
 import subprocess
 import sys
-import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from math import inf, nan
 from pathlib import Path
 from socket import create_server
@@ -27,14 +25,12 @@ from protocol.errors import SettingsError
 from tests.command_settings import settings_of
 from tests.fakes import FakeTarget
 from tests.sample import PROJECT
-from tests.serving import serving
+from tests.screen import ASCII_OUTPUTS
+from tests.serving import ANY_PORT, serving
 from tests.tiny_bundle import VOCAB, one_word, table_of, write_bundle
+from tests.web_server import web_server
 
 NOBODY = "tcp://127.0.0.1:1"
-ASCII_OUTPUTS = [
-    {"PYTHONIOENCODING": "ascii"},
-    {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"},
-]
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +40,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def station() -> Iterator[str]:
-    with serving(Server(FakeTarget.make(table_of(one_word("🙂"))), "tcp://127.0.0.1:0")) as server:
+    with serving(Server(FakeTarget.make(table_of(one_word("🙂"))), ANY_PORT)) as server:
         yield server.address
 
 
@@ -194,29 +190,15 @@ def test_figures_follow_an_answer_on_a_terminal(name: str, bundle: Path, station
     assert re.fullmatch(r"2 tokens, [0-9.]+ tokens/s(, acceptance [01]\.\d\d)?, \d+ bytes up, \d+ down\r\n", figures)
 
 
-@pytest.fixture(scope="module")
-def web_server() -> Iterator[str]:
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_error(404)
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"tcp://127.0.0.1:{server.server_port}"
-        server.shutdown()
-
-
-def test_each_way_to_miss_the_base_station_has_its_own_line(bundle: Path, web_server: str) -> None:
-    expected = {
-        ("tcp://no-such-host.invalid:5755", 1): "'no-such-host.invalid' of .* does not resolve",
-        ("127.0.0.1:5755", 2): r"server is '127.0.0.1:5755'; allowed: tcp://HOST:PORT, as tcp://10\.0\.0\.5:5755",
-        (web_server, 1): "an HTTP server listens there; name the base station's own port",
-        (NOBODY, 1): "nothing listens there; start one with: edgedraft-basestation serve",
-    }
-    lines = [generate_error(bundle, server, exit_code) for server, exit_code in expected]
+def test_each_way_to_miss_the_base_station_has_its_own_line(bundle: Path) -> None:
+    with web_server() as address:
+        expected = {
+            ("tcp://no-such-host.invalid:5755", 1): "'no-such-host.invalid' of .* does not resolve",
+            ("127.0.0.1:5755", 2): r"server is '127.0.0.1:5755'; allowed: tcp://HOST:PORT, as tcp://10\.0\.0\.5:5755",
+            (address, 1): "an HTTP server listens there; name the base station's own port",
+            (NOBODY, 1): "nothing listens there; start one with: edgedraft-basestation serve",
+        }
+        lines = [generate_error(bundle, server, exit_code) for server, exit_code in expected]
     assert [bool(re.search(pattern, line)) for pattern, line in zip(expected.values(), lines, strict=True)] == [
         True
     ] * 4

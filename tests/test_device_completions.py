@@ -12,9 +12,8 @@ from starlette.testclient import TestClient
 
 from device.answers import job_queue
 from device.answers.job import Job
-from tests.fakes import next_logits, target_alone
+from tests.fakes import PROMPT, next_logits, target_alone
 from tests.number_service import (
-    PROMPT,
     TARGET,
     NumberTokenizer,
     OpenCounter,

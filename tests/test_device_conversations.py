@@ -12,12 +12,11 @@ from device.text.tokenizer import Tokenizer
 from protocol.errors import ContextLengthError
 from protocol.limits import Limits
 from protocol.messages import Fault, Message, Sampling, Verdict
-from tests.fakes import FakeDraftModel, FakeTarget, target_alone
+from tests.fakes import PROMPT, FakeDraftModel, FakeTarget, target_alone
 from tests.json_tokens import COMPILER
 from tests.link_pair import MemoryTransport, Station, join
 from tests.number_service import (
     DRAFT,
-    PROMPT,
     TARGET,
     NumberTokenizer,
     complete,

@@ -4,11 +4,9 @@ import json
 import re
 import shutil
 import socket
-import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -22,8 +20,9 @@ from device.planning.speed_prediction import SpeedPrediction
 from protocol.bundle import MODEL_NAME, TOKENIZER_NAME, Manifest
 from tests.doctor_command import DoctorCommand, Report
 from tests.fakes import FakeTarget, random_table
-from tests.serving import serving
+from tests.serving import ANY_PORT, serving
 from tests.tiny_bundle import one_word, table_of, write_bundle
+from tests.web_server import web_server
 
 TABLE = table_of(one_word("cat"))
 CHECKS = [
@@ -52,7 +51,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def station() -> Iterator[str]:
-    with serving(Server(FakeTarget.make(TABLE), "tcp://127.0.0.1:0")) as server:
+    with serving(Server(FakeTarget.make(TABLE), ANY_PORT)) as server:
         yield server.address
 
 
@@ -140,22 +139,6 @@ def test_an_address_where_nobody_is_is_named(
     assert "check the address" in text
 
 
-@contextmanager
-def web_server() -> Iterator[str]:
-    class Handler(BaseHTTPRequestHandler):
-        def log_message(self, *_: object) -> None:
-            pass
-
-    class QuietServer(ThreadingHTTPServer):
-        def handle_error(self, *_: object) -> None:
-            """The probe closes the connection in the middle of the answer."""
-
-    with QuietServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"tcp://127.0.0.1:{server.server_port}"
-        server.shutdown()
-
-
 def test_an_http_port_is_named(doctor: DoctorCommand, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("device.link.probe._TIMEOUT", 0.3)
     with web_server() as address:
@@ -213,7 +196,7 @@ class Site:
 @pytest.fixture
 def site(tmp_path: Path) -> Iterator[Site]:
     folder = KeyFolder.create(tmp_path / "keys")
-    with serving(Server(FakeTarget.make(TABLE), "tcp://127.0.0.1:0", keys=folder)) as server:
+    with serving(Server(FakeTarget.make(TABLE), ANY_PORT, keys=folder)) as server:
         yield Site(tmp_path, folder, server.address)
 
 
@@ -278,7 +261,7 @@ def test_a_missing_key_file_is_named(doctor: DoctorCommand, bundle: Path, site: 
 
 
 def test_another_vocabulary_is_named(doctor: DoctorCommand, bundle: Path) -> None:
-    with serving(Server(FakeTarget.make(random_table(6, seed=1)), "tcp://127.0.0.1:0")) as server:
+    with serving(Server(FakeTarget.make(random_table(6, seed=1)), ANY_PORT)) as server:
         report = examined(doctor, bundle, server.address)
     text = report.failure("vocabulary")
     assert "a draft model of 8 tokens; the target has 6" in text

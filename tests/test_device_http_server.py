@@ -15,8 +15,8 @@ from device.answers.worker import Worker
 from device.http.http_connection import HttpConnection
 from device.http.http_server import HttpServer, serve
 from device.http.service import Access, application
-from tests.fakes import FakeDraftModel
-from tests.number_service import DEFAULTS, FIELDS, PROMPT, NumberTokenizer, new_station, new_worker
+from tests.fakes import PROMPT, FakeDraftModel
+from tests.number_service import DEFAULTS, FIELDS, NumberTokenizer, new_station, new_worker
 from tests.wait import wait_for
 
 SECONDS = 20

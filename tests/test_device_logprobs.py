@@ -13,13 +13,12 @@ from protocol.errors import StateError
 from protocol.logprobs import TokenLogprobs
 from protocol.messages import Draft, Hello, Message, Mode, Open, Opened, Sampling, Verdict
 from protocol.rounds import SessionRounds
-from tests.fakes import FakeDraftModel, FakeTarget, blend, next_logits, random_table
+from tests.fakes import PROMPT, FakeDraftModel, FakeTarget, blend, next_logits, random_table
 from tests.link_pair import CopyCount, MemoryTransport, Station, deliver_once, join, open_session
 
 VOCAB = 24
 TARGET = random_table(VOCAB, seed=1)
 DRAFT = blend(TARGET, random_table(VOCAB, seed=2), 0.7)
-PROMPT = [3, 1, 4, 1, 5]
 
 
 def log_probs(tokens: Sequence[int]) -> npt.NDArray[np.float64]:

@@ -13,14 +13,13 @@ from device.settings import DraftSettings
 from device.text.tokenizer import Tokenizer
 from protocol.errors import NonFiniteError
 from protocol.messages import Close, Mode, Open, Sampling
-from tests.fakes import FakeDraftModel, FakeTarget, random_table, target_alone
+from tests.fakes import PROMPT, FakeDraftModel, FakeTarget, target_alone
 from tests.link_pair import MemoryTransport, Station, join, open_session
-from tests.number_service import DEFAULTS, NumberTokenizer, complete, text_of
+from tests.number_service import DEFAULTS, TARGET, NumberTokenizer, complete, text_of
 
-TARGET = random_table(20, seed=1)
 DAMAGED = 7
 """The draft model's logits after this token are not finite."""
-PROMPT, DAMAGED_PROMPT = [3, 1, 4, 1, 5], [3, 1, DAMAGED, 5]
+DAMAGED_PROMPT = [3, 1, DAMAGED, 5]
 
 
 def damaged_model(value: float) -> DraftModel:

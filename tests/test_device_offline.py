@@ -30,12 +30,12 @@ from device.settings import DraftSettings, Timeouts
 from device.text.tokenizer import Tokenizer
 from protocol.errors import ContextLengthError, SettingsError
 from protocol.messages import Mode, Sampling
-from tests.fakes import FakeDraftModel, FakeTarget, target_alone
+from tests.fakes import PROMPT, FakeDraftModel, FakeTarget, target_alone
 from tests.json_tokens import STOP
 from tests.json_tokens import text_of as json_text_of
-from tests.number_service import DEFAULTS, DRAFT, PROMPT, NumberTokenizer, complete, text_of
+from tests.number_service import DEFAULTS, DRAFT, NumberTokenizer, complete, text_of
 from tests.outages import Reader
-from tests.serving import serving
+from tests.serving import ANY_PORT, serving
 from tests.tiny_bundle import VOCAB, WORDS, table_of, write_bundle
 
 LOGITS = np.random.default_rng(3).normal(0, 2, (VOCAB, VOCAB)).astype(np.float32)
@@ -104,7 +104,7 @@ def test_a_base_station_whose_name_resolves_later_verifies_the_answer(
     bundle: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(socket, "getaddrinfo", without_names)  # libzmq has its own
-    with serving(Server(FakeTarget.make(table_of(LOGITS)), "tcp://127.0.0.1:0")) as server:
+    with serving(Server(FakeTarget.make(table_of(LOGITS)), ANY_PORT)) as server:
         answer = answer_over(server.address.replace("127.0.0.1", "localhost"), bundle)
     assert answer["unverified"] == 0
     assert [WORDS[token_id] for token_id in answer["token_ids"]] == after("the", "cat", count=7)

@@ -22,8 +22,9 @@ from device.http.openapi import openapi
 from device.http.text_request import TextRequest
 from device.text.tool_calls import ToolFormat
 from protocol.errors import SettingsError
+from tests.fakes import PROMPT
 from tests.http_page import page
-from tests.number_service import DEFAULTS, FIELDS, PROMPT, NumberTokenizer, http_client, new_station
+from tests.number_service import DEFAULTS, FIELDS, NumberTokenizer, http_client, new_station
 from tests.sample import PROJECT
 
 DOCUMENT = openapi()

@@ -9,8 +9,8 @@ import pytest
 from starlette.testclient import TestClient
 
 from device.settings import Timeouts
-from tests.fakes import target_alone
-from tests.number_service import DRAFT, PROMPT, TARGET, complete, http_client, new_station, text_of
+from tests.fakes import PROMPT, target_alone
+from tests.number_service import DRAFT, TARGET, complete, http_client, new_station, text_of
 from tests.outages import OutTransport
 
 COUNT, BEGIN = 40, 6

@@ -14,11 +14,10 @@ from device.drafting.no_draft_model import NoDraftModel
 from device.http.service import Access, application
 from device.text.tokenizer import Tokenizer
 from protocol.messages import Sampling
-from tests.fakes import manifest, target_alone
+from tests.fakes import PROMPT, manifest, target_alone
 from tests.link_pair import Station, join
 from tests.number_service import (
     DEFAULTS,
-    PROMPT,
     TARGET,
     NumberTokenizer,
     complete,

@@ -20,13 +20,12 @@ from device.link.curve_keys import CurveKeys, new_key
 from device.link.link import Link
 from device.link.probe import endpoint, needs_ipv6, unreachable_reason
 from device.session.client import Client
-from device.settings import DraftSettings, Timeouts
+from device.settings import Timeouts
 from protocol.errors import AdmissionError, LinkError, SettingsError
 from protocol.frames import FrameCodec
-from protocol.messages import Mode, Sampling
 from tests.fakes import FakeDraftModel, FakeTarget, random_table, target_alone
-from tests.link_pair import open_session
-from tests.serving import serving
+from tests.link_pair import IDS, open_session
+from tests.serving import ANY_PORT, serving
 from tests.wait import wait_for
 
 TABLE = random_table(12, seed=1)
@@ -151,8 +150,7 @@ def check_answer(address: str, keys: CurveKeys | None = None) -> None:
     """Connect, and compare an answer with the target's own."""
     client = connected(address, keys)
     try:
-        settings = DraftSettings(Mode.IDS, Sampling(), 4, 4)
-        session = open_session(client, settings, FakeDraftModel.make(TABLE), PROMPT)
+        session = open_session(client, IDS, FakeDraftModel.make(TABLE), PROMPT)
         assert [token.token_id for token in session.answer(8)] == target_alone(TABLE, PROMPT, 8)
         session.close()
     finally:
@@ -178,7 +176,7 @@ def test_keys_work_over_either_protocol(bind: str, tmp_path: Path) -> None:
 
 
 def test_a_name_with_both_addresses_reaches_a_station_on_ipv4(monkeypatch: pytest.MonkeyPatch) -> None:
-    with serving(Server(FakeTarget.make(TABLE), "tcp://127.0.0.1:0")) as server:
+    with serving(Server(FakeTarget.make(TABLE), ANY_PORT)) as server:
         resolving(monkeypatch, "::1", "127.0.0.1")
         check_answer(server.address.replace("127.0.0.1", "localhost"))
 
@@ -198,7 +196,7 @@ def test_a_host_that_turns_out_to_need_ipv6_is_connected_to_over_ipv6(monkeypatc
 
 
 def test_a_station_that_cannot_bind_says_so() -> None:
-    with serving(Server(FakeTarget.make(TABLE), "tcp://127.0.0.1:0")) as server:
+    with serving(Server(FakeTarget.make(TABLE), ANY_PORT)) as server:
         for bind in (server.address, "tcp://\udcff:5755"):
             with pytest.raises(LinkError, match="cannot bind"):
                 Server(FakeTarget.make(TABLE), bind, insecure=True)
@@ -309,7 +307,7 @@ def test_a_name_that_does_not_resolve_is_asked_for_again(monkeypatch: pytest.Mon
     def fail(*_: Any, **__: Any) -> list[Any]:
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
-    with serving(Server(FakeTarget.make(TABLE), "tcp://127.0.0.1:0")) as server:
+    with serving(Server(FakeTarget.make(TABLE), ANY_PORT)) as server:
         address = server.address.replace("127.0.0.1", "localhost")
         connection = Connection(lambda: connected(address))
         with monkeypatch.context() as patch:

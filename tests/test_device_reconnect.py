@@ -17,9 +17,9 @@ from protocol.frames import FrameCodec
 from protocol.messages import Mode, Sampling
 from tests.fakes import FakeDraftModel, FakeTarget, blend, random_table
 from tests.link_pair import open_session
-from tests.relay import CountingRelay
+from tests.relay import CountingRelay, port_of
 from tests.sample import BUNDLE, SAMPLE
-from tests.serving import serving
+from tests.serving import ANY_PORT, serving
 
 DROPS, RESTARTS = 50, 5
 SETTINGS = [
@@ -28,10 +28,6 @@ SETTINGS = [
     DraftSettings(Mode.TOPK, Sampling(1.0, seed=5), 8, 4),
 ]
 every_mode = pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: settings.mode)
-
-
-def port_of(address: str) -> int:
-    return int(address.rpartition(":")[2])
 
 
 def interrupted(tokens: Iterator[int], length: int, times: int, interrupt: Callable[[], None]) -> list[int]:
@@ -62,14 +58,14 @@ def tokens_at(address: str, settings: DraftSettings, cleanup: ExitStack) -> Iter
 
 
 def uninterrupted(settings: DraftSettings) -> list[int]:
-    with serving(Server(FakeTarget.make(TARGET), "tcp://127.0.0.1:0")) as server, ExitStack() as cleanup:
+    with serving(Server(FakeTarget.make(TARGET), ANY_PORT)) as server, ExitStack() as cleanup:
         return list(tokens_at(server.address, settings, cleanup))
 
 
 @every_mode
 def test_fifty_dropped_connections_do_not_change_the_answer(settings: DraftSettings) -> None:
     with ExitStack() as cleanup:
-        server = cleanup.enter_context(serving(Server(FakeTarget.make(TARGET), "tcp://127.0.0.1:0")))
+        server = cleanup.enter_context(serving(Server(FakeTarget.make(TARGET), ANY_PORT)))
         relay = cleanup.enter_context(CountingRelay(port_of(server.address)))
         tokens = tokens_at(f"tcp://127.0.0.1:{relay.port}", settings, cleanup)
         assert interrupted(tokens, MAX_NEW_TOKENS, DROPS, relay.drop_connections) == uninterrupted(settings)
@@ -81,7 +77,7 @@ def test_five_restarts_of_the_base_station_do_not_change_the_answer(settings: Dr
         running = cleanup.enter_context(ExitStack())
 
         def start() -> int:
-            return port_of(running.enter_context(serving(Server(FakeTarget.make(TARGET), "tcp://127.0.0.1:0"))).address)
+            return port_of(running.enter_context(serving(Server(FakeTarget.make(TARGET), ANY_PORT))).address)
 
         def restart() -> None:
             """Connect the device to a new base station; the old one sends it no Fault."""
@@ -104,7 +100,7 @@ SAMPLE_NEW_TOKENS = 250
 class KilledStation:
     """A base station process that can be killed and restarted at the same address."""
 
-    def __init__(self, address: str = "tcp://127.0.0.1:0") -> None:
+    def __init__(self, address: str = ANY_PORT) -> None:
         command = [sys.executable, "-m", "basestation", "serve", "--target", str(SAMPLE), "--dtype", "float32"]
         self.process = subprocess.Popen([*command, "--bind", address], stderr=subprocess.PIPE, text=True)
         assert self.process.stderr is not None

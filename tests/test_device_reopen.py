@@ -8,11 +8,9 @@ from device.planning.planner import Planner
 from device.settings import DraftSettings
 from protocol.limits import Limits
 from protocol.messages import Draft, Extend, Message, Mode, Open, Sampling, Verdict
-from tests.fakes import FakeDraftModel, FakeTarget, blend, random_table, target_alone
+from tests.fakes import DRAFT, TARGET, FakeDraftModel, FakeTarget, target_alone
 from tests.link_pair import MemoryTransport, Station, join, open_session
 
-TARGET = random_table(20, seed=1)
-DRAFT = blend(TARGET, random_table(20, seed=2), 0.7)
 PROMPTS = ([3, 1, 4, 1, 5], [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5])
 SETTINGS = [
     DraftSettings(mode, sampling, uplink_k=4, draft_len=4)

@@ -13,12 +13,11 @@ from device.session.round_records import RoundRecord
 from device.settings import DraftSettings
 from protocol.errors import SettingsError
 from protocol.messages import Mode, Sampling
-from tests.fakes import FakeTarget, target_alone
+from tests.fakes import PROMPT, FakeTarget, target_alone
 from tests.link_pair import Station
 from tests.number_service import (
     DEFAULTS,
     FIELDS,
-    PROMPT,
     TARGET,
     NumberTokenizer,
     complete,

@@ -17,11 +17,9 @@ from device.text.tokenizer import ChatMessage, Tokenizer
 from protocol.errors import ModelError, SettingsError
 from protocol.frames import FrameCodec
 from protocol.messages import Message, Mode, Sampling, Verdict
-from tests.fakes import FakeDraftModel, FakeTarget, Table, blend, manifest, random_table
+from tests.fakes import TARGET, VOCAB, FakeDraftModel, FakeTarget, Table, blend, manifest, random_table
 from tests.link_pair import MemoryTransport, Station
 
-VOCAB = 12
-TARGET = random_table(VOCAB, seed=1)
 TOLERANCE = 0.25
 IDS = DraftSettings(Mode.IDS, Sampling(), 1, None)
 ALONE = DraftSettings(Mode.TARGET, Sampling(), 1, None)

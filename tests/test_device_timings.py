@@ -1,8 +1,8 @@
 """Figures of an answer over HTTP: tokens drafted and cached, times, bytes."""
 
 from device.answers.timings import Timings
-from tests.fakes import target_alone
-from tests.number_service import PROMPT, TARGET, complete, http_client, new_station, next_turn, streamed, text_of
+from tests.fakes import PROMPT, target_alone
+from tests.number_service import TARGET, complete, http_client, new_station, next_turn, streamed, text_of
 
 
 def test_the_counts_are_those_of_the_rounds() -> None:

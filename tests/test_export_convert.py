@@ -4,7 +4,6 @@ import io
 import json
 import shutil
 import tracemalloc
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,15 +15,12 @@ import psutil
 import pytest
 import torch
 from rich.console import Console
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
-    LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
-    PreTrainedTokenizerFast,
 )
 
 from common.gguf_metadata import gguf_parameters
@@ -39,50 +35,11 @@ from export.source_model import Models, SourceModel
 from protocol.bundle import CacheKind, Manifest, QualityFigures
 from protocol.errors import MismatchError, ModelError, NonFiniteError, QualityError, SettingsError
 from protocol.vocabulary import vocabulary_hash
-from tests.gguf_files import CHATML, tiny_model_file
+from tests.gguf_files import tiny_model_file
+from tests.screen import CONSOLE
+from tests.tiny_source import CHAT_TEMPLATE, FP32_GENAI, save_model, save_tokenizer
 
-CONSOLE = Console(file=io.StringIO())
-CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
-SPECIAL_TOKENS = ["<s>", "</s>"]
-SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-FP32_GENAI = ConvertSettings(Converter.GENAI, Precision.FP32)
 FP32_OPTIMUM = ConvertSettings(Converter.OPTIMUM, Precision.FP32)
-
-
-def save_tokenizer(
-    folder: Path, special_tokens: list[str] = SPECIAL_TOKENS, *, eos: str | None = None, more: Sequence[str] = ()
-) -> int:
-    """Save a byte tokenizer, with ``more`` tokens behind the bytes, and return its number of ids."""
-    tokens = [*special_tokens, *sorted(pre_tokenizers.ByteLevel.alphabet()), *more]
-    bytes_only = Tokenizer(models.BPE({token: index for index, token in enumerate(tokens)}, []))
-    bytes_only.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bytes_only.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bytes_only,
-        bos_token=special_tokens[0],
-        eos_token=eos or special_tokens[1],
-        additional_special_tokens=special_tokens[2:],
-    )
-    tokenizer.chat_template = CHATML if "<|im_end|>" in special_tokens else CHAT_TEMPLATE
-    tokenizer.save_pretrained(folder)
-    return len(tokens)
-
-
-def save_model(folder: Path, eos_token_id: int | list[int] = 1) -> Path:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        **SMALL,
-        vocab_size=320,  # more logits than token ids, as padded vocabularies have
-        intermediate_size=128,
-        max_position_embeddings=512,
-        initializer_range=0.3,
-        tie_word_embeddings=True,
-        bos_token_id=0,
-        eos_token_id=eos_token_id,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    save_tokenizer(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")

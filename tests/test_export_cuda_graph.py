@@ -25,7 +25,8 @@ from export.quantize import Precision
 from protocol.bundle import MODEL_NAME, CacheKind
 from protocol.errors import ModelError, SettingsError
 from tests.fakes import manifest
-from tests.test_export_convert import CONSOLE, save_model
+from tests.screen import CONSOLE
+from tests.tiny_source import save_model
 
 FOR_CUDA = ConvertSettings(Converter.AUTO, Precision.FP16, processor=Processor.CUDA)
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"

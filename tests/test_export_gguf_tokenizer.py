@@ -136,7 +136,9 @@ def test_control_and_user_defined_tokens_encode_as_themselves(
 ) -> None:
     vocabulary = GgufVocabulary.read(request.getfixturevalue(name))
     tokenizer = gguf_tokenizer(vocabulary)
-    for token_id in vocabulary.of_type(TokenType.CONTROL, TokenType.USER_DEFINED):
+    marked = vocabulary.of_type(TokenType.CONTROL, TokenType.USER_DEFINED)
+    assert marked
+    for token_id in marked:
         token = vocabulary.tokens[token_id]
         assert ids_of(tokenizer, token) == [token_id]
         assert token_id in ids_of(tokenizer, f"a{token}b")

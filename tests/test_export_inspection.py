@@ -21,8 +21,9 @@ from export.quantize import Precision
 from protocol.bundle import Candidate, FileRecord, Manifest
 from protocol.errors import BundleError, QualityError
 from tests.sample import PROJECT
-from tests.test_export_convert import CONSOLE, save_model, save_tokenizer
+from tests.screen import CONSOLE
 from tests.tiny_bundle import one_word, write_bundle
+from tests.tiny_source import save_model, save_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """A file in parts: each part is downloaded once, what arrives is what was pinned, and nothing partial is left."""
 
 import hashlib
-import io
 import shutil
 import subprocess
 import sys
@@ -12,12 +11,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from rich.console import Console
 
 from export.packaged_file import PackagedFile, numbered_parts
 from protocol.errors import ModelError
+from tests.screen import CONSOLE
 
-CONSOLE = Console(file=io.StringIO())
 CONTENTS = (b"first", b"second", b"third")
 
 

@@ -1,7 +1,6 @@
 """The sample models: downloaded once, written completely or not at all."""
 
 import errno
-import io
 import shutil
 import subprocess
 from pathlib import Path
@@ -10,7 +9,6 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
-from rich.console import Console
 
 from common.stop_ids import all_stop_ids
 from export import sample
@@ -22,8 +20,7 @@ from export.source import load_config, load_model, load_tokenizer, stop_sources_
 from protocol.errors import ModelError, SettingsError
 from tests.gguf_files import TINY_HIDDEN, tiny_model_file
 from tests.sample import SAMPLE
-
-CONSOLE = Console(file=io.StringIO())
+from tests.screen import CONSOLE
 
 
 @pytest.fixture

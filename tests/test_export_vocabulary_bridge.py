@@ -34,7 +34,7 @@ from protocol.bundle import (
 )
 from protocol.errors import BundleError
 from protocol.vocabulary import vocabulary_hash
-from tests.test_export_convert import CHAT_TEMPLATE, FP32_GENAI, save_model, save_tokenizer
+from tests.tiny_source import CHAT_TEMPLATE, FP32_GENAI, save_model, save_tokenizer
 
 CONDITIONS = Conditions(target_ms=100.0, draft_ms={"fp32": 1.0})
 HELLO: list[ChatMessage] = [{"role": "user", "content": "Größe 🐑?"}]

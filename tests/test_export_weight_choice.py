@@ -28,9 +28,9 @@ from export.weight_choice import (
 )
 from protocol.bundle import CacheKind, Manifest, QualityFigures
 from protocol.errors import QualityError, SettingsError
-from tests.test_export_convert import save_model
+from tests.screen import CONSOLE
+from tests.tiny_source import save_model
 
-CONSOLE = Console(file=io.StringIO())
 VOCAB = 152_000
 NAMES = [weights.name for weights in CANDIDATES]
 LENGTHS = range(1, MAX_DRAFT_LEN + 1)

@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from tests.containers import Image, image, in_network, network
-from tests.sample import BUNDLE, PROJECT, SAMPLE
+from tests.sample import BUNDLE, DOCKER, PROJECT, SAMPLE
 
 pytestmark = pytest.mark.images
 
@@ -125,7 +125,7 @@ class Composition:
         self._folder = folder
         self._network = namespace
         variables = {"TARGET": str(SAMPLE), "BUNDLE": str(BUNDLE), "STATION_OPTIONS": "--dtype float32"}
-        text = (PROJECT / "docker" / "compose.yaml").read_text(encoding="utf-8")
+        text = (DOCKER / "compose.yaml").read_text(encoding="utf-8")
         self._services = yaml.safe_load(_substitute(text, variables))["services"]
         self._hosts = folder / "hosts"
         self._hosts.write_text("".join(f"127.0.0.1 {name}\n" for name in ("localhost", *self._services)))
@@ -264,8 +264,8 @@ def test_a_device_is_ready_after_its_model_is_loaded(station_address: str) -> No
 
 
 def test_linters_accept_scripts_and_dockerfiles() -> None:
-    scripts = [*sorted((PROJECT / "docker").glob("*.sh")), PROJECT / "tests" / "needs.sh"]
-    dockerfiles = sorted((PROJECT / "docker").glob("*.Dockerfile"))
+    scripts = [*sorted(DOCKER.glob("*.sh")), PROJECT / "tests" / "needs.sh"]
+    dockerfiles = sorted(DOCKER.glob("*.Dockerfile"))
     assert len(dockerfiles) == 4
     for linter, files in (("shellcheck", scripts), (str(Path(sys.executable).with_name("hadolint")), dockerfiles)):
         finished = subprocess.run([linter, *map(str, files)], capture_output=True, text=True, check=False)

@@ -16,7 +16,7 @@ import pytest
 from basestation.devices.key_folder import KeyFolder
 from bench.setup.station_process import free_port, running_station
 from device.link.curve_keys import new_key
-from tests.sample import BUNDLE, PROJECT, SAMPLE
+from tests.sample import BUNDLE, DOCKER, PROJECT, SAMPLE
 
 pytestmark = pytest.mark.images
 
@@ -59,7 +59,7 @@ class Board:
     def flash(self, *options: str, **environment: str) -> "subprocess.CompletedProcess[str]":
         path = f"{self.path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
         environment = {**os.environ, "PATH": path, **environment}
-        command = [str(PROJECT / "docker" / "flash.sh"), *options]
+        command = [str(DOCKER / "flash.sh"), *options]
         return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=500)
 
 

@@ -11,15 +11,12 @@ from protocol.errors import FaultError
 from protocol.frames import FrameCodec
 from protocol.limits import Limits
 from protocol.messages import Decode, Draft, Extend, Fault, Opened, Sampling, Verdict, Welcome
-from tests.fakes import target_alone
+from tests.fakes import TARGET, VOCAB, target_alone
 from tests.invariants import (
-    CODEC,
     MAX_NEW_TOKENS,
     PROMPT,
     SAMPLED_SETTINGS,
     SETTINGS,
-    TARGET,
-    VOCAB_SIZE,
     answer,
     draft_model,
     new_station,
@@ -28,12 +25,12 @@ from tests.invariants import (
     token_ids_of,
 )
 from tests.link_pair import MemoryTransport, join, open_session
-from tests.raw_device import RawDevice
+from tests.raw_device import CODEC, RawDevice
 
 BAD = {
     "garbage": (b"\xc1\x00garbage", None, "frame"),
     "a damaged message": (CODEC.encode(Draft(0, 1, (1, 2)))[:-1], None, "frame"),
-    "an unknown token": (FrameCodec(VOCAB_SIZE + 1).encode(Draft(0, 1, (VOCAB_SIZE,))), None, "frame"),
+    "an unknown token": (FrameCodec(VOCAB + 1).encode(Draft(0, 1, (VOCAB,))), None, "frame"),
     "a session that is not open": (CODEC.encode(Draft(5, 1, (1,))), 5, "unknown_session"),
     "a round beyond the window": (CODEC.encode(Draft(0, 1 + Limits.window, (1,))), 0, "state"),
     "a second Open": (CODEC.encode(replace(open_request(), round_id=1)), 0, "state"),
@@ -101,7 +98,7 @@ def test_garbage_frames_do_not_change_another_answer() -> None:
         for _ in range(20):
             station.push(b"b", rng.bytes(int(rng.integers(0, 40))))
     assert tokens == answer(SAMPLED_SETTINGS[0])
-    assert all(isinstance(message, Fault) for message in station.outboxes[b"b"])
+    assert {type(message) for message in station.outboxes[b"b"]} == {Fault}
 
 
 def test_the_fault_of_one_session_does_not_end_another_of_the_same_device() -> None:

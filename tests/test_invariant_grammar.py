@@ -19,8 +19,9 @@ from protocol.frames import FrameCodec
 from protocol.limits import Limits
 from protocol.messages import Close, Draft, Fault, Message, Mode, Open, Opened, Sampling, Verdict, Welcome
 from tests.fakes import FakeDraftModel, FakeTarget, blend, next_logits, random_table
+from tests.invariants import token_ids_of
 from tests.json_tokens import COMPILER, PIECES, STOP, text_of
-from tests.link_pair import MemoryTransport, Station, join, open_session
+from tests.link_pair import IDS, MemoryTransport, Station, join, open_session
 from tests.raw_device import hello
 
 VOCAB = len(PIECES)
@@ -53,10 +54,6 @@ def session_of(
     return session, model  # type: ignore[return-value]
 
 
-def ids_of(session: DeviceSession, count: int = 60) -> list[int]:
-    return [token.token_id for token in session.answer(count)]
-
-
 def slow_answer(text: str, prompt: Sequence[int]) -> list[int]:
     """The target's greedy answer: the likeliest token that keeps the answer in the grammar, tried one by one."""
     return list(_slow_answer(text, tuple(prompt)))
@@ -76,17 +73,17 @@ def _slow_answer(text: str, prompt: tuple[int, ...]) -> list[int]:
 def test_greedy_answers_are_those_of_the_slow_twin(mode: Mode, text: str) -> None:
     for index, prompt in enumerate(PROMPTS):
         settings = DraftSettings(mode, Sampling(grammar=text), 4, [4, None, 8][index % 3], drafts_ahead=index % 3)
-        assert ids_of(session_of(settings, prompt)[0]) == slow_answer(text, prompt)
+        assert token_ids_of(session_of(settings, prompt)[0], 60) == slow_answer(text, prompt)
 
 
 @every_grammar
 def test_coupled_answers_are_the_targets_own_with_the_same_seed(text: str) -> None:
     for seed, prompt in enumerate(PROMPTS):
         sampling = Sampling(1.0, seed=seed, top_p=0.9, grammar=text)
-        alone = ids_of(session_of(DraftSettings(Mode.TARGET, sampling, 4, None), prompt)[0])
+        alone = token_ids_of(session_of(DraftSettings(Mode.TARGET, sampling, 4, None), prompt)[0], 60)
         for draft_len, ahead in ((4, 0), (8, 2)):
             settings = DraftSettings(Mode.COUPLED, sampling, 4, draft_len, drafts_ahead=ahead)
-            assert ids_of(session_of(settings, prompt)[0]) == alone
+            assert token_ids_of(session_of(settings, prompt)[0], 60) == alone
 
 
 @pytest.mark.parametrize("mode", [Mode.TOPK, Mode.FULL, Mode.COUPLED])
@@ -94,7 +91,7 @@ def test_finished_answers_follow_the_schema(mode: Mode) -> None:
     finished = 0
     for seed, prompt in enumerate(PROMPTS):
         sampling = Sampling(1.0, seed=seed, grammar=GRAMMARS["object"])
-        answer = ids_of(session_of(DraftSettings(mode, sampling, 4, 4), prompt)[0])
+        answer = token_ids_of(session_of(DraftSettings(mode, sampling, 4, 4), prompt)[0], 60)
         if answer[-1] == STOP:
             value = json.loads(text_of(answer))
             assert value["a"] in ("b", 1, None)
@@ -114,17 +111,17 @@ def test_a_base_station_that_restarts_continues_the_answer(text: str) -> None:
 
 
 def test_the_next_turn_may_have_another_grammar_or_none() -> None:
-    session, _ = session_of(DraftSettings(Mode.IDS, Sampling(), 4, 4), PROMPTS[0])
+    session, _ = session_of(IDS, PROMPTS[0])
     for text in (*GRAMMARS.values(), GRAMMARS["list"], GRAMMARS["list"]):
         prompt = [*session.tokens, 1, 2]
         session.extend(prompt, Sampling(grammar=text), grammar=COMPILER.compile(text))
-        assert ids_of(session) == slow_answer(text, prompt)
+        assert token_ids_of(session, 60) == slow_answer(text, prompt)
 
 
 def test_forced_tokens_are_drafted_without_the_draft_model() -> None:
     text = lark_grammar('start: "abcxabcxabcxabcxabcx"')
     session, model = session_of(DraftSettings(Mode.IDS, Sampling(grammar=text), 4, 8), PROMPTS[0])
-    assert text_of(ids_of(session)) == "abcx" * 5
+    assert text_of(token_ids_of(session, 60)) == "abcx" * 5
     assert session.counters.accepted == session.counters.drafted
     assert len(model.passes) <= 3 < session.counters.drafted
 
@@ -136,7 +133,7 @@ def test_a_masked_draft_is_accepted_at_least_as_often(text: str) -> None:
         accepted = drafted = 0
         for prompt in PROMPTS:
             session, _ = session_of(DraftSettings(Mode.IDS, Sampling(grammar=text), 4, 4), prompt, masked=masked)
-            assert ids_of(session) == slow_answer(text, prompt)
+            assert token_ids_of(session, 60) == slow_answer(text, prompt)
             accepted, drafted = accepted + session.counters.accepted, drafted + session.counters.drafted
         rates.append(accepted / drafted)
     assert rates[0] > rates[1]

@@ -9,13 +9,11 @@ from basestation.target.target_model import TargetModel
 from device.settings import DraftSettings, Timeouts
 from protocol.limits import Limits
 from protocol.messages import Decode, Draft, Open, Opened, Verdict
-from tests.fakes import FakeTarget, target_alone
+from tests.fakes import TARGET, FakeTarget, target_alone
 from tests.invariants import (
-    CODEC,
     PROMPT,
     SAMPLED,
     SETTINGS,
-    TARGET,
     answer,
     draft_model,
     duplicate,
@@ -27,7 +25,7 @@ from tests.invariants import (
     token_ids_of,
 )
 from tests.link_pair import CopyCount, MemoryTransport, Station, deliver_once, join, open_session
-from tests.raw_device import RawDevice
+from tests.raw_device import CODEC, RawDevice
 
 LOSSES: dict[str, Callable[[], tuple[CopyCount, CopyCount]]] = {
     "first Draft or Decode lost": lambda: (first_copies_lost(Draft, Decode), deliver_once),

@@ -9,13 +9,12 @@ from device.session.session import Origin
 from device.settings import DraftSettings
 from protocol.errors import SettingsError
 from protocol.messages import Mode, Sampling
-from tests.fakes import target_alone
+from tests.fakes import TARGET, target_alone
 from tests.invariants import (
     GREEDY,
     MAX_NEW_TOKENS,
     PROMPT,
     SETTINGS,
-    TARGET,
     TURNS,
     answer,
     draft_model,

@@ -14,23 +14,22 @@ from protocol.randomness import Stream, random_bits
 from tests.fakes import FakeDraftModel, FakeTarget, blend, random_table
 from tests.invariants import RecordingTransport, lossy
 from tests.link_pair import MemoryTransport, Station, deliver_once, join, open_session
-from tests.whole_answers import answers_p_value
+from tests.p_values import FALSE_ALARM, SMALL, answers_p_value
 
-VOCAB = 3
-TARGET = random_table(VOCAB, seed=4, sharpness=0.8)
-DRAFT = blend(TARGET, random_table(VOCAB, seed=5), 0.4)
+DRAFT = blend(SMALL, random_table(3, seed=5), 0.4)
 PROMPT, LENGTH, SAMPLES = [0, 1], 3, 1500
-FALSE_ALARM = 1e-4
 SAMPLING = Sampling(0.9)
 
 
 def settings_of(mode: Mode, ahead: int = 0, draft_len: int = 3) -> DraftSettings:
-    return DraftSettings(mode, SAMPLING, VOCAB, draft_len, uplink_p=0.95, drafts_ahead=ahead, block_verification=True)
+    return DraftSettings(
+        mode, SAMPLING, len(SMALL), draft_len, uplink_p=0.95, drafts_ahead=ahead, block_verification=True
+    )
 
 
 def p_value(settings: DraftSettings, samples: int, loss: float = 0.0) -> float:
     """Of the hypothesis that whole answers are distributed as the target's own."""
-    model, station = FakeDraftModel.make(DRAFT), Station(FakeTarget.make(TARGET))
+    model, station = FakeDraftModel.make(DRAFT), Station(FakeTarget.make(SMALL))
     copies = lossy(1, loss) if loss else deliver_once
     client, _ = join(station, model, MemoryTransport(station, up=copies, down=copies))
     session = open_session(client, settings, model, PROMPT)
@@ -38,7 +37,7 @@ def p_value(settings: DraftSettings, samples: int, loss: float = 0.0) -> float:
     for seed in range(samples):
         session.extend(PROMPT, replace(SAMPLING, seed=seed))
         counted[tuple(token.token_id for token in session.answer(LENGTH))] += 1
-    return answers_p_value(counted, TARGET, PROMPT, SAMPLING)
+    return answers_p_value(counted, SMALL, PROMPT, SAMPLING)
 
 
 @pytest.mark.parametrize(
@@ -52,7 +51,7 @@ def test_answers_are_distributed_as_the_targets_own(settings: DraftSettings, los
 
 @pytest.mark.parametrize("ahead", [0, 3])
 def test_drafted_tokens_are_sampled_with_numbers_of_their_draft(ahead: int) -> None:
-    model, station = FakeDraftModel.make(DRAFT), Station(FakeTarget.make(TARGET))
+    model, station = FakeDraftModel.make(DRAFT), Station(FakeTarget.make(SMALL))
     transport = RecordingTransport(station)
     client, _ = join(station, model, transport)
     settings = replace(settings_of(Mode.TOPK, ahead), sampling=replace(SAMPLING, seed=3))
@@ -86,14 +85,14 @@ def test_an_unverified_tail_is_sampled_with_numbers_of_where_it_began() -> None:
             number = random_bits(3, position + index, Stream.DRAFT, start)
             assert token.token_id == token.distribution.sample(number)
             differing += token.token_id != token.distribution.sample(random_bits(3, position + index, Stream.DRAFT))
-        tail.commit((tail.drafted[0].token_id + (not is_right)) % VOCAB)
+        tail.commit((tail.drafted[0].token_id + (not is_right)) % len(SMALL))
         position += 1
         start = start if is_right else position
     assert differing
 
 
 def test_a_base_station_without_block_verification_verifies_token_by_token() -> None:
-    model, station = FakeDraftModel.make(DRAFT), Station(FakeTarget.make(TARGET))
+    model, station = FakeDraftModel.make(DRAFT), Station(FakeTarget.make(SMALL))
     answers, opened = [], list[Message]()
     for block_verification, knows in ((False, True), (True, False), (True, True)):
         transport = _Transport(station, knows=knows)

@@ -16,10 +16,10 @@ from protocol.full_distribution import FullDistribution
 from protocol.messages import DraftDistribution, Mode, Sampling
 from protocol.sparse import SparseDistribution
 from tests.fakes import FakeDraftModel, FakeTarget, blend, manifest, random_table, target_alone
-from tests.invariants import lossy
+from tests.invariants import lossy, token_ids_of
 from tests.link_pair import MemoryTransport, Station, join, open_session
+from tests.p_values import FALSE_ALARM, SMALL, answers_p_value
 from tests.timed_pair import PairTimes, TimedPair
-from tests.whole_answers import answers_p_value
 
 VOCAB = 6
 TARGET = random_table(VOCAB, seed=1)
@@ -40,7 +40,7 @@ def prediction_of(kind: str, answer: Sequence[int], chance: random.Random) -> li
 def expected(sampling: Sampling, prompt: Sequence[int]) -> list[int]:
     if sampling.greedy:
         return target_alone(TARGET, prompt, COUNT)
-    return ids_of(session_with(DraftSettings(Mode.TARGET, sampling, 1, None), prompt))
+    return token_ids_of(session_with(DraftSettings(Mode.TARGET, sampling, 1, None), prompt), COUNT)
 
 
 def session_with(
@@ -54,10 +54,6 @@ def session_with(
     model = model or FakeDraftModel.make(DRAFT)
     client, _ = join(transport.station, model, transport)
     return open_session(client, settings, model, list(prompt), prediction=prediction)
-
-
-def ids_of(session: DeviceSession, count: int = COUNT) -> list[int]:
-    return [token.token_id for token in session.answer(count)]
 
 
 @pytest.mark.parametrize("ahead", [0, None])
@@ -90,7 +86,7 @@ def test_losses_and_turns_change_no_answer(ahead: int, seed: int) -> None:
     prompt = [1, 2, 3]
     session = session_with(settings, prompt, transport=transport, model=NoDraftModel(manifest(VOCAB)))
     for _ in range(4):
-        assert ids_of(session, 30) == expected(sampling, prompt)[:30]
+        assert token_ids_of(session, 30) == expected(sampling, prompt)[:30]
         prompt = [*prompt, *expected(sampling, prompt)[: chance.randrange(30)], chance.randrange(VOCAB)]
         session.extend(prompt, prediction=prediction_of("wrong", (), chance))
     assert session.counters.accepted > 10
@@ -110,9 +106,7 @@ def test_a_base_station_that_restarts_changes_no_answer(restart_at: int) -> None
     assert tokens == target_alone(TARGET, [1, 2], COUNT)
 
 
-SMALL = random_table(3, seed=4, sharpness=0.8)
 PROMPT, LENGTH, SAMPLES = [0, 1, 2, 0, 1, 2, 0, 1], 4, 1000
-FALSE_ALARM = 1e-4
 
 
 def p_value(mode: Mode, samples: int) -> float:
@@ -125,7 +119,7 @@ def p_value(mode: Mode, samples: int) -> float:
     counted: Counter[tuple[int, ...]] = Counter()
     for seed in range(samples):
         session.extend(PROMPT, replace(sampling, seed=seed))
-        counted[tuple(ids_of(session, LENGTH))] += 1
+        counted[tuple(token_ids_of(session, LENGTH))] += 1
     assert 0 < session.counters.accepted < session.counters.drafted
     return answers_p_value(counted, SMALL, PROMPT, sampling)
 

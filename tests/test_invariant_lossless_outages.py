@@ -17,8 +17,8 @@ from protocol.messages import DraftDistribution, Hello, Mode, Sampling
 from protocol.sparse import SparseDistribution
 from tests.fakes import blend, random_table, target_alone
 from tests.outages import NEVER, OutagePair, Reader, verified_ids
+from tests.p_values import FALSE_ALARM, SMALL, answers_p_value
 from tests.timed_pair import PairTimes, TimedPair
-from tests.whole_answers import answers_p_value
 
 VOCAB, COUNT, ANSWERS = 12, 80, 6
 TARGET = random_table(VOCAB, seed=1)
@@ -108,10 +108,8 @@ def test_a_base_station_that_is_never_reached_leaves_the_draft_model_alone() -> 
     assert answer.unverified == COUNT
 
 
-SMALL = random_table(3, seed=4, sharpness=0.8)
 SMALL_DRAFT = blend(SMALL, random_table(3, seed=5, sharpness=0.8), 0.4)
 PROMPT, LENGTH, SAMPLES = [0, 1, 2], 3, 600
-FALSE_ALARM = 1e-4
 
 
 def p_value(mode: Mode, samples: int, block_verification: bool = False) -> float:

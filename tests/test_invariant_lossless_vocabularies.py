@@ -16,7 +16,8 @@ from protocol.limits import Limits
 from protocol.messages import Mode, Sampling
 from tests.fakes import FakeTarget, next_logits, random_table, target_alone
 from tests.invariants import lossy, token_ids_of
-from tests.link_pair import MemoryTransport, Station, join, open_session
+from tests.link_pair import IDS, MemoryTransport, Station, join, open_session
+from tests.p_values import FALSE_ALARM
 from tests.slow_verify import target_probs
 from tests.vocabulary_pairs import TARGET_SIZE, TARGET_TEXTS, bridged, context_of, similar_table
 
@@ -80,7 +81,7 @@ def test_similar_models_have_drafts_accepted() -> None:
     """Otherwise these tests would prove little."""
     station, model = Station(FakeTarget.make(TARGET)), draft_model(len(TARGET_TEXTS), True)
     client, _ = join(station, model)
-    session = open_session(client, DraftSettings(Mode.IDS, Sampling(), 4, 4), model, list(PROMPT))
+    session = open_session(client, IDS, model, list(PROMPT))
     token_ids_of(session, 60)
     assert 0.1 < session.counters.accepted / session.counters.drafted < 1
 
@@ -88,8 +89,7 @@ def test_similar_models_have_drafts_accepted() -> None:
 def test_the_target_continues_alone_beyond_the_draft_models_context() -> None:
     for context_length in range(4, 24, 3):
         model, _ = bridged(2, similar_table(TARGET, 2), context_length)
-        settings = DraftSettings(Mode.IDS, Sampling(), 4, 4)
-        assert answer(model, settings) == target_alone(TARGET, PROMPT, 30)
+        assert answer(model, IDS) == target_alone(TARGET, PROMPT, 30)
         assert len(context_of(model)) <= context_length
 
 
@@ -152,4 +152,4 @@ def test_sampled_answers_are_distributed_as_the_targets_own(mode: Mode, common: 
     frequent = exact * samples >= 5
     expected = np.append(exact[frequent], exact[~frequent].sum()) * samples
     observed = np.append(counts[frequent], counts[~frequent].sum())
-    assert chisquare(observed, expected).pvalue > 1e-4
+    assert chisquare(observed, expected).pvalue > FALSE_ALARM

@@ -32,8 +32,8 @@ from protocol.messages import (
 )
 from protocol.sparse import SparseDistribution
 from protocol.vocabulary import first_difference, hash_with_padding, vocabulary_hash, vocabulary_size
-from tests.fakes import FakeTarget, random_table
-from tests.invariants import VOCAB_SIZE, draft_model, new_station, open_request
+from tests.fakes import VOCAB, FakeTarget, random_table
+from tests.invariants import draft_model, new_station, open_request
 from tests.link_pair import MemoryTransport, Station
 from tests.raw_device import RawDevice, hello
 
@@ -206,14 +206,14 @@ def test_ids_beyond_the_output_layer_do_not_count() -> None:
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"vocabulary_hash": "ab" * 32}, f"{VOCAB_SIZE} tokens .SHA-256 abababababab…. are not the first of"),
-        ({"vocab_size": VOCAB_SIZE + 1}, f"a draft model of {VOCAB_SIZE + 1} tokens; the target has {VOCAB_SIZE}; "),
+        ({"vocabulary_hash": "ab" * 32}, f"{VOCAB} tokens .SHA-256 abababababab…. are not the first of"),
+        ({"vocab_size": VOCAB + 1}, f"a draft model of {VOCAB + 1} tokens; the target has {VOCAB}; "),
     ],
 )
 def test_a_refused_draft_model_is_reported_to_the_user(change: dict[str, object], match: str) -> None:
     station = new_station(stop_ids=(2,))
     manifest = draft_model(stop_ids=(2,)).manifest
-    link = Link(MemoryTransport(station), FrameCodec(VOCAB_SIZE), "memory")
+    link = Link(MemoryTransport(station), FrameCodec(VOCAB), "memory")
     assert Client(link, manifest).welcome.model == "table"
     with pytest.raises(FaultError, match=f"{match}.*{REMEDY}") as caught:
         Client(link, replace(manifest, **change))  # type: ignore[arg-type]
@@ -222,7 +222,7 @@ def test_a_refused_draft_model_is_reported_to_the_user(change: dict[str, object]
 
 def test_an_old_protocol_version_is_refused_at_hello() -> None:
     device = RawDevice(new_station(), b"a", greet=False)
-    fault = device.request(replace(hello(VOCAB_SIZE), version=OLDEST_VERSION - 1))
+    fault = device.request(replace(hello(VOCAB), version=OLDEST_VERSION - 1))
     assert isinstance(fault, Fault)
     assert fault.code == "mismatch"
     assert (
@@ -231,7 +231,7 @@ def test_an_old_protocol_version_is_refused_at_hello() -> None:
 
 
 @pytest.mark.parametrize(
-    "refused_hello", [None, replace(hello(VOCAB_SIZE), vocabulary_hash=bytes(32))], ids=["none", "refused"]
+    "refused_hello", [None, replace(hello(VOCAB), vocabulary_hash=bytes(32))], ids=["none", "refused"]
 )
 @pytest.mark.parametrize(
     "request_", [open_request(), Draft(0, 1, ()), Decode(0, 1, 1), Extend(0, 1, 0, (1,))], ids=repr

@@ -5,14 +5,13 @@ from dataclasses import replace
 import pytest
 
 from device.settings import DraftSettings
-from tests.fakes import target_alone
+from tests.fakes import TARGET, target_alone
 from tests.invariants import (
     MAX_NEW_TOKENS,
     PROMPT,
     SAMPLED,
     SAMPLED_SETTINGS,
     SETTINGS,
-    TARGET,
     answer,
     draft_model,
     every_setting,

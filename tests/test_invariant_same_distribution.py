@@ -11,7 +11,6 @@ from device.settings import DraftSettings
 from protocol.messages import Draft, Verdict
 from protocol.randomness import Stream, random_bits
 from tests.invariants import (
-    CODEC,
     PROMPT,
     SAMPLED_SETTINGS,
     RecordingTransport,
@@ -21,6 +20,7 @@ from tests.invariants import (
     token_ids_of,
 )
 from tests.link_pair import join, open_session
+from tests.raw_device import CODEC
 
 
 def drafts_by_position(uplink: Sequence[bytes], downlink: Sequence[bytes]) -> Iterator[tuple[int, Draft]]:

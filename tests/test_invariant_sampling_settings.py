@@ -12,7 +12,8 @@ from protocol.errors import SettingsError, StateError
 from protocol.messages import Decode, Draft, Extend, Hello, Message, Mode, Open, Opened, Sampling, Verdict
 from protocol.rounds import SessionRounds
 from tests.fakes import FakeDraftModel, FakeTarget, blend, random_table
-from tests.link_pair import MemoryTransport, Station, join, open_session
+from tests.invariants import token_ids_of
+from tests.link_pair import IDS, MemoryTransport, Station, join, open_session
 from tests.slow_sampling import slow_answer
 
 VOCAB = 24
@@ -54,26 +55,22 @@ def session_of(
     return open_session(join(transport.station, model, transport)[0], settings, model, list(prompt))
 
 
-def ids_of(session: DeviceSession, count: int = 40) -> list[int]:
-    return [token.token_id for token in session.answer(count)]
-
-
 @pytest.mark.parametrize("mode", Mode)
 @every_setting
 def test_greedy_answers_are_those_of_the_slow_twin(mode: Mode, sampling: Sampling) -> None:
     for index, prompt in enumerate(PROMPTS if mode is Mode.IDS else PROMPTS[:3]):
         settings = DraftSettings(mode, sampling, 4, [4, None, 8][index % 3], drafts_ahead=[0, 0, 2][index % 3])
-        assert ids_of(session_of(settings, prompt)) == slow_answer(TARGET, sampling, prompt, 40, STOPS)
+        assert token_ids_of(session_of(settings, prompt)) == slow_answer(TARGET, sampling, prompt, 40, STOPS)
 
 
 @every_setting
 def test_coupled_answers_are_the_targets_own_with_the_same_seed(sampling: Sampling) -> None:
     for seed, prompt in enumerate(PROMPTS[:3]):
         sampled = replace(sampling, temperature=0.9, seed=seed)
-        alone = ids_of(session_of(DraftSettings(Mode.TARGET, sampled, 4, None), prompt))
+        alone = token_ids_of(session_of(DraftSettings(Mode.TARGET, sampled, 4, None), prompt))
         for draft_len, ahead in ((4, 0), (8, 2)):
             settings = DraftSettings(Mode.COUPLED, sampled, 4, draft_len, drafts_ahead=ahead)
-            assert ids_of(session_of(settings, prompt)) == alone
+            assert token_ids_of(session_of(settings, prompt)) == alone
 
 
 @every_setting
@@ -99,11 +96,11 @@ def test_a_base_station_that_restarts_continues_the_answer(mode: Mode, sampling:
 
 @every_setting
 def test_the_next_turn_may_have_other_settings(sampling: Sampling) -> None:
-    session = session_of(DraftSettings(Mode.IDS, Sampling(), 4, 4), PROMPTS[5])
+    session = session_of(IDS, PROMPTS[5])
     for settings in (sampling, Sampling(), sampling):
         prompt = [*session.tokens, 1, 2]
         session.extend(prompt, settings)
-        assert ids_of(session, 20) == slow_answer(TARGET, settings, prompt, 20, STOPS)
+        assert token_ids_of(session, 20) == slow_answer(TARGET, settings, prompt, 20, STOPS)
 
 
 def test_stop_token_ids_end_a_decode_in_both_state_machines() -> None:
@@ -135,11 +132,11 @@ def test_an_older_base_station_gets_no_settings_that_it_would_ignore(sampling: S
     name = sampling.later_settings[0]
     with pytest.raises(SettingsError, match=f"{name} is .* the base station speaks protocol version 4, this needs 5"):
         session_of(DraftSettings(Mode.IDS, sampling, 4, 4), [1], Version4Transport(new_station()))
-    session = session_of(DraftSettings(Mode.IDS, Sampling(), 4, 4), [1], Version4Transport(new_station()))
+    session = session_of(IDS, [1], Version4Transport(new_station()))
     with pytest.raises(SettingsError, match=name):
         session.extend([1, 2], sampling)
     session.extend([1, 2])
-    assert ids_of(session) == slow_answer(TARGET, Sampling(), [1, 2], 40, STOPS)
+    assert token_ids_of(session) == slow_answer(TARGET, Sampling(), [1, 2], 40, STOPS)
 
 
 @pytest.mark.parametrize("sampling", [Sampling(logit_bias=((VOCAB, 1.0),)), Sampling(stop_token_ids=(VOCAB,))])

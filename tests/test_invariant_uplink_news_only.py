@@ -6,8 +6,9 @@ from device.drafting.draft_model import DraftModel
 from device.settings import DraftSettings
 from protocol.messages import Close, Decode, Draft, Extend, Hello, Mode, Open
 from tests.fakes import FakeDraftModel
-from tests.invariants import CODEC, MAX_NEW_TOKENS, PROMPT, TURNS, draft_model, every_setting, new_station, token_ids_of
+from tests.invariants import MAX_NEW_TOKENS, PROMPT, TURNS, draft_model, every_setting, new_station, token_ids_of
 from tests.link_pair import MemoryTransport, join, open_session
+from tests.raw_device import CODEC
 
 
 def passes_of(model: DraftModel) -> list[int]:

@@ -18,7 +18,7 @@ from device.settings import DraftSettings
 from protocol.errors import ContextLengthError
 from protocol.frames import FrameCodec
 from protocol.messages import Fault, Mode, Sampling
-from tests.relay import CountingRelay
+from tests.relay import CountingRelay, port_of
 from tests.sample import BUNDLE, DEVICE_PYTHON, SAMPLE
 
 pytestmark = pytest.mark.model
@@ -93,7 +93,7 @@ def test_a_prompt_longer_than_the_context_is_refused(sample_setup: BenchSetup) -
 
 
 def test_invariant_6_the_counted_bytes_are_those_a_relay_forwards(station_address: str) -> None:
-    port = int(station_address.rpartition(":")[2])
+    port = port_of(station_address)
     with CountingRelay(port) as relay, bench_setup(BUNDLE, f"tcp://127.0.0.1:{relay.port}") as setup:
         link, before = setup.client.link, relay.wait_until_idle()
         uplink, downlink = link.uplink_bytes, link.downlink_bytes

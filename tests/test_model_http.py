@@ -1,6 +1,5 @@
 """The device's HTTP service with the sample model, and OpenAI's own client."""
 
-import json
 import re
 import signal
 import subprocess
@@ -12,6 +11,7 @@ from openai import APIError, APIStatusError, OpenAI
 
 from bench.setup.prompts import OWN_PROMPTS
 from tests.device_service import DeviceService, device_command, device_service
+from tests.record_file import lines_of
 
 pytestmark = pytest.mark.model
 
@@ -55,7 +55,7 @@ def test_streamed_text_equals_the_output_of_generate(
                 messages=[{"role": "user", "content": prompt}],
                 tools=[{"type": "function", "function": {"name": "look"}}],
             )
-    rounds = [json.loads(line) for line in record_file.read_text(encoding="utf-8").splitlines()]
+    rounds = lines_of(record_file)
     assert sum(record["accepted"] + 1 for record in rounds) == 24
     assert re.search("prompt tokens, 24 new tokens", serving.process.stderr.readline())  # type: ignore[union-attr]
 

@@ -16,7 +16,7 @@ from device.planning.planners import Planners
 from device.settings import DraftSettings
 from device.text.tokenizer import Tokenizer
 from protocol.messages import Mode, Sampling
-from tests.relay import CountingRelay
+from tests.relay import CountingRelay, port_of
 from tests.sample import BUNDLE
 
 ANSWERS, DEVICES, TOKENS = 100, 8, 48
@@ -83,7 +83,7 @@ def run_device(station_port: int, chosen: Sequence[Disturbed]) -> list[list[int]
 
 @pytest.mark.timeout(3600)
 def test_outages_of_up_to_30_seconds_change_no_answer(station_address: str, sample_setup: BenchSetup) -> None:
-    port, chosen = int(station_address.rpartition(":")[2]), draw_answers(sample_setup)
+    port, chosen = port_of(station_address), draw_answers(sample_setup)
     shares = [chosen[first::DEVICES] for first in range(DEVICES)]
     with ThreadPoolExecutor(DEVICES) as pool:
         answered = list(pool.map(lambda share: run_device(port, share), shares))

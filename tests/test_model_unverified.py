@@ -12,7 +12,7 @@ from device.session.session import Origin
 from device.settings import DraftSettings, Timeouts
 from protocol.messages import Mode, Sampling
 from tests.outages import Reader
-from tests.relay import CountingRelay
+from tests.relay import CountingRelay, port_of
 
 PROMPT, COUNT, ALONE = "Describe how a refrigerator keeps food cold.", 96, 12
 UNREACHABLE_PORT = 1
@@ -69,7 +69,7 @@ def test_an_answer_over_a_link_that_is_cut_is_the_targets_own(
     ids = sample_setup.prompt_ids(PROMPT)
     expected = sample_setup.answer(ids, COUNT, alone)
     with (
-        CountingRelay(int(station_address.rpartition(":")[2])) as relay,
+        CountingRelay(port_of(station_address)) as relay,
         device(sample_setup, relay) as setup,
     ):
         reader, conversation = RelayCut(relay, cut_at), setup.conversation(settings)

@@ -6,22 +6,20 @@ from collections.abc import Iterator
 import pytest
 
 from bench.exact import MAX_TIED_SHARE, Difference, Reference, TargetAlone, Transformers, differences
-from bench.setup.bench_setup import BenchSetup, bench_setup
+from bench.setup.bench_setup import BenchSetup
 from bench.setup.prompts import OWN_PROMPTS
-from bench.setup.station_process import running_station
 from protocol.messages import Sampling
+from tests.pair import DRAFT_LENS, pair_setup
 from tests.sample import PAIR
 
 pytestmark = [pytest.mark.pair, pytest.mark.timeout(7200)]
 
 NEW_TOKENS = 64
-DRAFT_LENS = (1, 4, 8)
 
 
 @pytest.fixture(scope="module")
 def pair() -> Iterator[BenchSetup]:
-    """The draft model, and a base station with the target in float32."""
-    with running_station(str(PAIR / "target"), "float32") as address, bench_setup(PAIR / "bundle", address) as setup:
+    with pair_setup() as setup:
         yield setup
 
 

@@ -8,10 +8,11 @@ from collections.abc import Iterator
 import pytest
 
 from bench.exact import TargetAlone, differences
-from bench.setup.bench_setup import BenchSetup, bench_setup
+from bench.setup.bench_setup import BenchSetup
 from bench.setup.prompts import OWN_PROMPTS
 from bench.setup.station_process import running_station
 from protocol.messages import Mode, Sampling
+from tests.pair import DRAFT_LENS, pair_setup
 from tests.random_sessions import check_random_sessions
 from tests.sample import PAIR
 
@@ -19,13 +20,11 @@ pytestmark = [pytest.mark.pair, pytest.mark.timeout(7200)]
 
 BRIDGE = PAIR / "bridge"
 NEW_TOKENS = 32
-DRAFT_LENS = (1, 4, 8)
 
 
 @pytest.fixture(scope="module")
 def bridged() -> Iterator[BenchSetup]:
-    """The draft model, and a base station with the target in float32."""
-    with running_station(str(PAIR / "target"), "float32") as address, bench_setup(BRIDGE, address) as setup:
+    with pair_setup(BRIDGE) as setup:
         yield setup
 
 

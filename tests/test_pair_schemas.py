@@ -4,18 +4,16 @@ from collections.abc import Iterator
 
 import pytest
 
-from bench.setup.bench_setup import BenchSetup, bench_setup
-from bench.setup.station_process import running_station
+from bench.setup.bench_setup import BenchSetup
 from tests.json_schemas import answer_schemas
-from tests.sample import PAIR
+from tests.pair import pair_setup
 
 pytestmark = [pytest.mark.pair, pytest.mark.timeout(7200)]
 
 
 @pytest.fixture(scope="module")
 def pair() -> Iterator[BenchSetup]:
-    """The draft model, and a base station with the target in float32."""
-    with running_station(str(PAIR / "target"), "float32") as address, bench_setup(PAIR / "bundle", address) as setup:
+    with pair_setup() as setup:
         yield setup
 
 

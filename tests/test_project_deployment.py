@@ -15,9 +15,8 @@ import yaml
 from basestation.devices.key_folder import EnrolledDevice, KeyFolder
 from device.link.curve_keys import new_key
 from tests.command_settings import settings_of
-from tests.sample import PROJECT
+from tests.sample import DOCKER, PROJECT
 
-DOCKER = PROJECT / "docker"
 LOCKS = sorted((DOCKER / "locks").glob("*.txt"))
 DOCKERFILES = sorted(DOCKER.glob("*.Dockerfile"))
 

@@ -7,9 +7,9 @@ import pytest
 
 from protocol.messages import PROTOCOL_VERSION
 from protocol.rounds import diagram
-from tests.sample import PROJECT
+from tests.sample import PACKAGES, PROJECT
 
-FOLDERS = ["protocol", "common", "export", "device", "basestation", "bench", "tests", "docker", "docs"]
+FOLDERS = [*PACKAGES, "tests", "docker", "docs"]
 PAGES = sorted(str(path.relative_to(PROJECT)) for path in [*PROJECT.glob("*.md"), *PROJECT.glob("docs/*.md")])
 
 

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.sample import PROJECT
+from tests.sample import PACKAGES, PROJECT
 
-PACKAGES = ["protocol", "common", "device", "basestation", "export", "bench"]
 PRINT_THIRD_PARTIES = """
 import json, sys
 print(json.dumps(sorted({

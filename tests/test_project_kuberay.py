@@ -13,10 +13,10 @@ import yaml
 
 from basestation.cli import app
 from tests.raycluster_schema import RAY_CLUSTER
-from tests.sample import PROJECT
+from tests.sample import DOCKER
 
 KUBERNETES = "1.37"
-DOCUMENTS = list(yaml.safe_load_all((PROJECT / "docker" / "kuberay" / "raycluster.yaml").read_text(encoding="utf-8")))
+DOCUMENTS = list(yaml.safe_load_all((DOCKER / "kuberay" / "raycluster.yaml").read_text(encoding="utf-8")))
 CLUSTER, SERVICE, POLICY = DOCUMENTS
 
 

@@ -16,7 +16,8 @@ import pytest
 import yaml
 
 from tests.fleet import get
-from tests.monitoring import DOCKER, RULES, alerts, dashboard_queries
+from tests.monitoring import RULES, alerts, dashboard_queries
+from tests.sample import DOCKER
 from tests.sample_fleet import sample_fleet
 
 pytestmark = pytest.mark.pages

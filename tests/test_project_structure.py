@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.sample import PROJECT
+from tests.sample import PACKAGES, PROJECT
 
-PACKAGES = ["protocol", "common", "export", "device", "basestation", "bench"]
 MAX_BODY_LINES = 40
 RETIRED_TERMS = {
     "Stretch": r"Stretch\w*|stretch(?:es)?|new_stretch",

@@ -11,6 +11,7 @@ from scipy.stats import chisquare, kstest
 
 from basestation.verification.coupled_sampling import coupled_choice
 from protocol.coupling import BLOCK, MAX_MARGIN, PositionNoise, hash32, noise_keys
+from tests.p_values import FALSE_ALARM
 
 KNOWN_HASHES = [3405767568, 3507691905, 3568491650, 1864612511]
 SIZES = (2, 5, BLOCK - 1, BLOCK, BLOCK + 1, 700, 5000)
@@ -36,7 +37,7 @@ def full_choice(scores: np.ndarray[tuple[int], np.dtype[np.float32]], seed: int,
 
 def test_the_noise_is_standard_gumbel() -> None:
     drawn = np.concatenate([PositionNoise(3, position, 1000).of(np.arange(1000)) for position in range(200)])
-    assert kstest(drawn, "gumbel_r").pvalue > 1e-4
+    assert kstest(drawn, "gumbel_r").pvalue > FALSE_ALARM
 
 
 def test_the_largest_noise_of_a_block_is_unique() -> None:
@@ -74,7 +75,7 @@ def test_choices_are_distributed_as_softmax() -> None:
     probs = np.array([0.4, 0.3, 0.2, 0.07, 0.03])
     scores = torch.tensor(np.log(probs)).expand(20_000, 5)
     counts = np.bincount(tensor_choice(scores, 11, range(20_000)), minlength=5)
-    assert chisquare(counts, probs * 20_000).pvalue > 1e-4
+    assert chisquare(counts, probs * 20_000).pvalue > FALSE_ALARM
 
 
 @given(st.integers(0, 2**31), st.integers(0, 2**32 - 1), st.integers(0, 2**32 - 1))

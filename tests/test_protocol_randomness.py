@@ -9,9 +9,9 @@ import pytest
 from scipy.stats import chisquare, kstest
 
 from protocol.randomness import UNIFORM_BITS, Stream, random_bits, random_word, random_words, uniforms
+from tests.p_values import FALSE_ALARM
 
 COUNT = 50_000
-FALSE_ALARM = 1e-4
 KNOWN = [
     (0, 0, Stream.DRAFT, 1660627371350223),
     (1, 2, Stream.ACCEPT, 8204650028589493),

@@ -25,11 +25,11 @@ from protocol.messages import Draft, Mode, Sampling
 from protocol.randomness import UNIFORM_BITS, Stream, random_bits
 from protocol.sparse import MAX_STEPS, SparseDistribution
 from tests.fakes import manifest
+from tests.p_values import FALSE_ALARM
 from tests.slow_verify import dense
 
 Probs = npt.NDArray[np.float64]
 relaxed = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
-FALSE_ALARM = 1e-4
 
 
 @st.composite

@@ -17,7 +17,7 @@ from protocol.messages import OLDEST_VERSION, PROTOCOL_VERSION, Decode, Fault, H
 from protocol.randomness import Stream, random_bits, random_word
 from protocol.sparse import SparseDistribution
 from tests.fakes import FakeDraftModel, FakeTarget, blend, random_table, target_alone
-from tests.link_pair import MemoryTransport, Station, join, open_session
+from tests.link_pair import IDS, MemoryTransport, Station, join, open_session
 from tests.vectors import all_vectors, counting_table, describe, recorded_vectors, replies_of
 
 VERSIONS = range(OLDEST_VERSION, PROTOCOL_VERSION + 1)
@@ -97,7 +97,7 @@ def test_a_device_falls_back_to_version_1() -> None:
     model = FakeDraftModel.make(blend(target, random_table(12, seed=2), 0.7))
     client = greet(Station(FakeTarget.make(target)), model)
     assert (client.welcome.version, client.welcome.window) == (1, 1)
-    session = open_session(client, DraftSettings(Mode.IDS, Sampling(), 4, 4), model, [3, 1, 4])
+    session = open_session(client, IDS, model, [3, 1, 4])
     assert [token.token_id for token in session.answer(30)] == target_alone(target, [3, 1, 4], 30)
 
 

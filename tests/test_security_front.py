@@ -21,19 +21,15 @@ from basestation.target.segment import Segment
 from device.link.curve_keys import CurveKeys, new_key
 from device.link.link import Link
 from device.session.client import Client
-from device.settings import DraftSettings, Timeouts
+from device.settings import Timeouts
 from protocol.frames import FrameCodec
 from protocol.limits import Limits
-from protocol.messages import Mode, Sampling
-from tests.fakes import FakeDraftModel, FakeTarget, blend, random_table, target_alone
+from tests.fakes import DRAFT, TARGET, VOCAB, FakeDraftModel, FakeTarget, target_alone
 from tests.front_attack import attack, run_front_with_known_ids
-from tests.front_site import ANY_PORT, RunningReplica
-from tests.link_pair import open_session
+from tests.front_site import RunningReplica
+from tests.link_pair import IDS, open_session
+from tests.serving import ANY_PORT
 
-VOCAB = 12
-TARGET = random_table(VOCAB, seed=1)
-DRAFT = blend(TARGET, random_table(VOCAB, seed=2), 0.7)
-IDS = DraftSettings(Mode.IDS, Sampling(), 4, 4)
 HONEST, TOKENS = 8, 40
 QUIET_SECONDS = 3
 """After which the honest devices' handshakes are no longer the latest."""

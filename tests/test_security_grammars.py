@@ -12,7 +12,7 @@ from protocol.messages import Draft, Fault, Message, Mode, Open, Opened, Samplin
 from tests.fakes import FakeTarget, random_table
 from tests.hostile_grammars import HOSTILE, STOP, VALID, VOCAB, ids_of, new_compiler
 from tests.raw_device import hello
-from tests.serving import serving
+from tests.serving import ANY_PORT, serving
 
 CODEC = FrameCodec(VOCAB)
 
@@ -43,7 +43,7 @@ def connected(server: Server) -> Iterator[Peer]:
 
 def test_hostile_grammars_are_refused_and_other_peers_get_their_answers() -> None:
     target = FakeTarget.make(random_table(VOCAB, seed=1), frozenset({STOP}), grammar_compiler=new_compiler())
-    server = Server(target, "tcp://127.0.0.1:0")
+    server = Server(target, ANY_PORT)
     with serving(server), connected(server) as attacker, connected(server) as peer:
         for index, text in enumerate(HOSTILE.values()):
             attacker.send(Open(index, 0, Mode.IDS, Sampling(grammar=text), (1, 2)))

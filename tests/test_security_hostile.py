@@ -22,18 +22,17 @@ from device.link.curve_keys import CurveKeys
 from device.link.link import Link
 from device.planning.planners import Planners
 from device.session.client import Client
-from device.settings import DraftSettings, Timeouts
+from device.settings import Timeouts
 from device.text.tokenizer import Tokenizer
 from protocol.frames import FrameCodec
-from protocol.messages import PROTOCOL_VERSION, Hello, Mode, Sampling
+from protocol.messages import PROTOCOL_VERSION, Hello
 from tests.fakes import FakeDraftModel, FakeTarget, blend, random_table, target_alone
 from tests.hostile import ATTACKS, AttackedStation, attacked
-from tests.link_pair import open_session
+from tests.link_pair import IDS, open_session
 from tests.raw_device import hello
 from tests.sample import BUNDLE, SAMPLE
-from tests.serving import serving
+from tests.serving import ANY_PORT, serving
 
-IDS = DraftSettings(Mode.IDS, Sampling(), 4, 4)
 TIMEOUTS = Timeouts(resend=0.5)
 
 
@@ -97,7 +96,7 @@ def test_hostile_peers_change_no_answer(keyed: bool, tmp_path: Path) -> None:
     folder = KeyFolder.create(tmp_path / "keys")
     names = ("attacker", "one", "other")
     attacker, *others = (keys_of(folder, tmp_path / name) if keyed else None for name in names)
-    server = Server(FakeTarget.make(TARGET), "tcp://127.0.0.1:0", keys=folder if keyed else None)
+    server = Server(FakeTarget.make(TARGET), ANY_PORT, keys=folder if keyed else None)
     with serving(server), ExitStack() as cleanup:
         site = AttackedStation(
             server.address, hello(VOCAB), attacker, keys_of(folder, tmp_path / "unknown", enroll=False)

@@ -1,4 +1,4 @@
-"""Whether whole answers are distributed as those of a target that is a table."""
+"""Whether samples have a distribution: that of whole answers of a target that is a table, and when a test fails."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -8,8 +8,13 @@ import numpy as np
 from scipy.stats import chisquare
 
 from protocol.messages import Sampling
-from tests.fakes import Table
+from tests.fakes import Table, random_table
 from tests.slow_verify import target_probs
+
+SMALL = random_table(3, seed=4, sharpness=0.8)
+"""A target of few tokens, so that whole answers can be counted."""
+FALSE_ALARM = 1e-4
+"""A p-value below this fails a test; samples of planted defects must have a far smaller one."""
 
 
 def answers_p_value(
