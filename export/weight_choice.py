@@ -215,7 +215,7 @@ class WeightChoice:
         ]
 
     def agreement(self, built: Built, forcing: Forcing | None = None) -> QualityFigures:
-        """How far a candidate agrees with the target: argmax at temperature 0, the rest at 1; kept in ``quality``."""
+        """How far a candidate agrees with the target, in argmax at temperature 0, else at 1; kept in ``quality``."""
         forcing = forcing or self._forcing(built)
         greedy, sampled = self.text.greedy, self.text.sampled
         with progress_bar(self._console) as progress:

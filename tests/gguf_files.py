@@ -38,8 +38,8 @@ def write_gguf(path: Path, tokens: Sequence[str], types: Sequence[int], **settin
     return path
 
 
-def tiny_model_file(path: Path) -> Path:
-    """A Llama model of two layers with random weights and the vocabulary of ``byte_level_file``."""
+def tiny_model_file(path: Path, **settings: Any) -> Path:
+    """A Llama model of two layers with random weights and the vocabulary of ``byte_level_file``; see ``write_gguf``."""
     hidden, inner, layers, heads, kv_heads = TINY_HIDDEN, 48, 2, 4, 2
     vocabulary = GgufVocabulary.read(byte_level_file(path))
     rng, writer = np.random.default_rng(0), GGUFWriter(path, "llama")
@@ -49,7 +49,7 @@ def tiny_model_file(path: Path) -> Path:
         ("vocab_size", len(vocabulary.tokens)), ("tokenizer_model", "gpt2"), ("tokenizer_pre", "qwen2"),
         ("token_list", vocabulary.tokens), ("token_types", vocabulary.types), ("token_merges", vocabulary.merges),
         ("bos_token_id", vocabulary.special_ids["bos"]), ("eos_token_id", vocabulary.special_ids["eos"]),
-        ("chat_template", CHATML),
+        ("chat_template", CHATML), *settings.items(),
     ):  # fmt: skip
         getattr(writer, f"add_{name}")(value)
     narrow = hidden * kv_heads // heads

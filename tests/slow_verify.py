@@ -37,7 +37,7 @@ def dense(distribution: DraftDistribution) -> Probs:
 
 def uniform(seed: int, position: int, stream: Stream, first_drafted: int | None = None) -> float:
     """A uniform random number in [0, 1)."""
-    return random_bits(seed, position, stream, first_drafted) / 2**UNIFORM_BITS
+    return random_bits(seed, position, stream, first_drafted) / 2.0**UNIFORM_BITS
 
 
 def sample_one(weights: Probs, number: float) -> int:

@@ -204,13 +204,15 @@ def test_top_p_in_parts_keeps_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -
         assert torch.equal(warp_scores(scores, 0, 0.7), whole)
 
 
-@pytest.mark.parametrize("vocab_size", [40, 700, 6000])
-def test_top_p_keeps_the_lowest_ids_of_equal_probabilities_whatever_the_batch(vocab_size: int) -> None:
-    levels = torch.arange(vocab_size) % 3
-    expected = target_probs(levels.float().cpu().numpy(), Sampling(1.0, top_p=0.4)) > 0
-    for rows in (1, 7, 64):
-        kept = warp_scores(levels.float().expand(rows, -1), 0, 0.4).isfinite()
-        assert (kept.cpu().numpy() == expected).all()
+@pytest.mark.parametrize("vocab_size", [40, 700, 6000, 150_000])
+def test_what_top_p_keeps_of_equal_probabilities_does_not_depend_on_the_batch(vocab_size: int) -> None:
+    generator = torch.Generator(torch.get_default_device()).manual_seed(0)
+    scores, others = torch.randn(2, vocab_size, generator=generator).round(), torch.randn(30, vocab_size)
+    alone = warp_scores(scores, 0, 0.7)
+    assert len(set(scores.flatten().tolist())) < 20
+    for before in (0, 1, 29):
+        batch = torch.cat([others[:before], scores, others[before:]])
+        assert torch.equal(warp_scores(batch, 0, 0.7)[before : before + 2], alone)
 
 
 def test_target_probabilities_after_temperature_top_k_and_top_p() -> None:

@@ -299,7 +299,7 @@ def test_requests_beyond_a_rate_limit_are_repeated_when_it_allows_them(per_secon
     client, _ = join(transport.station, model, transport, timeouts)
     settings = replace(SETTINGS[0], draft_len=1, drafts_ahead=drafts_ahead)
     assert token_ids_of(open_session(client, settings, model, PROMPT)) == uninterrupted(SETTINGS[0])
-    assert transport.dropped > 2
+    assert transport.dropped > 0
     assert transport.opened == 1
     assert transport.now < timeouts.resend
 
@@ -345,7 +345,7 @@ def test_answer_continues_after_a_restart_over_a_socket(caplog: pytest.LogCaptur
 
 
 def test_an_answer_over_a_socket_waits_for_the_rate_limit() -> None:
-    settings, timeouts = replace(SETTINGS[0], draft_len=1), Timeouts(resend=1000, retry=2000)
+    settings, timeouts = replace(SETTINGS[0], draft_len=1), Timeouts(resend=1000, retry=20)
     with (
         serving(new_server(limits=Limits(max_requests_per_second=5))) as server,
         client_at(server.address, timeouts) as client,

@@ -30,6 +30,7 @@ from tests.gguf_files import (
     sentencepiece_file,
     sentencepiece_referee,
     slow_byte_level_ids,
+    tiny_model_file,
     write_gguf,
 )
 
@@ -232,7 +233,7 @@ def test_what_is_not_known_is_refused_by_name(changes: dict[str, Any], match: st
 
 @pytest.mark.parametrize("weights", [True, False])
 def test_a_file_with_scaled_positions_is_refused(weights: bool, tmp_path: Path) -> None:
-    path = byte_level_file(tmp_path / "scaled.gguf", rope_scaling_type=RopeScalingType.YARN)
+    path = tiny_model_file(tmp_path / "scaled.gguf", rope_scaling_type=RopeScalingType.YARN)
     with pytest.raises(ModelError, match=r"llama\.rope\.scaling\.type 'yarn', which is not read from GGUF; name the"):
         model_folder(str(path), tmp_path, weights=weights)
 

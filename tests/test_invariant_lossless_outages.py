@@ -204,7 +204,7 @@ class StalledPair(OutagePair):
         super()._schedule(end - travel if is_stalled else sent, frame, at_station)
 
 
-@pytest.mark.parametrize("forward", [0.05, 0.4])
+@pytest.mark.parametrize("forward", [0.3, 0.5])
 @pytest.mark.parametrize("draft_len", [4, None])
 def test_a_base_station_that_answers_probes_after_the_retry_timeout_verifies_the_answer(
     draft_len: int | None, forward: float

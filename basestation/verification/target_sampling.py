@@ -144,6 +144,8 @@ def warp_scores(scores: Tensor, top_k: int, top_p: float) -> Tensor:
 
 
 def _keep_top_p(scores: Tensor, top_p: float) -> Tensor:
-    ordered, order = scores.softmax(dim=-1, dtype=torch.float64).sort(dim=-1, descending=True, stable=True)
+    probs = scores.softmax(dim=-1, dtype=torch.float64)
+    # stable on CUDA, so that ties do not depend on the batch; a CPU sorts each row alone, and longer if stable
+    ordered, order = probs.sort(dim=-1, descending=True, stable=scores.is_cuda)
     outside = ordered.cumsum(dim=-1) - ordered >= top_p
     return scores.masked_fill(torch.zeros_like(outside).scatter_(-1, order, outside), -torch.inf)

@@ -199,9 +199,7 @@ class Client:
                     received_at = now  # the requests, which an outage may have lost, are sent again next
             elif (waited := now - received_at) >= limit and not (is_bridged or self._bridge_outage(heard_at, limit)):
                 raise LinkError(f"no base station answers at {self.link.address} (waited {waited:.0f} s)")
-            elif self._reconnected or now >= min(
-                max(self._sent_at, received_at) + self._timeouts.resend, self._repeat_at
-            ):
+            elif self._reconnected or now >= self._next_resend(received_at):
                 self.send_again(unanswered, resume)
 
     def arrived(self, session_id: int) -> Message | None:
@@ -338,6 +336,10 @@ class Client:
             self._sent_connections = 0  # what is unanswered is sent again, as over a new connection
             logger.info("the base station answers again")
         return message
+
+    def _next_resend(self, received_at: float) -> float:
+        """When unanswered requests are sent again, where the last reply came at ``received_at``."""
+        return min(max(self._sent_at, received_at) + self._timeouts.resend, self._repeat_at)
 
     def _may_answer(self, request: Hello | Request, message: Message) -> bool:
         """Whether a message may answer the oldest request without a reply: a Welcome may be the reply to a probe.
