@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import basestation  # noqa: F401 - sets how OpenMP's threads wait, before PyTorch is loaded
 from bench.setup.bench_setup import BenchSetup, bench_setup
 from bench.setup.station_process import running_station
