@@ -40,7 +40,7 @@ demo-pair: pair  ## the same with a draft model of 0.5 and a target of 1.5 billi
 
 test: needs-test lint types models $(DEVICE_VENV)/ready  ## lint, type checks and all tests, with the sample model
 	$(BIN)/pytest -q -n 2 --dist worksteal -m "not model and not endurance and not images and not gguf and not pages and not pair"
-	$(BIN)/pytest -q -m "model and not endurance and not clients and not pages"
+	$(BIN)/pytest -q -n 2 --dist loadfile -m "model and not endurance and not clients and not pages"
 
 endurance: models  ## tests that take minutes: broken links, killed base stations, hostile peers
 	$(BIN)/pytest -q -m endurance
