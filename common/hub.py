@@ -81,9 +81,19 @@ def _refusal(name: str) -> str | None:
             HfApi().model_info(name, timeout=_TIMEOUT)
             outcome.append(None)
         except Exception as error:  # noqa: BLE001 - reported by the caller
-            outcome.append(first_line(error))
+            outcome.append(_reason(error))
 
     thread = threading.Thread(target=ask, name="hub", daemon=True)
     thread.start()
     thread.join(_TIMEOUT)
     return outcome[0] if outcome else f"no answer within {_TIMEOUT:.0f} s"
+
+
+def _reason(error: BaseException) -> str:
+    """What a client's error says, or where the system refused the connection, what that said."""
+    root = error
+    while cause := root.__cause__ or root.__context__:
+        root = cause
+    if isinstance(root, OSError) and root.strerror:
+        return f"no connection: {root.strerror}"
+    return first_line(error)

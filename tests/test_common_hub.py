@@ -158,6 +158,16 @@ def test_any_failure_of_the_hub_client_is_one_line(
     assert hub_folder(NAME, ["*.json"]).resolve() == folder
 
 
+def test_a_connection_that_fails_is_named_by_what_the_system_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        cause = socket.gaierror(-2, "Name or service not known")
+        raise RuntimeError("MaxRetryError('HTTPSConnectionPool(host=…)')") from cause
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", fail)
+    with pytest.raises(ModelError, match=r"from the hub \(no connection: Name or service not known\); allowed"):
+        hub_folder(NAME, ["*.json"])
+
+
 def test_an_incomplete_model_in_the_cache_is_one_line_with_what_is_missing(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

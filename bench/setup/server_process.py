@@ -76,4 +76,4 @@ def _address(lines: IO[str], name: str) -> str:
         if found := _SERVING.search(line):
             return found.group(1)
         last = line.strip() or last
-    raise LinkError(f"the {name} did not start: {last}")
+    raise LinkError(f"`python -m {name}` ended before it served: {last.removeprefix('error: ')}")
