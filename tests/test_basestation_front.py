@@ -6,31 +6,25 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from basestation.devices.key_folder import KeyFolder
 from basestation.monitoring.monitor import Monitor
 from basestation.monitoring.snapshot import Snapshot
 from basestation.replicas import front, front_process
 from basestation.replicas.front import Front
 from basestation.replicas.front_process import FrontProcess
 from basestation.replicas.inner_link import Delivery, InnerSocket
-from basestation.replicas.inner_messages import Command
 from basestation.server import Server
 from basestation.target.target_model import TargetModel
-from device.link.curve_keys import CurveKeys, new_key
 from device.link.link import Link
 from device.session.client import Client
 from device.session.session import DeviceSession
 from device.settings import DraftSettings, Timeouts
-from protocol.errors import FaultError
-from protocol.limits import Limits
 from protocol.messages import Close, Draft, Fault, Message, Mode, Open, Opened, Sampling, Welcome
 from protocol.zmtp import socket_bytes
 from tests.fakes import DRAFT, PROMPT, TARGET, VOCAB, FakeDraftModel, FakeTarget, target_alone
@@ -362,103 +356,6 @@ def test_a_front_whose_loop_hangs_is_not_alive(monkeypatch: pytest.MonkeyPatch) 
         wait_for(lambda: bool(monitors) and not monitors[0].alive())
         free.set()
         wait_for(monitors[0].alive)
-
-
-# -- keys --
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> KeyFolder:
-    return KeyFolder.create(tmp_path / "keys")
-
-
-@pytest.fixture
-def phone(tmp_path: Path, folder: KeyFolder) -> CurveKeys:
-    folder.enroll("phone", new_key(tmp_path / "phone"))
-    return CurveKeys.read(tmp_path / "phone", folder.public_key)
-
-
-@contextmanager
-def opened_with_keys(folder: KeyFolder, keys: CurveKeys) -> Iterator[tuple[FrontSite, RunningReplica]]:
-    """A front with a replica, which has a session of the device."""
-    with front_site(keys=folder, expected=1) as site, ExitStack() as cleanup:
-        replica = site.start_replica("replica-0", target())
-        site.wait_for_replicas(1)
-        peer = RawPeer(site.address, cleanup, keys)
-        assert isinstance(peer.request(hello(VOCAB)), Welcome)
-        assert peer.request(Open(0, 0, Mode.IDS, Sampling(), tuple(PROMPT))) == Opened(0, 0)
-        yield site, replica
-
-
-def test_a_device_that_was_revoked_before_the_front_started_loses_its_sessions(
-    folder: KeyFolder, phone: CurveKeys
-) -> None:
-    with opened_with_keys(folder, phone) as (site, replica):
-        site.stop_front()
-        folder.revoke("phone")
-        site.start_front()
-        wait_for(lambda: replica.open_sessions == 0)
-
-
-def test_a_new_front_that_cannot_look_into_the_key_folder_ends_no_session(
-    folder: KeyFolder, phone: CurveKeys, tmp_path: Path
-) -> None:
-    devices, reports = tmp_path / "keys" / "devices", set[float]()
-    with opened_with_keys(folder, phone) as (site, replica):
-        site.stop_front()
-        devices.rename(tmp_path / "away")
-        devices.touch()
-        site.start_front()
-
-        def has_reported_several_times() -> bool:
-            reports.update(one.heard_at for one in site.front.routing.replicas.values())
-            return len(reports) > 3
-
-        wait_for(has_reported_several_times)
-        assert replica.open_sessions == 1
-        devices.unlink()
-        (tmp_path / "away").rename(devices)
-        folder.revoke("phone")
-        wait_for(lambda: replica.open_sessions == 0)
-
-
-def test_a_replica_that_did_not_take_a_revocation_is_told_again(
-    folder: KeyFolder, phone: CurveKeys, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    send, dropped = InnerSocket.send, list[bytes]()
-
-    def drop_first(self: InnerSocket, replica: bytes, parts: Sequence[bytes]) -> Delivery:
-        if parts[0][0] == Command.REVOKE and not dropped:
-            dropped.append(replica)
-            return Delivery.DROPPED
-        return send(self, replica, parts)
-
-    monkeypatch.setattr(InnerSocket, "send", drop_first)
-    with opened_with_keys(folder, phone) as (_, replica):
-        folder.revoke("phone")
-        wait_for(lambda: replica.open_sessions == 0)
-    assert len(dropped) == 1
-
-
-def test_a_revoked_device_is_told_and_its_sessions_end_at_every_replica(
-    folder: KeyFolder, phone: CurveKeys, cleanup: ExitStack
-) -> None:
-    with front_site(Limits(max_sessions=32), folder) as site:
-        replicas = [site.start_replica(name, target()) for name in ("replica-0", "replica-1")]
-        site.wait_for_replicas(2)
-        model = FakeDraftModel.make(DRAFT)
-        link = Link.connect(site.address, CODEC, phone)
-        cleanup.callback(link.close)
-        client = Client(link, model.manifest, TIMEOUTS)
-        sessions = [open_session(client, IDS, FakeDraftModel.make(DRAFT), PROMPT) for _ in range(16)]
-        assert min(replica.open_sessions for replica in replicas) > 0  # the proposed one is overloaded
-        answer = sessions[0].answer(TOKENS)
-        next(answer)
-        folder.revoke("phone")
-        wait_for(lambda: all(replica.open_sessions == 0 for replica in replicas))
-        with pytest.raises(FaultError) as caught:
-            list(answer)
-    assert caught.value.fault_code == "revoked"
 
 
 # -- imports --
