@@ -26,7 +26,7 @@ from protocol.zmtp import CURVE_BYTES
 _CHECK_SECONDS = 0.5
 """Between two checks for revoked keys and of the memory."""
 _RETRY_SECONDS = 2
-"""After which devices repeat what exceeded a rate: at one request a second, a Resume and the request."""
+"""After which devices repeat what exceeded a rate: long enough for a Resume and the request at one a second."""
 
 
 def check_endpoint(bind: str, keys: KeyFolder | None, insecure: bool) -> None:
