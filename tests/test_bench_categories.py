@@ -131,8 +131,9 @@ def questions(tmp_path: Path, *categories: str) -> Path:
 
 
 def test_prompts_are_the_first_turns_of_each_category(tmp_path: Path) -> None:
-    path = questions(tmp_path, "a", "b", "a", "a")
-    assert prompts_by_category(path, 2) == {"a": ["Name 1 rivers.", "Name 3 rivers."], "b": ["Name 2 rivers."]}
+    path = questions(tmp_path, "a", "a", "a", "b")
+    assert prompts_by_category(path, 2) == {"a": ["Name 1 rivers.", "Name 2 rivers."], "b": ["Name 4 rivers."]}
+    assert read_prompts(path, 3) == ["Name 1 rivers.", "Name 4 rivers.", "Name 2 rivers."]
     path.write_text('{"turns": ["Why?"]}', encoding="utf-8")
     with pytest.raises(SettingsError, match="category"):
         prompts_by_category(path, 2)

@@ -25,6 +25,7 @@ from bench.setup.options import (
     PromptsOption,
     TargetOption,
     TemperaturesOption,
+    WeightsOption,
     console,
     progress_bar,
 )
@@ -50,6 +51,7 @@ def ahead(
     bundle: BundleOption,
     target: TargetOption,
     dtype: DtypeOption = "bfloat16",
+    weights: WeightsOption = "dtype",
     prompts: PromptsOption = None,
     count: CountOption = 8,
     max_new_tokens: MaxNewTokensOption = 96,
@@ -92,11 +94,12 @@ def ahead(
     lens, texts = draft_lens or [6, 8, 12, 16, 24], read_prompts(prompts, count)
     workload = Workload(texts * repeats, lens, max_new_tokens, mode)
     model, rows = load_model(bundle, threads=1), list[Row]()
-    with progress_bar() as progress, serving(station_command(target, dtype), Cores.choose().station) as station:
+    command = station_command(target, dtype, "--weights", weights)
+    with progress_bar() as progress, serving(command, Cores.choose().station) as station:
         task = progress.add_task("answers", total=len(links) * len(workload.prompts) * (2 * len(lens) + 3))
         for cell in links:
             rows += _cell_rows(cell, station.address, bundle, model, workload, lambda: progress.advance(task))
-    described: Row = {"target": target, "dtype": dtype, "draft": model.manifest.name}
+    described: Row = {"target": target, "dtype": dtype, "weights": weights, "draft": model.manifest.name}
     counts: Row = {"prompts": len(texts), "repeats": repeats, "max_new_tokens": max_new_tokens}
     measured = Results({**described, **counts}, rows)
     measured.show(console)
@@ -230,6 +233,7 @@ def _row(
         "ttft_seconds": float(np.median([answer.ttft_seconds for answer in answers])),
         "whole_times_target_alone": str(Ratio.of(_whole_rates(timed), _whole_rates(compared.alone))),
         "whole_times_best_one_at_a_time": str(Ratio.of(_whole_rates(timed), _whole_rates(compared.best_one_at_a_time))),
+        "whole_times_best_fixed": str(Ratio.of(_whole_rates(timed), _whole_rates(compared.best))),
         "acceptance_rate": sum(answer.accepted for answer in answers) / drafted if drafted else None,
         "uplink_bytes_per_token": sum(answer.uplink_bytes for answer in answers) / tokens,
         "invalidated_share": sum(answer.invalidated_bytes for answer in answers) / draft_bytes if draft_bytes else None,

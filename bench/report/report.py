@@ -30,8 +30,8 @@ COMMANDS = {
     "link": "edgedraft-bench link",
     "uplink": "edgedraft-bench uplink --bundle build/bundle --target build/sample",
     "ahead": (
-        "edgedraft-bench ahead --bundle build/bundle --target build/sample --prompts FILE --count 4 "
-        "--max-new-tokens 64 --draft-len 8 --draft-len 16 --round-trip-ms 0 --round-trip-ms 20 --round-trip-ms 50 "
+        "edgedraft-bench ahead --bundle build/bundle --target build/sample --prompts FILE --count 13 "
+        "--repeats 1 --max-new-tokens 64 --draft-len 8 --draft-len 16 --round-trip-ms 0 --round-trip-ms 20 --round-trip-ms 50 "
         "--round-trip-ms 100 --round-trip-ms 200 --uplink-mbit 1 --uplink-mbit 50"
     ),
     "fresh": (
@@ -165,8 +165,9 @@ def _ahead(results: Results | None) -> Iterator[str]:
         yield (
             "Tokens per second after the first, device and base station on one core each. Ratios are medians of paired "
             "answers with a bootstrap 95 % interval: over the target alone, and over the best fixed draft length, with "
-            "one Draft at a time or (`times best fixed`) of all cases; those that begin with `whole` include the "
-            "prompt. `times round model` compares with `RoundTimes.run_seconds`; `invalidated share` is that of the "
+            "one Draft at a time or (`times best fixed`) of all cases. Those that begin with `whole` include the "
+            "prompt: a fixed draft length asks for no token while the draft model runs the prompt, so that its first "
+            "tokens come later, and several at once, from which the others count. `times round model` compares with `RoundTimes.run_seconds`; `invalidated share` is that of the "
             "Drafts' bytes. `docs/results/ahead.json` has the fixed draft lengths too."
         )
         yield table([row for row in results.rows if row["case"] == "target alone" or "auto" in str(row["case"])])

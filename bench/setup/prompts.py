@@ -1,6 +1,8 @@
 """Prompts for measurements: a small built-in set, or a file of the user's."""
 
 import json
+from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +36,13 @@ _LINES = 'a file of lines like {"turns": ["…"]}'
 def read_prompts(path: Path | None, count: int) -> list[str]:
     """The first ``count`` prompts: the built-in ones, or the first turns of a Spec-Bench file.
 
-    A Spec-Bench file has a JSON object per line, with the user messages in ``turns``.
+    A Spec-Bench file has a JSON object per line, with the user messages in ``turns``. Of its categories each gives its
+    first prompt, then its second, and so on, since how well a model drafts depends on the category.
 
     Raises:
         SettingsError: the file has another format, or there are fewer prompts.
     """
-    prompts = list(OWN_PROMPTS) if path is None else [str(question["turns"][0]) for question in _questions(path)]
+    prompts = list(OWN_PROMPTS) if path is None else _in_turns(_questions(path))
     if not prompts:
         raise SettingsError("prompts", str(path), "a file with at least one prompt")
     if not 1 <= count <= len(prompts):
@@ -53,10 +56,21 @@ def prompts_by_category(path: Path, most: int) -> dict[str, list[str]]:
     Raises:
         SettingsError: the file has another format; each line also needs a ``category``.
     """
+    return {category: prompts[:most] for category, prompts in _by_category(_questions(path, "category")).items()}
+
+
+def _in_turns(questions: Sequence[dict[str, Any]]) -> list[str]:
+    """The first turns of questions, one of each category after the other."""
+    turns = zip_longest(*_by_category(questions).values())
+    return [prompt for turn in turns for prompt in turn if prompt is not None]
+
+
+def _by_category(questions: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
+    """The first turns of questions; those without a category have one together."""
     by_category: dict[str, list[str]] = {}
-    for question in _questions(path, "category"):
-        by_category.setdefault(str(question["category"]), []).append(str(question["turns"][0]))
-    return {category: prompts[:most] for category, prompts in by_category.items()}
+    for question in questions:
+        by_category.setdefault(str(question.get("category")), []).append(str(question["turns"][0]))
+    return by_category
 
 
 def _questions(path: Path, *names: str) -> list[dict[str, Any]]:
