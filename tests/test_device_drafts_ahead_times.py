@@ -69,6 +69,19 @@ def test_the_round_model_predicts_the_throughput_of_drafts_ahead(
     assert (end - start) / (pair.now - began) == pytest.approx(predicted, rel=0.05)
 
 
+@pytest.mark.parametrize("drafts_ahead", [0, None], ids=["one at a time", "ahead"])
+def test_the_last_token_takes_no_round_of_its_own(drafts_ahead: int | None) -> None:
+    settings = DraftSettings(Mode.IDS, GREEDY, 1, None, drafts_ahead=drafts_ahead)
+    pair = TimedPair(LARGE_TABLE, LARGE_TABLE, SLOW_LINK)
+    list(pair.session(settings, [3, 1, 4]).answer(200))
+    for tokens in range(40, 64):
+        session, sent = pair.session(settings, [3, 1, 4]), len(pair.sent)
+        list(session.answer(tokens))
+        drafts = [message for message in pair.sent[sent:] if isinstance(message, Draft)]
+        assert drafts
+        assert all(draft.token_ids for draft in drafts)
+
+
 def after_change(draft_table: Table, before: PairTimes, after: PairTimes, settings: DraftSettings) -> float:
     """Tokens per second from ten rounds after a change of the link on."""
     pair = TimedPair(LARGE_TABLE, draft_table, before)
@@ -123,6 +136,16 @@ def test_the_answer_begins_while_the_draft_model_still_runs_the_prompt() -> None
 
     for drafting, alone in zip(first_tokens(Mode.IDS), first_tokens(Mode.TARGET), strict=True):
         assert drafting < 1.1 * alone
+
+
+def test_a_long_prompt_runs_in_chunks_that_shorten_towards_its_end() -> None:
+    pair = TimedPair(LARGE_TABLE, GOOD_DRAFT, SLOW_LINK)
+    session = pair.session(DraftSettings(Mode.IDS, GREEDY, 1, None, drafts_ahead=None), [3, 1, 4, 1] * 200)
+    list(session.answer(8))
+    chunks = [tokens for tokens in pair.draft_passes if tokens > 1]
+    assert chunks == sorted(chunks, reverse=True)
+    assert chunks[0] == 64
+    assert 8 <= chunks[-1] <= 16
 
 
 def test_drafting_begins_once_the_draft_model_has_run_the_prompt() -> None:

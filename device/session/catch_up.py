@@ -5,10 +5,11 @@ from collections.abc import Callable, Sequence
 from device.drafting.drafter import Drafter
 from device.planning.planner import Planner
 
-_MIN_PREFILL, _MAX_PREFILL = 8, 16
-"""While the device waits, the draft model runs the new tokens in chunks of this size.
-
-A single token costs more, and more tokens would keep those of the target waiting.
+_MIN_PREFILL = 8
+"""A single token costs more."""
+_CHUNK, _LONGEST_CHUNK, _CHUNKS = 16, 64, 8
+"""While the device waits, it runs so many tokens at once, and of a long prompt the eighth part of what is left, since
+longer chunks cost less a token. They keep those of the target waiting, so the last ones are short.
 """
 
 
@@ -27,7 +28,8 @@ class CatchUp:
     def chunk_len(self, tokens: Sequence[int]) -> int:
         """Tokens of the next chunk; 0 where the draft model has nothing to catch up on, or no room for a draft."""
         backlog = self._drafter.backlog(tokens) if self._drafter.room(tokens) else 0
-        return min(backlog, _MAX_PREFILL) if backlog >= _MIN_PREFILL else 0
+        chunk = min(max(_CHUNK, backlog // _CHUNKS), _LONGEST_CHUNK)
+        return min(backlog, chunk) if backlog >= _MIN_PREFILL else 0
 
     def run_chunk(self, tokens: Sequence[int], planner: Planner) -> bool:
         """Run the next chunk of ``tokens``; whether there was one."""

@@ -207,7 +207,8 @@ class DraftRounds:
             return False
         if drafting.is_ready or (self._in_flight and not self.drafts_ahead):
             return False
-        if self._settings.draft_len is not None:
+        is_last = room == 1 and bool(drafting.tokens)  # in a Draft of its own it would take another round trip
+        if self._settings.draft_len is not None or is_last:
             return True
         if self.drafts_ahead:
             assumed = [drafting.assumed_bonus.evidence] if drafting.assumed_bonus else []
