@@ -31,8 +31,8 @@ COMMANDS = {
     "uplink": "edgedraft-bench uplink --bundle build/bundle --target build/sample",
     "ahead": (
         "edgedraft-bench ahead --bundle build/bundle --target build/sample --prompts FILE --count 13 "
-        "--repeats 1 --max-new-tokens 64 --draft-len 8 --draft-len 16 --round-trip-ms 0 --round-trip-ms 20 --round-trip-ms 50 "
-        "--round-trip-ms 100 --round-trip-ms 200 --uplink-mbit 1 --uplink-mbit 50"
+        "--repeats 1 --max-new-tokens 64 --draft-len 8 --draft-len 16 --round-trip-ms 0 --round-trip-ms 20 "
+        "--round-trip-ms 50 --round-trip-ms 100 --round-trip-ms 200 --uplink-mbit 1 --uplink-mbit 50"
     ),
     "fresh": (
         "edgedraft-bench fresh --bundle build/bundle --target build/sample --prompts FILE --count 4 "
@@ -167,8 +167,9 @@ def _ahead(results: Results | None) -> Iterator[str]:
             "answers with a bootstrap 95 % interval: over the target alone, and over the best fixed draft length, with "
             "one Draft at a time or (`times best fixed`) of all cases. Those that begin with `whole` include the "
             "prompt: a fixed draft length asks for no token while the draft model runs the prompt, so that its first "
-            "tokens come later, and several at once, from which the others count. `times round model` compares with `RoundTimes.run_seconds`; `invalidated share` is that of the "
-            "Drafts' bytes. `docs/results/ahead.json` has the fixed draft lengths too."
+            "tokens come later and several at once, after which its clock begins. `times round model` compares with "
+            "`RoundTimes.run_seconds`; `invalidated share` is that of the Drafts' bytes. `docs/results/ahead.json` has "
+            "the fixed draft lengths too."
         )
         yield table([row for row in results.rows if row["case"] == "target alone" or "auto" in str(row["case"])])
 
