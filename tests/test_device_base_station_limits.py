@@ -81,8 +81,9 @@ def test_the_next_turn_names_the_new_context() -> None:
     session = open_session(client, IDS, model, PROMPT)
     list(session.answer(20))
     transport.station = Station(FakeTarget.make(TABLE, context_length=15))
+    session.extend([*session.tokens, 1])
     with pytest.raises(ContextLengthError, match=r"at most 14 \(the target's context at the base station\)"):
-        session.extend([*session.tokens, 1])
+        list(session.answer(20))
 
 
 @pytest.mark.parametrize("pace_changes", [False, True])

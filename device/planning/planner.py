@@ -96,6 +96,11 @@ class Planner:
         return self._estimates.round_times
 
     @property
+    def knows_link(self) -> bool:
+        """Whether the link's round trip was measured, in this process or in an earlier one."""
+        return self._estimates.knows_link
+
+    @property
     def speedup(self) -> float:
         """Estimated tokens per second in rounds over those of the target alone; 1 before both are known.
 
@@ -331,12 +336,16 @@ class Planner:
         """Record the time of a reply that waited until the target had run ``tokens`` tokens of a prompt."""
         self._estimates.observe_target_prefill(tokens, reply_seconds)
 
-    def observe_opened(self, seconds: float) -> None:
+    def observe_opened(self, seconds: float, at_most: bool = False) -> None:
         """Record the time from an Open to its Opened, which waits for no forward pass: about a round trip.
 
         It is longer with a long prompt, so that a shorter one known before is believed more.
+
+        Args:
+            seconds: the time.
+            at_most: whether the Opened may have been there before, while the device did something else.
         """
-        self._estimates.observe_opened(seconds)
+        self._estimates.observe_opened(seconds, at_most)
         self._review(self._trials.alone, 0, 0.0)
 
     def observe_guess(self, margin: float | None, is_right: bool, seconds: float | None) -> None:

@@ -43,6 +43,7 @@ class TimeEstimates:
         self._target_prefills = SecondsPerToken()  # the same of the target
         self._target_outliers, self._reply_outliers, self._round_outliers = (OutlierLimit() for _ in range(3))
         self._longest_link: float | None = None  # while nothing of this process is observed
+        self._opened: float | None = None  # ``opened_seconds``, until a reply without prefill tells more
 
     def start(self, pass_seconds: float, row_seconds: float, known: PlannerFigures | None) -> None:
         """Start from figures measured before; see ``Planner.start``."""
@@ -61,8 +62,17 @@ class TimeEstimates:
         """Of a round; what a token adds to a reply counts as verification."""
         target_seconds, slope = self.target_seconds or 0.0, self._replies.slope
         draft_seconds = self._drafting.value if self._drafting else ASSUMED_COST * target_seconds
-        link_seconds = max(0.0, self._replies.intercept - target_seconds)
-        return RoundTimes(draft_seconds, lambda draft_len: target_seconds + draft_len * slope, link_seconds)
+        return RoundTimes(draft_seconds, lambda draft_len: target_seconds + draft_len * slope, self._link_seconds)
+
+    @property
+    def _link_seconds(self) -> float:
+        """The round trip."""
+        return max(0.0, self._replies.intercept - (self.target_seconds or 0.0))
+
+    @property
+    def knows_link(self) -> bool:
+        """Whether a reply was observed, in this process or in an earlier one."""
+        return bool(self._replies) and self._longest_link != inf
 
     @property
     def reply_seconds(self) -> float:
@@ -89,9 +99,9 @@ class TimeEstimates:
         """Whether drafting a token takes as long as a forward pass of the target, so that it cannot pay."""
         return bool(self._drafting) and self._drafting.value >= (self.target_seconds or 0.0)
 
-    def observe_opened(self, seconds: float) -> None:
+    def observe_opened(self, seconds: float, at_most: bool = False) -> None:
         """Record the time from an Open to its Opened; see ``Planner.observe_opened``."""
-        self.opened_seconds = seconds
+        self.opened_seconds = self._opened = min(seconds, self._link_seconds) if at_most else seconds
         if self._longest_link is not None:
             self.opened_seconds = min(seconds, self._longest_link)
             self._replies.shift(self.opened_seconds + (self.target_seconds or 0.0) - self.reply_seconds)
@@ -102,7 +112,7 @@ class TimeEstimates:
 
         Args:
             tokens: how many were received.
-            first_seconds: until the first; None where it is not known.
+            first_seconds: until the first; None where it is not known, but at most that of an Opened and a pass.
             seconds: from the first to the last.
             is_alone: whether no Draft's reply is measured meanwhile, so that the link may have changed unnoticed.
 
@@ -115,7 +125,9 @@ class TimeEstimates:
             seconds = now * (tokens - 1)
             self.target_seconds = now if before is None else (now + before) / 2
         if first_seconds is None:
-            first_seconds = self.opened_seconds + (self.target_seconds or 0.0)
+            link_seconds = self._link_seconds if self._opened is None else self._opened
+            first_seconds = link_seconds + (self.target_seconds or 0.0)
+        self._opened = None
         first_seconds = self._reply_outliers.limited(first_seconds, self.reply_seconds)
         if is_alone:
             self._replies.shift(first_seconds - self.reply_seconds)

@@ -154,7 +154,7 @@ class Client:
         self,
         request: Hello | Request,
         timeout: float | None = None,
-        resume: Callable[[], Resume] | None = None,
+        resume: Callable[[], Resume | None] | None = None,
         while_waiting: Callable[[], bool] = lambda: False,
     ) -> Iterator[Message]:
         """Send a request, and yield what the base station sends from then on; see ``messages``."""
@@ -165,7 +165,7 @@ class Client:
         self,
         unanswered: Sequence[Hello | Request],
         timeout: float | None = None,
-        resume: Callable[[], Resume] | None = None,
+        resume: Callable[[], Resume | None] | None = None,
         while_waiting: Callable[[], bool] = lambda: False,
     ) -> Iterator[Message]:
         """What the base station sends in answer to requests.
@@ -175,7 +175,7 @@ class Client:
         Args:
             unanswered: sent before, oldest first.
             timeout: seconds without a message after which the device gives up; None for ``timeouts.retry``.
-            resume: makes the Resume of the session, sent where the base station knows the message.
+            resume: makes the Resume of the session, None where there is none; sent where the base station knows it.
             while_waiting: does a piece of work while no message has arrived; says whether it did.
 
         Raises:
@@ -255,14 +255,14 @@ class Client:
         if is_first:
             self._sent_connections = max(1, self.link.connections)
 
-    def send_again(self, requests: Sequence[Hello | Request], resume: Callable[[], Resume] | None) -> None:
+    def send_again(self, requests: Sequence[Hello | Request], resume: Callable[[], Resume | None] | None) -> None:
         """Send unanswered requests again, behind a Resume where the base station knows it; see ``messages``."""
         self._repeat_at = math.inf
         if self._is_out and self.is_greeted and not self._reconnected:  # requests would pile up in the socket
             self.send(self._probe)
             return
-        if resume and self.welcome.version > OLDEST_VERSION:
-            self.link.send(resume())
+        if resume and self.welcome.version > OLDEST_VERSION and (message := resume()):
+            self.link.send(message)
         for index, request in enumerate(requests):
             self.send(request, is_first=index == 0)
 

@@ -111,10 +111,8 @@ class DeviceSession:
         )
         self._drafter.answer_start, self._drafter.grammar = len(prompt_ids), grammar
         check_prompt(len(prompt_ids), 0, client.welcome)
-        began = client.now()
         try:
-            self._requests.open(prompt_ids)
-            self._rounds.planner.observe_opened(client.now().seconds - began.seconds)
+            self._open(prompt_ids)
             self._begin(prompt_ids, prediction)
         except (NonFiniteError, CancelledError, AnswerEndedError):  # nobody else could close the session
             self.close()
@@ -179,9 +177,9 @@ class DeviceSession:
         self._drafter.sampling, self._drafter.answer_start, self._drafter.grammar = sampling, len(prompt_ids), grammar
         self._rounds.planner = planner or self._rounds.planner
         if can_extend:
-            self._requests.extend(start, prompt_ids[start:], sampling)
+            self._requests.extend(start, prompt_ids[start:], sampling, self._awaits_opened)
         else:  # the target still decodes an abandoned answer, or the base station is of an older version
-            self._requests.reopen(prompt_ids, sampling)
+            self._requests.reopen(prompt_ids, sampling, self._awaits_opened)
         self._begin(prompt_ids, prediction)
 
     def answer(self, max_new_tokens: int) -> Iterator[AnswerToken]:
@@ -208,6 +206,17 @@ class DeviceSession:
     def close(self) -> None:
         """End the session at the base station."""
         self._requests.close()
+
+    def _open(self, prompt_ids: list[int]) -> None:
+        began, awaits = self._client.now(), self._awaits_opened
+        self._requests.open(prompt_ids, awaits)
+        if awaits:
+            self._rounds.planner.observe_opened(self._client.now().seconds - began.seconds)
+
+    @property
+    def _awaits_opened(self) -> bool:
+        """Whether the reply to an Open or Extend tells something: the link's round trip, or that there is an outage."""
+        return self._tail is not None or not self._rounds.planner.knows_link
 
     def _begin(self, prompt_ids: list[int], prediction: Sequence[int]) -> None:
         self._drafter.begin(prompt_ids)
@@ -264,6 +273,8 @@ class DeviceSession:
         self._guesses.check(self.tokens, planner)
         if self._requests.take_prefilled():  # the base station restarted, and a later token waited for all before it
             del moments[2:]
+        if (opened_seconds := self._requests.take_opened_seconds()) is not None:
+            planner.observe_opened(opened_seconds, at_most=True)
         seconds = [moment.seconds for moment in moments]
         first_seconds = seconds[1] - seconds[0]
         known_seconds = None if prefilled else first_seconds

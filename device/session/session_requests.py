@@ -22,6 +22,7 @@ from protocol.errors import (
     FaultError,
     FullError,
     LimitError,
+    StateError,
     UnknownSessionError,
 )
 from protocol.messages import (
@@ -80,6 +81,9 @@ class SessionRequests:
         self.prefilling = 0
         self._refused_at: float | None = None  # the first refusal since the last reply, by the client's clock
         self._unknown = False
+        self._unconfirmed: Open | Extend | None = None  # taken as answered, though its Opened has not arrived
+        self._unconfirmed_since = 0.0
+        self._opened_seconds: float | None = None
         self._session_id = client.new_session_id()
         self._rounds = SessionRounds(client.stop_ids, client.welcome.window)
 
@@ -88,17 +92,27 @@ class SessionRequests:
         """Whether no reply is outstanding."""
         return self._rounds.state is State.READY
 
-    def open(self, prompt_ids: Sequence[int]) -> None:
+    def open(self, prompt_ids: Sequence[int], wait: bool = True) -> None:
         """Open the session on a prompt.
+
+        Args:
+            prompt_ids: at least one token.
+            wait: for the Opened; without it a refusal is that of the next request.
 
         Raises:
             SettingsError: the base station does not know these sampling settings.
         """
         self.prefilling = self._answer_start = len(prompt_ids)
-        next(self._replies(lambda: self._open(prompt_ids)))
+        self._begin(lambda: self._open(prompt_ids), wait)
 
-    def extend(self, start: int, token_ids: Sequence[int], sampling: Sampling) -> None:
+    def extend(self, start: int, token_ids: Sequence[int], sampling: Sampling, wait: bool = True) -> None:
         """Keep the first ``start`` committed tokens, append ``token_ids``, and sample with these settings.
+
+        Args:
+            start: at least the tokens that are already sent.
+            token_ids: at least one.
+            sampling: from now on.
+            wait: for the Opened; without it a refusal is that of the next request.
 
         Raises:
             ContextLengthError: a new session must be opened on them, and they exceed a limit of the base station.
@@ -110,28 +124,28 @@ class SessionRequests:
 
         def request() -> Extend | Open:
             if self._session_id == extended:
-                return Extend(extended, self._rounds.round_id, start, tuple(token_ids), changed)
+                return Extend(extended, self._next_round, start, tuple(token_ids), changed)
             prompt_ids = [*self._tokens[:start], *token_ids]
             check_prompt(len(prompt_ids), 0, self._client.welcome)
             self.prefilling = len(prompt_ids)
             return self._open(prompt_ids)
 
-        next(self._replies(request))
+        self._begin(request, wait)
 
     def can_extend(self, sampling: Sampling) -> bool:
         """Whether no reply is outstanding, and the base station can continue with these settings."""
-        return self.ready and self.can_sample(sampling)
+        return self.ready and self._unconfirmed is None and self.can_sample(sampling)
 
     def can_sample(self, sampling: Sampling) -> bool:
         """Whether the base station can continue the session with these settings."""
         return sampling == self._sampling or self._client.welcome.version >= VOCABULARY_VERSION
 
-    def reopen(self, prompt_ids: Sequence[int], sampling: Sampling) -> None:
-        """Close the session and open a new one on a prompt."""
+    def reopen(self, prompt_ids: Sequence[int], sampling: Sampling, wait: bool = True) -> None:
+        """Close the session and open a new one on a prompt; see ``open``."""
         self.close()
         self._sampling = sampling
         self._start_session()
-        self.open(prompt_ids)
+        self.open(prompt_ids, wait)
 
     @property
     def drafts_in_flight(self) -> int:
@@ -140,13 +154,13 @@ class SessionRequests:
 
     def send_given(self, token_ids: Sequence[int]) -> None:
         """Send tokens of the prompt whose log-probabilities are asked for; ``verdict`` has them."""
-        draft = Draft(self._session_id, self._rounds.next_round, tuple(token_ids), given=True)
+        draft = Draft(self._session_id, self._next_round, tuple(token_ids), given=True)
         self._rounds.advance(draft)
         self._client.send(draft)
 
     def send_draft(self, drafted: DraftResult, assumed_bonus: int | None = None) -> None:
         """Send a Draft; while another is in flight, on the bonus token that is assumed to follow that one."""
-        round_id, is_first = self._rounds.next_round, not self._rounds.in_flight
+        round_id, is_first = self._next_round, not (self._rounds.in_flight or self._unconfirmed)
         draft = Draft(self._session_id, round_id, drafted.token_ids, drafted.distributions, assumed_bonus)
         self._rounds.advance(draft)
         self._client.send(draft, is_first)
@@ -160,6 +174,7 @@ class SessionRequests:
         """
         try:
             while message := self._next_message() if wait else self._client.arrived(self._session_id):
+                self._note_opened(message)
                 if isinstance(message, Verdict) and not self._is_stale(message):
                     self._rounds.advance(message)
                     self._refused_at, self._unknown = None, False
@@ -171,7 +186,7 @@ class SessionRequests:
 
     def verdict_again(self) -> Verdict | None:
         """As ``verdict``, for Drafts whose Verdicts may have been received and discarded: they are sent again."""
-        self._client.send_again(self._rounds.in_flight, self._resume)
+        self._client.send_again(self._with_unconfirmed(*self._rounds.in_flight), self._resume_if_opened)
         return self.verdict()
 
     def decode(self, count: int, while_waiting: Callable[[], bool] = lambda: False) -> Iterator[Verdict]:
@@ -183,7 +198,7 @@ class SessionRequests:
 
         def remaining() -> Decode:
             room = self._client.welcome.context_length - len(self._tokens)
-            return Decode(self._session_id, self._rounds.round_id, min(count - received, room))
+            return Decode(self._session_id, self._next_round, min(count - received, room))
 
         for verdict in self._replies(remaining, while_waiting):
             assert isinstance(verdict, Verdict)
@@ -203,6 +218,11 @@ class SessionRequests:
         """Tokens that the base station may have prefilled since the last call, so that its reply took longer."""
         prefilled, self.prefilling = self.prefilling, 0
         return prefilled
+
+    def take_opened_seconds(self) -> float | None:
+        """The time that the reply to an Open or Extend took at most, which was not waited for; None the next time."""
+        seconds, self._opened_seconds = self._opened_seconds, None
+        return seconds
 
     def _replies(
         self, request: Callable[[], Request], while_waiting: Callable[[], bool] = lambda: False
@@ -226,21 +246,64 @@ class SessionRequests:
             else:
                 return
 
+    def _begin(self, request: Callable[[], Open | Extend], wait: bool) -> None:
+        """Send an Open or Extend, and wait for its reply; else go on as if it was there.
+
+        A grammar is awaited in any case: the base station takes no other request before it is compiled.
+        """
+        if wait or self._sampling.grammar:
+            next(self._replies(request))
+            return
+        sent = request()
+        self._rounds.advance(sent)
+        self._client.send(sent)
+        self._rounds.advance(Opened(sent.session_id, sent.round_id))
+        self._unconfirmed, self._unconfirmed_since = sent, self._client.now().seconds
+
+    def _note_opened(self, message: Message) -> None:
+        """Note what tells that the unconfirmed request was answered: its Opened, or a Verdict after it."""
+        sent = self._unconfirmed
+        if sent is None or not isinstance(message, Opened | Verdict) or message.session_id != sent.session_id:
+            return
+        if message.round_id == sent.round_id:
+            self._opened_seconds = self._client.now().seconds - self._unconfirmed_since
+        if message.round_id >= sent.round_id:
+            self._unconfirmed = None
+
+    def _with_unconfirmed(self, *requests: Request) -> tuple[Request, ...]:
+        """The requests without a reply, oldest first."""
+        return (self._unconfirmed, *requests) if self._unconfirmed else requests
+
+    @property
+    def _next_round(self) -> int:
+        """The round of the next request.
+
+        After an unconfirmed Extend it is the last one that a base station accepts which has the Extend, so that one
+        which has lost it refuses the request.
+        """
+        skips = isinstance(self._unconfirmed, Extend) and not self._rounds.in_flight
+        return self._rounds.next_round + (self._client.welcome.window - 1 if skips else 0)
+
     def _attempt(self, request: Request, while_waiting: Callable[[], bool]) -> Iterator[Reply]:
         """The replies to one request, until the state machine has no more to await."""
         self._rounds.advance(request)
-        resume = None if isinstance(request, Open | Extend) else self._resume
-        for message in self._client.exchange(request, resume=resume, while_waiting=while_waiting):
-            if not isinstance(message, Opened | Verdict) or self._is_stale(message):
-                continue
-            self._rounds.advance(message)
-            yield message
-            if self.ready:
-                return
+        self._client.send(request, is_first=self._unconfirmed is None)
+        is_opening = isinstance(request, Open | Extend)
+        resume = None if is_opening else self._resume_if_opened
+        while self._rounds.state is not State.READY:
+            unconfirmed = self._unconfirmed
+            for message in self._client.messages(self._with_unconfirmed(request), None, resume, while_waiting):
+                self._note_opened(message)
+                if isinstance(message, Opened | Verdict) and not self._is_stale(message):
+                    self._rounds.advance(message)
+                    yield message
+                if self.ready or self._unconfirmed is not unconfirmed:
+                    break
 
     def _next_message(self) -> Message:
         """The next message while Drafts are in flight."""
-        return next(self._client.messages(self._rounds.in_flight, resume=self._resume))
+        unanswered = self._with_unconfirmed(*self._rounds.in_flight)
+        return next(self._client.messages(unanswered, resume=self._resume_if_opened))
 
     def _recover(self, fault: FaultError) -> None:
         """Start a new session after a Fault that ended the old one; wait first where the base station refused it.
@@ -250,7 +313,8 @@ class SessionRequests:
         Raises:
             FaultError: the Fault, if another attempt would not help.
         """
-        if fault.fault_code not in _RETRYABLE:
+        has_lost_extend = fault.fault_code == StateError.code and isinstance(self._unconfirmed, Extend)
+        if fault.fault_code not in _RETRYABLE and not has_lost_extend:
             raise fault
         with self._client.paused_clock():
             if fault.fault_code in (FullError.code, ClosingError.code) or self._unknown:
@@ -274,6 +338,7 @@ class SessionRequests:
         self._client.greet()
         self.prefilling = len(self._tokens)
         self._session_id = self._client.new_session_id()
+        self._unconfirmed = None
         self._rounds = SessionRounds(self._client.stop_ids, self._client.welcome.window)
 
     def _open(self, prompt_ids: Sequence[int]) -> Open:
@@ -284,7 +349,10 @@ class SessionRequests:
         self.block_verification = self._asks_block_verification and self._client.welcome.block_verification
         return Open(self._session_id, 0, self._mode, self._sampling, prompt, answer_len, self.block_verification)
 
-    def _resume(self) -> Resume:
+    def _resume_if_opened(self) -> Resume | None:
+        """The Resume of the session; None while an Open or Extend is unconfirmed: the base station may not have it."""
+        if self._unconfirmed:
+            return None
         return Resume.of(self._session_id, self._rounds.round_id, self._tokens)
 
     def _is_stale(self, reply: Reply) -> bool:
