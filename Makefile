@@ -14,7 +14,7 @@ BUNDLE := build/bundle
 PAIR := build/pair
 PAIR_PROMPT := Write a Python class for a bank account with deposit, withdraw and a transaction history.
 CUDA_TESTS := $(addprefix tests/test_basestation_,target_model.py varlen_attention.py quantized.py verify.py block_verification.py coupled.py non_finite.py prefix_sharing.py memory.py pass_graphs.py)
-NEXT_TESTS := $(addprefix tests/test_,basestation_target_model.py basestation_supported_models.py basestation_memory.py basestation_operation.py model_answers.py)
+NEXT_TESTS := $(addprefix tests/test_,basestation_target_model.py basestation_supported_models.py basestation_memory.py model_answers.py)
 
 # What targets need besides Python, as NAME=DEBIAN_PACKAGE.
 needs-test := systemd-analyze=systemd

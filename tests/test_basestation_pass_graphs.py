@@ -225,8 +225,9 @@ def test_with_one_attention_call_per_sequence_there_are_none() -> None:
 def test_a_pool_of_few_pages_has_graphs_for_the_rows_that_it_holds(
     seconds: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    page_size = targets()[1].kv_pool.page_size
-    monkeypatch.setitem(globals(), "KV_MEMORY", 3 * page_size * KV_MEMORY // targets()[1].kv_pool.capacity)
+    _, eager = targets()
+    page_size = eager.kv_pool.page_size
+    monkeypatch.setitem(globals(), "KV_MEMORY", 3 * page_size * KV_MEMORY // eager.kv_pool.capacity)
     captured, eager = targets()
     assert eager.kv_pool.capacity == 3 * page_size
     assert set(graphs_of(captured)) == {rows for rows in BUCKETS if rows < 2 * page_size}

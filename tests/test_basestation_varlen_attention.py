@@ -27,7 +27,7 @@ CUDA_SHAPE = KVShape(2, 2, 64, torch.bfloat16, torch.device("cuda"))
 def plain_varlen(
     query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int, max_k: int, **rest: Any
 ) -> Tensor:
-    """What PyTorch documents of ``varlen_attn``, row by row."""
+    """What PyTorch documents of ``varlen_attn``, sequence by sequence."""
     assert rest["enable_gqa"]
     assert rest["num_splits"] == 1
     lengths, table = rest["seqused_k"].tolist(), rest["block_table"]
@@ -36,17 +36,18 @@ def plain_varlen(
     assert cu_seq_k.diff().tolist() == lengths
     left, right = rest["window_size"]
     assert right == 0
-    output = torch.empty_like(query)
+    output, group = torch.empty_like(query), query.shape[1] // key.shape[2]
     for index, length in enumerate(lengths):
-        keys, values = (one[table[index].long()].flatten(0, 1)[:length] for one in (key, value))
+        keys, values = (
+            one[table[index].long()].flatten(0, 1)[:length].repeat_interleave(group, 1) for one in (key, value)
+        )
         first, last = cu_seq_q[index : index + 2].tolist()
-        for row in range(first, last):
-            position = length - (last - row)
-            seen = slice(0 if left < 0 else max(0, position - left), position + 1)
-            for head in range(query.shape[1]):
-                group = head // (query.shape[1] // key.shape[2])
-                weights = torch.softmax(keys[seen, group] @ query[row, head] * rest["scale"], dim=0)
-                output[row, head] = weights @ values[seen, group]
+        positions = torch.arange(length - (last - first), length, device=query.device)[:, None]
+        columns = torch.arange(length, device=query.device)
+        unseen = (columns > positions) | (columns < positions - (length if left < 0 else left))
+        scores = torch.einsum("rhd,khd->hrk", query[first:last], keys) * rest["scale"]
+        weights = scores.masked_fill(unseen, -torch.inf).softmax(-1)
+        output[first:last] = torch.einsum("hrk,khd->rhd", weights, values)
     return output
 
 

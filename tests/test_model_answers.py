@@ -137,13 +137,13 @@ def test_generate_needs_only_the_device_extra(station_address: str, sample_setup
 
 def test_the_device_gives_up_when_the_base_station_stops() -> None:
     with running_station(str(SAMPLE), "float32") as address:
-        device = _generate(address, "--max-new-tokens", "4000", "--retry-timeout", "10")
+        device = _generate(address, "--max-new-tokens", "4000", "--retry-timeout", "4")
         assert device.stdout is not None
         device.stdout.read(20)
     waiting, error = device.communicate(timeout=60)[1].splitlines()
     assert device.returncode == 1
-    assert waiting == "waiting for up to 10 s: the base station is shutting down"
-    assert error.startswith(f"error: no base station answers at {address} (waited 1")
+    assert waiting == "waiting for up to 4 s: the base station is shutting down"
+    assert error.startswith(f"error: no base station answers at {address} (waited ")
 
 
 def test_ctrl_c_ends_the_device_cleanly(station_address: str) -> None:

@@ -38,8 +38,8 @@ def sampling_of(schema: dict[str, Any], seed: int | None = None) -> Sampling:
     return Sampling(0 if seed is None else 0.8, seed=seed or 0, grammar=schema_grammar(schema))
 
 
-def answers(setup: BenchSetup, mode: Mode, sampling: Sampling) -> list[Answer]:
-    return [setup.answer(setup.prompt_ids(prompt), 128, settings_of(mode, sampling)) for prompt in PROMPTS]
+def answers(setup: BenchSetup, mode: Mode, sampling: Sampling, count: int = 128) -> list[Answer]:
+    return [setup.answer(setup.prompt_ids(prompt), count, settings_of(mode, sampling)) for prompt in PROMPTS]
 
 
 @pytest.mark.parametrize("seed", [None, 4])
@@ -70,7 +70,7 @@ def test_a_masked_draft_is_accepted_at_least_as_often(sample_setup: BenchSetup) 
 
 def test_penalties_change_the_answer_alike_with_and_without_a_draft_model(sample_setup: BenchSetup) -> None:
     sampling = Sampling(repetition_penalty=1.3, frequency_penalty=0.5, logit_bias=((28, -100.0),), min_tokens=40)
-    drafted, alone = (answers(sample_setup, mode, sampling) for mode in (Mode.IDS, Mode.TARGET))
+    drafted, alone = (answers(sample_setup, mode, sampling, 64) for mode in (Mode.IDS, Mode.TARGET))
     assert [one.token_ids for one in drafted] == [one.token_ids for one in alone]
     assert all(28 not in one.token_ids and len(one.token_ids) >= 40 for one in drafted)
 
