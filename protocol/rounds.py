@@ -62,7 +62,8 @@ class SessionRounds:
 
     Attributes:
         state: the state of the session.
-        next_round: ``round_id`` of the next request.
+        window: as given.
+        next_round: least ``round_id`` of the next request.
         committed_len: the number of committed tokens, the prompt included.
         in_flight: the Drafts without a Verdict, oldest first.
     """
@@ -73,7 +74,7 @@ class SessionRounds:
         self.committed_len = 0
         self.in_flight: tuple[Draft, ...] = ()
         self._model_stop_ids = self._stop_ids = stop_ids
-        self._window = window
+        self.window = window
         self._mode = Mode.TARGET
         self._awaited: int | None = None
         self._left = 0
@@ -125,7 +126,7 @@ class SessionRounds:
         if isinstance(message, Opened | Verdict):
             expected = self.round_id
         else:
-            expected, ahead = self.next_round, self._window - 1 if self.state is State.READY else 0
+            expected, ahead = self.next_round, self.window - 1 if self.state is State.READY else 0
         if not expected <= message.round_id <= expected + ahead:
             raise StateError(f"round {message.round_id}; expected round {expected}")
 
@@ -174,8 +175,8 @@ class SessionRounds:
             raise StateError(f"an invalidated Draft: its assumed bonus token {draft.assumed_bonus} is wrong")
         if self.in_flight and draft.assumed_bonus is None:
             raise StateError("a Draft without an assumed bonus token while another is in flight")
-        if len(self.in_flight) >= self._window:
-            raise StateError(f"{len(self.in_flight) + 1} Drafts in flight; allowed: {self._window} (--window)")
+        if len(self.in_flight) >= self.window:
+            raise StateError(f"{len(self.in_flight) + 1} Drafts in flight; allowed: {self.window} (--window)")
 
     def _check_given(self, draft: Draft) -> None:
         if self._mode is not Mode.TARGET or not draft.token_ids or self.in_flight:

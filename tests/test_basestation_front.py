@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from basestation.devices.peer import Peer
 from basestation.monitoring.monitor import Monitor
 from basestation.monitoring.snapshot import Snapshot
 from basestation.replicas import front, front_process
@@ -25,7 +26,8 @@ from device.link.link import Link
 from device.session.client import Client
 from device.session.session import DeviceSession
 from device.settings import DraftSettings, Timeouts
-from protocol.messages import Close, Draft, Fault, Message, Mode, Open, Opened, Sampling, Welcome
+from protocol.frames import FrameHead
+from protocol.messages import Close, Draft, Fault, Message, Mode, Open, Opened, Sampling, Verdict, Welcome
 from protocol.zmtp import socket_bytes
 from tests.fakes import DRAFT, PROMPT, TARGET, VOCAB, FakeDraftModel, FakeTarget, target_alone
 from tests.front_site import FrontSite, RunningReplica, front_settings, front_site, start_replica, two_replicas
@@ -253,6 +255,26 @@ def test_the_bytes_of_frames_that_are_held_are_counted_once_whether_there_is_roo
         for message in sent:
             peer.send(message)
         wait_for(counts_all_of(site, *sent))
+
+
+def test_a_request_stays_behind_an_open_that_is_held(cleanup: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward, drafts = Front._forward, list[FrameHead]()
+
+    def noted(self: Front, peer: Peer, head: FrameHead, frame: bytes, size: int) -> None:
+        if head.kind is Draft:
+            drafts.append(head)
+        forward(self, peer, head, frame, size)
+
+    monkeypatch.setattr(Front, "_forward", noted)
+    monkeypatch.setattr(Front, "_gathering", property(lambda _: not drafts))
+    with front_site(expected=2) as site:
+        site.start_replica("replica-0", target())
+        site.wait_for_replicas(1)
+        peer = RawPeer(site.address, cleanup)
+        assert peer.request(hello(VOCAB))
+        peer.send(Open(0, 0, Mode.IDS, Sampling(), tuple(PROMPT)))
+        first = peer.request(Draft(0, 1, ()))
+        assert [type(one) for one in (first, peer.receive())] == [Opened, Verdict]
 
 
 @pytest.mark.parametrize("delivery", [Delivery.DROPPED, Delivery.GONE])

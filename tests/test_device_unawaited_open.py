@@ -8,15 +8,16 @@ import pytest
 from device.planning.planners import Planners
 from device.session.session import DeviceSession
 from device.settings import DraftSettings
-from protocol.errors import FaultError
+from protocol.errors import ContextLengthError, FaultError
 from protocol.limits import Limits
-from protocol.messages import Decode, Draft, Extend, Message, Mode, Open, Opened, Resume, Sampling
+from protocol.messages import Decode, Draft, Extend, Fault, Hello, Message, Mode, Open, Opened, Resume, Sampling
 from tests.fakes import TARGET, FakeTarget, random_table
 from tests.invariants import (
     PROMPT,
     SETTINGS,
     TURNS,
     draft_model,
+    first_copies_lost,
     lossy,
     new_station,
     settings_name,
@@ -170,3 +171,129 @@ def test_a_turn_whose_session_is_gone_is_opened_anew() -> None:
     session.extend(prompt)
     assert token_ids_of(session, COUNT) == answer_alone(GREEDY, prompt=prompt, count=COUNT)
     assert [type(one) for one in sent_by(device.transport, start)][:2] == [Extend, Draft]
+
+
+class Version1Transport(MemoryTransport):
+    """A base station that refuses other versions than the first, which does not tell its window."""
+
+    def send(self, frame: bytes) -> None:
+        message = self.station.codec.decode(frame)
+        if isinstance(message, Hello) and message.version != 1:
+            self.station.outboxes[self.peer].append(Fault(None, "mismatch", "this base station speaks 1"))
+            return
+        super().send(frame)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_base_station_of_version_1_loses_no_extend(seed: int) -> None:
+    device = Device(Version1Transport(new_station()))
+    session = device.session(GREEDY, PROMPT)
+    token_ids_of(session, COUNT)
+    device.transport.up = lossy(seed)
+    for turn in TURNS:
+        prompt = [*session.tokens, *turn]
+        session.extend(prompt)
+        assert token_ids_of(session, COUNT) == answer_alone(GREEDY, prompt=prompt, count=COUNT)
+
+
+@pytest.mark.parametrize("window", [1, 2, 8])
+def test_a_turn_after_a_restart_with_another_window_is_opened_anew(window: int) -> None:
+    device = Device(MemoryTransport(new_station()))
+    ahead = replace(GREEDY, drafts_ahead=None)
+    sessions = [device.session(ahead, [*PROMPT, *turn]) for turn in TURNS]
+    for session in sessions:
+        token_ids_of(session, COUNT)
+    device.transport.station = Station(FakeTarget.make(TARGET), Limits(window=window))
+    for session in sessions:
+        prompt = [*session.tokens, 1]
+        session.extend(prompt)
+        assert token_ids_of(session, COUNT) == answer_alone(GREEDY, prompt=prompt, count=COUNT)
+
+
+def long_conversation(device: Device, station: Station) -> tuple[DeviceSession, list[int]]:
+    """A session whose next prompt is longer than ``station`` takes in an Open."""
+    session = device.session(GREEDY, PROMPT)
+    while len(session.tokens) <= station.limits.max_prompt_len:
+        token_ids_of(session, COUNT)
+        session.extend([*session.tokens, 1])
+    token_ids_of(session, COUNT)
+    return session, [*session.tokens, 1]
+
+
+def test_a_lost_extend_of_a_long_conversation_is_sent_again() -> None:
+    station = Station(FakeTarget.make(TARGET), Limits(max_prompt_len=30))
+    device = Device(MemoryTransport(station))
+    session, prompt = long_conversation(device, station)
+    device.transport.up = first_copies_lost(Extend)
+    session.extend(prompt)
+    assert token_ids_of(session, COUNT) == answer_alone(GREEDY, prompt=prompt, count=COUNT)
+
+
+def test_a_long_conversation_whose_session_is_gone_names_the_limit() -> None:
+    limits = Limits(max_prompt_len=30)
+    device = Device(MemoryTransport(Station(FakeTarget.make(TARGET), limits)))
+    session, prompt = long_conversation(device, device.transport.station)
+    device.transport.station = Station(FakeTarget.make(TARGET), limits)
+    with pytest.raises(ContextLengthError, match="--max-prompt-len"):
+        session.extend(prompt)
+    assert device.answer(GREEDY, PROMPT) == answer_alone(GREEDY, count=COUNT)
+
+
+def test_a_turn_that_cannot_be_opened_anew_names_the_limit() -> None:
+    device = Device(MemoryTransport(new_station()))
+    session = device.session(GREEDY, PROMPT)
+    token_ids_of(session, COUNT)
+    device.transport.station = Station(FakeTarget.make(TARGET), Limits(max_prompt_len=10))
+    session.extend([*session.tokens, 1])
+    with pytest.raises(ContextLengthError, match="--max-prompt-len"):
+        token_ids_of(session, COUNT)
+    assert device.answer(GREEDY, PROMPT) == answer_alone(GREEDY, count=COUNT)
+
+
+def test_a_prompt_that_was_sent_but_not_answered_is_extended() -> None:
+    device = Device(MemoryTransport(new_station()))
+    device.answer(GREEDY, PROMPT)
+    session, start = device.session(GREEDY, PROMPT), len(device.transport.uplink)
+    prompt = [*PROMPT, *TURNS[0]]
+    session.extend(prompt)
+    assert session.cached_tokens == len(PROMPT)
+    assert token_ids_of(session, COUNT) == answer_alone(GREEDY, prompt=prompt, count=COUNT)
+    assert not any(isinstance(message, Open) for message in sent_by(device.transport, start))
+
+
+class RefusingLongPrompts(MemoryTransport):
+    """A base station that refuses prompts of more tokens than ``most``."""
+
+    most = 100
+
+    def send(self, frame: bytes) -> None:
+        message = self.station.codec.decode(frame)
+        if isinstance(message, Open) and len(message.prompt_ids) > self.most:
+            self.station.outboxes[self.peer].append(Fault(message.session_id, "context_length", "too long"))
+            return
+        super().send(frame)
+
+
+def test_a_refused_prompt_does_not_refuse_the_next_one() -> None:
+    transport = RefusingLongPrompts(new_station())
+    device = Device(transport)
+    device.answer(GREEDY, PROMPT)
+    transport.most = 5
+    session = device.session(GREEDY, PROMPT)
+    with pytest.raises(FaultError, match="too long"):
+        token_ids_of(session, COUNT)
+    prompt = PROMPT[:3]
+    session.extend(prompt)
+    assert token_ids_of(session, COUNT) == answer_alone(GREEDY, prompt=prompt, count=COUNT)
+
+
+def test_a_request_does_not_overtake_an_open_that_was_lost_with_its_connection() -> None:
+    device = Device(MemoryTransport(new_station()))
+    device.answer(GREEDY, PROMPT)
+    transport, start = device.transport, len(device.transport.uplink)
+
+    transport.up = lambda message: not isinstance(message, Open) or transport.connections > 1
+    session = device.session(GREEDY, PROMPT[::-1])
+    transport.connections += 1
+    assert token_ids_of(session, COUNT) == answer_alone(GREEDY, prompt=PROMPT[::-1], count=COUNT)
+    assert [type(message) for message in sent_by(transport, start)][:3] == [Open, Open, Draft]

@@ -114,6 +114,7 @@ class Front:
         """Context lengths by identity."""
         self._held: deque[tuple[Peer, FrameHead, bytes, int]] = deque()
         self._held_bytes = 0
+        self._held_sessions: set[SessionKey] = set()  # whose further frames stay behind those that are held
         self._gather_until = time.monotonic() + _GATHER_SECONDS
         self._next_probe = 0.0
         self._watched: tuple[int, Callable[[], None]] | None = None
@@ -223,7 +224,7 @@ class Front:
         if self._draining and now >= min(self._gather_until, self._drain_by):
             self._drain_replicas(now)
         if self._held and not self._gathering:
-            held, self._held, self._held_bytes = self._held, deque(), 0
+            held, self._held, self._held_bytes, self._held_sessions = self._held, deque(), 0, set()
             for peer, head, frame, size in held:
                 self._forward(peer, head, frame, size)
 
@@ -314,8 +315,9 @@ class Front:
 
     def _forward(self, peer: Peer, head: FrameHead, frame: bytes, size: int) -> None:
         """Send a frame to its replica, which counts it, or hold it; one that is answered or dropped is counted here."""
+        is_behind = (peer.owner, head.session_id) in self._held_sessions
         try:
-            replica = self._replica_of(peer, head)
+            replica = None if is_behind else self._replica_of(peer, head)
         except EdgedraftError as error:
             self._metrics.count_uplink(peer, None, size)
             self._send_fault(peer, head.session_id, error)
@@ -324,7 +326,7 @@ class Front:
             known = Peer(peer.owner, peer.address, peer.name, self._handshake.version_of(peer.owner))
             is_taken = self._send(replica, Command.REQUEST.head(encode_peer(known)), frame)
         else:
-            is_taken = self._gathering and self._hold(peer, head, frame, size)
+            is_taken = (is_behind or self._gathering) and self._hold(peer, head, frame, size)
         if not is_taken:
             self._metrics.count_uplink(peer, None, size)
 
@@ -366,6 +368,8 @@ class Front:
             return False
         self._held.append((peer, head, frame, size))
         self._held_bytes += len(frame)
+        if head.session_id is not None:
+            self._held_sessions.add((peer.owner, head.session_id))
         return True
 
     def _send(self, identity: bytes, *parts: bytes) -> bool:

@@ -176,7 +176,7 @@ class Planner:
         )
 
     def start(self, pass_seconds: float, row_seconds: float, known: PlannerFigures | None = None) -> None:
-        """Start from figures measured before, until the first Opened tells the link's round trip.
+        """Start from figures measured before; without ``known``, the first Opened tells the link's round trip.
 
         Args:
             pass_seconds: of the target, as the base station measures it now; 0 where it does not.
@@ -337,7 +337,7 @@ class Planner:
         self._estimates.observe_target_prefill(tokens, reply_seconds)
 
     def observe_opened(self, seconds: float, at_most: bool = False) -> None:
-        """Record the time from an Open to its Opened, which waits for no forward pass: about a round trip.
+        """Record the time from an Open or Extend to its Opened, which waits for no pass: about a round trip.
 
         It is longer with a long prompt, so that a shorter one known before is believed more.
 

@@ -31,7 +31,7 @@ class TimeEstimates:
 
     Attributes:
         target_seconds: between two tokens of the target alone; None before it is known.
-        opened_seconds: from an Open to its Opened, about a round trip.
+        opened_seconds: from the last Open or Extend to its Opened, about a round trip.
     """
 
     def __init__(self) -> None:
@@ -43,7 +43,7 @@ class TimeEstimates:
         self._target_prefills = SecondsPerToken()  # the same of the target
         self._target_outliers, self._reply_outliers, self._round_outliers = (OutlierLimit() for _ in range(3))
         self._longest_link: float | None = None  # while nothing of this process is observed
-        self._opened: float | None = None  # ``opened_seconds``, until a reply without prefill tells more
+        self._opened: float | None = None  # ``opened_seconds``, until a reply tells more
 
     def start(self, pass_seconds: float, row_seconds: float, known: PlannerFigures | None) -> None:
         """Start from figures measured before; see ``Planner.start``."""
@@ -100,12 +100,14 @@ class TimeEstimates:
         return bool(self._drafting) and self._drafting.value >= (self.target_seconds or 0.0)
 
     def observe_opened(self, seconds: float, at_most: bool = False) -> None:
-        """Record the time from an Open to its Opened; see ``Planner.observe_opened``."""
-        self.opened_seconds = self._opened = min(seconds, self._link_seconds) if at_most else seconds
+        """Record the time from an Open or Extend to its Opened; see ``Planner.observe_opened``."""
+        if at_most:
+            seconds = min(seconds, self._link_seconds)
         if self._longest_link is not None:
-            self.opened_seconds = min(seconds, self._longest_link)
-            self._replies.shift(self.opened_seconds + (self.target_seconds or 0.0) - self.reply_seconds)
+            seconds = min(seconds, self._longest_link)
+            self._replies.shift(seconds + (self.target_seconds or 0.0) - self.reply_seconds)
             self._longest_link = None
+        self.opened_seconds = self._opened = seconds
 
     def observe_decoded(self, tokens: int, first_seconds: float | None, seconds: float, is_alone: bool) -> float:
         """Record the times of tokens that the target decoded alone; see ``Planner.observe_decoded``.
@@ -127,7 +129,6 @@ class TimeEstimates:
         if first_seconds is None:
             link_seconds = self._link_seconds if self._opened is None else self._opened
             first_seconds = link_seconds + (self.target_seconds or 0.0)
-        self._opened = None
         first_seconds = self._reply_outliers.limited(first_seconds, self.reply_seconds)
         if is_alone:
             self._replies.shift(first_seconds - self.reply_seconds)
@@ -144,7 +145,7 @@ class TimeEstimates:
         self._add_reply(drafted, self._reply_outliers.limited(seconds, expected))
 
     def _add_reply(self, drafted: int, seconds: float) -> None:
-        self._longest_link = None
+        self._longest_link = self._opened = None
         line = self._replies
         if line:
             line.shift(_LEVEL_SHARE * (seconds - line.intercept - line.slope * drafted))

@@ -247,9 +247,11 @@ class Client:
     def send(self, message: Hello | Request | Close, is_first: bool = True) -> None:
         """Send a message; ``messages`` yields the replies.
 
-        ``is_first`` is false behind other unanswered requests, which a new connection may have lost: with them this
-        one is sent again.
+        ``is_first`` is false behind other unanswered requests. Where a new connection may have lost those, this one is
+        not sent now but with them, so that it does not arrive before them.
         """
+        if not is_first and self._reconnected:
+            return
         self.link.send(message)
         self._sent_at = self._clock()
         if is_first:

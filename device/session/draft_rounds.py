@@ -321,6 +321,8 @@ class DraftRounds:
         prefilled = self._requests.take_prefilled()
         is_known = timed and not prefilled
         reply_seconds = received.seconds - sent.seconds if is_known and not draft.overlaps else None
+        if (opened_seconds := self._requests.take_opened_seconds()) is not None:
+            self._planner.observe_opened(opened_seconds, at_most=True)
         if timed and prefilled:
             self._planner.observe_target_prefill(prefilled, received.seconds - sent.seconds)
         round_seconds = received.seconds - self._concluded.seconds if is_known else None

@@ -176,10 +176,12 @@ class DeviceSession:
         check_prompt(len(prompt_ids), self.cached_tokens, self._client.welcome)
         self._drafter.sampling, self._drafter.answer_start, self._drafter.grammar = sampling, len(prompt_ids), grammar
         self._rounds.planner = planner or self._rounds.planner
+        # a session that could not be opened anew must not be lost with the Extend
+        wait = self._awaits_opened or len(prompt_ids) > self._client.welcome.max_prompt_len
         if can_extend:
-            self._requests.extend(start, prompt_ids[start:], sampling, self._awaits_opened)
+            self._requests.extend(start, prompt_ids[start:], sampling, wait)
         else:  # the target still decodes an abandoned answer, or the base station is of an older version
-            self._requests.reopen(prompt_ids, sampling, self._awaits_opened)
+            self._requests.reopen(prompt_ids, sampling, wait)
         self._begin(prompt_ids, prediction)
 
     def answer(self, max_new_tokens: int) -> Iterator[AnswerToken]:
@@ -215,7 +217,7 @@ class DeviceSession:
 
     @property
     def _awaits_opened(self) -> bool:
-        """Whether the reply to an Open or Extend tells something: the link's round trip, or that there is an outage."""
+        """Whether the reply to an Open or Extend is needed: it tells the link's round trip, or of an outage."""
         return self._tail is not None or not self._rounds.planner.knows_link
 
     def _begin(self, prompt_ids: list[int], prediction: Sequence[int]) -> None:

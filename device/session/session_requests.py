@@ -26,6 +26,7 @@ from protocol.errors import (
     UnknownSessionError,
 )
 from protocol.messages import (
+    OLDEST_VERSION,
     VOCABULARY_VERSION,
     Close,
     Decode,
@@ -133,8 +134,8 @@ class SessionRequests:
         self._begin(request, wait)
 
     def can_extend(self, sampling: Sampling) -> bool:
-        """Whether no reply is outstanding, and the base station can continue with these settings."""
-        return self.ready and self._unconfirmed is None and self.can_sample(sampling)
+        """Whether no reply is awaited, and the base station can continue with these settings."""
+        return self.ready and self.can_sample(sampling)
 
     def can_sample(self, sampling: Sampling) -> bool:
         """Whether the base station can continue the session with these settings."""
@@ -249,9 +250,12 @@ class SessionRequests:
     def _begin(self, request: Callable[[], Open | Extend], wait: bool) -> None:
         """Send an Open or Extend, and wait for its reply; else go on as if it was there.
 
-        A grammar is awaited in any case: the base station takes no other request before it is compiled.
+        A grammar is awaited in any case: the base station takes no other request before it is compiled. So is a base
+        station of the oldest version, which does not tell its window: see ``_next_round``.
         """
-        if wait or self._sampling.grammar:
+        self._opened_seconds = None
+        is_oldest = self._client.welcome.version == OLDEST_VERSION
+        if wait or self._unconfirmed or self._sampling.grammar or is_oldest:
             next(self._replies(request))
             return
         sent = request()
@@ -282,7 +286,7 @@ class SessionRequests:
         which has lost it refuses the request.
         """
         skips = isinstance(self._unconfirmed, Extend) and not self._rounds.in_flight
-        return self._rounds.next_round + (self._client.welcome.window - 1 if skips else 0)
+        return self._rounds.next_round + (self._rounds.window - 1 if skips else 0)
 
     def _attempt(self, request: Request, while_waiting: Callable[[], bool]) -> Iterator[Reply]:
         """The replies to one request, until the state machine has no more to await."""
@@ -315,6 +319,8 @@ class SessionRequests:
         """
         has_lost_extend = fault.fault_code == StateError.code and isinstance(self._unconfirmed, Extend)
         if fault.fault_code not in _RETRYABLE and not has_lost_extend:
+            if fault.session_id is not None:  # it has ended
+                self._forget_session()
             raise fault
         with self._client.paused_clock():
             if fault.fault_code in (FullError.code, ClosingError.code) or self._unknown:
@@ -327,7 +333,13 @@ class SessionRequests:
                 raise fault
 
     def _open_again(self) -> None:
-        """Open the new session on all committed tokens; that alone does not prove that requests are answered again."""
+        """Open the new session on all committed tokens; that alone does not prove that requests are answered again.
+
+        Raises:
+            ContextLengthError: they are a new prompt, and exceed a limit of the base station.
+        """
+        if len(self._tokens) == self._answer_start:
+            check_prompt(len(self._tokens), 0, self._client.welcome)
         with self._client.paused_clock():
             refused_at = self._refused_at
             next(self._replies(partial(self._open, self._tokens)))
@@ -337,6 +349,10 @@ class SessionRequests:
         """Greet, and take a new session id; the base station may have other limits and stop ids now."""
         self._client.greet()
         self.prefilling = len(self._tokens)
+        self._forget_session()
+
+    def _forget_session(self) -> None:
+        """Await nothing more in this session; the next one needs an Open."""
         self._session_id = self._client.new_session_id()
         self._unconfirmed = None
         self._rounds = SessionRounds(self._client.stop_ids, self._client.welcome.window)
