@@ -45,7 +45,9 @@ class Transport(Protocol):
         device: the device's name at the base station: its public key, or its routing id without keys.
     """
 
-    connections: int
+    @property
+    def connections(self) -> int:
+        """How many have been established so far."""
 
     @property
     def device(self) -> str:
@@ -86,7 +88,7 @@ class SocketTransport:
         self._keys = keys
         self._routing_id = b""
         self._is_connected = False
-        self.connections = 0
+        self._connections = 0
         self._broken_handshakes = 0
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._dealer = self._context.socket(zmq.DEALER)
@@ -129,10 +131,10 @@ class SocketTransport:
         Raises:
             AdmissionError: the two ends do not know each other's keys.
         """
-        end, connections = time.monotonic() + timeout, self.connections
+        end, connections = time.monotonic() + timeout, self._connections
         if not self._is_connected:
             self._follow_version()
-        while self.connections == connections:
+        while self._connections == connections:
             ready = dict(self._poller.poll(max(0, round((end - time.monotonic()) * 1000))))
             if self._dealer in ready:
                 return self._dealer.recv()
@@ -140,6 +142,16 @@ class SocketTransport:
                 break
             self._handle_events()
         return None
+
+    @property
+    def connections(self) -> int:
+        """How many have been established so far.
+
+        Raises:
+            AdmissionError: the two ends do not know each other's keys.
+        """
+        self._handle_events()
+        return self._connections
 
     @property
     def device(self) -> str:
@@ -175,11 +187,11 @@ class SocketTransport:
             event = recv_monitor_message(self._monitor)
             match event["event"]:
                 case zmq.EVENT_HANDSHAKE_SUCCEEDED:
-                    self.connections += 1
+                    self._connections += 1
                     self._is_connected = True
                 case zmq.EVENT_DISCONNECTED:
                     self._is_connected = False
-                    if self._keys and self.connections:
+                    if self._keys and self._connections:
                         self._reconnect()
                 case zmq.EVENT_HANDSHAKE_FAILED_AUTH:
                     raise self._refusal(event["value"])
@@ -218,7 +230,7 @@ class SocketTransport:
         libzmq shows no difference where it has no keys, cannot look into its key folder, or is shutting down.
         """
         self._broken_handshakes += 1
-        if self._keys and not self.connections and self._broken_handshakes >= _MAX_BROKEN_HANDSHAKES:
+        if self._keys and not self._connections and self._broken_handshakes >= _MAX_BROKEN_HANDSHAKES:
             raise AdmissionError(
                 f"the base station at {self._address} does not have the key that --station-key names, uses no keys, or "
                 f"cannot look into its key folder: it closed {self._broken_handshakes} handshakes; compare the key "

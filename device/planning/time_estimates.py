@@ -31,7 +31,7 @@ class TimeEstimates:
 
     Attributes:
         target_seconds: between two tokens of the target alone; None before it is known.
-        opened_seconds: from the last Open or Extend to its Opened, about a round trip.
+        opened_seconds: of the last Opened, about a round trip.
     """
 
     def __init__(self) -> None:
@@ -114,7 +114,7 @@ class TimeEstimates:
 
         Args:
             tokens: how many were received.
-            first_seconds: until the first; None where it is not known, but at most that of an Opened and a pass.
+            first_seconds: until the first; None where it also waited for a prefill: an Opened and a pass are taken.
             seconds: from the first to the last.
             is_alone: whether no Draft's reply is measured meanwhile, so that the link may have changed unnoticed.
 

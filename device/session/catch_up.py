@@ -5,11 +5,13 @@ from collections.abc import Callable, Sequence
 from device.drafting.drafter import Drafter
 from device.planning.planner import Planner
 
-_MIN_PREFILL = 8
-"""A single token costs more."""
-_CHUNK, _LONGEST_CHUNK, _CHUNKS = 16, 64, 8
-"""While the device waits, it runs so many tokens at once, and of a long prompt the eighth part of what is left, since
-longer chunks cost less a token. They keep those of the target waiting, so the last ones are short.
+_MIN_CHUNK = 8
+"""Fewer tokens are left to drafting: a single token of a chunk costs as much as a drafted one."""
+_CHUNK, _LONGEST_CHUNK = 16, 64
+"""Tokens that are run at once while the device waits.
+
+Longer chunks cost less a token, but keep tokens of the target waiting. So a chunk of a long prompt has an eighth of
+what is left, within these bounds.
 """
 
 
@@ -28,8 +30,8 @@ class CatchUp:
     def chunk_len(self, tokens: Sequence[int]) -> int:
         """Tokens of the next chunk; 0 where the draft model has nothing to catch up on, or no room for a draft."""
         backlog = self._drafter.backlog(tokens) if self._drafter.room(tokens) else 0
-        chunk = min(max(_CHUNK, backlog // _CHUNKS), _LONGEST_CHUNK)
-        return min(backlog, chunk) if backlog >= _MIN_PREFILL else 0
+        chunk = min(max(_CHUNK, backlog // 8), _LONGEST_CHUNK)
+        return min(backlog, chunk) if backlog >= _MIN_CHUNK else 0
 
     def run_chunk(self, tokens: Sequence[int], planner: Planner) -> bool:
         """Run the next chunk of ``tokens``; whether there was one."""
@@ -40,7 +42,7 @@ class CatchUp:
 
     def run_all(self, tokens: Sequence[int], planner: Planner) -> None:
         """Run all of ``tokens`` at once, where they are enough for a chunk; drafting runs fewer itself."""
-        if (backlog := self._drafter.backlog(tokens)) >= _MIN_PREFILL:
+        if (backlog := self._drafter.backlog(tokens)) >= _MIN_CHUNK:
             self._run(tokens, backlog, planner)
 
     def _run(self, tokens: Sequence[int], count: int, planner: Planner) -> None:

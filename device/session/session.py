@@ -120,7 +120,7 @@ class DeviceSession:
 
     @property
     def ready(self) -> bool:
-        """Whether another prompt can continue the session: no reply is outstanding, except to Drafts."""
+        """Whether another prompt can continue the session: no reply is awaited, except to Drafts."""
         return self._requests.ready or self._requests.drafts_in_flight > 0
 
     @property
@@ -276,7 +276,7 @@ class DeviceSession:
         if self._requests.take_prefilled():  # the base station restarted, and a later token waited for all before it
             del moments[2:]
         if (opened_seconds := self._requests.take_opened_seconds()) is not None:
-            planner.observe_opened(opened_seconds, at_most=True)
+            planner.observe_opened(opened_seconds, at_most=not self._target_alone)
         seconds = [moment.seconds for moment in moments]
         first_seconds = seconds[1] - seconds[0]
         known_seconds = None if prefilled else first_seconds

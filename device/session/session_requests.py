@@ -90,7 +90,7 @@ class SessionRequests:
 
     @property
     def ready(self) -> bool:
-        """Whether no reply is outstanding."""
+        """Whether the next request may be sent."""
         return self._rounds.state is State.READY
 
     def open(self, prompt_ids: Sequence[int], wait: bool = True) -> None:
@@ -110,7 +110,7 @@ class SessionRequests:
         """Keep the first ``start`` committed tokens, append ``token_ids``, and sample with these settings.
 
         Args:
-            start: at least the tokens that are already sent.
+            start: from none to all of the committed tokens.
             token_ids: at least one.
             sampling: from now on.
             wait: for the Opened; without it a refusal is that of the next request.
@@ -147,6 +147,11 @@ class SessionRequests:
         self._sampling = sampling
         self._start_session()
         self.open(prompt_ids, wait)
+
+    @property
+    def window(self) -> int:
+        """How many Drafts may be in flight in this session."""
+        return self._rounds.window
 
     @property
     def drafts_in_flight(self) -> int:
@@ -208,7 +213,7 @@ class SessionRequests:
 
     def close(self) -> None:
         """Tell the base station that the session has ended, once."""
-        if self._rounds.state is State.CLOSED:
+        if self._rounds.state in (State.NEW, State.CLOSED):
             return
         close = Close(self._session_id)
         self._rounds.advance(close)
@@ -250,8 +255,8 @@ class SessionRequests:
     def _begin(self, request: Callable[[], Open | Extend], wait: bool) -> None:
         """Send an Open or Extend, and wait for its reply; else go on as if it was there.
 
-        A grammar is awaited in any case: the base station takes no other request before it is compiled. So is a base
-        station of the oldest version, which does not tell its window: see ``_next_round``.
+        The reply is awaited in any case while an earlier one is, with a grammar, before whose compilation the base
+        station takes no other request, and in the oldest version, where the window is not known (``_next_round``).
         """
         self._opened_seconds = None
         is_oldest = self._client.welcome.version == OLDEST_VERSION
@@ -336,7 +341,7 @@ class SessionRequests:
         """Open the new session on all committed tokens; that alone does not prove that requests are answered again.
 
         Raises:
-            ContextLengthError: they are a new prompt, and exceed a limit of the base station.
+            ContextLengthError: they exceed a limit of the base station.
         """
         if len(self._tokens) == self._answer_start:
             check_prompt(len(self._tokens), 0, self._client.welcome)
