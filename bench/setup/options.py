@@ -23,7 +23,7 @@ TorchDeviceOption = Annotated[str, typer.Option(help="Torch device of the target
 PromptsOption = Annotated[
     Path | None, typer.Option(help="Spec-Bench jsonl file with prompts. Default: the built-in prompts.")
 ]
-CountOption = Annotated[int, typer.Option(help="Number of prompts.", min=1)]
+CountOption = Annotated[int, typer.Option(help="Number of prompts; of a file, one of each category in turn.", min=1)]
 MaxNewTokensOption = Annotated[int, typer.Option(help="Tokens per answer.", min=1)]
 RoundsOption = Annotated[int, typer.Option(help="Rounds of 8 tokens per prompt.", min=1)]
 DraftLenOption = Annotated[int, typer.Option(help="Tokens drafted per round.", min=1)]
