@@ -92,9 +92,9 @@ def test_an_extend_whose_reply_is_lost_keeps_the_session() -> None:
     session = open_session(client, IDS, model, [*PROMPT])
     list(session.answer(10))
     session.extend([*PROMPT, 7, 8])
+    assert [token.token_id for token in session.answer(10)] == target_alone(TARGET, [*PROMPT, 7, 8], 10)
     assert lost
     assert sum(isinstance(station.codec.decode(frame), Open) for frame in transport.uplink) == 1
-    assert [token.token_id for token in session.answer(10)] == target_alone(TARGET, [*PROMPT, 7, 8], 10)
 
 
 class BreakingTransport(MemoryTransport):

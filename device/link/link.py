@@ -150,7 +150,8 @@ class SocketTransport:
         Raises:
             AdmissionError: the two ends do not know each other's keys.
         """
-        self._handle_events()
+        if not self._monitor.closed:
+            self._handle_events()
         return self._connections
 
     @property
