@@ -34,7 +34,8 @@ COMMANDS = {
         "--repeats 1 --max-new-tokens 64 --draft-len 8 --draft-len 16 --round-trip-ms 0 --round-trip-ms 20 "
         "--round-trip-ms 50 --round-trip-ms 100 --round-trip-ms 200 --uplink-mbit 1 --uplink-mbit 50"
     ),
-    "fresh": (
+    "fresh": "edgedraft-bench fresh --bundle build/bundle --target build/sample --prompts FILE",
+    "fresh_long": (
         "edgedraft-bench fresh --bundle build/bundle --target build/sample --prompts FILE --count 4 "
         "--prompt-tokens 1500"
     ),
@@ -79,7 +80,7 @@ def write_report(results_folder: Path, docs: Path) -> Path:
     plots = docs / "plots"
     parts = [_introduction(), *_theory(found["theory"], plots), *_link(found["link"])]
     parts += [*_uplink(found["uplink"], plots), *_ahead(found["ahead"])]
-    parts += [*_fresh(found["fresh"]), *_draft(found["draft"]), *_grid(found["grid"], plots)]
+    parts += [*_fresh(found), *_draft(found["draft"]), *_grid(found["grid"], plots)]
     parts += [*_capacity(found["capacity"]), *_churn(found["churn"]), *_ceiling(found["ceiling"])]
     parts += _pair(found, plots)
     path = docs / "results.md"
@@ -174,14 +175,16 @@ def _ahead(results: Results | None) -> Iterator[str]:
         yield table([row for row in results.rows if row["case"] == "target alone" or "auto" in str(row["case"])])
 
 
-def _fresh(results: Results | None) -> Iterator[str]:
-    yield from _section("A process for each answer to a long prompt", "fresh", results)
-    if results:
-        yield (
-            "Each answer is a process of its own, whose time includes the prompt: `no state` is the first answer ever, "
-            "`state` one after others. Ratios are medians over the prompts with a bootstrap 95 % interval.\n\n"
-            + table(results.rows)
-        )
+def _fresh(found: Mapping[str, Results | None]) -> Iterator[str]:
+    explained = (
+        "Each answer is a process of its own, whose time includes the prompt: `no state` is the first answer ever, "
+        "`state` one after others. Ratios are medians over the prompts with a bootstrap 95 % interval."
+    )
+    for name, prompt in (("fresh", "prompt"), ("fresh_long", "long prompt")):
+        results = found[name]
+        yield from _section(f"A process for each answer to a {prompt}", name, results)
+        if results:
+            yield f"{explained}\n\n{table(results.rows)}"
 
 
 def _draft(results: Results | None) -> Iterator[str]:
