@@ -97,6 +97,17 @@ def test_a_lost_extend_is_noticed_whatever_the_window(window: int, seed: int) ->
     assert noticed
 
 
+@pytest.mark.parametrize("round_trip", [0.02, 0.4])
+def test_an_opened_that_is_not_waited_for_tells_of_another_link(round_trip: float) -> None:
+    pair, settings = TimedPair(TABLE, TABLE, SLOW_LINK), replace(GREEDY, mode=Mode.TARGET)
+    list(pair.session(settings, PROMPT).answer(COUNT))
+    planner = pair.planners.for_settings(settings, pair.client.welcome)
+    before, pair.times = planner.times.round_trip_seconds, replace(SLOW_LINK, round_trip=round_trip)
+    for turn in TURNS * 3:
+        list(pair.session(settings, [*PROMPT, *turn]).answer(COUNT))
+    assert abs(planner.times.round_trip_seconds - round_trip) < 0.5 * abs(before - round_trip)
+
+
 @every_setting
 @pytest.mark.parametrize("seed", range(4))
 def test_losses_and_repetitions_change_no_answer(settings: DraftSettings, seed: int) -> None:

@@ -367,7 +367,7 @@ class DraftRounds:
     @property
     def drafts_ahead(self) -> int:
         """How many Drafts may be sent on an assumed bonus token."""
-        most = min(self._client.welcome.window, self._requests.window) - 1  # another one since a restart
+        most = min(self._client.welcome.window, self._requests.window) - 1  # a restart may change it
         return most if self._settings.drafts_ahead is None else min(most, self._settings.drafts_ahead)
 
     @property

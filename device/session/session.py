@@ -176,7 +176,7 @@ class DeviceSession:
         check_prompt(len(prompt_ids), self.cached_tokens, self._client.welcome)
         self._drafter.sampling, self._drafter.answer_start, self._drafter.grammar = sampling, len(prompt_ids), grammar
         self._rounds.planner = planner or self._rounds.planner
-        # a session that could not be opened anew must not be lost with the Extend
+        # a prompt too long for an Open: were the Extend lost unnoticed, the session could not be opened anew
         wait = self._awaits_opened or len(prompt_ids) > self._client.welcome.max_prompt_len
         if can_extend:
             self._requests.extend(start, prompt_ids[start:], sampling, wait)
@@ -210,6 +210,7 @@ class DeviceSession:
         self._requests.close()
 
     def _open(self, prompt_ids: list[int]) -> None:
+        """Open the session; the time of a reply that is awaited tells the planner the link's round trip."""
         began, awaits = self._client.now(), self._awaits_opened
         self._requests.open(prompt_ids, awaits)
         if awaits:
